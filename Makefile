@@ -1,0 +1,44 @@
+# Every target makes .venv itself, from any Python >= 3.11, under constraints/.
+#   make demo      a flow model learns handwritten digits (table, pictures, report)
+#   make test      the default test suite
+#   make lint      format, lint, types
+#   make nightly   notebooks, peer-library comparisons, long runs
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	>/dev/null 2>&1 && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint $$($(BIN)/python -c 'import sys; print("constraints/py311.txt" \
+	if sys.version_info < (3, 12) else "constraints/py312.txt")')
+
+.PHONY: demo test lint nightly clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python -m experiments.run --config=configs/flow_matching.py:cpu
+
+test: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --level error
+
+nightly: $(VENV)/oracle.installed
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow or nightly"
+
+$(VENV)/%.installed: pyproject.toml $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || { echo "tmdjax needs Python 3.11, 3.12 or 3.13; \
+	none was found (set PYTHON=...)."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[$(if $(filter oracle,$*),dev$(comma)oracle,$*)]'
+	touch $@
+
+comma := ,
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

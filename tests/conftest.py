@@ -1,0 +1,78 @@
+"""Shared fixtures: a CPU with no surprises, and simulated devices on demand."""
+
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+# Shape annotations are checked in tests alone; users pay nothing for them.
+sys.path.insert(0, os.path.dirname(__file__))
+jaxtyping.install_import_hook("tmdjax", "typecheck.check")
+
+jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def as_shipped():
+    """Switches the type hook off: bad input then meets the errors users see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run_python():
+    """Runs a script in a fresh interpreter; returns its standard output."""
+
+    def run(code: str, *, devices: int = 1, timeout: float = 240, check: bool = True):
+        env = dict(os.environ)
+        env["JAX_PLATFORMS"] = "cpu"
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and done.returncode:
+            raise AssertionError(done.stdout + done.stderr)
+        return done if not check else done.stdout
+
+    return run
+
+
+@pytest.fixture
+def count_compiles():
+    """Counts the backend compilations inside a ``with`` block."""
+    import contextlib
+
+    from jax import monitoring
+
+    @contextlib.contextmanager
+    def counting():
+        counted = []
+
+        def listener(event: str, duration: float, **kwargs) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                counted.append(duration)
+
+        monitoring.register_event_duration_secs_listener(listener)
+        try:
+            yield counted
+        finally:
+            monitoring.unregister_event_duration_listener(listener)
+
+    return counting

@@ -1,0 +1,47 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import quant
+
+
+def test_fp32_against_float64():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(4, 5, 64)), rng.normal(size=(64, 32))
+    got = quant.linear(jnp.float32(x), jnp.float32(w), "fp32")
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_rounds_operands_and_accumulates_in_float32():
+    # 4096 ones: a bfloat16 accumulator would stop at 256.
+    x, w = jnp.ones((1, 4096)), jnp.ones((4096, 1))
+    got = quant.linear(x, w, "bf16")
+    assert got.dtype == jnp.bfloat16 and float(got[0, 0]) == 4096
+    a, b = 1 + 2**-9, 3.0  # a rounds to 1 in bfloat16
+    assert (
+        float(quant.linear(jnp.full((1, 1), a), jnp.full((1, 1), b), "bf16")[0, 0]) == 3
+    )
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+def test_gradient_dtype_follows_the_weight(recipe):
+    w = jnp.ones((3, 2))
+    grad = jax.grad(
+        lambda w: quant.linear(jnp.ones((4, 3)), w, recipe).sum().astype(jnp.float32)
+    )(w)
+    assert grad.dtype == jnp.float32
+    np.testing.assert_allclose(grad, 4.0)
+
+
+def test_bad_inputs(as_shipped):
+    with pytest.raises(ValueError, match=r"unknown GEMM recipe 'bf61'.*'bf16'"):
+        quant.linear(jnp.ones((1, 2)), jnp.ones((2, 2)), "bf61")
+    with pytest.raises(ValueError, match="w is stored"):
+        quant.linear(jnp.ones((1, 2)), jnp.ones((3, 2)))
+
+
+def test_compute_dtype():
+    assert quant.compute_dtype("fp32") == jnp.float32
+    assert quant.compute_dtype("bf16") == jnp.bfloat16

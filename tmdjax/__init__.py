@@ -1,0 +1,44 @@
+"""tmdjax: flow-matching post-training and RL as pure JAX functions.
+
+Time runs from noise to data: ``t = 1`` is noise, ``t = 0`` is data, and a
+velocity is ``v = x_noise - x_data`` (see :mod:`tmdjax.core.conventions`).
+
+Sub-packages are imported on first use, so ``import tmdjax`` costs little more
+than importing jax::
+
+    import tmdjax
+
+    table = tmdjax.flows.make_table("ode", tmdjax.flows.uniform_grid(8))
+    x = tmdjax.flows.rollout(keys, velocity, noise, table, store=False)
+    apply_fn, params, meta = tmdjax.load("runs/flow_matching-cpu")
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = (
+    "core",
+    "data",
+    "flows",
+    "harness",
+    "metrics",
+    "models",
+    "quant",
+    "train",
+)
+
+__all__ = ["__version__", "load", *_SUBPACKAGES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"tmdjax.{name}")
+    if name == "load":
+        return importlib.import_module("tmdjax.harness.load").load
+    raise AttributeError(f"module 'tmdjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

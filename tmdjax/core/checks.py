@@ -1,0 +1,91 @@
+"""Checks of arguments. Each error says what was given, what is allowed, and why.
+
+Values can only be checked where they are concrete: a check of a traced array
+passes, so call these at the entrance, outside ``jit``.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tmdjax.core.registry import suggestion
+
+
+def _concrete(array: Any) -> np.ndarray | None:
+    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+def check_choice(name: str, value: str, options: Iterable[str]) -> None:
+    """Raises ValueError unless ``value`` is one of ``options``."""
+    options = tuple(options)
+    if value not in options:
+        known = ", ".join(repr(o) for o in options)
+        raise ValueError(
+            f"{name}={value!r} is not one of {known}.{suggestion(value, options)}"
+        )
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float = -np.inf,
+    high: float = np.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raises ValueError unless the number lies in the interval."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name}={value} is outside {left}{low:g}, {high:g}{right}.")
+
+
+def check_time(t: Any, name: str = "t") -> None:
+    """Raises ValueError if a concrete time lies outside [0, 1] or is not finite."""
+    values = _concrete(t)
+    if values is None:
+        return
+    bad = ~((values >= 0) & (values <= 1))
+    if bad.any():
+        first = values[bad].flat[0] if values.ndim else values
+        raise ValueError(
+            f"{name} has {int(bad.sum())} value(s) outside [0, 1], the first is "
+            f"{first}; times run from 1 (noise) to 0 (data). A network's own time "
+            f"scale (1000 t, say) belongs into the model wrapper."
+        )
+
+
+def check_finite(array: Any, name: str, remedy: str = "Clean the input first.") -> None:
+    """Raises ValueError if a concrete array holds NaN or infinity, naming where."""
+    values = _concrete(array)
+    if values is None or not np.issubdtype(values.dtype, np.floating):
+        return
+    bad = ~np.isfinite(values)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{name} has {int(bad.sum())} non-finite value(s), the first at index "
+            f"{where}. {remedy}"
+        )
+
+
+def check_same_shape(name: str, array: Any, other_name: str, other: Any) -> None:
+    """Raises ValueError unless two arrays have one shape."""
+    if np.shape(array) != np.shape(other):
+        raise ValueError(
+            f"{name} has shape {np.shape(array)} but {other_name} has shape "
+            f"{np.shape(other)}; they must agree."
+        )
+
+
+def check_batch(name: str, array: Any, batch: int) -> None:
+    """Raises ValueError unless the leading axis has length ``batch``."""
+    shape = np.shape(array)
+    if not shape or shape[0] != batch:
+        raise ValueError(
+            f"{name} has shape {shape}; its leading axis must be the batch, {batch}."
+        )

@@ -1,0 +1,59 @@
+"""Randomness with explicit typed keys, one a sample.
+
+A sample's key depends on its global position alone, never on the microbatch or
+device that holds it, so the same noise bits appear under every layout.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax.core.types import Array, ArrayLike, Float, Key, SampleKeys
+
+
+def check_key(key: Any, name: str = "key") -> None:
+    """Raises TypeError for anything but a typed key (``jax.random.key``)."""
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(
+            f"{name} must be a typed key from jax.random.key(seed), got "
+            f"{type(key).__name__} of dtype {getattr(key, 'dtype', None)}; wrap raw "
+            f"key data with jax.random.wrap_key_data."
+        )
+
+
+def sample_keys(
+    key: Key[Array, ""], count: int, start: int | ArrayLike = 0
+) -> SampleKeys:
+    """Keys for samples ``start .. start + count - 1`` of one experiment.
+
+    Args:
+        key: typed key.
+        count: how many samples.
+        start: global position of the first one.
+
+    Returns:
+        Typed keys ``[count]``; slices of a larger call are equal to it.
+    """
+    check_key(key)
+    return fold_in(key, jnp.arange(count) + start)
+
+
+def fold_in(keys: Key[Array, "..."], data: ArrayLike) -> Key[Array, "..."]:
+    """``jax.random.fold_in`` with both arguments broadcast together."""
+    keys, data = jnp.broadcast_arrays(keys, jnp.asarray(data, jnp.uint32))
+    flat = jax.vmap(jax.random.fold_in)(keys.reshape(-1), data.reshape(-1))
+    return flat.reshape(keys.shape)
+
+
+def normal(
+    keys: SampleKeys, event_shape: Sequence[int], dtype: Any = jnp.float32
+) -> Float[Array, "batch *event"]:
+    """Standard normal noise ``[batch, *event_shape]``, one key a sample."""
+    return jax.vmap(lambda k: jax.random.normal(k, tuple(event_shape), dtype))(keys)
+
+
+def uniform(keys: SampleKeys, dtype: Any = jnp.float32) -> Float[Array, "batch"]:
+    """Uniform numbers in [0, 1), one a sample."""
+    return jax.vmap(lambda k: jax.random.uniform(k, (), dtype))(keys)
