@@ -26,7 +26,7 @@ test: $(VENV)/dev.installed
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright --level error
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 
 nightly: $(VENV)/oracle.installed
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow or nightly"

@@ -7,7 +7,7 @@ passes, so call these at the entrance, outside ``jit``.
 from collections.abc import Iterable
 from typing import Any
 
-import jax
+import jax.core
 import numpy as np
 
 from tmdjax.core.registry import suggestion
