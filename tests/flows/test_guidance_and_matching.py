@@ -1,0 +1,135 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tmdjax import flows
+from tmdjax.core import prng
+
+
+def affine(x, t, cond):
+    return x * t[:, None] + cond[:, None]
+
+
+def test_guidance_extrapolates():
+    x, t, cond = jnp.ones((3, 2)), jnp.full(3, 0.5), jnp.array([1.0, 2.0, 3.0])
+    assert flows.classifier_free_guidance(affine, 1.0, 0.0) is affine
+    v_cond, v_null = affine(x, t, cond), affine(x, t, jnp.zeros(3))
+    unconditional = flows.classifier_free_guidance(affine, 0.0, 0.0)
+    np.testing.assert_allclose(unconditional(x, t, cond), v_null)
+    guided = flows.classifier_free_guidance(affine, 3.0, 0.0)(x, t, cond)
+    np.testing.assert_allclose(guided - v_cond, 2 * (v_cond - v_null), rtol=1e-6)
+
+
+def test_guidance_is_one_call_a_step():
+    calls = []
+
+    def velocity(x, t, cond):
+        calls.append(x.shape)
+        return x + cond["tokens"].sum((1, 2))[:, None]
+
+    guided = flows.classifier_free_guidance(
+        velocity, 2.0, {"tokens": jnp.zeros((4, 5))}
+    )
+    guided(jnp.ones((3, 2)), jnp.ones(3), {"tokens": jnp.ones((3, 4, 5))})
+    assert calls == [(6, 2)]
+
+
+def test_drop_condition_rate():
+    keys = prng.sample_keys(jax.random.key(0), 10_000)
+    cond = jnp.arange(10_000) % 10
+    dropped = np.asarray(flows.drop_condition(keys, cond, 10, 0.1))
+    assert abs((dropped == 10).mean() - 0.1) < 0.012
+    np.testing.assert_array_equal(dropped[dropped != 10], cond[dropped != 10])
+    np.testing.assert_array_equal(flows.drop_condition(keys, cond, 10, 0.0), cond)
+    assert (flows.drop_condition(keys, cond, 10, 1.0) == 10).all()
+    with pytest.raises(ValueError, match=r"rate=1.5 is outside \[0, 1\]"):
+        flows.drop_condition(keys, cond, 10, 1.5)
+
+
+def test_loss_of_the_exact_velocity_is_the_conditional_variance():
+    # One Gaussian: given x_t the target has variance
+    # (1 + s^2) - (t - (1-t) s^2)^2 / ((1-t)^2 s^2 + t^2) in each dimension.
+    std = 0.5
+    mixture = flows.gaussian_mixture([1.0], [[0.3, -0.4]], [std])
+    n = 200_000
+    x = mixture.sample(jax.random.key(0), n)
+    keys = prng.sample_keys(jax.random.key(1), n)
+    loss, metrics = flows.flow_matching_loss(
+        {}, lambda params, *inputs: mixture.velocity(*inputs), x, keys
+    )
+    t = np.linspace(0, 1, 20_001)
+    variance = (1 - t) ** 2 * std**2 + t**2
+    exact = np.mean(1 + std**2 - (t - (1 - t) * std**2) ** 2 / variance)
+    assert loss.shape == (n,)
+    assert abs(float(loss.mean()) - exact) < 4 * float(loss.std()) / np.sqrt(n)
+    halves = metrics["loss_near_data"].mean() + metrics["loss_near_noise"].mean()
+    np.testing.assert_allclose(halves / 2, loss.mean(), rtol=1e-5)
+
+
+def test_training_finds_the_velocity_of_a_point_mass():
+    # Data at c: v(x, t) = (x - c) / t, so for a linear network in (x/t, 1/t) the
+    # optimum is (1, -c); start elsewhere and descend.
+    c = 2.0
+
+    def apply_fn(params, x, t, cond):
+        t = jnp.maximum(t, 0.05)[:, None]
+        return params["a"] * x / t + params["b"] / t
+
+    params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
+    optimizer = optax.adam(0.05)
+
+    @jax.jit
+    def step(carry, key):
+        params, state = carry
+        keys = prng.sample_keys(key, 256)
+        gradient = jax.grad(
+            lambda p: flows.flow_matching_loss(
+                p, apply_fn, jnp.full((256, 1), c), keys
+            )[0].mean()
+        )(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    carry = params, optimizer.init(params)
+    for i in range(300):
+        carry = step(carry, jax.random.key(i))
+    assert abs(float(carry[0]["a"]) - 1) < 0.05 and abs(float(carry[0]["b"]) + c) < 0.1
+
+
+def test_per_example_randomness_is_per_key():
+    x = jnp.ones((6, 2))
+
+    def apply_fn(params, x, t, cond):
+        return x * t[:, None]
+
+    keys = prng.sample_keys(jax.random.key(3), 6)
+    whole, _ = flows.flow_matching_loss({}, apply_fn, x, keys)
+    part, _ = flows.flow_matching_loss({}, apply_fn, x[2:4], keys[2:4])
+    np.testing.assert_allclose(whole[2:4], part, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampler, mean",
+    [
+        (flows.uniform_time(), 0.5),
+        (flows.logit_normal_time(), 0.5),
+        (flows.logit_normal_time(-1.0, 0.5), 0.279419),  # quadrature of the density
+        (flows.shifted_time(flows.uniform_time(), 3.0), 0.67604),  # 1.5 - 0.75 ln 3
+    ],
+)
+def test_time_samplers(sampler, mean):
+    t = np.asarray(sampler(prng.sample_keys(jax.random.key(0), 100_000)))
+    assert t.shape == (100_000,) and t.min() >= 0 and t.max() <= 1
+    assert abs(t.mean() - mean) < 4 * t.std() / np.sqrt(len(t))
+
+
+def test_bad_inputs():
+    keys = prng.sample_keys(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="needs both cond and null_cond"):
+        flows.flow_matching_loss(
+            {}, lambda *a: a[1], jnp.ones((2, 2)), keys, drop_rate=0.1
+        )
+    with pytest.raises(ValueError, match="std=0"):
+        flows.logit_normal_time(0.0, 0.0)

@@ -1,0 +1,84 @@
+"""The linear path between data and noise, and what a network may predict on it.
+
+    x_t = (1 - t) x_data + t x_noise,    t = 1 noise, t = 0 data.
+
+Four parametrisations carry the same information at a state (x, t):
+
+    velocity   v  = x_noise - x_data
+    data       x0 = x - t v
+    noise      e  = x + (1 - t) v
+    score      s  = grad log p_t(x) = -e / t
+
+`data` and `score` say nothing of the velocity at t = 0, `noise` and `score`
+nothing at t = 1; conversions there divide by zero and are the caller's to avoid.
+
+References:
+    Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003.
+"""
+
+from typing import Any
+
+from tmdjax.core.checks import check_choice
+from tmdjax.core.conventions import time_like
+from tmdjax.core.types import Array, Cond, Data, Time, Velocity
+
+PARAMETRISATIONS = ("velocity", "data", "noise", "score")
+
+
+def interpolate(x_data: Data, x_noise: Data, t: Time) -> Data:
+    """x_t = (1 - t) x_data + t x_noise, all [batch, *event], t [batch]."""
+    t = time_like(t, x_data)
+    return (1 - t) * x_data + t * x_noise
+
+
+def conditional_velocity(x_data: Data, x_noise: Data) -> Data:
+    """The regression target x_noise - x_data of flow matching."""
+    return x_noise - x_data
+
+
+def _data_and_noise(value: Array, source: str, x: Array, t: Array) -> tuple[Any, Any]:
+    if source == "velocity":
+        return x - t * value, x + (1 - t) * value
+    if source == "data":
+        return value, (x - (1 - t) * value) / t
+    noise = value if source == "noise" else -t * value
+    return (x - t * noise) / (1 - t), noise
+
+
+def convert(value: Data, source: str, target: str, x: Data, t: Time) -> Data:
+    """Turns one parametrisation into another at the state (x, t).
+
+    Args:
+        value: the prediction, [batch, *event].
+        source: what `value` is: 'velocity', 'data', 'noise' or 'score'.
+        target: what to return, likewise.
+        x: state, [batch, *event].
+        t: time, [batch].
+
+    Returns:
+        The prediction as `target`, [batch, *event].
+
+    Raises:
+        ValueError: unknown parametrisation.
+    """
+    check_choice("source", source, PARAMETRISATIONS)
+    check_choice("target", target, PARAMETRISATIONS)
+    if source == target:
+        return value
+    t = time_like(t, x)
+    if {source, target} == {"noise", "score"}:
+        return -value / t if target == "score" else -t * value
+    data, noise = _data_and_noise(value, source, x, t)
+    if target == "score":
+        return -noise / t
+    return {"data": data, "noise": noise, "velocity": noise - data}[target]
+
+
+def as_velocity(predict: Velocity, source: str) -> Velocity:
+    """Wraps a network that predicts `source` as a velocity(x, t, cond)."""
+    check_choice("source", source, PARAMETRISATIONS)
+
+    def velocity(x: Data, t: Time, cond: Cond = None) -> Data:
+        return convert(predict(x, t, cond), source, "velocity", x, t)
+
+    return velocity

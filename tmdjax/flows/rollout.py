@@ -1,0 +1,192 @@
+"""Rollouts: one scan over a coefficient table, with log-probs.
+
+A multi-stage solver replaces the velocity of a row by a weighted sum of its
+stages (explicit Runge-Kutta) and leaves the update as it is; it needs rows
+without noise. NFE (number of function evaluations) = steps x stages.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tmdjax.core import prng
+from tmdjax.core.checks import check_batch, check_choice
+from tmdjax.core.types import Array, Cond, Data, Time, Velocity
+from tmdjax.flows.table import CoefficientTable
+from tmdjax.flows.transition import (
+    REDUCTIONS,
+    gaussian_log_prob,
+    gaussian_transition,
+)
+
+# Explicit Runge-Kutta tableaus: (stage matrix rows, weights, stage times).
+METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple, tuple]] = {
+    "euler": (((),), (1.0,), (0.0,)),
+    "midpoint": (((), (0.5,)), (0.0, 1.0), (0.0, 0.5)),
+    "heun": (((), (1.0,)), (0.5, 0.5), (0.0, 1.0)),
+    "rk4": (
+        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        (0.0, 0.5, 0.5, 1.0),
+    ),
+}
+
+
+@struct.dataclass
+class Trajectory:
+    """What a rollout leaves behind.
+
+    Attributes:
+        states: [step + 1, batch, *event], the first is the start.
+        log_prob: [step, batch], log-prob of each transition, 0 where it has none.
+        mask: [step] bool, True where a transition has a log-prob.
+        x0_hat: [batch, *event], data estimate of the last step.
+    """
+
+    states: Any
+    log_prob: Any
+    mask: Any
+    x0_hat: Any
+
+
+def nfe(table: CoefficientTable, method: str = "euler") -> int:
+    """Number of velocity evaluations a sample of one rollout."""
+    check_choice("method", method, METHODS)
+    return len(table) * len(METHODS[method][1])
+
+
+def solver_velocity(
+    velocity: Velocity,
+    x: Data,
+    t: Array,
+    t_next: Array,
+    cond: Cond = None,
+    method: str = "euler",
+) -> Data:
+    """The mean velocity of one explicit Runge-Kutta step from t to t_next.
+
+    Args:
+        velocity: ``(x, t[batch], cond) -> [batch, *event]``.
+        x: [batch, *event].
+        t: scalar time of the state.
+        t_next: scalar time to reach, < t.
+        cond: conditions handed to the velocity.
+        method: 'euler', 'midpoint', 'heun' or 'rk4'.
+
+    Returns:
+        [batch, *event]; x - (t - t_next) times it is the solver's next state.
+    """
+    rows, weights, times = METHODS[method]
+    h = t - t_next
+    stages: list[Array] = []
+    for row, time in zip(rows, times):
+        state = x
+        for weight, stage in zip(row, stages):
+            if weight:
+                state = state - h * weight * stage
+        at = t_next if time == 1.0 else t - time * h
+        stages.append(
+            velocity(state, jnp.broadcast_to(at, x.shape[:1]), cond).astype(x.dtype)
+        )
+    return sum(w * s for w, s in zip(weights, stages) if w)  # pyright: ignore
+
+
+def rollout(
+    keys: Any,
+    velocity: Velocity,
+    x: Any,
+    table: CoefficientTable,
+    cond: Cond = None,
+    *,
+    method: str = "euler",
+    g: Callable[[Data, Time, Cond], Data] | None = None,
+    reduction: str = "mean",
+    store: bool = True,
+) -> Any:
+    """Walks a table from the state x.
+
+    Args:
+        keys: typed keys [batch], one a sample; None if no row adds noise. The
+            noise of step i is drawn from ``fold_in(key, i)``.
+        velocity: ``(x, t, cond) -> v`` with x, v [batch, *event] and t [batch].
+        x: start, [batch, *event], float32 (or float64 under x64): the time at
+            ``table.t[0]``.
+        table: coefficient table (or a slice of one), from
+            :func:`~tmdjax.flows.make_table`.
+        cond: handed to velocity and g.
+        method: solver of the rows, static; all but 'euler' need rows without noise.
+        g: gradient of a reward, ``(x, t, cond) -> [batch, *event]``, weighted by
+            the column C.
+        reduction: of log-probs over event dimensions, 'mean' or 'sum'.
+        store: False keeps no trajectory.
+
+    Returns:
+        A :class:`Trajectory`, or only the final state [batch, *event] if not
+        ``store``.
+
+    Raises:
+        TypeError: x is narrower than float32 (log-probs of rounded states are
+            wrong), or keys are not typed keys.
+        ValueError: unknown method or reduction; keys missing or of another batch;
+            a multi-stage method on noisy rows.
+
+    References:
+        Stochastic form: Flow-GRPO, arXiv 2505.05470; see flows/table.py.
+    """
+    x = jnp.asarray(x)
+    check_choice("method", method, METHODS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if x.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"the sampler state is {x.dtype}; give float32 and let the network cast."
+        )
+    if table.stochastic:
+        if keys is None:
+            raise ValueError("this table adds noise: give keys, one a sample.")
+        if method != "euler":
+            raise ValueError(
+                f"method={method!r} needs rows without noise (S = 0); this table adds "
+                f"noise. Use 'euler', or split the table into slices."
+            )
+        prng.check_key(keys, "keys")
+        check_batch("keys", keys, x.shape[0])
+    rows = {
+        name: jnp.asarray(column)
+        if name in ("mask", "step")
+        else jnp.asarray(column, x.dtype)
+        for name, column in table.columns().items()
+    }
+
+    def body(carry: Any, row: dict[str, Array]) -> tuple[Any, Any]:
+        x, _, _ = carry
+        t, t_next = row["t"], row["t_next"]
+        v = solver_velocity(velocity, x, t, t_next, cond, method)
+        x0_hat = x - t * v
+        e_hat = x + (1 - t) * v
+        mean = (1 - t_next) * x0_hat + row["k"] * e_hat
+        if g is not None:
+            times = jnp.broadcast_to(t, x.shape[:1])
+            mean = mean + row["C"] * g(x, times, cond)
+        log_prob = jnp.zeros(x.shape[0], x.dtype)
+        x_next = mean
+        if table.stochastic:
+            z = prng.normal(prng.fold_in(keys, row["step"]), x.shape[1:], x.dtype)
+            x_next = gaussian_transition(mean, row["c"] * row["S"], z)
+            std = jnp.where(row["mask"], row["log_prob_std"], 1.0)
+            density = gaussian_log_prob(x_next, mean, std, reduction)
+            log_prob = jnp.where(row["mask"], density, 0.0)
+        stacked = (x_next, log_prob) if store else None
+        return (x_next, mean, x0_hat), stacked
+
+    (sample, mean, x0_hat), stacked = jax.lax.scan(body, (x, x, x), rows)
+    last = {"sample": sample, "mean": mean, "x0_hat": x0_hat}[table.final]
+    if not store:
+        return last
+    states, log_prob = stacked
+    states = jnp.concatenate([x[None], states[:-1], last[None]])
+    return Trajectory(
+        states=states, log_prob=log_prob, mask=rows["mask"], x0_hat=x0_hat
+    )

@@ -1,0 +1,63 @@
+"""The Gaussian transition: the only place where a noisy step happens."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax.core.checks import check_choice
+from tmdjax.core.types import Array, Data, PerExample
+
+REDUCTIONS = ("mean", "sum")
+
+
+def _std_like(std: Any, x: Array) -> Array:
+    """A scalar, [batch] or [batch, *event] standard deviation, to broadcast over x."""
+    std = jnp.asarray(std, x.dtype)
+    return std.reshape(std.shape + (1,) * (x.ndim - std.ndim)) if std.ndim else std
+
+
+def gaussian_transition(mean: Data, std: Any, z: Data) -> Data:
+    """X' = mean + std z.
+
+    Args:
+        mean: [batch, *event].
+        std: scalar, [batch], or [batch, *event]; 0 makes the step deterministic.
+        z: standard normal noise, [batch, *event].
+
+    Returns:
+        The next state, [batch, *event].
+    """
+    return mean + _std_like(std, mean) * z
+
+
+def gaussian_log_prob(
+    x: Data, mean: Data, std: Any, reduction: str = "mean"
+) -> PerExample:
+    """Log N(x; mean, std^2), reduced over the event dimensions.
+
+    Args:
+        x: [batch, *event], float32 or wider.
+        mean: [batch, *event].
+        std: scalar, [batch] or [batch, *event], > 0.
+        reduction: 'mean' or 'sum' over event dimensions. The two differ by the
+            factor D (event size), so a clip range belongs to one of them.
+
+    Returns:
+        [batch] in nats (per dimension for 'mean').
+
+    Raises:
+        TypeError: x has fewer bits than mean: a rounded state has another density.
+        ValueError: unknown reduction.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if jnp.finfo(x.dtype).bits < jnp.finfo(mean.dtype).bits:
+        raise TypeError(
+            f"x is {x.dtype} but its transition was computed in {mean.dtype}; store "
+            f"sampler states in {mean.dtype}, or log-probs belong to other states."
+        )
+    std = _std_like(std, mean)
+    z = (x - mean) / std
+    log_density = -0.5 * z * z - jnp.log(std) - 0.5 * np.log(2 * np.pi)
+    axes = tuple(range(1, x.ndim))
+    return (jnp.mean if reduction == "mean" else jnp.sum)(log_density, axis=axes)
