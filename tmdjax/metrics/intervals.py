@@ -1,0 +1,104 @@
+"""Student t intervals over seeds, and their paired form for two arms."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from tmdjax.core.checks import check_choice, check_finite, check_range
+
+STATISTICS = ("difference", "ratio")
+
+
+class Interval(NamedTuple):
+    """A value with its interval; both bounds are None when there is one seed."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def t_interval(values: Sequence[float] | Any, level: float = 0.95) -> Interval:
+    """Mean over seeds with its two-sided Student t interval.
+
+    mean ± t_{n-1} s / sqrt(n), s the sample standard deviation (ddof 1).
+
+    Args:
+        values: one finite number a seed, [n] with n >= 1.
+        level: coverage, inside (0, 1).
+
+    Returns:
+        ``(mean, low, high)``; low and high are None for n = 1, where the spread
+        is unknown.
+
+    Raises:
+        ValueError: no value, more than one axis, a non-finite value, or a level
+            outside (0, 1).
+    """
+    check_range("level", level, 0, 1, open_low=True, open_high=True)
+    x = _per_seed(values, "values")
+    mean = float(x.mean())
+    if x.size == 1:
+        return Interval(mean, None, None)
+    t = float(stdtrit(x.size - 1, 0.5 + level / 2))
+    half = t * float(x.std(ddof=1)) / x.size**0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_interval(
+    ours: Sequence[float] | Any,
+    baseline: Sequence[float] | Any,
+    statistic: str,
+    level: float = 0.95,
+) -> Interval:
+    """Compares two arms run on the same seeds, entry i of both being seed i.
+
+    * ``'difference'``: mean of ours - baseline, with its t interval.
+    * ``'ratio'``: geometric mean of ours / baseline; the t interval is taken on
+      the log ratio and exponentiated, so swapping the arms inverts it.
+
+    Args:
+        ours: one number a seed, [n].
+        baseline: the same seeds of the other arm, [n].
+        statistic: 'difference' or 'ratio'.
+        level: coverage, inside (0, 1).
+
+    Returns:
+        ``(value, low, high)``; low and high are None for n = 1.
+
+    Raises:
+        ValueError: unknown statistic, unequal lengths, a non-finite value, or a
+            value that is not positive where a ratio is asked for.
+    """
+    check_choice("statistic", statistic, STATISTICS)
+    a, b = _per_seed(ours, "ours"), _per_seed(baseline, "baseline")
+    if a.size != b.size:
+        raise ValueError(
+            f"ours has {a.size} seed(s) but baseline has {b.size}; a paired interval "
+            f"needs both arms on the same seeds. Drop the seeds that only one has."
+        )
+    if statistic == "difference":
+        return t_interval(a - b, level)
+    for name, x in (("ours", a), ("baseline", b)):
+        if (x <= 0).any():
+            raise ValueError(
+                f"{name} holds {x[x <= 0][0]:g}; a ratio needs positive values. Use "
+                f"statistic='difference' for values that can be zero or negative."
+            )
+    value, low, high = t_interval(np.log(a) - np.log(b), level)
+    if low is None or high is None:
+        return Interval(math.exp(value), None, None)
+    return Interval(math.exp(value), math.exp(low), math.exp(high))
+
+
+def _per_seed(values: Any, name: str) -> np.ndarray:
+    x = np.asarray(values, np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(
+            f"{name} has shape {x.shape}; give a list with one number a seed, at "
+            f"least one."
+        )
+    check_finite(x, name, "A seed that diverged must be reported, not averaged.")
+    return x
