@@ -1,0 +1,38 @@
+"""Networks: linen modules used as pure functions of a parameter dict."""
+
+from tmdjax.models import lora
+from tmdjax.models.attention import attention
+from tmdjax.models.build import MODELS, build, functional, init_params
+from tmdjax.models.classifier import Classifier
+from tmdjax.models.dit import DiT
+from tmdjax.models.layers import (
+    ClassEmbedding,
+    Dense,
+    TimeEmbedding,
+    layer_norm,
+    patchify,
+    position_embedding_2d,
+    timestep_embedding,
+    unpatchify,
+)
+from tmdjax.models.mlp import VelocityMLP
+
+__all__ = [
+    "MODELS",
+    "ClassEmbedding",
+    "Classifier",
+    "Dense",
+    "DiT",
+    "TimeEmbedding",
+    "VelocityMLP",
+    "attention",
+    "build",
+    "functional",
+    "init_params",
+    "layer_norm",
+    "lora",
+    "patchify",
+    "position_embedding_2d",
+    "timestep_embedding",
+    "unpatchify",
+]

@@ -1,0 +1,140 @@
+"""Scaled dot-product attention, the one function every network calls."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax.core.checks import check_choice
+from tmdjax.core.types import Array, Bool, Float
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def select_implementation(
+    q: Array, k: Array, *, masked: bool, backend: str | None = None
+) -> str:
+    """What 'auto' stands for: 'cudnn' where it can run, else 'xla'.
+
+    Args:
+        q: queries [batch, position, heads, head_dim] (shape and dtype are read).
+        k: keys [batch, position, heads, head_dim].
+        masked: whether a mask is given. cuDNN takes it as a bias, whose gradient
+            needs even sequence lengths.
+        backend: platform name; None reads ``jax.default_backend()``.
+
+    Returns:
+        'cudnn' or 'xla'.
+    """
+    backend = jax.default_backend() if backend is None else backend
+    head_dim = q.shape[-1]
+    fits = (
+        backend == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and head_dim <= 128
+        and head_dim % 8 == 0
+        and not (masked and (q.shape[1] % 2 or k.shape[1] % 2))
+    )
+    return "cudnn" if fits else "xla"
+
+
+def attention(
+    q: Float[Array, "batch query heads head_dim"],
+    k: Float[Array, "batch key key_heads head_dim"],
+    v: Float[Array, "batch key key_heads head_dim"],
+    *,
+    mask: Bool[Array, "..."] | None = None,
+    causal: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "batch query heads head_dim"]:
+    """softmax(q kᵀ / √head_dim) v, with the softmax in float32.
+
+    Float32 inputs are multiplied in full float32 on every backend (no TF32).
+
+    Args:
+        q: queries [batch, position, heads, head_dim], any floating dtype.
+        k: keys [batch, position, key_heads, head_dim] of the same dtype. Fewer
+            heads than q (grouped queries) are allowed where they divide: query
+            head n then reads key head n // (heads // key_heads).
+        v: values, of the shape and dtype of k.
+        mask: bool, True where a query may look: [batch, key] for padding, or
+            [batch, heads, query, key] with axes of length 1 broadcast. Every query
+            needs one True: without, its output is the mean of all values
+            under 'xla' and undefined under 'cudnn'.
+        causal: position i looks at positions <= i only.
+        implementation: 'auto', 'xla' or 'cudnn' (GPU, 16-bit).
+
+    Returns:
+        [batch, position, heads, head_dim] in the dtype of q.
+
+    Raises:
+        ValueError: unknown implementation; shapes, dtypes or mask that disagree;
+            causal attention between sequences of unequal length.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    _check_inputs(q, k, v, causal)
+    if mask is not None:
+        mask = _expand_mask(mask, q, k)
+    if implementation == "auto":
+        implementation = select_implementation(q, k, masked=mask is not None)
+    if implementation == "cudnn" and mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+    exact = q.dtype == jnp.float32
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=causal,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
+        )
+
+
+def _check_inputs(q: Array, k: Array, v: Array, causal: bool) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {array.shape}; give [batch, position, heads, "
+                f"head_dim]."
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {k.shape} but v has shape {v.shape}.")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q has shape {q.shape} and k {k.shape}; batch and head_dim must agree."
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} heads and k has {k.shape[2]}; the heads of k must "
+            f"divide those of q."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one."
+        )
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"causal attention needs as many queries as keys, got {q.shape[1]} and "
+            f"{k.shape[1]}; pass a mask that says which position each query has."
+        )
+
+
+def _expand_mask(mask: Array, q: Array, k: Array) -> Array:
+    if mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask has dtype {mask.dtype}; give booleans, True where a query may look."
+        )
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    full = (batch, heads, queries, keys)
+    if mask.shape == (batch, keys):
+        return mask[:, None, None, :]
+    if mask.ndim != 4 or any(
+        size not in (1, want) for size, want in zip(mask.shape, full)
+    ):
+        raise ValueError(
+            f"mask has shape {mask.shape}; give [batch, key] = {(batch, keys)} or "
+            f"[batch, heads, query, key] = {full} with axes of length 1 broadcast."
+        )
+    return jnp.broadcast_to(mask, (*mask.shape[:3], keys))

@@ -1,0 +1,101 @@
+"""Networks by name, and as pure functions of their parameters."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from tmdjax.core.prng import check_key
+from tmdjax.core.registry import Registry, suggestion
+from tmdjax.core.types import ApplyFn, Params
+from tmdjax.models.classifier import Classifier
+from tmdjax.models.dit import DiT
+from tmdjax.models.mlp import VelocityMLP
+
+MODELS: Registry[type[nn.Module]] = Registry("model")
+MODELS.register("dit")(DiT)
+MODELS.register("mlp")(VelocityMLP)
+MODELS.register("classifier")(Classifier)
+
+
+def build(spec: Mapping[str, Any]) -> nn.Module:
+    """A module from ``{'name': ..., **attributes}``.
+
+    Args:
+        spec: the name of a model in ``MODELS`` and its attributes.
+
+    Returns:
+        The module, unbound.
+
+    Raises:
+        ValueError: no or an unknown name, an unknown or a missing attribute, or a
+            value the model refuses.
+
+    Example:
+        >>> build({"name": "mlp", "hidden": 32, "depth": 2}).hidden
+        32
+    """
+    if "name" not in spec:
+        raise ValueError(
+            f"a model needs a name, one of {', '.join(MODELS)}; got {sorted(spec)}."
+        )
+    kind = MODELS[spec["name"]]
+    given = {key: value for key, value in spec.items() if key != "name"}
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+        if field.name not in ("name", "parent")
+    }
+    for key in given:
+        if key not in fields:
+            raise ValueError(
+                f"model {spec['name']!r} has no attribute {key!r}; known: "
+                f"{', '.join(sorted(fields))}.{suggestion(key, fields)}"
+            )
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name not in given
+    ]
+    if missing:
+        raise ValueError(f"model {spec['name']!r} also needs {', '.join(missing)}.")
+    return kind(**given)
+
+
+def functional(module: nn.Module) -> ApplyFn:
+    """A module as ``apply_fn(params, *inputs, method=None, **options)``.
+
+    ``params`` is a plain nested dict (linen's 'params' collection itself). A
+    method is given by name, with its static options as keywords:
+    ``apply_fn(params, h, c, method='blocks', start=2)``.
+    """
+
+    def apply_fn(
+        params: Params, *inputs: Any, method: str | None = None, **options: Any
+    ) -> Any:
+        return module.apply({"params": params}, *inputs, method=method, **options)
+
+    return apply_fn
+
+
+def init_params(module: nn.Module, key: Any, *inputs: Any) -> dict[str, Any]:
+    """Draws parameters; the forward pass itself is not computed.
+
+    Args:
+        module: a linen module.
+        key: typed key.
+        *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; None where an
+            input may be None.
+
+    Returns:
+        A plain nested dict of float32 arrays. Under ``jax.eval_shape`` (close over
+        the inputs or pass them) nothing is allocated.
+
+    Raises:
+        TypeError: the key is not typed.
+    """
+    check_key(key)
+    return dict(module.lazy_init(key, *inputs)["params"])

@@ -1,0 +1,422 @@
+"""Diffusion transformer with adaptive layer norm (arXiv 2212.09748)."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.conventions import expand_time
+from tmdjax.core.types import Array, Float
+from tmdjax.models.attention import IMPLEMENTATIONS, attention
+from tmdjax.models.layers import (
+    ClassEmbedding,
+    Dense,
+    TimeEmbedding,
+    check_unconditional,
+    layer_norm,
+    patchify,
+    position_embedding_2d,
+    unpatchify,
+)
+from tmdjax.quant import compute_dtype
+
+_XAVIER = nn.initializers.xavier_uniform()
+_ZEROS = nn.initializers.zeros
+
+
+def _modulate(x: Array, shift: Array, scale: Array, recipe: str) -> Array:
+    """Layer norm, then scale and shift in float32; out in the compute dtype."""
+    y = layer_norm(x) * (1 + scale) + shift
+    return y.astype(compute_dtype(recipe))
+
+
+class _Attention(nn.Module):
+    heads: int
+    recipe: str
+    implementation: str
+    out_init: Callable[..., Any] = _XAVIER
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
+        width = x.shape[-1]
+
+        def project(y: Array, name: str) -> Array:
+            y = Dense(width, self.recipe, kernel_init=_XAVIER, name=name)(y)
+            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+
+        y = attention(
+            project(x, "query"),
+            project(context, "key"),
+            project(context, "value"),
+            mask=mask,
+            implementation=self.implementation,
+        )
+        y = y.reshape(x.shape)
+        return Dense(width, self.recipe, kernel_init=self.out_init, name="out")(y)
+
+
+class _Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition."""
+
+    heads: int
+    mlp_width: int
+    recipe: str
+    implementation: str
+
+    @nn.compact
+    def __call__(self, h: Array, c: Mapping[str, Array]) -> Array:
+        hidden = h.shape[-1]
+        modulation = Dense(
+            6 * hidden, self.recipe, kernel_init=_ZEROS, name="modulation"
+        )(nn.silu(c["modulation"]))
+        modulation = modulation.astype(jnp.float32)[:, None, :]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(modulation, 6, -1)
+
+        x = _modulate(h, shift, scale, self.recipe)
+        x = _Attention(self.heads, self.recipe, self.implementation, name="attention")(
+            x, x
+        )
+        h = h + (gate * x).astype(h.dtype)
+        if "tokens" in c:
+            x = layer_norm(h).astype(h.dtype)
+            # A zero output projection keeps the block the identity at the start.
+            h = h + _Attention(
+                self.heads,
+                self.recipe,
+                self.implementation,
+                _ZEROS,
+                name="cross_attention",
+            )(x, c["tokens"], c["mask"])
+        x = _modulate(h, mlp_shift, mlp_scale, self.recipe)
+        x = Dense(self.mlp_width, self.recipe, kernel_init=_XAVIER, name="mlp_in")(x)
+        x = nn.gelu(x, approximate=True)
+        x = Dense(hidden, self.recipe, kernel_init=_XAVIER, name="mlp_out")(x)
+        return h + (mlp_gate * x).astype(h.dtype)
+
+
+class _Output(nn.Module):
+    recipe: str
+
+    @nn.compact
+    def __call__(self, h: Array, modulation: Array, features: int) -> Array:
+        y = Dense(
+            2 * h.shape[-1], self.recipe, kernel_init=_ZEROS, name="modulation"
+        )(nn.silu(modulation))
+        shift, scale = jnp.split(y.astype(jnp.float32)[:, None, :], 2, -1)
+        h = _modulate(h, shift, scale, self.recipe)
+        return Dense(features, self.recipe, kernel_init=_ZEROS, name="projection")(h)
+
+
+class DiT(nn.Module):
+    """Velocity network ``(x, t, cond) -> velocity`` for images.
+
+    The block parameters are stacked on a leading layer axis (``params['blocks']``,
+    every leaf [depth, ...]) and run by one ``lax.scan``, so forty layers compile
+    like two. Gates and the last projection start at zero: every block is the
+    identity and the velocity is zero.
+
+    Conditions:
+
+    * neither ``num_classes`` nor ``token_width``: ``cond=None``;
+    * ``num_classes``: int [batch]; the index ``num_classes`` is the null class, and
+      ``cond=None`` is the null class in every row;
+    * ``token_width``: ``dict(tokens=[batch, length, token_width], mask=[batch,
+      length])`` with mask bool, True at real tokens. They enter by cross-attention,
+      not in context: the hidden state then holds image positions alone, so taps,
+      splits and skips mean the same with and without text, and cost is linear in
+      the length. A learned null token stands before them and is never masked;
+      the null condition is a mask of False everywhere, or ``cond=None``.
+
+    Attributes:
+        patch_size: side of a square patch.
+        hidden: width, a multiple of 4 and of ``heads``.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_ratio: width of the MLP over ``hidden``.
+        num_classes: classes, the null class not counted; None without.
+        token_width: width of condition tokens; None without.
+        out_channels: channels of the velocity; None means those of x.
+        recipe: GEMM recipe of every dense layer.
+        remat: recompute each block in the backward pass.
+        attention_implementation: see :func:`tmdjax.models.attention.attention`.
+        time_scale: what t in [0, 1] is multiplied by before its sinusoids.
+
+    References:
+        arXiv 2212.09748; cross-attention as in arXiv 2310.00426, section 2.3.
+    """
+
+    patch_size: int = 2
+    hidden: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    num_classes: int | None = None
+    token_width: int | None = None
+    out_channels: int | None = None
+    recipe: str = "fp32"
+    remat: bool = True
+    attention_implementation: str = "auto"
+    time_scale: float = 1000.0
+
+    def __post_init__(self):
+        for name in ("patch_size", "hidden", "depth", "heads"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("num_classes", "token_width", "out_channels"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1)
+        check_range("mlp_ratio", self.mlp_ratio, 0, open_low=True)
+        check_choice(
+            "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
+        )
+        compute_dtype(self.recipe)
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ValueError(
+                f"hidden={self.hidden} must be a multiple of heads={self.heads} and "
+                f"of 4 (the position embedding)."
+            )
+        if self.num_classes is not None and self.token_width is not None:
+            raise ValueError(
+                f"num_classes={self.num_classes} and token_width={self.token_width} "
+                f"are both given; a network is conditioned on classes or on tokens."
+            )
+        super().__post_init__()
+
+    def setup(self):
+        self.patch_embedding = Dense(self.hidden, self.recipe, kernel_init=_XAVIER)
+        self.time_embedding = TimeEmbedding(
+            self.hidden, time_scale=self.time_scale, recipe=self.recipe
+        )
+        if self.num_classes is not None:
+            self.class_embedding = ClassEmbedding(self.num_classes, self.hidden)
+        if self.token_width is not None:
+            self.token_projection = Dense(self.hidden, self.recipe, kernel_init=_XAVIER)
+            self.null_token = self.param(
+                "null_token",
+                nn.initializers.normal(0.02),
+                (self.hidden,),
+                jnp.float32,
+            )
+        self.stack = self.param("blocks", self._init_stack)
+        self.final = _Output(self.recipe)
+
+    def _block(self) -> _Block:
+        return _Block(
+            self.heads,
+            int(self.hidden * self.mlp_ratio),
+            self.recipe,
+            self.attention_implementation,
+            parent=None,
+        )
+
+    def _init_stack(self, key: Array) -> Any:
+        """One block's parameters, drawn ``depth`` times: leaves [depth, ...]."""
+        h = jnp.zeros((1, 1, self.hidden), compute_dtype(self.recipe))
+        c = {"modulation": jnp.zeros((1, self.hidden))}
+        if self.token_width is not None:
+            c |= {"tokens": h, "mask": jnp.ones((1, 1), bool)}
+        block = self._block()
+        keys = jax.random.split(key, self.depth)
+        return jax.vmap(lambda k: block.init(k, h, c)["params"])(keys)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channel"], t: Any, cond: Any = None
+    ) -> Float[Array, "batch height width out_channel"]:
+        """Velocity of x at time t.
+
+        Args:
+            x: images [batch, height, width, channel]; patch_size divides the sides.
+            t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
+            cond: see the class.
+
+        Returns:
+            float32 [batch, height, width, out_channels].
+        """
+        h, c = self.embed(x, t, cond)
+        h, _ = self.blocks(h, c)
+        return self.output(h, c, x.shape[1:3])
+
+    def embed(
+        self, x: Float[Array, "batch height width channel"], t: Any, cond: Any = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Hidden state and condition that the blocks run on.
+
+        Args:
+            x: images [batch, height, width, channel].
+            t: [batch] or a scalar, in [0, 1].
+            cond: see the class.
+
+        Returns:
+            h [batch, position, hidden] in the compute dtype, and c, a dict of
+            'modulation' float32 [batch, hidden] and, under token conditions,
+            'tokens' [batch, 1 + length, hidden] and 'mask' bool [batch, 1 + length].
+
+        Raises:
+            ValueError: sides that patch_size does not divide; a condition that is
+                not what the network was built for.
+            TypeError: classes that are not integers, tokens without their mask.
+        """
+        patches = patchify(x, self.patch_size)
+        batch, height, width, _ = x.shape
+        modulation = self.time_embedding(expand_time(t, batch)).astype(jnp.float32)
+        c = {"modulation": modulation}
+        if self.num_classes is not None:
+            c["modulation"] = modulation + self.class_embedding(cond, batch)
+        elif self.token_width is not None:
+            c |= self._embed_tokens(cond, batch)
+        else:
+            check_unconditional(cond)
+        positions = position_embedding_2d(
+            height // self.patch_size, width // self.patch_size, self.hidden
+        )
+        h = self.patch_embedding(patches) + positions
+        return h.astype(compute_dtype(self.recipe)), c
+
+    def _embed_tokens(self, cond: Any, batch: int) -> dict[str, Array]:
+        dtype = compute_dtype(self.recipe)
+        null = jnp.broadcast_to(self.null_token, (batch, 1, self.hidden)).astype(dtype)
+        always = jnp.ones((batch, 1), bool)
+        if cond is None:
+            # The projection is traced all the same, so that initialising with
+            # cond=None makes all parameters.
+            cond = {
+                "tokens": jnp.zeros((batch, 0, self.token_width or 0), dtype),
+                "mask": jnp.zeros((batch, 0), bool),
+            }
+        if not isinstance(cond, Mapping) or set(cond) != {"tokens", "mask"}:
+            given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
+            raise TypeError(
+                f"cond must be a dict with the keys 'tokens' and 'mask' or None, got "
+                f"{given}."
+            )
+        tokens, mask = cond["tokens"], cond["mask"]
+        if tokens.ndim != 3 or (tokens.shape[0], tokens.shape[2]) != (
+            batch,
+            self.token_width,
+        ):
+            raise ValueError(
+                f"cond['tokens'] has shape {tokens.shape}; give [batch, length, "
+                f"token_width] = ({batch}, length, {self.token_width})."
+            )
+        if mask.shape != tokens.shape[:2] or mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"cond['mask'] is {mask.dtype}{list(mask.shape)}; give booleans of "
+                f"shape {tokens.shape[:2]}, True at real tokens."
+            )
+        tokens = self.token_projection(tokens).astype(dtype)
+        return {
+            "tokens": jnp.concatenate([null, tokens], 1),
+            "mask": jnp.concatenate([always, mask], 1),
+        }
+
+    def blocks(
+        self,
+        h: Float[Array, "batch position hidden"],
+        c: Mapping[str, Any],
+        start: int = 0,
+        stop: int | None = None,
+        taps: Sequence[int] = (),
+        skip: Sequence[int] = (),
+    ) -> tuple[Array, dict[int, Array]]:
+        """Runs the blocks ``start .. stop - 1``.
+
+        One ``lax.scan`` a run of layers; the scan is cut at taps and skips.
+
+        Args:
+            h: hidden state [batch, position, hidden].
+            c: condition from :meth:`embed`.
+            start: first layer, static.
+            stop: one past the last layer, static; None means ``depth``.
+            taps: layers whose output is returned, static.
+            skip: layers left out (the identity stands for them), static.
+
+        Returns:
+            h after the last layer, and ``{layer: output of that layer}`` for taps.
+
+        Raises:
+            ValueError: an index out of range, or a layer both tapped and skipped.
+            TypeError: an index that is not a static integer.
+        """
+        stop = self.depth if stop is None else stop
+        taps = [operator.index(layer) for layer in taps]
+        skip = [operator.index(layer) for layer in skip]
+        if not 0 <= operator.index(start) <= operator.index(stop) <= self.depth:
+            raise ValueError(
+                f"start={start}, stop={stop} must satisfy 0 <= start <= stop <= "
+                f"depth={self.depth}; negative indices are not read."
+            )
+        for name, layers in (("taps", taps), ("skip", skip)):
+            outside = [i for i in layers if not start <= i < stop]
+            if outside:
+                raise ValueError(
+                    f"{name} holds {outside}, outside the layers {start}..{stop - 1} "
+                    f"that run."
+                )
+        if set(taps) & set(skip):
+            raise ValueError(
+                f"layers {sorted(set(taps) & set(skip))} are both tapped and skipped; "
+                f"tap the layer before them."
+            )
+        tapped = {}
+        position = start
+        for end in sorted({*(i + 1 for i in taps), *skip, stop}):
+            h = self._scan(h, c, position, end)
+            if end - 1 in taps:
+                tapped[end - 1] = h
+            position = end + (end in skip)
+        return h, tapped
+
+    def _scan(self, h: Array, c: Mapping[str, Any], start: int, stop: int) -> Array:
+        if start >= stop:
+            return h
+        block = self._block()
+        params = self.stack
+        if (start, stop) != (0, self.depth):
+            params = jax.tree.map(lambda leaf: leaf[start:stop], params)
+
+        def body(carry: Array, layer: Any) -> tuple[Array, None]:
+            return block.apply({"params": layer}, carry, c), None
+
+        if self.remat:
+            # Inside a scan the compiler cannot merge the recomputation away.
+            body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, h, params)[0]
+
+    def output(
+        self,
+        h: Float[Array, "batch position hidden"],
+        c: Mapping[str, Any],
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "batch height width out_channel"]:
+        """Velocity from the last hidden state.
+
+        Args:
+            h: hidden state [batch, position, hidden].
+            c: condition from :meth:`embed`.
+            size: (height, width) of the image in pixels; None means square.
+
+        Returns:
+            float32 [batch, height, width, out_channels].
+
+        Raises:
+            ValueError: the positions do not fill an image of that size.
+        """
+        if size is None:
+            side = math.isqrt(h.shape[1])
+            if side * side != h.shape[1]:
+                raise ValueError(
+                    f"{h.shape[1]} positions make no square image; pass size=(height, "
+                    f"width) in pixels."
+                )
+            size = (side * self.patch_size, side * self.patch_size)
+        patch_area = self.patch_size**2
+        channels = self.out_channels
+        if channels is None:
+            kernel = self.variables["params"]["patch_embedding"]["kernel"]
+            channels = kernel.shape[0] // patch_area
+        y = self.final(h, c["modulation"], patch_area * channels)
+        return unpatchify(y.astype(jnp.float32), self.patch_size, *size)

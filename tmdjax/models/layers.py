@@ -1,0 +1,271 @@
+"""Layers shared by the networks: dense, embeddings, norms, patches."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tmdjax.core.checks import check_batch, check_range
+from tmdjax.core.types import Array, Float
+from tmdjax.quant import linear
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias under a GEMM recipe of :mod:`tmdjax.quant`.
+
+    Attributes:
+        features: output width.
+        recipe: name of the GEMM recipe; it sets the output dtype.
+        use_bias: whether a bias is added, in the output dtype.
+        kernel_init: initialiser of the kernel, float32 [in, out].
+    """
+
+    features: int
+    recipe: str = "fp32"
+    use_bias: bool = True
+    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in_features"]) -> Array:
+        """Maps [..., in] to [..., features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        y = linear(x, kernel, self.recipe)
+        if self.use_bias:
+            bias = self.param(
+                "bias", nn.initializers.zeros, (self.features,), jnp.float32
+            )
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+def layer_norm(
+    x: Float[Array, "*batch features"], epsilon: float = 1e-6
+) -> Float[Array, "*batch features"]:
+    """(x - mean) / sqrt(variance + epsilon) over the last axis, in float32.
+
+    Returns:
+        float32, whatever the dtype of x: scale and shift it before casting down.
+    """
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon)
+
+
+def timestep_embedding(
+    t: Float[Array, "batch"],
+    dim: int,
+    max_period: float = 10000.0,
+    time_scale: float = 1000.0,
+) -> Float[Array, "batch dim"]:
+    """Sinusoids of a time: [cos(s t w_i), sin(s t w_i)], w_i = max_period^(-2i/dim).
+
+    Args:
+        t: times [batch] in [0, 1].
+        dim: width of the embedding, even.
+        max_period: longest wavelength over 2 pi, in units of the scaled time.
+        time_scale: s, what t is multiplied by. 1000 gives the range of the
+            discrete timesteps that published networks were trained on.
+
+    Returns:
+        float32 [batch, dim], cosines first.
+
+    Raises:
+        ValueError: dim is odd or not positive, or t is not one-dimensional.
+
+    References:
+        arXiv 2212.09748 (its code); arXiv 1706.03762, section 3.5.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim={dim} must be even and positive: half cosine, half sine.")
+    if t.ndim != 1:
+        raise ValueError(f"t has shape {t.shape}; give one time a sample, [batch].")
+    half = dim // 2
+    frequencies = np.exp(-math.log(max_period) * np.arange(half) / half)
+    angles = (time_scale * t.astype(jnp.float32))[:, None] * jnp.asarray(
+        frequencies, jnp.float32
+    )
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the time through two dense layers.
+
+    Attributes:
+        features: output width.
+        frequency_dim: width of the sinusoidal embedding, even.
+        time_scale: what t is multiplied by before the sinusoids.
+        recipe: GEMM recipe.
+    """
+
+    features: int
+    frequency_dim: int = 256
+    time_scale: float = 1000.0
+    recipe: str = "fp32"
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "batch"]) -> Array:
+        """Maps times [batch] in [0, 1] to [batch, features]."""
+        init = nn.initializers.normal(0.02)
+        y = timestep_embedding(t, self.frequency_dim, time_scale=self.time_scale)
+        y = Dense(self.features, self.recipe, kernel_init=init, name="hidden")(y)
+        return Dense(self.features, self.recipe, kernel_init=init, name="out")(
+            nn.silu(y)
+        )
+
+
+class ClassEmbedding(nn.Module):
+    """A learned vector a class; index ``num_classes`` is the null class.
+
+    Attributes:
+        num_classes: number of classes, the null class not counted.
+        features: output width.
+    """
+
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, cond: Any, batch: int) -> Float[Array, "batch features"]:
+        """Looks classes up.
+
+        Args:
+            cond: int [batch] in 0..num_classes, or None for the null class in
+                every row.
+            batch: the batch size.
+
+        Returns:
+            float32 [batch, features].
+
+        Raises:
+            TypeError: cond is not an integer array.
+            ValueError: cond has another shape, or a (concrete) class out of range.
+        """
+        table = self.param(
+            "embedding",
+            nn.initializers.normal(0.02),
+            (self.num_classes + 1, self.features),
+            jnp.float32,
+        )
+        if cond is None:
+            cond = jnp.full((batch,), self.num_classes, jnp.int32)
+        if not jnp.issubdtype(getattr(cond, "dtype", None), jnp.integer):
+            raise TypeError(
+                f"cond must be an integer array of classes, one a sample, got "
+                f"{type(cond).__name__} of dtype {getattr(cond, 'dtype', None)}."
+            )
+        if cond.ndim != 1:
+            raise ValueError(
+                f"cond has shape {cond.shape}; give one class a sample, ({batch},)."
+            )
+        check_batch("cond", cond, batch)
+        if not isinstance(cond, jax.core.Tracer):
+            for extreme in (int(cond.min()), int(cond.max())):
+                check_range("cond (a class)", extreme, 0, self.num_classes)
+        return jnp.take(table, cond, axis=0)
+
+
+def check_unconditional(cond: Any) -> None:
+    """Raises ValueError if a network built without conditions is given one."""
+    if cond is not None:
+        raise ValueError(
+            "this network was built unconditional but got cond; pass cond=None, or "
+            "build it with num_classes."
+        )
+
+
+def patchify(
+    x: Float[Array, "batch height width channel"], patch_size: int
+) -> Float[Array, "batch position features"]:
+    """Cuts images into square patches, row by row.
+
+    Args:
+        x: images [batch, height, width, channel].
+        patch_size: side of a patch; it divides height and width.
+
+    Returns:
+        [batch, height/p * width/p, p * p * channel]; inside a patch the order is
+        row, column, channel.
+
+    Raises:
+        ValueError: x is no batch of images or patch_size does not divide its sides.
+    """
+    if x.ndim != 4:
+        raise ValueError(
+            f"x has shape {x.shape}; give images [batch, height, width, channel]."
+        )
+    batch, height, width, channel = x.shape
+    _check_patches(height, width, patch_size)
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(batch, rows, patch_size, columns, patch_size, channel)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * columns, patch_size * patch_size * channel)
+
+
+def unpatchify(
+    tokens: Float[Array, "batch position features"],
+    patch_size: int,
+    height: int,
+    width: int,
+) -> Float[Array, "batch height width channel"]:
+    """The inverse of :func:`patchify`.
+
+    Raises:
+        ValueError: the patches do not make an image of that height and width.
+    """
+    _check_patches(height, width, patch_size)
+    rows, columns = height // patch_size, width // patch_size
+    batch, positions, features = tokens.shape
+    if positions != rows * columns or features % patch_size**2:
+        raise ValueError(
+            f"tokens have shape {tokens.shape}; an image of {height} x {width} in "
+            f"patches of {patch_size} needs {rows * columns} positions and a multiple "
+            f"of {patch_size**2} features."
+        )
+    x = tokens.reshape(batch, rows, columns, patch_size, patch_size, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+
+
+def _check_patches(height: int, width: int, patch_size: int) -> None:
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size={patch_size} does not divide an image of {height} x {width}."
+        )
+
+
+def position_embedding_2d(rows: int, columns: int, dim: int) -> np.ndarray:
+    """Fixed sine-cosine embedding of a grid of patches.
+
+    A quarter of the features each: sin and cos of the column, sin and cos of the
+    row, at frequencies 10000^(-4 i / dim), i < dim / 4.
+
+    Args:
+        rows: patches along the height.
+        columns: patches along the width.
+        dim: features, a multiple of 4.
+
+    Returns:
+        float32 [rows * columns, dim] on the host, rows first as in
+        :func:`patchify`.
+
+    Raises:
+        ValueError: dim is not a positive multiple of 4.
+
+    References:
+        arXiv 2111.06377 and 2212.09748 (their code).
+    """
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim={dim} must be a positive multiple of 4.")
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    parts = []
+    for position in (column, row):
+        angles = position.reshape(-1, 1) * frequencies
+        parts += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(parts, axis=1).astype(np.float32)

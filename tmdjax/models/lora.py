@@ -1,0 +1,168 @@
+"""Low-rank adapters as a transform of the parameter tree (arXiv 2106.09685).
+
+W' = W + (alpha / rank) a b, with a [in, rank] drawn at random and b [rank, out]
+zero, so that training starts at the base. The network does not know of it.
+"""
+
+import difflib
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax.core.checks import check_range
+from tmdjax.core.prng import check_key
+from tmdjax.core.trees import count, flatten, map_with_path
+from tmdjax.core.types import ApplyFn, Array, Params
+
+__all__ = ["apply_fn", "count", "init", "merge"]
+
+
+def init(
+    key: Any, params: Params, rank: int, targets: Sequence[str]
+) -> dict[str, Any]:
+    """Draws adapters for the kernels whose path matches a target.
+
+    Only leaves named 'kernel' of shape [in, out] or [layer, in, out] are adapted;
+    a pattern that also matches biases leaves those alone. A leaf's adapter depends
+    on the key and its path, not on which other leaves are adapted.
+
+    Args:
+        key: typed key.
+        params: parameter tree (arrays or shape structs).
+        rank: r, at least 1 and at most the smaller side of every target.
+        targets: regular expressions, matched with ``re.search`` against path names
+            such as 'blocks/attention/query/kernel'.
+
+    Returns:
+        The tree of ``params`` cut down to the adapted leaves, each replaced by
+        ``{'a': [..., in, r], 'b': [..., r, out]}``, float32; a is uniform in
+        +-1/sqrt(in), b is zero.
+
+    Raises:
+        TypeError: the key is not typed, or targets is one string.
+        ValueError: no targets, a pattern that matches no kernel (names the nearest
+            paths) or a convolution, a rank out of range.
+    """
+    check_key(key)
+    if isinstance(targets, str) or not targets:
+        raise (TypeError if targets else ValueError)(
+            f"targets={targets!r}; give a list of one or more regular expressions."
+        )
+    kernels = {
+        path: leaf
+        for path, leaf in flatten(params).items()
+        if path.split("/")[-1] == "kernel"
+    }
+    chosen = set()
+    for pattern in targets:
+        matched = {path for path in kernels if re.search(pattern, path)}
+        if not matched:
+            near = difflib.get_close_matches(pattern, kernels, n=3, cutoff=0.0)
+            raise ValueError(
+                f"target {pattern!r} matches no kernel; the nearest of "
+                f"{len(kernels)} are: {', '.join(near)}."
+            )
+        chosen |= matched
+    adapters: dict[str, Any] = {}
+    for path in sorted(chosen):
+        *stack, fan_in, fan_out = _kernel_shape(path, kernels[path])
+        check_range(f"rank (of {path})", rank, 1, min(fan_in, fan_out))
+        *parents, leaf_name = path.split("/")
+        node = adapters
+        for name in parents:
+            node = node.setdefault(name, {})
+        bound = 1 / math.sqrt(fan_in)
+        node[leaf_name] = {
+            "a": jax.random.uniform(
+                jax.random.fold_in(key, zlib.crc32(path.encode())),
+                (*stack, fan_in, rank),
+                jnp.float32,
+                -bound,
+                bound,
+            ),
+            "b": jnp.zeros((*stack, rank, fan_out), jnp.float32),
+        }
+    return adapters
+
+
+def _kernel_shape(path: str, leaf: Any) -> tuple[int, ...]:
+    if leaf.ndim not in (2, 3):
+        raise ValueError(
+            f"{path} has shape {leaf.shape}; adapters take kernels [in, out] or "
+            f"[layer, in, out]. Narrow the targets."
+        )
+    return leaf.shape
+
+
+def merge(params: Params, adapters: Params, alpha: float) -> Params:
+    """W + (alpha / rank) a b at every adapted leaf; the others are passed on.
+
+    Args:
+        params: parameter tree.
+        adapters: from :func:`init`; empty or None means none.
+        alpha: scale, at least 0. Zero (a Python number) switches adapters off:
+            params come back as they are.
+
+    Returns:
+        A tree like params, same dtypes; the sum is taken in float32.
+
+    Raises:
+        ValueError: negative alpha, an adapter whose leaf is missing or does not fit.
+    """
+    if isinstance(alpha, int | float):
+        check_range("alpha", alpha, 0, math.inf, open_high=True)
+    leaves = flatten(adapters or {})
+    paths = dict.fromkeys(path.rpartition("/")[0] for path in leaves)
+    base = flatten(params)
+    for path in paths:
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        if path not in base:
+            near = difflib.get_close_matches(path, base, n=1, cutoff=0.0)
+            raise ValueError(
+                f"the adapter of {path!r} has no parameter; the nearest is {near}. "
+                f"Adapters belong to the tree they were made from."
+            )
+        product = (*a.shape[:-1], b.shape[-1])
+        if a.shape[-1] != b.shape[-2] or product != base[path].shape:
+            raise ValueError(
+                f"the adapter of {path!r}, {a.shape} x {b.shape}, does not fit its "
+                f"kernel of shape {base[path].shape}."
+            )
+    if not paths or (isinstance(alpha, int | float) and alpha == 0):
+        return params
+
+    def add(path: str, kernel: Array) -> Array:
+        if path not in paths:
+            return kernel
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        merged = kernel.astype(jnp.float32) + (alpha / a.shape[-1]) * delta
+        return merged.astype(kernel.dtype)
+
+    return map_with_path(add, params)
+
+
+def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: float) -> ApplyFn:
+    """``fn(adapters, *inputs, **options)``: the base with adapters merged in.
+
+    The base is held constant (no gradient reaches it), so a loss of ``fn`` trains
+    the adapters alone; ``fn({}, ...)`` is the base itself. Call this inside the
+    jitted function, with ``base_params`` as its argument: parameters that a jitted
+    function closes over become constants of the program.
+
+    Args:
+        base_apply_fn: ``apply_fn(params, *inputs, **options)``.
+        base_params: its parameters.
+        alpha: scale of the adapters, see :func:`merge`.
+    """
+
+    def fn(adapters: Mapping[str, Any], *inputs: Any, **options: Any) -> Any:
+        frozen = jax.lax.stop_gradient(base_params)
+        return base_apply_fn(merge(frozen, adapters, alpha), *inputs, **options)
+
+    return fn
