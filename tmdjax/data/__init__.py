@@ -1,0 +1,25 @@
+"""Data sources, procedural sets, and batches that resume exactly."""
+
+from tmdjax.data import procedural
+from tmdjax.data.dataset import Dataset
+from tmdjax.data.pipeline import (
+    Batches,
+    BatchPlan,
+    array_record,
+    in_memory,
+    write_array_record,
+)
+from tmdjax.data.sources import SOURCES, Source, load
+
+__all__ = [
+    "SOURCES",
+    "BatchPlan",
+    "Batches",
+    "Dataset",
+    "Source",
+    "array_record",
+    "in_memory",
+    "load",
+    "procedural",
+    "write_array_record",
+]

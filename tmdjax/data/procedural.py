@@ -1,0 +1,350 @@
+"""Unlimited data made from keys: coloured shapes and 2-D point sets.
+
+Every sampler is ``(keys[batch], **options) -> {name: [batch, ...]}``, pure and
+jittable; sample i depends on key i alone.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax.core.checks import check_range
+from tmdjax.core.prng import check_key, fold_in, sample_keys
+from tmdjax.core.types import Array, Float, Int, Key, SampleKeys
+from tmdjax.data.dataset import Dataset
+
+Sampler = Callable[[Any], dict[str, Array]]
+
+SHAPES = ("disc", "ring", "square", "frame", "diamond", "triangle", "cross", "star")
+"""Sprite classes, in label order."""
+
+CHECKERBOARD_SQUARES = 8
+RINGS = 3
+
+_CHUNK = 1024
+
+
+def _disc(x: Array, y: Array) -> Array:
+    return jnp.hypot(x, y) - 1
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return jnp.abs(jnp.hypot(x, y) - 0.75) - 0.25
+
+
+def _square(x: Array, y: Array) -> Array:
+    return jnp.maximum(jnp.abs(x), jnp.abs(y)) - 0.5**0.5
+
+
+def _frame(x: Array, y: Array) -> Array:
+    outer = _square(x, y)
+    return jnp.maximum(outer, -(outer + 0.5**0.5 / 2))
+
+
+def _diamond(x: Array, y: Array) -> Array:
+    return (jnp.abs(x) + jnp.abs(y) - 1) * 0.5**0.5
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    return jnp.maximum(y, 0.75**0.5 * jnp.abs(x) - y / 2) - 0.5
+
+
+def _cross(x: Array, y: Array) -> Array:
+    x, y = jnp.abs(x), jnp.abs(y)
+    arm, width = jnp.maximum(x, y), jnp.minimum(x, y)
+    return jnp.maximum(arm - 1, width - 0.3)
+
+
+def _star(x: Array, y: Array) -> Array:
+    """Pentagram with its tip up: fold the angle onto one half of one arm."""
+    half = np.pi / 5
+    inner = np.sin(np.pi / 10) / np.sin(3 * np.pi / 10)
+    angle = jnp.abs((jnp.arctan2(x, -y) + half) % (2 * half) - half)
+    along, across = jnp.cos(angle), jnp.sin(angle)
+    edge = np.array([inner * np.cos(half) - 1, inner * np.sin(half)])
+    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    r = jnp.hypot(x, y)
+    return normal[0] * (r * along - 1) + normal[1] * r * across
+
+
+# Signed distances to shapes inside [-1, 1]², negative inside, in SHAPES order.
+_DISTANCES = (_disc, _ring, _square, _frame, _diamond, _triangle, _cross, _star)
+
+
+def shape_mask(
+    label: Int[Array, ""],
+    centre: Float[Array, "2"],
+    radius: Float[Array, ""],
+    size: int,
+) -> Float[Array, "size size"]:
+    """Coverage of each pixel by a shape, anti-aliased over one pixel.
+
+    Args:
+        label: class in [0, len(SHAPES)).
+        centre: (x, y) in pixels from the upper left corner.
+        radius: half the side of the box that holds the shape, in pixels.
+        size: of the image, in pixels.
+
+    Returns:
+        [size, size] float32 in [0, 1].
+    """
+    middle = jnp.arange(size, dtype=jnp.float32) + 0.5
+    x = (middle[None, :] - centre[0]) / radius
+    y = (middle[:, None] - centre[1]) / radius
+    distance = jnp.stack([d(*jnp.broadcast_arrays(x, y)) for d in _DISTANCES])[label]
+    return jnp.clip(0.5 - distance * radius, 0, 1)
+
+
+def sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
+    """One coloured shape on a plain background; the class is the shape.
+
+    The shape lies wholly inside the image, its box 0.3 to 0.7 of the image wide,
+    and differs from the background by at least 0.5 in every colour channel.
+
+    Args:
+        keys: typed keys [batch].
+        size: height and width, at least 8.
+
+    Returns:
+        'image' float32 in [-1, 1] [batch, size, size, 3]; 'label' int32 [batch].
+
+    Raises:
+        TypeError: raw keys.
+        ValueError: size < 8.
+    """
+    check_key(keys, "keys")
+    check_range("size", size, 8)
+
+    def one(key: Key[Array, ""]) -> dict[str, Array]:
+        label_key, radius_key, centre_key, ground_key, colour_key = jax.random.split(
+            key, 5
+        )
+        label = jax.random.randint(label_key, (), 0, len(SHAPES), jnp.int32)
+        radius = size * jax.random.uniform(
+            radius_key, (), jnp.float32, minval=0.15, maxval=0.35
+        )
+        centre = radius + (size - 2 * radius) * jax.random.uniform(
+            centre_key, (2,), jnp.float32
+        )
+        ground = jax.random.uniform(ground_key, (3,), jnp.float32, minval=-1)
+        # A step of 0.5 to 1.5 around the circle [-1, 1): the contrast is
+        # bounded below without rejection.
+        step = jax.random.uniform(colour_key, (3,), jnp.float32, minval=0.5, maxval=1.5)
+        colour = (ground + step + 1) % 2 - 1
+        mask = shape_mask(label, centre, radius, size)[..., None]
+        return {"image": ground + mask * (colour - ground), "label": label}
+
+    return jax.vmap(one)(keys)
+
+
+def checkerboard(keys: SampleKeys) -> dict[str, Array]:
+    """Uniform points on the eight dark squares of a 4 x 4 board over [-1, 1]².
+
+    Args:
+        keys: typed keys [batch].
+
+    Returns:
+        'point' float32 [batch, 2]; 'label' int32 [batch], the square.
+    """
+    check_key(keys, "keys")
+
+    def one(key: Key[Array, ""]) -> dict[str, Array]:
+        square_key, place_key = jax.random.split(key)
+        square = jax.random.randint(square_key, (), 0, CHECKERBOARD_SQUARES, jnp.int32)
+        row = square // 2
+        column = 2 * (square % 2) + row % 2
+        place = jax.random.uniform(place_key, (2,), jnp.float32)
+        point = (jnp.stack([column, row]) + place) / 2 - 1
+        return {"point": point, "label": square}
+
+    return jax.vmap(one)(keys)
+
+
+def two_moons(keys: SampleKeys, noise: float = 0.05) -> dict[str, Array]:
+    """Two interleaved half circles of radius 2/3, centred, with Gaussian noise.
+
+    Args:
+        keys: typed keys [batch].
+        noise: standard deviation of the noise, >= 0.
+
+    Returns:
+        'point' float32 [batch, 2]; 'label' int32 [batch]: 0 the upper moon around
+        (-1/3, -1/6), 1 the lower one around (1/3, 1/6).
+
+    Raises:
+        ValueError: negative noise.
+    """
+    check_key(keys, "keys")
+    check_range("noise", noise, 0)
+
+    def one(key: Key[Array, ""]) -> dict[str, Array]:
+        moon_key, angle_key, noise_key = jax.random.split(key, 3)
+        moon = jax.random.randint(moon_key, (), 0, 2, jnp.int32)
+        angle = jax.random.uniform(angle_key, (), jnp.float32, maxval=np.pi)
+        sign = 1.0 - 2 * moon
+        arc = 2 / 3 * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+        point = sign * (arc - jnp.array([1 / 3, 1 / 6]))
+        point += noise * jax.random.normal(noise_key, (2,), jnp.float32)
+        return {"point": point, "label": moon}
+
+    return jax.vmap(one)(keys)
+
+
+def rings(keys: SampleKeys, noise: float = 0.02) -> dict[str, Array]:
+    """Three concentric circles of radius 1/3, 2/3 and 1, with Gaussian noise.
+
+    Args:
+        keys: typed keys [batch].
+        noise: standard deviation of the noise, >= 0.
+
+    Returns:
+        'point' float32 [batch, 2]; 'label' int32 [batch], the circle from within.
+
+    Raises:
+        ValueError: negative noise.
+    """
+    check_key(keys, "keys")
+    check_range("noise", noise, 0)
+
+    def one(key: Key[Array, ""]) -> dict[str, Array]:
+        ring_key, angle_key, noise_key = jax.random.split(key, 3)
+        ring = jax.random.randint(ring_key, (), 0, RINGS, jnp.int32)
+        angle = jax.random.uniform(angle_key, (), jnp.float32, maxval=2 * np.pi)
+        point = (ring + 1) / RINGS * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+        point += noise * jax.random.normal(noise_key, (2,), jnp.float32)
+        return {"point": point, "label": ring}
+
+    return jax.vmap(one)(keys)
+
+
+def make_dataset(
+    name: str,
+    sampler: Sampler,
+    *,
+    train_count: int,
+    test_count: int,
+    seed: int,
+    num_classes: int,
+    meta: dict[str, Any],
+) -> Dataset:
+    """Samples a fixed data set.
+
+    Training and test samples come from two keys folded out of the seed: the
+    splits share no key, and a larger count extends a split without changing it.
+
+    Args:
+        name: of the data set.
+        sampler: ``keys[batch] -> {name: [batch, ...]}``.
+        train_count: training samples, >= 1.
+        test_count: test samples, >= 1.
+        seed: of the root key.
+        num_classes: how many labels the sampler draws from.
+        meta: passed on to the data set.
+
+    Raises:
+        ValueError: a count < 1.
+    """
+    check_range("train_count", train_count, 1)
+    check_range("test_count", test_count, 1)
+    jitted = jax.jit(sampler)
+    root = jax.random.key(seed)
+
+    def split(index: int, count: int) -> dict[str, np.ndarray]:
+        key = fold_in(root, index)
+        parts = [
+            jax.device_get(jitted(sample_keys(key, _CHUNK, start)))
+            for start in range(0, count, _CHUNK)
+        ]
+        return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
+
+    return Dataset(
+        name=name,
+        train=split(0, train_count),
+        test=split(1, test_count),
+        num_classes=num_classes,
+        meta=meta,
+    )
+
+
+def load_sprites(
+    files: Mapping[str, Path],
+    *,
+    train_count: int = 8192,
+    test_count: int = 1024,
+    seed: int = 0,
+    size: int = 32,
+) -> Dataset:
+    """A fixed set of :func:`sprites`."""
+    return make_dataset(
+        "sprites",
+        functools.partial(sprites, size=size),
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        num_classes=len(SHAPES),
+        meta={"class_names": SHAPES, "seed": seed},
+    )
+
+
+def load_checkerboard(
+    files: Mapping[str, Path],
+    *,
+    train_count: int = 16384,
+    test_count: int = 4096,
+    seed: int = 0,
+) -> Dataset:
+    """A fixed set of :func:`checkerboard` points."""
+    return make_dataset(
+        "checkerboard",
+        checkerboard,
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        num_classes=CHECKERBOARD_SQUARES,
+        meta={"seed": seed},
+    )
+
+
+def load_two_moons(
+    files: Mapping[str, Path],
+    *,
+    train_count: int = 16384,
+    test_count: int = 4096,
+    seed: int = 0,
+    noise: float = 0.05,
+) -> Dataset:
+    """A fixed set of :func:`two_moons` points."""
+    return make_dataset(
+        "two_moons",
+        functools.partial(two_moons, noise=noise),
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        num_classes=2,
+        meta={"seed": seed, "noise": noise},
+    )
+
+
+def load_rings(
+    files: Mapping[str, Path],
+    *,
+    train_count: int = 16384,
+    test_count: int = 4096,
+    seed: int = 0,
+    noise: float = 0.02,
+) -> Dataset:
+    """A fixed set of :func:`rings` points."""
+    return make_dataset(
+        "rings",
+        functools.partial(rings, noise=noise),
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        num_classes=RINGS,
+        meta={"seed": seed, "noise": noise},
+    )
