@@ -1,0 +1,196 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tmdjax import train
+from tmdjax.core import prng
+
+
+def linear_loss(params, batch, keys):
+    noise = 0.01 * prng.normal(keys, ())
+    error = batch["x"] @ params["w"] + params["b"] - batch["y"] + noise
+    return jnp.square(error), {"absolute": jnp.abs(error)}
+
+
+def problem(size=16):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32), "b": jnp.zeros(())}
+    x = rng.normal(size=(size, 3)).astype(np.float32)
+    y = (x @ np.array([1.0, -2.0, 0.5]) + 0.3).astype(np.float32)
+    return params, {"x": x, "y": y}
+
+
+def run(params, batch, steps, optimizer=None, **options):
+    optimizer = optimizer or optax.sgd(0.1)
+    state = train.create_state(params, optimizer, ema="ema_decay" in options)
+    step = jax.jit(train.make_train_step(linear_loss, optimizer, **options))
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, batch, jax.random.key(1))
+        history.append(metrics)
+    return state, history
+
+
+def test_reaches_the_known_optimum():
+    params, batch = problem()
+    state, history = run(params, batch, 300)
+    np.testing.assert_allclose(state.params["w"], [1.0, -2.0, 0.5], atol=0.02)
+    np.testing.assert_allclose(state.params["b"], 0.3, atol=0.02)
+    assert history[-1]["loss"] < 1e-3 < history[0]["loss"]
+    assert int(state.step) == 300 and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"microbatches": 4}, {"microbatches": 4, "unroll": True}]
+)
+def test_microbatches_change_memory_not_maths(options):
+    params, batch = problem()
+    whole, history = run(params, batch, 5)
+    parts, parts_history = run(params, batch, 5, **options)
+    np.testing.assert_allclose(whole.params["w"], parts.params["w"], rtol=1e-5)
+    for a, b in zip(history, parts_history):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+
+
+def test_gradient_against_finite_differences(x64):
+    params, batch = problem()
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    state, _ = run(params, batch, 1, optax.sgd(1.0))
+    keys = prng.sample_keys(jax.random.fold_in(jax.random.key(1), 0), 16)
+    for i in range(3):
+        eps = np.zeros(3)
+        eps[i] = 1e-6
+        up, down = (
+            linear_loss({**params, "w": params["w"] + s * eps}, batch, keys)[0].mean()
+            for s in (1, -1)
+        )
+        step = params["w"][i] - state.params["w"][i]
+        np.testing.assert_allclose(step, (up - down) / 2e-6, rtol=1e-5)
+
+
+def test_ema_ramp():
+    params, batch = problem()
+    state, _ = run(params, batch, 1, optax.sgd(0.1), ema_decay=0.999)
+    # at n = 0 the rate is 1/10: one tenth of the start remains
+    expected = 0.1 * params["w"] + 0.9 * state.params["w"]
+    np.testing.assert_allclose(state.ema_params["w"], expected, rtol=1e-5)
+    assert state.eval_params is state.ema_params
+    late = train.ema_update({"w": 0.0}, {"w": 1.0}, jnp.int32(10**6), 0.999)
+    np.testing.assert_allclose(late["w"], 0.001, rtol=1e-3)
+
+
+def test_nan_in_a_batch_is_skipped_and_counted():
+    params, batch = problem()
+    optimizer = optax.adam(0.1)
+    step = jax.jit(train.make_train_step(linear_loss, optimizer, ema_decay=0.9))
+    state = train.create_state(params, optimizer, ema=True)
+    state, _ = step(state, batch, jax.random.key(0))
+    broken = {**batch, "x": batch["x"].copy()}
+    broken["x"][3, 1] = np.nan
+    after, metrics = step(state, broken, jax.random.key(0))
+    for name in ("params", "opt_state", "ema_params"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name))
+        ):
+            np.testing.assert_array_equal(a, b)
+    assert metrics["skipped"] == 1 and int(after.skipped) == 1
+    assert int(after.skipped_in_a_row) == 1 and int(after.step) == 2
+    again, metrics = step(after, batch, jax.random.key(0))
+    assert int(again.skipped) == 1 and int(again.skipped_in_a_row) == 0
+    assert metrics["skipped"] == 0
+
+
+def test_infinite_gradient_with_finite_loss_is_skipped():
+    def loss(params, batch, keys):
+        return jnp.sqrt(params["w"]) * jnp.ones(keys.shape), {}  # gradient inf at 0
+
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(train.make_train_step(loss, optimizer))
+    state, metrics = step(
+        train.create_state({"w": jnp.zeros(())}, optimizer),
+        jnp.ones(4),
+        jax.random.key(0),
+    )
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    assert float(state.params["w"]) == 0
+
+
+def test_report_names_example_input_and_parameter():
+    params, batch = problem()
+    batch["x"][5] = np.nan
+    keys = prng.sample_keys(jax.random.key(0), 16)
+    text = train.nonfinite_report(linear_loss, params, batch, keys)
+    assert "inputs: ['batch/x']" in text and "loss: [5]" in text and "'b', 'w'" in text
+
+
+def test_compiles_once_and_donates(count_compiles):
+    params, batch = problem()
+    optimizer = optax.adam(0.1)
+    step = jax.jit(train.make_train_step(linear_loss, optimizer), donate_argnums=0)
+    state = train.create_state(params, optimizer)
+    first = state.params["w"]
+    jax.block_until_ready(state)
+    state, _ = step(state, batch, jax.random.key(0))
+    with count_compiles() as compiled:
+        for _ in range(3):
+            state, _ = step(state, batch, jax.random.key(0))
+    assert not compiled and first.is_deleted() and not params["w"].is_deleted()
+
+
+def test_bad_inputs():
+    params, batch = problem()
+    with pytest.raises(ValueError, match="batch of 16 does not divide into 3"):
+        run(params, batch, 1, microbatches=3)
+    optimizer = optax.sgd(0.1)
+    step = train.make_train_step(lambda p, b, k: (p["w"].sum(), {}), optimizer)
+    with pytest.raises(ValueError, match="one loss an example"):
+        step(train.create_state(params, optimizer), batch, jax.random.key(0))
+
+
+def test_schedules():
+    config = train.OptimizerConfig(
+        learning_rate=2.0, schedule="cosine", warmup_steps=10, total_steps=110
+    )
+    rate = train.make_schedule(config)
+    np.testing.assert_allclose(
+        [rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 1, 2, 1, 0], atol=1e-6
+    )
+    linear = train.make_schedule(
+        train.OptimizerConfig(learning_rate=1.0, schedule="linear", total_steps=4)
+    )
+    np.testing.assert_allclose([linear(i) for i in range(5)], [1, 0.75, 0.5, 0.25, 0])
+
+
+def test_weight_decay_spares_vectors():
+    config = train.OptimizerConfig(learning_rate=0.1, weight_decay=0.5, clip_norm=None)
+    optimizer = train.make_optimizer(config)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_clipping():
+    config = train.OptimizerConfig(name="sgd", learning_rate=1.0, clip_norm=1.0)
+    optimizer = train.make_optimizer(config)
+    params = {"w": jnp.zeros(2)}
+    updates, _ = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params))
+    np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "adamm"}, "Did you mean 'adam"),
+        ({"schedule": "cosine"}, "needs total_steps > warmup_steps"),
+        ({"learning_rate": 0.0}, "learning_rate=0"),
+        ({"name": "sgd", "weight_decay": 0.1}, "use optimizer.name='adamw'"),
+    ],
+)
+def test_bad_optimizers(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.OptimizerConfig(**options)

@@ -1,0 +1,45 @@
+"""Training: state and update, optimiser, checkpoints, sharding, supervised loop."""
+
+from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
+from tmdjax.train.export import load_model, save_model
+from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from tmdjax.train.sharding import (
+    batch_sharding,
+    fsdp_shardings,
+    jit_train_step,
+    make_mesh,
+    replicated,
+)
+from tmdjax.train.state import (
+    TrainState,
+    create_state,
+    ema_update,
+    make_train_step,
+    nonfinite_report,
+)
+from tmdjax.train.supervised import DataIterator, FitResult, NonFiniteError, fit
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DataIterator",
+    "FitResult",
+    "NonFiniteError",
+    "OptimizerConfig",
+    "Restored",
+    "TrainState",
+    "batch_sharding",
+    "create_state",
+    "ema_update",
+    "fit",
+    "fsdp_shardings",
+    "jit_train_step",
+    "load_model",
+    "make_mesh",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "nonfinite_report",
+    "replicated",
+    "save_model",
+]

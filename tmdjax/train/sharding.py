@@ -1,0 +1,114 @@
+"""Meshes and shardings: data parallel, optionally fully sharded parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tmdjax.core.types import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    data: int | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with axes data, fsdp and tensor, in the automatic sharding mode.
+
+    Args:
+        data: replicas; None takes what the other two leave.
+        fsdp: over how many devices parameters are cut.
+        tensor: over how many devices single products are cut.
+        devices: all devices if None.
+
+    Raises:
+        ValueError: the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if data is None:
+        data = max(1, len(devices) // (fsdp * tensor))
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
+            f"{data * fsdp * tensor} devices, there are {len(devices)}."
+        )
+    grid = np.asarray(devices).reshape(data, fsdp, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are cut along their first axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One whole copy a device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def fsdp_shardings(tree: PyTree, mesh: Mesh, min_size: int = 2**14) -> PyTree:
+    """Cuts each large leaf along its longest divisible axis over 'fsdp'.
+
+    The rule reads shapes alone, so parameters, their averages and optimiser
+    moments get the same cut.
+
+    Args:
+        tree: arrays or shape structs.
+        mesh: from :func:`make_mesh`.
+        min_size: leaves with fewer scalars are replicated.
+
+    Returns:
+        A tree of NamedSharding.
+    """
+    ways = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
+        if ways == 1 or not divisible or int(np.prod(shape)) < min_size:
+            return replicated(mesh)
+        axis = max(divisible, key=lambda a: shape[a])
+        spec = [None] * len(shape)
+        spec[axis] = "fsdp"  # pyright: ignore
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(rule, tree)
+
+
+def jit_train_step(step: Any, state: PyTree, mesh: Mesh) -> tuple[Any, PyTree, Any]:
+    """Compiles a train step for a mesh.
+
+    Args:
+        step: ``(state, batch, key) -> (state, metrics)``.
+        state: the initial state, on any device.
+        mesh: from :func:`make_mesh`.
+
+    Returns:
+        The jitted step (state donated), the state placed on the mesh, and the
+        function that places a batch.
+    """
+    shardings = fsdp_shardings(state, mesh)
+    by_batch = batch_sharding(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(shardings, by_batch, replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def place(batch: PyTree) -> PyTree:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        if size % ways:
+            raise ValueError(
+                f"a batch of {size} does not divide over {ways} devices; choose a "
+                f"multiple."
+            )
+        return jax.device_put(batch, by_batch)
+
+    return jitted, jax.device_put(state, shardings), place

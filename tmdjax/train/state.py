@@ -1,0 +1,202 @@
+"""Train state and the update: microbatches, EMA, non-finite guard; one jit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tmdjax.core import prng, trees
+from tmdjax.core.types import Array, Params, PyTree, SampleKeys
+
+LossFn = Callable[[Params, Any, SampleKeys], tuple[Array, dict[str, Array]]]
+"""``loss_fn(params, batch, keys) -> (loss [batch], metrics {name: [batch]})``."""
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that an update changes.
+
+    Attributes:
+        step: updates attempted, int32.
+        params: nested dict, float32.
+        opt_state: of the optimiser.
+        ema_params: exponential moving average of params, or None.
+        skipped: updates skipped because loss or gradient was not finite.
+        skipped_in_a_row: of these, how many since the last good update.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema_params: Any
+    skipped: Any
+    skipped_in_a_row: Any
+
+    @property
+    def eval_params(self) -> Any:
+        """The averaged parameters where there are any, else the raw ones."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """The state before the first update; the EMA starts at the parameters.
+
+    Parameters are copied: train steps donate the state, and neither the caller's
+    tree nor one buffer twice may be donated.
+    """
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.array, params) if ema else None,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def ema_update(average: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
+    """Moves the average: d average + (1 - d) params, d = min(decay, (1+n)/(10+n)).
+
+    The ramp lets the average forget its start when runs are short.
+    """
+    n = step.astype(jnp.float32)
+    rate = jnp.minimum(decay, (1 + n) / (10 + n))
+    return optax.incremental_update(params, average, 1 - rate)
+
+
+def _microbatches(tree: PyTree, count: int) -> PyTree:
+    """[batch, ...] -> [count, batch / count, ...]; sample i goes to i mod count.
+
+    Striding keeps every microbatch spread over the devices of a sharded batch.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1),
+        tree,
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | None = None,
+    microbatches: int = 1,
+    unroll: bool = False,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
+    """Builds ``step(state, batch, key) -> (state, metrics)``; jit it with donation.
+
+    The gradient is that of the mean loss over the whole batch whatever the number
+    of microbatches. Sample i of the batch at step n uses the key
+    ``fold_in(fold_in(key, n), i)``. An update whose loss or gradient is not finite
+    leaves parameters, optimiser state and average as they were and is counted.
+
+    Args:
+        loss_fn: per-example loss and metrics.
+        optimizer: optax transformation.
+        ema_decay: of the averaged parameters; None keeps no average (the state
+            must agree).
+        microbatches: how many parts the batch is cut into (memory, not maths).
+        unroll: unroll them instead of scanning: for networks with convolutions on
+            CPU, where XLA runs convolution gradients inside loops many times slower.
+
+    Returns:
+        The step. Its metrics are float32 scalars: 'loss', 'grad_norm', 'skipped'
+        (0 or 1) and the means of what loss_fn reports.
+
+    Raises:
+        ValueError: (on tracing) the batch does not divide into microbatches, or
+            loss_fn returns a scalar.
+    """
+
+    def loss_sum(params: Params, part: Any, keys: SampleKeys) -> Any:
+        loss, metrics = loss_fn(params, part, keys)
+        if loss.ndim != 1:
+            raise ValueError(
+                f"loss_fn must return one loss an example, [batch]; got shape "
+                f"{loss.shape}. Leave the mean to the caller."
+            )
+        sums = jax.tree.map(jnp.sum, {"loss": loss, **metrics})
+        return sums["loss"], sums
+
+    grad_fn = jax.grad(loss_sum, has_aux=True)
+
+    def gradients(params: Params, batch: Any, keys: SampleKeys) -> Any:
+        size = keys.shape[0]
+        if size % microbatches:
+            raise ValueError(
+                f"a batch of {size} does not divide into {microbatches} microbatches."
+            )
+        if microbatches == 1:
+            total = grad_fn(params, batch, keys)
+        else:
+            parts = _microbatches((batch, keys), microbatches)
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+            first, rest = (
+                jax.tree.map(lambda x: x[0], parts),
+                jax.tree.map(lambda x: x[1:], parts),
+            )
+            total, _ = jax.lax.scan(
+                add, grad_fn(params, *first), rest, unroll=unroll or 1
+            )
+        return jax.tree.map(lambda x: x / size, total)
+
+    def step(
+        state: TrainState, batch: Any, key: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        keys = prng.sample_keys(jax.random.fold_in(key, state.step), size)
+        grads, metrics = gradients(state.params, batch, keys)
+        grad_norm = optax.global_norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_decay is not None:
+            ema_params = ema_update(ema_params, params, state.step, ema_decay)
+        new = trees.select(
+            good,
+            (params, opt_state, ema_params),
+            (state.params, state.opt_state, state.ema_params),
+        )
+        bad = 1 - good.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=new[0],
+            opt_state=new[1],
+            ema_params=new[2],
+            skipped=state.skipped + bad,
+            skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
+        )
+        skipped = bad.astype(jnp.float32)
+        return state, metrics | {"grad_norm": grad_norm, "skipped": skipped}
+
+    return step
+
+
+def nonfinite_report(
+    loss_fn: LossFn, params: Params, batch: Any, keys: SampleKeys, limit: int = 5
+) -> str:
+    """Says which examples and which parameters' gradients are not finite."""
+    loss, _ = jax.jit(loss_fn)(params, batch, keys)
+    examples = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(loss))[:limit]]
+    named = {
+        name: bool(trees.all_finite(leaf))
+        for name, leaf in trees.flatten({"batch": batch, "params": params}).items()
+    }
+    grads = jax.jit(jax.grad(lambda p: jnp.mean(loss_fn(p, batch, keys)[0])))(params)
+    layers = [n for n, g in trees.flatten(grads).items() if not trees.all_finite(g)]
+    inputs = [name for name, finite in named.items() if not finite]
+    return (
+        f"non-finite inputs: {inputs[:limit] or 'none'}; examples of the batch with "
+        f"a non-finite loss: {examples or 'none'}; parameters with a non-finite "
+        f"gradient: {layers[:limit] or 'none'}{' ...' if len(layers) > limit else ''}"
+    )

@@ -1,0 +1,149 @@
+"""The supervised loop: a jitted step called over a data iterator, resumable."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from tmdjax.train.checkpoint import Checkpoints
+
+
+@runtime_checkable
+class DataIterator(Protocol):
+    """Endless batches whose position can be saved."""
+
+    def __next__(self) -> Any:
+        """The next batch, a pytree of [batch, ...] arrays."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        ...
+
+
+class NonFiniteError(RuntimeError):
+    """Updates kept being non-finite; the last good checkpoint is kept."""
+
+
+class FitResult(NamedTuple):
+    """Final state, and whether all steps were done (False: paused in between)."""
+
+    state: Any
+    finished: bool
+
+
+def fit(
+    state: Any,
+    step_fn: Callable[..., tuple[Any, dict[str, Any]]],
+    data: DataIterator,
+    *,
+    key: Any,
+    num_steps: int,
+    checkpoints: Checkpoints | None = None,
+    place: Callable[[Any], Any] | None = None,
+    log_every: int = 50,
+    checkpoint_seconds: float = 60.0,
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    score: str | None = None,
+    max_skipped: int = 20,
+    diagnose: Callable[[Any, Any, Any], str] | None = None,
+) -> FitResult:
+    """Runs `step_fn` up to `num_steps`, going on from a checkpoint if there is one.
+
+    The device is not waited for between logs, and a log happens every `log_every`
+    steps; checkpoints, pauses and the non-finite check happen at logs alone, so a
+    resumed run logs the same windows as one that was never interrupted.
+
+    Args:
+        state: initial :class:`~tmdjax.train.state.TrainState` (donated).
+        step_fn: jitted ``(state, batch, key) -> (state, metrics)``.
+        data: endless iterator with a position.
+        key: typed key of the run; the step folds its number in.
+        num_steps: steps in all, resumed ones included.
+        checkpoints: where to save; None saves nothing.
+        place: puts a batch on devices; None leaves it to jit.
+        log_every: steps a window; metrics are means over the window, except
+            'skipped', which is their sum.
+        checkpoint_seconds: save when a log comes this long after the last save.
+        on_metrics: called with (step, metrics) at each log.
+        on_resume: called with the step that a resumed run starts from (0 if none).
+        should_stop: asked at each log; True saves and returns unfinished.
+        score: metric whose lowest window marks the best checkpoint.
+        max_skipped: consecutive non-finite updates that stop the run.
+        diagnose: ``(state, batch, key) -> str`` adds where the fault is.
+
+    Returns:
+        The state and whether it is finished.
+
+    Raises:
+        NonFiniteError: more than `max_skipped` consecutive updates were skipped.
+        CheckpointError: a save failed; earlier checkpoints are intact.
+    """
+    start = 0
+    if checkpoints is not None:
+        restored = checkpoints.restore(like=state)
+        if restored is not None:
+            start, state = restored.step, restored.tree
+            data.set_state(restored.extra["data"])
+    if on_resume is not None:
+        on_resume(start)
+    window: list[dict[str, Any]] = []
+    saved_at = time.monotonic()
+    for step in range(start + 1, num_steps + 1):
+        batch = next(data)
+        if place is not None:
+            batch = place(batch)
+        state, metrics = step_fn(state, batch, key)
+        window.append(metrics)
+        if step % log_every and step != num_steps:
+            continue
+        means = _window_means(window)
+        window.clear()
+        if int(state.skipped_in_a_row) >= max_skipped:
+            where = "" if diagnose is None else " " + diagnose(state, batch, key) + "."
+            kept = checkpoints.steps() if checkpoints is not None else []
+            raise NonFiniteError(
+                f"{int(state.skipped_in_a_row)} consecutive updates up to step {step} "
+                f"had a non-finite loss or gradient and were skipped.{where} Last good "
+                f"checkpoint: {f'step {kept[-1]}' if kept else 'none'}."
+            )
+        if on_metrics is not None:
+            on_metrics(step, means)
+        finished = step == num_steps
+        stop = should_stop is not None and should_stop() and not finished
+        if checkpoints is not None:
+            waited = time.monotonic() - saved_at >= checkpoint_seconds
+            if finished or stop or waited:
+                checkpoints.save(
+                    step,
+                    state,
+                    {"data": data.get_state()},
+                    score=None if score is None else means[score],
+                )
+                saved_at = time.monotonic()
+        if stop:
+            return FitResult(state, False)
+    return FitResult(state, True)
+
+
+def _window_means(window: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over good updates; 'skipped' is a count; NaN if none was good."""
+    host = jax.device_get(window)
+    columns = {
+        name: np.asarray([float(m[name]) for m in host], np.float64) for name in host[0]
+    }
+    good = columns["skipped"] == 0
+    means = {
+        name: float(column[good].mean()) if good.any() else float("nan")
+        for name, column in columns.items()
+    }
+    means["skipped"] = float(columns["skipped"].sum())
+    return means
