@@ -1,0 +1,1 @@
+"""Experiment machinery: stages, configs, logs, reports and the ledger."""

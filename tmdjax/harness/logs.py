@@ -1,0 +1,355 @@
+"""Metrics on disk and progress on the screen."""
+
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from tmdjax.harness.config import from_plain, to_plain
+from tmdjax.harness.report import format_value
+
+TIME_PREFIX = "time/"
+"""Columns that hold timings start so; two equal runs may differ in them."""
+
+Row = dict[str, Any]
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file so that a reader, or a kill, sees the old or the new one whole.
+
+    Folders are made as needed. The data reach the disk before the name does.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """Rows of a metrics.jsonl; a torn last line (a killed writer) is left out.
+
+    Raises:
+        ValueError: a line before the last is not a row; names it.
+    """
+    return [from_plain(row) for row in _parse_lines(Path(path))]
+
+
+def without_timings(rows: Iterable[Row]) -> list[Row]:
+    """Rows without their 'time/...' columns: what equal runs must agree in."""
+    return [
+        {name: v for name, v in row.items() if not name.startswith(TIME_PREFIX)}
+        for row in rows
+    ]
+
+
+def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Writes rows as CSV, atomically.
+
+    Columns are the union over rows in order of first appearance; floats carry 17
+    significant digits, so they read back exactly; what a row lacks stays empty.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_csv_cell(row.get(name)) for name in columns])
+    write_atomically(path, text.getvalue().encode())
+
+
+class MetricsLog:
+    """An append-only metrics.jsonl of flat rows ``{'step': int, name: value}``.
+
+    A line is flushed when it is written, so a killed process loses at most the
+    line under its pen, which the next opening repairs. NaN and infinities are
+    stored as strings (JSON has none) and read back as floats.
+
+    Args:
+        path: the file; folders are made, an existing file is continued.
+        tensorboard: also write event files beside it, through tensorboardX.
+
+    Raises:
+        ImportError: ``tensorboard`` without tensorboardX installed.
+        ValueError: the file holds a broken line before its last.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, tensorboard: bool = False):
+        self.path = Path(path)
+        self._events = _event_writer(self.path.parent) if tensorboard else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        if _is_torn(self.path):
+            self._rewrite(_parse_lines(self.path))
+        self._file = self.path.open("ab")
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one row and flushes it.
+
+        Args:
+            step: the training step.
+            metrics: numbers (Python, or arrays of shape ()) or text, by name. A
+                device array is waited for here.
+
+        Raises:
+            TypeError: a value that is neither; names the metric.
+            ValueError: a metric called 'step'.
+        """
+        if "step" in metrics:
+            raise ValueError("metric 'step' is the row's own; give it another name.")
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        self._file.write(_line({"step": int(step), **values}))
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                add = (
+                    self._events.add_text
+                    if _is_text(value)
+                    else self._events.add_scalar
+                )
+                add(name, value, step)
+
+    def truncate(self, step: int) -> None:
+        """Drops the rows beyond a step, which a resumed run writes again."""
+        self._file.close()
+        self._rewrite(row for row in _parse_lines(self.path) if row["step"] <= step)
+        self._file = self.path.open("ab")
+        if self._events is not None:
+            self._events.close()
+            self._events = _event_writer(self.path.parent, purge_step=step + 1)
+
+    def rows(self) -> list[Row]:
+        """All rows written so far."""
+        return read_rows(self.path)
+
+    def close(self) -> None:
+        """Closes the files; appending ends here."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _rewrite(self, rows: Iterable[Row]) -> None:
+        write_atomically(self.path, b"".join(_line(row) for row in rows))
+
+
+class Progress:
+    """What a stage is doing: a live line in a terminal, plain lines elsewhere.
+
+    Plain lines come at the first update, then at most every ``interval`` seconds,
+    and at the end. ``update`` stores what it is given and never waits for a
+    device: a metric still being computed is shown once it is there.
+
+    Args:
+        stage: name of the stage.
+        total: number of steps, for the ETA; None if unknown.
+        keys: metrics to show; by default the first four that are not timings.
+        interval: seconds between plain lines.
+        console: a rich console; by default standard output.
+        clock: seconds that only grow.
+
+    Example:
+        >>> with Progress("train", total=2) as progress:  # doctest: +SKIP
+        ...     for step in range(1, 3):
+        ...         progress.update(step, {"loss": 0.5})
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int | None = None,
+        *,
+        keys: Sequence[str] = (),
+        interval: float = 10.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stage = stage
+        self._total = total
+        self._keys = tuple(keys)
+        self._interval = interval
+        self._console = console or Console()
+        self._clock = clock
+        self._step: int | None = None
+        self._metrics: Mapping[str, Any] = {}
+        self._origin = (0.0, 0)
+        self._printed: int | None = None
+        self._due = -math.inf
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._table, console=self._console, refresh_per_second=4
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        elif self._step is not None and self._printed != self._step:
+            self._print(self._clock())
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Notes the step reached, and the latest metrics."""
+        now = self._clock()
+        if self._step is None:
+            self._origin = (now, step)
+        self._step = step
+        if metrics is not None:
+            self._metrics = metrics
+        if self._live is None and now >= self._due:
+            self._print(now)
+
+    def say(self, text: str) -> None:
+        """Prints a plain line, above the live display where there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _print(self, now: float) -> None:
+        self._due = now + self._interval
+        self._printed = self._step
+        self.say("  ".join([f"[{self._stage}]", *self._parts(now)]))
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        cells: list[Any] = [self._stage]
+        if self._total:
+            cells.append(
+                ProgressBar(total=self._total, completed=self._step or 0, width=24)
+            )
+        table.add_row(*cells, *self._parts(self._clock()))
+        return table
+
+    def _parts(self, now: float) -> list[str]:
+        if self._step is None:
+            return ["starting"]
+        total = "" if self._total is None else f"/{self._total}"
+        parts = [f"step {self._step}{total}"]
+        start, first = self._origin
+        done = self._step - first
+        if done > 0 and now > start:
+            rate = done / (now - start)
+            parts.append(f"{format_value(rate)} steps/s")
+            if self._total is not None:
+                left = max(self._total - self._step, 0) / rate
+                parts.append(f"ETA {format_duration(left)}")
+        metrics = self._metrics
+        keys = self._keys or [k for k in metrics if not k.startswith(TIME_PREFIX)][:4]
+        shown = ((key, metrics.get(key)) for key in keys)
+        parts += [f"{k} {format_value(_on_host(v))}" for k, v in shown if _is_ready(v)]
+        return parts
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as '12s', '3m20s' or '1h02m'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_ready(value: Any) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    if value is None:
+        return False
+    if hasattr(value, "is_ready"):
+        return not value.is_deleted() and value.is_ready()
+    return True
+
+
+def _on_host(value: Any) -> Any:
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _scalar(name: str, value: Any) -> int | float | str:
+    value = _on_host(value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return value
+    shape = getattr(value, "shape", None)
+    what = f"of shape {tuple(shape)}" if shape is not None else type(value).__name__
+    raise TypeError(
+        f"metric {name!r} is {what}; log one number (reduce it first) or text."
+    )
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(to_plain(row), allow_nan=False).encode() + b"\n"
+
+
+def _parse_lines(path: Path) -> list[Row]:
+    """Rows as stored (non-finite values as strings), without a torn last line."""
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(
+                f"{path} line {number} is not a metrics row: {line[:80]!r}; "
+                f"remove that line."
+            )
+    return rows
+
+
+def _csv_cell(value: Any) -> Any:
+    return format(value, ".17g") if isinstance(value, float) else value
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _event_writer(folder: Path, **options: Any) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard=True needs tensorboardX: pip install tensorboardX."
+        ) from error
+    return SummaryWriter(logdir=str(folder), **options)

@@ -1,0 +1,319 @@
+"""What a run leaves to look at: picture grids, plots, tables, one HTML page."""
+
+import base64
+import html
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tmdjax.core.checks import check_finite
+
+_LOGGER = logging.getLogger(__name__)
+_GAP = 2  # pixels between the images of a grid
+_WHITE = 255
+
+Row = Mapping[str, Any]
+
+
+def format_value(value: Any) -> str:
+    """A table cell: floats to 4 significant digits, None as '-', else ``str``."""
+    if value is None:
+        return "-"
+    if isinstance(value, float | np.floating):
+        return f"{float(value):.4g}"
+    return str(value)
+
+
+def text_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """An aligned table for the terminal; numbers are flush right.
+
+    Args:
+        rows: dicts; what a row lacks is shown as '-'.
+        columns: which columns, in order; by default all, as they first appear.
+
+    Returns:
+        Header, rule and rows, without a last newline.
+    """
+    columns = _columns(rows, columns)
+    cells = [[format_value(row.get(name)) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    right = [_is_numeric(rows, name) for name in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = (
+            text.rjust(width) if flush else text.ljust(width)
+            for text, width, flush in zip(texts, widths, right)
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(columns), rule, *map(line, cells)])
+
+
+def image_grid(
+    images: Any,
+    path: str | os.PathLike[str],
+    columns: int | None = None,
+    scale: int = 4,
+    row_labels: Sequence[str] = (),
+) -> Path:
+    """Writes images side by side as one PNG.
+
+    Args:
+        images: [n, height, width, 1 or 3], values in [-1, 1] (clipped).
+        path: the PNG to write; folders are made.
+        columns: images a row; by default the square root of n, rounded up.
+        scale: how many pixels wide a pixel becomes (nearest neighbour).
+        row_labels: one text a row, drawn to its left.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another shape, no image, NaN or infinity, columns or scale
+            below 1, or as many labels as there are not rows.
+    """
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"images have shape {images.shape}; give [n, height, width, channel] with "
+            f"n >= 1 and 1 or 3 channels."
+        )
+    check_finite(images, "images")
+    count, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns={columns} and scale={scale} must be at least 1.")
+    rows = math.ceil(count / columns)
+    if row_labels and len(row_labels) != rows:
+        raise ValueError(
+            f"{len(row_labels)} row labels for {rows} rows ({count} images in "
+            f"{columns} columns); give one a row."
+        )
+    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    step_y, step_x = height * scale + _GAP, width * scale + _GAP
+    canvas = np.full(
+        (rows * step_y - _GAP, columns * step_x - _GAP, channels),
+        _WHITE,
+        np.uint8,
+    )
+    for index, image in enumerate(pixels):
+        y, x = index // columns * step_y, index % columns * step_x
+        canvas[y : y + height * scale, x : x + width * scale] = image
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    if row_labels:
+        picture = _label_rows(picture, row_labels, step_y)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG")
+    return path
+
+
+def line_plot(
+    series: Mapping[str, tuple[Any, Any]],
+    path: str | os.PathLike[str],
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+) -> Path | None:
+    """Writes curves as a PNG by matplotlib.
+
+    Args:
+        series: (x, y), each [n], by the name shown in the legend.
+        path: the PNG to write; folders are made.
+        title: above the axes.
+        x_label: below the horizontal axis.
+        y_label: beside the vertical axis.
+        log_y: logarithmic vertical axis.
+
+    Returns:
+        The path; None, with a logged warning, where matplotlib is absent (a run
+        does not die of a figure).
+
+    Raises:
+        ValueError: no series, or x and y of different lengths; names the series.
+    """
+    if not series:
+        raise ValueError(f"no series to plot in {title!r}; give at least one.")
+    for name, (x, y) in series.items():
+        if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
+            raise ValueError(
+                f"series {name!r} has x of shape {np.shape(x)} and y of shape "
+                f"{np.shape(y)}; give two arrays of one length."
+            )
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        _LOGGER.warning(
+            "%s left out: matplotlib is absent (pip install 'tmdjax[demo]').", path
+        )
+        return None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, (x, y) in series.items():
+        axes.plot(np.asarray(x), np.asarray(y), marker=".", label=name)
+    if log_y:
+        axes.set_yscale("log")
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=120)
+    return path
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    command: str,
+    environment: Mapping[str, Any],
+    tables: Iterable[tuple[str, Sequence[Row]]] = (),
+    figures: Iterable[tuple[str, str | os.PathLike[str] | None]] = (),
+    claims: Sequence[Row] = (),
+) -> Path:
+    """Writes one self-contained HTML page; pictures are embedded.
+
+    Args:
+        path: the HTML file; folders are made.
+        title: heading of the page.
+        command: what to type to get this page again.
+        environment: versions, device and so on, by name.
+        tables: (caption, rows) each.
+        figures: (caption, PNG) each; None for the PNG (a figure left out) is
+            said in its place.
+        claims: judged claims, as in a summary.
+
+    Returns:
+        The path.
+    """
+    text = html.escape
+    parts = [f"<h1>{text(title)}</h1>", f"<pre>{text(command)}</pre>"]
+    if claims:
+        parts.append(_html_table("Claims", [claim_row(claim) for claim in claims]))
+    parts += [_html_table(caption, rows) for caption, rows in tables]
+    parts += [_html_figure(caption, picture) for caption, picture in figures]
+    rows = [{"": name, "value": value} for name, value in environment.items()]
+    parts.append(_html_table("Environment", rows))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = _PAGE.format(title=text(title), style=_STYLE, body="\n".join(parts))
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def claim_row(claim: Row) -> dict[str, Any]:
+    """One line about a judged claim, for a table.
+
+    Args:
+        claim: a dict from ``ledger.judge``.
+
+    Returns:
+        Columns id, statement, published, value, 95 % interval, threshold,
+        verdict, seeds.
+    """
+    low, high = claim["ci95"]
+    interval = None if low is None else f"[{format_value(low)}, {format_value(high)}]"
+    signs = {"greater": "> ", "less": "< ", "equal": "= "}
+    threshold = claim["threshold"]
+    return {
+        "id": claim["id"],
+        "statement": claim["statement"],
+        "published": claim["published"],
+        "value": claim["value"],
+        "95 % interval": interval,
+        "threshold": None
+        if threshold is None
+        else signs[claim["direction"]] + format_value(threshold),
+        "verdict": claim["verdict"],
+        "seeds": len(claim["ours"]),
+    }
+
+
+def _columns(rows: Sequence[Row], columns: Sequence[str] | None = None) -> list[str]:
+    if columns is not None:
+        return list(columns)
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _is_numeric(rows: Sequence[Row], name: str) -> bool:
+    values = [row.get(name) for row in rows]
+    return all(v is None or isinstance(v, int | float | np.number) for v in values)
+
+
+def _label_rows(picture: Image.Image, labels: Sequence[str], step: int) -> Image.Image:
+    font = ImageFont.load_default()
+    margin = math.ceil(max(font.getlength(label) for label in labels)) + 2 * _GAP
+    size = (picture.width + margin, picture.height)
+    labelled = Image.new(picture.mode, size, "white")
+    labelled.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(labelled)
+    for index, label in enumerate(labels):
+        draw.text((_GAP, index * step), label, fill="black", font=font)
+    return labelled
+
+
+def _html_table(caption: str, rows: Sequence[Row]) -> str:
+    columns = _columns(rows)
+    right = [' class="number"' if _is_numeric(rows, c) else "" for c in columns]
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    lines = []
+    for row in rows:
+        cells = (html.escape(format_value(row.get(c))) for c in columns)
+        line = "".join(f"<td{r}>{cell}</td>" for r, cell in zip(right, cells))
+        lines.append(f"<tr>{line}</tr>")
+    return (
+        f"<h2>{html.escape(caption)}</h2>\n<div class='scroll'><table>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _html_figure(caption: str, picture: str | os.PathLike[str] | None) -> str:
+    caption = html.escape(caption)
+    if picture is None:
+        return f"<p>{caption}: left out, matplotlib is absent.</p>"
+    data = base64.b64encode(Path(picture).read_bytes()).decode()
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto;
+  padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+pre, .scroll { overflow-x: auto; }
+pre { padding: .6rem; border: 1px solid #8886; border-radius: 4px; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #8886; text-align: left; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0; } figcaption { font-size: .9rem; }
+img { max-width: 100%; height: auto; background: #fff; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
