@@ -1,0 +1,178 @@
+import dataclasses
+import hashlib
+import importlib.util
+
+import numpy as np
+import pytest
+
+from tmdjax.data import SOURCES, Dataset, Source, check, load, sources
+
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="scikit-learn is absent"
+)
+
+
+def make_source(folder, **changes):
+    content = b"1,2\n3,4\n"
+    (folder / "table.csv").write_bytes(content)
+    fields = {
+        "name": "table",
+        "package": "table-package",
+        "install": "pip install table-package",
+        "licence": "MIT",
+        "description": "four numbers",
+        "loader": lambda files, scale=1.0: Dataset(
+            name="table",
+            train={"point": scale * np.loadtxt(files["table.csv"], delimiter=",")},
+            test={"point": np.zeros((1, 2))},
+            num_classes=1,
+        ),
+        "root": lambda: folder,
+        "files": {"table.csv": hashlib.sha256(content).hexdigest()},
+    }
+    return Source(**{**fields, **changes})
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Puts sources into the registry for one test."""
+    entries = dict(SOURCES._entries)
+    monkeypatch.setattr(SOURCES, "_entries", entries)
+
+    def register(source):
+        SOURCES.register(source.name)(source)
+
+    return register
+
+
+def test_a_new_source_is_one_entry(tmp_path, registered):
+    registered(make_source(tmp_path))
+    np.testing.assert_array_equal(load("table").train["point"], [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(load("table", scale=2).train["point"][1], [6, 8])
+
+
+def test_unknown_names_and_options_get_a_suggestion(as_shipped):
+    with pytest.raises(ValueError, match=r"unknown data source 'digit'.*'digits'"):
+        load("digit")
+    with pytest.raises(ValueError, match=r"no option 'train_coun'.*'train_count'"):
+        load("rings", train_coun=3)
+    with pytest.raises(ValueError, match="'digits' has no option 'seed'; it has: none"):
+        load("digits", seed=1)
+
+
+def test_absent_package_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError) as error:
+        load("digits")
+    assert "'scikit-learn'" in str(error.value)
+    assert "pip install 'tmdjax[demo]'" in str(error.value)
+
+
+def test_absent_file_is_named(tmp_path):
+    source = make_source(tmp_path)
+    (tmp_path / "table.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"table\.csv is not installed"):
+        sources.find_files(source)
+
+
+def test_checksum_mismatch_is_refused_and_seen_after_a_change(tmp_path):
+    source = make_source(tmp_path)
+    assert sources.find_files(source)["table.csv"] == tmp_path / "table.csv"
+    (tmp_path / "table.csv").write_bytes(b"1,2\n3,5\n\n")
+    with pytest.raises(ValueError, match=r"table\.csv has SHA-256 \w{64}, expected"):
+        sources.find_files(source)
+
+
+def test_checksums_are_computed_once(tmp_path, monkeypatch):
+    calls = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda *args: calls.append(args) or digest(*args)
+    )
+    source = make_source(tmp_path)
+    sources.find_files(source)
+    sources.find_files(source)
+    assert len(calls) == 1
+
+
+def test_check_prints_every_status(tmp_path, registered):
+    registered(make_source(tmp_path, name="there"))
+    registered(make_source(tmp_path, name="gone", root=lambda: None))
+    registered(make_source(tmp_path, name="broken", files={"table.csv": "0" * 64}))
+    rows = {line.split()[0]: line for line in check.table().splitlines()}
+    assert set(rows) == {"name", *SOURCES}
+    assert "present" in rows["there"] and "MIT" in rows["there"]
+    assert "absent" in rows["gone"] and "pip install table-package" in rows["gone"]
+    assert "checksum differs" in rows["broken"]
+    assert "built in" in rows["sprites"]
+
+
+def test_check_runs_as_a_module_without_importing_sklearn(run_python):
+    out = run_python(
+        "import runpy, sys\n"
+        "runpy.run_module('tmdjax.data.check', run_name='__main__')\n"
+        "assert 'sklearn' not in sys.modules\n"
+    )
+    assert "digits" in out and "pip install 'tmdjax[demo]'" in out
+
+
+def test_damaged_data_are_refused(as_shipped):
+    good = {"point": np.zeros((2, 2))}
+
+    def dataset(train, test=good):
+        return Dataset(name="d", train=train, test=test, num_classes=1)
+
+    with pytest.raises(ValueError, match=r"d train\['point'\] has 1 non-finite"):
+        dataset({"point": np.array([[0, np.nan]])})
+    with pytest.raises(ValueError, match=r"must be the batch, 2"):
+        dataset(
+            {"point": np.zeros((2, 2)), "label": np.zeros(3, np.int32)},
+            good | {"label": np.zeros(2)},
+        )
+    with pytest.raises(ValueError, match="'d' has no test sample"):
+        dataset(good, {"point": np.zeros((0, 2))})
+    with pytest.raises(ValueError, match=r"\['image'\] for training but \['point'\]"):
+        dataset({"image": np.zeros((2, 2))})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        dataset(good).name = "e"  # pyright: ignore
+
+
+@needs_digits
+class TestDigits:
+    def test_published_class_counts(self):
+        # UCI "Optical Recognition of Handwritten Digits", test set.
+        data = load("digits")
+        label = np.concatenate([data.train["label"], data.test["label"]])
+        published = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+        np.testing.assert_array_equal(np.bincount(label), published)
+
+    def test_shapes_and_range(self):
+        data = load("digits")
+        assert data.train["image"].shape == (1200, 8, 8, 1)
+        assert data.test["image"].shape == (597, 8, 8, 1)
+        for split in (data.train, data.test):
+            assert split["image"].dtype == np.float32
+            assert split["label"].dtype == np.int32
+            assert split["image"].min() == -1 and split["image"].max() == 1
+        assert data.num_classes == 10
+
+    def test_split_is_stratified_within_one_sample(self):
+        data = load("digits")
+        train, test = (np.bincount(s["label"]) for s in (data.train, data.test))
+        share = (train + test) * 597 / 1797
+        assert np.abs(test - share).max() < 1
+
+    def test_together_they_are_scikit_learns_set(self):
+        from sklearn.datasets import load_digits
+
+        data, whole = load("digits"), load_digits()
+        rows = np.concatenate([data.train["image"], data.test["image"]])
+        labels = np.concatenate([data.train["label"], data.test["label"]])
+        ours = np.c_[(rows.reshape(-1, 64) + 1) * 8, labels]
+        theirs = np.c_[whole.data, whole.target]
+        np.testing.assert_array_equal(
+            ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)]
+        )
+        # File order is kept: the split starts where the file does.
+        first = (data.train["image"][0].reshape(64) + 1) * 8
+        np.testing.assert_array_equal(first, whole.data[0])
