@@ -244,6 +244,16 @@ def plain(**options):
     return Progress("train", console=console, clock=clock, **options), clock, out
 
 
+def terminal(out):
+    return Console(
+        file=out,
+        force_terminal=True,
+        color_system=None,
+        width=120,
+        _environ={"TERM": "xterm"},
+    )
+
+
 def test_plain_lines_first_at_intervals_and_last():
     progress, clock, out = plain(total=100, interval=10)
     with progress:
@@ -297,8 +307,7 @@ def test_text_is_printed_as_it_is_in_both_modes():
         progress.say(text)
     assert out.getvalue() == text + "\n"
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=100)
-    with Progress("train", 10, console=console) as progress:
+    with Progress("train", 10, console=terminal(out)) as progress:
         progress.update(3, {"loss": 0.25})
         progress.say(text)
     assert text in out.getvalue()
@@ -306,8 +315,7 @@ def test_text_is_printed_as_it_is_in_both_modes():
 
 def test_live_display_shows_stage_step_and_metrics():
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=True, width=120, color_system=None)
-    with Progress("distil", 10, console=console, clock=clock) as progress:
+    with Progress("distil", 10, console=terminal(out), clock=clock) as progress:
         progress.update(1)
         clock.now += 2
         progress.update(5, {"loss": 0.25})

@@ -203,7 +203,7 @@ class Progress:
         self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live = Live(
                 get_renderable=self._table, console=self._console, refresh_per_second=4
             )
