@@ -183,6 +183,13 @@ def test_bad_plans_are_refused(options, message, as_shipped):
         in_memory(arrays(8), **options)
 
 
+def test_numbers_must_be_integers(as_shipped):
+    with pytest.raises(TypeError, match=r"batch_size=2\.0 must be an integer"):
+        in_memory(arrays(8), 2.0)
+    state = in_memory(arrays(8), np.int64(2), np.uint32(1)).get_state()
+    in_memory(arrays(8), 2, 1).set_state(json.loads(json.dumps(state)))
+
+
 def test_a_batch_larger_than_the_data_may_be_short():
     assert len(next(in_memory(arrays(3), 8, drop_remainder=False))["label"]) == 3
 

@@ -47,6 +47,7 @@ class BatchPlan:
         shard_count: number of processes that share the data.
 
     Raises:
+        TypeError: a number that is not an integer.
         ValueError: no samples, a number out of range, or a batch larger than the
             shard while ``drop_remainder`` is set.
     """
@@ -60,6 +61,12 @@ class BatchPlan:
     shard_count: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("count", "batch_size", "seed", "shard_index", "shard_count"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name}={value!r} must be an integer.")
+            # The plan is part of a JSON-able state: no NumPy integers.
+            object.__setattr__(self, name, int(value))
         if self.count < 1:
             raise ValueError("the data are empty; give at least one sample.")
         check_range("batch_size", self.batch_size, 1)
