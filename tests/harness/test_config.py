@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,18 +63,22 @@ def config_file(tmp_path_factory):
     return str(path)
 
 
+def loaded(spec, overrides=()) -> Any:
+    return load_config(spec, overrides)
+
+
 def refused(spec, overrides=()):
     """The message of the refusal, which must be one line."""
     with pytest.raises(ConfigError) as caught:
-        load_config(spec, overrides)
+        loaded(spec, overrides)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def test_tiers_are_loaded_and_locked(config_file):
-    assert load_config(f"{config_file}:smoke").train.steps == 10
-    config = load_config(f"{config_file}:cpu")
+    assert loaded(f"{config_file}:smoke").train.steps == 10
+    config = loaded(f"{config_file}:cpu")
     assert config.train.steps == 100
     with pytest.raises(AttributeError, match="locked"):
         config.train.new = 1
@@ -108,7 +113,7 @@ def test_tiers_are_loaded_and_locked(config_file):
     ],
 )
 def test_overrides(config_file, override, key, value):
-    result = load_config(f"{config_file}:smoke", [override])[key]
+    result = loaded(f"{config_file}:smoke", [override])[key]
     assert result == value
     assert type(result) is type(value)
     if isinstance(value, tuple | list):
@@ -117,7 +122,7 @@ def test_overrides(config_file, override, key, value):
 
 def test_last_override_wins_and_none_comes_back(config_file):
     overrides = ["train.clip=1", "train.steps=3", "train.steps=4", "train.clip=None"]
-    config = load_config(f"{config_file}:smoke", overrides)
+    config = loaded(f"{config_file}:smoke", overrides)
     assert config.train.steps == 4
     assert config.train.clip is None
 
@@ -185,7 +190,7 @@ SAFE = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
     widths=st.lists(st.integers()),
 )
 def test_override_round_trip(config_file, steps, rate, shuffle, name, mixed, widths):
-    config = load_config(
+    config = loaded(
         f"{config_file}:smoke",
         [
             f"train.steps={steps}",
@@ -266,7 +271,7 @@ def test_broken_config_files(tmp_path, name, source, expected):
     message = refused(f"{path}:a")
     assert expected in message
     if name == "required":
-        assert load_config(f"{path}:a", ["m.path=x"]).m.path == "x"
+        assert loaded(f"{path}:a", ["m.path=x"]).m.path == "x"
     elif name != "objects":
         assert str(path) in message
 
@@ -281,7 +286,7 @@ def test_linked_fields_move_together(tmp_path):
         "    config.twice = 2 * config.get_ref('steps')\n"
         "    return config\n"
     )
-    config = load_config(f"{path}:a", ["steps=5"])
+    config = loaded(f"{path}:a", ["steps=5"])
     assert (config.total, config.twice) == (5, 10)
 
 

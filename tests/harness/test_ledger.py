@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_claims_that_do_not_fit_together_are_refused(changes, message):
 
 
 def test_a_reported_claim_needs_no_threshold_and_claims_are_frozen():
-    made = claim(statistic="report", direction=None, threshold=None)
+    made: Any = claim(statistic="report", direction=None, threshold=None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.threshold = 1.0
 

@@ -7,6 +7,7 @@ import stat
 import sys
 import time
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +78,10 @@ def test_appending_goes_on_where_a_file_ends(tmp_path):
 
 def test_array_scalars_are_stored_exactly(tmp_path, as_shipped):
     path = tmp_path / "metrics.jsonl"
+    step: Any = np.int64(3)
     with MetricsLog(path) as log:
         log.append(
-            np.int64(3),
+            step,
             {
                 "f32": jnp.float32(0.1),
                 "bf16": jnp.bfloat16(0.1),
