@@ -1,6 +1,7 @@
 """Scaled dot-product attention, the one function every network calls."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,12 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
 def select_implementation(
-    q: Array, k: Array, *, masked: bool, backend: str | None = None
+    q: Any, k: Any, *, masked: bool, backend: str | None = None
 ) -> str:
     """What 'auto' stands for: 'cudnn' where it can run, else 'xla'.
 
     Args:
-        q: queries [batch, position, heads, head_dim] (shape and dtype are read).
+        q: queries [batch, position, heads, head_dim], an array or shape struct.
         k: keys [batch, position, heads, head_dim].
         masked: whether a mask is given. cuDNN takes it as a bias, whose gradient
             needs even sequence lengths.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from tmdjax.core.prng import check_key
@@ -82,7 +83,7 @@ def functional(module: nn.Module) -> ApplyFn:
 
 
 def init_params(module: nn.Module, key: Any, *inputs: Any) -> dict[str, Any]:
-    """Draws parameters; the forward pass itself is not computed.
+    """Draws parameters in one compiled program, without the forward pass.
 
     Args:
         module: a linen module.
@@ -98,4 +99,5 @@ def init_params(module: nn.Module, key: Any, *inputs: Any) -> dict[str, Any]:
         TypeError: the key is not typed.
     """
     check_key(key)
-    return dict(module.lazy_init(key, *inputs)["params"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    return jax.jit(lambda key: dict(module.lazy_init(key, *shapes)["params"]))(key)

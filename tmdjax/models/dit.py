@@ -75,7 +75,9 @@ class _Block(nn.Module):
             6 * hidden, self.recipe, kernel_init=_ZEROS, name="modulation"
         )(nn.silu(c["modulation"]))
         modulation = modulation.astype(jnp.float32)[:, None, :]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(modulation, 6, -1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(
+            modulation, 6, -1
+        )
 
         x = _modulate(h, shift, scale, self.recipe)
         x = _Attention(self.heads, self.recipe, self.implementation, name="attention")(
@@ -104,9 +106,9 @@ class _Output(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, modulation: Array, features: int) -> Array:
-        y = Dense(
-            2 * h.shape[-1], self.recipe, kernel_init=_ZEROS, name="modulation"
-        )(nn.silu(modulation))
+        y = Dense(2 * h.shape[-1], self.recipe, kernel_init=_ZEROS, name="modulation")(
+            nn.silu(modulation)
+        )
         shift, scale = jnp.split(y.astype(jnp.float32)[:, None, :], 2, -1)
         h = _modulate(h, shift, scale, self.recipe)
         return Dense(features, self.recipe, kernel_init=_ZEROS, name="projection")(h)

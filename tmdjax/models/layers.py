@@ -82,7 +82,9 @@ def timestep_embedding(
         arXiv 2212.09748 (its code); arXiv 1706.03762, section 3.5.
     """
     if dim < 2 or dim % 2:
-        raise ValueError(f"dim={dim} must be even and positive: half cosine, half sine.")
+        raise ValueError(
+            f"dim={dim} must be even and positive: half cosine, half sine."
+        )
     if t.ndim != 1:
         raise ValueError(f"t has shape {t.shape}; give one time a sample, [batch].")
     half = dim // 2
@@ -165,8 +167,9 @@ class ClassEmbedding(nn.Module):
             )
         check_batch("cond", cond, batch)
         if not isinstance(cond, jax.core.Tracer):
-            for extreme in (int(cond.min()), int(cond.max())):
-                check_range("cond (a class)", extreme, 0, self.num_classes)
+            classes = np.asarray(cond)
+            for extreme in (classes.min(initial=0), classes.max(initial=0)):
+                check_range("cond (a class)", int(extreme), 0, self.num_classes)
         return jnp.take(table, cond, axis=0)
 
 

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,7 @@ from tmdjax.core.types import ApplyFn, Array, Params
 __all__ = ["apply_fn", "count", "init", "merge"]
 
 
-def init(
-    key: Any, params: Params, rank: int, targets: Sequence[str]
-) -> dict[str, Any]:
+def init(key: Any, params: Params, rank: int, targets: Sequence[str]) -> dict[str, Any]:
     """Draws adapters for the kernels whose path matches a target.
 
     Only leaves named 'kernel' of shape [in, out] or [layer, in, out] are adapted;
@@ -99,7 +97,7 @@ def _kernel_shape(path: str, leaf: Any) -> tuple[int, ...]:
     return leaf.shape
 
 
-def merge(params: Params, adapters: Params, alpha: float) -> Params:
+def merge(params: Params, adapters: Params | None, alpha: float) -> Params:
     """W + (alpha / rank) a b at every adapted leaf; the others are passed on.
 
     Args:
@@ -161,7 +159,7 @@ def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: float) -> Apply
         alpha: scale of the adapters, see :func:`merge`.
     """
 
-    def fn(adapters: Mapping[str, Any], *inputs: Any, **options: Any) -> Any:
+    def fn(adapters: Params | None, *inputs: Any, **options: Any) -> Any:
         frozen = jax.lax.stop_gradient(base_params)
         return base_apply_fn(merge(frozen, adapters, alpha), *inputs, **options)
 

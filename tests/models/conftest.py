@@ -1,0 +1,50 @@
+"""Helpers for the model tests."""
+
+import jax
+import numpy as np
+import pytest
+
+from tmdjax.core.trees import flatten
+
+
+@pytest.fixture
+def stir():
+    """Adds noise to every leaf: networks that start at zero then do something."""
+
+    def stirred(params, scale=0.2, seed=0):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda leaf: leaf + scale * rng.normal(size=leaf.shape).astype(leaf.dtype),
+            params,
+        )
+
+    return stirred
+
+
+@pytest.fixture
+def check_slope():
+    """Compares a gradient with a central difference along a random direction."""
+
+    def check(loss, params, eps=1e-2, rtol=1e-2):
+        loss = jax.jit(loss)
+        gradient = jax.jit(jax.grad(loss))(params)
+        rng = np.random.default_rng(1)
+        direction = jax.tree.map(
+            lambda g: np.sign(g) * rng.uniform(0.5, 1.5, g.shape).astype(g.dtype),
+            gradient,
+        )
+        size = sum(d.size for d in jax.tree.leaves(direction)) ** 0.5
+        step = eps / size
+        plus, minus = (
+            float(loss(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction)))
+            for s in (step, -step)
+        )
+        slope = sum(
+            float(np.vdot(np.asarray(g, np.float64), np.asarray(d, np.float64)))
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction))
+        )
+        np.testing.assert_allclose((plus - minus) / (2 * step), slope, rtol=rtol)
+        silent = [k for k, g in flatten(gradient).items() if not np.abs(g).max() > 0]
+        return silent
+
+    return check

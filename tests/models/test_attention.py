@@ -1,0 +1,178 @@
+"""Attention against numpy, its choice of implementation, its refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from scipy.special import softmax
+
+from tmdjax.models.attention import attention, select_implementation
+
+
+def draw(batch=2, queries=5, keys=5, heads=4, key_heads=4, head_dim=8, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = [
+        (batch, queries, heads, head_dim),
+        (batch, keys, key_heads, head_dim),
+        (batch, keys, key_heads, head_dim),
+    ]
+    return [jnp.asarray(rng.normal(size=s) * 1.5, dtype) for s in shapes]
+
+
+def by_loop(q, k, v, allowed):
+    """One query at a time, in float64."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, i, n in np.ndindex(q.shape[:3]):
+        see = np.flatnonzero(allowed[b, n, i])
+        scores = k[b, see, n // group] @ q[b, i, n] / np.sqrt(q.shape[3])
+        out[b, i, n] = softmax(scores) @ v[b, see, n // group]
+    return out
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", [None, "padding", "full", "broadcast"])
+def test_attention_equals_a_loop(key_heads, causal, kind):
+    q, k, v = draw(key_heads=key_heads)
+    rng = np.random.default_rng(1)
+    allowed = np.ones((2, 4, 5, 5), bool)
+    mask = None
+    if kind == "padding":
+        mask = np.array([[True, True, False, True, False], [True] * 5])
+        allowed &= mask[:, None, None, :]
+    elif kind:
+        mask = rng.random((2, 4, 5, 5) if kind == "full" else (1, 1, 5, 5)) < 0.5
+        mask |= np.eye(5, dtype=bool)
+        allowed &= mask
+    if causal:
+        allowed &= np.tril(np.ones((5, 5), bool))
+    out = attention(
+        q, k, v, mask=None if mask is None else jnp.asarray(mask), causal=causal
+    )
+    np.testing.assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
+
+
+def test_other_lengths_for_keys():
+    q, k, v = draw(queries=3, keys=7)
+    out = attention(q, k, v)
+    expected = by_loop(q, k, v, np.ones((2, 4, 3, 7), bool))
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_softmax_is_float32_for_bfloat16_inputs():
+    # 300 equal scores: a bfloat16 sum of 1/300 stalls far below one.
+    q, k, v = draw(queries=1, keys=300, dtype="bfloat16")
+    out = attention(q * 0, k, jnp.ones_like(v))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
+    exact = by_loop(q, k, v, np.ones((2, 4, 1, 300), bool))
+    error = np.abs(np.asarray(attention(q, k, v), np.float64) - exact)
+    assert error.max() < 0.02
+
+
+def test_float32_products_are_not_tf32():
+    text = str(jax.make_jaxpr(attention)(*draw()))
+    assert text.count("Precision.HIGHEST") >= 2
+
+
+def test_gradient_against_finite_differences():
+    q, k, v = draw(batch=1, queries=3, keys=3, heads=2, key_heads=1)
+    mask = jnp.array([[True, True, False]])
+    check_grads(
+        lambda q, k, v: attention(q, k, v, mask=mask),
+        (q, k, v),
+        order=1,
+        modes=["rev"],
+        atol=3e-2,
+        rtol=3e-2,
+        eps=1e-2,
+    )
+
+
+def shaped(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "length", "masked", "backend", "chosen"),
+    [
+        ("bfloat16", 64, 16, False, "gpu", "cudnn"),
+        ("float16", 128, 16, True, "gpu", "cudnn"),
+        ("bfloat16", 64, 15, False, "gpu", "cudnn"),
+        ("bfloat16", 64, 15, True, "gpu", "xla"),
+        ("float32", 64, 16, False, "gpu", "xla"),
+        ("bfloat16", 20, 16, False, "gpu", "xla"),
+        ("bfloat16", 136, 16, False, "gpu", "xla"),
+        ("bfloat16", 64, 16, False, "tpu", "xla"),
+        ("bfloat16", 64, 16, False, None, "xla"),
+    ],
+)
+def test_auto(dtype, head_dim, length, masked, backend, chosen):
+    q = shaped((2, length, 4, head_dim), dtype)
+    assert select_implementation(q, q, masked=masked, backend=backend) == chosen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_lowers_for_cuda(monkeypatch, masked):
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for name, answer in (
+        ("check_cudnn_version", 91100),
+        ("check_compute_capability", True),
+        ("is_cuda_compute_capability_equal", False),
+    ):
+        if not hasattr(fused, name):
+            pytest.skip(f"jax no longer has {name}")
+        monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
+    q = shaped((2, 16, 4, 64), "bfloat16")
+    mask = jnp.ones((2, 16), bool) if masked else None
+
+    def loss(q, k, v):
+        out = attention(q, k, v, mask=mask, implementation="cudnn")
+        return out.astype(jnp.float32).sum()
+
+    exported = jax.export.export(
+        jax.jit(jax.grad(loss)),
+        platforms=["cuda"],
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{kind}{way}")
+            for kind in ("Softmax", "ScaleBiasSoftmax")
+            for way in ("", "Backward")
+        ],
+    )(q, q, q)
+    assert "__cudnn$fmha" in exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(implementation="cuddn"), "Did you mean 'cudnn'"),
+        (dict(q=(2, 5, 8)), "q has shape .* give .batch, position, heads"),
+        (dict(v=(2, 6, 4, 8)), "but v has shape"),
+        (dict(q=(3, 5, 4, 8)), "batch and head_dim must agree"),
+        (dict(q=(2, 5, 6, 8)), "6 heads and k has 4"),
+        (dict(causal=True, q=(2, 3, 4, 8)), "as many queries as keys, got 3 and 5"),
+        (dict(mask=jnp.ones((2, 5))), "mask has dtype float32"),
+        (dict(mask=jnp.ones((2, 4), bool)), r"give \[batch, key\] = \(2, 5\)"),
+        (dict(mask=jnp.ones((2, 3, 5, 5), bool)), "with axes of length 1 broadcast"),
+    ],
+)
+def test_refusals(as_shipped, change, message):
+    q, k, v = draw()
+    arrays = dict(q=q, k=k, v=v)
+    options = {}
+    for name, value in change.items():
+        if name in arrays:
+            arrays[name] = jnp.zeros(value)
+        else:
+            options[name] = value
+    with pytest.raises(ValueError, match=message):
+        attention(**arrays, **options)
+
+
+def test_mixed_dtypes_are_refused(as_shipped):
+    q, k, v = draw()
+    with pytest.raises(ValueError, match="cast them to one"):
+        attention(q.astype(jnp.bfloat16), k, v)

@@ -1,0 +1,480 @@
+"""DiT: zero start, block stack, conditions, precision, gradients, lowering."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tmdjax.core import trees
+from tmdjax.models import DiT, functional, init_params
+from tmdjax.models.dit import _Block
+
+BATCH, HEIGHT, WIDTH, CHANNEL = 3, 8, 4, 2
+KINDS = ("unconditional", "class", "tokens")
+
+
+def small(kind="class", **options):
+    options = dict(patch_size=2, hidden=16, depth=5, heads=2, mlp_ratio=2.0) | options
+    if kind == "class":
+        options["num_classes"] = 4
+    if kind == "tokens":
+        options["token_width"] = 6
+    return DiT(**options)
+
+
+def draw(kind="class"):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(BATCH, HEIGHT, WIDTH, CHANNEL)), jnp.float32)
+    t = jnp.array([0.1, 0.5, 1.0])
+    cond = {
+        "unconditional": None,
+        "class": jnp.array([0, 3, 4]),
+        "tokens": {
+            "tokens": jnp.asarray(rng.normal(size=(BATCH, 3, 6)), jnp.float32),
+            "mask": jnp.array([[True, True, True], [True, False, True], [False] * 3]),
+        },
+    }[kind]
+    return x, t, cond
+
+
+@functools.cache
+def initial(kind="class"):
+    return init_params(small(kind), jax.random.key(0), *draw(kind))
+
+
+def close(a, b, atol=2e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), a, b)
+
+
+@functools.cache
+def jitted(module, method=None, **options):
+    return jax.jit(
+        functools.partial(functional(module), method=method, **options),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_starts_at_zero(kind):
+    v = jitted(small(kind))(initial(kind), *draw(kind))
+    assert v.shape == (BATCH, HEIGHT, WIDTH, CHANNEL) and v.dtype == jnp.float32
+    np.testing.assert_array_equal(v, 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_start_as_the_identity(kind):
+    h, c = jitted(small(kind), "embed")(initial(kind), *draw(kind))
+    assert np.abs(h).max() > 0.1
+    out, _ = jitted(small(kind), "blocks")(initial(kind), h, c)
+    np.testing.assert_array_equal(out, h)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_leaf_after_three_steps(kind):
+    inputs = draw(kind)
+    target = inputs[0][..., ::-1]
+    apply_fn = functional(small(kind))
+
+    @jax.jit
+    def step(params):
+        gradient = jax.grad(lambda p: jnp.square(apply_fn(p, *inputs) - target).mean())(
+            params
+        )
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient), gradient
+
+    params, first = step(initial(kind))
+    moving = {k for k, g in trees.flatten(first).items() if np.any(g)}
+    assert moving == {"final/projection/kernel", "final/projection/bias"}
+    for _ in range(3):
+        params, gradient = step(params)
+    # A key's bias shifts all scores of a query alike: softmax does not see it.
+    still = {
+        k
+        for k, g in trees.flatten(gradient).items()
+        if not np.abs(g).max() > 0 and not k.endswith("key/bias")
+    }
+    assert not still
+
+
+@pytest.mark.parametrize("kind", ["class", "tokens"])
+def test_block_equals_flax_layers(kind, stir):
+    """The same block from flax's own norm, attention and dense layers."""
+    module, params = small(kind), stir(initial(kind))
+    h, c = jitted(module, "embed")(params, *draw(kind))
+    got, _ = jitted(module, "blocks", start=2, stop=3)(params, h, c)
+    block = jax.tree.map(lambda leaf: leaf[2], params["blocks"])
+
+    def dense(name, x):
+        return nn.Dense(block[name]["kernel"].shape[1]).apply(
+            {"params": block[name]}, x
+        )
+
+    def norm(x):
+        return nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6).apply({}, x)
+
+    def attend(name, x, context, mask=None):
+        inner = {
+            part: {
+                "kernel": block[name][part]["kernel"].reshape(16, 2, 8),
+                "bias": block[name][part]["bias"].reshape(2, 8),
+            }
+            for part in ("query", "key", "value")
+        }
+        inner["out"] = {
+            "kernel": block[name]["out"]["kernel"].reshape(2, 8, 16),
+            "bias": block[name]["out"]["bias"],
+        }
+        return nn.MultiHeadDotProductAttention(num_heads=2).apply(
+            {"params": inner}, x, context, mask=mask
+        )
+
+    def peer(h):
+        parts = dense("modulation", nn.silu(c["modulation"]))[:, None, :]
+        shift, scale, gate, *mlp = jnp.split(parts, 6, axis=-1)
+        x = norm(h) * (1 + scale) + shift
+        h = h + gate * attend("attention", x, x)
+        if kind == "tokens":
+            mask = c["mask"][:, None, None, :]
+            h = h + attend("cross_attention", norm(h), c["tokens"], mask)
+        mlp_shift, mlp_scale, mlp_gate = mlp
+        x = norm(h) * (1 + mlp_scale) + mlp_shift
+        return h + mlp_gate * dense("mlp_out", nn.gelu(dense("mlp_in", x)))
+
+    close(got, jax.jit(peer)(h), atol=1e-5)
+
+
+@pytest.fixture(params=["class", "tokens"])
+def stacked(request, stir):
+    params = stir(initial(request.param))
+    module = small(request.param)
+    h, c = jitted(module, "embed")(params, *draw(request.param))
+    return module, params, h, c
+
+
+def layer_by_layer(module, params, h, c):
+    """Outputs of every layer from a Python loop over single blocks."""
+    block = jax.jit(_Block(2, 32, "fp32", "xla", parent=None).apply)
+    outputs = []
+    for layer in range(module.depth):
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        h = block({"params": own}, h, c)
+        outputs.append(h)
+    return outputs
+
+
+def test_splitting_the_stack_changes_nothing(stacked):
+    module, params, h, c = stacked
+    whole, none = jitted(module, "blocks")(params, h, c)
+    assert none == {}
+    first, _ = jitted(module, "blocks", stop=2)(params, h, c)
+    both, _ = jitted(module, "blocks", start=2)(params, first, c)
+    close(both, whole)
+    empty, _ = functional(module)(params, h, c, method="blocks", start=5)
+    np.testing.assert_array_equal(empty, h)
+
+
+def test_taps_equal_a_loop(stacked):
+    module, params, h, c = stacked
+    outputs = layer_by_layer(module, params, h, c)
+    last, tapped = jitted(module, "blocks", taps=(3, 0, 4))(params, h, c)
+    assert sorted(tapped) == [0, 3, 4]
+    close(tapped, {i: outputs[i] for i in tapped}, atol=1e-5)
+    close(last, outputs[4], atol=1e-5)
+    assert np.abs(outputs[3] - outputs[0]).max() > 0.1
+
+
+def test_skip_equals_removing_the_layers(stacked):
+    module, params, h, c = stacked
+    skipped, tapped = jitted(module, "blocks", skip=(1, 2), taps=(0, 3))(params, h, c)
+    keep = jnp.array([0, 3, 4])
+    fewer = params | {"blocks": jax.tree.map(lambda w: w[keep], params["blocks"])}
+    want, want_tapped = jitted(module.clone(depth=3), "blocks", taps=(0, 1))(
+        fewer, h, c
+    )
+    close(skipped, want)
+    close([tapped[0], tapped[3]], [want_tapped[0], want_tapped[1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(start=-1), "negative indices are not read"),
+        (dict(stop=6), "stop=6 must satisfy .* depth=5"),
+        (dict(start=3, stop=2), "start=3, stop=2"),
+        (dict(taps=(5,)), r"taps holds \[5\], outside the layers 0..4"),
+        (dict(stop=2, skip=(2,)), r"skip holds \[2\], outside the layers 0..1"),
+        (dict(taps=(1,), skip=(1,)), r"layers \[1\] are both tapped and skipped"),
+    ],
+)
+def test_bad_layer_indices(options, message):
+    apply_fn = functional(small())
+    h, c = apply_fn(initial(), *draw(), method="embed")
+    with pytest.raises(ValueError, match=message):
+        apply_fn(initial(), h, c, method="blocks", **options)
+
+
+def test_indices_are_static(as_shipped):
+    apply_fn = functional(small())
+    h, c = apply_fn(initial(), *draw(), method="embed")
+    with pytest.raises(TypeError):
+        apply_fn(initial(), h, c, method="blocks", taps=(1.5,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_do_not_meet(kind, stir):
+    params, inputs = stir(initial(kind)), draw(kind)
+    apply_fn = jitted(small(kind))
+    whole = apply_fn(params, *inputs)
+    assert np.abs(whole).max() > 0.1
+    order = jnp.array([2, 0, 1])
+    shuffled = jax.tree.map(lambda leaf: leaf[order], inputs)
+    close(apply_fn(params, *shuffled), whole[order], atol=1e-5)
+
+    def one(inputs):
+        single = jax.tree.map(lambda leaf: leaf[None], inputs)
+        return functional(small(kind))(params, *single)[0]
+
+    close(jax.jit(jax.vmap(one))(inputs), whole, atol=1e-5)
+
+
+def test_a_scalar_time_is_broadcast(stir):
+    params, (x, _, cond) = stir(initial()), draw()
+    apply_fn = jitted(small())
+    close(apply_fn(params, x, 0.3, cond), apply_fn(params, x, jnp.full(3, 0.3), cond))
+
+
+def test_time_and_class_matter(stir):
+    params, (x, t, cond) = stir(initial()), draw()
+    apply_fn = jitted(small())
+    base = apply_fn(params, x, t, cond)
+    assert np.abs(apply_fn(params, x, t * 0.5, cond) - base).max() > 1e-3
+    assert (
+        np.abs(apply_fn(params, x, t, cond - 1 + 2 * (cond == 0)) - base).max() > 1e-3
+    )
+
+
+def test_null_class_is_no_condition(stir):
+    params, (x, t, cond) = stir(initial()), draw()
+    apply_fn = jitted(small())
+    dropped = apply_fn(params, x, t, None)
+    close(apply_fn(params, x, t, jnp.full((BATCH,), 4)), dropped)
+    given = apply_fn(params, x, t, cond)
+    close(given[2], dropped[2])  # the last row asks for the null class
+    assert np.abs(given[0] - dropped[0]).max() > 1e-3
+
+
+def test_masked_tokens_are_no_condition(stir):
+    params, (x, t, cond) = stir(initial("tokens")), draw("tokens")
+    apply_fn = jitted(small("tokens"))
+    given, dropped = apply_fn(params, x, t, cond), apply_fn(params, x, t, None)
+    close(given[2], dropped[2], atol=1e-5)  # its mask is False everywhere
+    assert np.abs(given[0] - dropped[0]).max() > 1e-3
+    # Whatever stands at masked positions, and however many of them there are.
+    padded = {
+        "tokens": jnp.concatenate(
+            [
+                jnp.where(cond["mask"][..., None], cond["tokens"], 7.0),
+                jnp.full((BATCH, 2, 6), -50.0),
+            ],
+            axis=1,
+        ),
+        "mask": jnp.pad(cond["mask"], ((0, 0), (0, 2))),
+    }
+    close(apply_fn(params, x, t, padded), given, atol=1e-5)
+    # Tokens are a set.
+    turned = jax.tree.map(lambda leaf: leaf[:, ::-1], cond)
+    close(apply_fn(params, x, t, turned), given, atol=1e-5)
+
+
+def test_parameters_do_not_depend_on_the_example_condition():
+    x, t, _ = draw()
+    without = init_params(small("tokens"), jax.random.key(0), x, t, None)
+    jax.tree.map(np.testing.assert_array_equal, without, initial("tokens"))
+
+
+def test_remat_changes_neither_value_nor_gradient(stir):
+    kind = "tokens"
+    params, inputs = stir(initial(kind)), draw(kind)
+
+    def value_and_grad(remat):
+        apply_fn = functional(small(kind, remat=remat))
+        return jax.jit(
+            jax.value_and_grad(lambda p: jnp.square(apply_fn(p, *inputs)).mean())
+        )(params)
+
+    (with_value, with_grad), (value, grad) = value_and_grad(True), value_and_grad(False)
+    np.testing.assert_allclose(with_value, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7
+        ),
+        with_grad,
+        grad,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_recipe_stays_close(kind, stir):
+    params, inputs = stir(initial(kind), 0.1), draw(kind)
+    exact = jitted(small(kind))(params, *inputs)
+    module = small(kind, recipe="bf16")
+    rough = jitted(module)(params, *inputs)
+    assert rough.dtype == jnp.float32
+    assert jitted(module, "embed")(params, *inputs)[0].dtype == jnp.bfloat16
+    error = np.sqrt(np.square(rough - exact).mean() / np.square(exact).mean())
+    assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_against_finite_differences(kind, stir, check_slope):
+    inputs = draw(kind)
+    apply_fn = functional(small(kind))
+    silent = check_slope(
+        lambda p: jnp.square(apply_fn(p, *inputs) - 1).mean(), stir(initial(kind))
+    )
+    assert not silent
+
+
+def count_equations(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        total += 1
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += count_equations(inner)
+    return total
+
+
+def test_forty_layers_are_one_program():
+    inputs = draw()
+    counts = []
+    for depth in (2, 40):
+        module = small(depth=depth)
+        params = jax.eval_shape(
+            lambda module=module: init_params(module, jax.random.key(0), *inputs)
+        )
+
+        def loss(params, module=module):
+            return functional(module)(params, *inputs).sum()
+
+        counts.append(count_equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert counts[0] == counts[1] > 100
+
+
+def test_xl_2_has_the_published_size():
+    """675 M parameters: arXiv 2212.09748, table 4, made without allocating them."""
+    module = DiT(patch_size=2, hidden=1152, depth=28, heads=16, num_classes=1000)
+    shaped = jax.ShapeDtypeStruct
+    inputs = (
+        shaped((2, 32, 32, 4), jnp.float32),
+        shaped((2,), jnp.float32),
+        shaped((2,), jnp.int32),
+    )
+    params = jax.eval_shape(
+        lambda key: init_params(module, key, *inputs), jax.random.key(0)
+    )
+    assert all(isinstance(leaf, shaped) for leaf in jax.tree.leaves(params))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {28}
+    assert trees.count(params) / 1e6 == pytest.approx(675, abs=0.5)
+    velocity = jax.eval_shape(functional(module), params, *inputs)
+    assert velocity.shape == (2, 32, 32, 4) and velocity.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kind", ["class", "tokens"])
+def test_training_gradient_lowers_for_cuda_and_tpu(kind):
+    module = small(kind, recipe="bf16", attention_implementation="xla")
+    apply_fn = functional(module)
+    params, inputs = jax.eval_shape(lambda: (initial(kind), draw(kind)))
+
+    def loss(params, *inputs):
+        return jnp.square(apply_fn(params, *inputs)).mean()
+
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])(
+        params, *inputs
+    )
+    assert exported.platforms == ("cuda", "tpu")
+
+
+def test_out_channels_and_sizes():
+    module = small(out_channels=5)
+    x, t, cond = draw()
+    params = jax.eval_shape(lambda: init_params(module, jax.random.key(0), x, t, cond))
+    shape_of = functools.partial(jax.eval_shape, jitted(module))
+    assert shape_of(params, x, t, cond).shape == (BATCH, HEIGHT, WIDTH, 5)
+    embed = jitted(module, "embed")
+    h, c = jax.eval_shape(embed, params, x[:, :4], t, cond)
+    square = jax.eval_shape(jitted(module, "output"), params, h, c)
+    assert square.shape == (BATCH, 4, 4, 5)
+    apply_fn = functional(small())
+    params = initial()
+    h, c = jitted(small(), "embed")(params, x, t, cond)
+    with pytest.raises(ValueError, match="8 positions make no square image"):
+        apply_fn(params, h, c, method="output")
+    with pytest.raises(ValueError, match="needs 4 positions"):
+        apply_fn(params, h, c, (4, 4), method="output")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hidden=18), "hidden=18 must be a multiple of heads=2 and of 4"),
+        (dict(heads=3), "multiple of heads=3"),
+        (dict(depth=0), r"depth=0 is outside \[1, inf\]"),
+        (dict(mlp_ratio=0.0), "mlp_ratio=0.0 is outside"),
+        (dict(recipe="fp23"), "unknown GEMM recipe 'fp23'.*Did you mean"),
+        (dict(attention_implementation="flash"), "is not one of 'auto', 'xla'"),
+        (dict(token_width=3), "num_classes=4 and token_width=3 are both given"),
+        (dict(out_channels=0), "out_channels=0 is outside"),
+    ],
+)
+def test_bad_attributes(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "error", "message"),
+    [
+        ("class", dict(x=(3, 8, 4)), ValueError, "give images"),
+        ("class", dict(x=(3, 7, 4, 2)), ValueError, "patch_size=2 does not divide"),
+        ("class", dict(t=(2,)), ValueError, "t has shape .* one time a sample"),
+        (
+            "class",
+            dict(cond=jnp.array([0, 1, 5])),
+            ValueError,
+            r"=5 is outside \[0, 4\]",
+        ),
+        ("class", dict(cond=jnp.ones(3)), TypeError, "integer array of classes"),
+        (
+            "unconditional",
+            dict(cond=jnp.zeros(3, int)),
+            ValueError,
+            "built unconditional",
+        ),
+        ("tokens", dict(cond=jnp.zeros(3, int)), TypeError, "dict with the keys"),
+        ("tokens", dict(cond={"tokens": 0}), TypeError, r"got \['tokens'\]"),
+        (
+            "tokens",
+            dict(cond={"tokens": jnp.ones((3, 2, 5)), "mask": jnp.ones((3, 2), bool)}),
+            ValueError,
+            r"\(3, length, 6\)",
+        ),
+        (
+            "tokens",
+            dict(cond={"tokens": jnp.ones((3, 2, 6)), "mask": jnp.ones((3, 2))}),
+            ValueError,
+            "give booleans of shape",
+        ),
+    ],
+)
+def test_bad_inputs(as_shipped, kind, change, error, message):
+    x, t, cond = draw(kind)
+    x = jnp.zeros(change["x"]) if "x" in change else x
+    t = jnp.zeros(change["t"]) if "t" in change else t
+    with pytest.raises(error, match=message):
+        functional(small(kind))(initial(kind), x, t, change.get("cond", cond))

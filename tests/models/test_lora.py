@@ -1,0 +1,216 @@
+"""LoRA: the start is the base, the change has the rank, only adapters learn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax.core import trees
+from tmdjax.models import Classifier, Dense, DiT, functional, init_params, lora
+
+DIT = DiT(patch_size=2, hidden=8, depth=3, heads=2, mlp_ratio=2.0)
+TARGETS = ["attention/(query|value)", "mlp_in"]
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32)
+T = jnp.array([0.2, 0.9])
+KEY = jax.random.key(3)
+
+
+@functools.cache
+def initial():
+    return init_params(DIT, jax.random.key(0), X, T)
+
+
+@pytest.fixture
+def base(stir):
+    return stir(initial())
+
+
+def trained(adapters):
+    """Adapters as if training had moved them."""
+    rng = np.random.default_rng(5)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), adapters
+    )
+
+
+def test_adapters_are_a_cut_of_the_tree(base):
+    adapters = lora.init(KEY, base, 2, TARGETS)
+    got = {path: leaf.shape for path, leaf in trees.flatten(adapters).items()}
+    assert got == {
+        "blocks/attention/query/kernel/a": (3, 8, 2),
+        "blocks/attention/query/kernel/b": (3, 2, 8),
+        "blocks/attention/value/kernel/a": (3, 8, 2),
+        "blocks/attention/value/kernel/b": (3, 2, 8),
+        "blocks/mlp_in/kernel/a": (3, 8, 2),
+        "blocks/mlp_in/kernel/b": (3, 2, 16),
+    }
+    assert lora.count(adapters) == 3 * 2 * (16 + 16 + 24)
+    a = np.asarray(adapters["blocks"]["mlp_in"]["kernel"]["a"])
+    assert 0.2 < np.abs(a).max() <= 8**-0.5
+    assert np.abs(a[0] - a[1]).max() > 0.01
+    shapes = jax.eval_shape(lambda p: lora.init(KEY, p, 2, TARGETS), base)
+    assert lora.count(shapes) == lora.count(adapters)
+
+
+def test_an_adapter_depends_on_key_and_path_alone(base):
+    path = ("blocks", "mlp_in", "kernel", "a")
+    pick = lambda tree: functools.reduce(lambda node, name: node[name], path, tree)
+    few = pick(lora.init(KEY, base, 2, ["mlp_in"]))
+    np.testing.assert_array_equal(few, pick(lora.init(KEY, base, 2, TARGETS)))
+    assert np.any(few != pick(lora.init(jax.random.key(4), base, 2, ["mlp_in"])))
+    query = lora.init(KEY, base, 2, ["query"])["blocks"]["attention"]["query"]
+    assert np.any(few != query["kernel"]["a"])
+
+
+def test_start_and_off_equal_the_base_bit_for_bit(base):
+    apply_fn = functional(DIT)
+    want = jax.jit(apply_fn)(base, X, T)
+    assert np.abs(want).max() > 0.1
+    adapters = lora.init(KEY, base, 2, TARGETS)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def adapted(base, adapters, alpha):
+        return lora.apply_fn(apply_fn, base, alpha)(adapters, X, T)
+
+    np.testing.assert_array_equal(adapted(base, adapters, 16.0), want)
+    moved = trained(adapters)
+    assert np.abs(adapted(base, moved, 16.0) - want).max() > 1e-2
+    np.testing.assert_array_equal(adapted(base, moved, 0.0), want)
+    np.testing.assert_array_equal(adapted(base, {}, 16.0), want)
+    np.testing.assert_array_equal(adapted(base, None, 16.0), want)
+    merged = lora.merge(base, adapters, 16.0)
+    jax.tree.map(np.testing.assert_array_equal, merged, base)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_change_has_the_rank_in_every_layer(base, rank):
+    adapters = trained(lora.init(KEY, base, rank, TARGETS))
+    merged = trees.flatten(lora.merge(base, adapters, 4.0))
+    changed = set()
+    for path, before in trees.flatten(base).items():
+        delta = np.asarray(merged[path], np.float64) - np.asarray(before, np.float64)
+        if np.any(delta):
+            changed.add(path)
+            values = np.linalg.svd(delta, compute_uv=False)
+            assert values.shape[0] == 3
+            assert (values[:, rank - 1] > 1e-2 * values[:, 0]).all()
+            assert (values[:, rank] < 1e-5 * values[:, 0]).all()
+    assert changed == {
+        "blocks/attention/query/kernel",
+        "blocks/attention/value/kernel",
+        "blocks/mlp_in/kernel",
+    }
+
+
+def test_merge_equals_the_low_rank_path():
+    """(x W + b) + (alpha / r) (x a) b_up, two thin products beside the layer."""
+    layer = Dense(6)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)), jnp.float32)
+    params = init_params(layer, jax.random.key(0), x)
+    adapters = trained(lora.init(KEY, params, 2, ["kernel"]))
+    got = lora.apply_fn(functional(layer), params, 3.0)(adapters, x)
+    a, b = adapters["kernel"]["a"], adapters["kernel"]["b"]
+    beside = 1.5 * (np.asarray(x) @ np.asarray(a)) @ np.asarray(b)
+    np.testing.assert_allclose(
+        got, functional(layer)(params, x) + beside, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_alpha_scales_the_change_and_rank_divides_it(base):
+    adapters = trained(lora.init(KEY, base, 2, ["query"]))
+    pick = lambda tree: np.asarray(tree["blocks"]["attention"]["query"]["kernel"])
+    change = lambda tree, alpha: pick(lora.merge(base, tree, alpha)) - pick(base)
+    np.testing.assert_allclose(
+        change(adapters, 6.0), 3 * change(adapters, 2.0), rtol=1e-4, atol=1e-5
+    )
+    # The same factors written twice: the product doubles and the scale halves.
+    node = adapters["blocks"]["attention"]["query"]["kernel"]
+    doubled = {
+        "a": jnp.concatenate([node["a"]] * 2, -1),
+        "b": jnp.concatenate([node["b"]] * 2, -2),
+    }
+    twice = {"blocks": {"attention": {"query": {"kernel": doubled}}}}
+    np.testing.assert_allclose(
+        change(twice, 2.0), change(adapters, 2.0), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_stack_is_merged_layer_by_layer():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    stacked = {"kernel": draw(3, 4, 5)}
+    adapters = {"kernel": {"a": draw(3, 4, 2), "b": draw(3, 2, 5)}}
+    merged = lora.merge(stacked, adapters, 2.0)["kernel"]
+    for layer in range(3):
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (stacked, adapters))
+        np.testing.assert_allclose(
+            merged[layer], lora.merge(*own, 2.0)["kernel"], atol=1e-6
+        )
+
+
+def test_merge_keeps_the_dtype_of_the_base():
+    params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
+    adapters = {"kernel": {"a": jnp.full((4, 1), 0.5), "b": jnp.ones((1, 4))}}
+    merged = lora.merge(params, adapters, 1.0)["kernel"]
+    assert merged.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(merged, np.float32), 1.5)
+
+
+def test_only_adapters_get_gradients(base, check_slope):
+    adapters = lora.init(KEY, base, 2, TARGETS)
+
+    def loss(adapters, base):
+        fn = lora.apply_fn(functional(DIT), base, 4.0)
+        return jnp.square(fn(adapters, X, T) - 1).mean()
+
+    ours, theirs = jax.jit(jax.grad(loss, argnums=(0, 1)))(adapters, base)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(theirs))
+    for path, gradient in trees.flatten(ours).items():
+        assert np.any(gradient) == path.endswith("/b")  # b = 0 holds a back at first
+    moved = jax.tree.map(lambda leaf: 0.3 * leaf, trained(adapters))
+    assert not check_slope(lambda adapters: loss(adapters, base), moved)
+
+
+def test_options_reach_the_base(base):
+    fn = lora.apply_fn(functional(DIT), base, 4.0)
+    adapters = lora.init(KEY, base, 2, TARGETS)
+    h, c = fn(adapters, X, T, method="embed")
+    _, tapped = fn(adapters, h, c, method="blocks", stop=1, taps=(0,))
+    assert set(tapped) == {0}
+
+
+def test_init_refusals(as_shipped, base):
+    with pytest.raises(ValueError, match="'atention/qery' matches no kernel; .*query"):
+        lora.init(KEY, base, 2, ["mlp_in", "atention/qery"])
+    with pytest.raises(
+        ValueError, match=r"rank \(of blocks/.*\)=9 is outside \[1, 8\]"
+    ):
+        lora.init(KEY, base, 9, TARGETS)
+    with pytest.raises(ValueError, match=r"=0 is outside \[1, 8\]"):
+        lora.init(KEY, base, 0, TARGETS)
+    with pytest.raises(TypeError, match="give a list of one or more"):
+        lora.init(KEY, base, 2, "query")
+    with pytest.raises(ValueError, match="give a list of one or more"):
+        lora.init(KEY, base, 2, [])
+    with pytest.raises(TypeError, match="typed key"):
+        lora.init(jnp.zeros(2, jnp.uint32), base, 2, TARGETS)
+    x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    convolutional = jax.eval_shape(
+        lambda: init_params(Classifier(2, width=8), jax.random.key(0), x)
+    )
+    with pytest.raises(ValueError, match=r"convolutions_0/kernel has shape \(3, 3, 1"):
+        lora.init(KEY, convolutional, 1, ["convolutions"])
+
+
+def test_merge_refusals(as_shipped, base):
+    adapters = lora.init(KEY, base, 2, ["query"])
+    with pytest.raises(ValueError, match=r"alpha=-1.0 is outside \[0, inf\)"):
+        lora.merge(base, adapters, -1.0)
+    with pytest.raises(ValueError, match="'block/query' has no parameter; the nearest"):
+        lora.merge(base, {"block": {"query": {"a": KEY, "b": KEY}}}, 1.0)
+    shallow = jax.tree.map(lambda leaf: leaf[:2], base)
+    with pytest.raises(ValueError, match=r"\(3, 8, 2\) x \(3, 2, 8\), does not fit"):
+        lora.merge(shallow, adapters, 1.0)
