@@ -158,6 +158,18 @@ def test_shards_are_disjoint_and_equally_long(shards):
     assert len(left_out) > 11 % shards  # not always the same ones
 
 
+def test_shards_stay_in_step_with_short_batches():
+    # Seven samples over two shards: three each, batches of two and one.
+    sizes = [
+        [len(batch["label"]) for batch in take(shard, 4)]
+        for shard in (
+            in_memory(arrays(7), 2, drop_remainder=False, shard_index=i, shard_count=2)
+            for i in range(2)
+        )
+    ]
+    assert sizes == [[2, 1, 2, 1]] * 2
+
+
 def test_empty_or_ragged_data_are_refused(as_shipped):
     with pytest.raises(ValueError, match="the data are empty"):
         in_memory({}, 1)

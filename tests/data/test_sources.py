@@ -162,6 +162,19 @@ class TestDigits:
         share = (train + test) * 597 / 1797
         assert np.abs(test - share).max() < 1
 
+    def test_test_samples_are_evenly_spaced_in_their_class(self):
+        from sklearn.datasets import load_digits
+
+        whole = load_digits()
+        held_out = {
+            row.tobytes()
+            for row in (load("digits").test["image"].reshape(-1, 64) + 1) * 8
+        }
+        for digit in range(10):
+            rows = whole.data[whole.target == digit].astype(np.float32)
+            ranks = [i for i, row in enumerate(rows) if row.tobytes() in held_out]
+            assert set(np.diff(ranks)) <= {3, 4}
+
     def test_together_they_are_scikit_learns_set(self):
         from sklearn.datasets import load_digits
 
