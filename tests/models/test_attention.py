@@ -82,7 +82,7 @@ def test_gradient_against_finite_differences():
     q, k, v = draw(batch=1, queries=3, keys=3, heads=2, key_heads=1)
     mask = jnp.array([[True, True, False]])
     check_grads(
-        lambda q, k, v: attention(q, k, v, mask=mask),
+        lambda *qkv: attention(*map(jnp.asarray, qkv), mask=mask),
         (q, k, v),
         order=1,
         modes=["rev"],

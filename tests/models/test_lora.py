@@ -56,7 +56,10 @@ def test_adapters_are_a_cut_of_the_tree(base):
 
 def test_an_adapter_depends_on_key_and_path_alone(base):
     path = ("blocks", "mlp_in", "kernel", "a")
-    pick = lambda tree: functools.reduce(lambda node, name: node[name], path, tree)
+
+    def pick(tree):
+        return functools.reduce(lambda node, name: node[name], path, tree)
+
     few = pick(lora.init(KEY, base, 2, ["mlp_in"]))
     np.testing.assert_array_equal(few, pick(lora.init(KEY, base, 2, TARGETS)))
     assert np.any(few != pick(lora.init(jax.random.key(4), base, 2, ["mlp_in"])))
@@ -121,8 +124,15 @@ def test_merge_equals_the_low_rank_path():
 
 def test_alpha_scales_the_change_and_rank_divides_it(base):
     adapters = trained(lora.init(KEY, base, 2, ["query"]))
-    pick = lambda tree: np.asarray(tree["blocks"]["attention"]["query"]["kernel"])
-    change = lambda tree, alpha: pick(lora.merge(base, tree, alpha)) - pick(base)
+
+    def change(tree, alpha):
+        merged = lora.merge(base, tree, alpha)
+        after, before = (
+            np.asarray(p["blocks"]["attention"]["query"]["kernel"])
+            for p in (merged, base)
+        )
+        return after - before
+
     np.testing.assert_allclose(
         change(adapters, 6.0), 3 * change(adapters, 2.0), rtol=1e-4, atol=1e-5
     )
@@ -140,7 +150,10 @@ def test_alpha_scales_the_change_and_rank_divides_it(base):
 
 def test_a_stack_is_merged_layer_by_layer():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     stacked = {"kernel": draw(3, 4, 5)}
     adapters = {"kernel": {"a": draw(3, 4, 2), "b": draw(3, 2, 5)}}
     merged = lora.merge(stacked, adapters, 2.0)["kernel"]
@@ -183,7 +196,7 @@ def test_options_reach_the_base(base):
 
 
 def test_init_refusals(as_shipped, base):
-    with pytest.raises(ValueError, match="'atention/qery' matches no kernel; .*query"):
+    with pytest.raises(ValueError, match=r"'atention/qery' matches no kernel; .*query"):
         lora.init(KEY, base, 2, ["mlp_in", "atention/qery"])
     with pytest.raises(
         ValueError, match=r"rank \(of blocks/.*\)=9 is outside \[1, 8\]"

@@ -85,7 +85,7 @@ def test_patches_are_slices_row_by_row():
 
 
 def test_patch_refusals(as_shipped):
-    with pytest.raises(ValueError, match="patch_size=4 does not divide .* 6 x 8"):
+    with pytest.raises(ValueError, match=r"patch_size=4 does not divide .* 6 x 8"):
         layers.patchify(jnp.zeros((1, 6, 8, 1)), 4)
     with pytest.raises(ValueError, match="give images"):
         layers.patchify(jnp.zeros((6, 8, 1)), 2)

@@ -36,6 +36,7 @@ class Classifier(nn.Module):
         super().__post_init__()
 
     def setup(self):
+        """Declares the layers."""
         widths = [self.width, 2 * self.width, 4 * self.width]
         self.convolutions = [
             nn.Conv(width, (3, 3), strides=1 if i == 0 else 2)

@@ -189,6 +189,7 @@ class DiT(nn.Module):
         super().__post_init__()
 
     def setup(self):
+        """Declares the layers."""
         self.patch_embedding = Dense(self.hidden, self.recipe, kernel_init=_XAVIER)
         self.time_embedding = TimeEmbedding(
             self.hidden, time_scale=self.time_scale, recipe=self.recipe
@@ -240,7 +241,7 @@ class DiT(nn.Module):
         """
         h, c = self.embed(x, t, cond)
         h, _ = self.blocks(h, c)
-        return self.output(h, c, x.shape[1:3])
+        return self.output(h, c, (x.shape[1], x.shape[2]))
 
     def embed(
         self, x: Float[Array, "batch height width channel"], t: Any, cond: Any = None
@@ -380,7 +381,7 @@ class DiT(nn.Module):
         if (start, stop) != (0, self.depth):
             params = jax.tree.map(lambda leaf: leaf[start:stop], params)
 
-        def body(carry: Array, layer: Any) -> tuple[Array, None]:
+        def body(carry: Any, layer: Any) -> tuple[Any, None]:
             return block.apply({"params": layer}, carry, c), None
 
         if self.remat:

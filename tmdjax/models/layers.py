@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -156,7 +157,7 @@ class ClassEmbedding(nn.Module):
         )
         if cond is None:
             cond = jnp.full((batch,), self.num_classes, jnp.int32)
-        if not jnp.issubdtype(getattr(cond, "dtype", None), jnp.integer):
+        if not (hasattr(cond, "dtype") and jnp.issubdtype(cond.dtype, jnp.integer)):
             raise TypeError(
                 f"cond must be an integer array of classes, one a sample, got "
                 f"{type(cond).__name__} of dtype {getattr(cond, 'dtype', None)}."
