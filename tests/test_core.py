@@ -1,9 +1,12 @@
+import os
+import stat
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmdjax.core import checks, conventions, prng, registry, trees
+from tmdjax.core import checks, conventions, files, prng, registry, trees
 
 
 def test_bridge_twice_is_identity():
@@ -121,3 +124,19 @@ def test_content_hash_sees_every_bit():
     assert trees.content_hash(tree) == trees.content_hash(same)
     assert trees.content_hash(tree) != trees.content_hash(other)
     assert trees.content_hash({"b": tree["a"]}) != trees.content_hash(tree)
+
+
+def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "b.json"
+    files.write_atomically(path, b"old")
+    assert path.read_bytes() == b"old"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]

@@ -2,8 +2,6 @@ import csv
 import io
 import json
 import math
-import os
-import stat
 import sys
 import time
 import types
@@ -22,7 +20,6 @@ from tmdjax.harness.logs import (
     format_duration,
     read_rows,
     without_timings,
-    write_atomically,
     write_csv,
 )
 
@@ -176,22 +173,6 @@ def test_csv_columns_are_the_union_in_order_of_appearance(tmp_path):
     path = tmp_path / "metrics.csv"
     write_csv([{"step": 1, "b": 0.5}, {"step": 2, "a": "x,y", "b": 3}], path)
     assert path.read_text() == 'step,b,a\n1,0.5,\n2,3,"x,y"\n'
-
-
-def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a" / "b.json"
-    write_atomically(path, b"old")
-    assert path.read_bytes() == b"old"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
 
 
 def test_tensorboard_absent_names_what_to_install(tmp_path, monkeypatch):

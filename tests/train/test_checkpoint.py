@@ -51,6 +51,12 @@ def test_train_state_round_trip(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+def test_nothing_but_extras(tmp_path):
+    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints.save(1, {}, {"accuracy": 0.5})
+    assert checkpoints.restore() == (1, {}, {"accuracy": 0.5})
+
+
 def test_keeps_the_last_two_and_the_best(tmp_path):
     checkpoints = train.Checkpoints(tmp_path, best="min")
     for step, score in [(1, 5.0), (2, 1.0), (3, 4.0), (4, float("nan")), (5, 3.0)]:

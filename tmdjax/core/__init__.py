@@ -1,5 +1,5 @@
-"""Vocabulary: time convention, shape names, checks, keys, trees, registry."""
+"""Vocabulary: time convention, shape names, checks, keys, trees, files, registry."""
 
-from tmdjax.core import checks, conventions, prng, registry, trees, types
+from tmdjax.core import checks, conventions, files, prng, registry, trees, types
 
-__all__ = ["checks", "conventions", "prng", "registry", "trees", "types"]
+__all__ = ["checks", "conventions", "files", "prng", "registry", "trees", "types"]

@@ -64,7 +64,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             placeholder was left empty.
     """
     path, tier = _split_spec(spec)
-    module = _load_module(path)
+    module = load_module(path)
     tiers = ", ".join(module.TIERS)
     if not tier:
         raise ConfigError(
@@ -186,7 +186,8 @@ def _split_spec(spec: str) -> tuple[Path, str]:
     )
 
 
-def _load_module(path: Path) -> ModuleType:
+def load_module(path: Path) -> ModuleType:
+    """Imports a config file; raises ConfigError unless it has TIERS and get_config."""
     name = f"_tmdjax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness.config import from_plain, to_plain
-from tmdjax.harness.logs import format_duration, write_atomically
+from tmdjax.harness.logs import format_duration
 from tmdjax.harness.report import claim_row, format_value
 from tmdjax.metrics.intervals import paired_interval, t_interval
 

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from tmdjax.core.files import write_atomically
 from tmdjax.harness.config import from_plain, to_plain
 from tmdjax.harness.report import format_value
 
@@ -24,26 +24,6 @@ TIME_PREFIX = "time/"
 """Columns that hold timings start so; two equal runs may differ in them."""
 
 Row = dict[str, Any]
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that a reader, or a kill, sees the old or the new one whole.
-
-    Folders are made as needed. The data reach the disk before the name does.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:

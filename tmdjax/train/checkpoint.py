@@ -18,6 +18,7 @@ import numpy as np
 from flax import serialization
 
 from tmdjax.core import trees
+from tmdjax.core.files import write_atomically
 from tmdjax.core.types import PyTree
 
 logger = logging.getLogger("tmdjax")
@@ -39,13 +40,9 @@ class Restored(NamedTuple):
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes JSON atomically."""
+    text = json.dumps(value, indent=1, sort_keys=True)
+    write_atomically(path, text.encode())
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -159,8 +156,10 @@ class Checkpoints:
             (folder / _MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder)
         arrays = serialization.to_state_dict(tree)
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / _ARRAYS, arrays)
+        folder.mkdir()
+        if jax.tree.leaves(arrays):  # orbax refuses a tree without any
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(folder / _ARRAYS, arrays)
         manifest = {
             "step": step,
             "extra": extra,
@@ -224,8 +223,11 @@ class Checkpoints:
     def _read(self, step: int, like: PyTree | None) -> Restored:
         import orbax.checkpoint as ocp
 
+        path = self._folder(step) / _ARRAYS
+        extra = self._manifest(step)["extra"]
+        if not path.exists():
+            return Restored(step, {} if like is None else like, extra)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            path = self._folder(step) / _ARRAYS
             if like is None:
                 tree = jax.tree.map(np.asarray, checkpointer.restore(path))
             else:
@@ -234,7 +236,7 @@ class Checkpoints:
                 args = ocp.args.StandardRestore(jax.tree.map(_abstract, target))
                 found = checkpointer.restore(path, args=args)
                 tree = serialization.from_state_dict(like, found)
-        return Restored(step, tree, self._manifest(step)["extra"])
+        return Restored(step, tree, extra)
 
     def _check_structure(self, step: int, metadata: Any, target: PyTree) -> None:
         saved = trees.flatten(getattr(metadata, "item_metadata", metadata).tree)

@@ -1,0 +1,1 @@
+"""Runnable experiments, one readable file a system (from a clone)."""

@@ -1,0 +1,167 @@
+"""Runs an experiment: python -m experiments.run --config=configs/x.py:tier.
+
+Any setting of the config is changed by --config.a.b=value. A run that was stopped,
+however hard, goes on when the same command is given again.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tmdjax.core.registry import suggestion
+from tmdjax.harness import ConfigError, Options, dry_run, load_config, run
+from tmdjax.harness.config import load_module
+from tmdjax.harness.report import text_table
+from tmdjax.train import CheckpointError, NonFiniteError
+
+FAULTS = (
+    ConfigError,
+    CheckpointError,
+    NonFiniteError,
+    FileNotFoundError,
+    OSError,
+    RuntimeError,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """'0..4' or '0,2,5' or '3'."""
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split(".."))
+            seeds = tuple(range(first, last + 1))
+        else:
+            seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0..4 or 0,2,5 or 3")
+    return seeds
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0/4")
+    return int(found[1]), int(found[2])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, but for --config.a.b=value."""
+    flags = _Parser(prog="experiments.run", description=__doc__, allow_abbrev=False)
+    flags.add_argument("--config", help="configs/<system>.py:<tier>")
+    flags.add_argument("--workdir", type=pathlib.Path, help="default runs/SYSTEM-TIER")
+    flags.add_argument("--cache", type=pathlib.Path, help="default WORKDIR/../stages")
+    flags.add_argument("--seeds", type=_seeds, default=(0,), help="0..4 or 0,2,5")
+    flags.add_argument("--shard", type=_shard, default=(0, 1), help="i/n of the units")
+    flags.add_argument("--stage", help="stop after this stage")
+    flags.add_argument("--max_seconds", type=float, help="then checkpoint and exit 0")
+    flags.add_argument("--fresh", action="store_true", help="discard what there is")
+    flags.add_argument("--record", action="store_true", help="write results/")
+    flags.add_argument("--tensorboard", action="store_true", help="event files too")
+    flags.add_argument("--dry_run", action="store_true", help="sizes and stages only")
+    flags.add_argument("--list", action="store_true", help="what there is to run")
+    return flags
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses and runs; returns the exit status."""
+    overrides = [a.removeprefix("--config.") for a in arguments if _is_override(a)]
+    rest = [a for a in arguments if not _is_override(a)]
+    flags, unknown = parser().parse_known_args(rest)
+    if unknown:
+        known = [o for a in parser()._actions for o in a.option_strings]
+        name = unknown[0].partition("=")[0]
+        raise ConfigError(f"unknown argument {name!r}.{suggestion(name, known)}")
+    if flags.list:
+        print(text_table(listing()))
+        return 0
+    if not flags.config:
+        raise ConfigError("give --config=configs/<system>.py:<tier>, or --list.")
+    config: Any = load_config(flags.config, overrides)
+    try:
+        experiment = importlib.import_module(f"experiments.{config.system}")
+    except ModuleNotFoundError as error:
+        if error.name != f"experiments.{config.system}":
+            raise
+        raise ConfigError(
+            f"system {config.system!r} of {flags.config} has no "
+            f"experiments/{config.system}.py."
+        ) from None
+    options = Options(
+        command=command(flags, overrides),
+        tier=flags.config.partition(":")[2],
+        workdir=flags.workdir,
+        cache=flags.cache,
+        seeds=flags.seeds,
+        shard=flags.shard,
+        stage=flags.stage,
+        fresh=flags.fresh,
+        max_seconds=flags.max_seconds,
+        record=flags.record,
+        tensorboard=flags.tensorboard,
+    )
+    if flags.dry_run:
+        dry_run(experiment, config, options)
+        return 0
+    return run(experiment, config, options).code
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith("--config.")
+
+
+def command(flags: argparse.Namespace, overrides: Sequence[str]) -> str:
+    """What to type for the same result: no paths, nothing that changes no number."""
+    parts = ["python -m experiments.run", f"--config={flags.config}"]
+    parts += [f"--config.{override}" for override in overrides]
+    if flags.seeds != (0,):
+        parts.append(f"--seeds={','.join(map(str, flags.seeds))}")
+    if flags.shard != (0, 1):
+        parts.append(f"--shard={flags.shard[0]}/{flags.shard[1]}")
+    return " ".join(parts)
+
+
+def listing() -> list[dict[str, Any]]:
+    """A row a tier: system, cost and the verdicts of its last record."""
+    rows = []
+    for path in sorted(pathlib.Path("configs").glob("*.py")):
+        module = load_module(path)
+        for tier in module.TIERS:
+            record = pathlib.Path("results", path.stem, f"{tier}.json")
+            verdicts = "-"
+            if record.exists():
+                claims = json.loads(record.read_text())["claims"]
+                verdicts = ", ".join(f"{c['id']} {c['verdict']}" for c in claims)
+            rows.append(
+                {
+                    "config": f"{path.as_posix()}:{tier}",
+                    "cost": getattr(module, "COST", {}).get(tier),
+                    "last verdicts": verdicts or "no claims",
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except FAULTS as fault:
+        sys.exit(f"{type(fault).__name__}: {fault}")
+    except ValueError as fault:
+        sys.exit(f"ValueError: {fault}")

@@ -1,0 +1,418 @@
+"""Stages and the runner, on a tiny experiment that trains in milliseconds."""
+
+import json
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from tmdjax import harness, train
+from tmdjax.harness import stages as stages_module
+from tmdjax.harness.logs import read_rows, without_timings
+from tmdjax.harness.runner import render_results
+
+RULE = optax.sgd(0.1)
+
+
+class Draws:
+    def __init__(self):
+        self.position = 0
+
+    def __next__(self):
+        self.position += 1
+        rng = np.random.default_rng(self.position)
+        return rng.normal(size=(4, 2)).astype(np.float32)
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def loss(params, batch, keys):
+    return jnp.square(batch @ params["w"] - batch.sum(1)), {}
+
+
+STEP = jax.jit(train.make_train_step(loss, RULE))
+
+
+def make_config(steps=30, offset=1.0):
+    return ConfigDict(
+        {
+            "system": "tiny",
+            "train": {"steps": steps, "log_every": 5},
+            "score": {"offset": offset},
+            "claims": {
+                "T1": {
+                    "statement": "training approaches the answer",
+                    "published": "",
+                    "statistic": "difference",
+                    "direction": "less",
+                    "threshold": 10.0,
+                    "ours": "error",
+                    "baseline": None,
+                }
+            },
+        }
+    )
+
+
+def make_experiment(calls=None, arms=("main",), interrupt=None):
+    """An experiment whose stage calls are listed; `interrupt(step)` may raise."""
+    calls = [] if calls is None else calls
+
+    def fit(config, context):
+        calls.append(("fit", context.seed))
+        data = Draws()
+        step_fn = STEP
+        if interrupt is not None:
+
+            def step_fn(state, batch, key):
+                interrupt(int(state.step))
+                return STEP(state, batch, key)
+
+        params = {"w": jax.random.normal(context.key, (2,))}
+        state = context.fit(
+            train.create_state(params, RULE),
+            step_fn,
+            data,
+            num_steps=config.train.steps,
+            log_every=config.train.log_every,
+            checkpoint_seconds=0.0,
+        )
+        spec = {"name": "mlp", "hidden": 4, "depth": 1}
+        return harness.StageResult(
+            {"params": state.params}, {"w0": state.params["w"][0]}, spec
+        )
+
+    def score(config, context):
+        calls.append(("score", context.seed))
+        w = context.inputs["fit"].outputs["params"]["w"]
+        error = float(np.abs(w - 1).sum()) + config.score.offset
+        return harness.StageResult({}, {"error": error}, labels={"net": "n1"})
+
+    def stages(config, arm):
+        import functools
+
+        plain = config.to_dict()
+        return [
+            harness.Stage(
+                name="fit",
+                run=functools.partial(fit, config),
+                config={"train": plain["train"], "arm": arm},
+            ),
+            harness.Stage(
+                name="score",
+                run=functools.partial(score, config),
+                config=plain["score"],
+                parents=("fit",),
+            ),
+        ]
+
+    def report(config, results, folder):
+        rows = [{"stage": name} for name in results]
+        return harness.Report([("stages", rows)], [])
+
+    return types.SimpleNamespace(
+        stages=stages,
+        report=report,
+        describe=lambda config: {"parameters": 2},
+        ARMS=arms,
+    )
+
+
+def nothing(context):
+    return harness.StageResult()
+
+
+def options(tmp_path, **changes):
+    given = {
+        "command": "python -m experiments.run --config=configs/tiny.py:smoke",
+        "tier": "smoke",
+        "workdir": tmp_path / "run",
+        "results": tmp_path / "results",
+    }
+    return harness.Options(**(given | changes))
+
+
+def files(workdir):
+    return {p.name for p in workdir.iterdir()}
+
+
+def test_a_run_leaves_its_records(tmp_path, capsys):
+    outcome = harness.run(make_experiment(), make_config(), options(tmp_path))
+    assert outcome.code == 0
+    run = tmp_path / "run"
+    assert {
+        "config.json",
+        "environment.json",
+        "summary.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "report.html",
+    } <= files(run)
+    summary = json.loads((run / "summary.json").read_text())
+    for key in (
+        "system tier metrics device wall_s peak_memory_gb seeds command commit claims"
+    ).split():
+        assert key in summary
+    assert summary["claims"][0]["verdict"] == "reported"  # one seed gives no verdict
+    assert summary["versions"]["net"] == "n1"
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert "T1" in (run / "report.html").read_text()
+    assert "T1" in capsys.readouterr().out
+
+
+def test_stages_are_cached_by_what_they_depend_on(tmp_path):
+    calls = []
+    experiment = make_experiment(calls)
+    harness.run(experiment, make_config(), options(tmp_path))
+    harness.run(experiment, make_config(), options(tmp_path))
+    assert calls == [("fit", 0), ("score", 0)]
+    other = options(tmp_path, workdir=tmp_path / "other")
+    harness.run(experiment, make_config(offset=2.0), other)
+    assert calls[2:] == [("score", 0)]  # the trained stage is shared
+    harness.run(experiment, make_config(), options(tmp_path, fresh=True))
+    assert calls[3:] == [("fit", 0), ("score", 0)]
+
+
+def test_hashes_follow_config_seed_version_and_parents():
+    def make(config=1, version=1, seeded=True):
+        parent = harness.Stage(
+            name="a", run=nothing, config={"x": config}, version=version, seeded=seeded
+        )
+        child = harness.Stage(name="b", run=nothing, config={}, parents=("a",))
+        return [parent, child]
+
+    def hashes(seed=0, **options):
+        return stages_module.stage_hashes(make(**options), seed)
+
+    base = hashes()
+    for changed in (hashes(config=2), hashes(version=2), hashes(seed=1)):
+        assert changed["a"] != base["a"] and changed["b"] != base["b"]
+    assert hashes() == base
+    assert hashes(seed=1, seeded=False)["a"] == hashes(seed=2, seeded=False)["a"]
+
+
+@pytest.mark.parametrize("at", [3, 11, 29])
+def test_killed_and_run_again_equals_uninterrupted(tmp_path, at):
+    whole = harness.run(make_experiment(), make_config(), options(tmp_path / "a"))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step):
+        if step == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        harness.run(
+            make_experiment(interrupt=kill), make_config(), options(tmp_path / "b")
+        )
+    again = harness.run(make_experiment(), make_config(), options(tmp_path / "b"))
+    assert again.summary["metrics"] == whole.summary["metrics"]
+    a, b = (
+        without_timings(read_rows(tmp_path / x / "run" / "metrics.jsonl")) for x in "ab"
+    )
+    assert a == b
+
+
+def test_max_seconds_pauses_and_the_command_goes_on(tmp_path, capsys):
+    whole = harness.run(make_experiment(), make_config(), options(tmp_path / "a"))
+    paused = harness.run(
+        make_experiment(), make_config(), options(tmp_path / "b", max_seconds=0.0)
+    )
+    assert paused.code == 0 and paused.summary is None
+    assert "paused" in capsys.readouterr().out
+    done = harness.run(make_experiment(), make_config(), options(tmp_path / "b"))
+    assert done.summary["metrics"] == whole.summary["metrics"]
+
+
+def test_sigterm_checkpoints(tmp_path):
+    import os
+    import signal
+
+    def terminate(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = harness.run(
+        make_experiment(interrupt=terminate), make_config(), options(tmp_path)
+    )
+    assert outcome.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    saved = (tmp_path / "stages").glob("fit-*/checkpoints/step_*")
+    assert max(saved).name == "step_0000000010"
+
+
+def test_changed_config_is_refused_with_the_difference(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    with pytest.raises(harness.ConfigError, match=r"score.offset: 1.0 -> 3.0.*--fresh"):
+        harness.run(make_experiment(), make_config(offset=3.0), options(tmp_path))
+    with pytest.raises(harness.ConfigError, match="tier: smoke -> cpu"):
+        harness.run(make_experiment(), make_config(), options(tmp_path, tier="cpu"))
+    fresh = options(tmp_path, fresh=True)
+    assert harness.run(make_experiment(), make_config(offset=3.0), fresh).code == 0
+
+
+def test_seeds_and_shards(tmp_path):
+    calls = []
+    experiment = make_experiment(calls)
+    seeds = tuple(range(5))
+    whole = harness.run(experiment, make_config(), options(tmp_path, seeds=seeds))
+    assert whole.summary["claims"][0]["verdict"] == "reproduced"
+    assert whole.summary["seeds"] == [0, 1, 2, 3, 4]
+    w0 = {u["seed"]: u["metrics"]["w0"] for u in whole.summary["units"]}
+    assert len(set(w0.values())) == 5
+    shards = [
+        harness.run(
+            experiment,
+            make_config(),
+            options(
+                tmp_path,
+                workdir=tmp_path / f"s{i}",
+                cache=tmp_path / f"c{i}",
+                seeds=seeds,
+                shard=(i, 2),
+            ),
+        ).summary
+        for i in range(2)
+    ]
+    assert [s["seeds"] for s in shards] == [[0, 2, 4], [1, 3]]
+    from tmdjax.harness import ledger
+
+    merged = ledger.merge(shards)
+    assert merged["metrics"] == whole.summary["metrics"]
+    assert merged["claims"][0]["verdict"] == "reproduced"
+
+
+def test_arms_are_units(tmp_path):
+    experiment = make_experiment(arms=("main", "other"))
+    outcome = harness.run(experiment, make_config(), options(tmp_path))
+    assert set(outcome.summary["metrics"]) == {"error", "w0", "other/error", "other/w0"}
+
+
+def test_one_stage(tmp_path):
+    calls = []
+    outcome = harness.run(
+        make_experiment(calls), make_config(), options(tmp_path, stage="fit")
+    )
+    assert calls == [("fit", 0)] and outcome.summary is None
+    with pytest.raises(ValueError, match=r"no stage 'sample'; stages: fit, score"):
+        harness.run(make_experiment(), make_config(), options(tmp_path, stage="sample"))
+
+
+def test_record_and_render(tmp_path):
+    harness.run(
+        make_experiment(),
+        make_config(),
+        options(tmp_path, seeds=(0, 1, 2), record=True),
+    )
+    record = json.loads((tmp_path / "results" / "tiny" / "smoke.json").read_text())
+    assert record["claims"][0]["verdict"] == "pilot"
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "training approaches the answer" in text
+    (tmp_path / "results" / "PENDING.md").write_text("gpu tier: 8 min\n")
+    render_results(tmp_path / "results")
+    assert "gpu tier: 8 min" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_model_loads_from_the_workdir(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path, seeds=(1, 2)))
+    _, params, meta = harness.load(tmp_path / "run")
+    assert meta["seed"] == 1 and meta["config"]["system"] == "tiny"
+    w0 = json.loads((tmp_path / "run" / "units" / "main-seed1.json").read_text())
+    assert float(params["w"][0]) == w0["unit"]["metrics"]["w0"]
+    _, _, meta = harness.load(tmp_path / "run", seed=2)
+    assert meta["seed"] == 2
+    with pytest.raises(
+        FileNotFoundError, match="seed 7; it holds main-seed1, main-seed2"
+    ):
+        harness.load(tmp_path / "run", seed=7)
+    with pytest.raises(FileNotFoundError, match=r"holds none.*Finish the run"):
+        harness.load(tmp_path / "absent")
+
+
+def test_damaged_result_is_made_again(tmp_path, caplog):
+    calls = []
+    experiment = make_experiment(calls)
+    first = harness.run(experiment, make_config(), options(tmp_path))
+    largest = max(
+        (p for p in (tmp_path / "stages").glob("fit-*/result/**/d/*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
+    data = bytearray(largest.read_bytes())
+    data[-1] ^= 1
+    largest.write_bytes(bytes(data))
+    again = harness.run(experiment, make_config(), options(tmp_path))
+    assert "damaged" in caplog.text
+    assert calls == [("fit", 0), ("score", 0), ("fit", 0)]
+    assert again.summary["metrics"] == first.summary["metrics"]
+
+
+def test_two_runs_of_one_workdir(tmp_path):
+    from tmdjax.harness.environment import locked
+
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(RuntimeError, match="in use by another run"),
+    ):
+        harness.run(make_experiment(), make_config(), options(tmp_path))
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .*give another --workdir"):
+        harness.run(
+            make_experiment(),
+            make_config(),
+            options(tmp_path, workdir=tmp_path / "file"),
+        )
+
+
+def test_bad_shards_and_stage_lists(tmp_path):
+    with pytest.raises(harness.ConfigError, match="only 1 units"):
+        harness.run(make_experiment(), make_config(), options(tmp_path, shard=(0, 2)))
+    with pytest.raises(harness.ConfigError, match=r"index must be in \[0, 2\)"):
+        harness.run(make_experiment(), make_config(), options(tmp_path, shard=(2, 2)))
+    stage = harness.Stage(name="a", run=nothing, config={}, parents=("b",))
+    with pytest.raises(ValueError, match="does not come before"):
+        stages_module.select([stage])
+    stage = harness.Stage(name="a", run=nothing, config={})
+    with pytest.raises(ValueError, match="two stages are called 'a'"):
+        stages_module.select([stage, stage])
+
+
+def test_metrics_of_one_name_in_two_stages_are_refused(tmp_path):
+    def run(context):
+        return harness.StageResult({}, {"same": 1.0})
+
+    experiment = make_experiment()
+    experiment.stages = lambda config, arm: [
+        harness.Stage(name=name, run=run, config={}) for name in ("a", "b")
+    ]
+    with pytest.raises(ValueError, match=r"'b' reports \['same'\]"):
+        harness.run(experiment, make_config(), options(tmp_path))
+
+
+def test_dry_run_makes_nothing(tmp_path, capsys):
+    calls = []
+    harness.dry_run(make_experiment(calls), make_config(), options(tmp_path))
+    assert not calls and not list(pathlib.Path(tmp_path).iterdir())
+    out = capsys.readouterr().out
+    assert "parameters" in out and "to run" in out
+
+
+def test_foreign_files_survive_fresh(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    harness.run(make_experiment(), make_config(), options(tmp_path, fresh=True))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

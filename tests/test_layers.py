@@ -1,0 +1,88 @@
+"""The packages form one total order and import only what stands before them."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import tmdjax
+
+ORDER = (
+    "core quant rl flows models metrics rewards data envs train generation runtime "
+    "systems"
+).split()
+HARNESS_MAY_USE = {"core", "metrics", "train", "harness"}
+ROOT = pathlib.Path(tmdjax.__file__).parent
+
+
+def imports(path):
+    """Absolute names of what a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package_of(name):
+    parts = name.split(".")
+    return parts[1] if parts[0] == "tmdjax" and len(parts) > 1 else None
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    here = path.relative_to(ROOT).parts[0]
+    if here == "__init__.py":
+        return
+    assert here == "harness" or here in ORDER, f"{here} has no place in the order"
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in ("experiments", "configs"), f"{path} imports {name}"
+        other = package_of(name)
+        if other is None or other == here or other.startswith("__"):
+            continue
+        if here == "harness":
+            assert other in HARNESS_MAY_USE, f"harness imports {name}"
+        else:
+            assert other in ORDER, f"{here} imports {name}"
+            assert ORDER.index(other) < ORDER.index(here), f"{here} imports {name}"
+        if here == "systems":
+            assert other != "systems", "systems never import systems"
+
+
+def test_the_rule_sees_a_wrong_import(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from tmdjax.train import state\n")
+    assert [package_of(n) for n in imports(bad)] == ["train", "train"]
+
+
+def test_import_is_cheap():
+    code = (
+        "import time, jax\n"
+        "start = time.perf_counter()\n"
+        "import tmdjax\n"
+        "assert time.perf_counter() - start < 1\n"
+        "import sys\n"
+        "heavy = {'flax', 'optax', 'orbax', 'grain', 'matplotlib', 'scipy.stats'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_no_optional_package_at_import():
+    code = (
+        "import sys, tmdjax\n"
+        "for name in tmdjax.__all__:\n"
+        "    getattr(tmdjax, name)\n"
+        "print({'sklearn', 'matplotlib', 'tensorflow', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr

@@ -1,0 +1,52 @@
+"""Loads the model of a finished run."""
+
+import os
+import pathlib
+from typing import Any
+
+from tmdjax import train
+from tmdjax.core.types import ApplyFn, Params
+
+MODELS = "models"
+
+
+def model_folder(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
+    """Where a run keeps the model of one arm and seed."""
+    return workdir / MODELS / f"{arm}-seed{seed}"
+
+
+def load(
+    workdir: str | os.PathLike, arm: str = "main", seed: int | None = None
+) -> tuple[ApplyFn, Params, dict[str, Any]]:
+    """The network that a run trained.
+
+    Args:
+        workdir: of the run.
+        arm: of the experiment.
+        seed: None takes the lowest there is.
+
+    Returns:
+        ``apply_fn(params, *inputs)``, params, and meta: model spec, config, seed
+        and metrics.
+
+    Raises:
+        FileNotFoundError: no such run, arm or seed; what there is is named.
+        CheckpointError: its files are damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    found = sorted(p.name for p in (workdir / MODELS).glob("*-seed*"))
+    if seed is None:
+        seeds = [
+            int(name.removeprefix(f"{arm}-seed"))
+            for name in found
+            if name.startswith(f"{arm}-seed")
+        ]
+        seed = min(seeds, default=0)
+    folder = model_folder(workdir, arm, seed)
+    if folder.name not in found:
+        raise FileNotFoundError(
+            f"{workdir} holds no model of arm {arm!r} and seed {seed}; it holds "
+            f"{', '.join(found) or 'none'}. Finish the run first (the same command "
+            f"goes on where it stopped)."
+        )
+    return train.load_model(folder)

@@ -1,0 +1,454 @@
+"""Runs an experiment: units, stages, records, figures, report.
+
+An experiment is a module (or any object) with
+
+    stages(config, arm) -> list[Stage]
+    report(config, results, folder) -> Report      figures and tables of one unit
+    describe(config) -> dict[str, Any]             sizes, without allocating
+
+and optionally ``ARMS``, the names of its arms (``("main",)`` if absent). A unit is
+one arm under one seed; shards share the units out.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import pathlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tmdjax import train
+from tmdjax.core.files import write_atomically
+from tmdjax.harness import environment, ledger, report
+from tmdjax.harness.config import (
+    ConfigError,
+    config_hash,
+    differences,
+    from_plain,
+    to_plain,
+)
+from tmdjax.harness.load import model_folder
+from tmdjax.harness.logs import format_duration, read_rows, write_csv
+from tmdjax.harness.stages import (
+    Paused,
+    StageCache,
+    StageResult,
+    select,
+    stage_hashes,
+)
+
+logger = logging.getLogger("tmdjax")
+
+UNITS = "units"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an experiment shows.
+
+    Attributes:
+        tables: (caption, rows), printed and in report.html.
+        figures: (caption, PNG path or None).
+    """
+
+    tables: list[tuple[str, list[dict[str, Any]]]] = dataclasses.field(
+        default_factory=list
+    )
+    figures: list[tuple[str, pathlib.Path | None]] = dataclasses.field(
+        default_factory=list
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run, as the command line says it.
+
+    Attributes:
+        command: what to type to get the same result (no paths of a machine).
+        tier: of the config.
+        workdir: of this run; None is runs/<system>-<tier>.
+        cache: of stages, shared between runs; None is 'stages' beside workdir.
+        seeds: one unit an arm each.
+        shard: (i, n): this process takes every n-th unit from i on.
+        stage: stop after this stage; None runs all.
+        fresh: discard the workdir and its cached stages first.
+        max_seconds: checkpoint and leave after this long.
+        record: write results/<system>/<tier>.json and RESULTS.md.
+        results: the folder of records.
+        tensorboard: also write event files.
+    """
+
+    command: str
+    tier: str
+    workdir: pathlib.Path | None = None
+    cache: pathlib.Path | None = None
+    seeds: tuple[int, ...] = (0,)
+    shard: tuple[int, int] = (0, 1)
+    stage: str | None = None
+    fresh: bool = False
+    max_seconds: float | None = None
+    record: bool = False
+    results: pathlib.Path = pathlib.Path("results")
+    tensorboard: bool = False
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        code: exit status: 0, or 128 + signal.
+        summary: of all units in the workdir; None if nothing finished.
+    """
+
+    code: int
+    summary: dict[str, Any] | None
+
+
+def run(experiment: Any, config: Any, options: Options) -> Outcome:
+    """Runs an experiment, or goes on with it.
+
+    Args:
+        experiment: see the module.
+        config: locked config with 'system' and, optionally, 'claims' (fields of
+            :class:`~tmdjax.harness.ledger.Claim` by id).
+        options: how.
+
+    Raises:
+        ConfigError: the workdir belongs to another config.
+        OSError: the workdir cannot be written.
+        RuntimeError: another run uses it.
+    """
+    workdir = options.workdir or pathlib.Path("runs") / (
+        f"{config.system}-{options.tier}"
+    )
+    cache_root = options.cache or workdir.parent / "stages"
+    units = _units(experiment, options)
+    claims = [
+        ledger.Claim(id=name, **fields)
+        for name, fields in to_plain(config.get("claims", {})).items()
+    ]
+    for arm in _arms(experiment):  # a bad stage list or name fails here, at once
+        select(experiment.stages(config, arm), options.stage)
+    with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
+        if options.fresh:
+            _discard(experiment, config, options, workdir, cache_root)
+        _claim_workdir(workdir, config, options)
+        cache = StageCache(cache_root, stopper.should_stop, options.tensorboard)
+        shown: Report | None = None
+        finished = True
+        for arm, seed in units:
+            try:
+                results = _run_unit(
+                    experiment, config, options, workdir, cache, arm, seed
+                )
+            except Paused as paused:
+                print(f"paused: {paused}. The same command goes on from here.")
+                finished = False
+                break
+            if shown is None:
+                shown = experiment.report(config, results, workdir / "figures")
+        _collect_metrics(workdir)
+        if shown is None or options.stage is not None:
+            for _, path in shown.figures if shown else []:
+                print(f"wrote {path}")
+            return Outcome(stopper.code, None)
+        summary = _summarise(experiment, config, options, workdir, claims)
+        _show(config, options, workdir, summary, shown)
+        if options.record and finished:
+            path = ledger.write_record(options.results, summary)
+            render_results(options.results)
+            print(f"recorded {path}")
+        return Outcome(stopper.code, summary)
+
+
+def dry_run(experiment: Any, config: Any, options: Options) -> None:
+    """Prints sizes and stages without training or allocating anything."""
+    workdir = options.workdir or pathlib.Path("runs") / (
+        f"{config.system}-{options.tier}"
+    )
+    cache = StageCache(options.cache or workdir.parent / "stages")
+    rows = []
+    for arm, seed in _units(experiment, options):
+        stages = select(experiment.stages(config, arm), options.stage)
+        hashes = stage_hashes(stages, seed)
+        for stage in stages:
+            hash_ = hashes[stage.name]
+            done = cache.finished(stage.name, hash_)
+            rows.append(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "stage": stage.name,
+                    "hash": hash_,
+                    "state": "cached" if done else "to run",
+                }
+            )
+    described = [
+        {"what": name, "value": value}
+        for name, value in experiment.describe(config).items()
+    ]
+    print(report.text_table(described))
+    print()
+    print(report.text_table(rows))
+
+
+def render_results(results: pathlib.Path) -> None:
+    """Writes RESULTS.md beside the results folder from its records alone."""
+    pending = results / "PENDING.md"
+    text = ledger.render(
+        ledger.read_records(results), pending.read_text() if pending.exists() else ""
+    )
+    write_atomically(results.parent / "RESULTS.md", text.encode())
+
+
+def _arms(experiment: Any) -> tuple[str, ...]:
+    return tuple(getattr(experiment, "ARMS", (ledger.MAIN_ARM,)))
+
+
+def _units(experiment: Any, options: Options) -> list[tuple[str, int]]:
+    index, count = options.shard
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"--shard={index}/{count}: the index must be in [0, {count})."
+        )
+    units = list(itertools.product(_arms(experiment), options.seeds))
+    if count > len(units):
+        raise ConfigError(
+            f"--shard={index}/{count}: there are only {len(units)} units (arms x "
+            f"seeds); use at most that many shards."
+        )
+    return units[index::count]
+
+
+class _Stopper:
+    """Says when to leave: the time is up or a signal came."""
+
+    def __init__(self, max_seconds: float | None):
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.signal: int | None = None
+
+    def should_stop(self) -> bool:
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return late or self.signal is not None
+
+    @property
+    def code(self) -> int:
+        return 0 if self.signal is None else 128 + self.signal
+
+
+@contextlib.contextmanager
+def _stopper(max_seconds: float | None) -> Iterator[_Stopper]:
+    """SIGTERM and the first SIGINT pause at the next log; a second SIGINT kills."""
+    stopper = _Stopper(max_seconds)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopper
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        stopper.signal = number
+        print("stopping at the next log, with a checkpoint; interrupt again to kill")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopper
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _discard(
+    experiment: Any,
+    config: Any,
+    options: Options,
+    workdir: pathlib.Path,
+    cache_root: pathlib.Path,
+) -> None:
+    """Removes what a run wrote; nothing else that lies in the workdir."""
+    for arm, seed in _units(experiment, options):
+        stages = experiment.stages(config, arm)
+        hashes = stage_hashes(stages, seed)
+        cache = StageCache(cache_root)
+        for stage in stages:
+            shutil.rmtree(cache.folder(stage.name, hashes[stage.name]), True)
+    for name in (UNITS, "figures", "models"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+    for name in (
+        "config.json",
+        "environment.json",
+        "summary.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "report.html",
+    ):
+        (workdir / name).unlink(missing_ok=True)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    text = json.dumps(to_plain(value), indent=1, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def _claim_workdir(workdir: pathlib.Path, config: Any, options: Options) -> None:
+    """Writes config.json, or refuses a workdir that belongs to another config."""
+    plain = to_plain(config)
+    path = workdir / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = differences(old["config"], plain)
+        if old["tier"] != options.tier:
+            changed.insert(0, f"tier: {old['tier']} -> {options.tier}")
+        if changed:
+            raise ConfigError(
+                f"{workdir} belongs to another config ({'; '.join(changed)}); give "
+                f"another --workdir, or --fresh to discard it."
+            )
+    _write_json(
+        path, {"tier": options.tier, "hash": config_hash(plain), "config": plain}
+    )
+    _write_json(workdir / "environment.json", environment.environment())
+
+
+def _run_unit(
+    experiment: Any,
+    config: Any,
+    options: Options,
+    workdir: pathlib.Path,
+    cache: StageCache,
+    arm: str,
+    seed: int,
+) -> dict[str, StageResult]:
+    stages = select(experiment.stages(config, arm), options.stage)
+    hashes = stage_hashes(stages, seed)
+    results: dict[str, StageResult] = {}
+    metrics: dict[str, float] = {}
+    records = []
+    labels: dict[str, str] = {}
+    logs = {}
+    for stage in stages:
+        hash_ = hashes[stage.name]
+        result, record = cache.run(stage, hash_, seed, results)
+        took = "cached" if record["cached"] else format_duration(record["wall_s"])
+        print(f"[{stage.name}] {arm} seed {seed}: done ({took})", flush=True)
+        repeated = metrics.keys() & result.metrics.keys()
+        if repeated:
+            raise ValueError(
+                f"stage {stage.name!r} reports {sorted(repeated)}, which an earlier "
+                f"stage reports too; rename one."
+            )
+        metrics |= result.metrics
+        labels |= result.labels
+        results[stage.name] = result
+        records.append(record)
+        rows = cache.metrics_path(stage.name, hash_)
+        if rows.exists():
+            logs[stage.name] = read_rows(rows)
+    meta = {
+        "config": to_plain(config),
+        "tier": options.tier,
+        "arm": arm,
+        "seed": seed,
+        "metrics": metrics,
+    }
+    for result in results.values():
+        if result.model is not None:
+            params = result.outputs["params"]
+            folder = model_folder(workdir, arm, seed)
+            train.save_model(folder, dict(result.model), params, meta)
+    if options.stage is None:
+        unit = {
+            "arm": arm,
+            "seed": seed,
+            "metrics": metrics,
+            "wall_s": sum(
+                record["wall_s"]
+                for stage, record in zip(stages, records)
+                if stage.seeded or not record["cached"]  # shared stages count once
+            ),
+            "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
+        }
+        _write_json(
+            workdir / UNITS / f"{arm}-seed{seed}.json",
+            {"unit": unit, "logs": logs, "labels": labels},
+        )
+    return results
+
+
+def _finished_units(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    paths = sorted((workdir / UNITS).glob("*.json"))
+    return [from_plain(json.loads(path.read_text())) for path in paths]
+
+
+def _collect_metrics(workdir: pathlib.Path) -> None:
+    """metrics.jsonl and metrics.csv of all finished units, one row a log."""
+    rows = [
+        {"arm": unit["unit"]["arm"], "seed": unit["unit"]["seed"], "stage": name, **row}
+        for unit in _finished_units(workdir)
+        for name, log in unit["logs"].items()
+        for row in log
+    ]
+    lines = "".join(json.dumps(to_plain(row)) + "\n" for row in rows)
+    write_atomically(workdir / "metrics.jsonl", lines.encode())
+    write_csv(rows, workdir / "metrics.csv")
+
+
+def _summarise(
+    experiment: Any,
+    config: Any,
+    options: Options,
+    workdir: pathlib.Path,
+    claims: Sequence[ledger.Claim],
+) -> dict[str, Any]:
+    finished = _finished_units(workdir)
+    units = [unit["unit"] for unit in finished]
+    labels = {k: v for unit in finished for k, v in unit["labels"].items()}
+    summary = ledger.summary(
+        system=config.system,
+        tier=options.tier,
+        device=environment.device_name(),
+        command=options.command,
+        commit=environment.commit(),
+        config_hash=config_hash(to_plain(config)),
+        versions=environment.versions() | labels,
+        units=units,
+        claims=claims,
+        complete={unit["arm"] for unit in units} == set(_arms(experiment)),
+    )
+    _write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def _show(
+    config: Any,
+    options: Options,
+    workdir: pathlib.Path,
+    summary: Mapping[str, Any],
+    shown: Report,
+) -> None:
+    for caption, rows in shown.tables:
+        print(f"\n{caption}\n{report.text_table(rows)}")
+    if summary["claims"]:
+        rows = [report.claim_row(claim) for claim in summary["claims"]]
+        print(f"\nClaims\n{report.text_table(rows)}")
+    path = report.write_report(
+        workdir / "report.html",
+        title=f"{config.system}: {options.tier}",
+        command=options.command,
+        environment=environment.environment()
+        | {
+            "seeds": summary["seeds"],
+            "wall_s": round(summary["wall_s"], 1),
+            "peak_memory_gb": summary["peak_memory_gb"],
+            "config": config_hash(to_plain(config)),
+        },
+        tables=shown.tables,
+        figures=shown.figures,
+        claims=summary["claims"],
+    )
+    print(f"\nwrote {path} and {workdir / 'summary.json'}")
