@@ -26,8 +26,8 @@ def check_slope():
     """Compares a gradient with a central difference along a random direction."""
 
     def check(loss, params, eps=1e-2, rtol=1e-2):
-        loss = jax.jit(loss)
-        gradient = jax.jit(jax.grad(loss))(params)
+        value_and_gradient = jax.jit(jax.value_and_grad(loss))
+        _, gradient = value_and_gradient(params)
         rng = np.random.default_rng(1)
         direction = jax.tree.map(
             lambda g: np.sign(g) * rng.uniform(0.5, 1.5, g.shape).astype(g.dtype),
@@ -36,8 +36,11 @@ def check_slope():
         size = sum(d.size for d in jax.tree.leaves(direction)) ** 0.5
         step = eps / size
         plus, minus = (
-            float(loss(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction)))
-            for s in (step, -step)
+            float(value_and_gradient(moved)[0])
+            for moved in (
+                jax.tree.map(lambda p, d, s=s: p + s * d, params, direction)
+                for s in (step, -step)
+            )
         )
         slope = sum(
             float(np.vdot(np.asarray(g, np.float64), np.asarray(d, np.float64)))

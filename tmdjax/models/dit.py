@@ -132,7 +132,9 @@ class DiT(nn.Module):
       not in context: the hidden state then holds image positions alone, so taps,
       splits and skips mean the same with and without text, and cost is linear in
       the length. A learned null token stands before them and is never masked;
-      the null condition is a mask of False everywhere, or ``cond=None``.
+      the null condition is a mask of False everywhere, or ``cond=None``. Pad to an
+      odd length on a GPU: with the null token it is even, as cuDNN's masked
+      attention wants it.
 
     Attributes:
         patch_size: side of a square patch.
