@@ -21,7 +21,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m experiments.run --config=configs/flow_matching.py:cpu
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGUMENTS)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .

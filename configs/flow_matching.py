@@ -6,7 +6,7 @@
     python -m experiments.run --config=configs/flow_matching.py:paper --dry_run
 
 smoke  8x8 sprites, mechanics only.
-cpu    8x8 handwritten digits (pip install 'tmdjax[demo]'), 1.8 M parameters.
+cpu    8x8 handwritten digits (pip install 'tmdjax[demo]'), 1.3 M parameters.
 gpu    32x32 sprites.
 paper  DiT-XL/2 on 32x32x4 latents of 256x256 images: sizes only, unless you register
        a source named 'imagenet_latents'.
@@ -41,7 +41,7 @@ def get_config(tier: str) -> ConfigDict:
             "name": "dit",
             "patch_size": 2,
             "hidden": 128,
-            "depth": 6,
+            "depth": 4,
             "heads": 4,
             "recipe": "fp32",
         }

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from experiments import feature_net
 from tmdjax import data, flows, metrics, models, train
 from tmdjax.core import prng, trees
 from tmdjax.harness import Report, Stage, StageContext, StageResult
@@ -27,14 +27,8 @@ Config = Any
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm (there is only 'main')."""
     plain = to_plain(config)
-    dataset = plain["data"]
     return [
-        Stage(
-            name="features",
-            run=functools.partial(train_features, config),
-            config={"data": dataset, "features": plain["features"]},
-            seeded=False,
-        ),
+        feature_net.stage(config),
         Stage(
             name="train",
             run=functools.partial(train_flow, config),
@@ -55,87 +49,16 @@ def stages(config: Config, arm: str) -> list[Stage]:
     ]
 
 
-def load_data(config: Config) -> data.Dataset:
-    """The data set, checked against the shape that the config announces."""
-    dataset = data.load(config.data.name, **to_plain(config.data.options))
-    found = (*dataset.train["image"].shape[1:], dataset.num_classes)
-    announced = (*config.data.shape, config.data.num_classes)
-    if found != announced:
-        raise ValueError(
-            f"data.shape and data.num_classes announce {announced}, but "
-            f"{config.data.name} has {found}; mend the config."
-        )
-    return dataset
-
-
 def model_spec(config: Config) -> dict[str, Any]:
     """The network's spec, its classes taken from the data."""
     return {**to_plain(config.model), "num_classes": config.data.num_classes}
 
 
-def feature_spec(config: Config) -> dict[str, Any]:
-    """The spec of the network whose features name the Frechet distance."""
-    return {
-        "name": "classifier",
-        "num_classes": config.data.num_classes,
-        "width": config.features.width,
-        "feature_dim": config.features.feature_dim,
-    }
-
-
-def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """The optimiser of the config, its schedule ending at `steps`."""
-    return train.make_optimizer(
-        train.OptimizerConfig(**to_plain(config.optimizer), total_steps=steps)
-    )
-
-
-def train_features(config: Config, context: StageContext) -> StageResult:
-    """A classifier of the real images; its penultimate layer gives the features."""
-    dataset = load_data(config)
-    settings = config.features
-    module = models.build(feature_spec(config))
-    apply_fn = models.functional(module)
-    params = models.init_params(module, context.key, dataset.train["image"][:1])
-
-    def loss(params: Any, batch: Any, keys: Any) -> Any:
-        del keys
-        logits = apply_fn(params, batch["image"])
-        right = jnp.argmax(logits, -1) == batch["label"]
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["label"]
-        ), {"accuracy": right.astype(jnp.float32)}
-
-    rule = train.make_optimizer(
-        train.OptimizerConfig(
-            learning_rate=settings.learning_rate,
-            schedule="cosine",
-            total_steps=settings.steps,
-        )
-    )
-    state = context.fit(
-        train.create_state(params, rule),
-        jax.jit(train.make_train_step(loss, rule), donate_argnums=0),
-        data.in_memory(dataset.train, settings.batch_size, seed=0),
-        num_steps=settings.steps,
-    )
-    logits = jax.jit(apply_fn)(state.params, dataset.test["image"])
-    accuracy = np.mean(np.argmax(logits, -1) == dataset.test["label"])
-    return StageResult(
-        {"params": state.params},
-        {"feature_net.accuracy": accuracy},
-        labels={"frechet": metrics.frechet_label(config.data.name, state.params)},
-    )
-
-
-def train_flow(config: Config, context: StageContext) -> StageResult:
-    """Trains the velocity network; the result holds its averaged parameters."""
-    dataset = load_data(config)
-    settings = config.train
+def training(config: Config, key: Any) -> tuple[train.TrainState, Any, Any]:
+    """Initial state, train step (not yet jitted) and loss; traceable."""
     module = models.build(model_spec(config))
     apply_fn = models.functional(module)
-    image, label = dataset.train["image"][:1], dataset.train["label"][:1]
-    initial = models.init_params(module, context.key, image, np.ones(1), label)
+    classes, settings = config.data.num_classes, config.train
 
     def loss(params: Any, batch: Any, keys: Any) -> Any:
         return flows.flow_matching_loss(
@@ -144,18 +67,32 @@ def train_flow(config: Config, context: StageContext) -> StageResult:
             batch["image"],
             keys,
             batch["label"],
-            null_cond=dataset.num_classes,
+            null_cond=classes,
             drop_rate=settings.drop_rate,
         )
 
-    rule = optimizer(config, settings.steps)
+    rule = train.make_optimizer(
+        train.OptimizerConfig(**to_plain(config.optimizer), total_steps=settings.steps)
+    )
     step = train.make_train_step(
         loss,
         rule,
         ema_decay=settings.ema_decay,
         microbatches=settings.microbatches,
     )
-    state = train.create_state(initial, rule, ema=True)
+    image = jnp.zeros((1, *config.data.shape))
+    initial = models.init_params(
+        module, key, image, jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    )
+    return train.create_state(initial, rule, ema=True), step, loss
+
+
+def train_flow(config: Config, context: StageContext) -> StageResult:
+    """Trains the velocity network; the result holds its averaged parameters."""
+    dataset = feature_net.load_data(config)
+    settings = config.train
+    state, step, loss = training(config, context.key)
+    initial = jax.device_get(state.params)
     step, state, place = train.jit_train_step(step, state, train.make_mesh())
 
     def diagnose(state: Any, batch: Any, key: Any) -> str:
@@ -180,7 +117,7 @@ def train_flow(config: Config, context: StageContext) -> StageResult:
 
 def sample(config: Config, context: StageContext) -> StageResult:
     """Draws one set a solver and budget, from the same noise and labels."""
-    dataset = load_data(config)
+    dataset = feature_net.load_data(config)
     module = models.build(model_spec(config))
     apply_fn = models.functional(module)
     trained = context.inputs["train"].outputs
@@ -225,16 +162,13 @@ def budgets(config: Config) -> list[tuple[str, str, int]]:
 
 def evaluate(config: Config, context: StageContext) -> StageResult:
     """Compares every set with held-out images; 'real' is the floor."""
-    dataset = load_data(config)
-    net = models.functional(models.build(feature_spec(config)))
+    dataset = feature_net.load_data(config)
+    features, logits = feature_net.networks(config)
     params = context.inputs["features"].outputs["params"]
-    features = jax.jit(functools.partial(net, method="features"))
-    logits = jax.jit(net)
     outputs = context.inputs["sample"].outputs
     labels = np.asarray(outputs["labels"])
     held_out = dataset.test["image"][: len(labels)]
-    rows = np.random.default_rng(0).permutation(len(dataset.train["image"]))
-    real = dataset.train["image"][rows[: len(labels)]]
+    real = dataset.train["image"][same_classes(dataset.train["label"], labels)]
     reference = metrics.gaussian_statistics(features(params, held_out))
     found = {}
     for name, images in {**outputs["sets"], "real": real}.items():
@@ -248,6 +182,20 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
             said = np.argmax(logits(params, images), -1)
             found[f"{name}.label_agreement"] = np.mean(said == labels)
     return StageResult({}, found)
+
+
+def same_classes(available: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Rows of `available` labels that show the `wanted` classes, in random order.
+
+    A class with too few rows repeats them.
+    """
+    order = np.random.default_rng(0).permutation(len(available))
+    chosen = np.empty(len(wanted), int)
+    for label in np.unique(wanted):
+        rows = order[available[order] == label]
+        places = np.flatnonzero(wanted == label)
+        chosen[places] = np.resize(rows, len(places))
+    return chosen
 
 
 def quality_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -300,23 +248,25 @@ def report(
 
 def describe(config: Config) -> dict[str, Any]:
     """Sizes of the network and its training, nothing allocated."""
-    module = models.build(model_spec(config))
-    image = jax.ShapeDtypeStruct((1, *config.data.shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.float32)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    params = jax.eval_shape(
-        lambda key: models.init_params(module, key, image, t, label), jax.random.key(0)
-    )
-    rule = optimizer(config, config.train.steps)
-    state = jax.eval_shape(
-        lambda params: train.create_state(params, rule, ema=True), params
-    )
     batch = (config.train.batch_size, *config.data.shape)
+    state, _ = jax.eval_shape(
+        functools.partial(_one_update, config),
+        jax.random.key(0),
+        {
+            "image": jax.ShapeDtypeStruct(batch, jnp.float32),
+            "label": jax.ShapeDtypeStruct(batch[:1], jnp.int32),
+        },
+    )
     return {
-        "parameters": trees.count(params),
+        "parameters": trees.count(state.params),
         "train state, GB": trees.nbytes(state) / 1e9,
         "batch, GB": 4 * float(np.prod(batch)) / 1e9,
         "updates": config.train.steps,
         "images seen": config.train.steps * config.train.batch_size,
         "sets sampled": len(budgets(config)) + 1,  # and the untrained one
     }
+
+
+def _one_update(config: Config, key: Any, batch: Any) -> Any:
+    state, step, _ = training(config, key)
+    return step(state, batch, key)

@@ -18,16 +18,6 @@ from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, Options, dry_run, load_config, run
 from tmdjax.harness.config import load_module
 from tmdjax.harness.report import text_table
-from tmdjax.train import CheckpointError, NonFiniteError
-
-FAULTS = (
-    ConfigError,
-    CheckpointError,
-    NonFiniteError,
-    FileNotFoundError,
-    OSError,
-    RuntimeError,
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,9 +149,10 @@ def listing() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
-        sys.exit(main(sys.argv[1:]))
-    except FAULTS as fault:
-        sys.exit(f"{type(fault).__name__}: {fault}")
-    except ValueError as fault:
-        sys.exit(f"ValueError: {fault}")
+        sys.exit(main(arguments))
+    except (ValueError, OSError, RuntimeError) as fault:
+        if "--traceback" in sys.argv:
+            raise
+        sys.exit(f"{type(fault).__name__}: {fault}\n(--traceback shows where)")

@@ -84,7 +84,7 @@ def make_experiment(calls=None, arms=("main",), interrupt=None):
             data,
             num_steps=config.train.steps,
             log_every=config.train.log_every,
-            checkpoint_seconds=0.0,
+            checkpoint_seconds=(0.0, 0.0),
         )
         spec = {"name": "mlp", "hidden": 4, "depth": 1}
         return harness.StageResult(

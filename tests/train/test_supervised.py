@@ -78,7 +78,7 @@ def test_paused_and_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_checkpoints_by_time(tmp_path):
-    fit(tmp_path, checkpoint_seconds=0.0)
+    fit(tmp_path, checkpoint_seconds=(0.0, 0.0))
     assert train.Checkpoints(tmp_path).steps() == [50, 60]
 
 
@@ -101,7 +101,7 @@ def test_persistent_nan_stops_with_the_last_good_checkpoint(tmp_path):
         train.NonFiniteError,
         match=r"20 consecutive.*batch/x.*loss: \[2\].*Last good checkpoint: step 30",
     ):
-        fit(tmp_path, data, checkpoint_seconds=0.0, diagnose=diagnose)
+        fit(tmp_path, data, checkpoint_seconds=(0.0, 0.0), diagnose=diagnose)
     restored = train.Checkpoints(tmp_path).restore()
     assert np.isfinite(restored.tree["params"]["w"]).all()
 
@@ -115,7 +115,7 @@ def test_best_checkpoint_is_kept(tmp_path):
         num_steps=40,
         checkpoints=train.Checkpoints(tmp_path, keep_last=1, best="max"),
         log_every=10,
-        checkpoint_seconds=0.0,
+        checkpoint_seconds=(0.0, 0.0),
         score="loss",  # highest at the start
     )
     assert train.Checkpoints(tmp_path).steps() == [10, 40]

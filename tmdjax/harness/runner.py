@@ -133,7 +133,9 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
         ledger.Claim(id=name, **fields)
         for name, fields in to_plain(config.get("claims", {})).items()
     ]
-    for arm in _arms(experiment):  # a bad stage list or name fails here, at once
+    # impossible settings and stage names fail here, before anything is compiled
+    experiment.describe(config)
+    for arm in _arms(experiment):
         select(experiment.stages(config, arm), options.stage)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
         if options.fresh:

