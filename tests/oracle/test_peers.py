@@ -1,0 +1,83 @@
+"""Ours against peer libraries: `make nightly`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import flows, metrics
+
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.filterwarnings("default"),  # peers may warn
+]
+
+MIXTURE = flows.gaussian_mixture([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [0.5, 0.8])
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint"])
+def test_fixed_step_solvers_equal_diffrax(x64, method):
+    diffrax = pytest.importorskip("diffrax", reason="needs tmdjax[oracle]")
+    solver = {
+        "euler": diffrax.Euler,
+        "heun": diffrax.Heun,
+        "midpoint": diffrax.Midpoint,
+    }[method]()
+    grid = flows.shifted_grid(12, 2.0)
+    x = jax.random.normal(jax.random.key(0), (8, 2), jnp.float64)
+    table = flows.make_table("ode", grid)
+    ours = flows.rollout(None, MIXTURE.velocity, x, table, method=method, store=False)
+    theirs = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: MIXTURE.velocity(y, jnp.full(8, t))),
+        solver,
+        t0=1.0,
+        t1=0.0,
+        dt0=None,
+        y0=x,
+        stepsize_controller=diffrax.StepTo(ts=jnp.asarray(grid)),
+    ).ys[0]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_rk4_agrees_with_an_adaptive_solution_of_diffrax(x64):
+    diffrax = pytest.importorskip("diffrax", reason="needs tmdjax[oracle]")
+    x = jax.random.normal(jax.random.key(0), (8, 2), jnp.float64)
+    table = flows.make_table("ode", flows.uniform_grid(200))
+    ours = flows.rollout(None, MIXTURE.velocity, x, table, method="rk4", store=False)
+    theirs = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: MIXTURE.velocity(y, jnp.full(8, t))),
+        diffrax.Dopri8(),
+        t0=1.0,
+        t1=0.0,
+        dt0=-0.01,
+        y0=x,
+        stepsize_controller=diffrax.PIDController(rtol=1e-11, atol=1e-11),
+        max_steps=100_000,
+    ).ys[0]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-8)
+
+
+def test_sliced_wasserstein_against_ott():
+    sliced = pytest.importorskip("ott.tools.sliced", reason="needs tmdjax[oracle]")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 5)).astype(np.float32)
+    y = (0.5 + 1.5 * rng.normal(size=(200, 5))).astype(np.float32)
+    cost, _ = sliced.sliced_wasserstein(
+        jnp.asarray(x), jnp.asarray(y), n_proj=20_000, rng=jax.random.key(0)
+    )
+    ours = metrics.sliced_wasserstein(x, y, projections=20_000)
+    assert abs(ours / float(jnp.sqrt(cost)) - 1) < 0.01
+
+
+def test_frechet_distance_against_bures_of_ott():
+    costs = pytest.importorskip("ott.geometry.costs", reason="needs tmdjax[oracle]")
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4))
+    y = 1 + rng.normal(size=(400, 4)) @ rng.normal(size=(4, 4))
+
+    def packed(points):
+        covariance = np.cov(points, rowvar=False)
+        return jnp.concatenate([points.mean(0), covariance.ravel()])
+
+    theirs = costs.Bures(4)(packed(x), packed(y))
+    np.testing.assert_allclose(metrics.frechet_distance(x, y), theirs, rtol=1e-2)
