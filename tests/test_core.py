@@ -140,3 +140,36 @@ def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
         files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_finite_check_sees_narrow_and_complex_numbers():
+    for dtype in (jnp.bfloat16, jnp.complex64):
+        with pytest.raises(ValueError, match=r"x has 1 non-finite"):
+            checks.check_finite(jnp.array([jnp.nan], dtype), "x")
+    checks.check_finite(np.array([1, 2]), "x")
+
+
+def test_counts():
+    assert checks.check_count("depth", np.int32(3)) == 3
+    for value in (2.0, "2", True, None):
+        with pytest.raises(TypeError, match=r"depth=.*give an integer"):
+            checks.check_count("depth", value)
+    with pytest.raises(ValueError, match=r"depth=0 must be at least 1"):
+        checks.check_count("depth", 0)
+
+
+def test_only_counts_fold_into_keys(as_shipped):
+    key = jax.random.key(0)
+    with pytest.raises(TypeError, match="only integers fold"):
+        prng.fold_in(key, 0.5)
+    with pytest.raises(ValueError, match="must not be negative"):
+        prng.sample_keys(key, 2, start=-1)
+    with pytest.raises(ValueError, match="give one key"):
+        prng.sample_keys(jax.random.split(key, 4), 4)
+
+
+def test_content_hash_tells_nested_from_flat_and_refuses_objects():
+    x = np.ones(2)
+    assert trees.content_hash({"a/b": x}) != trees.content_hash({"a": {"b": x}})
+    with pytest.raises(TypeError, match="only numbers"):
+        trees.content_hash({"a": np.array(["x", None], object)})

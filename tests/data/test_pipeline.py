@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmdjax.data import BatchPlan, array_record, in_memory, write_array_record
+from tmdjax.data import (
+    Batches,
+    BatchPlan,
+    array_record,
+    in_memory,
+    write_array_record,
+)
 
 
 def arrays(n):
@@ -185,7 +191,7 @@ def test_empty_or_ragged_data_are_refused(as_shipped):
         ({"batch_size": 9}, r"batch_size=9 is larger than the 8 sample\(s\).*smaller"),
         ({"batch_size": 5, "shard_count": 2}, r"larger than the 4 sample\(s\)"),
         ({"batch_size": 0}, r"batch_size=0 is outside \[1"),
-        ({"batch_size": 1, "seed": -1}, r"seed=-1 is outside \[0"),
+        ({"batch_size": 1, "seed": -1}, r"seed=-1 must be at least 0"),
         ({"batch_size": 1, "shard_index": 1}, r"shard_index=1 is outside \[0, 0\]"),
         ({"batch_size": 1, "shard_count": 9}, r"shard_count=9 is outside \[1, 8\]"),
     ],
@@ -196,7 +202,7 @@ def test_bad_plans_are_refused(options, message, as_shipped):
 
 
 def test_numbers_must_be_integers(as_shipped):
-    with pytest.raises(TypeError, match=r"batch_size=2\.0 must be an integer"):
+    with pytest.raises(TypeError, match=r"batch_size=2\.0 .*give an integer"):
         in_memory(arrays(8), 2.0)
     state = in_memory(arrays(8), np.int64(2), np.uint32(1)).get_state()
     in_memory(arrays(8), 2, 1).set_state(json.loads(json.dumps(state)))
@@ -215,6 +221,25 @@ def test_records_give_the_batches_of_memory(records, threads):
             np.testing.assert_array_equal(ours[key], theirs[key])
             assert ours[key].dtype == theirs[key].dtype
     from_files.close()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_failed_read_loses_no_batch(threads):
+    fail = {"once": True}
+
+    def gather(indices):
+        if indices[0] == 4 and fail.pop("once", False):
+            raise OSError("the disk hiccups")
+        return {"label": indices}
+
+    plan = BatchPlan(count=10, batch_size=2, shuffle=False)
+    batches = Batches(plan, gather, lambda: "data", threads=threads)
+    assert labels(batches, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(OSError, match="hiccups"):
+        next(batches)
+    assert labels(batches, 2) == [[4, 5], [6, 7]]
+    assert batches.get_state()["step"] == 4
+    batches.close()
 
 
 @settings(max_examples=8, deadline=None)

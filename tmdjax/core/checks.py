@@ -4,10 +4,12 @@ Values can only be checked where they are concrete: a check of a traced array
 passes, so call these at the entrance, outside ``jit``.
 """
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.registry import suggestion
@@ -44,6 +46,26 @@ def check_range(
         raise ValueError(f"{name}={value} is outside {left}{low:g}, {high:g}{right}.")
 
 
+def check_count(name: str, value: Any, low: int = 1) -> int:
+    """Returns ``value`` as a Python int.
+
+    Raises:
+        TypeError: it is not an integer (2.0 and True are not).
+        ValueError: it is below ``low``.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}={value!r} is of type {type(value).__name__}; give an integer."
+        ) from None
+    if count < low:
+        raise ValueError(f"{name}={count} must be at least {low}.")
+    return count
+
+
 def check_time(t: Any, name: str = "t") -> None:
     """Raises ValueError if a concrete time lies outside [0, 1] or is not finite."""
     values = _concrete(t)
@@ -62,7 +84,7 @@ def check_time(t: Any, name: str = "t") -> None:
 def check_finite(array: Any, name: str, remedy: str = "Clean the input first.") -> None:
     """Raises ValueError if a concrete array holds NaN or infinity, naming where."""
     values = _concrete(array)
-    if values is None or not np.issubdtype(values.dtype, np.floating):
+    if values is None or not jnp.issubdtype(values.dtype, jnp.inexact):
         return
     bad = ~np.isfinite(values)
     if bad.any():

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from tmdjax.core.types import Array, ArrayLike, Float, Key, SampleKeys
 
@@ -37,11 +39,27 @@ def sample_keys(
         Typed keys ``[count]``; slices of a larger call are equal to it.
     """
     check_key(key)
+    if key.shape:
+        raise ValueError(
+            f"key has shape {key.shape}; give one key, and each sample gets its own."
+        )
     return fold_in(key, jnp.arange(count) + start)
 
 
 def fold_in(keys: Key[Array, "..."], data: ArrayLike) -> Key[Array, "..."]:
-    """``jax.random.fold_in`` with both arguments broadcast together."""
+    """``jax.random.fold_in`` with both arguments broadcast together.
+
+    Raises:
+        TypeError: data are not integers (a time in [0, 1] would fold in as 0).
+        ValueError: concrete data are negative.
+    """
+    if not jnp.issubdtype(jnp.result_type(data), jnp.integer):
+        raise TypeError(
+            f"only integers fold into a key, got {jnp.result_type(data)}; give a "
+            f"step or a sample number."
+        )
+    if not isinstance(data, jax.core.Tracer) and np.any(np.asarray(data) < 0):
+        raise ValueError(f"data={data} folded into a key must not be negative.")
     keys, data = jnp.broadcast_arrays(keys, jnp.asarray(data, jnp.uint32))
     flat = jax.vmap(jax.random.fold_in)(keys.reshape(-1), data.reshape(-1))
     return flat.reshape(keys.shape)

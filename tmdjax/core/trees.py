@@ -58,10 +58,22 @@ def select(condition: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyT
 
 
 def content_hash(tree: PyTree) -> str:
-    """SHA-256 over paths, shapes, dtypes and bytes of all leaves (on the host)."""
+    """SHA-256 over paths, shapes, dtypes and bytes of all leaves (on the host).
+
+    Raises:
+        TypeError: a leaf holds Python objects, whose bytes are addresses.
+    """
     digest = hashlib.sha256()
-    for name, leaf in sorted(flatten(tree).items()):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for name, leaf in sorted(
+        ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves),
+        key=lambda x: x[0],
+    ):
         array = np.asarray(leaf)
+        if array.dtype.hasobject:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; only numbers have a content hash."
+            )
         digest.update(f"{name}|{array.shape}|{array.dtype}|".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

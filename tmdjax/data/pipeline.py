@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from flax import serialization
 
-from tmdjax.core.checks import check_batch, check_range
+from tmdjax.core.checks import check_batch, check_count, check_range
 from tmdjax.core.trees import content_hash
 
 Example = Mapping[str, Any]
@@ -34,7 +34,7 @@ class BatchPlan:
 
     Each epoch has its own permutation of all samples. Shard i of k takes every
     k-th of it from i on; shards are equally long and disjoint within an epoch,
-    so up to k - 1 samples (other ones each epoch) sit out.
+    so up to k - 1 samples sit out (other ones each epoch, if they are shuffled).
 
     Attributes:
         count: number of samples, >= 1.
@@ -62,11 +62,8 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size", "seed", "shard_index", "shard_count"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)):
-                raise TypeError(f"{name}={value!r} must be an integer.")
             # The plan is part of a JSON-able state: no NumPy integers.
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, check_count(name, getattr(self, name), 0))
         if self.count < 1:
             raise ValueError("the data are empty; give at least one sample.")
         check_range("batch_size", self.batch_size, 1)
@@ -145,7 +142,11 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start(self._step)
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()  # read-ahead is past this batch: a retry must restart at it
+            raise
         self._step += 1
         return batch
 
@@ -334,7 +335,8 @@ def array_record(
     """Endless batches of the records of ArrayRecord files, read ahead by threads.
 
     The fingerprint of a state covers each file's size, record count, and first and
-    last 64 KiB, not its name: files may move, and large ones are not read whole.
+    last 64 KiB, not its name: files may move, and large ones are not read whole. Keep
+    ``decode`` the same yourself: a function has no fingerprint.
 
     Args:
         paths: one file or several, in order; written with ``group_size:1``.
