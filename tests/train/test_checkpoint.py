@@ -81,11 +81,11 @@ def test_damaged_checkpoint_falls_back(tmp_path, caplog, damage):
     elif damage == "remove":
         victim.unlink()
     else:
-        (folder / "manifest.json").write_text('{"step": 2, "fi')
+        (folder / "manifest.json").write_text('{"body": {"step": 2, "fi')
     with caplog.at_level(logging.WARNING, "tmdjax"):
         restored = checkpoints.restore()
     assert restored.step == 1 and float(restored.tree["a"]["w"][0, 0]) == 1
-    assert "step 2 is damaged" in caplog.text and "the one before it" in caplog.text
+    assert "is damaged" in caplog.text and "the one before it, step 1" in caplog.text
     assert (tmp_path / "damaged_step_0000000002").exists()  # nothing is thrown away
 
 
@@ -93,7 +93,9 @@ def test_a_given_damaged_step_is_an_error(tmp_path):
     checkpoints = train.Checkpoints(tmp_path)
     checkpoints.save(1, tree())
     arrays_of(tmp_path / "step_0000000001")[-1].unlink()
-    with pytest.raises(train.CheckpointError, match=r"step 1 is damaged.*missing"):
+    with pytest.raises(
+        train.CheckpointError, match=r"step 1 in .* is damaged.*missing"
+    ):
         checkpoints.restore(step=1)
     with pytest.raises(train.CheckpointError, match="no checkpoint of step 9"):
         checkpoints.restore(step=9)
@@ -103,10 +105,58 @@ def test_interrupted_save_is_ignored_and_replaced(tmp_path):
     checkpoints = train.Checkpoints(tmp_path)
     checkpoints.save(1, tree(1.0))
     checkpoints.save(2, tree(2.0))
-    (tmp_path / "step_0000000002" / "manifest.json").unlink()  # killed before the end
-    assert checkpoints.restore().step == 1
+    new = tmp_path / "new_0000000002"
+    (tmp_path / "step_0000000002").rename(new)
+    (new / "manifest.json").unlink()  # killed before the manifest
+    assert checkpoints.restore().step == 1 and not new.exists()
     checkpoints.save(2, tree(3.0))
     np.testing.assert_array_equal(checkpoints.restore().tree["a"]["w"], 3.0)
+
+
+@pytest.mark.parametrize("killed", ["before the swap", "inside", "after"])
+def test_replacing_a_checkpoint_survives_a_kill(tmp_path, killed):
+    train.Checkpoints(tmp_path / "b").save(0, tree(2.0))
+    new = tmp_path / "b" / "step_0000000000"
+    here = tmp_path / "a"
+    checkpoints = train.Checkpoints(here)
+    checkpoints.save(0, tree(1.0))
+    if killed == "before the swap":
+        new.rename(here / "new_0000000000")
+    elif killed == "inside":
+        (here / "step_0000000000").rename(here / "old_0000000000")
+        new.rename(here / "new_0000000000")
+    else:
+        (here / "step_0000000000").rename(here / "old_0000000000")
+        new.rename(here / "step_0000000000")
+    np.testing.assert_array_equal(checkpoints.restore().tree["a"]["w"], 2.0)
+    assert [p.name for p in here.iterdir()] == ["step_0000000000"]
+
+
+def test_only_the_old_one_left(tmp_path):
+    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints.save(0, tree(1.0))
+    (tmp_path / "step_0000000000").rename(tmp_path / "old_0000000000")
+    (tmp_path / "new_0000000000").mkdir()  # not whole
+    np.testing.assert_array_equal(checkpoints.restore().tree["a"]["w"], 1.0)
+
+
+def test_every_bit_of_the_manifest_counts(tmp_path):
+    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints.save(7, tree(), {"data": {"step": 1200}})
+    manifest = tmp_path / "step_0000000007" / "manifest.json"
+    whole = manifest.read_bytes()
+    meaning = json.loads(whole)
+    for i in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << (i % 7)
+        manifest.write_bytes(bytes(flipped))
+        try:
+            same = json.loads(flipped) == meaning  # white space alone
+        except ValueError:
+            same = False
+        if not same:
+            with pytest.raises(train.CheckpointError, match="damaged"):
+                checkpoints.restore(step=7)
 
 
 def test_full_disk_loses_nothing(tmp_path):
@@ -118,7 +168,7 @@ def test_full_disk_loses_nothing(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         with pytest.raises(
-            train.CheckpointError, match=r"step 2.*step 1 is intact.*Free space"
+            train.CheckpointError, match=r"step 2.*intact: step 1.*Free space"
         ):
             checkpoints.save(2, {"big": noise})
     finally:
@@ -131,7 +181,7 @@ def test_full_disk_loses_nothing(tmp_path):
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = train.Checkpoints(tmp_path / "file" / "inside")
-    with pytest.raises(train.CheckpointError, match="there is none before"):
+    with pytest.raises(train.CheckpointError, match="intact: none"):
         checkpoints.save(1, tree())
 
 
@@ -146,15 +196,38 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 def test_extra_must_be_json(tmp_path):
     checkpoints = train.Checkpoints(tmp_path)
-    with pytest.raises(train.CheckpointError, match="not JSON serializable"):
+    checkpoints.save(1, tree())
+    with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(1, tree(), {"key": object()})
-    assert not list(tmp_path.iterdir())
+    assert checkpoints.restore().step == 1
+
+
+FROM_EIGHT = """
+import sys, jax, numpy as np
+from tmdjax import train
+mesh = train.make_mesh(2, 4)
+tree = {"w": np.arange(2**15, dtype=np.float32).reshape(256, 128), "b": np.ones(3)}
+placed = jax.device_put(tree, train.fsdp_shardings(tree, mesh))
+assert not placed["w"].sharding.is_fully_replicated
+train.Checkpoints(sys.argv[1]).save(1, placed)
+"""
+
+
+def test_eight_devices_write_and_one_reads(tmp_path, run_python):
+    run_python(
+        f"import sys; sys.argv = ['', {str(tmp_path)!r}]\n{FROM_EIGHT}", devices=8
+    )
+    found = train.Checkpoints(tmp_path).restore().tree
+    np.testing.assert_array_equal(found["w"].ravel(), np.arange(2**15))
+    like = {"w": jnp.zeros((256, 128)), "b": jnp.zeros(3)}
+    found = train.Checkpoints(tmp_path).restore(like=like).tree
+    np.testing.assert_array_equal(found["w"].ravel(), np.arange(2**15))
 
 
 def test_manifest_covers_every_file(tmp_path):
     train.Checkpoints(tmp_path).save(1, tree())
     folder = tmp_path / "step_0000000001"
-    listed = set(json.loads((folder / "manifest.json").read_text())["files"])
+    listed = set(json.loads((folder / "manifest.json").read_text())["body"]["files"])
     present = {
         os.path.relpath(os.path.join(root, name), folder)
         for root, _, names in os.walk(folder)
@@ -174,7 +247,7 @@ def test_exported_model_loads(tmp_path):
         apply_fn(loaded, x, t, None), models.functional(module)(params, x, t, None)
     )
     assert meta["note"] == "four" and meta["spec"] == spec
-    with pytest.raises(train.CheckpointError, match="no model in"):
+    with pytest.raises(train.CheckpointError, match="no whole model in"):
         train.load_model(tmp_path / "absent")
 
 

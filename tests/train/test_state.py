@@ -150,6 +150,33 @@ def test_bad_inputs():
         step(train.create_state(params, optimizer), batch, jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss": jnp.zeros(16)}, {"grad_norm": jnp.zeros(16)}, {"a": jnp.zeros(())}],
+)
+def test_metrics_cannot_replace_the_objective(metrics):
+    params, batch = problem()
+    optimizer = optax.sgd(0.1)
+    step = train.make_train_step(lambda p, b, k: (b["y"] * p["b"], metrics), optimizer)
+    with pytest.raises(ValueError, match=r"metrics are \[batch\].*are taken"):
+        step(train.create_state(params, optimizer), batch, jax.random.key(0))
+
+
+def test_ema_of_state_and_step_must_agree():
+    params, batch = problem()
+    optimizer = optax.sgd(0.1)
+    for ema, decay in ((True, None), (False, 0.9)):
+        step = train.make_train_step(linear_loss, optimizer, ema_decay=decay)
+        with pytest.raises(ValueError, match="create_state"):
+            step(
+                train.create_state(params, optimizer, ema=ema), batch, jax.random.key(0)
+            )
+    with pytest.raises(ValueError, match="ema_decay=2"):
+        train.make_train_step(linear_loss, optimizer, ema_decay=2.0)
+    with pytest.raises(ValueError, match="microbatches=0"):
+        train.make_train_step(linear_loss, optimizer, microbatches=0)
+
+
 def test_schedules():
     config = train.OptimizerConfig(
         learning_rate=2.0, schedule="cosine", warmup_steps=10, total_steps=110
@@ -167,11 +194,13 @@ def test_schedules():
 def test_weight_decay_spares_vectors():
     config = train.OptimizerConfig(learning_rate=0.1, weight_decay=0.5, clip_norm=None)
     optimizer = train.make_optimizer(config)
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    # a stacked block's bias has two axes and is a bias all the same
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((3, 2)), "gain": jnp.ones(2)}
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
+    np.testing.assert_array_equal(updates["gain"], 0)
 
 
 def test_clipping():

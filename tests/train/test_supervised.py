@@ -106,6 +106,56 @@ def test_persistent_nan_stops_with_the_last_good_checkpoint(tmp_path):
     assert np.isfinite(restored.tree["params"]["w"]).all()
 
 
+def test_diagnosis_sees_the_noise_of_the_failed_step():
+    def noisy(params, batch, keys):  # fails by its noise alone
+        return params["w"].sum() + jnp.log(prng.uniform(keys) - 0.3), {}
+
+    seen = []
+    optimizer = optax.sgd(0.0)
+    step = jax.jit(train.make_train_step(noisy, optimizer))
+
+    def diagnose(state, batch, key):
+        seen.append(
+            train.nonfinite_report(noisy, state.params, batch, prng.sample_keys(key, 8))
+        )
+        # the keys of the step that failed, as the state documents them
+        keys = prng.sample_keys(jax.random.fold_in(jax.random.key(0), 4), 8)
+        seen.append([int(i) for i in jnp.flatnonzero(prng.uniform(keys) < 0.3)])
+        return seen[0]
+
+    with pytest.raises(train.NonFiniteError):
+        train.fit(
+            train.create_state({"w": jnp.zeros(3)}, optimizer),
+            step,
+            Counter(),
+            key=jax.random.key(0),
+            num_steps=5,
+            log_every=5,
+            max_skipped=1,
+            diagnose=diagnose,
+        )
+    assert seen[1] and f"non-finite loss: {seen[1][:5]}" in seen[0]
+
+
+def test_a_plain_step_and_state_will_do():
+    def step(count, batch, key):
+        return count + 1, {"count": count}
+
+    rows = []
+    result = train.fit(
+        jnp.int32(0),
+        step,
+        Counter(),
+        key=jax.random.key(0),
+        num_steps=4,
+        log_every=2,
+        on_metrics=lambda step, metrics: rows.append(metrics),
+    )
+    assert int(result.state) == 4 and rows == [{"count": 0.5}, {"count": 2.5}]
+    with pytest.raises(ValueError, match="log_every=0"):
+        train.fit(jnp.int32(0), step, Counter(), key=None, num_steps=4, log_every=0)
+
+
 def test_best_checkpoint_is_kept(tmp_path):
     train.fit(
         train.create_state({"w": jnp.zeros(3)}, OPTIMIZER, ema=True),

@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
-Orbax writes the arrays; a manifest with the SHA-256 of every file is written
-last. A directory without manifest is an interrupted save and is ignored; one
-whose files do not match is set aside, and the checkpoint before it is used.
+Orbax writes the arrays into a folder beside; a manifest with the SHA-256 of every
+file, and of itself, is written last; then the folder takes its name. What a killed
+save left behind is finished or removed by the next one. A checkpoint whose bytes do
+not match is set aside, and the one before it is used.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import numpy as np
 from flax import serialization
 
 from tmdjax.core import trees
+from tmdjax.core.checks import check_choice, check_count
 from tmdjax.core.files import write_atomically
 from tmdjax.core.types import PyTree
 
@@ -39,25 +41,6 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    text = json.dumps(value, indent=1, sort_keys=True)
-    write_atomically(path, text.encode())
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digests(folder: pathlib.Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 class Checkpoints:
     """The checkpoints of one run: the last few and the best.
 
@@ -71,35 +54,31 @@ class Checkpoints:
         self, directory: str | os.PathLike, keep_last: int = 2, best: str | None = None
     ):
         self.directory = pathlib.Path(directory).absolute()
-        self.keep_last = keep_last
+        self.keep_last = check_count("keep_last", keep_last)
+        if best is not None:
+            check_choice("best", best, ("min", "max"))
         self.best = best
 
-    def _folder(self, step: int) -> pathlib.Path:
-        return self.directory / f"step_{step:010d}"
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        return json.loads((self._folder(step) / _MANIFEST).read_text())
+    def _folder(self, step: int, kind: str = "step") -> pathlib.Path:
+        return self.directory / f"{kind}_{step:010d}"
 
     def steps(self) -> list[int]:
         """Steps of the finished saves, ascending."""
         manifests = self.directory.glob(f"step_*/{_MANIFEST}")
         return sorted(int(m.parent.name.removeprefix("step_")) for m in manifests)
 
-    def _score(self, step: int) -> float | None:
-        try:
-            score = self._manifest(step)["score"]
-        except (ValueError, KeyError):
-            return None
-        return score if score is not None and np.isfinite(score) else None
-
     def best_step(self) -> int | None:
-        """The step with the best score; None if no save had one."""
-        scores = {step: self._score(step) for step in self.steps()}
-        scores = {step: score for step, score in scores.items() if score is not None}
-        if self.best is None or not scores:
+        """The step with the best finite score; None if no save had one."""
+        if self.best is None:
             return None
+        bodies = {step: _read_manifest(self._folder(step)) for step in self.steps()}
+        scores = {
+            step: body["score"]
+            for step, body in bodies.items()
+            if body is not None and body["score"] is not None
+        }
         choose = min if self.best == "min" else max
-        return choose(scores, key=lambda step: (scores[step], step))
+        return choose(scores, key=lambda s: (scores[s], s)) if scores else None
 
     def save(
         self,
@@ -111,28 +90,33 @@ class Checkpoints:
         """Writes one checkpoint, then drops those that need not be kept.
 
         Args:
-            step: number of the checkpoint; an existing one is replaced.
+            step: number of the checkpoint; an existing one is replaced once the new
+                one is whole.
             tree: any pytree of arrays (typed keys as their key data).
             extra: JSON-able rest, e.g. the state of the data iterator.
-            score: for the best one.
+            score: for the best one; NaN counts as none.
 
         Raises:
+            TypeError: `extra` is not JSON-able.
             CheckpointError: the disk is full, the place unwritable...; what was
                 saved earlier is left as it was.
         """
-        folder = self._folder(step)
+        body = {
+            "step": step,
+            "extra": json.loads(json.dumps(extra or {})),
+            "score": None if score is None or not np.isfinite(score) else float(score),
+        }
+        new = self._folder(step, "new")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._write(folder, step, tree, extra or {}, score)
+            self._recover()
+            _write(new, body, tree)
+            self._swap(step)
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            earlier = self.steps()
-            kept = (
-                f"step {earlier[-1]} is intact" if earlier else "there is none before"
-            )
+            shutil.rmtree(new, ignore_errors=True)
             raise CheckpointError(
-                f"cannot write the checkpoint of step {step} to {self.directory}: "
-                f"{_first_line(error)}. The one before: {kept}. Free space or mend "
+                f"cannot write step {step} to {self.directory}: {_first_line(error)}. "
+                f"Saved there and intact: {_listed(self.steps())}. Free space or mend "
                 f"permissions, then run the same command to go on."
             ) from error
         keep = {*self.steps()[-self.keep_last :], self.best_step()}
@@ -141,32 +125,27 @@ class Checkpoints:
                 (self._folder(old) / _MANIFEST).unlink()
                 shutil.rmtree(self._folder(old))
 
-    def _write(
-        self,
-        folder: pathlib.Path,
-        step: int,
-        tree: PyTree,
-        extra: dict[str, Any],
-        score: float | None,
-    ) -> None:
-        import orbax.checkpoint as ocp
+    def _swap(self, step: int) -> None:
+        """Gives a whole new folder its name; an old one of that name goes after."""
+        old = self._folder(step, "old")
+        if self._folder(step).exists():
+            self._folder(step).rename(old)
+        self._folder(step, "new").rename(self._folder(step))
+        shutil.rmtree(old, ignore_errors=True)
 
-        json.dumps(extra)  # refuses what is not JSON before anything is written
-        if folder.exists():
-            (folder / _MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        arrays = serialization.to_state_dict(tree)
-        folder.mkdir()
-        if jax.tree.leaves(arrays):  # orbax refuses a tree without any
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                checkpointer.save(folder / _ARRAYS, arrays)
-        manifest = {
-            "step": step,
-            "extra": extra,
-            "score": None if score is None else float(score),
-            "files": _digests(folder),
-        }
-        write_json(folder / _MANIFEST, manifest)
+    def _recover(self) -> None:
+        """Finishes or removes what a killed save left behind."""
+        for folder in self.directory.glob("new_*"):
+            step = int(folder.name.removeprefix("new_"))
+            if _read_manifest(folder) is not None:
+                self._swap(step)
+        for folder in self.directory.glob("old_*"):
+            step = int(folder.name.removeprefix("old_"))
+            if not self._folder(step).exists():
+                folder.rename(self._folder(step))
+        for pattern in ("new_*", "old_*"):
+            for folder in self.directory.glob(pattern):
+                shutil.rmtree(folder)
 
     def restore(self, like: PyTree | None = None, step: int | None = None) -> Any:
         """Reads the newest whole checkpoint (or a given one).
@@ -183,73 +162,132 @@ class Checkpoints:
             CheckpointError: the given step is absent or damaged, or the tree has
                 another structure.
         """
+        if self.directory.exists():
+            self._recover()
         if step is not None and step not in self.steps():
             raise CheckpointError(
-                f"no checkpoint of step {step} in {self.directory}; there are "
-                f"{self.steps() or 'none'}."
+                f"no checkpoint of step {step} in {self.directory}; there are: "
+                f"{_listed(self.steps())}."
             )
         for candidate in reversed(self.steps()) if step is None else [step]:
-            damage = self._damage(candidate)
+            damage = _damage(self._folder(candidate))
             if damage is None:
                 return self._read(candidate, like)
             if step is not None:
-                raise CheckpointError(f"checkpoint of step {step} is damaged: {damage}")
-            aside = self._folder(candidate).with_name(f"damaged_step_{candidate:010d}")
+                raise CheckpointError(
+                    f"step {step} in {self.directory} is damaged: {damage}."
+                )
+            aside = self._folder(candidate, "damaged_step")
             shutil.rmtree(aside, ignore_errors=True)
             self._folder(candidate).rename(aside)
+            earlier = self.steps()
             logger.warning(
-                "checkpoint of step %d is damaged (%s); it is set aside as %s and the "
-                "one before it is used",
+                "step %d in %s is damaged (%s) and set aside as %s; %s",
                 candidate,
+                self.directory,
                 damage,
                 aside.name,
+                f"the one before it, step {earlier[-1]}, is used"
+                if earlier
+                else "there is none before it, so this part starts anew",
             )
-        return None
-
-    def _damage(self, step: int) -> str | None:
-        folder = self._folder(step)
-        try:
-            expected = self._manifest(step)["files"]
-        except (ValueError, KeyError):
-            return "its manifest cannot be read"
-        found = _digests(folder)
-        for name, digest in expected.items():
-            if name not in found:
-                return f"{name} is missing"
-            if found[name] != digest:
-                return f"{name} does not match its SHA-256"
         return None
 
     def _read(self, step: int, like: PyTree | None) -> Restored:
         import orbax.checkpoint as ocp
 
         path = self._folder(step) / _ARRAYS
-        extra = self._manifest(step)["extra"]
+        body = _read_manifest(self._folder(step))
+        assert body is not None  # just verified
         if not path.exists():
-            return Restored(step, {} if like is None else like, extra)
+            return Restored(step, {} if like is None else like, body["extra"])
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            metadata = checkpointer.metadata(path)
+            saved = getattr(metadata, "item_metadata", metadata).tree
             if like is None:
-                tree = jax.tree.map(np.asarray, checkpointer.restore(path))
+                # a numpy target reads what any number of devices wrote
+                target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), saved)
+                args = ocp.args.StandardRestore(target)
+                tree = jax.tree.map(np.asarray, checkpointer.restore(path, args=args))
             else:
                 target = serialization.to_state_dict(like)
-                self._check_structure(step, checkpointer.metadata(path), target)
+                self._check_structure(step, saved, target)
                 args = ocp.args.StandardRestore(jax.tree.map(_abstract, target))
                 found = checkpointer.restore(path, args=args)
                 tree = serialization.from_state_dict(like, found)
-        return Restored(step, tree, extra)
+        return Restored(step, tree, body["extra"])
 
-    def _check_structure(self, step: int, metadata: Any, target: PyTree) -> None:
-        saved = trees.flatten(getattr(metadata, "item_metadata", metadata).tree)
-        wanted = trees.flatten(target)
-        saved = {name: tuple(leaf.shape) for name, leaf in saved.items()}
-        wanted = {name: tuple(np.shape(leaf)) for name, leaf in wanted.items()}
-        if saved != wanted:
-            differing = sorted(set(saved.items()) ^ set(wanted.items()))[:4]
+    def _check_structure(self, step: int, saved: PyTree, target: PyTree) -> None:
+        found, wanted = (
+            {name: tuple(np.shape(leaf)) for name, leaf in trees.flatten(tree).items()}
+            for tree in (saved, target)
+        )
+        if found != wanted:
+            differing = sorted(set(found.items()) ^ set(wanted.items()))[:4]
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self.directory} belongs to another "
-                f"model or optimiser; first differences: {differing}. Use its own "
-                f"config, or --fresh to start anew."
+                f"step {step} in {self.directory} belongs to another model or "
+                f"optimiser; first differences: {differing}. Use its own config, or "
+                f"--fresh to start anew."
             )
+
+
+def _write(folder: pathlib.Path, body: dict[str, Any], tree: PyTree) -> None:
+    import orbax.checkpoint as ocp
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    arrays = serialization.to_state_dict(tree)
+    if jax.tree.leaves(arrays):  # orbax refuses a tree without any
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder / _ARRAYS, arrays)
+    body = {**body, "files": _digests(folder)}
+    manifest = {"body": body, "sha256": _text_sha256(body)}
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    write_atomically(folder / _MANIFEST, text.encode())
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest's body; None if it is absent or not as it was written."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        body = manifest["body"]
+        return body if manifest["sha256"] == _text_sha256(body) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    body = _read_manifest(folder)
+    if body is None:
+        return "its manifest is not as it was written"
+    found = _digests(folder)
+    for name, digest in body["files"].items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} does not match its SHA-256"
+    return None
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_sha256(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(f"step {step}" for step in steps) or "none"
 
 
 def _abstract(leaf: Any) -> Any:

@@ -1,8 +1,6 @@
 """A trained network on disk: what it is, its parameters, what it was trained on."""
 
-import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -10,9 +8,7 @@ import jax.numpy as jnp
 
 from tmdjax import models
 from tmdjax.core.types import ApplyFn, Params
-from tmdjax.train.checkpoint import CheckpointError, Checkpoints, write_json
-
-_SPEC = "model.json"
+from tmdjax.train.checkpoint import CheckpointError, Checkpoints
 
 
 def save_model(
@@ -29,9 +25,8 @@ def save_model(
         params: nested dict.
         meta: JSON-able: config, data shape, grid, metrics...
     """
-    folder = pathlib.Path(directory)
-    Checkpoints(folder, keep_last=1).save(0, params)
-    write_json(folder / _SPEC, {"spec": spec, "meta": meta or {}})
+    extra = {"spec": spec, "meta": meta or {}}
+    Checkpoints(directory, keep_last=1).save(0, jax.device_get(params), extra)
 
 
 def load_model(
@@ -45,11 +40,9 @@ def load_model(
     Raises:
         CheckpointError: there is no model, or its files are damaged.
     """
-    folder = pathlib.Path(directory)
-    if not (folder / _SPEC).is_file():
-        raise CheckpointError(f"there is no model in {folder} (no {_SPEC}).")
-    described = json.loads((folder / _SPEC).read_text())
-    restored = Checkpoints(folder).restore(step=0)
-    apply_fn = models.functional(models.build(described["spec"]))
+    restored = Checkpoints(directory).restore()
+    if restored is None:
+        raise CheckpointError(f"there is no whole model in {os.fspath(directory)}.")
+    spec, meta = restored.extra["spec"], restored.extra["meta"]
     params = jax.tree.map(jnp.asarray, restored.tree)
-    return apply_fn, params, {"spec": described["spec"], **described["meta"]}
+    return models.functional(models.build(spec)), params, {**meta, "spec": spec}

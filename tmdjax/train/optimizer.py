@@ -1,11 +1,12 @@
 """Optimisers from a handful of numbers, over optax."""
 
 import dataclasses
+from typing import Any
 
-import jax
 import optax
 
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core import trees
+from tmdjax.core.checks import check_choice, check_count, check_range
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -21,8 +22,9 @@ class OptimizerConfig:
         schedule: after warm-up: 'constant', or 'cosine' or 'linear' decay to 0.
         warmup_steps: linear warm-up from 0; 0 means none.
         total_steps: updates in all; the decay ends there.
-        weight_decay: decoupled, on matrices only ('adamw'); biases, gains and
-            other leaves with less than two axes are left alone.
+        weight_decay: decoupled, on matrices only ('adamw'): leaves with less than two
+            axes are left alone, and so are those named bias or scale (biases of
+            stacked blocks are [layer, features]).
         b1: first-moment decay.
         b2: second-moment decay.
         eps: Adam's epsilon.
@@ -44,7 +46,7 @@ class OptimizerConfig:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         check_range("optimizer.learning_rate", self.learning_rate, 0, open_low=True)
-        check_range("optimizer.warmup_steps", self.warmup_steps, 0)
+        check_count("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.weight_decay and self.name != "adamw":
             raise ValueError(
                 f"optimizer.weight_decay={self.weight_decay} is decoupled decay; use "
@@ -78,6 +80,10 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
+def _is_matrix(name: str, leaf: Any) -> bool:
+    return leaf.ndim >= 2 and name.rpartition("/")[2] not in ("bias", "scale")
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping, the optimiser and its schedule as one optax transformation."""
     schedule = make_schedule(config)
@@ -90,7 +96,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+            mask=lambda params: trees.map_with_path(_is_matrix, params),
         )
     if config.clip_norm is None:
         return rule

@@ -9,7 +9,11 @@ import optax
 from flax import struct
 
 from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, Params, PyTree, SampleKeys
+
+RESERVED = ("loss", "grad_norm", "skipped")
+"""Metrics that the train step reports itself."""
 
 LossFn = Callable[[Params, Any, SampleKeys], tuple[Array, dict[str, Array]]]
 """``loss_fn(params, batch, keys) -> (loss [batch], metrics {name: [batch]})``."""
@@ -110,9 +114,13 @@ def make_train_step(
         (0 or 1) and the means of what loss_fn reports.
 
     Raises:
-        ValueError: (on tracing) the batch does not divide into microbatches, or
-            loss_fn returns a scalar.
+        ValueError: a number out of range; on tracing: the batch does not divide into
+            microbatches, loss_fn returns a scalar or a reserved metric, or state and
+            ema_decay disagree.
     """
+    check_count("microbatches", microbatches)
+    if ema_decay is not None:
+        check_range("ema_decay", ema_decay, 0, 1)
 
     def loss_sum(params: Params, part: Any, keys: SampleKeys) -> Any:
         loss, metrics = loss_fn(params, part, keys)
@@ -121,7 +129,14 @@ def make_train_step(
                 f"loss_fn must return one loss an example, [batch]; got shape "
                 f"{loss.shape}. Leave the mean to the caller."
             )
-        sums = jax.tree.map(jnp.sum, {"loss": loss, **metrics})
+        for name, value in metrics.items():
+            if name in RESERVED or jnp.shape(value) != loss.shape:
+                raise ValueError(
+                    f"loss_fn reports metric {name!r} of shape {jnp.shape(value)}; "
+                    f"metrics are [batch], one number an example, and "
+                    f"{', '.join(RESERVED)} are taken."
+                )
+        sums = jax.tree.map(jnp.sum, {**metrics, "loss": loss})
         return sums["loss"], sums
 
     grad_fn = jax.grad(loss_sum, has_aux=True)
@@ -152,6 +167,12 @@ def make_train_step(
     def step(
         state: TrainState, batch: Any, key: Any
     ) -> tuple[TrainState, dict[str, Array]]:
+        if (ema_decay is None) != (state.ema_params is None):
+            raise ValueError(
+                f"ema_decay={ema_decay} but the state was made with "
+                f"ema={state.ema_params is not None}; create_state(ema=True) goes "
+                f"with an ema_decay."
+            )
         size = jax.tree.leaves(batch)[0].shape[0]
         keys = prng.sample_keys(jax.random.fold_in(key, state.step), size)
         grads, metrics = gradients(state.params, batch, keys)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from tmdjax.core.checks import check_count
 from tmdjax.train.checkpoint import Checkpoints
 
 
@@ -64,7 +65,9 @@ def fit(
 
     Args:
         state: initial :class:`~tmdjax.train.state.TrainState` (donated).
-        step_fn: jitted ``(state, batch, key) -> (state, metrics)``.
+        step_fn: jitted ``(state, batch, key) -> (state, metrics)``, metrics a flat
+            dict of scalars. A metric 'skipped' (0 or 1) and a state's
+            'skipped_in_a_row' are used where there are any.
         data: endless iterator with a position.
         key: typed key of the run; the step folds its number in.
         num_steps: steps in all, resumed ones included.
@@ -78,16 +81,20 @@ def fit(
         on_resume: called with the step that a resumed run starts from (0 if none).
         should_stop: asked at each log; True saves and returns unfinished.
         score: metric whose lowest window marks the best checkpoint.
-        max_skipped: consecutive non-finite updates that stop the run.
-        diagnose: ``(state, batch, key) -> str`` adds where the fault is.
+        max_skipped: so many consecutive non-finite updates stop the run.
+        diagnose: ``(state, batch, key) -> str`` adds where the fault is; it receives
+            the key that the step folded its number into.
 
     Returns:
         The state and whether it is finished.
 
     Raises:
-        NonFiniteError: more than `max_skipped` consecutive updates were skipped.
+        NonFiniteError: `max_skipped` consecutive updates were skipped.
+        ValueError: num_steps or log_every below 1.
         CheckpointError: a save failed; earlier checkpoints are intact.
     """
+    check_count("num_steps", num_steps)
+    check_count("log_every", log_every)
     start = 0
     if checkpoints is not None:
         restored = checkpoints.restore(like=state)
@@ -108,13 +115,16 @@ def fit(
             continue
         means = _window_means(window)
         window.clear()
-        if int(state.skipped_in_a_row) >= max_skipped:
-            where = "" if diagnose is None else " " + diagnose(state, batch, key) + "."
+        in_a_row = int(getattr(state, "skipped_in_a_row", 0))
+        if in_a_row >= max_skipped:
+            where = ""
+            if diagnose is not None:
+                where = f" {diagnose(state, batch, jax.random.fold_in(key, step - 1))}."
             kept = checkpoints.steps() if checkpoints is not None else []
             raise NonFiniteError(
-                f"{int(state.skipped_in_a_row)} consecutive updates up to step {step} "
-                f"had a non-finite loss or gradient and were skipped.{where} Last good "
-                f"checkpoint: {f'step {kept[-1]}' if kept else 'none'}."
+                f"{in_a_row} consecutive updates up to step {step} had a non-finite "
+                f"loss or gradient and were skipped.{where} Last good checkpoint: "
+                f"{f'step {kept[-1]}' if kept else 'none'}."
             )
         if on_metrics is not None:
             on_metrics(step, means)
@@ -142,6 +152,8 @@ def _window_means(window: list[dict[str, Any]]) -> dict[str, float]:
     columns = {
         name: np.asarray([float(m[name]) for m in host], np.float64) for name in host[0]
     }
+    if "skipped" not in columns:
+        return {name: float(column.mean()) for name, column in columns.items()}
     good = columns["skipped"] == 0
     means = {
         name: float(column[good].mean()) if good.any() else float("nan")
