@@ -177,6 +177,32 @@ def test_final_rule_masks_the_last_transition():
     assert table.stochastic and list(table.mask) == [True, True, False]
 
 
+def test_no_noise_drawn_means_no_log_prob():
+    flows.PRESETS._entries["constant_noise"] = lambda t, t_next: {"k": t_next, "S": 0.1}
+    try:
+        table = flows.make_table(
+            "constant_noise", flows.uniform_grid(3), c=np.array([1.0, 0.0, 1.0])
+        )
+    finally:
+        del flows.PRESETS._entries["constant_noise"]
+    assert list(table.mask) == [True, False, True]
+    keys = prng.sample_keys(jax.random.key(0), 2)
+    trajectory = flows.rollout(keys, MIXTURE.velocity, jnp.ones((2, 2)), table)
+    assert np.isfinite(trajectory.log_prob).all()
+
+
+def test_slices_of_a_traced_table():
+    keys = prng.sample_keys(jax.random.key(0), 2)
+    x, table = jnp.ones((2, 2)), noisy_table(6, 0.2)
+
+    @jax.jit
+    def second_half(table):
+        return flows.rollout(keys, MIXTURE.velocity, x, table[3:], store=False)
+
+    direct = flows.rollout(keys, MIXTURE.velocity, x, table[3:], store=False)
+    np.testing.assert_allclose(second_half(table), direct, atol=1e-6)
+
+
 def test_reward_gradient_moves_by_its_column():
     table = flows.make_table("ode", flows.uniform_grid(4))
     table = table.replace(C=np.array([0.1, 0.2, 0.3, 0.4]))
@@ -314,5 +340,11 @@ def test_bad_inputs(as_shipped):
         table[3:]
     with pytest.raises(TypeError, match="store sampler states in float32"):
         flows.gaussian_log_prob(x.astype(jnp.bfloat16), x, 1.0)
+    with pytest.raises(ValueError, match=r"velocity has shape \(2, 1\).*\(2, 2\)"):
+        flows.rollout(None, lambda x, t, c: x[:, :1], x, table)
+    with pytest.raises(ValueError, match=r"t has 1 value.*outside \[0, 1\]"):
+        flows.interpolate(x, x, jnp.array([0.5, 1.5]))
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        flows.convert(x, "velocity", "data", x, jnp.array([-0.5, 1.0]))
     with pytest.raises(ValueError, match="method='rk5'"):
         flows.nfe(table, "rk5")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tmdjax.core.checks import check_time
 from tmdjax.core.types import Array, ArrayLike, Velocity
 
 
@@ -41,8 +42,10 @@ def expand_time(t: ArrayLike, batch: int, dtype: Any = jnp.float32) -> Array:
     """Returns t as ``[batch]``; a scalar is broadcast (once, at the entrance).
 
     Raises:
-        ValueError: t is neither a scalar nor of shape [batch].
+        ValueError: t is neither a scalar nor of shape [batch], or a concrete value
+            lies outside [0, 1].
     """
+    check_time(t)
     t = jnp.asarray(t, dtype)
     if t.ndim == 0:
         return jnp.broadcast_to(t, (batch,))

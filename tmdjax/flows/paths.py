@@ -18,7 +18,7 @@ References:
 
 from typing import Any
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_time
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 
@@ -26,7 +26,12 @@ PARAMETRISATIONS = ("velocity", "data", "noise", "score")
 
 
 def interpolate(x_data: Data, x_noise: Data, t: Time) -> Data:
-    """x_t = (1 - t) x_data + t x_noise, all [batch, *event], t [batch]."""
+    """x_t = (1 - t) x_data + t x_noise, all [batch, *event], t [batch].
+
+    Raises:
+        ValueError: a concrete t outside [0, 1].
+    """
+    check_time(t)
     t = time_like(t, x_data)
     return (1 - t) * x_data + t * x_noise
 
@@ -59,12 +64,13 @@ def convert(value: Data, source: str, target: str, x: Data, t: Time) -> Data:
         The prediction as `target`, [batch, *event].
 
     Raises:
-        ValueError: unknown parametrisation.
+        ValueError: unknown parametrisation, or a concrete t outside [0, 1].
     """
     check_choice("source", source, PARAMETRISATIONS)
     check_choice("target", target, PARAMETRISATIONS)
     if source == target:
         return value
+    check_time(t)
     t = time_like(t, x)
     if {source, target} == {"noise", "score"}:
         return -value / t if target == "score" else -t * value

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tmdjax.core import prng
-from tmdjax.core.checks import check_batch, check_choice
+from tmdjax.core.checks import check_batch, check_choice, check_same_shape
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import (
@@ -78,6 +78,9 @@ def solver_velocity(
 
     Returns:
         [batch, *event]; x - (t - t_next) times it is the solver's next state.
+
+    Raises:
+        ValueError: the velocity's shape is not that of x.
     """
     rows, weights, times = METHODS[method]
     h = t - t_next
@@ -88,9 +91,9 @@ def solver_velocity(
             if weight:
                 state = state - h * weight * stage
         at = t_next if time == 1.0 else t - time * h
-        stages.append(
-            velocity(state, jnp.broadcast_to(at, x.shape[:1]), cond).astype(x.dtype)
-        )
+        v = velocity(state, jnp.broadcast_to(at, x.shape[:1]), cond)
+        check_same_shape("the velocity", v, "its state x", x)
+        stages.append(v.astype(x.dtype))
     return sum(w * s for w, s in zip(weights, stages) if w)  # pyright: ignore
 
 
@@ -131,7 +134,7 @@ def rollout(
         TypeError: x is narrower than float32 (log-probs of rounded states are
             wrong), or keys are not typed keys.
         ValueError: unknown method or reduction; keys missing or of another batch;
-            a multi-stage method on noisy rows.
+            a multi-stage method on noisy rows; a velocity of another shape than x.
 
     References:
         Stochastic form: Flow-GRPO, arXiv 2505.05470; see flows/table.py.

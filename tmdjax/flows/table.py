@@ -10,6 +10,7 @@ the row k = t', S = 0. Papers differ in these columns and in nothing else.
 from collections.abc import Callable
 from typing import Any
 
+import jax.core
 import numpy as np
 from flax import struct
 
@@ -79,10 +80,12 @@ class CoefficientTable:
                 f"non-empty run of consecutive steps."
             )
         columns = {name: column[rows] for name, column in self.columns().items()}
+        noise = columns["S"]
+        traced = isinstance(noise, jax.core.Tracer)  # then nothing can be ruled out
         return CoefficientTable(
             **columns,
             final=self.final if stop == len(self) else "sample",
-            stochastic=self.stochastic and bool(np.any(columns["S"] > 0)),
+            stochastic=self.stochastic and (traced or bool(np.any(noise > 0))),
         )
 
 
@@ -121,7 +124,7 @@ def make_table(
     check_choice("final", rule, FINAL_RULES)
     noise = np.broadcast_to(np.asarray(columns.get("S", 0.0), np.float64), steps)
     scale = np.broadcast_to(np.asarray(c, np.float64), steps)
-    mask = noise > 0
+    mask = scale * noise > 0
     if rule != "sample":
         mask = mask & (np.arange(steps) < steps - 1)
     return CoefficientTable(
@@ -136,7 +139,7 @@ def make_table(
         mask=mask,
         step=np.arange(steps, dtype=np.int32),
         final=rule,
-        stochastic=bool(np.any(noise > 0)),
+        stochastic=bool(np.any(scale * noise > 0)),
     )
 
 
