@@ -34,7 +34,7 @@ nightly: $(VENV)/oracle.installed
 $(VENV)/%.installed: pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "tmdjax needs Python 3.11, 3.12 or 3.13; \
 	none was found (set PYTHON=...)."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) --editable '.[$(if $(filter oracle,$*),dev$(comma)oracle,$*)]'
 	touch $@
 

@@ -18,8 +18,8 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "30 s on 2 cores",
-    "cpu": "5 min a seed on 2 cores",
-    "gpu": "8 min a seed on one H100",
+    "cpu": "4 min a seed on 2 cores",
+    "gpu": "meant for 8 min a seed on one H100; not measured yet",
     "paper": "sizes only",
 }
 

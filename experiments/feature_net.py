@@ -22,7 +22,7 @@ Config = Any
 
 
 def load_data(config: Config) -> data.Dataset:
-    """The data set, checked against the shape that the config announces."""
+    """The data set, checked against what the config announces and asks for."""
     dataset = data.load(config.data.name, **to_plain(config.data.options))
     found = (*dataset.train["image"].shape[1:], dataset.num_classes)
     announced = (*config.data.shape, config.data.num_classes)
@@ -30,6 +30,12 @@ def load_data(config: Config) -> data.Dataset:
         raise ValueError(
             f"data.shape and data.num_classes announce {announced}, but "
             f"{config.data.name} has {found}; mend the config."
+        )
+    held_out = len(dataset.test["label"])
+    if config.sample.count > held_out:
+        raise ValueError(
+            f"sample.count={config.sample.count}, but {config.data.name} holds out "
+            f"{held_out} images to compare with; ask for at most as many."
         )
     return dataset
 

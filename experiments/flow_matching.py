@@ -17,11 +17,18 @@ import numpy as np
 from experiments import feature_net
 from tmdjax import data, flows, metrics, models, train
 from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import image_grid, line_plot
 
 Config = Any
+COUNTS = {
+    "train": ("steps", "batch_size", "log_every", "microbatches"),
+    "features": ("steps", "batch_size"),
+    "sample": ("count",),
+    "evaluate": ("projections",),
+}
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -151,10 +158,10 @@ def budgets(config: Config) -> list[tuple[str, str, int]]:
     for method in ("euler", "heun", "midpoint"):
         stages_a_step = len(flows.METHODS[method][1])
         for nfe in config.sample[f"{method}_nfe"]:
-            if nfe % stages_a_step:
+            if nfe < 1 or nfe % stages_a_step:
                 raise ValueError(
                     f"sample.{method}_nfe has {nfe}, but a {method} step costs "
-                    f"{stages_a_step} evaluations; give multiples."
+                    f"{stages_a_step} evaluation(s); give positive multiples."
                 )
             found.append((f"{method}{nfe}", method, nfe // stages_a_step))
     return found
@@ -247,7 +254,13 @@ def report(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Sizes of the network and its training, nothing allocated."""
+    """Sizes of the network and its training, nothing allocated.
+
+    Traces one update, so settings that cannot work are refused here.
+    """
+    for group, names in COUNTS.items():
+        for name in names:
+            check_count(f"{group}.{name}", config[group][name])
     batch = (config.train.batch_size, *config.data.shape)
     state, _ = jax.eval_shape(
         functools.partial(_one_update, config),

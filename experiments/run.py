@@ -10,6 +10,7 @@ import json
 import logging
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -71,6 +72,11 @@ def main(arguments: Sequence[str]) -> int:
     """Parses and runs; returns the exit status."""
     overrides = [a.removeprefix("--config.") for a in arguments if _is_override(a)]
     rest = [a for a in arguments if not _is_override(a)]
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"--config.{override} has no value; write --config.{override}=<value>."
+            )
     flags, unknown = parser().parse_known_args(rest)
     if unknown:
         known = [o for a in parser()._actions for o in a.option_strings]
@@ -115,14 +121,9 @@ def _is_override(argument: str) -> bool:
 
 
 def command(flags: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """What to type for the same result: no paths, nothing that changes no number."""
-    parts = ["python -m experiments.run", f"--config={flags.config}"]
-    parts += [f"--config.{override}" for override in overrides]
-    if flags.seeds != (0,):
-        parts.append(f"--seeds={','.join(map(str, flags.seeds))}")
-    if flags.shard != (0, 1):
-        parts.append(f"--shard={flags.shard[0]}/{flags.shard[1]}")
-    return " ".join(parts)
+    """What to type for the same result; the ledger adds the seeds."""
+    parts = ["python", "-m", "experiments.run", f"--config={flags.config}"]
+    return shlex.join(parts + [f"--config.{override}" for override in overrides])
 
 
 def listing() -> list[dict[str, Any]]:
@@ -148,11 +149,11 @@ def listing() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its faults are raised
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
         sys.exit(main(arguments))
-    except (ValueError, OSError, RuntimeError) as fault:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as fault:
         if "--traceback" in sys.argv:
             raise
         sys.exit(f"{type(fault).__name__}: {fault}\n(--traceback shows where)")

@@ -63,7 +63,7 @@ def test_smoke_leaves_report_figures_and_rows(smoke):
         assert (smoke / name).stat().st_size > 1000
     summary = json.loads((smoke / "summary.json").read_text())
     assert summary["command"] == f"python -m experiments.run {SMOKE}"
-    assert summary["versions"]["frechet"].startswith("FD-sprites@")
+    assert summary["labels"]["frechet"].startswith("FD-sprites@")
     metrics = summary["metrics"]
     # training has begun to work: nearer to the data than noise is
     assert (
@@ -110,12 +110,20 @@ def test_same_seed_same_numbers_other_seed_others(smoke, tmp_path):
     )
 
 
+def test_recorded_command_pastes():
+    flags = run.parser().parse_args([SMOKE])
+    line = run.command(flags, ["sample.euler_nfe=(2, 4)"])
+    assert "'--config.sample.euler_nfe=(2, 4)'" in line
+
+
 def test_shards_merge_to_the_whole(smoke, tmp_path, capsys):
     whole, cache = tmp_path / "whole", tmp_path / "stages"
     run.main([SMOKE, "--seeds=0..1", f"--workdir={whole}", f"--cache={cache}"])
     for i in range(2):
         shard = f"--workdir={tmp_path / f's{i}'}"
-        run.main([SMOKE, "--seeds=0..1", f"--shard={i}/2", shard, f"--cache={cache}"])
+        # a cache each, as on two machines: the shared net must come out the same
+        own = f"--cache={tmp_path / f'c{i}'}"
+        run.main([SMOKE, "--seeds=0..1", f"--shard={i}/2", shard, own])
     results = tmp_path / "results"
     report_command.main(
         [
@@ -252,8 +260,9 @@ def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
     began = time.monotonic()
     assert whole.wait(timeout=280) == 0, whole.stdout.read()
     took = time.monotonic() - began
-    rng = np.random.default_rng(int(time.time()))
-    for wait in rng.uniform(0.2, 0.9, 2) * took:
+    waits = np.random.default_rng().uniform(0.2, 0.9, 2) * took
+    print(f"killed after {waits} s of {took} s")
+    for wait in waits:
         process = start(tmp_path / "b" / "run")
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
@@ -300,6 +309,7 @@ def test_absent_data_package_names_its_command(tmp_path, monkeypatch):
         ([SMOKE, "--config.sample.euler_nfe=(2,x)"], "a whole number at position 1"),
         ([SMOKE, "--config.sample.euler_nfe=(2,4,8)"], r"2 value\(s\) in brackets"),
         ([SMOKE, "--config.train=3"], "is a group of settings"),
+        ([SMOKE, "--config.train.steps", "5"], "--config.train.steps=<value>"),
         ([SMOKE, "--sedes=3"], "unknown argument '--sedes'. Did you mean '--seeds'"),
         ([SMOKE, "--seeds=4..1"], "is not like 0..4"),
         ([SMOKE, "--shard=3"], "is not like 0/4"),
@@ -318,9 +328,15 @@ def test_bad_commands_are_one_line(arguments, message):
         ("model.name=dut", "Did you mean 'dit'"),
         ("model.recipe=bf61", "Did you mean 'bf16'"),
         ("optimizer.name=adamm", "Did you mean 'adam"),
-        ("sample.heun_nfe=(3,)", r"sample.heun_nfe has 3.*give multiples"),
+        ("sample.heun_nfe=(3,)", r"sample.heun_nfe has 3.*give positive multiples"),
         ("data.num_classes=9", "announce"),
         ("train.drop_rate=1.5", r"rate=1.5 is outside \[0, 1\]"),
+        ("train.log_every=0", "train.log_every=0 must be at least 1"),
+        ("train.microbatches=0", "train.microbatches=0"),
+        ("sample.count=0", "sample.count=0"),
+        ("sample.count=100000", "holds out 128 images"),
+        ("sample.euler_nfe=(0,4)", "has 0.*give positive multiples"),
+        ("evaluate.projections=0", "evaluate.projections=0"),
         ("train.microbatches=5", "batch of 32 does not divide into 5"),
     ],
 )

@@ -18,6 +18,7 @@ from tmdjax.harness.ledger import (
     read_records,
     render,
     summary,
+    with_seeds,
     write_record,
 )
 
@@ -222,6 +223,10 @@ def unit(arm, seed, metrics, wall_s=1.0, peak=None):
         "metrics": metrics,
         "wall_s": wall_s,
         "peak_memory_gb": peak,
+        "device": "NVIDIA H100",
+        "commit": "abc",
+        "versions": {"jax": "0.10.2"},
+        "labels": {"frechet": "FD-net@1"},
     }
 
 
@@ -247,11 +252,8 @@ def summarise(units=UNITS, claims=CLAIMS, **changes):
     fields = {
         "system": "boss",
         "tier": "gpu",
-        "device": "NVIDIA H100",
         "command": "python -m experiments.run --config=configs/boss.py:gpu",
-        "commit": "abc",
         "config_hash": "0123456789abcdef",
-        "versions": {"jax": "0.10.2"},
     }
     return summary(units=units, claims=claims, **(fields | changes))
 
@@ -303,7 +305,11 @@ def test_a_claim_takes_the_seeds_that_have_both_arms():
     "units, claims, message",
     [
         ([], [], "at least one unit"),
-        ([{"arm": "a", "seed": 0}], [], "a unit lacks metrics, wall_s, peak_memory_gb"),
+        (
+            [{"arm": "a", "seed": 0}],
+            [],
+            "a unit lacks metrics, wall_s, peak_memory_gb, device",
+        ),
         (
             [unit("a", 0, {"x": 1.0}), unit("a", 0, {"x": 2.0})],
             [],
@@ -362,12 +368,13 @@ def test_merge_of_merges_is_the_merge_through_json_too(assignment, order, cut):
     parts = [json.loads(json.dumps(s)) for s in shards(assignment, order)]
     for n, part in enumerate(parts):
         part["command"] += f" --shard={n}/5"
-        part["commit"] = "abc" if n % 2 else "def"
-        part["versions"] = {"jax": f"0.1{n % 2}"}
+        for u in part["units"]:
+            u["commit"] = "abc" if n % 2 else "def"
+            u["versions"] = {"jax": f"0.1{n % 2}"}
     halves = [merge(half) for half in (parts[:cut], parts[cut:]) if half]
     whole = merge(parts)
     assert merge(halves) == whole
-    assert len(whole["command"].splitlines()) == len(parts)
+    assert whole["command"] == summarise()["command"]
     assert whole["commit"] in ("def", "abc, def")
 
 
@@ -386,7 +393,6 @@ def test_a_diverged_seed_merges_with_itself():
         ("system", "tmd"),
         ("tier", "cpu"),
         ("config_hash", "fedcba9876543210"),
-        ("device", "TPU v5e"),
     ],
 )
 def test_merge_names_what_differs(key, value):
@@ -405,9 +411,43 @@ def test_merge_refuses_moved_thresholds_and_conflicting_units():
     moved = summarise(claims=[claim(threshold=0.1), *CLAIMS[1:]])
     with pytest.raises(ValueError, match="boss gpu differ in the definition"):
         merge([summarise(), moved])
-    other = summarise([UNITS[0] | {"wall_s": 99.0}], complete=False)
+    tpu = summarise([u | {"device": "TPU v5e"} for u in UNITS])
+    with pytest.raises(ValueError, match=r"differ in device: 'NVIDIA H100' and 'TPU"):
+        merge([summarise(), tpu])
+    slower = summarise([UNITS[0] | {"wall_s": 99.0}], complete=False)
+    assert merge([summarise(), slower]) == summarise()  # a rerun may take longer
+    other = summarise([UNITS[0] | {"metrics": {"score": 9.0}}], complete=False)
     with pytest.raises(ValueError, match="arm 'boss' seed 0 stands twice"):
         merge([summarise(), other])
+
+
+def test_units_of_two_nets_or_devices_are_not_pooled():
+    for key, value in (("labels", {"frechet": "FD-net@2"}), ("device", "TPU v5e")):
+        with pytest.raises(ValueError, match=r"units differ in .*cannot be judged"):
+            summarise([*UNITS[:-1], UNITS[-1] | {key: value}])
+    shards = [
+        summarise(UNITS[:5], complete=False),
+        summarise(
+            [u | {"labels": {"frechet": "FD-net@2"}} for u in UNITS[5:]], complete=False
+        ),
+    ]
+    with pytest.raises(ValueError, match=r"FD-net@1, FD-net@2"):
+        merge(shards)
+
+
+@pytest.mark.parametrize(
+    "seeds, suffix",
+    [
+        ([0], ""),
+        ([1], " --seeds=1"),
+        ([0, 1], " --seeds=0,1"),
+        ([2, 0, 1], " --seeds=0..2"),
+        ([0, 1, 4], " --seeds=0,1,4"),
+    ],
+)
+def test_commands_name_the_seeds(seeds, suffix):
+    for typed in ("run x", "run x --seeds=7", "run x --seeds=0..4 --shard=1/2"):
+        assert with_seeds(typed, seeds) == f"run x{suffix}"
 
 
 # --- records ------------------------------------------------------------------

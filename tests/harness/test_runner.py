@@ -163,7 +163,7 @@ def test_a_run_leaves_its_records(tmp_path, capsys):
     ).split():
         assert key in summary
     assert summary["claims"][0]["verdict"] == "reported"  # one seed gives no verdict
-    assert summary["versions"]["net"] == "n1"
+    assert summary["labels"] == {"net": "n1"}
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
     assert "T1" in (run / "report.html").read_text()
@@ -334,10 +334,10 @@ def test_a_model_loads_from_the_workdir(tmp_path):
     _, _, meta = harness.load(tmp_path / "run", seed=2)
     assert meta["seed"] == 2
     with pytest.raises(
-        FileNotFoundError, match="seed 7; it holds main-seed1, main-seed2"
+        FileNotFoundError, match="seed 7; it holds: main-seed1, main-seed2"
     ):
         harness.load(tmp_path / "run", seed=7)
-    with pytest.raises(FileNotFoundError, match=r"holds none.*Finish the run"):
+    with pytest.raises(FileNotFoundError, match=r"holds: none.*Finish the run"):
         harness.load(tmp_path / "absent")
 
 
@@ -416,3 +416,168 @@ def test_foreign_files_survive_fresh(tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     harness.run(make_experiment(), make_config(), options(tmp_path, fresh=True))
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def one_stage_experiment(run, **fields):
+    experiment = make_experiment()
+    experiment.stages = lambda config, arm: [
+        harness.Stage(name="only", run=run, config={"arm": arm}, **fields)
+    ]
+    return experiment
+
+
+def no_claims():
+    config = make_config()
+    config.claims = ConfigDict()
+    return config
+
+
+def test_a_shared_stage_does_not_know_the_seed(tmp_path):
+    def draw(context):
+        w = jax.random.normal(context.key, ())
+        return harness.StageResult({"w": w}, {"w": w, "seed": context.seed})
+
+    metrics = [
+        harness.run(
+            one_stage_experiment(draw, seeded=False),
+            no_claims(),
+            options(tmp_path / str(seed), seeds=(seed,)),
+        ).summary["metrics"]
+        for seed in (0, 3)
+    ]
+    assert metrics[0] == metrics[1] and metrics[0]["seed"] == 0
+
+
+def test_units_measured_by_two_nets_are_not_pooled(tmp_path):
+    def label(context):
+        return harness.StageResult({}, {"x": 1.0}, labels={"net": f"n{context.seed}"})
+
+    with pytest.raises(ValueError, match=r"units differ in label 'net': n0, n1"):
+        harness.run(
+            one_stage_experiment(label), no_claims(), options(tmp_path, seeds=(0, 1))
+        )
+
+
+def test_a_second_fit_in_a_stage_is_refused(tmp_path):
+    def twice(context):
+        for _ in range(2):
+            state = train.create_state({"w": jnp.zeros(2)}, RULE)
+            context.fit(state, STEP, Draws(), num_steps=3)
+
+    with pytest.raises(RuntimeError, match="calls fit a second time"):
+        harness.run(one_stage_experiment(twice), no_claims(), options(tmp_path))
+
+
+def test_time_of_all_attempts_counts(tmp_path):
+    import time
+
+    attempts = []
+
+    def slow(context):
+        attempts.append(context.elapsed())
+        time.sleep(0.3)
+        if len(attempts) < 3:
+            raise OSError("the machine goes away")
+        return harness.StageResult({}, {"x": 1.0})
+
+    experiment = one_stage_experiment(slow)
+    for _ in range(2):
+        with pytest.raises(OSError, match="goes away"):
+            harness.run(experiment, no_claims(), options(tmp_path))
+    summary = harness.run(experiment, no_claims(), options(tmp_path)).summary
+    assert 0.9 <= summary["wall_s"] < 1.5
+    assert harness.run(experiment, no_claims(), options(tmp_path)).summary == summary
+
+
+def test_units_of_an_earlier_version_are_left_out(tmp_path, caplog):
+    def run(context):
+        return harness.StageResult({}, {"x": 1.0})
+
+    old = one_stage_experiment(run)
+    harness.run(old, no_claims(), options(tmp_path, seeds=(0, 1)))
+    new = one_stage_experiment(run, version=2)
+    summary = harness.run(new, no_claims(), options(tmp_path)).summary
+    assert summary["seeds"] == [0] and "main-seed1.json is of an earlier" in caplog.text
+
+
+def test_the_command_names_all_seeds_that_count(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path, seeds=(0, 1, 2)))
+    summary = harness.run(make_experiment(), make_config(), options(tmp_path)).summary
+    assert summary["seeds"] == [0, 1, 2]
+    assert summary["command"].endswith(":smoke --seeds=0..2")
+
+
+def test_record_takes_whole_runs_only(tmp_path):
+    for changes in ({"shard": (0, 2), "seeds": (0, 1)}, {"stage": "fit"}):
+        with pytest.raises(harness.ConfigError, match="--record takes a whole run"):
+            harness.run(
+                make_experiment(),
+                make_config(),
+                options(tmp_path, record=True, **changes),
+            )
+
+
+def test_one_stage_of_a_finished_run_leaves_its_model(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    harness.run(make_experiment(), make_config(), options(tmp_path, stage="fit"))
+    assert harness.load(tmp_path / "run")[2]["metrics"].keys() == {"w0", "error"}
+
+
+def test_a_rerun_does_not_touch_the_stored_model(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    model = tmp_path / "run" / "models" / "main-seed0" / "step_0000000000"
+    before = model.stat().st_ino
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    assert model.stat().st_ino == before
+
+
+def test_fresh_waits_for_other_users_of_a_stage(tmp_path):
+    from tmdjax.harness.environment import InUse, locked
+
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    folder = next((tmp_path / "stages").glob("fit-*"))
+    with locked(folder), pytest.raises(InUse):
+        harness.run(
+            make_experiment(),
+            make_config(),
+            options(tmp_path, fresh=True, max_seconds=0.5),
+        )
+    assert list(folder.glob("result/step_*"))
+
+
+def test_waiting_for_a_stage_ends_with_the_time(tmp_path, capsys):
+    from tmdjax.harness.environment import locked
+
+    harness.run(make_experiment(), make_config(), options(tmp_path))
+    with locked(next((tmp_path / "stages").glob("fit-*"))):
+        other = options(tmp_path, workdir=tmp_path / "other", max_seconds=0.5)
+        assert harness.run(make_experiment(), make_config(), other).code == 0
+    assert "paused: waiting for another run" in capsys.readouterr().out
+
+
+def test_a_run_without_a_model_says_so(tmp_path):
+    def run(context):
+        return harness.StageResult({}, {"x": 1.0})
+
+    harness.run(one_stage_experiment(run), no_claims(), options(tmp_path))
+    with pytest.raises(FileNotFoundError, match="finished without a model"):
+        harness.load(tmp_path / "run")
+
+
+def test_a_damaged_unit_is_named(tmp_path):
+    harness.run(make_experiment(), make_config(), options(tmp_path, seeds=(0, 1)))
+    path = tmp_path / "run" / "units" / "main-seed1.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"main-seed1.json is damaged.*remove it"):
+        harness.run(make_experiment(), make_config(), options(tmp_path))
+
+
+def test_full_disk_names_the_file(tmp_path, monkeypatch):
+    import os
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"cannot write .*config.json: No space.*Free"):
+        harness.run(make_experiment(), make_config(), options(tmp_path))

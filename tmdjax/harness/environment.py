@@ -8,7 +8,9 @@ import pathlib
 import platform
 import resource
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -42,7 +44,9 @@ def device_name() -> str:
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        return f"{kind}, {len(os.sched_getaffinity(0))} cores"
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+        cores = len(affinity(0)) if affinity else os.cpu_count()
+        return f"{kind}, {cores} cores"
     return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
 
 
@@ -59,6 +63,11 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def provenance() -> dict[str, Any]:
+    """Where a number comes from: device, commit, versions."""
+    return {"device": device_name(), "commit": commit(), "versions": versions()}
 
 
 def environment() -> dict[str, Any]:
@@ -82,37 +91,51 @@ def peak_memory_gb() -> float:
     peaks = [s["peak_bytes_in_use"] for s in statistics if "peak_bytes_in_use" in s]
     if peaks:
         return max(peaks) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class InUse(RuntimeError):
+    """Another process holds a folder."""
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
+def locked(
+    folder: pathlib.Path, keep_waiting: Callable[[], bool] | None = None
+) -> Iterator[None]:
     """Holds a folder for one process; the lock goes with the process, however it ends.
 
     Args:
         folder: made if absent.
-        wait: for the other process to end, instead of an error.
+        keep_waiting: asked again and again while another process holds the folder;
+            None does not wait.
 
     Raises:
         OSError: the folder cannot be written.
-        RuntimeError: another process holds it.
+        InUse: another process holds it, and there is no more waiting.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
     except OSError as error:
         raise OSError(
-            f"cannot write to {folder}: {error.strerror}; give another --workdir."
+            f"cannot write to {folder}: {error.strerror}; give another --workdir "
+            f"or --cache."
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise RuntimeError(
-                    f"{folder} is in use by another run; wait for it or choose "
-                    f"another --workdir."
-                ) from None
-            print(f"waiting for another run to finish {folder.name}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        said = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if keep_waiting is None or not keep_waiting():
+                    raise InUse(
+                        f"{folder} is in use by another run; wait for it or choose "
+                        f"another --workdir."
+                    ) from None
+            if not said:
+                print(f"waiting for another run to leave {folder.name}", flush=True)
+                said = True
+            time.sleep(0.2)
         yield

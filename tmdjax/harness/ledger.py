@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,20 @@ SUMMARY_KEYS = (
     "claims",
     "config_hash",
     "versions",
+    "labels",
     "units",
 )
-UNIT_KEYS = ("arm", "seed", "metrics", "wall_s", "peak_memory_gb")
+UNIT_KEYS = (
+    "arm",
+    "seed",
+    "metrics",
+    "wall_s",
+    "peak_memory_gb",
+    "device",
+    "commit",
+    "versions",
+    "labels",
+)
 
 Summary = dict[str, Any]
 
@@ -158,11 +170,8 @@ def summary(
     *,
     system: str,
     tier: str,
-    device: str,
     command: str,
-    commit: str,
     config_hash: str,
-    versions: Mapping[str, str],
     units: Iterable[Mapping[str, Any]],
     claims: Sequence[Claim] = (),
     pairing: str = "separate",
@@ -173,13 +182,13 @@ def summary(
     Args:
         system: name of the system.
         tier: name of the tier.
-        device: kind of device, as jax names it.
-        command: what was typed.
-        commit: commit of the code.
+        command: what to type, without seeds and shards: the seeds of the units are
+            added.
         config_hash: from :func:`tmdjax.harness.config.config_hash`.
-        versions: version by package.
-        units: dicts ``{arm, seed, metrics: {name: number}, wall_s,
-            peak_memory_gb}``, one for each arm and seed; the peak may be None.
+        units: one dict an arm and seed: ``arm``, ``seed``, ``metrics`` {name: number},
+            ``wall_s``, ``peak_memory_gb`` (or None), and where the numbers come from:
+            ``device`` (kind), ``commit``, ``versions`` {package: version}, ``labels``
+            {name: text}, such as that of the net behind a Frechet distance.
         claims: what to judge. A claim takes the seeds that have both its metrics.
         pairing: how seeds were run, 'separate' or 'vmapped'.
         complete: whether all arms are here; a shard (False) leaves claims whose
@@ -188,12 +197,12 @@ def summary(
     Returns:
         A dict with ``SUMMARY_KEYS``. ``metrics`` are means over seeds ('name' of the
         arm 'main', 'arm/name' of others), ``wall_s`` the sum and ``peak_memory_gb``
-        the maximum over units.
+        the maximum over units; commits and versions that differ stand side by side.
 
     Raises:
         ValueError: no unit, one without its keys, an (arm, seed) twice with
-            different content, two claims of one id, or, if complete, a claim about
-            a metric that no unit has.
+            different content, units of several devices or labels, two claims of one
+            id, or, if complete, a claim about a metric that no unit has.
     """
     check_choice("pairing", pairing, PAIRINGS)
     units = _join_units(units)
@@ -212,36 +221,63 @@ def summary(
                         f"{suggestion(name, measured)}"
                     )
     peaks = [u["peak_memory_gb"] for u in units if u["peak_memory_gb"] is not None]
+    packages = sorted({name for unit in units for name in unit["versions"]})
+    names = sorted({name for unit in units for name in unit["labels"]})
+    seeds = sorted(per_seed)
     return {
         "system": system,
         "tier": tier,
         "metrics": {name: _mean(name, per_seed) for name in measured},
-        "device": device,
+        "device": _common("device", [unit["device"] for unit in units]),
         "wall_s": math.fsum(unit["wall_s"] for unit in units),
         "peak_memory_gb": max(peaks, default=None),
-        "seeds": sorted(per_seed),
-        "command": command,
-        "commit": commit,
+        "seeds": seeds,
+        "command": with_seeds(command, seeds),
+        "commit": _side_by_side((unit["commit"] for unit in units), ", "),
         "claims": [_judge_measured(c, per_seed, tier, pairing) for c in claims],
         "config_hash": config_hash,
-        "versions": dict(versions),
+        "versions": {
+            name: _side_by_side(
+                (u["versions"][name] for u in units if name in u["versions"]), ", "
+            )
+            for name in packages
+        },
+        "labels": {
+            name: _common(
+                f"label {name!r}",
+                [u["labels"][name] for u in units if name in u["labels"]],
+            )
+            for name in names
+        },
         "units": units,
     }
+
+
+def with_seeds(command: str, seeds: Sequence[int]) -> str:
+    """The command for these seeds (0 is the default and is left out)."""
+    lines = [re.sub(r" --(seeds|shard)=\S+", "", line) for line in command.split("\n")]
+    seeds = sorted(seeds)
+    if seeds == [0]:
+        suffix = ""
+    elif len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        suffix = f" --seeds={seeds[0]}..{seeds[-1]}"
+    else:
+        suffix = f" --seeds={','.join(map(str, seeds))}"
+    return "\n".join(f"{line}{suffix}" for line in dict.fromkeys(lines))
 
 
 def merge(summaries: Sequence[Summary]) -> Summary:
     """Joins the shards of one run; the claims are judged again on all seeds.
 
     Shards may come in any order, and the merge of a merge is the merge of all.
-    Commands, commits and versions that differ are listed side by side.
 
     Args:
         summaries: of one system, tier, config and device kind. Units may repeat if
-            they are equal.
+            their metrics and labels are equal.
 
     Raises:
         ValueError: no summary; another system, tier, config hash or device kind;
-            claims that differ; a unit twice with different content.
+            labels or claims that differ; a unit twice with different content.
     """
     if not summaries:
         raise ValueError("nothing to merge; give at least one summary.")
@@ -259,20 +295,11 @@ def merge(summaries: Sequence[Summary]) -> Summary:
                 f"shards of {first['system']} {first['tier']} differ in the definition "
                 f"of their claims; run the older shards again."
             )
-    packages = sorted({name for s in summaries for name in s["versions"]})
     return summary(
         system=first["system"],
         tier=first["tier"],
-        device=first["device"],
-        command=_side_by_side((s["command"] for s in summaries), "\n"),
-        commit=_side_by_side((s["commit"] for s in summaries), ", "),
+        command="\n".join(sorted({s["command"] for s in summaries})),
         config_hash=first["config_hash"],
-        versions={
-            name: _side_by_side(
-                (s["versions"][name] for s in summaries if name in s["versions"]), ", "
-            )
-            for name in packages
-        },
         units=[unit for s in summaries for unit in s["units"]],
         claims=claims,
         pairing=pairing,
@@ -475,17 +502,32 @@ def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "metrics": {k: float(v) for k, v in sorted(unit["metrics"].items())},
             "wall_s": float(unit["wall_s"]),
             "peak_memory_gb": None if peak is None else float(peak),
+            "device": unit["device"],
+            "commit": unit["commit"],
+            "versions": dict(unit["versions"]),
+            "labels": dict(unit["labels"]),
         }
-        # Compared as text: NaN does not equal itself.
-        if key in joined and repr(joined[key]) != repr(clean):
+        # Compared as text: NaN does not equal itself. Timings and machines may differ.
+        if key not in joined:
+            joined[key] = clean
+        elif any(repr(joined[key][k]) != repr(clean[k]) for k in ("metrics", "labels")):
             raise ValueError(
                 f"arm {key[0]!r} seed {key[1]} stands twice with different content; "
                 f"remove one of the two shards."
             )
-        joined[key] = clean
     if not joined:
         raise ValueError("a summary needs at least one unit (arm, seed).")
     return [joined[key] for key in sorted(joined)]
+
+
+def _common(what: str, values: Sequence[str]) -> str:
+    """The value that all units share."""
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"units differ in {what}: {', '.join(sorted(set(values)))}; their numbers "
+            f"cannot be judged together. Run them again under one."
+        )
+    return values[0]
 
 
 def _metrics_by_seed(

@@ -44,9 +44,13 @@ def load(
         seed = min(seeds, default=0)
     folder = model_folder(workdir, arm, seed)
     if folder.name not in found:
+        remedy = (
+            "This run finished without a model: none of its stages returns one."
+            if (workdir / "summary.json").exists() and not found
+            else "Finish the run first (the same command goes on where it stopped)."
+        )
         raise FileNotFoundError(
-            f"{workdir} holds no model of arm {arm!r} and seed {seed}; it holds "
-            f"{', '.join(found) or 'none'}. Finish the run first (the same command "
-            f"goes on where it stopped)."
+            f"{workdir} holds no model of arm {arm!r} and seed {seed}; it holds: "
+            f"{', '.join(found) or 'none'}. {remedy}"
         )
     return train.load_model(folder)

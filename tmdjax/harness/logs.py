@@ -94,12 +94,19 @@ class MetricsLog:
         Raises:
             TypeError: a value that is neither; names the metric.
             ValueError: a metric called 'step'.
+        OSError: the disk is full; names the file.
         """
         if "step" in metrics:
             raise ValueError("metric 'step' is the row's own; give it another name.")
         values = {name: _scalar(name, value) for name, value in metrics.items()}
-        self._file.write(_line({"step": int(step), **values}))
-        self._file.flush()
+        try:
+            self._file.write(_line({"step": int(step), **values}))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path}: {error.strerror or error}. Free space or "
+                f"mend permissions, then run the same command to go on."
+            ) from error
         if self._events is not None:
             for name, value in values.items():
                 add = (

@@ -15,12 +15,13 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import pathlib
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tmdjax import train
@@ -70,7 +71,8 @@ class Options:
     """How to run, as the command line says it.
 
     Attributes:
-        command: what to type to get the same result (no paths of a machine).
+        command: what to type to get the same result, but for seeds and shards (no
+            paths of a machine).
         tier: of the config.
         workdir: of this run; None is runs/<system>-<tier>.
         cache: of stages, shared between runs; None is 'stages' beside workdir.
@@ -124,11 +126,13 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
         OSError: the workdir cannot be written.
         RuntimeError: another run uses it.
     """
-    workdir = options.workdir or pathlib.Path("runs") / (
-        f"{config.system}-{options.tier}"
-    )
-    cache_root = options.cache or workdir.parent / "stages"
+    workdir, cache_root = _places(config, options)
     units = _units(experiment, options)
+    if options.record and (options.stage is not None or options.shard[1] > 1):
+        raise ConfigError(
+            "--record takes a whole run; leave --stage out, and join shards with "
+            "python -m experiments.report --merge WORKDIRS --record."
+        )
     claims = [
         ledger.Claim(id=name, **fields)
         for name, fields in to_plain(config.get("claims", {})).items()
@@ -138,10 +142,10 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
     for arm in _arms(experiment):
         select(experiment.stages(config, arm), options.stage)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
-        if options.fresh:
-            _discard(experiment, config, options, workdir, cache_root)
-        _claim_workdir(workdir, config, options)
         cache = StageCache(cache_root, stopper.should_stop, options.tensorboard)
+        if options.fresh:
+            _discard(experiment, config, options, workdir, cache)
+        _claim_workdir(workdir, config, options)
         shown: Report | None = None
         finished = True
         for arm, seed in units:
@@ -155,26 +159,25 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
                 break
             if shown is None:
                 shown = experiment.report(config, results, workdir / "figures")
-        _collect_metrics(workdir)
-        if shown is None or options.stage is not None:
+        done = _finished_units(experiment, config, workdir)
+        _collect_metrics(done, workdir)
+        if shown is None or options.stage is not None or not done:
             for _, path in shown.figures if shown else []:
                 print(f"wrote {path}")
-            return Outcome(stopper.code, None)
-        summary = _summarise(experiment, config, options, workdir, claims)
+            return Outcome(0 if finished else stopper.code, None)
+        summary = _summarise(experiment, config, options, done, claims)
+        _write_json(workdir / "summary.json", summary)
         _show(config, options, workdir, summary, shown)
         if options.record and finished:
             path = ledger.write_record(options.results, summary)
             render_results(options.results)
             print(f"recorded {path}")
-        return Outcome(stopper.code, summary)
+        return Outcome(0 if finished else stopper.code, summary)
 
 
 def dry_run(experiment: Any, config: Any, options: Options) -> None:
     """Prints sizes and stages without training or allocating anything."""
-    workdir = options.workdir or pathlib.Path("runs") / (
-        f"{config.system}-{options.tier}"
-    )
-    cache = StageCache(options.cache or workdir.parent / "stages")
+    cache = StageCache(_places(config, options)[1])
     rows = []
     for arm, seed in _units(experiment, options):
         stages = select(experiment.stages(config, arm), options.stage)
@@ -207,6 +210,13 @@ def render_results(results: pathlib.Path) -> None:
         ledger.read_records(results), pending.read_text() if pending.exists() else ""
     )
     write_atomically(results.parent / "RESULTS.md", text.encode())
+
+
+def _places(config: Any, options: Options) -> tuple[pathlib.Path, pathlib.Path]:
+    """The workdir and the folder of cached stages."""
+    name = f"{config.system}-{options.tier}"
+    workdir = options.workdir or pathlib.Path("runs") / name
+    return workdir, options.cache or workdir.parent / "stages"
 
 
 def _arms(experiment: Any) -> tuple[str, ...]:
@@ -254,7 +264,8 @@ def _stopper(max_seconds: float | None) -> Iterator[_Stopper]:
 
     def handle(number: int, frame: Any) -> None:
         stopper.signal = number
-        print("stopping at the next log, with a checkpoint; interrupt again to kill")
+        # not print: the handler may have interrupted one
+        os.write(2, b"stopping at the next log; interrupt again to kill\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -270,17 +281,15 @@ def _discard(
     config: Any,
     options: Options,
     workdir: pathlib.Path,
-    cache_root: pathlib.Path,
+    cache: StageCache,
 ) -> None:
     """Removes what a run wrote; nothing else that lies in the workdir."""
     for arm, seed in _units(experiment, options):
-        stages = experiment.stages(config, arm)
-        hashes = stage_hashes(stages, seed)
-        cache = StageCache(cache_root)
-        for stage in stages:
-            shutil.rmtree(cache.folder(stage.name, hashes[stage.name]), True)
+        for name, hash_ in stage_hashes(experiment.stages(config, arm), seed).items():
+            cache.discard(name, hash_)
     for name in (UNITS, "figures", "models"):
-        shutil.rmtree(workdir / name, ignore_errors=True)
+        if (workdir / name).exists():
+            shutil.rmtree(workdir / name)
     for name in (
         "config.json",
         "environment.json",
@@ -332,7 +341,7 @@ def _run_unit(
     metrics: dict[str, float] = {}
     records = []
     labels: dict[str, str] = {}
-    logs = {}
+    logs: dict[str, Any] = {}
     for stage in stages:
         hash_ = hashes[stage.name]
         result, record = cache.run(stage, hash_, seed, results)
@@ -351,47 +360,74 @@ def _run_unit(
         rows = cache.metrics_path(stage.name, hash_)
         if rows.exists():
             logs[stage.name] = read_rows(rows)
+    if options.stage is not None:
+        return results
     meta = {
         "config": to_plain(config),
         "tier": options.tier,
         "arm": arm,
         "seed": seed,
         "metrics": metrics,
+        "stages": hashes,
     }
     for result in results.values():
         if result.model is not None:
-            params = result.outputs["params"]
             folder = model_folder(workdir, arm, seed)
-            train.save_model(folder, dict(result.model), params, meta)
-    if options.stage is None:
-        unit = {
-            "arm": arm,
-            "seed": seed,
-            "metrics": metrics,
-            "wall_s": sum(
-                record["wall_s"]
-                for stage, record in zip(stages, records)
-                if stage.seeded or not record["cached"]  # shared stages count once
-            ),
-            "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
-        }
-        _write_json(
-            workdir / UNITS / f"{arm}-seed{seed}.json",
-            {"unit": unit, "logs": logs, "labels": labels},
-        )
+            if train.model_meta(folder) != meta | {"spec": result.model}:
+                params = result.outputs["params"]
+                train.save_model(folder, dict(result.model), params, meta)
+    unit = {
+        "arm": arm,
+        "seed": seed,
+        "metrics": metrics,
+        # what this unit costs alone: stages shared with others count in each
+        "wall_s": sum(record["wall_s"] for record in records),
+        "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
+        "device": _side_by_side(record["device"] for record in records),
+        "commit": _side_by_side(record["commit"] for record in records),
+        "versions": {
+            name: _side_by_side(record["versions"].get(name) for record in records)
+            for name in records[-1]["versions"]
+        },
+        "labels": labels,
+    }
+    _write_json(
+        workdir / UNITS / f"{arm}-seed{seed}.json",
+        {"unit": unit, "logs": logs, "stages": hashes},
+    )
     return results
 
 
-def _finished_units(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    paths = sorted((workdir / UNITS).glob("*.json"))
-    return [from_plain(json.loads(path.read_text())) for path in paths]
+def _side_by_side(texts: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(text) for text in texts}))
 
 
-def _collect_metrics(workdir: pathlib.Path) -> None:
-    """metrics.jsonl and metrics.csv of all finished units, one row a log."""
+def _finished_units(
+    experiment: Any, config: Any, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+    """Units in the workdir whose stages are those of today's code and config."""
+    found = []
+    for path in sorted((workdir / UNITS).glob("*.json")):
+        try:
+            unit = from_plain(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it and run the same command: "
+                f"its stages are cached."
+            ) from error
+        arm, seed = unit["unit"]["arm"], unit["unit"]["seed"]
+        if unit["stages"] == stage_hashes(experiment.stages(config, arm), seed):
+            found.append(unit)
+        else:
+            logger.warning("%s is of an earlier version and left out", path.name)
+    return found
+
+
+def _collect_metrics(units: Iterable[dict[str, Any]], workdir: pathlib.Path) -> None:
+    """metrics.jsonl and metrics.csv of finished units, one row a log."""
     rows = [
         {"arm": unit["unit"]["arm"], "seed": unit["unit"]["seed"], "stage": name, **row}
-        for unit in _finished_units(workdir)
+        for unit in units
         for name, log in unit["logs"].items()
         for row in log
     ]
@@ -404,26 +440,19 @@ def _summarise(
     experiment: Any,
     config: Any,
     options: Options,
-    workdir: pathlib.Path,
+    finished: Sequence[dict[str, Any]],
     claims: Sequence[ledger.Claim],
 ) -> dict[str, Any]:
-    finished = _finished_units(workdir)
     units = [unit["unit"] for unit in finished]
-    labels = {k: v for unit in finished for k, v in unit["labels"].items()}
-    summary = ledger.summary(
+    return ledger.summary(
         system=config.system,
         tier=options.tier,
-        device=environment.device_name(),
         command=options.command,
-        commit=environment.commit(),
         config_hash=config_hash(to_plain(config)),
-        versions=environment.versions() | labels,
         units=units,
         claims=claims,
         complete={unit["arm"] for unit in units} == set(_arms(experiment)),
     )
-    _write_json(workdir / "summary.json", summary)
-    return summary
 
 
 def _show(
@@ -441,7 +470,7 @@ def _show(
     path = report.write_report(
         workdir / "report.html",
         title=f"{config.system}: {options.tier}",
-        command=options.command,
+        command=summary["command"],
         environment=environment.environment()
         | {
             "seeds": summary["seeds"],

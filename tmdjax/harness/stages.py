@@ -9,6 +9,7 @@ checkpoints.
 import dataclasses
 import logging
 import pathlib
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import jax
 
 from tmdjax import train
 from tmdjax.harness.config import config_hash
-from tmdjax.harness.environment import locked, peak_memory_gb
+from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
 from tmdjax.harness.logs import MetricsLog, Progress
 
 logger = logging.getLogger("tmdjax")
@@ -26,6 +27,7 @@ logger = logging.getLogger("tmdjax")
 _RESULT = "result"
 _CHECKPOINTS = "checkpoints"
 _METRICS = "metrics.jsonl"
+_ELAPSED = "elapsed"
 
 
 class Paused(Exception):
@@ -54,7 +56,7 @@ class StageContext:
 
     Attributes:
         name: of the stage.
-        seed: of this unit.
+        seed: of this unit; 0 in a stage that is the same for every seed.
         key: typed key of this stage and seed.
         inputs: results of the parents, by name.
         directory: the stage's own folder.
@@ -76,6 +78,17 @@ class StageContext:
         self.directory = directory
         self._should_stop = should_stop
         self._tensorboard = tensorboard
+        self._fitted = False
+        self._began = time.monotonic()
+        self._earlier = _read_seconds(directory / _ELAPSED)
+
+    def elapsed(self) -> float:
+        """Seconds spent on this stage so far, earlier attempts included."""
+        return self._earlier + time.monotonic() - self._began
+
+    def note_elapsed(self) -> None:
+        """Remembers the time spent, for a run that goes on later."""
+        (self.directory / _ELAPSED).write_text(repr(self.elapsed()))
 
     def fit(
         self,
@@ -89,7 +102,7 @@ class StageContext:
     ) -> Any:
         """Runs :func:`tmdjax.train.fit` with this stage's checkpoints and logs.
 
-        Once a stage. Resumes by itself.
+        Once a stage (its checkpoints are the stage's). Resumes by itself.
 
         Args:
             state: initial train state.
@@ -104,7 +117,13 @@ class StageContext:
 
         Raises:
             Paused: the time is up; everything is saved.
+            RuntimeError: a second call.
         """
+        if self._fitted:
+            raise RuntimeError(
+                f"stage {self.name!r} calls fit a second time; make it two stages."
+            )
+        self._fitted = True
         checkpoints = train.Checkpoints(
             self.directory / _CHECKPOINTS, best=None if score is None else "min"
         )
@@ -125,6 +144,7 @@ class StageContext:
                 row = metrics | clock.columns(step)
                 log.append(step, row)
                 progress.update(step, row)
+                self.note_elapsed()
 
             result = train.fit(
                 state,
@@ -140,8 +160,8 @@ class StageContext:
                 **options,
             )
         if not result.finished:
-            raise Paused(f"{self.name} at step {int(result.state.step)} of {num_steps}")
-        skipped = int(result.state.skipped)
+            raise Paused(f"{self.name} before its last step, {num_steps}")
+        skipped = int(getattr(result.state, "skipped", 0))
         if skipped:
             logger.warning(
                 "[%s] %d of %d updates were not finite and were skipped",
@@ -150,6 +170,13 @@ class StageContext:
                 num_steps,
             )
         return result.state
+
+
+def _read_seconds(path: pathlib.Path) -> float:
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 
 class _Clock:
@@ -278,47 +305,79 @@ class StageCache:
         """Reads a stage's result, or makes it.
 
         Returns:
-            The result as it is on disk (arrays are numpy), and a record with
-            'wall_s', 'peak_memory_gb' and 'cached'.
+            The result as it is on disk (arrays are numpy), and a record of how it was
+            made: 'wall_s', 'peak_memory_gb', 'device', 'commit', 'versions', and
+            'cached', whether that was before.
 
         Raises:
             Paused: the stage was checkpointed and left.
+            CheckpointError: the result cannot be stored.
         """
         folder = self.folder(stage.name, stage_hash)
-        with locked(folder, wait=True):
-            store = train.Checkpoints(folder / _RESULT, keep_last=1)
-            restored = store.restore()
-            cached = restored is not None
-            if not cached:
-                if self._should_stop():
-                    raise Paused(f"before {stage.name}")
-                started = time.monotonic()
-                context = StageContext(
-                    stage.name,
-                    seed,
-                    {name: inputs[name] for name in stage.parents},
-                    folder,
-                    self._should_stop,
-                    self._tensorboard,
-                )
+        try:
+            with locked(folder, lambda: not self._should_stop()):
+                return self._run_locked(stage, folder, seed, inputs)
+        except InUse:
+            raise Paused(f"waiting for another run to leave {stage.name}") from None
+
+    def _run_locked(
+        self,
+        stage: Stage,
+        folder: pathlib.Path,
+        seed: int,
+        inputs: Mapping[str, StageResult],
+    ) -> tuple[StageResult, dict[str, Any]]:
+        store = train.Checkpoints(folder / _RESULT, keep_last=1)
+        restored = store.restore()
+        cached = restored is not None
+        if not cached:
+            if self._should_stop():
+                raise Paused(f"before {stage.name}")
+            context = StageContext(
+                stage.name,
+                seed if stage.seeded else 0,
+                {name: inputs[name] for name in stage.parents},
+                folder,
+                self._should_stop,
+                self._tensorboard,
+            )
+            try:
                 result = stage.run(context)
-                record = {
-                    "wall_s": time.monotonic() - started,
-                    "peak_memory_gb": peak_memory_gb(),
-                }
-                store.save(
-                    0,
-                    result.outputs,
-                    {
-                        "metrics": {k: float(v) for k, v in result.metrics.items()},
-                        "model": result.model,
-                        "labels": result.labels,
-                        "record": record,
-                    },
-                )
-                restored = store.restore()
+            finally:
+                context.note_elapsed()
+            record = {
+                "wall_s": context.elapsed(),
+                "peak_memory_gb": peak_memory_gb(),
+                **provenance(),
+            }
+            store.save(
+                0,
+                jax.device_get(result.outputs),
+                {
+                    "metrics": {k: float(v) for k, v in result.metrics.items()},
+                    "model": result.model,
+                    "labels": dict(result.labels),
+                    "record": record,
+                },
+            )
+            restored = store.restore()
         extra = restored.extra
         result = StageResult(
             restored.tree, extra["metrics"], extra["model"], extra["labels"]
         )
         return result, {**extra["record"], "cached": cached}
+
+    def discard(self, name: str, stage_hash: str) -> None:
+        """Removes a stage's files, once nobody uses them; what it knows goes last."""
+        folder = self.folder(name, stage_hash)
+        if not folder.exists():
+            return
+        with locked(folder, lambda: not self._should_stop()):
+            for part in (_RESULT, _CHECKPOINTS):
+                if (folder / part).exists():
+                    shutil.rmtree(folder / part)
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()

@@ -1,7 +1,7 @@
 """Training: state and update, optimiser, checkpoints, sharding, supervised loop."""
 
 from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
-from tmdjax.train.export import load_model, save_model
+from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tmdjax.train.sharding import (
     batch_sharding,
@@ -39,6 +39,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "model_meta",
     "nonfinite_report",
     "replicated",
     "save_model",

@@ -193,6 +193,11 @@ class Checkpoints:
             )
         return None
 
+    def peek(self) -> dict[str, Any] | None:
+        """The `extra` of the newest checkpoint whose manifest is whole, or None."""
+        bodies = (_read_manifest(self._folder(step)) for step in reversed(self.steps()))
+        return next((body["extra"] for body in bodies if body is not None), None)
+
     def _read(self, step: int, like: PyTree | None) -> Restored:
         import orbax.checkpoint as ocp
 

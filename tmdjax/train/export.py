@@ -46,3 +46,9 @@ def load_model(
     spec, meta = restored.extra["spec"], restored.extra["meta"]
     params = jax.tree.map(jnp.asarray, restored.tree)
     return models.functional(models.build(spec)), params, {**meta, "spec": spec}
+
+
+def model_meta(directory: str | os.PathLike) -> dict[str, Any] | None:
+    """The meta of a stored model, or None; its parameters are not read."""
+    extra = Checkpoints(directory).peek()
+    return None if extra is None else {**extra["meta"], "spec": extra["spec"]}
