@@ -14,6 +14,22 @@ def test_fp32_against_float64():
     np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
 
 
+def test_fp32_is_not_tf32_forward_or_backward():
+    x, w = jnp.ones((2, 4)), jnp.ones((4, 3))
+
+    def products(fn):
+        jaxpr = jax.make_jaxpr(fn)(x, w).jaxpr
+        return [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+
+    highest = jax.lax.Precision.HIGHEST
+    gradient = jax.grad(lambda x, w: quant.linear(x, w, "fp32").sum(), argnums=(0, 1))
+    for fn, count in ((lambda x, w: quant.linear(x, w, "fp32"), 1), (gradient, 3)):
+        found = products(fn)
+        # The gradient of a sum needs no product forward: it may have been dropped.
+        assert max(1, count - 1) <= len(found) <= count
+        assert all(e.params["precision"] == (highest, highest) for e in found)
+
+
 def test_bf16_rounds_operands_and_accumulates_in_float32():
     # 4096 ones: a bfloat16 accumulator would stop at 256.
     x, w = jnp.ones((1, 4096)), jnp.ones((4096, 1))
