@@ -1,5 +1,7 @@
 """Attention against numpy, its choice of implementation, its refusals."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,12 +94,27 @@ def test_gradient_against_finite_differences():
     )
 
 
+def device(platform, **attributes):
+    return types.SimpleNamespace(platform=platform, **attributes)
+
+
+DEVICES = {
+    "gpu": device("gpu", compute_capability="8.0"),
+    "blackwell": device("gpu", compute_capability="10.0"),
+    "turing": device("gpu", compute_capability="7.5"),
+    "rocm": device("gpu", compute_capability="gfx90a"),
+    "tpu": device("tpu"),
+    "cpu": jax.devices("cpu")[0],
+    None: None,
+}
+
+
 def shaped(shape, dtype):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "length", "masked", "backend", "chosen"),
+    ("dtype", "head_dim", "length", "masked", "device", "chosen"),
     [
         ("bfloat16", 64, 16, False, "gpu", "cudnn"),
         ("float16", 128, 16, True, "gpu", "cudnn"),
@@ -107,12 +124,29 @@ def shaped(shape, dtype):
         ("bfloat16", 20, 16, False, "gpu", "xla"),
         ("bfloat16", 136, 16, False, "gpu", "xla"),
         ("bfloat16", 64, 16, False, "tpu", "xla"),
+        ("bfloat16", 64, 16, False, "blackwell", "cudnn"),
+        ("bfloat16", 64, 16, False, "turing", "xla"),
+        ("bfloat16", 64, 16, False, "rocm", "xla"),
+        ("bfloat16", 64, 16, False, "cpu", "xla"),
         ("bfloat16", 64, 16, False, None, "xla"),
     ],
 )
-def test_auto(dtype, head_dim, length, masked, backend, chosen):
+def test_auto(dtype, head_dim, length, masked, device, chosen):
     q = shaped((2, length, 4, head_dim), dtype)
-    assert select_implementation(q, q, masked=masked, backend=backend) == chosen
+    device = DEVICES[device]
+    assert select_implementation(q, q, masked=masked, device=device) == chosen
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_auto_follows_the_default_device(monkeypatch, by_name):
+    q = shaped((2, 16, 4, 64), "bfloat16")
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(
+        jax, "devices", lambda name=None: [cpu if name == "cpu" else DEVICES["gpu"]]
+    )
+    assert select_implementation(q, q, masked=False) == "cudnn"
+    with jax.default_device("cpu" if by_name else cpu):
+        assert select_implementation(q, q, masked=False) == "xla"
 
 
 @pytest.mark.parametrize("masked", [False, True])

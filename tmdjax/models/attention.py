@@ -12,9 +12,7 @@ from tmdjax.core.types import Array, Bool, Float
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
-def select_implementation(
-    q: Any, k: Any, *, masked: bool, backend: str | None = None
-) -> str:
+def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -> str:
     """What 'auto' stands for: 'cudnn' where it can run, else 'xla'.
 
     Args:
@@ -22,21 +20,35 @@ def select_implementation(
         k: keys [batch, position, heads, head_dim].
         masked: whether a mask is given. cuDNN takes it as a bias, whose gradient
             needs even sequence lengths.
-        backend: platform name; None reads ``jax.default_backend()``.
+        device: a ``jax.Device``; None means the one that jax puts arrays on,
+            ``jax.config.jax_default_device`` where that is set.
 
     Returns:
         'cudnn' or 'xla'.
     """
-    backend = jax.default_backend() if backend is None else backend
+    device = _default_device() if device is None else device
     head_dim = q.shape[-1]
     fits = (
-        backend == "gpu"
+        _has_fused_attention(device)
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim <= 128
         and head_dim % 8 == 0
         and not (masked and (q.shape[1] % 2 or k.shape[1] % 2))
     )
     return "cudnn" if fits else "xla"
+
+
+def _default_device() -> Any:
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(device, str):
+        return jax.devices(device)[0]
+    return jax.devices()[0] if device is None else device
+
+
+def _has_fused_attention(device: Any) -> bool:
+    """CUDA of compute capability 8.0 or more (ROCm names one like 'gfx90a')."""
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return device.platform == "gpu" and major.isdecimal() and int(major) >= 8
 
 
 def attention(
@@ -63,7 +75,8 @@ def attention(
             needs one True: without, its output is the mean of all values
             under 'xla' and undefined under 'cudnn'.
         causal: position i looks at positions <= i only.
-        implementation: 'auto', 'xla' or 'cudnn' (GPU, 16-bit).
+        implementation: 'auto', 'xla' or 'cudnn' (CUDA of compute capability 8.0
+            or more, 16-bit); 'auto' is :func:`select_implementation`.
 
     Returns:
         [batch, position, heads, head_dim] in the dtype of q.
