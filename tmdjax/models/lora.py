@@ -9,25 +9,35 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.prng import check_key
 from tmdjax.core.trees import count, flatten, map_with_path
-from tmdjax.core.types import ApplyFn, Array, Params
+from tmdjax.core.types import ApplyFn, Array, ArrayLike, Params
 
 __all__ = ["apply_fn", "count", "init", "merge"]
 
 
-def init(key: Any, params: Params, rank: int, targets: Sequence[str]) -> dict[str, Any]:
+def init(
+    key: Any,
+    params: Params,
+    rank: SupportsIndex,
+    targets: Sequence[str],
+    *,
+    stacked: str = r"(^|/)blocks/",
+) -> dict[str, Any]:
     """Draws adapters for the kernels whose path matches a target.
 
-    Only leaves named 'kernel' of shape [in, out] or [layer, in, out] are adapted;
-    a pattern that also matches biases leaves those alone. A leaf's adapter depends
-    on the key and its path, not on which other leaves are adapted.
+    Only leaves named 'kernel' are adapted, of shape [in, out] or, inside a stack of
+    layers, [layer, in, out]; a pattern that also matches biases leaves those alone.
+    A leaf's adapter depends on the key and its path, not on which other leaves are
+    adapted.
 
     Args:
         key: typed key.
@@ -35,6 +45,9 @@ def init(key: Any, params: Params, rank: int, targets: Sequence[str]) -> dict[st
         rank: r, at least 1 and at most the smaller side of every target.
         targets: regular expressions, matched with ``re.search`` against path names
             such as 'blocks/attention/query/kernel'.
+        stacked: regular expression of the paths whose leaves carry a leading layer
+            axis, one adapter a layer. A kernel of three axes elsewhere ([in, heads,
+            head_dim], say) is refused.
 
     Returns:
         The tree of ``params`` cut down to the adapted leaves, each replaced by
@@ -42,11 +55,12 @@ def init(key: Any, params: Params, rank: int, targets: Sequence[str]) -> dict[st
         +-1/sqrt(in), b is zero.
 
     Raises:
-        TypeError: the key is not typed, or targets is one string.
+        TypeError: the key is not typed, rank is no integer, or targets is one string.
         ValueError: no targets, a pattern that matches no kernel (names the nearest
-            paths) or a convolution, a rank out of range.
+            paths) or one of another shape, a rank out of range.
     """
     check_key(key)
+    rank = check_count("rank", rank)
     if isinstance(targets, str) or not targets:
         raise (TypeError if targets else ValueError)(
             f"targets={targets!r}; give a list of one or more regular expressions."
@@ -68,7 +82,7 @@ def init(key: Any, params: Params, rank: int, targets: Sequence[str]) -> dict[st
         chosen |= matched
     adapters: dict[str, Any] = {}
     for path in sorted(chosen):
-        *stack, fan_in, fan_out = _kernel_shape(path, kernels[path])
+        *stack, fan_in, fan_out = _kernel_shape(path, kernels[path], stacked)
         check_range(f"rank (of {path})", rank, 1, min(fan_in, fan_out))
         *parents, leaf_name = path.split("/")
         node = adapters
@@ -88,34 +102,51 @@ def init(key: Any, params: Params, rank: int, targets: Sequence[str]) -> dict[st
     return adapters
 
 
-def _kernel_shape(path: str, leaf: Any) -> tuple[int, ...]:
-    if leaf.ndim not in (2, 3):
-        raise ValueError(
-            f"{path} has shape {leaf.shape}; adapters take kernels [in, out] or "
-            f"[layer, in, out]. Narrow the targets."
-        )
-    return leaf.shape
+def _kernel_shape(path: str, leaf: Any, stacked: str) -> tuple[int, ...]:
+    if leaf.ndim == 2 or (leaf.ndim == 3 and re.search(stacked, path)):
+        return leaf.shape
+    raise ValueError(
+        f"{path} has shape {leaf.shape}; adapters take kernels [in, out] or, at paths "
+        f"that match stacked={stacked!r}, [layer, in, out]. Narrow the targets, or "
+        f"name the stack."
+    )
 
 
-def merge(params: Params, adapters: Params | None, alpha: float) -> Params:
+def _adapted_paths(adapters: Params | None) -> dict[str, None]:
+    """Paths of the adapted leaves, in tree order."""
+    return dict.fromkeys(path.rpartition("/")[0] for path in flatten(adapters or {}))
+
+
+def merge(params: Params, adapters: Params | None, alpha: ArrayLike) -> Params:
     """W + (alpha / rank) a b at every adapted leaf; the others are passed on.
+
+    Product and sum are taken in float32 and rounded to the dtype of the leaf. A
+    16-bit leaf therefore loses changes below about 2^-9 (bfloat16) or 2^-12
+    (float16) of its entries: merge into one to export, not to train.
 
     Args:
         params: parameter tree.
-        adapters: from :func:`init`; empty or None means none.
-        alpha: scale, at least 0. Zero (a Python number) switches adapters off:
-            params come back as they are.
+        adapters: from :func:`init`, any floating dtype; empty or None means none.
+        alpha: scale, a number at least 0. Zero, where it is not traced, switches
+            adapters off: params come back as they are.
 
     Returns:
-        A tree like params, same dtypes; the sum is taken in float32.
+        A tree like params, same dtypes.
 
     Raises:
-        ValueError: negative alpha, an adapter whose leaf is missing or does not fit.
+        TypeError: alpha is not one number.
+        ValueError: an alpha that is negative, infinite or NaN; an adapter whose leaf
+            is missing or does not fit.
     """
-    if isinstance(alpha, int | float):
-        check_range("alpha", alpha, 0, math.inf, open_high=True)
+    off = False
+    if not isinstance(alpha, jax.core.Tracer):
+        scale = np.asarray(alpha)
+        if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.number):
+            raise TypeError(f"alpha={alpha!r} must be one number, at least 0.")
+        check_range("alpha", scale.item(), 0, math.inf, open_high=True)
+        off = scale.item() == 0
     leaves = flatten(adapters or {})
-    paths = dict.fromkeys(path.rpartition("/")[0] for path in leaves)
+    paths = _adapted_paths(adapters)
     base = flatten(params)
     for path in paths:
         a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
@@ -131,13 +162,13 @@ def merge(params: Params, adapters: Params | None, alpha: float) -> Params:
                 f"the adapter of {path!r}, {a.shape} x {b.shape}, does not fit its "
                 f"kernel of shape {base[path].shape}."
             )
-    if not paths or (isinstance(alpha, int | float) and alpha == 0):
+    if not paths or off:
         return params
 
     def add(path: str, kernel: Array) -> Array:
         if path not in paths:
             return kernel
-        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        a, b = (leaves[f"{path}/{name}"].astype(jnp.float32) for name in ("a", "b"))
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         merged = kernel.astype(jnp.float32) + (alpha / a.shape[-1]) * delta
         return merged.astype(kernel.dtype)
@@ -145,7 +176,7 @@ def merge(params: Params, adapters: Params | None, alpha: float) -> Params:
     return map_with_path(add, params)
 
 
-def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: float) -> ApplyFn:
+def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: ArrayLike) -> ApplyFn:
     """``fn(adapters, *inputs, **options)``: the base with adapters merged in.
 
     The base is held constant (no gradient reaches it), so a loss of ``fn`` trains
@@ -153,14 +184,35 @@ def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: float) -> Apply
     jitted function, with ``base_params`` as its argument: parameters that a jitted
     function closes over become constants of the program.
 
+    The kernels adapted must be held in float32, or the merge would round small
+    changes away. Under the recipe 'bf16' the merged kernel is still rounded to
+    bfloat16 at each GEMM: changes far below 2^-9 of the kernel's entries need the
+    recipe 'fp32', or adapters that have grown larger.
+
     Args:
         base_apply_fn: ``apply_fn(params, *inputs, **options)``.
         base_params: its parameters.
         alpha: scale of the adapters, see :func:`merge`.
+
+    Raises:
+        TypeError: (when ``fn`` is called) an adapted kernel of fewer than 32 bits.
     """
 
     def fn(adapters: Params | None, *inputs: Any, **options: Any) -> Any:
+        _check_wide(base_params, adapters)
         frozen = jax.lax.stop_gradient(base_params)
         return base_apply_fn(merge(frozen, adapters, alpha), *inputs, **options)
 
     return fn
+
+
+def _check_wide(params: Params, adapters: Params | None) -> None:
+    base = flatten(params)
+    for path in _adapted_paths(adapters):
+        # A path that is missing is merge's to report.
+        if path in base and jnp.dtype(base[path].dtype).itemsize < 4:
+            raise TypeError(
+                f"the base kernel {path!r} is {base[path].dtype}, which would round "
+                f"small changes by its adapter away; adapted kernels must be float32. "
+                f"Keep the base in float32: the GEMM recipe casts it down."
+            )
