@@ -1,10 +1,29 @@
 """Helpers for the model tests."""
 
+import collections
+
 import jax
 import numpy as np
 import pytest
 
 from tmdjax.core.trees import flatten
+
+
+@pytest.fixture
+def optimised():
+    """The compiler as users have it, in modules that use ``quick_compiles``."""
+
+
+@pytest.fixture
+def quick_compiles(request):
+    """Half the compile time for tests of wiring, whose networks are tiny.
+
+    Tests of rounding or memory ask for ``optimised`` and are not touched.
+    """
+    quick = "optimised" not in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -21,12 +40,36 @@ def stir():
     return stirred
 
 
+def walk_equations(jaxpr):
+    """Every equation, those of inner jaxprs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from walk_equations(inner)
+
+
+@pytest.fixture
+def equations():
+    """Counts the equations of a function by the name of their primitive."""
+
+    def counted(fn, *args):
+        return collections.Counter(
+            equation.primitive.name
+            for equation in walk_equations(jax.make_jaxpr(fn)(*args).jaxpr)
+        )
+
+    return counted
+
+
 @pytest.fixture
 def check_slope():
     """Compares a gradient with a central difference along a random direction."""
 
-    def check(loss, params, eps=1e-2, rtol=1e-2):
-        value_and_gradient = jax.jit(jax.value_and_grad(loss))
+    def check(value_and_gradient, params, eps=1e-2, rtol=1e-2):
         _, gradient = value_and_gradient(params)
         rng = np.random.default_rng(1)
         direction = jax.tree.map(

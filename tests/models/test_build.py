@@ -35,7 +35,7 @@ def test_names():
         ({"name": "dit", "hiden": 3}, "no attribute 'hiden'.*Did you mean 'hidden'"),
         ({"name": "mlp", "parent": None}, "no attribute 'parent'"),
         ({"name": "classifier"}, "also needs num_classes"),
-        ({"name": "mlp", "hidden": -1}, "hidden=-1 is outside"),
+        ({"name": "mlp", "hidden": -1}, "hidden=-1 must be at least 1"),
     ],
 )
 def test_bad_specs(spec, message):
@@ -50,6 +50,9 @@ def test_parameters_from_arrays_shapes_and_nothing():
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (X, T)]
     jax.tree.map(
         np.testing.assert_array_equal, params, init_params(module, key, *shapes)
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, params, init_params(module, key, X, 0.5)
     )
     passed = jax.eval_shape(functools.partial(init_params, module), key, X, T)
     closed = jax.eval_shape(lambda key: init_params(module, key, *shapes), key)

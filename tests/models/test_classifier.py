@@ -1,6 +1,7 @@
 """Classifier: sizes, features, invariances, gradient."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,18 @@ def test_norm_takes_contrast_away():
     np.testing.assert_allclose(once, thrice, atol=1e-4)
 
 
+def test_nothing_is_tf32():
+    text = str(jax.make_jaxpr(functional(MODULE))(initial(), X))
+    convolutions = re.findall(r"conv_general_dilated\[.*?\n *\]", text, re.DOTALL)
+    assert len(convolutions) == 3
+    assert all("Precision.HIGHEST" in convolution for convolution in convolutions)
+
+
 def test_gradient_against_finite_differences(check_slope, stir):
     labels = jax.nn.one_hot(jnp.array([0, 1, 2, 0]), 3)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params):
         return -(labels * jax.nn.log_softmax(functional(MODULE)(params, X))).sum()
 
@@ -68,7 +78,9 @@ def test_refusals(as_shipped):
     for shape in ((2, 7, 8, 1), (8, 8, 1)):
         with pytest.raises(ValueError, match="at least 8 x 8"):
             functional(MODULE)(initial(), jnp.zeros(shape), method="features")
-    with pytest.raises(ValueError, match="num_classes=0 is outside"):
+    with pytest.raises(ValueError, match="num_classes=0 must be at least 1"):
         Classifier(num_classes=0)
+    with pytest.raises(TypeError, match=r"width=8\.0 is of type float"):
+        Classifier(num_classes=2, width=8.0)
     with pytest.raises(ValueError, match="unknown GEMM recipe"):
         Classifier(num_classes=2, recipe="int4")

@@ -10,6 +10,8 @@ import pytest
 from tmdjax.core import trees
 from tmdjax.models import Classifier, Dense, DiT, functional, init_params, lora
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DIT = DiT(patch_size=2, hidden=8, depth=3, heads=2, mlp_ratio=2.0)
 TARGETS = ["attention/(query|value)", "mlp_in"]
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32)
@@ -67,7 +69,7 @@ def test_an_adapter_depends_on_key_and_path_alone(base):
     assert np.any(few != query["kernel"]["a"])
 
 
-def test_start_and_off_equal_the_base_bit_for_bit(base):
+def test_start_and_off_equal_the_base_bit_for_bit(optimised, base):
     apply_fn = functional(DIT)
     want = jax.jit(apply_fn)(base, X, T)
     assert np.abs(want).max() > 0.1
@@ -81,6 +83,7 @@ def test_start_and_off_equal_the_base_bit_for_bit(base):
     moved = trained(adapters)
     assert np.abs(adapted(base, moved, 16.0) - want).max() > 1e-2
     np.testing.assert_array_equal(adapted(base, moved, 0.0), want)
+    assert lora.merge(base, moved, np.float32(0)) is base
     np.testing.assert_array_equal(adapted(base, {}, 16.0), want)
     np.testing.assert_array_equal(adapted(base, None, 16.0), want)
     merged = lora.merge(base, adapters, 16.0)
@@ -172,6 +175,33 @@ def test_merge_keeps_the_dtype_of_the_base():
     np.testing.assert_array_equal(np.asarray(merged, np.float32), 1.5)
 
 
+def test_the_product_is_taken_in_float32():
+    """Adapters stored in bfloat16 whose product is not a bfloat16 number."""
+    params = {"kernel": jnp.zeros((1, 1))}
+    thin = 1 + 2**-7
+    adapters = {"kernel": {"a": jnp.full((1, 1), thin), "b": jnp.full((1, 1), thin)}}
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), adapters)
+    for alpha in (1.0, np.float32(1), np.int64(1), jnp.ones(())):
+        merged = lora.merge(params, narrow, alpha)["kernel"]
+        assert float(merged[0, 0]) == thin**2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrow_base_is_not_adapted_but_merged_into(dtype):
+    layer, x = Dense(4), jnp.ones((1, 4))
+    params = init_params(layer, jax.random.key(0), x)
+    adapters = trained(lora.init(KEY, params, 2, ["kernel"]))
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    fn = lora.apply_fn(functional(layer), narrow, 1.0)
+    with pytest.raises(TypeError, match=f"'kernel' is {dtype}.* base in float32"):
+        jax.jit(fn)(adapters, x)
+    assert fn({}, x).shape == (1, 4)
+    assert lora.merge(narrow, adapters, 1.0)["kernel"].dtype == dtype
+    # Leaves that are not adapted may be narrow.
+    mixed = params | {"bias": narrow["bias"]}
+    assert lora.apply_fn(functional(layer), mixed, 1.0)(adapters, x).shape == (1, 4)
+
+
 def test_only_adapters_get_gradients(base, check_slope):
     adapters = lora.init(KEY, base, 2, TARGETS)
 
@@ -184,7 +214,8 @@ def test_only_adapters_get_gradients(base, check_slope):
     for path, gradient in trees.flatten(ours).items():
         assert np.any(gradient) == path.endswith("/b")  # b = 0 holds a back at first
     moved = jax.tree.map(lambda leaf: 0.3 * leaf, trained(adapters))
-    assert not check_slope(lambda adapters: loss(adapters, base), moved)
+    slope = jax.jit(jax.value_and_grad(lambda adapters: loss(adapters, base)))
+    assert not check_slope(slope, moved)
 
 
 def test_options_reach_the_base(base):
@@ -201,9 +232,12 @@ def test_init_refusals(as_shipped, base):
     with pytest.raises(
         ValueError, match=r"rank \(of blocks/.*\)=9 is outside \[1, 8\]"
     ):
-        lora.init(KEY, base, 9, TARGETS)
-    with pytest.raises(ValueError, match=r"=0 is outside \[1, 8\]"):
-        lora.init(KEY, base, 0, TARGETS)
+        lora.init(KEY, base, np.int64(9), TARGETS)
+    for rank in (0, -2, np.int32(-2)):
+        with pytest.raises(ValueError, match=f"rank={rank} must be at least 1"):
+            lora.init(KEY, base, rank, TARGETS)
+    with pytest.raises(TypeError, match=r"rank=2\.0 is of type float"):
+        lora.init(KEY, base, 2.0, TARGETS)
     with pytest.raises(TypeError, match="give a list of one or more"):
         lora.init(KEY, base, 2, "query")
     with pytest.raises(ValueError, match="give a list of one or more"):
@@ -220,10 +254,32 @@ def test_init_refusals(as_shipped, base):
 
 def test_merge_refusals(as_shipped, base):
     adapters = lora.init(KEY, base, 2, ["query"])
-    with pytest.raises(ValueError, match=r"alpha=-1.0 is outside \[0, inf\)"):
-        lora.merge(base, adapters, -1.0)
+    for alpha in (-1.0, np.float32(-1), jnp.float32(-1)):
+        with pytest.raises(ValueError, match=r"alpha=-1.0 is outside \[0, inf\)"):
+            lora.merge(base, adapters, alpha)
+    for alpha in ("16", None, np.ones(2)):
+        with pytest.raises(TypeError, match=r"alpha=.* must be one number"):
+            lora.merge(base, adapters, alpha)
     with pytest.raises(ValueError, match="'block/query' has no parameter; the nearest"):
         lora.merge(base, {"block": {"query": {"a": KEY, "b": KEY}}}, 1.0)
     shallow = jax.tree.map(lambda leaf: leaf[:2], base)
     with pytest.raises(ValueError, match=r"\(3, 8, 2\) x \(3, 2, 8\), does not fit"):
         lora.merge(shallow, adapters, 1.0)
+
+
+def test_only_stacks_have_a_layer_axis(base):
+    """[in, heads, head_dim], as flax's attention stores it, is not three layers."""
+    params = {"attention": {"query": {"kernel": jnp.ones((8, 2, 4))}}}
+    with pytest.raises(
+        ValueError, match=r"query/kernel has shape \(8, 2, 4\).*stacked="
+    ):
+        lora.init(KEY, params, 1, ["query"])
+    with pytest.raises(ValueError, match="name the stack"):
+        lora.init(KEY, {"my_blocks": params}, 1, ["query"])
+    for tree, stacked in (
+        ({"blocks": params}, {}),
+        ({"net": {"blocks": params}}, {}),
+        ({"layers": params}, {"stacked": "^layers/"}),
+    ):
+        leaves = trees.flatten(lora.init(KEY, tree, 1, ["query"], **stacked))
+        assert sorted(leaf.shape for leaf in leaves.values()) == [(8, 1, 4), (8, 2, 1)]

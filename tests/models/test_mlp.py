@@ -63,9 +63,8 @@ def test_bfloat16_recipe_stays_close(stir):
 
 def test_gradient_against_finite_differences(check_slope):
     apply_fn = functional(MODULE)
-    assert not check_slope(
-        lambda p: jnp.square(apply_fn(p, X, T, COND) - 1).mean(), initial()
-    )
+    loss = jax.value_and_grad(lambda p: jnp.square(apply_fn(p, X, T, COND) - 1).mean())
+    assert not check_slope(jax.jit(loss), initial())
 
 
 def test_spatial_derivative_against_finite_differences():
@@ -88,15 +87,21 @@ def test_refusals(as_shipped):
         apply_fn(initial(), X, T[:2], COND)
     with pytest.raises(ValueError, match=r"=4 is outside \[0, 3\]"):
         apply_fn(initial(), X, T, COND + 1)
+    with pytest.raises(ValueError, match=r"t has 1 value\(s\) outside \[0, 1\]"):
+        apply_fn(initial(), X, T + 0.1, COND)
     plain = VelocityMLP(hidden=16, depth=1)
     with pytest.raises(ValueError, match="built unconditional but got cond"):
         apply = functional(plain)
         apply(initial(plain), X, T, COND)
     for options, message in (
-        (dict(hidden=0), "hidden=0 is outside"),
-        (dict(depth=0), "depth=0 is outside"),
-        (dict(num_classes=0), "num_classes=0 is outside"),
+        (dict(hidden=0), "hidden=0 must be at least 1"),
+        (dict(depth=0), "depth=0 must be at least 1"),
+        (dict(num_classes=0), "num_classes=0 must be at least 1"),
         (dict(recipe="bf17"), "Did you mean 'bf16'"),
     ):
         with pytest.raises(ValueError, match=message):
+            VelocityMLP(**options)
+    for options in (dict(hidden="32"), dict(depth=2.0), dict(num_classes=3.0)):
+        ((name, value),) = options.items()
+        with pytest.raises(TypeError, match=f"{name}={value!r} is of type"):
             VelocityMLP(**options)

@@ -141,5 +141,8 @@ def test_class_embedding_null_and_refusals(as_shipped):
 def test_class_out_of_range_under_jit_is_loud():
     module = layers.ClassEmbedding(3, 4)
     variables = module.init(jax.random.key(0), None, 1)
-    out = jax.jit(lambda c: module.apply(variables, c, 1))(jnp.array([7]))
-    assert np.isnan(out).all()
+    lookup = jax.jit(lambda c: module.apply(variables, c, 2))
+    for dtype in ("int32", "int8"):
+        out = lookup(jnp.array([7, 3], dtype))
+        assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+        assert np.isnan(lookup(jnp.array([-1, -4], dtype))).all()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from tmdjax.core.prng import check_key
@@ -32,6 +33,7 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: no or an unknown name, an unknown or a missing attribute, or a
             value the model refuses.
+        TypeError: an attribute of the wrong type.
 
     Example:
         >>> build({"name": "mlp", "hidden": 32, "depth": 2}).hidden
@@ -88,8 +90,8 @@ def init_params(module: nn.Module, key: Any, *inputs: Any) -> dict[str, Any]:
     Args:
         module: a linen module.
         key: typed key.
-        *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; None where an
-            input may be None.
+        *inputs: example inputs, arrays, numbers or ``jax.ShapeDtypeStruct``; None
+            where an input may be None.
 
     Returns:
         A plain nested dict of float32 arrays. Under ``jax.eval_shape`` (close over
@@ -99,5 +101,7 @@ def init_params(module: nn.Module, key: Any, *inputs: Any) -> dict[str, Any]:
         TypeError: the key is not typed.
     """
     check_key(key)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), inputs
+    )
     return jax.jit(lambda key: dict(module.lazy_init(key, *shapes)["params"]))(key)

@@ -2,10 +2,11 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_count
 from tmdjax.core.types import Array, Float
 from tmdjax.models.layers import Dense
 from tmdjax.quant import compute_dtype
@@ -15,7 +16,8 @@ class Classifier(nn.Module):
     """Convolutions with group norm, global mean, two dense layers.
 
     Three convolutions; the second and third halve the sides. Convolutions and
-    norms run in float32.
+    norms run in full float32 (no TF32): features are what distances are named by,
+    so they must not depend on the device.
 
     Attributes:
         num_classes: number of logits.
@@ -31,7 +33,7 @@ class Classifier(nn.Module):
 
     def __post_init__(self):
         for name in ("num_classes", "width", "feature_dim"):
-            check_range(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name))
         compute_dtype(self.recipe)
         super().__post_init__()
 
@@ -39,7 +41,12 @@ class Classifier(nn.Module):
         """Declares the layers."""
         widths = [self.width, 2 * self.width, 4 * self.width]
         self.convolutions = [
-            nn.Conv(width, (3, 3), strides=1 if i == 0 else 2)
+            nn.Conv(
+                width,
+                (3, 3),
+                strides=1 if i == 0 else 2,
+                precision=jax.lax.Precision.HIGHEST,
+            )
             for i, width in enumerate(widths)
         ]
         self.norms = [nn.GroupNorm(math.gcd(8, width)) for width in widths]

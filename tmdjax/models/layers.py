@@ -21,7 +21,7 @@ class Dense(nn.Module):
     Attributes:
         features: output width.
         recipe: name of the GEMM recipe; it sets the output dtype.
-        use_bias: whether a bias is added, in the output dtype.
+        use_bias: whether a bias is added, in float32 before rounding.
         kernel_init: initialiser of the kernel, float32 [in, out].
     """
 
@@ -40,7 +40,9 @@ class Dense(nn.Module):
             bias = self.param(
                 "bias", nn.initializers.zeros, (self.features,), jnp.float32
             )
-            y = y + bias.astype(y.dtype)
+            # Broadcast in float32: the bias gradient is a sum over all rows in the
+            # dtype of this addition.
+            y = (y.astype(jnp.float32) + bias).astype(y.dtype)
         return y
 
 
@@ -148,6 +150,7 @@ class ClassEmbedding(nn.Module):
         Raises:
             TypeError: cond is not an integer array.
             ValueError: cond has another shape, or a (concrete) class out of range.
+                A traced class out of range, negative too, gives a row of NaN.
         """
         table = self.param(
             "embedding",
@@ -171,7 +174,7 @@ class ClassEmbedding(nn.Module):
             classes = np.asarray(cond)
             for extreme in (classes.min(initial=0), classes.max(initial=0)):
                 check_range("cond (a class)", int(extreme), 0, self.num_classes)
-        return jnp.take(table, cond, axis=0)
+        return table.at[cond].get(mode="fill", wrap_negative_indices=False)
 
 
 def check_unconditional(cond: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_count
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Float
 from tmdjax.models.layers import (
@@ -38,10 +38,10 @@ class VelocityMLP(nn.Module):
     time_scale: float = 1000.0
 
     def __post_init__(self):
-        check_range("hidden", self.hidden, 1)
-        check_range("depth", self.depth, 1)
+        check_count("hidden", self.hidden)
+        check_count("depth", self.depth)
         if self.num_classes is not None:
-            check_range("num_classes", self.num_classes, 1)
+            check_count("num_classes", self.num_classes)
         compute_dtype(self.recipe)
         super().__post_init__()
 
@@ -61,8 +61,9 @@ class VelocityMLP(nn.Module):
             float32 [batch, dim].
 
         Raises:
-            ValueError: x is not [batch, dim]; a condition of the wrong shape or
-                range, or given to an unconditional network.
+            ValueError: x is not [batch, dim]; a (concrete) time outside [0, 1]; a
+                condition of the wrong shape or range, or given to an unconditional
+                network.
             TypeError: classes that are not integers.
         """
         if x.ndim != 2:
