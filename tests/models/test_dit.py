@@ -408,7 +408,7 @@ def test_bfloat16_gradients_over_many_rows(optimised, stir):
     }
     biases = {path: e for path, e in errors.items() if path.endswith("bias")}
     assert max(biases.values()) < 0.03, biases
-    # The sums inside a product are the backend's: some CPU kernels lose 3 %.
+    # Kernels differ by 1 % under jax 0.10.2 and 3 % under 0.12.
     assert max(errors.values()) < 0.06, errors
     assert max(errors.values()) > 1e-3
 
