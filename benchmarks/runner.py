@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from experiments import feature_net, flow_matching
+from experiments import flow_matching, image_quality
 from tmdjax import data, train
 from tmdjax.harness import StageContext, load_config
 from tmdjax.harness.environment import device_name
@@ -31,7 +31,7 @@ def main() -> None:
     flags.add_argument("--repeats", type=int, default=3)
     given = flags.parse_args()
     config: Any = load_config(given.config)
-    dataset = feature_net.load_data(config)
+    dataset = image_quality.load_data(config)
     key = jax.random.key(0)
     state, step, _ = flow_matching.training(config, key)
     initial = jax.device_get(state)

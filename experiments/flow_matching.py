@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import feature_net
-from tmdjax import data, flows, metrics, models, train
+from experiments import image_quality
+from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
@@ -35,7 +35,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm (there is only 'main')."""
     plain = to_plain(config)
     return [
-        feature_net.stage(config),
+        image_quality.stage(config),
         Stage(
             name="train",
             run=functools.partial(train_flow, config),
@@ -96,7 +96,7 @@ def training(config: Config, key: Any) -> tuple[train.TrainState, Any, Any]:
 
 def train_flow(config: Config, context: StageContext) -> StageResult:
     """Trains the velocity network; the result holds its averaged parameters."""
-    dataset = feature_net.load_data(config)
+    dataset = image_quality.load_data(config)
     settings = config.train
     state, step, loss = training(config, context.key)
     initial = jax.device_get(state.params)
@@ -124,7 +124,7 @@ def train_flow(config: Config, context: StageContext) -> StageResult:
 
 def sample(config: Config, context: StageContext) -> StageResult:
     """Draws one set a solver and budget, from the same noise and labels."""
-    dataset = feature_net.load_data(config)
+    dataset = image_quality.load_data(config)
     module = models.build(model_spec(config))
     apply_fn = models.functional(module)
     trained = context.inputs["train"].outputs
@@ -169,44 +169,13 @@ def budgets(config: Config) -> list[tuple[str, str, int]]:
 
 def evaluate(config: Config, context: StageContext) -> StageResult:
     """Compares every set with held-out images; 'real' is the floor."""
-    dataset = feature_net.load_data(config)
-    features, logits = feature_net.networks(config)
-    params = context.inputs["features"].outputs["params"]
     outputs = context.inputs["sample"].outputs
-    labels = np.asarray(outputs["labels"])
-    held_out = dataset.test["image"][: len(labels)]
-    real = dataset.train["image"][same_classes(dataset.train["label"], labels)]
-    reference = metrics.gaussian_statistics(features(params, held_out))
-    found = {}
-    for name, images in {**outputs["sets"], "real": real}.items():
-        found[f"{name}.sliced_wasserstein"] = metrics.sliced_wasserstein(
-            images, held_out, projections=config.evaluate.projections
-        )
-        found[f"{name}.frechet"] = metrics.frechet_distance(
-            features(params, images), reference
-        )
-        if name != "real":
-            said = np.argmax(logits(params, images), -1)
-            found[f"{name}.label_agreement"] = np.mean(said == labels)
+    found = image_quality.compare(config, context, outputs["sets"], outputs["labels"])
     return StageResult({}, found)
 
 
-def same_classes(available: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Rows of `available` labels that show the `wanted` classes, in random order.
-
-    A class with too few rows repeats them.
-    """
-    order = np.random.default_rng(0).permutation(len(available))
-    chosen = np.empty(len(wanted), int)
-    for label in np.unique(wanted):
-        rows = order[available[order] == label]
-        places = np.flatnonzero(wanted == label)
-        chosen[places] = np.resize(rows, len(places))
-    return chosen
-
-
-def quality_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table quality against NFE."""
+def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The table quality against NFE, from the metrics of a unit or a record."""
     columns = ("sliced_wasserstein", "frechet", "label_agreement")
     solvers: dict[str, tuple[str, int | None]] = {"untrained": ("untrained", None)}
     for name, method, steps in budgets(config):
@@ -235,7 +204,7 @@ def report(
         shown.figures.append(("One row a solver and NFE, from the same noise", path))
     if "evaluate" in results:
         found = results["evaluate"].metrics
-        shown.tables.append(("Quality against NFE", quality_rows(config, found)))
+        shown.tables.append(("Quality against NFE", summary_rows(config, found)))
         euler = config.sample.euler_nfe
         curves = {
             column: (euler, [found[f"euler{nfe}.{column}"] for nfe in euler])

@@ -5,19 +5,51 @@
 
 ``--merge`` takes workdirs (or their summary.json) of one config and device kind,
 judges the claims on all seeds together and prints them; ``--record`` writes
-results/<system>/<tier>.json. ``--render`` writes RESULTS.md from results/ alone.
+results/<system>/<tier>.json. ``--render`` writes RESULTS.md and the tables of
+README.md (between ``<!-- table: system:tier -->`` and ``<!-- end -->``) from results/
+alone.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
-from tmdjax.harness import ledger
+from tmdjax.core.files import write_atomically
+from tmdjax.harness import ledger, load_config
 from tmdjax.harness.config import from_plain
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.runner import render_results
+
+_TABLE = re.compile(r"<!-- table: (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
+
+
+def fill_tables(text: str, results: pathlib.Path) -> str:
+    """Renders the marked tables of a Markdown text from the records."""
+    records = {(r["system"], r["tier"]): r for r in ledger.read_records(results)}
+
+    def table(found: re.Match[str]) -> str:
+        system, tier = found.groups()
+        if (system, tier) not in records:
+            raise ValueError(f"{found[0].splitlines()[0]} has no record in {results}.")
+        record = records[system, tier]
+        experiment = importlib.import_module(f"experiments.{system}")
+        config = load_config(f"configs/{system}.py:{tier}")
+        rows = experiment.summary_rows(config, record["metrics"])
+        lines = [
+            f"<!-- table: {system}:{tier} -->",
+            *ledger.markdown_table(rows),
+            "",
+            f"Means over seeds {', '.join(map(str, record['seeds']))} on "
+            f"{record['device']}: `{record['command']} --record`",
+            "<!-- end -->",
+        ]
+        return "\n".join(lines)
+
+    return _TABLE.sub(table, text)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,6 +74,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"recorded {ledger.write_record(given.results, merged)}")
     if given.render or given.record:
         render_results(given.results)
+        readme = given.results.parent / "README.md"
+        if readme.exists():
+            filled = fill_tables(readme.read_text(), given.results)
+            write_atomically(readme, filled.encode())
     return 0
 
 

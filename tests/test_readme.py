@@ -18,3 +18,21 @@ def test_python_blocks_run(capsys):
     losses = [float(line.split()[1]) for line in out.splitlines()[1:]]
     assert losses[-1] < 0.9 * losses[0]
     assert int(namespace["result"].state.step) == 200
+
+
+def test_tables_are_those_of_the_records():
+    from experiments import report
+
+    text = (ROOT / "README.md").read_text()
+    assert report.fill_tables(text, ROOT / "results") == text
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (ROOT / picture).exists(), picture
+
+
+def test_results_page_is_rendered():
+    from tmdjax.harness import ledger
+
+    results = ROOT / "results"
+    pending = (results / "PENDING.md").read_text()
+    rendered = ledger.render(ledger.read_records(results), pending)
+    assert (ROOT / "RESULTS.md").read_text() == rendered

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tmdjax
-from experiments import flow_matching, run
+from experiments import flow_matching, image_quality, run
 from experiments import report as report_command
 from tmdjax import data, flows, models, train
 from tmdjax.harness import ConfigError, load_config
@@ -365,8 +365,8 @@ def test_list_names_every_tier(capsys):
 def test_real_set_has_the_classes_asked_for():
     rng = np.random.default_rng(0)
     available, wanted = rng.integers(0, 5, 200), rng.integers(0, 5, 60)
-    rows = flow_matching.same_classes(available, wanted)
+    rows = image_quality.same_classes(available, wanted)
     np.testing.assert_array_equal(available[rows], wanted)
     assert len(set(rows)) == 60
-    scarce = flow_matching.same_classes(np.array([0, 1]), np.array([1, 1, 0]))
+    scarce = image_quality.same_classes(np.array([0, 1]), np.array([1, 1, 0]))
     np.testing.assert_array_equal(scarce, [1, 1, 0])

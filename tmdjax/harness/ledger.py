@@ -588,7 +588,7 @@ def _render_record(record: Summary) -> list[str]:
             claim_row(claim) | {"device": record["device"]}
             for claim in record["claims"]
         ]
-        lines += ["", *_markdown_table(rows)]
+        lines += ["", *markdown_table(rows)]
     if record["metrics"]:
         per_seed = _metrics_by_seed(record["units"])
         rows = [
@@ -599,11 +599,12 @@ def _render_record(record: Summary) -> list[str]:
             }
             for name, value in sorted(record["metrics"].items())
         ]
-        lines += ["", *_markdown_table(rows)]
+        lines += ["", *markdown_table(rows)]
     return lines
 
 
-def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table; the first row's keys head it."""
     header = list(rows[0])
     rule = f"|{'---|' * len(header)}"
     return [_markdown_row(header), rule, *(_markdown_row(r.values()) for r in rows)]

@@ -81,7 +81,7 @@ class Options:
         stage: stop after this stage; None runs all.
         fresh: discard the workdir and its cached stages first.
         max_seconds: checkpoint and leave after this long.
-        record: write results/<system>/<tier>.json and RESULTS.md.
+        record: write results/<system>/<tier>.json, its figures and RESULTS.md.
         results: the folder of records.
         tensorboard: also write event files.
     """
@@ -170,6 +170,10 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
         _show(config, options, workdir, summary, shown)
         if options.record and finished:
             path = ledger.write_record(options.results, summary)
+            for _, figure in shown.figures:
+                if figure is not None:
+                    copy = path.with_name(f"{path.stem}-{figure.name}")
+                    write_atomically(copy, figure.read_bytes())
             render_results(options.results)
             print(f"recorded {path}")
         return Outcome(0 if finished else stopper.code, summary)

@@ -1,11 +1,11 @@
-"""A cached stage that several experiments share: the net that names a Frechet distance.
+"""Shared by image experiments: the data, and how near generated images come to it.
 
-A small classifier learns the real images; its penultimate layer gives the features,
-its logits tell which class a generated image shows.
+A small classifier learns the real images in a cached stage; its penultimate layer
+names the Frechet distance, its logits tell which class a generated image shows.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,10 +51,51 @@ def stage(config: Config) -> Stage:
     )
 
 
-def networks(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Jitted ``features(params, images)`` and ``logits(params, images)``."""
+def compare(
+    config: Config, context: StageContext, sets: Mapping[str, Any], labels: Any
+) -> dict[str, float]:
+    """Distances of image sets to held-out images, and of real ones ('real').
+
+    Args:
+        config: of the experiment.
+        context: of a stage whose parents include 'features'.
+        sets: images [n, height, width, channel] by name.
+        labels: classes asked for, [n].
+
+    Returns:
+        'NAME.sliced_wasserstein', 'NAME.frechet' and 'NAME.label_agreement'.
+    """
+    dataset, labels = load_data(config), np.asarray(labels)
     apply_fn = models.functional(_module(config))
-    return jax.jit(functools.partial(apply_fn, method="features")), jax.jit(apply_fn)
+    params = context.inputs["features"].outputs["params"]
+    features = jax.jit(functools.partial(apply_fn, params, method="features"))
+    logits = jax.jit(functools.partial(apply_fn, params))
+    held_out = dataset.test["image"][: len(labels)]
+    real = dataset.train["image"][same_classes(dataset.train["label"], labels)]
+    reference = metrics.gaussian_statistics(features(held_out))
+    found = {}
+    for name, images in {**sets, "real": real}.items():
+        found[f"{name}.sliced_wasserstein"] = metrics.sliced_wasserstein(
+            images, held_out, projections=config.evaluate.projections
+        )
+        found[f"{name}.frechet"] = metrics.frechet_distance(features(images), reference)
+        agree = np.argmax(logits(images), -1) == labels
+        found[f"{name}.label_agreement"] = float(np.mean(agree))
+    return found
+
+
+def same_classes(available: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Rows of `available` labels that show the `wanted` classes, in random order.
+
+    A class with too few rows repeats them.
+    """
+    order = np.random.default_rng(0).permutation(len(available))
+    chosen = np.empty(len(wanted), int)
+    for label in np.unique(wanted):
+        rows = order[available[order] == label]
+        places = np.flatnonzero(wanted == label)
+        chosen[places] = np.resize(rows, len(places))
+    return chosen
 
 
 def _module(config: Config) -> Any:
