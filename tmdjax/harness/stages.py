@@ -343,6 +343,7 @@ class StageCache:
             )
             try:
                 result = stage.run(context)
+                outputs = jax.device_get(result.outputs)  # waits for the device
             finally:
                 context.note_elapsed()
             record = {
@@ -352,7 +353,7 @@ class StageCache:
             }
             store.save(
                 0,
-                jax.device_get(result.outputs),
+                outputs,
                 {
                     "metrics": {k: float(v) for k, v in result.metrics.items()},
                     "model": result.model,
