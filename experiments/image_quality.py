@@ -68,18 +68,20 @@ def compare(
     dataset, labels = load_data(config), np.asarray(labels)
     apply_fn = models.functional(_module(config))
     params = context.inputs["features"].outputs["params"]
-    features = jax.jit(functools.partial(apply_fn, params, method="features"))
-    logits = jax.jit(functools.partial(apply_fn, params))
+    features = jax.jit(functools.partial(apply_fn, method="features"))
+    logits = jax.jit(apply_fn)
     held_out = dataset.test["image"][: len(labels)]
     real = dataset.train["image"][same_classes(dataset.train["label"], labels)]
-    reference = metrics.gaussian_statistics(features(held_out))
+    reference = metrics.gaussian_statistics(features(params, held_out))
     found = {}
     for name, images in {**sets, "real": real}.items():
         found[f"{name}.sliced_wasserstein"] = metrics.sliced_wasserstein(
             images, held_out, projections=config.evaluate.projections
         )
-        found[f"{name}.frechet"] = metrics.frechet_distance(features(images), reference)
-        agree = np.argmax(logits(images), -1) == labels
+        found[f"{name}.frechet"] = metrics.frechet_distance(
+            features(params, images), reference
+        )
+        agree = np.argmax(logits(params, images), -1) == labels
         found[f"{name}.label_agreement"] = float(np.mean(agree))
     return found
 
