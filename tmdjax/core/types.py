@@ -17,9 +17,6 @@ Params: TypeAlias = Mapping[str, Any]
 Data: TypeAlias = Float[Array, "batch *event"]
 """One array of samples, any event shape."""
 
-States: TypeAlias = Float[Array, "state batch *event"]
-"""Samples stacked along a solver's grid."""
-
 Time: TypeAlias = Float[Array, "batch"]
 """One time a sample, in [0, 1]; 1 is noise, 0 is data."""
 
@@ -54,7 +51,6 @@ __all__ = [
     "PerExample",
     "PyTree",
     "SampleKeys",
-    "States",
     "Time",
     "Velocity",
 ]

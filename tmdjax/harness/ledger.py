@@ -233,12 +233,12 @@ def summary(
         "peak_memory_gb": max(peaks, default=None),
         "seeds": seeds,
         "command": with_seeds(command, seeds),
-        "commit": _side_by_side((unit["commit"] for unit in units), ", "),
+        "commit": side_by_side(unit["commit"] for unit in units),
         "claims": [_judge_measured(c, per_seed, tier, pairing) for c in claims],
         "config_hash": config_hash,
         "versions": {
-            name: _side_by_side(
-                (u["versions"][name] for u in units if name in u["versions"]), ", "
+            name: side_by_side(
+                u["versions"][name] for u in units if name in u["versions"]
             )
             for name in packages
         },
@@ -547,7 +547,7 @@ def _mean(name: str, per_seed: Mapping[int, Mapping[str, float]]) -> float:
     return sum(values) / len(values)
 
 
-def _side_by_side(texts: Iterable[str], separator: str) -> str:
+def side_by_side(texts: Iterable[str], separator: str = ", ") -> str:
     """Distinct texts, sorted; texts joined before are taken apart first."""
     parts = {part for text in texts for part in text.split(separator)}
     return separator.join(sorted(parts))

@@ -387,10 +387,14 @@ def _run_unit(
         # what this unit costs alone: stages shared with others count in each
         "wall_s": sum(record["wall_s"] for record in records),
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
-        "device": _side_by_side(record["device"] for record in records),
-        "commit": _side_by_side(record["commit"] for record in records),
+        "device": ledger.side_by_side(
+            (record["device"] for record in records), " and "
+        ),
+        "commit": ledger.side_by_side(record["commit"] for record in records),
         "versions": {
-            name: _side_by_side(record["versions"].get(name) for record in records)
+            name: ledger.side_by_side(
+                r["versions"][name] for r in records if name in r["versions"]
+            )
             for name in records[-1]["versions"]
         },
         "labels": labels,
@@ -400,10 +404,6 @@ def _run_unit(
         {"unit": unit, "logs": logs, "stages": hashes},
     )
     return results
-
-
-def _side_by_side(texts: Iterable[Any]) -> str:
-    return ", ".join(sorted({str(text) for text in texts}))
 
 
 def _finished_units(
