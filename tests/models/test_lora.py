@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from tmdjax.core import trees
-from tmdjax.models import Classifier, Dense, DiT, functional, init_params, lora
+from tmdjax.models import Dense, DiT, functional, init_params, lora
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -123,6 +124,41 @@ def test_merge_equals_the_low_rank_path():
     np.testing.assert_allclose(
         got, functional(layer)(params, x) + beside, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("stride", "window"), [(1, (3, 3)), (2, (2, 3))])
+def test_a_convolution_equals_a_thin_one_and_a_1_by_1_beside_it(stride, window):
+    """conv(x, W) + bias + (alpha / r) conv(conv(x, a), b)."""
+    layer = nn.Conv(6, window, strides=stride)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 4, 3)), jnp.float32)
+    params = init_params(layer, jax.random.key(0), x)
+    fresh = lora.init(KEY, params, 2, ["kernel"])
+    assert jax.tree.map(jnp.shape, fresh) == {
+        "kernel": {"a": (*window, 3, 2), "b": (2, 6)}
+    }
+    base = functional(layer)(params, x)
+    np.testing.assert_array_equal(
+        lora.apply_fn(functional(layer), params, 3.0)(fresh, x), base
+    )
+    adapters = trained(fresh)
+    got = lora.apply_fn(functional(layer), params, 3.0)(adapters, x)
+    thin = nn.Conv(2, window, strides=stride, use_bias=False)
+    up = nn.Conv(6, (1, 1), use_bias=False)
+    h = functional(thin)({"kernel": adapters["kernel"]["a"]}, x)
+    beside = functional(up)({"kernel": adapters["kernel"]["b"][None, None]}, h)
+    assert np.abs(beside).max() > 1
+    np.testing.assert_allclose(got, base + 1.5 * beside, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fan_in_of_a_convolution_is_its_window(as_shipped):
+    params = {"kernel": jnp.zeros((3, 3, 2, 20))}
+    a = np.asarray(lora.init(KEY, params, 18, ["kernel"])["kernel"]["a"])
+    assert 0.9 * 18**-0.5 < np.abs(a).max() <= 18**-0.5
+    assert np.abs(a).max((2, 3)).min() > 0.5 * 18**-0.5  # at every offset
+    with pytest.raises(ValueError, match=r"rank \(of kernel\)=19 is outside \[1, 18\]"):
+        lora.init(KEY, params, 19, ["kernel"])
+    with pytest.raises(ValueError, match=r"rank \(of kernel\)=5 is outside \[1, 4\]"):
+        lora.init(KEY, {"kernel": jnp.zeros((3, 3, 2, 4))}, 5, ["kernel"])
 
 
 def test_alpha_scales_the_change_and_rank_divides_it(base):
@@ -244,12 +280,14 @@ def test_init_refusals(as_shipped, base):
         lora.init(KEY, base, 2, [])
     with pytest.raises(TypeError, match="typed key"):
         lora.init(jnp.zeros(2, jnp.uint32), base, 2, TARGETS)
-    x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
-    convolutional = jax.eval_shape(
-        lambda: init_params(Classifier(2, width=8), jax.random.key(0), x)
-    )
-    with pytest.raises(ValueError, match=r"convolutions_0/kernel has shape \(3, 3, 1"):
-        lora.init(KEY, convolutional, 1, ["convolutions"])
+    stacked = {"blocks": {"convolution": {"kernel": jnp.ones((2, 3, 4, 5))}}}
+    for tree, shape in (
+        (stacked, r"\(2, 3, 4, 5\)"),
+        ({"kernel": jnp.ones(5)}, r"\(5,\)"),
+        ({"kernel": jnp.ones((2, 3, 3, 4, 5))}, r"\(2, 3, 3, 4, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"kernel has shape {shape}; .*\[kh, kw"):
+            lora.init(KEY, tree, 1, ["kernel"])
 
 
 def test_merge_refusals(as_shipped, base):

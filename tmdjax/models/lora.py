@@ -2,6 +2,8 @@
 
 W' = W + (alpha / rank) a b, with a [in, rank] drawn at random and b [rank, out]
 zero, so that training starts at the base. The network does not know of it.
+For a convolution a is [kh, kw, in, rank]: the change is a convolution of few
+channels followed by one of 1 x 1.
 """
 
 import difflib
@@ -34,25 +36,28 @@ def init(
 ) -> dict[str, Any]:
     """Draws adapters for the kernels whose path matches a target.
 
-    Only leaves named 'kernel' are adapted, of shape [in, out] or, inside a stack of
-    layers, [layer, in, out]; a pattern that also matches biases leaves those alone.
+    Only leaves named 'kernel' are adapted, of shape [in, out], inside a stack of
+    layers [layer, in, out], or outside one [kh, kw, in, out] (a convolution); a
+    pattern that also matches biases leaves those alone.
     A leaf's adapter depends on the key and its path, not on which other leaves are
     adapted.
 
     Args:
         key: typed key.
         params: parameter tree (arrays or shape structs).
-        rank: r, at least 1 and at most the smaller side of every target.
+        rank: r, at least 1 and at most the smaller side of every target; for a
+            convolution that is min(kh kw in, out).
         targets: regular expressions, matched with ``re.search`` against path names
             such as 'blocks/attention/query/kernel'.
         stacked: regular expression of the paths whose leaves carry a leading layer
             axis, one adapter a layer. A kernel of three axes elsewhere ([in, heads,
-            head_dim], say) is refused.
+            head_dim], say) is refused, and so is one of four axes in a stack.
 
     Returns:
         The tree of ``params`` cut down to the adapted leaves, each replaced by
-        ``{'a': [..., in, r], 'b': [..., r, out]}``, float32; a is uniform in
-        +-1/sqrt(in), b is zero.
+        ``{'a': [..., in, r], 'b': [..., r, out]}``, of a convolution
+        ``{'a': [kh, kw, in, r], 'b': [r, out]}``, float32; a is uniform in
+        +-1/sqrt(fan_in), fan_in = in or kh kw in, and b is zero.
 
     Raises:
         TypeError: the key is not typed, rank is no integer, or targets is one string.
@@ -82,7 +87,8 @@ def init(
         chosen |= matched
     adapters: dict[str, Any] = {}
     for path in sorted(chosen):
-        *stack, fan_in, fan_out = _kernel_shape(path, kernels[path], stacked)
+        stack, inputs, fan_out = _split_shape(path, kernels[path], stacked)
+        fan_in = math.prod(inputs)
         check_range(f"rank (of {path})", rank, 1, min(fan_in, fan_out))
         *parents, leaf_name = path.split("/")
         node = adapters
@@ -92,7 +98,7 @@ def init(
         node[leaf_name] = {
             "a": jax.random.uniform(
                 jax.random.fold_in(key, zlib.crc32(path.encode())),
-                (*stack, fan_in, rank),
+                (*stack, *inputs, rank),
                 jnp.float32,
                 -bound,
                 bound,
@@ -102,13 +108,20 @@ def init(
     return adapters
 
 
-def _kernel_shape(path: str, leaf: Any, stacked: str) -> tuple[int, ...]:
-    if leaf.ndim == 2 or (leaf.ndim == 3 and re.search(stacked, path)):
-        return leaf.shape
+def _split_shape(
+    path: str, leaf: Any, stacked: str
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Axes of the stack, of the input (window and channels), and the output."""
+    shape = leaf.shape
+    if re.search(stacked, path):
+        if len(shape) in (2, 3):
+            return shape[:-2], shape[-2:-1], shape[-1]
+    elif len(shape) in (2, 4):
+        return (), shape[:-1], shape[-1]
     raise ValueError(
-        f"{path} has shape {leaf.shape}; adapters take kernels [in, out] or, at paths "
-        f"that match stacked={stacked!r}, [layer, in, out]. Narrow the targets, or "
-        f"name the stack."
+        f"{path} has shape {shape}; adapters take kernels [in, out], convolutions "
+        f"[kh, kw, in, out] or, at paths that match stacked={stacked!r}, [layer, in, "
+        f"out]. Narrow the targets, or name the stack."
     )
 
 
