@@ -7,6 +7,7 @@ from tmdjax.metrics.frechet import (
     gaussian_statistics,
 )
 from tmdjax.metrics.intervals import STATISTICS, Interval, paired_interval, t_interval
+from tmdjax.metrics.precision_recall import precision_recall
 from tmdjax.metrics.sliced_wasserstein import sliced_wasserstein
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "frechet_label",
     "gaussian_statistics",
     "paired_interval",
+    "precision_recall",
     "sliced_wasserstein",
     "t_interval",
 ]
