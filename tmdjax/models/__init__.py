@@ -16,6 +16,7 @@ from tmdjax.models.layers import (
     unpatchify,
 )
 from tmdjax.models.mlp import VelocityMLP
+from tmdjax.models.unet import UNet
 
 __all__ = [
     "MODELS",
@@ -24,6 +25,7 @@ __all__ = [
     "Dense",
     "DiT",
     "TimeEmbedding",
+    "UNet",
     "VelocityMLP",
     "attention",
     "build",
