@@ -5,17 +5,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from scipy import stats
+from scipy import ndimage, stats
 
+from tmdjax import flows
 from tmdjax.core.prng import sample_keys
-from tmdjax.data import load, procedural
+from tmdjax.data import MIXTURE, load, procedural
 
 KEYS = sample_keys(jax.random.key(0), 256)
 SAMPLERS = {
     "sprites": functools.partial(procedural.sprites, size=8),
+    "sparse_sprites": functools.partial(procedural.sparse_sprites, size=16),
     "checkerboard": procedural.checkerboard,
     "two_moons": procedural.two_moons,
     "rings": procedural.rings,
+    "mixture": procedural.mixture,
+}
+# In units of the squared radius.
+AREAS = {
+    "disc": np.pi,
+    "ring": np.pi * 0.75,
+    "square": 2,
+    "frame": 1.5,
+    "diamond": 2,
+    "triangle": 3 * np.sqrt(3) / 4,
+    "cross": 4 * 0.6 - 0.36,
+    "star": 10 * 0.5 * 0.381966 * np.sin(np.pi / 5),
 }
 ROOT = np.sqrt(0.5)
 TURN = np.arange(5) * 2 * np.pi / 5
@@ -75,19 +89,7 @@ def test_masks_match_pillow(shape):
     assert error.mean() < 0.008
 
 
-@pytest.mark.parametrize(
-    ("shape", "area"),
-    [
-        ("disc", np.pi),
-        ("ring", np.pi * 0.75),
-        ("square", 2),
-        ("frame", 1.5),
-        ("diamond", 2),
-        ("triangle", 3 * np.sqrt(3) / 4),
-        ("cross", 4 * 0.6 - 0.36),
-        ("star", 10 * 0.5 * 0.381966 * np.sin(np.pi / 5)),
-    ],
-)
+@pytest.mark.parametrize(("shape", "area"), AREAS.items())
 def test_mask_area_is_the_shapes(shape, area):
     label, radius = procedural.SHAPES.index(shape), 25.0
     mask = procedural.shape_mask(
@@ -113,7 +115,13 @@ def test_samples_depend_on_their_key_alone(name):
 
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [("sprites", 8), ("checkerboard", 8), ("two_moons", 2), ("rings", 3)],
+    [
+        ("sprites", 8),
+        ("sparse_sprites", 8),
+        ("checkerboard", 8),
+        ("two_moons", 2),
+        ("rings", 3),
+    ],
 )
 def test_labels_are_uniform(name, classes):
     counts = np.bincount(SAMPLERS[name](KEYS)["label"], minlength=classes)
@@ -132,6 +140,80 @@ def test_sprites_range_and_contrast():
     assert contrast.min() >= 0.5 - 1e-5
     covered = (np.abs(image - ground[:, None, None]).max(-1) > 1e-5).mean((1, 2))
     assert 0.02 < covered.min() and covered.max() < 0.5
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_sparse_sprites_are_bright_on_a_flat_ground(size):
+    image = np.asarray(procedural.sparse_sprites(KEYS, size)["image"])
+    assert image.shape == (256, size, size, 3)
+    assert image.min() == -1 and image.max() == 1
+    ground = (image == -1).all(-1).mean((1, 2))
+    # Three of the largest discs, with a pixel of blur, cover this much at most.
+    assert ground.min() > 1 - 3 * np.pi * (0.15 + 1 / size) ** 2
+    assert 0.8 < ground.mean() and ground.max() < 1
+    if size == 32:
+        assert (image.max((1, 2, 3)) > 0.9).mean() > 0.97
+
+
+def test_sparse_sprites_are_one_to_three_of_their_class_and_palette():
+    out = procedural.sparse_sprites(sample_keys(jax.random.key(2), 512))
+    light = (np.asarray(out["image"], np.float64) + 1) / 2
+    pieces = [ndimage.label(grey > 0, np.ones((3, 3))) for grey in light.max(-1)]
+    numbers = np.array([number for _, number in pieces])
+    # Shapes that touch are one piece: a third of the images, or more, has one
+    # piece and a third, or less, has three.
+    assert set(numbers) == {1, 2, 3}
+    assert 0.27 < (numbers == 1).mean() < 0.6 and 0.05 < (numbers == 3).mean() < 0.33
+    palette = (np.array([*procedural.SPARSE_PALETTE.values()]) + 1) / 2
+    counts = np.zeros(len(palette))
+    for index in np.flatnonzero(numbers == 3):
+        shape = procedural.SHAPES[int(out["label"][index])]
+        for piece in range(1, 4):
+            pixels = light[index][pieces[index][0] == piece]
+            # Its area names the shape, whole, between the two allowed sizes.
+            radius = np.sqrt(pixels.max(-1).sum() / AREAS[shape])
+            assert 0.1 * 32 - 0.2 < radius < 0.15 * 32 + 0.2
+            distance = np.abs(pixels / pixels.max(-1, keepdims=True) - palette[:, None])
+            match = distance.max((1, 2)) < 1e-6
+            assert match.sum() == 1
+            counts += match
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_mixture_has_its_moments():
+    out = procedural.mixture(sample_keys(jax.random.key(3), 20000))
+    point, label = np.asarray(out["point"], np.float64), np.asarray(out["label"])
+    weights, means, stds = (np.array(MIXTURE[k]) for k in ("weights", "means", "stds"))
+    counts = np.bincount(label, minlength=4)
+    assert stats.chisquare(counts, weights * len(label)).pvalue > 1e-3
+
+    def agree(samples, expected):
+        error = samples.std(0) / np.sqrt(len(samples))
+        assert (np.abs(samples.mean(0) - expected) < 4 * error).all()
+
+    agree(point, weights @ means)
+    second = sum(
+        w * (s**2 * np.eye(2) + np.outer(m, m)) for w, m, s in zip(weights, means, stds)
+    )
+    agree(point[:, :, None] * point[:, None, :], second)
+    for k in range(4):
+        agree(point[label == k], means[k])
+        agree((point[label == k] - means[k]) ** 2, stds[k] ** 2)
+
+
+def test_mixtures_exact_flow_is_that_of_its_samples():
+    point = procedural.mixture(sample_keys(jax.random.key(4), 4096))["point"]
+    flow = flows.gaussian_mixture(**MIXTURE)
+    # Stein: E[grad log p] = 0 and E[x . grad log p] = -dim, if x is drawn from p.
+    zeros = jnp.zeros(len(point))
+    score = jax.grad(lambda x: flow.log_density(x, zeros).sum())(point)
+    values = np.c_[score, np.sum(score * point, axis=1)]
+    error = values.std(0) / np.sqrt(len(values))
+    assert (np.abs(values.mean(0) - [0, 0, -2]) < 4 * error).all()
+    # Pure noise says nothing about the data: there the velocity is x - E[data].
+    mean = -np.asarray(flow.velocity(jnp.zeros((1, 2)), jnp.ones(1)))[0]
+    error = np.std(point, axis=0) / np.sqrt(len(point))
+    assert (np.abs(np.mean(point, axis=0) - mean) < 4 * error).all()
 
 
 def test_checkerboard_is_uniform_on_the_dark_squares():
@@ -188,6 +270,15 @@ def test_sprite_options_reach_the_sampler():
     data = load("sprites", train_count=6, test_count=2, size=16)
     assert data.train["image"].shape == (6, 16, 16, 3)
     assert data.num_classes == len(data.meta["class_names"]) == 8
+    data = load("sparse_sprites", train_count=6, test_count=2, size=16)
+    assert data.train["image"].shape == (6, 16, 16, 3)
+    assert data.num_classes == len(data.meta["class_names"]) == 8
+
+
+def test_mixture_loads_with_a_class_for_each_component():
+    data = load("mixture", train_count=64, test_count=2)
+    assert data.train["point"].shape == (64, 2)
+    assert data.num_classes == len(np.unique(data.train["label"])) == 4
 
 
 def test_bad_inputs_are_named(as_shipped):
@@ -195,6 +286,10 @@ def test_bad_inputs_are_named(as_shipped):
         procedural.sprites(jnp.zeros((4, 2), jnp.uint32))
     with pytest.raises(ValueError, match=r"size=4 is outside \[8"):
         procedural.sprites(KEYS, size=4)
+    with pytest.raises(ValueError, match=r"size=15 is outside \[16"):
+        procedural.sparse_sprites(KEYS, size=15)
+    with pytest.raises(TypeError, match=r"keys must be a typed key"):
+        procedural.mixture(jnp.zeros((4, 2), jnp.uint32))
     with pytest.raises(ValueError, match=r"noise=-0.1 is outside"):
         procedural.two_moons(KEYS, noise=-0.1)
     with pytest.raises(ValueError, match=r"test_count=0 is outside \[1"):

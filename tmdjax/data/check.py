@@ -3,7 +3,9 @@
 Usage: ``python -m tmdjax.data.check``
 """
 
-from tmdjax.data.sources import SOURCES, Source, find_files
+import os
+
+from tmdjax.data.sources import DATA_VARIABLE, SOURCES, Source, find_files
 
 _HEADER = ("name", "package", "status", "licence", "how to get it")
 
@@ -37,5 +39,22 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def unpacking() -> str:
+    """How to fill the folder that ``TMDJAX_DATA`` names, and what it names now."""
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder:
+        state = "is not set"
+    else:
+        state = f"is {folder}" + ("" if os.path.isdir(folder) else ", not a folder")
+    commands = [SOURCES[name].unpack for name in SOURCES if SOURCES[name].unpack]
+    return "\n  ".join(
+        (
+            f"Without root, or for a machine without a package manager: fill a FOLDER "
+            f"and set {DATA_VARIABLE}=FOLDER (it {state}).",
+            *commands,
+        )
+    )
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), unpacking(), sep="\n\n")

@@ -1,11 +1,12 @@
 """What a source loads to."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_batch, check_finite
+from tmdjax.core.checks import check_batch, check_finite, check_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,33 @@ class Dataset:
                 label = f"{self.name} {split}[{key!r}]"
                 check_batch(label, array, count)
                 check_finite(array, label, "The source is damaged: install it again.")
+
+
+def stratified_split(
+    arrays: Mapping[str, np.ndarray], test_count: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Splits samples so that each class keeps its share, without random numbers.
+
+    With the samples sorted by class (given order inside a class), the test samples
+    are ``test_count`` evenly spaced ranks, so each class is within one sample of
+    its share. Both splits keep the given order.
+
+    Args:
+        arrays: [n, ...] by name, among them 'label' int [n].
+        test_count: held-out samples, in [1, n).
+
+    Returns:
+        Training and test samples, copies.
+
+    Raises:
+        ValueError: test_count out of range.
+    """
+    label = arrays["label"]
+    check_range("test_count", test_count, 1, len(label), open_high=True)
+    steps = np.arange(len(label) + 1) * test_count // len(label)
+    is_test = np.empty(len(label), bool)
+    is_test[np.argsort(label, kind="stable")] = np.diff(steps) == 1
+    return (
+        {name: array[~is_test] for name, array in arrays.items()},
+        {name: array[is_test] for name, array in arrays.items()},
+    )

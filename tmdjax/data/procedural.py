@@ -26,7 +26,25 @@ SHAPES = ("disc", "ring", "square", "frame", "diamond", "triangle", "cross", "st
 CHECKERBOARD_SQUARES = 8
 RINGS = 3
 
+MIXTURE: dict[str, tuple[Any, ...]] = {
+    "weights": (0.4, 0.3, 0.2, 0.1),
+    "means": ((-1.6, 0.8), (1.2, 1.6), (-0.2, -1.9), (1.9, -0.4)),
+    "stds": (0.4, 0.3, 0.5, 0.2),
+}
+"""Components of :func:`mixture`, as ``flows.gaussian_mixture`` takes them."""
+
+SPARSE_PALETTE = {
+    "red": (1.0, -1.0, -1.0),
+    "green": (-1.0, 1.0, -1.0),
+    "blue": (-1.0, -1.0, 1.0),
+    "yellow": (1.0, 1.0, -1.0),
+    "magenta": (1.0, -1.0, 1.0),
+    "cyan": (-1.0, 1.0, 1.0),
+}
+"""Colours of :func:`sparse_sprites`: the primaries and their mixes."""
+
 _CHUNK = 1024
+_MOST_SPARSE_SPRITES = 3
 
 
 def _disc(x: Array, y: Array) -> Array:
@@ -142,6 +160,55 @@ def sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
     return jax.vmap(one)(keys)
 
 
+def sparse_sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
+    """One to three small bright shapes of one class on black; the class is the shape.
+
+    Most of an image is exactly -1 and a few pixels are near +1, so the scale of the
+    data is far from uniform and the paths of a flow bend. Each shape has its own
+    place, size (its box 0.2 to 0.3 of the image wide, wholly inside) and colour of
+    ``SPARSE_PALETTE``; where shapes overlap, each channel shows the brighter one.
+    Lines thinner than a pixel stay below +1.
+
+    Args:
+        keys: typed keys [batch].
+        size: height and width, at least 16: below, shapes cannot be told apart.
+
+    Returns:
+        'image' float32 in [-1, 1] [batch, size, size, 3]; 'label' int32 [batch].
+
+    Raises:
+        TypeError: raw keys.
+        ValueError: size < 16.
+    """
+    check_key(keys, "keys")
+    check_range("size", size, 16)
+    colours = jnp.asarray([*SPARSE_PALETTE.values()], jnp.float32)
+
+    def light(key: Key[Array, ""], label: Array) -> Array:
+        """What one shape adds to the ground, [size, size, 3] in [0, 2]."""
+        radius_key, centre_key, colour_key = jax.random.split(key, 3)
+        radius = size * jax.random.uniform(
+            radius_key, (), jnp.float32, minval=0.1, maxval=0.15
+        )
+        centre = radius + (size - 2 * radius) * jax.random.uniform(
+            centre_key, (2,), jnp.float32
+        )
+        colour = colours[jax.random.randint(colour_key, (), 0, len(colours))]
+        return shape_mask(label, centre, radius, size)[..., None] * (colour + 1)
+
+    def one(key: Key[Array, ""]) -> dict[str, Array]:
+        label_key, count_key, shapes_key = jax.random.split(key, 3)
+        label = jax.random.randint(label_key, (), 0, len(SHAPES), jnp.int32)
+        count = jax.random.randint(count_key, (), 1, _MOST_SPARSE_SPRITES + 1)
+        shape_keys = jax.random.split(shapes_key, _MOST_SPARSE_SPRITES)
+        lights = jax.vmap(light, (0, None))(shape_keys, label)
+        shown = jnp.arange(_MOST_SPARSE_SPRITES) < count
+        image = jnp.max(lights * shown[:, None, None, None], axis=0) - 1
+        return {"image": image, "label": label}
+
+    return jax.vmap(one)(keys)
+
+
 def checkerboard(keys: SampleKeys) -> dict[str, Array]:
     """Uniform points on the eight dark squares of a 4 x 4 board over [-1, 1]².
 
@@ -222,6 +289,31 @@ def rings(keys: SampleKeys, noise: float = 0.02) -> dict[str, Array]:
     return jax.vmap(one)(keys)
 
 
+def mixture(keys: SampleKeys) -> dict[str, Array]:
+    """Points of the four unequal Gaussians of ``MIXTURE``.
+
+    ``flows.gaussian_mixture(**MIXTURE)`` is the exact flow to this set.
+
+    Args:
+        keys: typed keys [batch].
+
+    Returns:
+        'point' float32 [batch, 2]; 'label' int32 [batch], the component.
+    """
+    check_key(keys, "keys")
+    weights, means, stds = (
+        jnp.asarray(MIXTURE[name], jnp.float32) for name in ("weights", "means", "stds")
+    )
+
+    def one(key: Key[Array, ""]) -> dict[str, Array]:
+        label_key, noise_key = jax.random.split(key)
+        label = jax.random.categorical(label_key, jnp.log(weights)).astype(jnp.int32)
+        noise = jax.random.normal(noise_key, (2,), jnp.float32)
+        return {"point": means[label] + stds[label] * noise, "label": label}
+
+    return jax.vmap(one)(keys)
+
+
 def make_dataset(
     name: str,
     sampler: Sampler,
@@ -291,6 +383,26 @@ def load_sprites(
     )
 
 
+def load_sparse_sprites(
+    files: Mapping[str, Path],
+    *,
+    train_count: int = 8192,
+    test_count: int = 1024,
+    seed: int = 0,
+    size: int = 32,
+) -> Dataset:
+    """A fixed set of :func:`sparse_sprites`."""
+    return make_dataset(
+        "sparse_sprites",
+        functools.partial(sparse_sprites, size=size),
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        num_classes=len(SHAPES),
+        meta={"class_names": SHAPES, "seed": seed},
+    )
+
+
 def load_checkerboard(
     files: Mapping[str, Path],
     *,
@@ -347,4 +459,23 @@ def load_rings(
         seed=seed,
         num_classes=RINGS,
         meta={"seed": seed, "noise": noise},
+    )
+
+
+def load_mixture(
+    files: Mapping[str, Path],
+    *,
+    train_count: int = 16384,
+    test_count: int = 4096,
+    seed: int = 0,
+) -> Dataset:
+    """A fixed set of :func:`mixture` points."""
+    return make_dataset(
+        "mixture",
+        mixture,
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        num_classes=len(MIXTURE["weights"]),
+        meta={"seed": seed},
     )

