@@ -91,13 +91,13 @@ def _squared_distances(
     With the slack of :func:`_rounding` they are upper bounds of the exact ones,
     with its negative lower bounds.
     """
-    squares_x, squares_y = (np.square(z).sum(1) for z in (x, y))
+    squares_x, squares_y = (np.einsum("nd,nd->n", z, z) for z in (x, y))
     size = max(1, _CHUNK_VALUES // len(y))
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
         part = np.add.outer(squares_x[rows], squares_y)
         part *= 1 + slack
-        part -= 2 * (x[rows] @ y.T)
+        part -= (2 * x[rows]) @ y.T
         yield rows, part
 
 
