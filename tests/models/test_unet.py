@@ -366,13 +366,16 @@ def test_products_run_in_the_compute_dtype(recipe, dtype, precise):
         assert ("HIGHEST" in str(equation.params["precision"])) is precise
 
 
-def test_bfloat16_bias_gradient_over_many_pixels(optimised):
+def test_bfloat16_gradients_over_many_pixels(optimised):
     """4096 pixels a sum: a bfloat16 sum over them stalls at 256."""
     module = _Convolution(4, "bf16")
     x = jnp.ones((16, 16, 16, 2))
     params = init_params(module, jax.random.key(0), x)
     gradient = jax.jit(jax.grad(lambda p: functional(module)(p, x).sum()))(params)
     np.testing.assert_array_equal(gradient["bias"], 4096.0)
+    np.testing.assert_array_equal(gradient["kernel"][1, 1], 4096.0)
+    # The padding: an outer row or column of the window misses 16 pixels an image.
+    np.testing.assert_array_equal(gradient["kernel"][0, 1], 4096.0 - 16 * 16)
 
 
 def test_gradient_against_finite_differences(stir, check_slope):
