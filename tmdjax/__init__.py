@@ -26,6 +26,7 @@ _SUBPACKAGES = (
     "metrics",
     "models",
     "quant",
+    "systems",
     "train",
 )
 

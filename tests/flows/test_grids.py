@@ -42,3 +42,18 @@ def test_bad_steps_and_shift():
         flows.uniform_grid(0)
     with pytest.raises(ValueError, match="shift=-1"):
         flows.shifted_grid(4, -1.0)
+
+
+def test_edm_grid_has_the_noise_levels_of_the_paper():
+    grid = flows.edm_grid(18)
+    assert len(grid) == 19 and grid[0] == 1 and grid[-1] == 0
+    sigma = grid[1:-1] / (1 - grid[1:-1])
+    i = np.arange(1, 18)
+    expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(sigma, expected, rtol=1e-9)
+    np.testing.assert_array_equal(flows.edm_grid(1), [1, 0])
+    flows.custom_grid(flows.edm_grid(2))
+    with pytest.raises(ValueError, match="steps=0"):
+        flows.edm_grid(0)
+    with pytest.raises(ValueError, match="sigma_max=0.001"):
+        flows.edm_grid(4, sigma_max=0.001)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +135,61 @@ def test_bad_inputs():
         )
     with pytest.raises(ValueError, match="std=0"):
         flows.logit_normal_time(0.0, 0.0)
+
+
+def test_guidance_scale_is_known():
+    assert flows.guidance_scale(lambda x, t, c: x) == 1.0
+    guided = flows.classifier_free_guidance(lambda x, t, c: x, 3, 0)
+    assert flows.guidance_scale(guided) == 3.0
+    assert flows.guidance_scale(flows.as_pytree(guided)) == 3.0
+
+
+def test_as_pytree_keeps_values_and_exposes_parameters():
+    def apply_fn(params, x, t, cond, power=1):
+        return params["w"] * x**power
+
+    params = {"w": jnp.arange(2.0)}
+    x, t = jnp.ones((3, 2)) * 2, jnp.ones(3)
+    velocity = flows.as_pytree(functools.partial(apply_fn, params))
+    assert jax.tree.leaves(velocity)[0] is params["w"]
+    np.testing.assert_array_equal(velocity(x, t, None), params["w"] * x)
+    # what jit cannot trace stays inside
+    odd = functools.partial(apply_fn, params, power="2")
+    assert not jax.tree.leaves(flows.as_pytree(odd))
+
+
+def test_discrete_times_are_uniform_over_the_choices():
+    sampler = flows.discrete_time([1.0, 0.75, 0.5, 0.25])
+    t = np.asarray(sampler(prng.sample_keys(jax.random.key(0), 4000)))
+    values, counts = np.unique(t, return_counts=True)
+    np.testing.assert_allclose(values, [0.25, 0.5, 0.75, 1.0])
+    assert np.abs(counts - 1000).max() < 4 * np.sqrt(1000 * 0.75)
+    with pytest.raises(ValueError, match=r"times has 1 value.*outside \[0, 1\]"):
+        flows.discrete_time([0.5, 1.5])
+
+
+def test_reflow_regresses_onto_the_line_between_pairs():
+    """A network that knows the pair's line has no loss, at any time."""
+    rng = np.random.default_rng(0)
+    x_data, x_noise = (rng.normal(size=(6, 2)).astype(np.float32) for _ in range(2))
+
+    def line(params, x, t, cond):
+        return jnp.asarray(x_noise - x_data) + params
+
+    keys = prng.sample_keys(jax.random.key(0), 6)
+    loss, _ = flows.flow_matching_loss(0.0, line, x_data, keys, x_noise=x_noise)
+    np.testing.assert_allclose(loss, 0, atol=1e-12)
+    loss, _ = flows.flow_matching_loss(2.0, line, x_data, keys, x_noise=x_noise)
+    np.testing.assert_allclose(loss, 4, rtol=1e-6)
+
+
+def test_reflow_pairs_must_match(as_shipped):
+    keys = prng.sample_keys(jax.random.key(0), 3)
+    with pytest.raises(ValueError, match="x_noise has shape"):
+        flows.flow_matching_loss(
+            0.0,
+            lambda p, x, t, c: x,
+            jnp.zeros((3, 2)),
+            keys,
+            x_noise=jnp.zeros((3, 1)),
+        )

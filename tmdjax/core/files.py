@@ -1,8 +1,16 @@
 """Files that are either whole or not there."""
 
+import io
+import logging
 import os
 import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+
+_LOGGER = logging.getLogger("tmdjax")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -33,3 +41,38 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
                 f"permissions, then run the same command to go on."
             ) from error
         raise
+
+
+def cached_array(
+    path: str | os.PathLike[str], content: str, make: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """Reads an array that was made of the same content, or makes and stores it.
+
+    Args:
+        path: of the .npz file.
+        content: hash of everything the array depends on. A file of other content,
+            or a damaged one, is made again; that is logged.
+        make: computes the array.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            with np.load(path) as stored:
+                found, array = str(stored["content"]), stored["array"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            _LOGGER.warning("%s is damaged (%s); computing it again", path, error)
+        else:
+            if found == content:
+                return array
+            _LOGGER.warning(
+                "%s holds content %s, not %s (another model, noise or setting); "
+                "computing it again",
+                path,
+                found[:12],
+                content[:12],
+            )
+    array = make()
+    buffer = io.BytesIO()
+    np.savez(buffer, content=content, array=array)
+    write_atomically(path, buffer.getvalue())
+    return array

@@ -60,3 +60,34 @@ def shift_time(t: Any, shift: float) -> Any:
 def shifted_grid(steps: int, shift: float) -> Grid:
     """The uniform grid under :func:`shift_time`; shift=1 leaves it as it is."""
     return shift_time(uniform_grid(steps), shift)
+
+
+def edm_grid(
+    steps: int, *, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0
+) -> Grid:
+    """Knots at the noise levels of EDM: sigma^(1/rho) equidistant, then data.
+
+    sigma = t / (1 - t) is the noise-to-data ratio of the linear path; the first knot
+    is moved from sigma_max to exactly 1 (pure noise), where every grid begins.
+
+    Args:
+        steps: N, at least 1.
+        rho: how strongly knots gather near the data, > 0.
+        sigma_min: ratio at the last knot before 0, > 0.
+        sigma_max: ratio at the first knot, > sigma_min.
+
+    Returns:
+        N + 1 float64 times from exactly 1 to exactly 0.
+
+    References:
+        Karras et al., arXiv 2206.00364, eq. 5.
+    """
+    check_range("rho", rho, 0, open_low=True)
+    check_range("sigma_min", sigma_min, 0, open_low=True)
+    check_range("sigma_max", sigma_max, sigma_min, open_low=True)
+    s = uniform_grid(max(steps - 1, 1)) if steps > 1 else np.ones(1)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigma = (low + s * (high - low)) ** rho
+    grid = np.append(sigma / (1 + sigma), 0.0)
+    grid[0] = 1.0
+    return grid

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax.core import prng
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_range, check_same_shape, check_time
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, SampleKeys, Time
 from tmdjax.flows.grids import shift_time
 from tmdjax.flows.guidance import drop_condition
@@ -31,6 +31,18 @@ def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
     return lambda keys: jax.nn.sigmoid(mean + std * prng.normal(keys, ()))
 
 
+def discrete_time(times: Any) -> TimeSampler:
+    """T uniform over given times [n] in [0, 1]: distillation into n Euler steps."""
+    check_time(times, "times")
+    times = jnp.asarray(times, jnp.float32)
+
+    def sample(keys: SampleKeys) -> Time:
+        pick = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(times)))
+        return times[pick(keys)]
+
+    return sample
+
+
 def shifted_time(sampler: TimeSampler, shift: float) -> TimeSampler:
     """Another sampler's times under :func:`~tmdjax.flows.shift_time`."""
     return lambda keys: shift_time(sampler(keys), shift)
@@ -43,6 +55,7 @@ def flow_matching_loss(
     keys: SampleKeys,
     cond: Cond = None,
     *,
+    x_noise: Data | None = None,
     time_sampler: TimeSampler | None = None,
     null_cond: Cond = None,
     drop_rate: float = 0.0,
@@ -55,6 +68,8 @@ def flow_matching_loss(
         x_data: [batch, *event] float32.
         keys: [batch] typed keys: time, noise and dropping are drawn from them.
         cond: conditions of the batch, or None.
+        x_noise: [batch, *event], the noise that belongs to each sample; drawn
+            independently if None. Pairs made by a sampler give reflow.
         time_sampler: keys -> t [batch]; uniform if None.
         null_cond: the condition that stands for "none".
         drop_rate: how often a sample's condition is replaced by null_cond.
@@ -63,14 +78,18 @@ def flow_matching_loss(
         loss [batch] (mean over event dimensions) and per-example metrics.
 
     Raises:
-        ValueError: drop_rate > 0 without a condition and its null.
+        ValueError: drop_rate > 0 without a condition and its null; x_noise of another
+            shape than x_data.
 
     References:
-        Lipman et al., arXiv 2210.02747, eq. 14 with the linear path.
+        Lipman et al., arXiv 2210.02747, eq. 14 with the linear path. Reflow: Liu et
+        al., arXiv 2209.03003, sec. 2.
     """
     keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     t = (time_sampler or uniform_time())(keys[:, 0])
-    x_noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
+    if x_noise is None:
+        x_noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
+    check_same_shape("x_noise", x_noise, "x_data", x_data)
     if drop_rate:
         if cond is None or null_cond is None:
             raise ValueError(

@@ -17,12 +17,12 @@ from tmdjax.core.types import Array, Cond, Data, Key, PerExample, Time
 
 @struct.dataclass
 class GaussianMixture:
-    """sum_j weights_j N(means_j, stds_j^2 I) over vectors.
+    """sum_j weights_j N(means_j, diag(stds_j^2)) over vectors.
 
     Attributes:
         weights: [component], positive, summing to 1.
         means: [component, dim].
-        stds: [component], positive.
+        stds: [component, dim], or [component, 1] for round components, positive.
     """
 
     weights: Any
@@ -37,19 +37,22 @@ class GaussianMixture:
         )
         means, stds = jnp.asarray(self.means), jnp.asarray(self.stds)
         z = jax.random.normal(noise, (count, means.shape[1]), means.dtype)
-        return means[component] + stds[component, None] * z
+        return means[component] + stds[component] * z
 
     def _posterior(self, x: Data, t: Time) -> tuple[Array, Array, Array, Array]:
-        """Log joint [batch, component], centred x, variance and the time column."""
+        """Log joint [batch, component]; the others broadcast to [.., .., dim]."""
         dtype = x.dtype
         means, stds = jnp.asarray(self.means, dtype), jnp.asarray(self.stds, dtype)
-        t = t.astype(dtype)[:, None]
+        t = t.astype(dtype)[:, None, None]
         variance = (1 - t) ** 2 * stds**2 + t**2
-        centred = x[:, None, :] - (1 - t)[..., None] * means
+        centred = x[:, None, :] - (1 - t) * means
+        log_normaliser = jnp.broadcast_to(
+            jnp.log(2 * np.pi * variance), centred.shape
+        ).sum(-1)
         log_joint = (
             jnp.log(jnp.asarray(self.weights, dtype))
-            - 0.5 * jnp.sum(centred**2, -1) / variance
-            - 0.5 * x.shape[1] * jnp.log(2 * np.pi * variance)
+            - 0.5 * jnp.sum(centred**2 / variance, -1)
+            - 0.5 * log_normaliser
         )
         return log_joint, centred, variance, t
 
@@ -73,7 +76,7 @@ class GaussianMixture:
         means = jnp.asarray(self.means, x.dtype)
         stds = jnp.asarray(self.stds, x.dtype)
         gain = (t - (1 - t) * stds**2) / variance
-        by_component = gain[..., None] * centred - means
+        by_component = gain * centred - means
         weights = jax.nn.softmax(log_joint, axis=-1)
         return jnp.sum(weights[..., None] * by_component, axis=1)
 
@@ -81,15 +84,25 @@ class GaussianMixture:
 def gaussian_mixture(weights: Any, means: Any, stds: Any) -> GaussianMixture:
     """Checks and builds a mixture; see :class:`GaussianMixture`.
 
+    Args:
+        weights: [component].
+        means: [component, dim].
+        stds: [component] for round components, or [component, dim].
+
     Raises:
         ValueError: lengths that differ, weights that do not sum to 1, stds <= 0.
     """
     weights, means, stds = (np.asarray(a, np.float64) for a in (weights, means, stds))
-    if means.ndim != 2 or not weights.shape == stds.shape == (len(means),):
+    if (
+        means.ndim != 2
+        or weights.shape != means.shape[:1]
+        or stds.shape not in (means.shape[:1], means.shape)
+    ):
         raise ValueError(
-            f"means must be [component, dim] and weights and stds [component]; got "
-            f"{means.shape}, {weights.shape} and {stds.shape}."
+            f"means must be [component, dim], weights [component] and stds [component] "
+            f"or [component, dim]; got {means.shape}, {weights.shape} and {stds.shape}."
         )
+    stds = stds.reshape(len(means), -1)
     if (stds <= 0).any() or (weights <= 0).any():
         raise ValueError(f"weights {weights} and stds {stds} must be positive.")
     if not np.isclose(weights.sum(), 1):

@@ -2,6 +2,7 @@
 
 from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
 from tmdjax.train.export import load_model, model_meta, save_model
+from tmdjax.train.fine_tuning import FineTuned, fine_tune
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tmdjax.train.sharding import (
     batch_sharding,
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DataIterator",
+    "FineTuned",
     "FitResult",
     "NonFiniteError",
     "OptimizerConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "batch_sharding",
     "create_state",
     "ema_update",
+    "fine_tune",
     "fit",
     "fsdp_shardings",
     "jit_train_step",

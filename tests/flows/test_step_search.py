@@ -1,0 +1,525 @@
+"""Local errors and the dynamic programme: invariants 1-10 and 14-16 of BOSS."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import flows
+from tmdjax.core import prng
+
+
+def keys(count, seed=0):
+    return prng.sample_keys(jax.random.key(seed), count)
+
+
+def brute_force(costs, budget):
+    """Cheapest path by trying all; the lexicographically first of equals."""
+    n = len(costs) - 1
+    best = None
+    for inner in itertools.combinations(range(1, n), budget - 1):
+        path = (0, *inner, n)
+        total = 0.0
+        for j, k in reversed(list(itertools.pairwise(path))):
+            total = costs[j, k] + total  # summed as a recursion would
+        if best is None or total < best[0]:
+            best = (total, path)
+    return best
+
+
+def mixture(dim=2, seed=3):
+    rng = np.random.default_rng(seed)
+    return flows.gaussian_mixture(
+        weights=[0.1, 0.2, 0.3, 0.4],
+        means=rng.normal(size=(4, dim)) * 1.5,
+        stds=[0.2, 0.3, 0.4, 0.5],
+    )
+
+
+def test_1_equals_brute_force_on_random_matrices():
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        n = int(rng.integers(1, 10))
+        costs = np.triu(rng.random((n + 1, n + 1)), 1)
+        if trial % 4 == 0:
+            costs = np.round(costs * 3)  # with ties
+        found = flows.cheapest_paths(costs, n)
+        for budget in range(1, n + 1):
+            total, path = brute_force(costs, budget)
+            index = found.index[budget - 1]
+            assert found.cost[budget - 1] == total
+            assert tuple(index) == path
+            assert index[0] == 0 and index[-1] == n and len(index) == budget + 1
+            assert (np.diff(index) > 0).all()
+
+
+def test_2_one_table_serves_all_budgets():
+    costs = np.triu(np.random.default_rng(1).random((13, 13)), 1)
+    whole = flows.cheapest_paths(costs, 12)
+    for budget in range(1, 13):
+        alone = flows.cheapest_paths(costs, budget)
+        assert alone.cost[-1] == whole.cost[budget - 1]
+        np.testing.assert_array_equal(alone.index[-1], whole.index[budget - 1])
+
+
+def test_3_more_steps_never_cost_more_where_refinement_helps():
+    rng = np.random.default_rng(2)
+    points = np.sort(rng.random(15))
+    # (b - a)^2 is superadditive: every refinement lowers the sum
+    costs = np.triu((points[None] - points[:, None]) ** 2, 1)
+    found = flows.cheapest_paths(costs, 14).cost
+    assert (np.diff(found) <= 0).all()
+
+
+def test_3_all_knots_cost_nothing():
+    costs = flows.local_error_costs(mixture().velocity, keys(20), (2,), knots=30)
+    assert flows.cheapest_paths(costs, 30).cost[-1] < 1e-10 * costs.max()
+
+
+def test_4_adjacent_costs_vanish(x64):
+    costs = flows.local_error_costs(
+        mixture().velocity, keys(20), (2,), knots=50, dtype=jnp.float64
+    )
+    assert np.abs(np.diag(costs, 1)).max() <= 1e-10 * costs.max()
+    assert (np.tril(costs) == 0).all()
+
+
+def constant(x, t, cond):
+    return jnp.broadcast_to(jnp.arange(1.0, 4.0, dtype=x.dtype), x.shape)
+
+
+def towards_origin(x, t, cond):
+    return x / t[:, None]  # x_t = t z: constant along each trajectory
+
+
+@pytest.mark.parametrize("velocity", [constant, towards_origin])
+def test_5_straight_flow_costs_nothing(velocity, x64):
+    costs = flows.local_error_costs(
+        velocity, keys(10), (3,), knots=20, dtype=jnp.float64
+    )
+    assert costs.max() < 1e-20
+
+
+def test_5_tie_rule():
+    paths = flows.cheapest_paths(np.zeros((6, 6)), 3)
+    np.testing.assert_array_equal(paths.index[2], [0, 1, 2, 5])
+
+
+def time_only(x, t, cond):
+    """G(t) u with g = 2 (1 - t) and a unit vector u, u' = -v."""
+    unit = jnp.array([0.6, 0.8], x.dtype)
+    return -2 * (1 - t)[:, None] * unit
+
+
+def test_6_time_only_velocity_has_the_closed_form(x64):
+    n = 100
+    costs = flows.local_error_costs(
+        time_only, keys(3), (2,), knots=n, dtype=jnp.float64
+    )
+    j, k = np.triu_indices(n + 1, 1)
+    expected = ((k - j) * (k - j - 1) / n**2) ** 2
+    np.testing.assert_allclose(costs[j, k], expected, rtol=1e-9, atol=1e-15)
+    for budget in (2, 4, 5, 10):
+        index = flows.cheapest_paths(costs, budget).index[-1]
+        np.testing.assert_array_equal(index, np.linspace(0, n, budget + 1))
+
+
+def linear_costs(matrix, n):
+    """Exact expectation over z ~ N(0, I) of a linear flow's costs, v = -A x."""
+    dim = len(matrix)
+    step = np.eye(dim) + matrix / n
+    powers = [np.linalg.matrix_power(step, k) for k in range(n + 1)]
+    costs = np.zeros((n + 1, n + 1))
+    for j in range(n + 1):
+        for k in range(j + 1, n + 1):
+            gap = powers[k - j] - np.eye(dim) - (k - j) / n * matrix
+            costs[j, k] = np.square(gap @ powers[j]).sum()
+    return costs
+
+
+def test_7_linear_flow_within_four_standard_errors():
+    matrix = np.array([[1.0, -2.0], [1.5, 0.5]])
+    n, samples = 12, 2000
+
+    def velocity(x, t, cond):
+        return -x @ jnp.asarray(matrix.T, x.dtype)
+
+    parts = np.stack(
+        [
+            flows.local_error_costs(velocity, keys(samples // 20, s), (2,), knots=n)
+            for s in range(20)
+        ]
+    )
+    error = parts.std(0, ddof=1) / np.sqrt(20)
+    exact = linear_costs(matrix, n)
+    upper = np.triu_indices(n + 1, 2)
+    deviation = np.abs(parts.mean(0) - exact)[upper] / error[upper]
+    assert deviation.max() < 4
+
+
+@pytest.mark.parametrize(
+    "rate, widths", [(3.0, [73, 45, 33, 27, 22]), (-3.0, [23, 28, 35, 46, 68])]
+)
+def test_7_growing_flows_take_shrinking_steps(rate, widths):
+    costs = linear_costs(np.array([[rate]]), 200)
+    index = flows.cheapest_paths(costs, 5).index[-1]
+    np.testing.assert_array_equal(np.diff(index), widths)
+    # and the same path from simulated trajectories: all samples scale alike
+    found = flows.local_error_costs(
+        lambda x, t, cond: -rate * x, keys(4), (1,), knots=200
+    )
+    simulated = flows.cheapest_paths(found, 5).index[-1]
+    np.testing.assert_array_equal(simulated, index)
+
+
+def test_8_scale_and_rotation(x64):
+    flow = mixture()
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    noise_keys = keys(30)
+    base = flows.local_error_costs(
+        flow.velocity, noise_keys, (2,), knots=20, dtype=jnp.float64
+    )
+
+    # states s x with velocities s v: the flow conjugated by the scale, whose start
+    # is the same noise scaled inside
+    def scaled_metric(estimate, target):
+        return flows.squared_l2(7.0 * estimate, 7.0 * target)
+
+    scaled = flows.local_error_costs(
+        flow.velocity,
+        noise_keys,
+        (2,),
+        knots=20,
+        metric=scaled_metric,
+        dtype=jnp.float64,
+    )
+    np.testing.assert_allclose(scaled, 49 * base, rtol=1e-10, atol=1e-15)
+    np.testing.assert_array_equal(
+        flows.cheapest_paths(scaled, 6).index[-1],
+        flows.cheapest_paths(base, 6).index[-1],
+    )
+
+    def rotated_metric(estimate, target):
+        return flows.squared_l2(estimate @ turn.T, target @ turn.T)
+
+    rotated = flows.local_error_costs(
+        flow.velocity,
+        noise_keys,
+        (2,),
+        knots=20,
+        metric=rotated_metric,
+        dtype=jnp.float64,
+    )
+    np.testing.assert_allclose(rotated, base, rtol=1e-9, atol=1e-15)
+
+
+def test_8_scaled_and_rotated_flows():
+    """The flow itself turned and scaled, started from turned and scaled noise."""
+    flow, scale = mixture(), 3.0
+    turn = jnp.array([[0.6, -0.8], [0.8, 0.6]])
+
+    def changed(x, t, cond):
+        # x = S R y for the y of the original, and so for velocities
+        y = (x - cond) @ turn / scale
+        return scale * flow.velocity(y, t) @ turn.T
+
+    # cond shifts the given noise z to S R z: x - cond = S R y
+    z = prng.normal(keys(30), (2,))
+    shift = z - scale * z @ turn.T
+    base = flows.local_error_costs(flow.velocity, keys(30), (2,), knots=20)
+    found = flows.local_error_costs(changed, keys(30), (2,), shift, knots=20)
+    np.testing.assert_allclose(found, 9 * base, rtol=2e-3, atol=1e-5)
+
+
+def test_9_micro_batches_add_up():
+    flow = mixture()
+    whole = flows.local_error_costs(flow.velocity, keys(30), (2,), knots=20)
+    for micro_batch in (1, 7, 30):
+        parts = flows.local_error_costs(
+            flow.velocity, keys(30), (2,), knots=20, micro_batch=micro_batch
+        )
+        np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6 * whole.max())
+    halves = [
+        flows.local_error_costs(flow.velocity, keys(30)[part], (2,), knots=20)
+        for part in (slice(15), slice(15, 30))
+    ]
+    np.testing.assert_allclose(
+        sum(halves) / 2, whole, rtol=1e-5, atol=1e-6 * whole.max()
+    )
+
+
+def test_9_conditions_follow_their_samples():
+    flow = mixture()
+
+    def velocity(x, t, cond):
+        return cond["gain"][:, None] * flow.velocity(x, t)
+
+    cond = {"gain": np.linspace(0.5, 1.5, 11, dtype=np.float32)}
+    parts, whole = (
+        flows.local_error_costs(
+            velocity, keys(11), (2,), cond, knots=9, micro_batch=micro_batch
+        )
+        for micro_batch in (4, None)
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_10_direction_of_integration_matters(x64):
+    """Walked from its other end, a flow has another matrix and another path."""
+    forward = linear_costs(np.array([[3.0]]), 60)
+    backward = linear_costs(np.array([[-3.0]]), 60)
+    there, back = (flows.cheapest_paths(c, 5).index[-1] for c in (forward, backward))
+    assert not np.array_equal(there, back)
+    # labels alone: tau = 1 - t and u = -v give the mirrored times of the same knots
+    knots = flows.fine_knots(60)
+    np.testing.assert_allclose(1 - knots[there], there / 60, atol=1e-15)
+
+
+def test_14_grids_are_exact():
+    for n in (3, 7, 100, 1000):
+        knots = flows.fine_knots(n)
+        assert knots[0] == 1.0 and knots[-1] == 0.0
+        assert (np.diff(knots) < 0).all()
+        np.testing.assert_allclose(knots, 1 - np.arange(n + 1) / n, atol=1e-15)
+
+
+def test_14_euler_on_integer_knots_equals_euler_on_the_grid():
+    flow, index = mixture(), np.array([0, 10, 35, 70, 100])
+    noise = prng.normal(keys(16), (2,))
+    x = noise
+    for j, k in itertools.pairwise(index):
+        t = jnp.full(len(x), 1 - j / 100)
+        x = x - (k - j) / 100 * flow.velocity(x, t)
+    found = flows.endpoints(flow.velocity, noise, flows.fine_knots(100)[index])
+    np.testing.assert_allclose(found, x, atol=1e-5)
+
+
+def test_15_same_key_same_matrix():
+    flow = mixture()
+    first, again, other = (
+        flows.local_error_costs(flow.velocity, keys(50, seed), (2,), knots=50)
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    paths = [flows.cheapest_paths(c, 6).index[-1] for c in (first, other)]
+    spread = np.abs(paths[0] - paths[1]).max()
+    print(f"paths of two seeds differ by {spread} of 50 knots")
+    assert spread <= 10
+
+
+def test_16_compiled_or_not():
+    with jax.disable_jit():
+        plain = flows.local_error_costs(mixture().velocity, keys(3), (2,), knots=6)
+    compiled = flows.local_error_costs(mixture().velocity, keys(3), (2,), knots=6)
+    np.testing.assert_allclose(compiled, plain, rtol=1e-4, atol=1e-9)
+
+
+def test_16_paths_of_both_precisions(x64):
+    flow = mixture()
+    start = prng.normal(keys(40), (2,), jnp.float32)
+
+    def from_start(x, t, shift):
+        return flow.velocity(x - shift, t)
+
+    found = []
+    for dtype in (jnp.float32, jnp.float64):  # which draw different noise
+        shift = prng.normal(keys(40), (2,), dtype) - start.astype(dtype)
+        found.append(
+            flows.local_error_costs(
+                from_start, keys(40), (2,), shift, knots=60, dtype=dtype
+            )
+        )
+    single, double = found
+    np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-6)
+    for budget in (2, 4, 6, 8):
+        a, b = (flows.cheapest_paths(c, budget).index[-1] for c in (single, double))
+        tied = abs(flows.path_cost(double, a) / flows.path_cost(double, b) - 1) < 1e-6
+        assert np.array_equal(a, b) or tied
+
+
+def test_other_knots_and_tables():
+    flow = mixture()
+    edm = flows.edm_grid(12)
+    costs = flows.local_error_costs(flow.velocity, keys(20), (2,), knots=edm)
+    assert costs.shape == (13, 13)
+    table = flows.make_table("ode", edm)
+    again = flows.local_error_costs(flow.velocity, keys(20), (2,), knots=table)
+    np.testing.assert_array_equal(again, costs)
+
+
+def test_heun_costs_are_those_of_heun_steps():
+    flow = mixture()
+    knots = flows.fine_knots(8)
+    noise = prng.normal(keys(5), (2,))
+    costs = flows.local_error_costs(
+        flow.velocity, keys(5), (2,), knots=8, method="heun"
+    )
+    states = flows.states_at(flow.velocity, noise, knots, np.arange(9))
+    for j, k in ((0, 8), (2, 5), (6, 8)):
+        t, t_next = (jnp.full(5, knots[i], jnp.float32) for i in (j, k))
+        width = float(knots[j] - knots[k])
+        v = flow.velocity(states[j], t)
+        w = flow.velocity(states[j] - width * v, t_next)
+        landing = states[j] - width * (v + w) / 2
+        expected = np.square(landing - states[k]).sum(-1).mean()
+        assert costs[j, k] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_future_weight_multiplies_what_comes_later():
+    costs = np.triu(np.random.default_rng(5).random((8, 8)), 1)
+    found = flows.cheapest_paths(costs, 3, future_weight=1.5)
+    best = min(
+        (costs[0, a] + 1.5 * costs[a, b] + 2.25 * costs[b, 7], (0, a, b, 7))
+        for a, b in itertools.combinations(range(1, 7), 2)
+    )
+    assert found.cost[-1] == pytest.approx(best[0])
+    assert tuple(found.index[-1]) == best[1]
+
+
+def test_parameters_are_arguments_of_the_program(count_compiles):
+    def apply_fn(params, x, t, cond):
+        return params["w"] * jnp.sin(x + t[:, None])
+
+    def costs(w):
+        velocity = functools.partial(apply_fn, {"w": jnp.float32(w)})
+        guided = flows.classifier_free_guidance(velocity, 2.0, 0)
+        cond = np.zeros(4, np.int32)
+        return flows.local_error_costs(guided, keys(4), (2,), cond, knots=5)
+
+    first = costs(1.0)
+    with count_compiles() as compiled:
+        second = costs(2.0)
+    assert not compiled
+    assert not np.allclose(first, second)
+
+
+def test_states_at_equal_the_whole_trajectory():
+    flow, knots = mixture(), flows.fine_knots(10)
+    noise = prng.normal(keys(6), (2,))
+    table = flows.make_table("ode", knots)
+    whole = flows.rollout(None, flow.velocity, noise, table).states
+    kept = flows.states_at(flow.velocity, noise, knots, [0, 3, 4, 10])
+    np.testing.assert_allclose(kept, whole[np.array([0, 3, 4, 10])], atol=1e-5)
+    with pytest.raises(ValueError, match="must increase from 0"):
+        flows.states_at(flow.velocity, noise, knots, [1, 4])
+
+
+def test_terminal_errors_are_distances_of_endpoints():
+    flow = mixture()
+    noise = prng.normal(keys(6), (2,))
+    reference = flows.endpoints(flow.velocity, noise, flows.uniform_grid(50))
+    grids = [flows.uniform_grid(3), flows.shifted_grid(3, 2.0)]
+    found = flows.terminal_errors(flow.velocity, noise, reference, grids)
+    assert found.shape == (2, 6)
+    for row, grid in zip(found, grids):
+        x = flows.endpoints(flow.velocity, noise, grid)
+        np.testing.assert_allclose(
+            row, np.square(np.asarray(x) - reference).sum(-1), rtol=1e-4
+        )
+    with pytest.raises(ValueError, match=r"grids have \[4, 5\] knots"):
+        flows.terminal_errors(
+            flow.velocity, noise, reference, [grids[0], flows.uniform_grid(4)]
+        )
+
+
+# Bad inputs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, -3, 11])
+def test_budget_out_of_range(budget):
+    with pytest.raises(ValueError, match=rf"K={budget} must be in \[1, K_max=10\]"):
+        flows.cheapest_paths(np.zeros((11, 11)), budget)
+
+
+@pytest.mark.parametrize(
+    "knots, message",
+    [
+        ([1.0, 0.5, 0.6, 0.0], "knot 1 is 0.5 and knot 2 is 0.6"),
+        ([1.0, 0.5, 0.5, 0.0], "knot 1 is 0.5 and knot 2 is 0.5"),
+        ([0.9, 0.5, 0.0], "knot 0 is 0.9"),
+        ([1.0, 0.5, 0.1], "last knot is 0.1"),
+        (0, "knots=0 must be at least 1"),
+    ],
+)
+def test_bad_knots(knots, message, as_shipped):
+    with pytest.raises(ValueError, match=message):
+        flows.local_error_costs(constant, keys(2), (3,), knots=knots)
+
+
+@pytest.mark.parametrize(
+    "entry, value, message",
+    [
+        ((1, 3), np.nan, r"costs\[1, 3\] = nan.*singular at t = 1.*eps"),
+        ((0, 2), np.inf, r"costs\[0, 2\] = inf"),
+        ((2, 4), -0.1, r"costs\[2, 4\] = -0.1: costs must not be negative"),
+    ],
+)
+def test_bad_costs(entry, value, message):
+    costs = np.triu(np.ones((5, 5)), 1)
+    costs[entry] = value
+    with pytest.raises(ValueError, match=message):
+        flows.cheapest_paths(costs, 2)
+    costs[entry] = 1
+    costs[entry[::-1]] = value  # below the diagonal nobody looks
+    flows.cheapest_paths(costs, 2)
+
+
+def test_costs_not_square():
+    with pytest.raises(ValueError, match=r"must be square.*\(3, 4\)"):
+        flows.cheapest_paths(np.zeros((3, 4)), 2)
+
+
+def test_nan_velocity_is_reported_as_a_cost():
+    def singular(x, t, cond):
+        return x / (1 - t)[:, None]
+
+    costs = flows.local_error_costs(singular, keys(2), (2,), knots=5)
+    with pytest.raises(ValueError, match=r"costs\[0, 1\] = nan"):
+        flows.cheapest_paths(costs, 2)
+
+
+@pytest.mark.parametrize(
+    "velocity, message",
+    [
+        (lambda x, t, c: x[:, :1], r"shape \(4, 2\) and dtype float32.*\(4, 1\)"),
+        (lambda x, t, c: jnp.ones(x.shape, jnp.int32), "dtype int32"),
+        (lambda x, t, c: (x, x), "shape None"),
+    ],
+)
+def test_velocity_of_another_shape_or_dtype(velocity, message):
+    with pytest.raises(TypeError, match=message):
+        flows.local_error_costs(velocity, keys(4), (2,), knots=5)
+
+
+def test_memory_is_bounded_before_anything_runs():
+    def never(x, t, cond):
+        raise AssertionError("traced")
+
+    shape = (256, 256, 3)
+    one = flows.cost_memory(shape, 100)
+    assert 1.5e8 < one < 1.7e8
+    with pytest.raises(ValueError, match="give micro_batch<=24"):
+        flows.local_error_costs(never, keys(1000), shape, micro_batch=1000)
+    with pytest.raises(ValueError, match="use fewer knots"):
+        flows.local_error_costs(never, keys(10), shape, memory_limit=1e8)
+
+
+def test_stochastic_tables_are_refused():
+    table = flows.make_table("ode", flows.uniform_grid(4))
+    noisy = table.replace(S=np.full(4, 0.1), stochastic=True)
+    with pytest.raises(NotImplementedError, match="deterministic flow"):
+        flows.local_error_costs(constant, keys(2), (3,), knots=noisy)
+
+
+def test_conditions_of_another_batch(as_shipped):
+    with pytest.raises(ValueError, match="leading axis must be the batch, 4"):
+        flows.local_error_costs(constant, keys(4), (3,), np.zeros(3), knots=5)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="method='hein'.*Did you mean 'heun'"):
+        flows.local_error_costs(constant, keys(4), (3,), knots=5, method="hein")

@@ -1,0 +1,615 @@
+"""BOSS: invariants 11-13 of its sheet, search, sampling, and every bad input.
+
+Invariants 1-10 and 14-16 are those of the cost matrix and the dynamic programme:
+tests/flows/test_step_search.py.
+"""
+
+import functools
+import json
+import logging
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import data, flows, models, train
+from tmdjax.core import prng
+from tmdjax.models import lora
+from tmdjax.systems import boss, reflow
+
+FLOW = flows.gaussian_mixture(**data.MIXTURE)
+BUDGETS = (2, 4, 6)
+
+
+def keys(count, seed=0):
+    return prng.sample_keys(jax.random.key(seed), count)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return boss.search(FLOW.velocity, keys(60), (2,), BUDGETS, knots=40)
+
+
+@pytest.fixture(scope="module")
+def fine(found):
+    return boss.fine_states(
+        FLOW.velocity, keys(50, 1), (2,), found.schedules.values(), micro_batch=20
+    )
+
+
+def mlp():
+    module = models.build({"name": "mlp", "hidden": 32, "depth": 2})
+    apply_fn = models.functional(module)
+    shapes = (jnp.zeros((1, 2)), jnp.zeros(1), None)
+    params = models.init_params(module, jax.random.key(0), *shapes)
+    return apply_fn, jax.tree.map(lambda p: p + 0.01, params)
+
+
+# Search -------------------------------------------------------------------------------
+
+
+def test_search_joins_costs_and_paths(found):
+    costs = flows.local_error_costs(FLOW.velocity, keys(60), (2,), knots=40)
+    np.testing.assert_array_equal(found.costs, costs)
+    paths = flows.cheapest_paths(costs, 6)
+    assert tuple(found.schedules) == BUDGETS
+    for budget, schedule in found.schedules.items():
+        np.testing.assert_array_equal(schedule.index, paths.index[budget - 1])
+        assert schedule.cost == paths.cost[budget - 1]
+        assert schedule.times[0] == 1 and schedule.times[-1] == 0
+        assert len(schedule.times) == budget + 1
+        uniform = np.rint(np.linspace(0, 40, budget + 1)).astype(int)
+        assert schedule.cost <= flows.path_cost(costs, uniform)
+
+
+def test_one_number_means_all_budgets():
+    found = boss.search(FLOW.velocity, keys(5), (2,), 3, knots=8)
+    assert tuple(found.schedules) == (1, 2, 3)
+
+
+def test_guided_search_differs_and_is_labelled():
+    def conditional(x, t, cond):
+        return FLOW.velocity(x, t) * (1 + 0.5 * cond[:, None])
+
+    cond = np.ones(20, np.float32)
+    plain, guided = (
+        boss.search(
+            flows.classifier_free_guidance(conditional, scale, 0.0),
+            keys(20),
+            (2,),
+            (3,),
+            cond,
+            knots=20,
+        )
+        for scale in (1.0, 3.0)
+    )
+    assert not np.allclose(plain.costs, guided.costs)
+    assert plain.schedules[3].guidance_scale == 1.0
+    assert guided.schedules[3].guidance_scale == 3.0
+
+
+def test_any_metric():
+    def first_axis(estimate, target):
+        return jnp.abs(estimate - target)[:, 0]
+
+    found = boss.search(
+        FLOW.velocity, keys(20), (2,), (2,), knots=10, metric=first_axis
+    )
+    knots = flows.fine_knots(10)
+    noise = prng.normal(keys(20), (2,))
+    states = flows.states_at(FLOW.velocity, noise, knots, np.arange(11))
+    v = FLOW.velocity(states[0], jnp.ones(20))
+    expected = np.abs(states[0] - 0.5 * v - states[5])[:, 0].mean()
+    assert found.costs[0, 5] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_polish_never_ends_worse(found):
+    noise = prng.normal(keys(60), (2,))
+    reference = flows.endpoints(FLOW.velocity, noise, flows.fine_knots(40))
+    for budget, schedule in found.schedules.items():
+        polished = boss.polish_schedule(FLOW.velocity, noise, schedule, found.costs)
+        grids = [
+            g.times if isinstance(g, boss.Schedule) else g
+            for g in (polished, schedule, flows.uniform_grid(budget))
+        ]
+        errors = flows.terminal_errors(FLOW.velocity, noise, reference, grids).mean(1)
+        assert errors[0] <= errors[1:].min() * (1 + 1e-6)
+        assert polished.cost >= schedule.cost - 1e-9  # the search had the optimum
+        assert polished.cost == pytest.approx(
+            flows.path_cost(found.costs, polished.index)
+        )
+    one_knot = boss.polish_schedule(
+        FLOW.velocity, noise, found.schedules[2], found.costs
+    )
+    grids = [flows.fine_knots(40)[[0, m, 40]] for m in range(1, 40)]
+    everywhere = flows.terminal_errors(FLOW.velocity, noise, reference, grids).mean(1)
+    m = one_knot.index[1] - 1
+    neighbours = everywhere[max(m - 1, 0) : m + 2]
+    assert everywhere[m] == neighbours.min()  # a local optimum of the true error
+
+
+def test_polish_as_an_option():
+    polished = boss.search(FLOW.velocity, keys(30), (2,), (3,), knots=20, polish=True)
+    plain = boss.search(FLOW.velocity, keys(30), (2,), (3,), knots=20)
+    expected = boss.polish_schedule(
+        FLOW.velocity, prng.normal(keys(30), (2,)), plain.schedules[3], plain.costs
+    )
+    np.testing.assert_array_equal(polished.schedules[3].index, expected.index)
+
+
+# Cache --------------------------------------------------------------------------------
+
+
+def scaled(params, x, t, cond):
+    return params["gain"] * FLOW.velocity(x, t)
+
+
+def test_cache_is_used_for_the_same_content_only(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "tmdjax")
+    path = tmp_path / "costs.npz"
+
+    def search(gain=1.0, seed=0, knots=10, **options):
+        velocity = functools.partial(scaled, {"gain": jnp.float32(gain)})
+        return boss.search(
+            velocity, keys(8, seed), (2,), (2,), knots=knots, cache=path, **options
+        ).costs
+
+    first = search()
+    stamp = path.stat().st_mtime_ns
+    np.testing.assert_array_equal(search(), first)
+    assert path.stat().st_mtime_ns == stamp and not caplog.records
+    changes = (
+        {"gain": 1.001},
+        {"seed": 1},
+        {"knots": 12},
+        {"metric": lambda a, b: 2 * flows.squared_l2(a, b)},
+        {"method": "heun"},
+    )
+    for change in changes:
+        caplog.clear()
+        other = search(**change)
+        assert "holds content" in caplog.text and "computing it again" in caplog.text
+        assert other.shape != first.shape or not np.array_equal(other, first)
+        search()  # and back
+    path.write_bytes(path.read_bytes()[:100])
+    caplog.clear()
+    np.testing.assert_array_equal(search(), first)
+    assert "is damaged" in caplog.text
+
+
+def test_cache_sees_a_model_that_differs_at_one_time_only(tmp_path):
+    """A straightened network, say, at the knot it was tuned at."""
+
+    def bent(x, t, cond):
+        return FLOW.velocity(x, t) + jnp.where(t == 0.5, 1.0, 0.0)[:, None]
+
+    path = tmp_path / "costs.npz"
+    costs = [
+        boss.search(v, keys(4), (2,), (2,), knots=10, cache=path).costs
+        for v in (FLOW.velocity, bent)
+    ]
+    assert not np.array_equal(*costs)
+
+
+# Straightening ------------------------------------------------------------------------
+
+
+def test_chords_join_states_of_one_trajectory(found, fine):
+    noise = prng.normal(keys(50, 1), (2,))
+    whole = flows.states_at(FLOW.velocity, noise, flows.fine_knots(40), np.arange(41))
+    for budget, schedule in found.schedules.items():
+        chords = boss.chords(fine, schedule)
+        assert len(chords["t"]) == 50 * budget
+        for i, j, k in zip(range(budget), schedule.index[:-1], schedule.index[1:]):
+            rows = slice(50 * i, 50 * (i + 1))
+            np.testing.assert_allclose(chords["x"][rows], whole[j], atol=1e-5)
+            np.testing.assert_allclose(chords["x_next"][rows], whole[k], atol=1e-5)
+            np.testing.assert_allclose(chords["t"][rows], 1 - j / 40, atol=1e-6)
+            np.testing.assert_allclose(chords["t_next"][rows], 1 - k / 40, atol=1e-6)
+
+
+def test_split_pools_chords_not_noises(found, fine):
+    chords = boss.chords(fine, found.schedules[6])
+    chords["number"] = np.arange(300)
+    training, held_out = boss.split(chords, jax.random.key(0))
+    assert len(held_out["t"]) == 30 and len(training["t"]) == 270
+    both = np.concatenate([training["number"], held_out["number"]])
+    np.testing.assert_array_equal(np.sort(both), np.arange(300))
+    assert len(np.unique(held_out["t"])) > 1  # of several steps of the grid
+
+
+def test_11_loss_is_zero_iff_the_velocity_is_the_chord(found, fine):
+    chords = boss.chords(fine, found.schedules[4])
+    width = chords["t"] - chords["t_next"]
+    exact = (chords["x"] - chords["x_next"]) / width[:, None]
+
+    def table(params, x, t, cond):
+        return params["v"]
+
+    loss, _ = boss.straightening_loss({"v": exact}, table, chords)
+    assert loss.max() < 1e-12
+    off = {"v": jnp.asarray(exact).at[3, 0].add(0.5)}
+    loss, _ = boss.straightening_loss(off, table, chords)
+    assert loss[3] == pytest.approx(0.125, rel=1e-4)
+    assert loss.at[3].set(0).max() < 1e-12
+    weighted, _ = boss.straightening_loss(off, table, chords, weight="width2")
+    assert weighted[3] == pytest.approx(0.125 * width[3] ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", boss.WEIGHTS)
+def test_11_gradient_equals_finite_differences(found, fine, weight, x64):
+    apply_fn, params = mlp()
+    chords = jax.tree.map(lambda a: a[:8], boss.chords(fine, found.schedules[4]))
+    chords = {name: a.astype(np.float64) for name, a in chords.items()}
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+
+    def loss(params):
+        values, _ = boss.straightening_loss(params, apply_fn, chords, weight=weight)
+        return values.mean()
+
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    direction = jax.random.normal(jax.random.key(1), flat.shape, flat.dtype)
+    slope = jnp.vdot(
+        jax.flatten_util.ravel_pytree(jax.grad(loss)(params))[0], direction
+    )
+    step = 1e-6
+    numeric = (
+        loss(unravel(flat + step * direction)) - loss(unravel(flat - step * direction))
+    ) / (2 * step)
+    # the network computes in float32
+    np.testing.assert_allclose(slope, numeric, rtol=2e-2)
+
+
+def test_11_one_step_is_reflow_at_pure_noise():
+    apply_fn, params = mlp()
+    found = boss.search(FLOW.velocity, keys(10), (2,), (1,), knots=20)
+    fine = boss.fine_states(FLOW.velocity, keys(16, 2), (2,), found.schedules.values())
+    chords = boss.chords(fine, found.schedules[1])
+    straight, _ = boss.straightening_loss(params, apply_fn, chords)
+    lines, _ = flows.flow_matching_loss(
+        params,
+        apply_fn,
+        jnp.asarray(fine.states[-1]),
+        keys(16),
+        x_noise=jnp.asarray(fine.states[0]),
+        time_sampler=flows.discrete_time([1.0]),
+    )
+    np.testing.assert_allclose(straight, lines, rtol=1e-5)
+
+
+def test_12_a_table_recovers_the_fine_states(found, fine):
+    """A free value for each step and sample, fitted: Euler telescopes exactly."""
+    schedule = found.schedules[4]
+    chords = boss.chords(fine, schedule)
+    samples, steps = 50, 4
+
+    def table(params, x, t, cond):
+        return params["v"][cond]
+
+    batch = {**chords, "cond": np.arange(samples * steps)}
+    params = {"v": jnp.zeros((samples * steps, 2))}
+    rate = 0.9 * samples * steps  # of a quadratic with curvature 1 / (samples steps)
+
+    @jax.jit
+    def update(params):
+        grad = jax.grad(lambda p: boss.straightening_loss(p, table, batch)[0].mean())(
+            params
+        )
+        return {"v": params["v"] - rate * grad["v"]}
+
+    for _ in range(60):
+        params = update(params)
+    x, kept = jnp.asarray(fine.states[0]), [fine.states[0]]
+    for k, (t, t_next) in enumerate(zip(schedule.times[:-1], schedule.times[1:])):
+        x = x - (t - t_next) * params["v"][k * samples : (k + 1) * samples]
+        kept.append(np.asarray(x))
+    place = np.searchsorted(fine.index, schedule.index)
+    scale = np.abs(fine.states).max()
+    assert np.abs(np.stack(kept) - fine.states[place]).max() < 1e-5 * scale
+
+
+def test_13_all_knots_leave_the_teacher_as_it_is():
+    n = 20
+    found = boss.search(FLOW.velocity, keys(10), (2,), (n,), knots=n)
+    np.testing.assert_array_equal(found.schedules[n].index, np.arange(n + 1))
+    fine = boss.fine_states(FLOW.velocity, keys(10), (2,), found.schedules.values())
+    chords = boss.chords(fine, found.schedules[n])
+
+    def teacher(params, x, t, cond):
+        return FLOW.velocity(x, t)
+
+    loss, _ = boss.straightening_loss({}, teacher, chords)
+    assert loss.max() < 1e-8
+
+
+@pytest.fixture(scope="module")
+def student():
+    apply_fn, _ = mlp()
+    module = models.build({"name": "mlp", "hidden": 32, "depth": 2})
+    shapes = (jnp.zeros((1, 2)), jnp.zeros(1), None)
+    params = models.init_params(module, jax.random.key(0), *shapes)
+
+    def corrected(params, x, t, cond=None):
+        return FLOW.velocity(x, t) + apply_fn(params, x, t, None)
+
+    return corrected, params
+
+
+def test_straightening_brings_few_steps_to_the_fine_samples(student):
+    apply_fn, params = student
+    found = boss.search(FLOW.velocity, keys(60), (2,), (3,), knots=40)
+    schedule = found.schedules[3]
+    fine = boss.fine_states(FLOW.velocity, keys(800, 1), (2,), [schedule])
+    training, held_out = boss.split(boss.chords(fine, schedule), jax.random.key(0))
+    tuned = boss.straighten(
+        params,
+        apply_fn,
+        training,
+        key=jax.random.key(1),
+        steps=400,
+        batch_size=128,
+        optimizer=train.OptimizerConfig(name="adam", learning_rate=3e-3),
+    )
+    before, after = (
+        float(boss.straightening_loss(p, apply_fn, held_out)[0].mean())
+        for p in (params, tuned.params)
+    )
+    assert after < 0.6 * before
+    noise = prng.normal(keys(300, 5), (2,))
+    reference = flows.endpoints(FLOW.velocity, noise, flows.fine_knots(40))
+    errors = [
+        float(
+            flows.squared_l2(
+                boss.sample(functools.partial(apply_fn, p), noise, schedule), reference
+            ).mean()
+        )
+        for p in (params, tuned.params)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+    assert not np.allclose(
+        jax.tree.leaves(tuned.params)[0], jax.tree.leaves(tuned.raw_params)[0]
+    )
+
+
+def test_straightening_by_lora_trains_adapters_alone(student):
+    corrected, params = student
+    targets = ["kernel"]
+    adapters = lora.init(jax.random.key(3), params, 2, targets)
+    adapted = lora.apply_fn(corrected, params, 2.0)
+    found = boss.search(FLOW.velocity, keys(20), (2,), (2,), knots=20)
+    fine = boss.fine_states(FLOW.velocity, keys(200, 1), (2,), found.schedules.values())
+    chords = boss.chords(fine, found.schedules[2])
+    tuned = boss.straighten(
+        adapters, adapted, chords, key=jax.random.key(1), steps=100, batch_size=64
+    )
+    assert jax.tree.structure(tuned.params) == jax.tree.structure(adapters)
+    before, after = (
+        float(boss.straightening_loss(p, adapted, chords)[0].mean())
+        for p in (adapters, tuned.params)
+    )
+    assert after < before
+
+
+@pytest.mark.parametrize("steps_distilled", [None, 3])
+def test_reflow_straightens_too(student, steps_distilled):
+    apply_fn, params = student
+    noise = prng.normal(keys(500), (2,))
+    x_data = flows.endpoints(FLOW.velocity, noise, flows.fine_knots(40))
+    pairs = {"x_noise": np.asarray(noise), "x_data": np.asarray(x_data)}
+    tuned = reflow.straighten(
+        params,
+        apply_fn,
+        pairs,
+        steps_distilled=steps_distilled,
+        key=jax.random.key(0),
+        steps=300,
+        optimizer=train.OptimizerConfig(name="adam", learning_rate=3e-3),
+    )
+    test = prng.normal(keys(200, 9), (2,))
+    reference = flows.endpoints(FLOW.velocity, test, flows.fine_knots(40))
+    errors = [
+        float(
+            flows.terminal_errors(
+                functools.partial(apply_fn, p),
+                test,
+                reference,
+                [flows.uniform_grid(3)],
+            ).mean()
+        )
+        for p in (params, tuned.params)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_path):
+    apply_fn, params = student
+    chords = boss.chords(fine, found.schedules[4])
+
+    def run(folder, stop_at=None):
+        def fit(state, step, batches, num_steps, place):
+            asked = []
+            result = train.fit(
+                state,
+                step,
+                batches,
+                key=jax.random.key(0),
+                num_steps=num_steps,
+                place=place,
+                log_every=5,
+                checkpoints=train.Checkpoints(folder),
+                should_stop=lambda: asked.append(1) or len(asked) == stop_at,
+            )
+            return result.state
+
+        return boss.straighten(
+            params,
+            apply_fn,
+            chords,
+            key=jax.random.key(0),
+            steps=20,
+            batch_size=32,
+            fit=fit,
+        )
+
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b", stop_at=2)
+    again = run(tmp_path / "b")
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+# Sampling carries its grid ------------------------------------------------------------
+
+
+def test_sample_walks_the_grid(found):
+    noise = prng.normal(keys(9), (2,))
+    x = boss.sample(FLOW.velocity, noise, found.schedules[4])
+    y = flows.endpoints(FLOW.velocity, noise, found.schedules[4].times)
+    np.testing.assert_array_equal(x, y)
+    heun = boss.sample(FLOW.velocity, noise, found.schedules[4], method="heun")
+    assert not np.allclose(heun, x)
+
+
+def test_grid_survives_json_and_is_the_default(found):
+    grid = json.loads(json.dumps(found.schedules[6].times.tolist()))
+    noise = prng.normal(keys(9), (2,))
+    x = boss.sample(FLOW.velocity, noise, trained_on=grid)
+    y = boss.sample(FLOW.velocity, noise, found.schedules[6], trained_on=grid)
+    np.testing.assert_array_equal(x, y)
+
+
+def test_another_grid_is_refused_unless_allowed(found):
+    noise, trained_on = prng.normal(keys(9), (2,)), found.schedules[6].times
+    with pytest.raises(ValueError, match="straightened on the times.*allow_grid_mis"):
+        boss.sample(FLOW.velocity, noise, flows.uniform_grid(6), trained_on=trained_on)
+    x = boss.sample(
+        FLOW.velocity,
+        noise,
+        flows.uniform_grid(6),
+        trained_on=trained_on,
+        allow_grid_mismatch=True,
+    )
+    np.testing.assert_array_equal(
+        x, flows.endpoints(FLOW.velocity, noise, flows.uniform_grid(6))
+    )
+    with pytest.raises(ValueError, match="give a grid"):
+        boss.sample(FLOW.velocity, noise)
+
+
+def test_another_guidance_scale_warns(found):
+    def conditional(x, t, cond):
+        return FLOW.velocity(x, t) + cond[:, None]
+
+    guided = flows.classifier_free_guidance(conditional, 2.0, 0.0)
+    noise, cond = prng.normal(keys(4), (2,)), jnp.ones(4)
+    with pytest.warns(UserWarning, match=r"at guidance scale 1.0.*sampled at 2.0"):
+        boss.sample(guided, noise, found.schedules[4], cond)
+    own = boss.search(guided, keys(4), (2,), (2,), cond, knots=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        boss.sample(guided, noise, own.schedules[2], cond)
+
+
+# Bad inputs ---------------------------------------------------------------------------
+
+
+def never(x, t, cond):
+    raise AssertionError("the budget is checked before the network is traced")
+
+
+@pytest.mark.parametrize("budgets", [0, 101, (4, 200), -1])
+def test_budget_before_anything_else(budgets):
+    with pytest.raises(ValueError, match=r"budget K=.* must be in \[1, K_max=100\]"):
+        boss.search(never, keys(4), (2,), budgets)
+
+
+def test_stochastic_table_is_refused():
+    table = flows.make_table("ode", flows.uniform_grid(4))
+    noisy = table.replace(S=np.full(4, 0.1), stochastic=True)
+    with pytest.raises(NotImplementedError, match="deterministic flow"):
+        boss.search(never, keys(4), (2,), 2, knots=noisy)
+
+
+def test_schedule_of_other_knots_is_refused(fine):
+    other = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=20).schedules[4]
+    with pytest.raises(ValueError, match=r"other knots \(20 steps.*than the fine.*40"):
+        boss.chords(fine, other)
+    edm = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=flows.edm_grid(40))
+    with pytest.raises(ValueError, match="hash"):
+        boss.chords(fine, edm.schedules[4])
+
+
+def test_schedule_through_knots_not_kept_is_refused(found, fine):
+    schedule = found.schedules[2]
+    skipped = np.setdiff1d(np.arange(41), fine.index)[0]
+    moved = boss.Schedule(np.array([0, skipped, 40]), schedule.knots, 0.0)
+    with pytest.raises(ValueError, match=f"passes knot {skipped}"):
+        boss.chords(fine, moved)
+
+
+def test_no_schedule():
+    with pytest.raises(ValueError, match="give at least one"):
+        boss.fine_states(FLOW.velocity, keys(4), (2,), [])
+
+
+def test_chord_without_width(found, fine, student):
+    chords = boss.chords(fine, found.schedules[4])
+    chords["t_next"][7] = chords["t"][7]
+    apply_fn, params = student
+    with pytest.raises(ValueError, match=r"chord 7 goes from.*Is a knot.*twice"):
+        boss.straighten(params, apply_fn, chords, key=jax.random.key(0), steps=1)
+    with pytest.raises(ValueError, match="chord 7"):
+        boss.split(chords, jax.random.key(0))
+
+
+def test_bad_settings(found, fine, student):
+    apply_fn, params = student
+    chords = boss.chords(fine, found.schedules[4])
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="weight='widht2'.*Did you mean 'width2'"):
+        boss.straighten(params, apply_fn, chords, key=key, weight="widht2")
+    with pytest.raises(ValueError, match="steps=0"):
+        boss.straighten(params, apply_fn, chords, key=key, steps=0)
+    with pytest.raises(ValueError, match="ema_half_life=0"):
+        boss.straighten(params, apply_fn, chords, key=key, ema_half_life=0.0)
+    with pytest.raises(ValueError, match="eval_fraction=1"):
+        boss.split(chords, key, 1.0)
+    with pytest.raises(ValueError, match="future_weight=0"):
+        boss.search(FLOW.velocity, keys(2), (2,), 2, knots=4, future_weight=0.0)
+
+
+# Hot functions ------------------------------------------------------------------------
+
+
+def test_search_compiles_once_for_other_parameters(count_compiles):
+    def search(gain):
+        velocity = functools.partial(scaled, {"gain": jnp.float32(gain)})
+        return boss.search(velocity, keys(6), (2,), (3,), knots=8, polish=True)
+
+    search(1.0)
+    with count_compiles() as compiled:
+        search(1.1)
+    assert not compiled
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_cost_matrix_lowers_for_accelerators(platform):
+    from tmdjax.flows import step_search
+
+    def costs(key_data):
+        return step_search._cost_sums(
+            flows.as_pytree(FLOW.velocity),
+            jax.random.wrap_key_data(key_data),
+            None,
+            jnp.linspace(1, 0, 6),
+            jnp.ones(4, bool),
+            (2,),
+            flows.squared_l2,
+            "euler",
+        )
+
+    exported = jax.export.export(jax.jit(costs), platforms=[platform])(
+        jax.random.key_data(keys(4))
+    )
+    assert exported.out_avals[0].shape == (5, 6)

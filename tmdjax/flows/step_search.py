@@ -1,0 +1,319 @@
+"""Step sizes by dynamic programming over the local errors of a fine trajectory.
+
+A fine Euler trajectory X[0..n] visits knots t[0] = 1 > ... > t[n] = 0. Jumping from
+knot j straight to knot k costs what one Euler step misses,
+
+    c[j, k] = E || X[j] - (t[j] - t[k]) v(X[j], t[j]) - X[k] ||^2,
+
+and the cheapest path of exactly K jumps from knot 0 to knot n is a K-step grid.
+One matrix serves every K.
+
+References:
+    Nguyen et al., arXiv 2312.16414, eqs. 5-8 (there time runs the other way).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax.core import prng
+from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
+from tmdjax.core.types import Array, Cond, Data, Float, Grid, PerExample, Velocity
+from tmdjax.flows.grids import custom_grid, uniform_grid
+from tmdjax.flows.guidance import as_pytree
+from tmdjax.flows.rollout import METHODS, solver_velocity
+from tmdjax.flows.table import CoefficientTable
+
+Metric = Callable[[Data, Data], PerExample]
+"""``metric(estimate, target) -> cost [batch]``, both [batch, *event]; traceable."""
+
+
+def squared_l2(estimate: Data, target: Data) -> PerExample:
+    """Squared Euclidean distance, summed over event dimensions."""
+    error = jnp.square(estimate - target)
+    return jnp.sum(error, axis=tuple(range(1, error.ndim)))
+
+
+def fine_knots(knots: Any) -> Grid:
+    """The knots of a fine trajectory.
+
+    Args:
+        knots: a number of uniform steps, times from exactly 1 down to exactly 0, or
+            a coefficient table without noise.
+
+    Raises:
+        ValueError: times that do not strictly decrease from 1 to 0; the first bad
+            knot is named.
+        NotImplementedError: a table that adds noise.
+    """
+    if isinstance(knots, CoefficientTable):
+        if knots.stochastic:
+            raise NotImplementedError(
+                "this table adds noise, but local errors are those of the "
+                "deterministic flow; search on its 'ode' table and use the grid found."
+            )
+        knots = np.append(knots.t, knots.t_next[-1])
+    if np.ndim(knots) == 0:
+        return uniform_grid(check_count("knots", knots))
+    grid = custom_grid(knots)
+    if grid[0] != 1:
+        raise ValueError(f"knots must begin at 1 (noise), but knot 0 is {grid[0]}.")
+    return grid
+
+
+def check_velocity(
+    velocity: Velocity, shape: tuple[int, ...], dtype: Any, cond: Cond
+) -> None:
+    """Raises TypeError unless the velocity returns floats like its state.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``; traced, not run.
+        shape: of the state, [batch, *event].
+        dtype: of the state.
+        cond: conditions of the batch.
+    """
+    x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1], dtype)
+    v: Any = jax.eval_shape(velocity, x, t, cond)
+    given, kind = getattr(v, "shape", None), getattr(v, "dtype", np.dtype(object))
+    if given != shape or not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(
+            f"the velocity of a state of shape {shape} and dtype {jnp.dtype(dtype)} "
+            f"has shape {given} and dtype {kind}; it must be floating and of the "
+            f"state's shape."
+        )
+
+
+def cost_memory(shape: tuple[int, ...], knots: Any, micro_batch: int = 1) -> int:
+    """Bytes that :func:`local_error_costs` keeps of ``micro_batch`` trajectories.
+
+    States and velocities at every knot, float32. What the network needs for one
+    call of that batch comes on top.
+    """
+    steps = len(fine_knots(knots)) - 1
+    return 4 * micro_batch * int(np.prod(shape)) * (2 * steps + 4)
+
+
+def local_error_costs(
+    velocity: Velocity,
+    keys: Any,
+    shape: tuple[int, ...],
+    cond: Cond = None,
+    *,
+    knots: Any = 100,
+    metric: Metric = squared_l2,
+    method: str = "euler",
+    micro_batch: int | None = None,
+    memory_limit: float = 4e9,
+    dtype: Any = jnp.float32,
+) -> Float[np.ndarray, "from_knot to_knot"]:
+    """The matrix c[j, k], averaged over samples.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``, guided or not; parameters that it holds by
+            ``functools.partial`` are not compiled in.
+        keys: [samples] typed keys of the noise.
+        shape: of one sample.
+        cond: pytree of [samples, ...], or None.
+        knots: of the fine trajectory, see :func:`fine_knots`.
+        metric: per-sample cost of an estimate.
+        method: solver whose steps are judged. 'euler' needs one evaluation a knot
+            and sample; others as many a *pair* of knots as they have stages.
+        micro_batch: trajectories at a time; None takes as many as fit.
+        memory_limit: bytes for them, see :func:`cost_memory`.
+        dtype: of the states; float64 under x64.
+
+    Returns:
+        [knot, knot] float64 on the host, zero on and below the diagonal.
+
+    Raises:
+        TypeError: a velocity that does not return floats like its state.
+        ValueError: bad knots, conditions of another batch, a batch beyond the limit.
+        NotImplementedError: a table that adds noise.
+    """
+    grid = fine_knots(knots)
+    check_choice("method", method, METHODS)
+    prng.check_key(keys, "keys")
+    samples = len(keys)
+    check_count("the number of keys", samples)
+    for leaf in jax.tree.leaves(cond):
+        check_batch("cond", leaf, samples)
+    itemsize = jnp.dtype(dtype).itemsize
+    each = cost_memory(shape, grid) * itemsize // 4
+    if micro_batch is None:
+        micro_batch = max(1, min(samples, int(memory_limit // each)))
+    micro_batch = min(check_count("micro_batch", micro_batch), samples)
+    if micro_batch * each > memory_limit:
+        fits = int(memory_limit // each)
+        raise ValueError(
+            f"{micro_batch} trajectories of {len(grid) - 1} steps and shape {shape} "
+            f"take {micro_batch * each / 1e9:.2f} GB, more than memory_limit="
+            f"{memory_limit / 1e9:.2f} GB; "
+            + (f"give micro_batch<={fits}." if fits else "use fewer knots.")
+        )
+    parts = [
+        np.arange(start, start + micro_batch)
+        for start in range(0, samples, micro_batch)
+    ]
+    check_velocity(velocity, (micro_batch, *shape), dtype, _rows(cond, parts[0]))
+    compiled = as_pytree(velocity)
+    total = np.zeros((len(grid) - 1, len(grid)))
+    for part in parts:
+        rows = part % samples  # the last part is filled up, and its excess not counted
+        sums = _cost_sums(
+            compiled,
+            keys[rows],
+            _rows(cond, rows),
+            jnp.asarray(grid, dtype),
+            jnp.asarray(part < samples),
+            tuple(shape),
+            metric,
+            method,
+        )
+        total += np.asarray(sums, np.float64)
+    return np.concatenate([total / samples, np.zeros((1, len(grid)))])
+
+
+def _rows(cond: Cond, rows: Any) -> Cond:
+    return jax.tree.map(lambda c: jnp.asarray(c)[rows], cond)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _cost_sums(
+    velocity: Any,
+    keys: Any,
+    cond: Cond,
+    knots: Array,
+    counted: Array,
+    shape: tuple[int, ...],
+    metric: Metric,
+    method: str,
+) -> Array:
+    """Sums over counted samples, [knot - 1, knot]."""
+    batch = len(keys)
+
+    def fine_step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Any]:
+        t, t_next = times
+        v = velocity(x, jnp.broadcast_to(t, (batch,)), cond).astype(x.dtype)
+        return x - (t - t_next) * v, (x, v)
+
+    noise = prng.normal(keys, shape, knots.dtype)
+    last, (states, velocities) = jax.lax.scan(fine_step, noise, (knots[:-1], knots[1:]))
+
+    def row(j: Array) -> Array:
+        def cost(target: Array, t_next: Array) -> Array:
+            v = velocities[j]
+            if method != "euler":
+                v = solver_velocity(velocity, states[j], knots[j], t_next, cond, method)
+            costs = metric(states[j] - (knots[j] - t_next) * v, target)
+            return jnp.sum(jnp.where(counted, costs, 0))
+
+        if method == "euler":
+            inner = jax.vmap(cost)(states, knots[:-1])
+        else:  # the network runs once a pair: one at a time
+            inner = jax.lax.map(lambda pair: cost(*pair), (states, knots[:-1]))
+        costs = jnp.append(inner, cost(last, knots[-1]))
+        return jnp.where(jnp.arange(len(knots)) > j, costs, 0)
+
+    return jax.lax.map(row, jnp.arange(len(states)))
+
+
+class Paths(NamedTuple):
+    """Cheapest paths for every budget.
+
+    Attributes:
+        cost: [budget], of 1, 2, ... jumps.
+        index: the knots of each path, int [jumps + 1], first 0 and last n.
+    """
+
+    cost: np.ndarray
+    index: tuple[np.ndarray, ...]
+
+
+def check_costs(costs: Any) -> Float[np.ndarray, "knot knot"]:
+    """Returns a cost matrix as float64.
+
+    Raises:
+        ValueError: not square; an entry above the diagonal that is not finite or is
+            negative (the first is named).
+    """
+    costs = np.asarray(costs, np.float64)
+    if costs.ndim != 2 or costs.shape[0] != costs.shape[1] or len(costs) < 2:
+        raise ValueError(
+            f"a cost matrix must be square, [knot, knot], with two knots or more; got "
+            f"shape {costs.shape}."
+        )
+    upper = np.triu(np.ones(costs.shape, bool), 1)
+    for bad, rule in (
+        (
+            ~np.isfinite(costs),
+            "must be finite. A velocity that is singular at t = 1 or t = 0 is the "
+            "usual cause: keep the network's time a little inside (eps of its wrapper)",
+        ),
+        (costs < 0, "must not be negative"),
+    ):
+        where = np.argwhere(bad & upper)
+        if len(where):
+            j, k = (int(i) for i in where[0])
+            raise ValueError(f"costs[{j}, {k}] = {costs[j, k]}: costs {rule}.")
+    return costs
+
+
+def check_budget(budget: int, steps: int) -> int:
+    """Returns the budget K as int; raises ValueError unless 1 <= K <= steps."""
+    budget = check_count("budget", budget, -(2**31))
+    if not 1 <= budget <= steps:
+        raise ValueError(f"budget K={budget} must be in [1, K_max={steps}].")
+    return budget
+
+
+def cheapest_paths(costs: Any, budget: int, *, future_weight: float = 1.0) -> Paths:
+    """Cheapest paths of exactly 1, ..., budget jumps from the first knot to the last.
+
+    J[i, 1] = c[i, n] and J[i, k] = min over i < m < n of c[i, m] + w J[m, k - 1].
+    Of equal choices the smallest m is taken, so ties spend the small steps first.
+    O(budget n^2) time, on the host in float64.
+
+    Args:
+        costs: [n + 1, n + 1], read above the diagonal.
+        budget: most jumps wanted, 1 to n.
+        future_weight: w; above 1 the later a jump the more it weighs (GITS takes
+            1.15, to make up for judging local errors alone). The cost is then the
+            weighted sum.
+
+    Raises:
+        ValueError: a bad matrix (see :func:`check_costs`), budget or weight.
+
+    References:
+        arXiv 2312.16414, eqs. 6-8.
+    """
+    costs = check_costs(costs)
+    n = len(costs) - 1
+    budget = check_budget(budget, n)
+    check_range("future_weight", future_weight, 0, open_low=True)
+    inner = np.triu(np.ones(costs.shape, bool), 1)
+    inner[:, n] = False
+    jumps = np.where(inner, costs, np.inf)
+    value = np.append(costs[:n, n], np.inf)
+    totals, choices = [value[0]], []
+    for _ in range(1, budget):
+        through = jumps + future_weight * value
+        choices.append(np.argmin(through, axis=1))
+        value = through[np.arange(n + 1), choices[-1]]
+        totals.append(value[0])
+    paths = []
+    for k in range(1, budget + 1):
+        path = [0]
+        for choice in reversed(choices[: k - 1]):
+            path.append(int(choice[path[-1]]))
+        paths.append(np.array([*path, n]))
+    return Paths(np.array(totals), tuple(paths))
+
+
+def path_cost(costs: Any, index: Any) -> float:
+    """Sum of the costs of a path's jumps."""
+    index = np.asarray(index)
+    return float(np.asarray(costs)[index[:-1], index[1:]].sum())

@@ -1,0 +1,1 @@
+"""One module a paper: its rules, on the primitives of the other packages."""
