@@ -109,3 +109,24 @@ def test_mixture_velocity_is_the_conditional_mean():
 def test_bad_mixtures(weights, means, stds, message):
     with pytest.raises(ValueError, match=message):
         flows.gaussian_mixture(weights, means, stds)
+
+
+def test_mixture_of_ellipses():
+    """One component with its own spread an axis: each axis is its own Gaussian."""
+    stds = np.array([0.1, 1.0, 2.0])
+    whole = flows.gaussian_mixture([1.0], [[0.3, -0.2, 0.0]], [stds])
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    t = jnp.linspace(0.1, 1.0, 5)
+    density = 0.0
+    for i, (mean, std) in enumerate(zip([0.3, -0.2, 0.0], stds)):
+        axis = flows.gaussian_mixture([1.0], [[mean]], [std])
+        np.testing.assert_allclose(
+            whole.velocity(x, t)[:, i : i + 1],
+            axis.velocity(x[:, i : i + 1], t),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        density = density + axis.log_density(x[:, i : i + 1], t)
+    np.testing.assert_allclose(whole.log_density(x, t), density, rtol=1e-5, atol=1e-5)
+    drawn = whole.sample(jax.random.key(1), 20_000)
+    np.testing.assert_allclose(drawn.std(0), stds, rtol=0.03)

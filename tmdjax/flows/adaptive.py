@@ -55,8 +55,9 @@ def rk45(
         Final states and the number of evaluations.
 
     Raises:
-        ValueError: a tolerance out of range, a velocity of another shape.
-        RuntimeError: the solver gave up (a velocity that is not finite, say).
+        ValueError: a tolerance out of range, a velocity of another shape or one that
+            is not finite.
+        RuntimeError: the solver gave up.
 
     References:
         Song et al., arXiv 2011.13456, sec. 4.3; ``scipy.integrate.solve_ivp``.
@@ -69,8 +70,12 @@ def rk45(
 
     def derivative(t: float, state: np.ndarray) -> np.ndarray:
         now = jnp.asarray(state.reshape(x.shape), dtype)
-        v = _evaluate(compiled, now, jnp.asarray(t, dtype), cond)
-        return np.asarray(v, np.float64).ravel()
+        v = np.asarray(
+            _evaluate(compiled, now, jnp.asarray(t, dtype), cond), np.float64
+        )
+        if not np.isfinite(v).all():  # SciPy would shrink its step for ever
+            raise ValueError(f"the velocity at t={t:.6g} is not finite.")
+        return v.ravel()
 
     start = np.asarray(x, np.float64).ravel()
     found = integrate.solve_ivp(
