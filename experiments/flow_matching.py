@@ -52,6 +52,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
             run=functools.partial(evaluate, config),
             config={"evaluate": plain["evaluate"]},
             parents=("features", "sample"),
+            version=2,
         ),
     ]
 
@@ -170,7 +171,8 @@ def budgets(config: Config) -> list[tuple[str, str, int]]:
 def evaluate(config: Config, context: StageContext) -> StageResult:
     """Compares every set with held-out images; 'real' is the floor."""
     outputs = context.inputs["sample"].outputs
-    found = image_quality.compare(config, context, outputs["sets"], outputs["labels"])
+    sets, labels = outputs["sets"].items(), outputs["labels"]
+    found = image_quality.compare(config, context, sets, labels)
     return StageResult({}, found)
 
 

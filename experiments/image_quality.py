@@ -5,7 +5,8 @@ names the Frechet distance, its logits tell which class a generated image shows.
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -40,30 +41,39 @@ def load_data(config: Config) -> data.Dataset:
     return dataset
 
 
-def stage(config: Config) -> Stage:
-    """The stage 'features'; equal data and settings give one net for all seeds."""
+def stage(config: Config, label: str = "frechet") -> Stage:
+    """The stage 'features'; equal data and settings give one net for all seeds.
+
+    Args:
+        config: of the experiment.
+        label: under which a record names the net; arms with nets of their own differ.
+    """
     plain = to_plain(config)
     return Stage(
         name="features",
-        run=functools.partial(_train, config),
+        run=functools.partial(_train, config, label),
         config={"data": plain["data"], "features": plain["features"]},
         seeded=False,
     )
 
 
 def compare(
-    config: Config, context: StageContext, sets: Mapping[str, Any], labels: Any
+    config: Config,
+    context: StageContext,
+    sets: Iterable[tuple[str, Any]],
+    labels: Any,
 ) -> dict[str, float]:
     """Distances of image sets to held-out images, and of real ones ('real').
 
     Args:
         config: of the experiment.
         context: of a stage whose parents include 'features'.
-        sets: images [n, height, width, channel] by name.
+        sets: (name, images [n, height, width, channel]), each used once.
         labels: classes asked for, [n].
 
     Returns:
-        'NAME.sliced_wasserstein', 'NAME.frechet' and 'NAME.label_agreement'.
+        'NAME.sliced_wasserstein', 'NAME.frechet', 'NAME.precision', 'NAME.recall'
+        and 'NAME.label_agreement'.
     """
     dataset, labels = load_data(config), np.asarray(labels)
     apply_fn = models.functional(_module(config))
@@ -72,15 +82,17 @@ def compare(
     logits = jax.jit(apply_fn)
     held_out = dataset.test["image"][: len(labels)]
     real = dataset.train["image"][same_classes(dataset.train["label"], labels)]
-    reference = metrics.gaussian_statistics(features(params, held_out))
+    held_out_features = np.asarray(features(params, held_out))
+    reference = metrics.gaussian_statistics(held_out_features)
     found = {}
-    for name, images in {**sets, "real": real}.items():
+    for name, images in itertools.chain(sets, [("real", real)]):
         found[f"{name}.sliced_wasserstein"] = metrics.sliced_wasserstein(
             images, held_out, projections=config.evaluate.projections
         )
-        found[f"{name}.frechet"] = metrics.frechet_distance(
-            features(params, images), reference
-        )
+        generated = np.asarray(features(params, images))
+        found[f"{name}.frechet"] = metrics.frechet_distance(generated, reference)
+        precision, recall = metrics.precision_recall(generated, held_out_features)
+        found[f"{name}.precision"], found[f"{name}.recall"] = precision, recall
         agree = np.argmax(logits(params, images), -1) == labels
         found[f"{name}.label_agreement"] = float(np.mean(agree))
     return found
@@ -111,7 +123,7 @@ def _module(config: Config) -> Any:
     )
 
 
-def _train(config: Config, context: StageContext) -> StageResult:
+def _train(config: Config, label: str, context: StageContext) -> StageResult:
     dataset = load_data(config)
     settings = config.features
     module = _module(config)
@@ -143,5 +155,5 @@ def _train(config: Config, context: StageContext) -> StageResult:
     return StageResult(
         {"params": state.params},
         {"feature_net.accuracy": accuracy},
-        labels={"frechet": metrics.frechet_label(config.data.name, state.params)},
+        labels={label: metrics.frechet_label(config.data.name, state.params)},
     )

@@ -171,15 +171,19 @@ def test_discrete_times_are_uniform_over_the_choices():
 def test_reflow_regresses_onto_the_line_between_pairs():
     """A network that knows the pair's line has no loss, at any time."""
     rng = np.random.default_rng(0)
-    x_data, x_noise = (rng.normal(size=(6, 2)).astype(np.float32) for _ in range(2))
+    x_data, x_noise = (jnp.asarray(rng.normal(size=(6, 2))) for _ in range(2))
 
     def line(params, x, t, cond):
-        return jnp.asarray(x_noise - x_data) + params
+        return x_noise - x_data + params["offset"]
 
     keys = prng.sample_keys(jax.random.key(0), 6)
-    loss, _ = flows.flow_matching_loss(0.0, line, x_data, keys, x_noise=x_noise)
+    loss, _ = flows.flow_matching_loss(
+        {"offset": 0.0}, line, x_data, keys, x_noise=x_noise
+    )
     np.testing.assert_allclose(loss, 0, atol=1e-12)
-    loss, _ = flows.flow_matching_loss(2.0, line, x_data, keys, x_noise=x_noise)
+    loss, _ = flows.flow_matching_loss(
+        {"offset": 2.0}, line, x_data, keys, x_noise=x_noise
+    )
     np.testing.assert_allclose(loss, 4, rtol=1e-6)
 
 
@@ -187,7 +191,7 @@ def test_reflow_pairs_must_match(as_shipped):
     keys = prng.sample_keys(jax.random.key(0), 3)
     with pytest.raises(ValueError, match="x_noise has shape"):
         flows.flow_matching_loss(
-            0.0,
+            {},
             lambda p, x, t, c: x,
             jnp.zeros((3, 2)),
             keys,

@@ -123,7 +123,7 @@ def make_experiment(calls=None, arms=("main",), interrupt=None):
         stages=stages,
         report=report,
         describe=lambda config: {"parameters": 2},
-        ARMS=arms,
+        arms=lambda config: arms,
     )
 
 

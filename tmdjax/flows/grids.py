@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_range, check_time
+from tmdjax.core.checks import check_count, check_range, check_time
 from tmdjax.core.types import Grid
 
 
@@ -82,10 +82,11 @@ def edm_grid(
     References:
         Karras et al., arXiv 2206.00364, eq. 5.
     """
+    check_count("steps", steps)
     check_range("rho", rho, 0, open_low=True)
     check_range("sigma_min", sigma_min, 0, open_low=True)
     check_range("sigma_max", sigma_max, sigma_min, open_low=True)
-    s = uniform_grid(max(steps - 1, 1)) if steps > 1 else np.ones(1)
+    s = np.linspace(1.0, 0.0, steps)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + s * (high - low)) ** rho
     grid = np.append(sigma / (1 + sigma), 0.0)

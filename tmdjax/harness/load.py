@@ -27,7 +27,8 @@ def load(
 
     Returns:
         ``apply_fn(params, *inputs)``, params, and meta: model spec, config, seed
-        and metrics.
+        and metrics, and what the stage that trained it adds (a time grid, say). Of
+        several trained stages it is the last.
 
     Raises:
         FileNotFoundError: no such run, arm or seed; what there is is named.

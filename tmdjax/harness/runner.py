@@ -6,8 +6,8 @@ An experiment is a module (or any object) with
     report(config, results, folder) -> Report      figures and tables of one unit
     describe(config) -> dict[str, Any]             sizes, without allocating
 
-and optionally ``ARMS``, the names of its arms (``("main",)`` if absent). A unit is
-one arm under one seed; shards share the units out.
+and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent). A
+unit is one arm under one seed; shards share the units out.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
         RuntimeError: another run uses it.
     """
     workdir, cache_root = _places(config, options)
-    units = _units(experiment, options)
+    units = _units(experiment, config, options)
     if options.record and (options.stage is not None or options.shard[1] > 1):
         raise ConfigError(
             "--record takes a whole run; leave --stage out, and join shards with "
@@ -139,7 +139,7 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
     ]
     # impossible settings and stage names fail here, before anything is compiled
     experiment.describe(config)
-    for arm in _arms(experiment):
+    for arm in _arms(experiment, config):
         select(experiment.stages(config, arm), options.stage)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
         cache = StageCache(cache_root, stopper.should_stop, options.tensorboard)
@@ -183,7 +183,7 @@ def dry_run(experiment: Any, config: Any, options: Options) -> None:
     """Prints sizes and stages without training or allocating anything."""
     cache = StageCache(_places(config, options)[1])
     rows = []
-    for arm, seed in _units(experiment, options):
+    for arm, seed in _units(experiment, config, options):
         stages = select(experiment.stages(config, arm), options.stage)
         hashes = stage_hashes(stages, seed)
         for stage in stages:
@@ -223,17 +223,19 @@ def _places(config: Any, options: Options) -> tuple[pathlib.Path, pathlib.Path]:
     return workdir, options.cache or workdir.parent / "stages"
 
 
-def _arms(experiment: Any) -> tuple[str, ...]:
-    return tuple(getattr(experiment, "ARMS", (ledger.MAIN_ARM,)))
+def _arms(experiment: Any, config: Any) -> tuple[str, ...]:
+    if not hasattr(experiment, "arms"):
+        return (ledger.MAIN_ARM,)
+    return tuple(experiment.arms(config))
 
 
-def _units(experiment: Any, options: Options) -> list[tuple[str, int]]:
+def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, int]]:
     index, count = options.shard
     if not 0 <= index < count:
         raise ConfigError(
             f"--shard={index}/{count}: the index must be in [0, {count})."
         )
-    units = list(itertools.product(_arms(experiment), options.seeds))
+    units = list(itertools.product(_arms(experiment, config), options.seeds))
     if count > len(units):
         raise ConfigError(
             f"--shard={index}/{count}: there are only {len(units)} units (arms x "
@@ -288,7 +290,7 @@ def _discard(
     cache: StageCache,
 ) -> None:
     """Removes what a run wrote; nothing else that lies in the workdir."""
-    for arm, seed in _units(experiment, options):
+    for arm, seed in _units(experiment, config, options):
         for name, hash_ in stage_hashes(experiment.stages(config, arm), seed).items():
             cache.discard(name, hash_)
     for name in (UNITS, "figures", "models"):
@@ -374,12 +376,12 @@ def _run_unit(
         "metrics": metrics,
         "stages": hashes,
     }
-    for result in results.values():
-        if result.model is not None:
-            folder = model_folder(workdir, arm, seed)
-            if train.model_meta(folder) != meta | {"spec": result.model}:
-                params = result.outputs["params"]
-                train.save_model(folder, dict(result.model), params, meta)
+    trained = [r for r in results.values() if r.model is not None]
+    if trained:  # the last one is the model of the run
+        spec, facts = dict(trained[-1].model), meta | dict(trained[-1].meta)
+        folder = model_folder(workdir, arm, seed)
+        if train.model_meta(folder) != facts | {"spec": spec}:
+            train.save_model(folder, spec, trained[-1].outputs["params"], facts)
     unit = {
         "arm": arm,
         "seed": seed,
@@ -455,7 +457,7 @@ def _summarise(
         config_hash=config_hash(to_plain(config)),
         units=units,
         claims=claims,
-        complete={unit["arm"] for unit in units} == set(_arms(experiment)),
+        complete={unit["arm"] for unit in units} == set(_arms(experiment, config)),
     )
 
 

@@ -43,12 +43,15 @@ class StageResult:
         metrics: numbers (scalars) of this arm and seed.
         model: spec that rebuilds the network of ``outputs['params']``, or None.
         labels: names that belong into the record, such as that of a feature net.
+        meta: JSON-able facts that :func:`tmdjax.load` hands out with the model, such
+            as the time grid it was trained for.
     """
 
     outputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class StageContext:
@@ -358,13 +361,18 @@ class StageCache:
                     "metrics": {k: float(v) for k, v in result.metrics.items()},
                     "model": result.model,
                     "labels": dict(result.labels),
+                    "meta": dict(result.meta),
                     "record": record,
                 },
             )
             restored = store.restore()
         extra = restored.extra
         result = StageResult(
-            restored.tree, extra["metrics"], extra["model"], extra["labels"]
+            restored.tree,
+            extra["metrics"],
+            extra["model"],
+            extra["labels"],
+            extra.get("meta", {}),
         )
         return result, {**extra["record"], "cached": cached}
 
