@@ -507,8 +507,7 @@ def describe(config: Config) -> dict[str, Any]:
         if has_images(one):
             found |= {
                 f"{mark}{name}": value
-                for name, value in flow_matching.describe(one).items()
-                if name not in ("sets sampled",)
+                for name, value in flow_matching.describe_training(one).items()
             }
         found |= {
             f"{mark}parameters": trees.count(params),

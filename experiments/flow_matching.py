@@ -225,12 +225,18 @@ def report(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Sizes of the network and its training, nothing allocated.
+    """Sizes of the network and its training, nothing allocated."""
+    for group in ("sample", "evaluate"):
+        for name in COUNTS[group]:
+            check_count(f"{group}.{name}", config[group][name])
+    # and the untrained one
+    return {**describe_training(config), "sets sampled": len(budgets(config)) + 1}
 
-    Traces one update, so settings that cannot work are refused here.
-    """
-    for group, names in COUNTS.items():
-        for name in names:
+
+def describe_training(config: Config) -> dict[str, Any]:
+    """Sizes; traces one update, so settings that cannot work are refused here."""
+    for group in ("train", "features"):
+        for name in COUNTS[group]:
             check_count(f"{group}.{name}", config[group][name])
     batch = (config.train.batch_size, *config.data.shape)
     state, _ = jax.eval_shape(
@@ -247,7 +253,6 @@ def describe(config: Config) -> dict[str, Any]:
         "batch, GB": 4 * float(np.prod(batch)) / 1e9,
         "updates": config.train.steps,
         "images seen": config.train.steps * config.train.batch_size,
-        "sets sampled": len(budgets(config)) + 1,  # and the untrained one
     }
 
 
