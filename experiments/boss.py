@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flow_matching, image_quality
-from tmdjax import data, flows, metrics, models, train
+from experiments import few_step, flow_matching, image_quality
+from tmdjax import flows, train
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_count
+from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.ledger import MAIN_ARM
-from tmdjax.harness.report import image_grid, line_plot
+from tmdjax.harness.report import line_plot
 from tmdjax.models import lora
 from tmdjax.systems import boss, reflow
 
 Config = Any
+arms = few_step.arms
 SHOWN = ("uniform", "bellman", "polished", "straightened", "distilled")
 """Rows of the table, each at every budget."""
 
@@ -38,14 +39,9 @@ COUNTS = {
 }
 
 
-def arms(config: Config) -> tuple[str, ...]:
-    """One arm a data set."""
-    return tuple(config.arms) or (MAIN_ARM,)
-
-
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
-    config = of_arm(config, arm)
+    config = few_step.of_arm(config, arm)
     plain = to_plain(config)
     budgets = config.search.budgets
     # the last one trained, on the longest grid, is the model of the run
@@ -60,7 +56,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
         )
 
     found = [
-        stage("train", teacher, ("data", "model", "optimizer", "train")),
+        stage("train", few_step.teacher, ("data", "model", "optimizer", "train")),
         stage("search", search, ("search", "sample"), "train"),
         stage("trajectories", trajectories, ("straighten",), "train", "search"),
     ]
@@ -68,80 +64,20 @@ def stages(config: Config, arm: str) -> list[Stage]:
         rule = fine_tune if name.startswith("straighten") else fine_tune_reflow
         found.append(stage(name, rule, (), "train", "search", "trajectories"))
     parents = ("train", "search", *tuned)
-    if has_images(config):
+    if few_step.has_images(config):
         label = "frechet" if arm == MAIN_ARM else f"frechet {arm}"
         found.insert(0, image_quality.stage(config, label))
         parents = ("features", *parents)
     return [*found, stage("sample", sample, ("sample", "evaluate"), *parents)]
 
 
-def of_arm(config: Config, arm: str) -> Config:
-    """The config with the data set of an arm."""
-    if not config.arms:
-        return config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data = config.arms[arm]
-    return config
-
-
-def has_images(config: Config) -> bool:
-    """Whether samples are images (else points)."""
-    return len(config.data.shape) == 3
-
-
-def network(config: Config) -> tuple[Any, Any]:
-    """``apply_fn(params, x, t, cond)`` and ``init(key) -> params``."""
-    if has_images(config):
-        spec = flow_matching.model_spec(config)
-    else:
-        spec = to_plain(config.model)
-    module = models.build(spec)
-    apply_fn = models.functional(module)
-    x, t = jnp.zeros((1, *config.data.shape)), jnp.zeros(1)
-    if has_images(config):
-        return apply_fn, lambda key: models.init_params(
-            module, key, x, t, jnp.zeros(1, jnp.int32)
-        )
-    exact = flows.gaussian_mixture(**data.MIXTURE)
-
-    def corrected(params: Any, x: Any, t: Any, cond: Any) -> Any:
-        return exact.velocity(x, t) + apply_fn(params, x, t)
-
-    def no_correction(key: Any) -> Any:
-        params = models.init_params(module, key, x, t, None)
-        return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
-
-    return corrected, no_correction
-
-
-def velocity_of(config: Config, params: Any, guided: bool = False) -> Any:
-    """The velocity of a network; the teacher's is guided."""
-    apply_fn, _ = network(config)
-    velocity = functools.partial(apply_fn, params)
-    scale = config.sample.guidance if guided else 1.0
-    return flows.classifier_free_guidance(velocity, scale, config.data.num_classes)
-
-
-def teacher(config: Config, context: StageContext) -> StageResult:
-    """The pretrained model: trained on images, exact on the mixture."""
-    if has_images(config):
-        return flow_matching.train_flow(config, context)
-    _, init = network(config)
-    return StageResult({"params": init(context.key)})
-
-
-def draw(config: Config, key: Any, count: int) -> tuple[Any, Any]:
-    """Keys of noise, and classes to condition on (every class alike)."""
-    labels = jnp.arange(count, dtype=jnp.int32) % config.data.num_classes
-    return prng.sample_keys(key, count), labels
-
-
 def search(config: Config, context: StageContext) -> StageResult:
     """One cost matrix, all budgets; polish; a second search tells the spread."""
     settings, shape = config.search, tuple(config.data.shape)
-    velocity = velocity_of(config, context.inputs["train"].outputs["params"], True)
-    keys, labels = draw(config, context.key, 2 * settings.samples)
+    velocity = few_step.velocity_of(
+        config, context.inputs["train"].outputs["params"], True
+    )
+    keys, labels = few_step.draw(config, context.key, 2 * settings.samples)
     first, second = slice(settings.samples), slice(settings.samples, None)
     most = max(settings.budgets)
     options = {
@@ -151,7 +87,7 @@ def search(config: Config, context: StageContext) -> StageResult:
     }
     found = boss.search(velocity, keys[first], shape, most, labels[first], **options)
     again = boss.search(velocity, keys[second], shape, most, labels[second], **options)
-    spectrum = data_spectrum(config)
+    spectrum = few_step.data_spectrum(config)
     gaussian = boss.search(
         flows.gaussian_mixture([1.0], [np.zeros_like(spectrum)], [spectrum]).velocity,
         keys[first],
@@ -187,22 +123,6 @@ def search(config: Config, context: StageContext) -> StageResult:
     )
 
 
-def data_spectrum(config: Config) -> np.ndarray:
-    """Standard deviations of the training data along its principal axes."""
-    loaded = load(config).train
-    x = loaded["image" if has_images(config) else "point"]
-    x = x.reshape(len(x), -1)[:10_000].astype(np.float64)
-    values = np.linalg.svd(x - x.mean(0), compute_uv=False) / np.sqrt(len(x) - 1)
-    return np.maximum(values, 1e-3)
-
-
-def load(config: Config) -> data.Dataset:
-    """The data set of the config."""
-    if has_images(config):
-        return image_quality.load_data(config)
-    return data.load(config.data.name, **to_plain(config.data.options))
-
-
 def schedule_of(config: Config, context: StageContext, name: str, k: int) -> Any:
     """A schedule that the search found."""
     outputs = context.inputs["search"].outputs
@@ -214,8 +134,10 @@ def schedule_of(config: Config, context: StageContext, name: str, k: int) -> Any
 
 def trajectories(config: Config, context: StageContext) -> StageResult:
     """The teacher's fine trajectories, at the knots that some budget needs."""
-    velocity = velocity_of(config, context.inputs["train"].outputs["params"], True)
-    keys, labels = draw(config, context.key, config.straighten.noises)
+    velocity = few_step.velocity_of(
+        config, context.inputs["train"].outputs["params"], True
+    )
+    keys, labels = few_step.draw(config, context.key, config.straighten.noises)
     schedules = [
         schedule_of(config, context, "bellman", k) for k in config.search.budgets
     ]
@@ -251,7 +173,7 @@ def tuning(config: Config, context: StageContext) -> dict[str, Any]:
 def fine_tune(config: Config, context: StageContext) -> StageResult:
     """Straightens the teacher (or adapters of it) on one budget's grid."""
     k, settings = budget_of(context), config.straighten
-    apply_fn, _ = network(config)
+    apply_fn, _ = few_step.network(config)
     base = jax.tree.map(jnp.asarray, context.inputs["train"].outputs["params"])
     kept = context.inputs["trajectories"].outputs
     schedule = schedule_of(config, context, "bellman", k)
@@ -277,7 +199,7 @@ def fine_tune(config: Config, context: StageContext) -> StageResult:
     final = tuned.params
     if settings.lora_rank:
         final = lora.merge(base, final, settings.lora_rank)
-    spec = flow_matching.model_spec(config) if has_images(config) else None
+    spec = flow_matching.model_spec(config) if few_step.has_images(config) else None
     return StageResult(
         {"params": final}, found, model=spec, meta={"grid": schedule.times.tolist()}
     )
@@ -285,7 +207,7 @@ def fine_tune(config: Config, context: StageContext) -> StageResult:
 
 def fine_tune_reflow(config: Config, context: StageContext) -> StageResult:
     """Distill-k-Reflow ('distill6') and Uniform-Reflow ('reflow')."""
-    apply_fn, _ = network(config)
+    apply_fn, _ = few_step.network(config)
     kept = context.inputs["trajectories"].outputs
     tuned = reflow.straighten(
         context.inputs["train"].outputs["params"],
@@ -327,12 +249,12 @@ def sample(config: Config, context: StageContext) -> StageResult:
     fine samples; 'objective' the sum of local errors on a model's own trajectories.
     """
     settings, shape = config.search, tuple(config.data.shape)
-    labels = jnp.asarray(load(config).test["label"][: config.sample.count])
+    labels = jnp.asarray(few_step.load(config).test["label"][: config.sample.count])
     keys = prng.sample_keys(context.key, len(labels))
     noise = prng.normal(keys, shape)
     params = {name: s.outputs.get("params") for name, s in context.inputs.items()}
     knots = flows.fine_knots(settings.knots)
-    expert = velocity_of(config, params["train"], True)
+    expert = few_step.velocity_of(config, params["train"], True)
     fine = flows.endpoints(expert, noise, knots, labels)
     found: dict[str, Any] = {}
     shown: dict[str, Any] = {}
@@ -348,19 +270,19 @@ def sample(config: Config, context: StageContext) -> StageResult:
         yield "fine", fine
         shown["fine"] = np.asarray(fine[:SHOWN_SAMPLES])
         solution = flows.rk45(expert, noise, labels)
-        found["rk45.nfe"] = solution.nfe * len_guided(config)
+        found["rk45.nfe"] = solution.nfe * few_step.teacher_evaluations(config)
         yield measured("rk45", solution.x)
         for name, stage, grid, method in walks(config, context):
-            velocity = velocity_of(config, params[stage], stage == "train")
+            velocity = few_step.velocity_of(config, params[stage], stage == "train")
             yield measured(
                 name, flows.endpoints(velocity, noise, grid, labels, method=method)
             )
 
-    quality = compare(config, context, sets(), labels)
+    quality = few_step.compare(config, context, sets(), labels)
     for k in settings.budgets:
         index = schedule_of(config, context, "bellman", k).index
         for name, stage in (("bellman", "train"), ("straightened", f"straighten{k}")):
-            velocity = velocity_of(config, params[stage], stage == "train")
+            velocity = few_step.velocity_of(config, params[stage], stage == "train")
             first = slice(settings.samples)
             costs = flows.local_error_costs(
                 velocity,
@@ -379,104 +301,30 @@ def sample(config: Config, context: StageContext) -> StageResult:
     return StageResult({"shown": shown}, {**quality, **found})
 
 
-def len_guided(config: Config) -> int:
-    """Network evaluations that one call of the teacher's velocity costs."""
-    return 1 if config.sample.guidance == 1.0 else 2
-
-
-def compare(config: Config, context: StageContext, sets: Any, labels: Any) -> Any:
-    """Distances to held-out data: of images in a feature net, of points as they are."""
-    if has_images(config):
-        return image_quality.compare(config, context, sets, labels)
-    loaded, found = load(config), {}
-    held_out = loaded.test["point"][: len(labels)]
-    for name, x in [*sets, ("real", loaded.train["point"][: len(labels)])]:
-        found[f"{name}.sliced_wasserstein"] = metrics.sliced_wasserstein(
-            x, held_out, projections=config.evaluate.projections
-        )
-        found[f"{name}.frechet"] = metrics.frechet_distance(x, held_out)
-    return found
-
-
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table: a cell is terminal error / Frechet distance."""
-    rows = []
-    for arm in arms(config):
-        mark = "" if arm == MAIN_ARM else f"{arm}/"
-
-        def cell(name: str, mark: str = mark) -> str:
-            values = (
-                found.get(f"{mark}{name}.{what}")
-                for what in ("terminal_error", "frechet")
-            )
-            return " / ".join("-" if v is None else f"{v:.3g}" for v in values)
-
-        for name in SHOWN:
-            rows.append(
-                {"grid or model": f"{mark}{name}"}
-                | {f"NFE {k}": cell(f"{name}{k}") for k in config.search.budgets}
-            )
-        nfe = found.get(f"{mark}rk45.nfe", float("nan"))
-        for title, name in (
-            (f"RK45, {nfe:.0f} NFE", "rk45"),
-            (f"fine, {config.search.knots} NFE", "fine"),
-            ("real against real", "real"),
-        ):
-            first = f"NFE {config.search.budgets[0]}"
-            rows.append({"grid or model": f"{mark}{title}", first: cell(name)})
-    return rows
+    """The table, from the metrics of a unit or a record."""
+    return few_step.summary_rows(config, found, SHOWN)
 
 
 def report(
     config: Config, results: dict[str, StageResult], folder: pathlib.Path
 ) -> Report:
-    """The table, curves, the grids found, and samples side by side."""
-    shown = Report([], [])
+    """The grids found, then the table, curves and samples side by side."""
+    shown = few_step.report(config, results, folder, SHOWN)
     if "search" in results:
-        index = results["search"].outputs["index"]
-        steps = {
-            f"K = {k}": (np.arange(k), np.diff(index["bellman"][str(k)]))
+        index = results["search"].outputs["index"]["bellman"]
+        widths = {
+            f"K = {k}": (np.arange(k), np.diff(index[str(k)]))
             for k in config.search.budgets
         }
         path = line_plot(
-            steps,
+            widths,
             folder / "steps.png",
             title="Bellman-optimal steps",
             x_label="step, from noise to data",
             y_label=f"width, in {config.search.knots}ths of the way",
         )
         shown.figures.append(("Widths of the steps", path))
-    if "sample" in results:
-        found = results["sample"].metrics
-        shown.tables.append(
-            ("Terminal error / Frechet distance", summary_rows(config, found))
-        )
-        budgets = config.search.budgets
-        for what in ("terminal_error", "frechet"):
-            curves = {
-                name: (budgets, [found[f"{name}{k}.{what}"] for k in budgets])
-                for name in SHOWN
-            }
-            path = line_plot(
-                curves,
-                folder / f"{what}.png",
-                title=f"{what.replace('_', ' ')} against NFE",
-                x_label="NFE",
-                y_label=what.replace("_", " "),
-                log_y=True,
-            )
-            shown.figures.append((f"{what.replace('_', ' ')} against NFE", path))
-        images = results["sample"].outputs["shown"]
-        if images["fine"].ndim == 4:
-            k = budgets[len(budgets) // 2 - 1]
-            names = [f"{name}{k}" for name in SHOWN] + ["fine"]
-            path = image_grid(
-                np.concatenate([images[name] for name in names]),
-                folder / "samples.png",
-                columns=len(images["fine"]),
-                row_labels=names,
-            )
-            shown.figures.append((f"From the same noise, {k} NFE", path))
     return shown
 
 
@@ -485,40 +333,37 @@ def describe(config: Config) -> dict[str, Any]:
     for group, names in COUNTS.items():
         for name in names:
             check_count(f"{group}.{name}", config[group][name])
+    settings, tuned = config.search, config.straighten
+    check_choice("straighten.weight", tuned.weight, boss.WEIGHTS)
+    check_range("straighten.eval_fraction", tuned.eval_fraction, 0, 1, open_high=True)
+    for budget in settings.budgets:
+        flows.check_budget(budget, settings.knots)
     found: dict[str, Any] = {}
     for arm in arms(config):
-        one = of_arm(config, arm)
+        one = few_step.of_arm(config, arm)
         mark = "" if arm == MAIN_ARM else f"{arm}: "
-        shape, knots = tuple(one.data.shape), one.search.knots
-        for budget in one.search.budgets:
-            flows.check_budget(budget, knots)
-        _, init = network(one)
-        params = jax.eval_shape(init, jax.random.key(0))
-        each = flows.cost_memory(shape, knots)
-        limit = one.search.memory_limit_gb * 1e9
-        batch = min(one.search.samples, int(limit // each))
+        shape = tuple(one.data.shape)
+        each = flows.cost_memory(shape, settings.knots) / 1e9
+        batch = min(settings.samples, int(settings.memory_limit_gb // each))
         if not batch:
             raise ValueError(
-                f"one trajectory of {knots} knots takes {each / 1e9:.2f} GB, more than "
-                f"search.memory_limit_gb={one.search.memory_limit_gb}; raise it or "
+                f"one trajectory of {settings.knots} knots takes {each:.2g} GB, more "
+                f"than search.memory_limit_gb={settings.memory_limit_gb}; raise it or "
                 f"take fewer knots."
             )
-        kept = sum(one.search.budgets) + 2
-        if has_images(one):
-            found |= {
-                f"{mark}{name}": value
-                for name, value in flow_matching.describe_training(one).items()
-            }
-        found |= {
-            f"{mark}parameters": trees.count(params),
-            f"{mark}search: trajectories at a time": batch,
-            f"{mark}search, GB": batch * each / 1e9,
-            f"{mark}search: evaluations": one.search.samples * knots,
-            f"{mark}kept states, GB (at most)": 4e-9
-            * one.straighten.noises
-            * kept
-            * float(np.prod(shape)),
-            f"{mark}fine-tuning updates": one.straighten.steps
-            * (2 * len(one.search.budgets) + 1),
+        kept = 4e-9 * tuned.noises * (sum(settings.budgets) + 2) * np.prod(shape)
+        sizes = {
+            "parameters": trees.count(
+                jax.eval_shape(few_step.network(one)[1], jax.random.key(0))
+            ),
+            **(
+                flow_matching.describe_training(one) if few_step.has_images(one) else {}
+            ),
+            "search: evaluations": settings.samples * settings.knots,
+            "search: trajectories at a time": batch,
+            "search, GB": batch * each,
+            "kept states, GB (at most)": kept,
+            "fine-tuning updates": tuned.steps * (2 * len(settings.budgets) + 1),
         }
+        found |= {f"{mark}{name}": value for name, value in sizes.items()}
     return found

@@ -523,3 +523,16 @@ def test_conditions_of_another_batch(as_shipped):
 def test_unknown_method():
     with pytest.raises(ValueError, match="method='hein'.*Did you mean 'heun'"):
         flows.local_error_costs(constant, keys(4), (3,), knots=5, method="hein")
+
+
+def test_parameters_as_they_come_from_disk():
+    """Numpy parameters, and a network that needs jax arrays."""
+
+    def apply_fn(params, x, t, cond):
+        return params["table"].at[cond].get() * x
+
+    params = {"table": np.ones((3, 2), np.float32)}
+    velocity = functools.partial(apply_fn, params)
+    cond = np.zeros(4, np.int32)
+    costs = flows.local_error_costs(velocity, keys(4), (2,), cond, knots=5)
+    assert np.isfinite(costs).all()

@@ -77,7 +77,9 @@ def check_velocity(
         cond: conditions of the batch.
     """
     x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1], dtype)
-    v: Any = jax.eval_shape(velocity, x, t, cond)
+    v: Any = jax.eval_shape(
+        lambda velocity, *inputs: velocity(*inputs), as_pytree(velocity), x, t, cond
+    )
     given, kind = getattr(v, "shape", None), getattr(v, "dtype", np.dtype(object))
     if given != shape or not jnp.issubdtype(kind, jnp.floating):
         raise TypeError(

@@ -1,0 +1,200 @@
+"""Shared by few-step experiments: teachers, their data, and how samples compare.
+
+A teacher is a network trained on images, or the exact flow of a Gaussian mixture plus
+a small network that starts at no correction: then everything runs in seconds, and the
+teacher has no error of its own.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import flow_matching, image_quality
+from tmdjax import data, flows, metrics, models
+from tmdjax.core import prng
+from tmdjax.harness import Report, StageContext, StageResult
+from tmdjax.harness.config import to_plain
+from tmdjax.harness.ledger import MAIN_ARM
+from tmdjax.harness.report import image_grid, line_plot
+
+Config = Any
+
+
+def has_images(config: Config) -> bool:
+    """Whether samples are images (else points)."""
+    return len(config.data.shape) == 3
+
+
+def load(config: Config) -> data.Dataset:
+    """The data set of the config."""
+    if has_images(config):
+        return image_quality.load_data(config)
+    return data.load(config.data.name, **to_plain(config.data.options))
+
+
+def network(config: Config) -> tuple[Any, Any]:
+    """``apply_fn(params, x, t, cond)`` and ``init(key) -> params``."""
+    if has_images(config):
+        spec = flow_matching.model_spec(config)
+    else:
+        spec = to_plain(config.model)
+    module = models.build(spec)
+    apply_fn = models.functional(module)
+    x, t = jnp.zeros((1, *config.data.shape)), jnp.zeros(1)
+    if has_images(config):
+        return apply_fn, lambda key: models.init_params(
+            module, key, x, t, jnp.zeros(1, jnp.int32)
+        )
+    exact = flows.gaussian_mixture(**data.MIXTURE)
+
+    def corrected(params: Any, x: Any, t: Any, cond: Any) -> Any:
+        return exact.velocity(x, t) + apply_fn(params, x, t)
+
+    def no_correction(key: Any) -> Any:
+        params = models.init_params(module, key, x, t, None)
+        return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
+
+    return corrected, no_correction
+
+
+def velocity_of(config: Config, params: Any, guided: bool = False) -> Any:
+    """The velocity of a network; the teacher's is guided."""
+    apply_fn, _ = network(config)
+    velocity = functools.partial(apply_fn, params)
+    scale = config.sample.guidance if guided else 1.0
+    return flows.classifier_free_guidance(velocity, scale, config.data.num_classes)
+
+
+def teacher_evaluations(config: Config) -> int:
+    """Network evaluations that one call of the teacher's velocity costs."""
+    return 1 if config.sample.guidance == 1.0 else 2
+
+
+def teacher(config: Config, context: StageContext) -> StageResult:
+    """The pretrained model: trained on images, exact on the mixture."""
+    if has_images(config):
+        return flow_matching.train_flow(config, context)
+    _, init = network(config)
+    return StageResult({"params": init(context.key)})
+
+
+def draw(config: Config, key: Any, count: int) -> tuple[Any, Any]:
+    """Keys of noise, and classes to condition on (every class alike)."""
+    labels = jnp.arange(count, dtype=jnp.int32) % config.data.num_classes
+    return prng.sample_keys(key, count), labels
+
+
+def data_spectrum(config: Config) -> np.ndarray:
+    """Standard deviations of the training data along its principal axes."""
+    loaded = load(config).train
+    x = loaded["image" if has_images(config) else "point"]
+    x = x.reshape(len(x), -1)[:10_000].astype(np.float64)
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False) / np.sqrt(len(x) - 1)
+    return np.maximum(values, 1e-3)
+
+
+def compare(config: Config, context: StageContext, sets: Any, labels: Any) -> Any:
+    """Distances to held-out data: of images in a feature net, of points as they are."""
+    if has_images(config):
+        return image_quality.compare(config, context, sets, labels)
+    loaded, found = load(config), {}
+    held_out = loaded.test["point"][: len(labels)]
+    for name, x in [*sets, ("real", loaded.train["point"][: len(labels)])]:
+        found[f"{name}.sliced_wasserstein"] = metrics.sliced_wasserstein(
+            x, held_out, projections=config.evaluate.projections
+        )
+        found[f"{name}.frechet"] = metrics.frechet_distance(x, held_out)
+    return found
+
+
+def arms(config: Config) -> tuple[str, ...]:
+    """One arm a data set."""
+    return tuple(config.arms) or (MAIN_ARM,)
+
+
+def of_arm(config: Config, arm: str) -> Config:
+    """The config with the data set of an arm."""
+    if not config.arms:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data = config.arms[arm]
+    return config
+
+
+def summary_rows(
+    config: Config, found: Mapping[str, float], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The table, a row a name: a cell is terminal error / Frechet distance."""
+    rows = []
+    for arm in arms(config):
+        mark = "" if arm == MAIN_ARM else f"{arm}/"
+
+        def cell(name: str, mark: str = mark) -> str:
+            values = (
+                found.get(f"{mark}{name}.{what}")
+                for what in ("terminal_error", "frechet")
+            )
+            return " / ".join("-" if v is None else f"{v:.3g}" for v in values)
+
+        for name in names:
+            rows.append(
+                {"grid or model": f"{mark}{name}"}
+                | {f"NFE {k}": cell(f"{name}{k}") for k in config.search.budgets}
+            )
+        nfe = found.get(f"{mark}rk45.nfe", float("nan"))
+        for title, name in (
+            (f"RK45, {nfe:.0f} NFE", "rk45"),
+            (f"fine, {config.search.knots} NFE", "fine"),
+            ("real against real", "real"),
+        ):
+            first = f"NFE {config.search.budgets[0]}"
+            rows.append({"grid or model": f"{mark}{title}", first: cell(name)})
+    return rows
+
+
+def report(
+    config: Config,
+    results: dict[str, StageResult],
+    folder: pathlib.Path,
+    names: Sequence[str],
+) -> Report:
+    """The table, its two curves, and images side by side."""
+    shown = Report([], [])
+    if "sample" not in results:
+        return shown
+    found, budgets = results["sample"].metrics, config.search.budgets
+    rows = summary_rows(config, found, names)
+    shown.tables.append(("Terminal error / Frechet distance", rows))
+    for what in ("terminal_error", "frechet"):
+        title = f"{what.replace('_', ' ')} against NFE"
+        curves = {
+            name: (budgets, [found[f"{name}{k}.{what}"] for k in budgets])
+            for name in names
+        }
+        path = line_plot(
+            curves,
+            folder / f"{what}.png",
+            title,
+            "NFE",
+            title.split(" against")[0],
+            log_y=True,
+        )
+        shown.figures.append((title, path))
+    images = results["sample"].outputs["shown"]
+    if images["fine"].ndim == 4:
+        k = budgets[len(budgets) // 2 - 1]
+        labels = [f"{name}{k}" for name in names] + ["fine"]
+        path = image_grid(
+            np.concatenate([images[name] for name in labels]),
+            folder / "samples.png",
+            columns=len(images["fine"]),
+            row_labels=labels,
+        )
+        shown.figures.append((f"From the same noise, {k} NFE", path))
+    return shown

@@ -1,0 +1,228 @@
+"""The BOSS experiment: every stage, resuming, the model it hands out, its claims."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tmdjax
+from experiments import boss as experiment
+from experiments import few_step, run
+from tmdjax import flows
+from tmdjax.harness import load_config
+from tmdjax.systems import boss
+
+SMOKE = "--config=configs/boss.py:smoke"
+TINY_IMAGES = (
+    "model.hidden=32 model.depth=2 model.heads=2 train.steps=60 train.batch_size=32 "
+    "train.log_every=20 features.steps=30 features.batch_size=32 search.samples=10 "
+    "search.knots=20 search.budgets=(2,4) straighten.noises=64 straighten.steps=20 "
+    "straighten.batch_size=32 straighten.warmup_steps=2 straighten.lora_rank=2 "
+    "sample.count=100 evaluate.projections=16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("boss") / "run"
+    assert run.main([SMOKE, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_smoke_measures_every_row(smoke):
+    found = summary_of(smoke)["metrics"]
+    for name in (*experiment.SHOWN, "edm", "gaussian", "heun", "midpoint", "reflow"):
+        for k in (2, 4):
+            for what in ("terminal_error", "frechet", "sliced_wasserstein"):
+                assert np.isfinite(found[f"{name}{k}.{what}"]), name
+    assert found["search.uniform_cheaper"] == 0  # O1
+    assert found["rk45.terminal_error"] < found["uniform4.terminal_error"] / 10
+    assert found["rk45.nfe"] > 20
+    for k in (2, 4):
+        assert (
+            found[f"straightened{k}.terminal_error"]
+            < found[f"bellman{k}.terminal_error"]
+        )
+        assert found[f"straightened{k}.loss"] < found[f"straightened{k}.loss_before"]
+        assert found[f"bellman{k}.spread_objective"] >= 1 - 1e-6
+    assert (smoke / "report.html").stat().st_size > 1000
+
+
+def test_table_has_the_rows_asked_for(smoke):
+    config = load_config("configs/boss.py:smoke")
+    rows = experiment.summary_rows(config, summary_of(smoke)["metrics"])
+    names = [row["grid or model"] for row in rows]
+    assert names[:5] == list(experiment.SHOWN)
+    assert names[5].startswith("RK45, ") and names[7] == "real against real"
+    assert all(" / " in rows[i][f"NFE {k}"] for i in range(5) for k in (2, 4))
+
+
+def test_images_and_adapters_and_the_model_that_comes_out(tmp_path):
+    workdir = tmp_path / "run"
+    config = load_config("configs/boss.py:cpu", TINY_IMAGES)
+    with config.unlocked():
+        config.claims = {}
+    options = run.Options(command="test", tier="cpu", workdir=workdir)
+    assert run.run(experiment, config, options).code == 0
+    found = summary_of(workdir)["metrics"]
+    assert found["straightened4.trained_parameters"] < 0.5 * 40_000
+    assert 0 <= found["bellman4.recall"] <= 1
+    assert (workdir / "figures" / "samples.png").stat().st_size > 1000
+    apply_fn, params, meta = tmdjax.load(workdir)
+    assert len(meta["grid"]) == 5 and meta["grid"][0] == 1 and meta["grid"][-1] == 0
+    noise = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    velocity, labels = functools.partial(apply_fn, params), jnp.arange(3)
+    x = boss.sample(velocity, noise, cond=labels, trained_on=meta["grid"])
+    assert x.shape == noise.shape and np.isfinite(x).all()
+    with pytest.raises(ValueError, match="straightened on the times"):
+        boss.sample(
+            velocity, noise, flows.uniform_grid(3), labels, trained_on=meta["grid"]
+        )
+
+
+def test_sigkill_and_the_same_command(smoke, tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.run", SMOKE, f"--workdir={workdir}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start():
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+
+    process = start()
+    time.sleep(np.random.default_rng().uniform(6, 16))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    last = start()
+    out, _ = last.communicate(timeout=240)
+    assert last.returncode == 0, out
+    assert summary_of(workdir)["metrics"] == summary_of(smoke)["metrics"]
+
+
+EIGHT_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from tmdjax import data, flows, train
+from tmdjax.core import prng
+from tmdjax.systems import boss
+
+flow = flows.gaussian_mixture(**data.MIXTURE)
+keys = prng.sample_keys(jax.random.key(0), 64)
+found = boss.search(flow.velocity, keys, (2,), (4,), knots=20)
+fine = boss.fine_states(flow.velocity, keys, (2,), found.schedules.values())
+chords = boss.chords(fine, found.schedules[4])
+
+def apply_fn(params, x, t, cond):
+    h = jnp.concatenate([x, t[:, None]], -1)
+    return jnp.tanh(h @ params["a"]) @ params["b"]
+
+a, b = jax.random.split(jax.random.key(1))
+params = {"a": jax.random.normal(a, (3, 16)), "b": jax.random.normal(b, (16, 2))}
+losses = {}
+
+def fit(devices):
+    def run(state, step, batches, num_steps, place):
+        kept = []
+        result = train.fit(
+            state, step, batches, key=jax.random.key(2), num_steps=num_steps,
+            place=place, log_every=1,
+            on_metrics=lambda step, metrics: kept.append(metrics["loss"]),
+        )
+        losses[devices] = np.array(kept)
+        return result.state
+    return run
+
+make_mesh = train.fine_tuning.make_mesh
+def tuned(devices):
+    train.fine_tuning.make_mesh = lambda: make_mesh(devices=jax.devices()[:devices])
+    return boss.straighten(
+        params, apply_fn, chords, key=jax.random.key(2), steps=20, batch_size=32,
+        optimizer=train.OptimizerConfig(name="sgd", learning_rate=0.05),
+        fit=fit(devices),
+    )
+
+one, eight = tuned(1), tuned(8)
+np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, eight)
+print("same")
+"""
+
+
+def test_eight_devices_equal_one(run_python):
+    assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("arm", ["fashion", "sprites"])
+def test_straightening_step_of_the_gpu_tier_lowers(platform, arm):
+    from tmdjax import train
+
+    config = few_step.of_arm(load_config("configs/boss.py:gpu"), arm)
+    with config.unlocked():
+        config.model.attention_implementation = "xla"
+    apply_fn, init = few_step.network(config)
+    params = jax.eval_shape(init, jax.random.key(0))
+    rule = train.make_optimizer(train.OptimizerConfig(name="adam"))
+    step = train.make_train_step(
+        lambda p, batch, keys: boss.straightening_loss(p, apply_fn, batch), rule
+    )
+    state = jax.eval_shape(lambda p: train.create_state(p, rule), params)
+    image = jax.ShapeDtypeStruct((8, *config.data.shape), jnp.float32)
+    time_ = jax.ShapeDtypeStruct((8,), jnp.float32)
+    batch = {"x": image, "x_next": image, "t": time_, "t_next": time_}
+    batch["cond"] = jax.ShapeDtypeStruct((8,), jnp.int32)
+    exported = jax.export.export(
+        jax.jit(lambda s, b, k: step(s, b, jax.random.wrap_key_data(k))),
+        platforms=[platform],
+    )(state, batch, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    assert exported.platforms == (platform,)
+
+
+def test_gpu_tier_has_two_arms_with_their_own_claims():
+    config = load_config("configs/boss.py:gpu")
+    assert experiment.arms(config) == ("fashion", "sprites")
+    assert {name.partition("-")[0] for name in config.claims} == set(
+        "O1 O2a O2b O2c O3a O3b O4a O4b O5".split()
+    )
+    sizes = experiment.describe(config)
+    for arm in experiment.arms(config):
+        assert 5e6 <= sizes[f"{arm}: parameters"] <= 20e6
+
+
+def test_paper_tier_has_the_published_size():
+    sizes = experiment.describe(load_config("configs/boss.py:paper"))
+    # the 256 x 256 network of the reference has 65.6 M parameters
+    assert abs(sizes["parameters"] / 65.6e6 - 1) < 0.1
+    assert sizes["search, GB"] < 4
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("search.budgets=(2,200)", r"budget K=200 must be in \[1, K_max=100\]"),
+        ("search.samples=0", "search.samples=0 must be at least 1"),
+        ("straighten.steps=0", "straighten.steps=0"),
+        ("search.memory_limit_gb=0.000001", "raise it or take fewer knots"),
+        ("straighten.weight=width", "weight='width'.*Did you mean 'width2'"),
+        ("straighten.eval_fraction=1.0", "eval_fraction=1"),
+    ],
+)
+def test_impossible_settings(override, message, tmp_path, as_shipped):
+    with pytest.raises(ValueError, match=message):
+        run.main([SMOKE, f"--config.{override}", f"--workdir={tmp_path / 'run'}"])
