@@ -1,5 +1,5 @@
 # Every target makes .venv itself, from any Python >= 3.11, under constraints/.
-#   make demo      a flow model learns handwritten digits (table, pictures, report)
+#   make demo      few-step digits: search step sizes, straighten (table, report)
 #   make test      the default test suite
 #   make lint      format, lint, types
 #   make nightly   notebooks, peer-library comparisons, long runs
@@ -18,7 +18,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 .PHONY: demo test lint nightly clean
 
 demo: $(VENV)/demo.installed
-	$(BIN)/python -m experiments.run --config=configs/flow_matching.py:cpu
+	$(BIN)/python -m experiments.run --config=configs/boss.py:cpu
 
 test: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGUMENTS)

@@ -51,7 +51,7 @@ def get_config(tier: str) -> ConfigDict:
             "eval_fraction": 0.1,
             "weight": "unit",
             "lora_rank": 0,
-            "steps": 150,
+            "steps": 125,
             "batch_size": 64,
             "learning_rate": 5e-4,
             "warmup_steps": 20,
@@ -197,6 +197,16 @@ def claims(arm: str) -> ConfigDict:
             "threshold": 1.0,
             "ours": f"{where}straightened6.terminal_error",
             "baseline": f"{where}bellman6.terminal_error",
+        },
+        f"O4c{mark}": {
+            "statement": "the objective with the straightened velocity on the "
+            "teacher's new trajectories, 6 steps, as a fraction of the teacher's",
+            "published": "",
+            "statistic": "report",
+            "direction": None,
+            "threshold": None,
+            "ours": f"{where}straightened6.chord_error_ratio",
+            "baseline": None,
         },
         f"O5{mark}": {
             "statement": "the grid of a Gaussian with the data's covariance, carried "

@@ -1,7 +1,7 @@
 """Class-conditional flow matching: the base that papers start from.
 
     python -m experiments.run --config=configs/flow_matching.py:smoke
-    python -m experiments.run --config=configs/flow_matching.py:cpu      (make demo)
+    python -m experiments.run --config=configs/flow_matching.py:cpu
     python -m experiments.run --config=configs/flow_matching.py:gpu --seeds=0..4
     python -m experiments.run --config=configs/flow_matching.py:paper --dry_run
 

@@ -246,7 +246,7 @@ def sample(config: Config, context: StageContext) -> StageResult:
     """Samples every set from the same noise, and measures each as it is made.
 
     'terminal_error' is the mean squared distance, per coordinate, to the teacher's
-    fine samples; 'objective' the sum of local errors on a model's own trajectories.
+    fine samples.
     """
     settings, shape = config.search, tuple(config.data.shape)
     labels = jnp.asarray(few_step.load(config).test["label"][: config.sample.count])
@@ -280,25 +280,61 @@ def sample(config: Config, context: StageContext) -> StageResult:
 
     quality = few_step.compare(config, context, sets(), labels)
     for k in settings.budgets:
-        index = schedule_of(config, context, "bellman", k).index
-        for name, stage in (("bellman", "train"), ("straightened", f"straighten{k}")):
-            velocity = few_step.velocity_of(config, params[stage], stage == "train")
-            first = slice(settings.samples)
-            costs = flows.local_error_costs(
-                velocity,
-                keys[first],
-                shape,
-                labels[first],
-                knots=knots,
-                memory_limit=settings.memory_limit_gb * 1e9,
-            )
-            found[f"{name}{k}.objective"] = flows.path_cost(costs, index)
         own, uniform, carried = (
             found[f"{name}{k}.terminal_error"]
             for name in ("bellman", "uniform", "gaussian")
         )
         found[f"gaussian{k}.position"] = (carried - own) / (uniform - own)
+    found |= straightness(config, context, keys[: settings.samples], labels)
     return StageResult({"shown": shown}, {**quality, **found})
+
+
+def straightness(
+    config: Config, context: StageContext, keys: Any, labels: Any
+) -> dict[str, Any]:
+    """Local errors along one grid before and after straightening, from new noise.
+
+    'objective' sums them along a model's own fine trajectories, as a search would;
+    'chord_error' along the teacher's, which is what straightening lowers.
+    """
+    settings, shape, labels = (
+        config.search,
+        tuple(config.data.shape),
+        labels[: len(keys)],
+    )
+    k = settings.budgets[len(settings.budgets) // 2]
+    schedule = schedule_of(config, context, "bellman", k)
+    params = {
+        n: context.inputs[n].outputs["params"] for n in ("train", f"straighten{k}")
+    }
+    expert = few_step.velocity_of(config, params["train"], True)
+    fine = boss.fine_states(expert, keys, shape, [schedule], labels)
+    chords = boss.chords(fine, schedule)
+    found = {}
+    for name, stage in (("bellman", "train"), ("straightened", f"straighten{k}")):
+        velocity = few_step.velocity_of(config, params[stage], stage == "train")
+        costs = flows.local_error_costs(
+            velocity,
+            keys,
+            shape,
+            labels,
+            knots=schedule.knots,
+            memory_limit=settings.memory_limit_gb * 1e9,
+        )
+        found[f"{name}{k}.objective"] = flows.path_cost(costs, schedule.index)
+        errors, _ = jax.jit(
+            lambda velocity, chords: boss.straightening_loss(
+                {"velocity": velocity},
+                lambda params, *inputs: params["velocity"](*inputs),
+                chords,
+                weight="width2",
+            )
+        )(flows.as_pytree(velocity), chords)
+        found[f"{name}{k}.chord_error"] = k * np.prod(shape) * jnp.mean(errors)
+    found[f"straightened{k}.chord_error_ratio"] = (
+        found[f"straightened{k}.chord_error"] / found[f"bellman{k}.chord_error"]
+    )
+    return found
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:

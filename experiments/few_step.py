@@ -153,8 +153,11 @@ def summary_rows(
             (f"fine, {config.search.knots} NFE", "fine"),
             ("real against real", "real"),
         ):
+            columns = dict.fromkeys(rows[0])
             first = f"NFE {config.search.budgets[0]}"
-            rows.append({"grid or model": f"{mark}{title}", first: cell(name)})
+            rows.append(
+                columns | {"grid or model": f"{mark}{title}", first: cell(name)}
+            )
     return rows
 
 

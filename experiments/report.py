@@ -5,9 +5,9 @@
 
 ``--merge`` takes workdirs (or their summary.json) of one config and device kind,
 judges the claims on all seeds together and prints them; ``--record`` writes
-results/<system>/<tier>.json. ``--render`` writes RESULTS.md and the tables of
-README.md (between ``<!-- table: system:tier -->`` and ``<!-- end -->``) from results/
-alone.
+results/<system>/<tier>.json. ``--render`` writes RESULTS.md, and in README.md and
+docs/*.md what stands between ``<!-- table: system:tier -->`` (or ``claims:``) and
+``<!-- end -->``, from results/ alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tmdjax.harness.config import from_plain
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.runner import render_results
 
-_TABLE = re.compile(r"<!-- table: (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
+_MARKED = re.compile(r"<!-- (table|claims): (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
 
 
 def fill_tables(text: str, results: pathlib.Path) -> str:
@@ -32,15 +32,18 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
     records = {(r["system"], r["tier"]): r for r in ledger.read_records(results)}
 
     def table(found: re.Match[str]) -> str:
-        system, tier = found.groups()
+        kind, system, tier = found.groups()
         if (system, tier) not in records:
             raise ValueError(f"{found[0].splitlines()[0]} has no record in {results}.")
         record = records[system, tier]
-        experiment = importlib.import_module(f"experiments.{system}")
-        config = load_config(f"configs/{system}.py:{tier}")
-        rows = experiment.summary_rows(config, record["metrics"])
+        if kind == "claims":
+            rows = [claim_row(claim) for claim in record["claims"]]
+        else:
+            experiment = importlib.import_module(f"experiments.{system}")
+            config = load_config(f"configs/{system}.py:{tier}")
+            rows = experiment.summary_rows(config, record["metrics"])
         lines = [
-            f"<!-- table: {system}:{tier} -->",
+            f"<!-- {kind}: {system}:{tier} -->",
             *ledger.markdown_table(rows),
             "",
             f"Means over seeds {', '.join(map(str, record['seeds']))} on "
@@ -49,7 +52,12 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
         ]
         return "\n".join(lines)
 
-    return _TABLE.sub(table, text)
+    return _MARKED.sub(table, text)
+
+
+def pages(root: pathlib.Path) -> list[pathlib.Path]:
+    """The Markdown pages that hold tables."""
+    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,10 +82,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"recorded {ledger.write_record(given.results, merged)}")
     if given.render or given.record:
         render_results(given.results)
-        readme = given.results.parent / "README.md"
-        if readme.exists():
-            filled = fill_tables(readme.read_text(), given.results)
-            write_atomically(readme, filled.encode())
+        for page in pages(given.results.parent):
+            if page.exists():
+                filled = fill_tables(page.read_text(), given.results)
+                write_atomically(page, filled.encode())
     return 0
 
 

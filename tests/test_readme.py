@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_python_blocks_run(capsys):
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -18,15 +18,19 @@ def test_python_blocks_run(capsys):
     losses = [float(line.split()[1]) for line in out.splitlines()[1:]]
     assert losses[-1] < 0.9 * losses[0]
     assert int(namespace["result"].state.step) == 200
+    assert namespace["x"].shape == (1024, 2)
 
 
 def test_tables_are_those_of_the_records():
     from experiments import report
 
-    text = (ROOT / "README.md").read_text()
-    assert report.fill_tables(text, ROOT / "results") == text
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (ROOT / picture).exists(), picture
+    pages = report.pages(ROOT)
+    assert len(pages) >= 2
+    for page in pages:
+        text = page.read_text()
+        assert report.fill_tables(text, ROOT / "results") == text, page
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (page.parent / picture).exists(), picture
 
 
 def test_results_page_is_rendered():

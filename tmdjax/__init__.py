@@ -10,7 +10,7 @@ than importing jax::
 
     table = tmdjax.flows.make_table("ode", tmdjax.flows.uniform_grid(8))
     x = tmdjax.flows.rollout(keys, velocity, noise, table, store=False)
-    apply_fn, params, meta = tmdjax.load("runs/flow_matching-cpu")
+    apply_fn, params, meta = tmdjax.load("runs/boss-cpu")
 """
 
 import importlib

@@ -23,8 +23,8 @@ from tmdjax.systems import boss
 SMOKE = "--config=configs/boss.py:smoke"
 TINY_IMAGES = (
     "model.hidden=32 model.depth=2 model.heads=2 train.steps=60 train.batch_size=32 "
-    "train.log_every=20 features.steps=30 features.batch_size=32 search.samples=10 "
-    "search.knots=20 search.budgets=(2,4) straighten.noises=64 straighten.steps=20 "
+    "train.log_every=20 optimizer.warmup_steps=10 features.steps=30 features.batch_size=32 search.samples=10 "
+    "search.knots=20 straighten.noises=64 straighten.steps=20 "
     "straighten.batch_size=32 straighten.warmup_steps=2 straighten.lora_rank=2 "
     "sample.count=100 evaluate.projections=16"
 ).split()
@@ -57,6 +57,11 @@ def test_smoke_measures_every_row(smoke):
         )
         assert found[f"straightened{k}.loss"] < found[f"straightened{k}.loss_before"]
         assert found[f"bellman{k}.spread_objective"] >= 1 - 1e-6
+    # the teacher's chord error is its objective, measured in another way
+    assert found["bellman4.chord_error"] == pytest.approx(
+        found["bellman4.objective"], rel=1e-3
+    )
+    assert found["straightened4.chord_error_ratio"] < 1
     assert (smoke / "report.html").stat().st_size > 1000
 
 
@@ -74,6 +79,7 @@ def test_images_and_adapters_and_the_model_that_comes_out(tmp_path):
     config = load_config("configs/boss.py:cpu", TINY_IMAGES)
     with config.unlocked():
         config.claims = {}
+        config.search.budgets = (2, 4)
     options = run.Options(command="test", tier="cpu", workdir=workdir)
     assert run.run(experiment, config, options).code == 0
     found = summary_of(workdir)["metrics"]
@@ -198,7 +204,7 @@ def test_gpu_tier_has_two_arms_with_their_own_claims():
     config = load_config("configs/boss.py:gpu")
     assert experiment.arms(config) == ("fashion", "sprites")
     assert {name.partition("-")[0] for name in config.claims} == set(
-        "O1 O2a O2b O2c O3a O3b O4a O4b O5".split()
+        "O1 O2a O2b O2c O3a O3b O4a O4b O4c O5".split()
     )
     sizes = experiment.describe(config)
     for arm in experiment.arms(config):
