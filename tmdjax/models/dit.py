@@ -1,7 +1,7 @@
 """Diffusion transformer with adaptive layer norm (arXiv 2212.09748)."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ from flax import linen as nn
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Float
-from tmdjax.models.attention import IMPLEMENTATIONS, attention
+from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
+    MultiHeadAttention,
     TimeEmbedding,
     check_unconditional,
     layer_norm,
@@ -25,9 +26,6 @@ from tmdjax.models.layers import (
 from tmdjax.quant import compute_dtype
 
 _XAVIER = nn.initializers.xavier_uniform()
-# The DiT code draws query, key and value as one Xavier kernel [width, 3 width]; half
-# the variance gives three kernels [width, width] the same bound, sqrt(6 / (4 width)).
-_FUSED_XAVIER = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 _ZEROS = nn.initializers.zeros
 
 
@@ -35,31 +33,6 @@ def _modulate(x: Array, shift: Array, scale: Array, recipe: str) -> Array:
     """Layer norm, then scale and shift in float32; out in the compute dtype."""
     y = layer_norm(x) * (1 + scale) + shift
     return y.astype(compute_dtype(recipe))
-
-
-class _Attention(nn.Module):
-    heads: int
-    recipe: str
-    implementation: str
-    out_init: Callable[..., Any] = _XAVIER
-
-    @nn.compact
-    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
-        width = x.shape[-1]
-
-        def project(y: Array, name: str) -> Array:
-            y = Dense(width, self.recipe, kernel_init=_FUSED_XAVIER, name=name)(y)
-            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
-
-        y = attention(
-            project(x, "query"),
-            project(context, "key"),
-            project(context, "value"),
-            mask=mask,
-            implementation=self.implementation,
-        )
-        y = y.reshape(x.shape)
-        return Dense(width, self.recipe, kernel_init=self.out_init, name="out")(y)
 
 
 class _Block(nn.Module):
@@ -82,14 +55,14 @@ class _Block(nn.Module):
         )
 
         x = _modulate(h, shift, scale, self.recipe)
-        x = _Attention(self.heads, self.recipe, self.implementation, name="attention")(
-            x, x
-        )
+        x = MultiHeadAttention(
+            self.heads, self.recipe, self.implementation, name="attention"
+        )(x, x)
         h = h + (gate * x).astype(h.dtype)
         if "tokens" in c:
             x = layer_norm(h).astype(h.dtype)
             # A zero output projection keeps the block the identity at the start.
-            h = h + _Attention(
+            h = h + MultiHeadAttention(
                 self.heads,
                 self.recipe,
                 self.implementation,

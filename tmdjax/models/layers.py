@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from tmdjax.core.checks import check_batch, check_range
 from tmdjax.core.types import Array, Float
+from tmdjax.models.attention import attention
 from tmdjax.quant import linear
 
 
@@ -96,6 +97,54 @@ def timestep_embedding(
         frequencies, jnp.float32
     )
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+_XAVIER = nn.initializers.xavier_uniform()
+# The DiT code draws query, key and value as one Xavier kernel [width, 3 width]; half
+# the variance gives three kernels [width, width] the same bound, sqrt(6 / (4 width)).
+_FUSED_XAVIER = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention of x to a context: projections query, key, value and out.
+
+    Attributes:
+        heads: a divisor of the width of x.
+        recipe: GEMM recipe of the projections.
+        implementation: of :func:`tmdjax.models.attention`.
+        out_init: initialiser of the last projection's kernel.
+    """
+
+    heads: int
+    recipe: str
+    implementation: str
+    out_init: Callable[..., Any] = _XAVIER
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
+        """Returns [batch, position, width] in the recipe's dtype.
+
+        Args:
+            x: [batch, position, width].
+            context: [batch, context position, any width], x itself for
+                self-attention.
+            mask: bool, broadcastable to [batch, heads, position, context position].
+        """
+        width = x.shape[-1]
+
+        def project(y: Array, name: str) -> Array:
+            y = Dense(width, self.recipe, kernel_init=_FUSED_XAVIER, name=name)(y)
+            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+
+        y = attention(
+            project(x, "query"),
+            project(context, "key"),
+            project(context, "value"),
+            mask=mask,
+            implementation=self.implementation,
+        )
+        y = y.reshape(x.shape)
+        return Dense(width, self.recipe, kernel_init=self.out_init, name="out")(y)
 
 
 class TimeEmbedding(nn.Module):

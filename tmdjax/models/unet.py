@@ -12,10 +12,10 @@ from tmdjax.core.checks import check_choice, check_count
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
-from tmdjax.models.dit import _Attention
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
+    MultiHeadAttention,
     TimeEmbedding,
     check_unconditional,
 )
@@ -93,7 +93,7 @@ class _Block(nn.Module):
             return h
         x = _group_norm(self.features, "attention_norm")(h).astype(dtype)
         x = x.reshape(len(x), -1, self.features)
-        x = _Attention(
+        x = MultiHeadAttention(
             self.heads, self.recipe, self.implementation, _ZEROS, name="attention"
         )(x, x)
         return h + x.reshape(h.shape)
