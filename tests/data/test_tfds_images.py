@@ -1,0 +1,360 @@
+import importlib.util
+import io
+import json
+import socket
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmdjax.data import SOURCES, check, load, tfds_images
+from tmdjax.data.sources import tfds_source
+
+needs_tfds = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow_datasets") is None,
+    reason="tensorflow-datasets is absent (pip install 'tmdjax[tfds]')",
+)
+PREPARE = (
+    "pip install tensorflow-datasets tensorflow && tfds build celeb_a_hq/256 "
+    "--file_format=array_record"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_network_and_no_other_folder(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Puts a source of the set 'shapes' into the registry for one test."""
+    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
+
+    def add(builder="shapes", **changes):
+        fields: dict[str, Any] = {"licence": "MIT", "description": "shapes"}
+        SOURCES.register("shapes")(tfds_source("shapes", builder, **fields | changes))
+
+    return add
+
+
+def pixels(count, size=8, seed=0):
+    shape = (count, size, size, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def write_set(
+    root, images, *, name="celeb_a_hq", config="256", version="2.0.0", **options
+):
+    """Writes splits of images in the order given, by TFDS itself.
+
+    Returns the folder of the set.
+    """
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    labels, shape = options.get("labels"), options.get("shape", (8, 8, 3))
+    features: dict[str, Any] = {
+        "image": tfds.features.Image(shape=shape, encoding_format="png")
+    }
+    if labels:
+        features["label"] = tfds.features.ClassLabel(names=["cup", "hat", "key"])
+    else:
+        features["image/filename"] = tfds.features.Text()
+
+    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, manager):
+            return {split: self._generate_examples(split) for split in images}
+
+        def _generate_examples(self, split):
+            for i, image in enumerate(images[split]):
+                rest = (
+                    {"label": labels[split][i]}
+                    if labels
+                    else {"image/filename": f"{i}.png"}
+                )
+                yield i, {"image": png(image), **rest}
+
+    Written.name = name
+    builder = Written(data_dir=root, file_format="array_record")
+    builder.download_and_prepare()
+    return root / name / config / version if config else root / name / version
+
+
+def as_bytes(image):
+    """The grey levels of an image array, which must be whole numbers."""
+    levels = (image.astype(np.float64) + 1) * 127.5
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-4)
+    return levels.round()
+
+
+@needs_tfds
+class TestPrepared:
+    def test_celeb_a_hq_holds_out_its_end_in_file_order(self, tmp_path):
+        images = pixels(12)
+        write_set(tmp_path, {"train": images})
+        data = load("celeb_a_hq", data_dir=tmp_path, test_count=3)
+        np.testing.assert_array_equal(as_bytes(data.train["image"]), images[:9])
+        np.testing.assert_array_equal(as_bytes(data.test["image"]), images[9:])
+        for arrays, count in ((data.train, 9), (data.test, 3)):
+            assert arrays["image"].dtype == np.float32
+            assert arrays["label"].dtype == np.int32
+            np.testing.assert_array_equal(arrays["label"], np.zeros(count))
+        assert data.num_classes == 1
+        assert data.meta == {"tfds": "celeb_a_hq/256:2.0.0"}
+
+    def test_black_and_white_are_the_ends_of_the_range(self, tmp_path):
+        images = np.stack([np.zeros((8, 8, 3)), np.full((8, 8, 3), 255)])
+        write_set(tmp_path, {"train": images.astype(np.uint8)})
+        data = load("celeb_a_hq", data_dir=tmp_path, test_count=1)
+        assert (data.train["image"] == -1).all() and (data.test["image"] == 1).all()
+
+    def test_counts_bound_both_splits(self, tmp_path):
+        images = pixels(12)
+        write_set(tmp_path, {"train": images})
+        data = load("celeb_a_hq", data_dir=tmp_path, test_count=2, train_count=4)
+        np.testing.assert_array_equal(as_bytes(data.train["image"]), images[:4])
+        np.testing.assert_array_equal(as_bytes(data.test["image"]), images[10:])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, r"test_count=2000 is outside \[1, 11\]"),
+            ({"test_count": 0}, "test_count=0 must be at least 1"),
+            ({"test_count": 3, "train_count": 10}, r"train_count=10 is .* \[1, 9\]"),
+            ({"test_count": None}, "give test_count=, how many samples of 'train'"),
+            ({"test_count": 3, "memory_limit_gb": 0}, "memory_limit_gb=0 is outside"),
+        ],
+    )
+    def test_counts_out_of_range(self, tmp_path, as_shipped, options, message):
+        write_set(tmp_path, {"train": pixels(12)})
+        with pytest.raises(ValueError, match=message):
+            load("celeb_a_hq", data_dir=tmp_path, **options)
+
+    def test_order_holds_over_several_reads(self, tmp_path):
+        images = pixels(150, size=2)
+        write_set(tmp_path, {"train": images}, shape=(2, 2, 3))
+        data = load("celeb_a_hq", data_dir=tmp_path, test_count=10)
+        both = np.concatenate([data.train["image"], data.test["image"]])
+        np.testing.assert_array_equal(as_bytes(both), images)
+
+    def test_folder_of_the_option_the_environment_or_the_home(
+        self, tmp_path, monkeypatch
+    ):
+        def first():
+            return as_bytes(load("celeb_a_hq", test_count=1).train["image"])
+
+        home, named, given = (pixels(2, seed=seed) for seed in range(3))
+        write_set(tmp_path / "home/tensorflow_datasets", {"train": home})
+        write_set(tmp_path / "named", {"train": named})
+        write_set(tmp_path / "given", {"train": given})
+        np.testing.assert_array_equal(first(), home[:1])
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "named"))
+        np.testing.assert_array_equal(first(), named[:1])
+        data = load("celeb_a_hq", test_count=1, data_dir=tmp_path / "given")
+        np.testing.assert_array_equal(as_bytes(data.train["image"]), given[:1])
+
+    def test_another_set_is_one_entry(self, tmp_path, register):
+        images = {"train": pixels(5), "test": pixels(4, seed=1)}
+        labels = {"train": [2, 0, 1, 1, 2], "test": [0, 2, 2, 1]}
+        write_set(tmp_path, images, name="shapes", config="", labels=labels)
+        register(label_key="label", test_split="test")
+        data = load("shapes", data_dir=tmp_path)
+        for split in ("train", "test"):
+            arrays = getattr(data, split)
+            np.testing.assert_array_equal(as_bytes(arrays["image"]), images[split])
+            np.testing.assert_array_equal(arrays["label"], labels[split])
+        assert data.num_classes == 3
+        assert data.meta["class_names"] == ("cup", "hat", "key")
+        fewer = load("shapes", data_dir=tmp_path, test_count=2)
+        np.testing.assert_array_equal(fewer.test["label"], [0, 2])
+
+    def test_the_highest_version_or_the_one_named(self, tmp_path, register):
+        for version, seed in (("1.9.0", 9), ("1.10.0", 10)):
+            images = {"train": pixels(2, seed=seed)}
+            write_set(tmp_path, images, name="shapes", config="", version=version)
+        register(test_count=1)
+        newest = load("shapes", data_dir=tmp_path)
+        assert newest.meta["tfds"] == "shapes:1.10.0"
+        np.testing.assert_array_equal(
+            as_bytes(newest.train["image"]), pixels(2, seed=10)[:1]
+        )
+        pinned = tfds_images.load_tfds_images(
+            "shapes", "shapes:1.9.0", data_dir=tmp_path, test_count=1
+        )
+        np.testing.assert_array_equal(
+            as_bytes(pinned.train["image"]), pixels(2, seed=9)[:1]
+        )
+
+    def test_too_many_bytes_are_refused_with_a_count_that_fits(self, tmp_path):
+        write_set(tmp_path, {"train": pixels(12)})
+        options = {"data_dir": tmp_path, "test_count": 3}
+        # An image takes 4 * 8 * 8 * 3 = 768 bytes: 7 of them fit.
+        with pytest.raises(ValueError) as error:
+            load("celeb_a_hq", memory_limit_gb=5.5e-6, **options)
+        assert "9 + 3 images of [8, 8, 3] take 9,216 bytes" in str(error.value)
+        assert "Give train_count=4, or a higher memory_limit_gb=" in str(error.value)
+        with pytest.raises(ValueError, match="take 6,144 bytes"):
+            load("celeb_a_hq", memory_limit_gb=5.5e-6, train_count=5, **options)
+        data = load("celeb_a_hq", memory_limit_gb=5.5e-6, train_count=4, **options)
+        assert sum(a["image"].nbytes for a in (data.train, data.test)) == 7 * 768
+        with pytest.raises(ValueError, match="Give smaller train_count= and test_"):
+            load("celeb_a_hq", memory_limit_gb=2e-6, **options)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"image_key": "imag"}, "image_key='imag' is not one of 'image'"),
+            ({"label_key": "lable"}, "label_key='lable' .* Did you mean 'label'"),
+            ({"label_key": "image"}, "label_key='image' is not one of 'label'"),
+            ({"test_split": "tests"}, "split='tests' is not one of 'train', 'test'"),
+        ],
+    )
+    def test_names_that_the_set_lacks(self, tmp_path, register, fields, message):
+        images = {"train": pixels(2), "test": pixels(2)}
+        labels = {"train": [0, 1], "test": [0, 1]}
+        write_set(tmp_path, images, name="shapes", config="", labels=labels)
+        register(**fields)
+        with pytest.raises(ValueError, match=message):
+            load("shapes", data_dir=tmp_path)
+
+    def test_withheld_labels_are_refused(self, tmp_path, register):
+        images = {"train": pixels(2), "test": pixels(2)}
+        labels = {"train": [0, 1], "test": [-1, -1]}
+        write_set(tmp_path, images, name="shapes", config="", labels=labels)
+        register(label_key="label", test_split="test")
+        with pytest.raises(ValueError, match="of the split 'test' have no label"):
+            load("shapes", data_dir=tmp_path)
+
+    def test_images_of_varying_size_are_refused(self, tmp_path):
+        images = [*pixels(2), *pixels(1, size=4)]
+        write_set(tmp_path, {"train": images}, shape=(None, None, 3))
+        with pytest.raises(ValueError, match=r"\(None, None, 3\) .* of one size"):
+            load("celeb_a_hq", data_dir=tmp_path, test_count=1)
+
+    def test_a_format_without_random_access_is_refused(self, tmp_path):
+        folder = write_set(tmp_path, {"train": pixels(2)})
+        path = folder / "dataset_info.json"
+        info = json.loads(path.read_text())
+        assert info["fileFormat"] == "array_record"
+        path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+        with pytest.raises(ValueError, match="holds tfrecord files") as error:
+            load("celeb_a_hq", data_dir=tmp_path, test_count=1)
+        assert (
+            f"tfds convert_format --dataset_version_dir={folder} "
+            f"--out_file_format=array_record"
+        ) in str(error.value)
+
+    @pytest.mark.parametrize("damage", ["truncated", "absent", "another size"])
+    def test_damaged_files_are_refused(self, tmp_path, damage):
+        folder = write_set(tmp_path, {"train": pixels(12)})
+        (shard,) = folder.glob("*.array_record*")
+        if damage == "truncated":
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        elif damage == "absent":
+            shard.unlink()
+        else:
+            images = {"train": pixels(12, size=4)}
+            other = write_set(tmp_path / "other", images, shape=(4, 4, 3))
+            (folder / shard.name).write_bytes((other / shard.name).read_bytes())
+        with pytest.raises(ValueError) as error:
+            load("celeb_a_hq", data_dir=tmp_path, test_count=3)
+        assert f"{folder} is damaged" in str(error.value)
+        assert f"{PREPARE} --data_dir={tmp_path}" in str(error.value)
+
+    def test_check_says_present(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        assert check.status(SOURCES["celeb_a_hq"]) == "absent"
+        write_set(tmp_path, {"train": pixels(2)})
+        assert check.status(SOURCES["celeb_a_hq"]) == "present"
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert check.status(SOURCES["celeb_a_hq"]) == "absent"
+
+    def test_reading_needs_no_tensorflow(self, tmp_path, run_python):
+        write_set(tmp_path, {"train": pixels(3)})
+        out = run_python(
+            "import sys\n"
+            "from tmdjax import data\n"
+            "assert 'tensorflow_datasets' not in sys.modules\n"
+            f"d = data.load('celeb_a_hq', data_dir={str(tmp_path)!r}, test_count=1)\n"
+            "assert 'tensorflow' not in sys.modules\n"
+            "print(d.train['image'].shape)"
+        )
+        assert out.strip() == "(2, 8, 8, 3)"
+
+
+def test_a_set_that_is_not_prepared_names_folder_and_command(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load("celeb_a_hq", data_dir=tmp_path / "my data")
+    message = str(error.value)
+    assert f"(looked in {tmp_path / 'my data' / 'celeb_a_hq/256'})" in message
+    assert f"{PREPARE} --data_dir='{tmp_path / 'my data'}'" in message
+    assert "place data256x256.tar" in message
+    assert f"in {tmp_path / 'my data'}/downloads/manual;" in message
+    with pytest.raises(FileNotFoundError, match="home/tensorflow_datasets/celeb_a_hq"):
+        load("celeb_a_hq")
+
+
+def test_a_folder_without_all_metadata_is_not_prepared(tmp_path):
+    folder = tmp_path / "celeb_a_hq/256/2.0.0"
+    folder.mkdir(parents=True)
+    (tmp_path / "celeb_a_hq/256/notes.of.mine").mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    assert tfds_images.find_prepared("celeb_a_hq/256", tmp_path) is None
+    (folder / "features.json").write_text("{}")
+    assert tfds_images.find_prepared("celeb_a_hq/256", tmp_path) == folder
+    assert tfds_images.find_prepared("celeb_a_hq/256:2.0.0", tmp_path) == folder
+    assert tfds_images.find_prepared("celeb_a_hq/256:1.0.0", tmp_path) is None
+    assert tfds_images.find_prepared("celeb_a_hq", tmp_path) is None
+
+
+def test_absent_package_names_the_extra(tmp_path, monkeypatch):
+    folder = tmp_path / "celeb_a_hq/256/2.0.0"
+    folder.mkdir(parents=True)
+    for file in ("dataset_info.json", "features.json"):
+        (folder / file).write_text("{}")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'tmdjax\[tfds\]'"):
+        load("celeb_a_hq", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("builder", ["", "a/b/c", "set:1.0", "../set", "Set/x:"])
+def test_builder_names(builder):
+    with pytest.raises(ValueError, match="is not a name of TFDS; give 'set'"):
+        tfds_images.find_prepared(builder)
+
+
+def test_options_are_known_by_name(as_shipped):
+    with pytest.raises(ValueError, match=r"'dat_dir'.*Did you mean 'data_dir'"):
+        load("celeb_a_hq", dat_dir="x")
+
+
+def test_check_lists_the_source_and_how_to_get_it():
+    (row,) = [r for r in check.table().splitlines() if r.startswith("celeb_a_hq")]
+    assert "absent" in row and "non-commercial" in row
+    assert "pip install 'tmdjax[tfds]'; to prepare the files: place data256" in row
+    assert row.endswith(PREPARE)
