@@ -255,7 +255,8 @@ def sample(config: Config, context: StageContext) -> StageResult:
     params = {name: s.outputs.get("params") for name, s in context.inputs.items()}
     knots = flows.fine_knots(settings.knots)
     expert = few_step.velocity_of(config, params["train"], True)
-    fine = flows.endpoints(expert, noise, knots, labels)
+    walk = functools.partial(flows.endpoints, micro_batch=few_step.MICRO_BATCH)
+    fine = walk(expert, noise, knots, labels)
     found: dict[str, Any] = {}
     shown: dict[str, Any] = {}
 
@@ -274,9 +275,7 @@ def sample(config: Config, context: StageContext) -> StageResult:
         yield measured("rk45", solution.x)
         for name, stage, grid, method in walks(config, context):
             velocity = few_step.velocity_of(config, params[stage], stage == "train")
-            yield measured(
-                name, flows.endpoints(velocity, noise, grid, labels, method=method)
-            )
+            yield measured(name, walk(velocity, noise, grid, labels, method=method))
 
     quality = few_step.compare(config, context, sets(), labels)
     for k in settings.budgets:

@@ -23,6 +23,8 @@ from tmdjax.harness.ledger import MAIN_ARM
 from tmdjax.harness.report import image_grid, line_plot
 
 Config = Any
+MICRO_BATCH = 1000
+"""Samples walked at a time."""
 
 
 def has_images(config: Config) -> bool:

@@ -408,6 +408,19 @@ def test_states_at_equal_the_whole_trajectory():
         flows.states_at(flow.velocity, noise, knots, [1, 4])
 
 
+def test_endpoints_in_micro_batches():
+    def velocity(x, t, cond):
+        return mixture().velocity(x, t) + cond[:, None]
+
+    noise, cond = prng.normal(keys(7), (2,)), jnp.arange(7.0)
+    grid = flows.uniform_grid(4)
+    whole = flows.endpoints(velocity, noise, grid, cond)
+    parts = flows.endpoints(velocity, noise, grid, cond, micro_batch=3)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    with pytest.raises(ValueError, match="micro_batch=0"):
+        flows.endpoints(velocity, noise, grid, cond, micro_batch=0)
+
+
 def test_terminal_errors_are_distances_of_endpoints():
     flow = mixture()
     noise = prng.normal(keys(6), (2,))

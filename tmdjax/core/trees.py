@@ -1,4 +1,4 @@
-"""Parameter trees: paths, sizes, hashes."""
+"""Trees of arrays: paths, sizes, rows, hashes."""
 
 import hashlib
 from collections.abc import Callable
@@ -55,6 +55,11 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 def select(condition: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyTree:
     """Leaf-wise ``where`` with one scalar condition."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def take(tree: PyTree, rows: Any) -> PyTree:
+    """Rows of every leaf of a tree of [samples, ...] arrays."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
 
 
 def content_hash(tree: PyTree) -> str:

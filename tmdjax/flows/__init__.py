@@ -41,6 +41,7 @@ from tmdjax.flows.step_search import (
     cost_memory,
     fine_knots,
     local_error_costs,
+    micro_batches,
     path_cost,
     squared_l2,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "local_error_costs",
     "logit_normal_time",
     "make_table",
+    "micro_batches",
     "nfe",
     "path_cost",
     "rk45",

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_batch
+from tmdjax.core import trees
+from tmdjax.core.checks import check_batch, check_count
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, Velocity
 from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.rollout import rollout
-from tmdjax.flows.step_search import squared_l2
+from tmdjax.flows.step_search import micro_batches, squared_l2
 from tmdjax.flows.table import CoefficientTable, make_table
 
 
@@ -23,8 +24,9 @@ def endpoints(
     cond: Cond = None,
     *,
     method: str = "euler",
+    micro_batch: int | None = None,
 ) -> Data:
-    """Samples [batch, *event] that a solver reaches, in one compiled program.
+    """Samples [batch, *event] that a solver reaches, by one compiled program.
 
     Args:
         velocity: ``(x, t, cond) -> v``; parameters that it holds by
@@ -33,8 +35,16 @@ def endpoints(
         grid: times to walk.
         cond: pytree of [batch, ...], or None.
         method: solver, see :func:`~tmdjax.flows.rollout`.
+        micro_batch: samples at a time; None walks them all together.
     """
-    return _walk(as_pytree(velocity), noise, make_table("ode", grid), cond, method)
+    compiled, table = as_pytree(velocity), make_table("ode", grid)
+    if micro_batch is None or micro_batch >= len(noise):
+        return _walk(compiled, noise, table, cond, method)
+    size, parts = check_count("micro_batch", micro_batch), []
+    for rows, counted in micro_batches(len(noise), size):
+        x = _walk(compiled, noise[rows], table, trees.take(cond, rows), method)
+        parts.append(x[:counted])
+    return jnp.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -13,14 +13,14 @@ References:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core import prng
+from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, PerExample, Velocity
 from tmdjax.flows.grids import custom_grid, uniform_grid
@@ -156,21 +156,17 @@ def local_error_costs(
             f"{memory_limit / 1e9:.2f} GB; "
             + (f"give micro_batch<={fits}." if fits else "use fewer knots.")
         )
-    parts = [
-        np.arange(start, start + micro_batch)
-        for start in range(0, samples, micro_batch)
-    ]
-    check_velocity(velocity, (micro_batch, *shape), dtype, _rows(cond, parts[0]))
+    first = trees.take(cond, np.arange(micro_batch))
+    check_velocity(velocity, (micro_batch, *shape), dtype, first)
     compiled = as_pytree(velocity)
     total = np.zeros((len(grid) - 1, len(grid)))
-    for part in parts:
-        rows = part % samples  # the last part is filled up, and its excess not counted
+    for rows, counted in micro_batches(samples, micro_batch):
         sums = _cost_sums(
             compiled,
             keys[rows],
-            _rows(cond, rows),
+            trees.take(cond, rows),
             jnp.asarray(grid, dtype),
-            jnp.asarray(part < samples),
+            jnp.arange(micro_batch) < counted,
             tuple(shape),
             metric,
             method,
@@ -179,8 +175,15 @@ def local_error_costs(
     return np.concatenate([total / samples, np.zeros((1, len(grid)))])
 
 
-def _rows(cond: Cond, rows: Any) -> Cond:
-    return jax.tree.map(lambda c: jnp.asarray(c)[rows], cond)
+def micro_batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts samples into batches of one size, so that one compilation serves all.
+
+    Yields:
+        Rows [size] of a batch, and how many of them count: the last batch is filled
+        up with samples that another batch has.
+    """
+    for start in range(0, count, size):
+        yield np.arange(start, start + size) % count, min(size, count - start)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))

@@ -168,7 +168,7 @@ def _fingerprint(
 ) -> str:
     """Hash of the inputs, and of what velocity and metric give at every knot."""
     rows = np.arange(len(knots) - 1) % len(keys)
-    probe = (keys[rows], jnp.asarray(knots[:-1], dtype), _take(cond, rows))
+    probe = (keys[rows], jnp.asarray(knots[:-1], dtype), trees.take(cond, rows))
 
     @jax.jit
     def evaluate(velocity: Any, probe: Any) -> tuple[Array, Array]:
@@ -189,10 +189,6 @@ def _fingerprint(
         "method": np.frombuffer(method.encode(), np.uint8),
     }
     return trees.content_hash(inputs)
-
-
-def _take(cond: Cond, rows: Any) -> Cond:
-    return jax.tree.map(lambda c: jnp.asarray(c)[rows], cond)
 
 
 def polish_schedule(
@@ -302,11 +298,10 @@ def fine_states(
     index = np.unique(np.concatenate([s.index for s in schedules]))
     size = min(check_count("micro_batch", micro_batch), len(keys))
     parts = []
-    for start in range(0, len(keys), size):
-        rows = np.arange(start, start + size) % len(keys)  # the last one filled up
+    for rows, counted in flows.micro_batches(len(keys), size):
         noise = prng.normal(keys[rows], shape)
-        kept = flows.states_at(velocity, noise, knots, index, _take(cond, rows))
-        parts.append(np.asarray(kept)[:, : len(keys) - start])
+        kept = flows.states_at(velocity, noise, knots, index, trees.take(cond, rows))
+        parts.append(np.asarray(kept)[:, :counted])
     return FineStates(np.concatenate(parts, 1), index, knots, cond)
 
 
