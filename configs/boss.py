@@ -11,9 +11,11 @@ cpu    8x8 handwritten digits (pip install 'tmdjax[demo]'), the DiT of
        configs/flow_matching.py:cpu, whose training it shares.
 gpu    two arms, U-Nets of 7 M parameters: Fashion-MNIST (Debian package
        dataset-fashion-mnist) and sparse sprites, whose flow is strongly curved.
-paper  the network and settings of CelebA-HQ 256: sizes only, unless you register a
-       source named 'celeb_a_hq'.
+paper  the network and settings of CelebA-HQ 256; sizes only, unless TFDS has prepared
+       celeb_a_hq/256 on your disk (pip install 'tmdjax[tfds]').
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -31,7 +33,7 @@ COST = {
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""
-    config = flow_matching.get_config("cpu")
+    config: Any = flow_matching.get_config("cpu")
     config.system = "boss"
     config.arms = ConfigDict()
     # Step-size search: one cost matrix, all budgets.
@@ -106,6 +108,9 @@ def get_config(tier: str) -> ConfigDict:
         config.claims = ConfigDict({**claims("fashion"), **claims("sprites")})
     elif tier == "paper":
         config.data.update(name="celeb_a_hq", shape=(256, 256, 3), num_classes=1)
+        config.data.options = ConfigDict(
+            {"test_count": 10_000, "memory_limit_gb": 32.0}
+        )
         config.model = ConfigDict(
             {
                 "name": "unet",

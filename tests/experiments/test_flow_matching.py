@@ -288,7 +288,7 @@ def test_nan_in_the_data_stops_before_training(tmp_path, monkeypatch):
 def test_absent_data_package_names_its_command(tmp_path, monkeypatch):
     import dataclasses
 
-    absent = dataclasses.replace(data.SOURCES["digits"], root=lambda: None)
+    absent = dataclasses.replace(data.SOURCES["digits"], roots=lambda: [])
     monkeypatch.setitem(data.SOURCES._entries, "digits", absent)
     with pytest.raises(FileNotFoundError, match=r"pip install 'tmdjax\[demo\]'"):
         run.main([f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"])

@@ -376,12 +376,13 @@ def _run_unit(
         "metrics": metrics,
         "stages": hashes,
     }
-    trained = [r for r in results.values() if r.model is not None]
-    if trained:  # the last one is the model of the run
-        spec, facts = dict(trained[-1].model), meta | dict(trained[-1].meta)
+    trained = [(r, r.model) for r in results.values() if r.model is not None]
+    if trained:
+        result, model = trained[-1]  # the last one is the model of the run
+        spec, facts = dict(model), meta | dict(result.meta)
         folder = model_folder(workdir, arm, seed)
         if train.model_meta(folder) != facts | {"spec": spec}:
-            train.save_model(folder, spec, trained[-1].outputs["params"], facts)
+            train.save_model(folder, spec, result.outputs["params"], facts)
     unit = {
         "arm": arm,
         "seed": seed,
