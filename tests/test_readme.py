@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -19,6 +21,15 @@ def test_python_blocks_run(capsys):
     assert losses[-1] < 0.9 * losses[0]
     assert int(namespace["result"].state.step) == 200
     assert namespace["x"].shape == (1024, 2)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)
+def test_python_of_the_docs_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), namespace)
 
 
 def test_tables_are_those_of_the_records():
