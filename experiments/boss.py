@@ -6,8 +6,10 @@ network a budget is straightened and one distilled by reflow; everything is samp
 from the same noise and compared with the teacher's fine samples and held-out data.
 """
 
+import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +70,9 @@ def stages(config: Config, arm: str) -> list[Stage]:
         label = "frechet" if arm == MAIN_ARM else f"frechet {arm}"
         found.insert(0, image_quality.stage(config, label))
         parents = ("features", *parents)
-    return [*found, stage("sample", sample, ("sample", "evaluate"), *parents)]
+    groups = ("sample", "evaluate")
+    last = stage("sample", sample, groups, *parents)
+    return [*found, dataclasses.replace(last, version=2)]
 
 
 def search(config: Config, context: StageContext) -> StageResult:
@@ -116,7 +120,8 @@ def search(config: Config, context: StageContext) -> StageResult:
                 f"bellman{k}.spread_knots": moved.max(),
                 f"bellman{k}.spread_objective": other / max(schedule.cost, 1e-30),
             }
-    worse = sum(found.schedules[k].cost > uniform[k] for k in uniform)
+    # equal grids have equal sums; with a future_weight the objective is another
+    worse = sum(found.schedules[k].cost > uniform[k] * (1 + 1e-9) for k in uniform)
     return StageResult(
         {"costs": found.costs, "index": index},
         found_metrics | {"search.uniform_cheaper": worse},
@@ -170,47 +175,67 @@ def tuning(config: Config, context: StageContext) -> dict[str, Any]:
     }
 
 
+def tuned_part(config: Config, context: StageContext) -> tuple[Any, Any, Any]:
+    """What is trained, its apply_fn, and how whole parameters are made of it."""
+    apply_fn, _ = few_step.network(config)
+    base = jax.tree.map(jnp.asarray, context.inputs["train"].outputs["params"])
+    rank = config.straighten.lora_rank
+    if not rank:
+        return base, apply_fn, lambda params: params
+    key = jax.random.fold_in(context.key, 2)
+    adapters = lora.init(key, base, rank, ["kernel"])
+    adapted = lora.apply_fn(apply_fn, base, rank)
+    return adapters, adapted, lambda params: lora.merge(base, params, rank)
+
+
 def fine_tune(config: Config, context: StageContext) -> StageResult:
     """Straightens the teacher (or adapters of it) on one budget's grid."""
     k, settings = budget_of(context), config.straighten
-    apply_fn, _ = few_step.network(config)
-    base = jax.tree.map(jnp.asarray, context.inputs["train"].outputs["params"])
     kept = context.inputs["trajectories"].outputs
     schedule = schedule_of(config, context, "bellman", k)
     fine = boss.FineStates(kept["states"], kept["index"], schedule.knots, kept["cond"])
-    key = jax.random.fold_in(context.key, 1)
     chords, held_out = boss.split(
-        boss.chords(fine, schedule), key, settings.eval_fraction
+        boss.chords(fine, schedule),
+        jax.random.fold_in(context.key, 1),
+        settings.eval_fraction,
     )
-    params, tuned_fn = base, apply_fn
-    if settings.lora_rank:
-        params = lora.init(key, base, settings.lora_rank, ["kernel"])
-        tuned_fn = lora.apply_fn(apply_fn, base, settings.lora_rank)
+    params, apply_fn, whole = tuned_part(config, context)
     tuned = boss.straighten(
-        params, tuned_fn, chords, weight=settings.weight, **tuning(config, context)
+        params,
+        apply_fn,
+        chords,
+        schedule,
+        weight=settings.weight,
+        **tuning(config, context),
     )
-    loss = jax.jit(lambda p: boss.straightening_loss(p, tuned_fn, held_out)[0].mean())
+
+    @jax.jit
+    def loss(params: Any, apply_fn: Any, batch: Any) -> Any:
+        return boss.straightening_loss(params, apply_fn, batch)[0].mean()
+
+    on_held_out = functools.partial(
+        loss, apply_fn=flows.as_pytree(apply_fn), batch=held_out
+    )
     found = {
-        f"straightened{k}.loss_before": loss(params),
-        f"straightened{k}.loss": loss(tuned.params),
-        f"straightened{k}.loss_raw": loss(tuned.raw_params),
+        f"straightened{k}.loss_before": on_held_out(params),
+        f"straightened{k}.loss": on_held_out(tuned.params),
+        f"straightened{k}.loss_raw": on_held_out(tuned.raw_params),
         f"straightened{k}.trained_parameters": trees.count(params),
     }
-    final = tuned.params
-    if settings.lora_rank:
-        final = lora.merge(base, final, settings.lora_rank)
     spec = flow_matching.model_spec(config) if few_step.has_images(config) else None
-    return StageResult(
-        {"params": final}, found, model=spec, meta={"grid": schedule.times.tolist()}
-    )
+    meta = {
+        "grid": tuned.times.tolist(),
+        "guidance_absorbed": float(config.sample.guidance),
+    }
+    return StageResult({"params": whole(tuned.params)}, found, model=spec, meta=meta)
 
 
 def fine_tune_reflow(config: Config, context: StageContext) -> StageResult:
-    """Distill-k-Reflow ('distill6') and Uniform-Reflow ('reflow')."""
-    apply_fn, _ = few_step.network(config)
+    """Distill-k-Reflow ('distill6') and Uniform-Reflow ('reflow'), trained alike."""
     kept = context.inputs["trajectories"].outputs
+    params, apply_fn, whole = tuned_part(config, context)
     tuned = reflow.straighten(
-        context.inputs["train"].outputs["params"],
+        params,
         apply_fn,
         {
             "x_noise": kept["states"][0],
@@ -220,7 +245,7 @@ def fine_tune_reflow(config: Config, context: StageContext) -> StageResult:
         steps_distilled=None if context.name == "reflow" else budget_of(context),
         **tuning(config, context),
     )
-    return StageResult({"params": tuned.params})
+    return StageResult({"params": whole(tuned.params)})
 
 
 def walks(config: Config, context: StageContext) -> list[tuple[str, str, Any, str]]:
@@ -246,7 +271,7 @@ def sample(config: Config, context: StageContext) -> StageResult:
     """Samples every set from the same noise, and measures each as it is made.
 
     'terminal_error' is the mean squared distance, per coordinate, to the teacher's
-    fine samples.
+    fine samples ('error_to_rk45': to its accurate ones).
     """
     settings, shape = config.search, tuple(config.data.shape)
     labels = jnp.asarray(few_step.load(config).test["label"][: config.sample.count])
@@ -257,21 +282,22 @@ def sample(config: Config, context: StageContext) -> StageResult:
     expert = few_step.velocity_of(config, params["train"], True)
     walk = functools.partial(flows.endpoints, micro_batch=few_step.MICRO_BATCH)
     fine = walk(expert, noise, knots, labels)
-    found: dict[str, Any] = {}
+    solution = flows.rk45(expert, noise, labels)
+    calls = few_step.teacher_evaluations(config)
+    found: dict[str, Any] = {"rk45.nfe": solution.nfe * calls}
     shown: dict[str, Any] = {}
 
     def measured(name: str, x: Any) -> tuple[str, Any]:
         errors = flows.squared_l2(x, fine) / np.prod(shape)
         found[f"{name}.terminal_error"] = jnp.mean(errors)
         found[f"{name}.terminal_error_se"] = jnp.std(errors) / np.sqrt(len(errors))
+        exact = flows.squared_l2(x, solution.x) / np.prod(shape)
+        found[f"{name}.error_to_rk45"] = jnp.mean(exact)
         shown[name] = np.asarray(x[:SHOWN_SAMPLES])
         return name, x
 
     def sets() -> Any:
-        yield "fine", fine
-        shown["fine"] = np.asarray(fine[:SHOWN_SAMPLES])
-        solution = flows.rk45(expert, noise, labels)
-        found["rk45.nfe"] = solution.nfe * few_step.teacher_evaluations(config)
+        yield measured("fine", fine)
         yield measured("rk45", solution.x)
         for name, stage, grid, method in walks(config, context):
             velocity = few_step.velocity_of(config, params[stage], stage == "train")
@@ -288,20 +314,26 @@ def sample(config: Config, context: StageContext) -> StageResult:
     return StageResult({"shown": shown}, {**quality, **found})
 
 
+def straightness_budget(config: Config) -> int:
+    """The budget at which straightness is measured."""
+    return config.search.budgets[len(config.search.budgets) // 2]
+
+
 def straightness(
     config: Config, context: StageContext, keys: Any, labels: Any
 ) -> dict[str, Any]:
     """Local errors along one grid before and after straightening, from new noise.
 
     'objective' sums them along a model's own fine trajectories, as a search would;
-    'chord_error' along the teacher's, which is what straightening lowers.
+    'chord_error' along the teacher's, which is what straightening lowers. Both are
+    sums over coordinates.
     """
     settings, shape, labels = (
         config.search,
         tuple(config.data.shape),
         labels[: len(keys)],
     )
-    k = settings.budgets[len(settings.budgets) // 2]
+    k = straightness_budget(config)
     schedule = schedule_of(config, context, "bellman", k)
     params = {
         n: context.inputs[n].outputs["params"] for n in ("train", f"straighten{k}")
@@ -373,6 +405,14 @@ def describe(config: Config) -> dict[str, Any]:
     check_range("straighten.eval_fraction", tuned.eval_fraction, 0, 1, open_high=True)
     for budget in settings.budgets:
         flows.check_budget(budget, settings.knots)
+    if list(settings.budgets) != sorted(set(settings.budgets)):
+        raise ValueError(f"search.budgets={settings.budgets} must increase.")
+    if int(tuned.eval_fraction * tuned.noises) < 1:
+        raise ValueError(
+            f"straighten.eval_fraction={tuned.eval_fraction} of {tuned.noises} noises "
+            f"holds out nothing; raise it."
+        )
+    check_claims(config)
     found: dict[str, Any] = {}
     for arm in arms(config):
         one = few_step.of_arm(config, arm)
@@ -394,7 +434,7 @@ def describe(config: Config) -> dict[str, Any]:
             **(
                 flow_matching.describe_training(one) if few_step.has_images(one) else {}
             ),
-            "search: evaluations": settings.samples * settings.knots,
+            "evaluations of one search": settings.samples * settings.knots,
             "search: trajectories at a time": batch,
             "search, GB": batch * each,
             "kept states, GB (at most)": kept,
@@ -402,3 +442,20 @@ def describe(config: Config) -> dict[str, Any]:
         }
         found |= {f"{mark}{name}": value for name, value in sizes.items()}
     return found
+
+
+def check_claims(config: Config) -> None:
+    """Raises ValueError if a claim is about a budget that is not run."""
+    for name, claim in config.claims.items():
+        for metric in filter(None, (claim.ours, claim.baseline)):
+            budget = re.search(r"(\d+)\.(\w+)$", metric)
+            straight = budget and budget[2] in ("objective", "chord_error_ratio")
+            allowed = (
+                [straightness_budget(config)] if straight else config.search.budgets
+            )
+            if budget and int(budget[1]) not in allowed:
+                raise ValueError(
+                    f"claim {name} is about {metric}, but search.budgets="
+                    f"{config.search.budgets} measures it at {tuple(allowed)}; change "
+                    f"the budgets or clear the claims."
+                )

@@ -52,16 +52,19 @@ def network(config: Config) -> tuple[Any, Any]:
         return apply_fn, lambda key: models.init_params(
             module, key, x, t, jnp.zeros(1, jnp.int32)
         )
-    exact = flows.gaussian_mixture(**data.MIXTURE)
-
-    def corrected(params: Any, x: Any, t: Any, cond: Any) -> Any:
-        return exact.velocity(x, t) + apply_fn(params, x, t)
 
     def no_correction(key: Any) -> Any:
         params = models.init_params(module, key, x, t, None)
         return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
 
-    return corrected, no_correction
+    return functools.partial(_corrected, apply_fn), no_correction
+
+
+_EXACT = flows.gaussian_mixture(**data.MIXTURE)
+
+
+def _corrected(apply_fn: Any, params: Any, x: Any, t: Any, cond: Any) -> Any:
+    return _EXACT.velocity(x, t) + apply_fn(params, x, t)
 
 
 def velocity_of(config: Config, params: Any, guided: bool = False) -> Any:

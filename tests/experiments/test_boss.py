@@ -90,12 +90,12 @@ def test_images_and_adapters_and_the_model_that_comes_out(tmp_path):
     assert len(meta["grid"]) == 5 and meta["grid"][0] == 1 and meta["grid"][-1] == 0
     noise = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
     velocity, labels = functools.partial(apply_fn, params), jnp.arange(3)
-    x = boss.sample(velocity, noise, cond=labels, trained_on=meta["grid"])
+    assert meta["guidance_absorbed"] == 1.0
+    velocity = boss.on_grid(velocity, meta["grid"])
+    x = boss.sample(velocity, noise, cond=labels)
     assert x.shape == noise.shape and np.isfinite(x).all()
     with pytest.raises(ValueError, match="straightened on the times"):
-        boss.sample(
-            velocity, noise, flows.uniform_grid(3), labels, trained_on=meta["grid"]
-        )
+        boss.sample(velocity, noise, flows.uniform_grid(3), labels)
 
 
 def test_sigkill_and_the_same_command(smoke, tmp_path):
@@ -113,9 +113,14 @@ def test_sigkill_and_the_same_command(smoke, tmp_path):
         )
 
     process = start()
-    time.sleep(np.random.default_rng().uniform(6, 16))
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "stages").glob("distill4-*")):  # in the middle of it
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(np.random.default_rng().uniform(0, 3))
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     last = start()
     out, _ = last.communicate(timeout=240)
     assert last.returncode == 0, out
@@ -125,6 +130,7 @@ def test_sigkill_and_the_same_command(smoke, tmp_path):
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from tmdjax import data, flows, train
+from tmdjax.train import fine_tuning
 from tmdjax.core import prng
 from tmdjax.systems import boss
 
@@ -154,11 +160,12 @@ def fit(devices):
         return result.state
     return run
 
-make_mesh = train.fine_tuning.make_mesh
+make_mesh = fine_tuning.make_mesh
 def tuned(devices):
-    train.fine_tuning.make_mesh = lambda: make_mesh(devices=jax.devices()[:devices])
+    fine_tuning.make_mesh = lambda: make_mesh(devices=jax.devices()[:devices])
     return boss.straighten(
-        params, apply_fn, chords, key=jax.random.key(2), steps=20, batch_size=32,
+        params, apply_fn, chords, found.schedules[4], key=jax.random.key(2), steps=20,
+        batch_size=32,
         optimizer=train.OptimizerConfig(name="sgd", learning_rate=0.05),
         fit=fit(devices),
     )
@@ -200,6 +207,12 @@ def test_straightening_step_of_the_gpu_tier_lowers(platform, arm):
     assert exported.platforms == (platform,)
 
 
+def test_claims_about_budgets_that_are_not_run_stop_at_once(tmp_path):
+    command = ["--config=configs/boss.py:cpu", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="claim O2b is about bellman6.terminal_error"):
+        run.main([*command, "--config.search.budgets=(2,3,4,8)"])
+
+
 def test_gpu_tier_has_two_arms_with_their_own_claims():
     config = load_config("configs/boss.py:gpu")
     assert experiment.arms(config) == ("fashion", "sprites")
@@ -227,6 +240,8 @@ def test_paper_tier_has_the_published_size():
         ("search.memory_limit_gb=0.000001", "raise it or take fewer knots"),
         ("straighten.weight=width", "weight='width'.*Did you mean 'width2'"),
         ("straighten.eval_fraction=1.0", "eval_fraction=1"),
+        ("straighten.eval_fraction=0.001", "holds out nothing"),
+        ("search.budgets=(4,2)", "must increase"),
     ],
 )
 def test_impossible_settings(override, message, tmp_path, as_shipped):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tmdjax import flows
-from tmdjax.core import prng
+from tmdjax.core import conventions, prng
 
 
 def affine(x, t, cond):
@@ -153,9 +153,37 @@ def test_as_pytree_keeps_values_and_exposes_parameters():
     velocity = flows.as_pytree(functools.partial(apply_fn, params))
     assert jax.tree.leaves(velocity)[0] is params["w"]
     np.testing.assert_array_equal(velocity(x, t, None), params["w"] * x)
-    # what jit cannot trace stays inside
-    odd = functools.partial(apply_fn, params, power="2")
-    assert not jax.tree.leaves(flows.as_pytree(odd))
+    # options stay static beside parameters that do not
+    squared = flows.as_pytree(functools.partial(apply_fn, params, power=2))
+    assert len(jax.tree.leaves(squared)) == 1
+
+    @jax.jit
+    def call(velocity, x):
+        return velocity(x, t, None)
+
+    np.testing.assert_array_equal(call(squared, x), params["w"] * x**2)
+    cubed = flows.as_pytree(functools.partial(apply_fn, params, power=3))
+    np.testing.assert_array_equal(call(cubed, x), params["w"] * x**3)
+
+
+def test_as_pytree_compiles_once_for_other_parameters(count_compiles):
+    def apply_fn(params, x, t, cond, *, train, scale):
+        return x * params if train and scale == 2.0 else x
+
+    @jax.jit
+    def call(velocity, x):
+        return velocity(x, jnp.ones(3), None)
+
+    def velocity(value):
+        inner = functools.partial(apply_fn, np.float32(value), train=True, scale=2.0)
+        return flows.as_pytree(conventions.flip_velocity(inner))
+
+    x = jnp.ones((3, 2))
+    first = call(velocity(1.0), x)
+    with count_compiles() as compiled:
+        second = call(velocity(3.0), x)
+    assert not compiled
+    np.testing.assert_array_equal(second, 3 * first)
 
 
 def test_discrete_times_are_uniform_over_the_choices():

@@ -57,7 +57,7 @@ def test_search_joins_costs_and_paths(found):
     assert tuple(found.schedules) == BUDGETS
     for budget, schedule in found.schedules.items():
         np.testing.assert_array_equal(schedule.index, paths.index[budget - 1])
-        assert schedule.cost == paths.cost[budget - 1]
+        assert schedule.cost == pytest.approx(paths.cost[budget - 1], rel=1e-12)
         assert schedule.times[0] == 1 and schedule.times[-1] == 0
         assert len(schedule.times) == budget + 1
         uniform = np.rint(np.linspace(0, 40, budget + 1)).astype(int)
@@ -347,6 +347,7 @@ def test_straightening_brings_few_steps_to_the_fine_samples(student):
         params,
         apply_fn,
         training,
+        schedule,
         key=jax.random.key(1),
         steps=400,
         batch_size=128,
@@ -382,7 +383,13 @@ def test_straightening_by_lora_trains_adapters_alone(student):
     fine = boss.fine_states(FLOW.velocity, keys(200, 1), (2,), found.schedules.values())
     chords = boss.chords(fine, found.schedules[2])
     tuned = boss.straighten(
-        adapters, adapted, chords, key=jax.random.key(1), steps=100, batch_size=64
+        adapters,
+        adapted,
+        chords,
+        found.schedules[2],
+        key=jax.random.key(1),
+        steps=100,
+        batch_size=64,
     )
     assert jax.tree.structure(tuned.params) == jax.tree.structure(adapters)
     before, after = (
@@ -447,6 +454,7 @@ def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_pa
             params,
             apply_fn,
             chords,
+            found.schedules[4],
             key=jax.random.key(0),
             steps=20,
             batch_size=32,
@@ -472,35 +480,55 @@ def test_sample_walks_the_grid(found):
 
 
 def test_grid_survives_json_and_is_the_default(found):
-    grid = json.loads(json.dumps(found.schedules[6].times.tolist()))
+    schedule = found.schedules[6]
+    grid = json.loads(json.dumps(schedule.times.tolist()))
     noise = prng.normal(keys(9), (2,))
-    x = boss.sample(FLOW.velocity, noise, trained_on=grid)
-    y = boss.sample(FLOW.velocity, noise, found.schedules[6], trained_on=grid)
-    np.testing.assert_array_equal(x, y)
+    expected = boss.sample(FLOW.velocity, noise, schedule)
+    for times in (grid, schedule, np.float32(grid)):  # as disks and devices keep them
+        velocity = boss.on_grid(FLOW.velocity, times)
+        np.testing.assert_array_equal(boss.sample(velocity, noise), expected)
+        np.testing.assert_array_equal(boss.sample(velocity, noise, schedule), expected)
 
 
 def test_another_grid_is_refused_unless_allowed(found):
-    noise, trained_on = prng.normal(keys(9), (2,)), found.schedules[6].times
-    with pytest.raises(ValueError, match="straightened on the times.*allow_grid_mis"):
-        boss.sample(FLOW.velocity, noise, flows.uniform_grid(6), trained_on=trained_on)
-    x = boss.sample(
-        FLOW.velocity,
-        noise,
-        flows.uniform_grid(6),
-        trained_on=trained_on,
-        allow_grid_mismatch=True,
-    )
-    np.testing.assert_array_equal(
-        x, flows.endpoints(FLOW.velocity, noise, flows.uniform_grid(6))
-    )
+    noise = prng.normal(keys(9), (2,))
+    velocity = boss.on_grid(FLOW.velocity, found.schedules[6])
+    other = flows.uniform_grid(6)
+    for refused in (other, found.schedules[4]):
+        with pytest.raises(ValueError, match="straightened on the times.*allow_grid"):
+            boss.sample(velocity, noise, refused)
+    x = boss.sample(velocity, noise, other, allow_grid_mismatch=True)
+    np.testing.assert_array_equal(x, flows.endpoints(FLOW.velocity, noise, other))
     with pytest.raises(ValueError, match="give a grid"):
         boss.sample(FLOW.velocity, noise)
 
 
-def test_another_guidance_scale_warns(found):
-    def conditional(x, t, cond):
-        return FLOW.velocity(x, t) + cond[:, None]
+def test_straightening_hands_out_a_velocity_with_its_grid(found, fine, student):
+    apply_fn, params = student
+    schedule = found.schedules[4]
+    tuned = boss.straighten(
+        params,
+        apply_fn,
+        boss.chords(fine, schedule),
+        schedule,
+        key=jax.random.key(0),
+        steps=2,
+        batch_size=16,
+    )
+    velocity = tuned.velocity(apply_fn)
+    noise = prng.normal(keys(3), (2,))
+    with pytest.raises(ValueError, match="straightened on the times"):
+        boss.sample(velocity, noise, found.schedules[6])
+    np.testing.assert_array_equal(
+        boss.sample(velocity, noise), boss.sample(velocity, noise, schedule)
+    )
 
+
+def conditional(x, t, cond):
+    return FLOW.velocity(x, t) + cond[:, None]
+
+
+def test_another_guidance_scale_warns(found):
     guided = flows.classifier_free_guidance(conditional, 2.0, 0.0)
     noise, cond = prng.normal(keys(4), (2,)), jnp.ones(4)
     with pytest.warns(UserWarning, match=r"at guidance scale 1.0.*sampled at 2.0"):
@@ -511,11 +539,100 @@ def test_another_guidance_scale_warns(found):
         boss.sample(guided, noise, own.schedules[2], cond)
 
 
+def test_a_straightened_model_has_absorbed_guidance():
+    """Its teacher's schedule fits it unguided; guidance around it is a mistake."""
+    guided = flows.classifier_free_guidance(conditional, 2.0, 0.0)
+    noise, cond = prng.normal(keys(4), (2,)), jnp.ones(4)
+    schedule = boss.search(guided, keys(4), (2,), (2,), cond, knots=6).schedules[2]
+    student = boss.on_grid(conditional, schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        boss.sample(student, noise, schedule, cond)
+    wrapped = flows.classifier_free_guidance(student, 2.0, 0.0)
+    with pytest.warns(UserWarning, match="absorbed its teacher's"):
+        boss.sample(wrapped, noise, schedule, cond)
+
+
 # Bad inputs ---------------------------------------------------------------------------
 
 
 def never(x, t, cond):
     raise AssertionError("the budget is checked before the network is traced")
+
+
+def test_one_key_and_numpy_budgets():
+    key = jax.random.key(3)
+    one = boss.search(FLOW.velocity, key, (2,), np.int64(2), samples=7, knots=5)
+    many = boss.search(FLOW.velocity, keys(7, 3), (2,), 2, knots=5)
+    np.testing.assert_array_equal(one.costs, many.costs)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"budgets": ()}, ValueError, "budgets is empty"),
+        ({"keys": jnp.zeros((4, 2), jnp.uint32)}, TypeError, "typed key"),
+        ({"keys": keys(4)[:0]}, ValueError, "give one a sample"),
+        ({"memory_limit": 10.0}, ValueError, "use fewer knots"),
+        ({"method": "hein"}, ValueError, "Did you mean 'heun'"),
+        ({"cond": np.zeros(3)}, ValueError, "leading axis must be the batch, 4"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_bad_search_before_the_network(change, error, message, cached, tmp_path):
+    given = {"keys": keys(4), "budgets": 2, **change}
+    cache = tmp_path / "costs.npz" if cached else None
+    with pytest.raises(error, match=message):
+        boss.search(
+            never,
+            given.pop("keys"),
+            (2,),
+            given.pop("budgets"),
+            given.pop("cond", None),
+            cache=cache,
+            **given,
+        )
+
+
+@pytest.mark.parametrize(
+    "velocity, message",
+    [
+        (lambda x, t, c: x[:, :1], r"\(4, 1\)"),
+        (lambda x, t, c: jnp.ones(x.shape, jnp.int32), "int32"),
+    ],
+)
+def test_velocity_of_another_shape_anywhere(velocity, message, found):
+    noise = prng.normal(keys(4), (2,))
+    schedule = found.schedules[2]
+    for call in (
+        lambda: boss.fine_states(velocity, keys(4), (2,), [schedule]),
+        lambda: boss.sample(velocity, noise, schedule),
+        lambda: boss.polish_schedule(velocity, noise, schedule, found.costs),
+        lambda: flows.terminal_errors(velocity, noise, noise, [schedule.times]),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_losses_refuse_another_shape(found, fine):
+    chords = boss.chords(fine, found.schedules[2])
+
+    def narrow(params, x, t, cond):
+        return x[:, :1]
+
+    with pytest.raises(ValueError, match="the velocity has shape"):
+        boss.straightening_loss({}, narrow, chords)
+    with pytest.raises(ValueError, match="the velocity has shape"):
+        flows.flow_matching_loss({}, narrow, jnp.zeros((3, 2)), keys(3))
+
+
+def test_chords_of_another_schedule_are_refused(found, fine, student):
+    apply_fn, params = student
+    chords = boss.chords(fine, found.schedules[6])
+    with pytest.raises(ValueError, match="which is not in the schedule"):
+        boss.straighten(
+            params, apply_fn, chords, found.schedules[2], key=jax.random.key(0)
+        )
 
 
 @pytest.mark.parametrize("budgets", [0, 101, (4, 200), -1])
@@ -558,7 +675,14 @@ def test_chord_without_width(found, fine, student):
     chords["t_next"][7] = chords["t"][7]
     apply_fn, params = student
     with pytest.raises(ValueError, match=r"chord 7 goes from.*Is a knot.*twice"):
-        boss.straighten(params, apply_fn, chords, key=jax.random.key(0), steps=1)
+        boss.straighten(
+            params,
+            apply_fn,
+            chords,
+            found.schedules[4],
+            key=jax.random.key(0),
+            steps=1,
+        )
     with pytest.raises(ValueError, match="chord 7"):
         boss.split(chords, jax.random.key(0))
 
@@ -568,11 +692,15 @@ def test_bad_settings(found, fine, student):
     chords = boss.chords(fine, found.schedules[4])
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="weight='widht2'.*Did you mean 'width2'"):
-        boss.straighten(params, apply_fn, chords, key=key, weight="widht2")
+        boss.straighten(
+            params, apply_fn, chords, found.schedules[4], key=key, weight="widht2"
+        )
     with pytest.raises(ValueError, match="steps=0"):
-        boss.straighten(params, apply_fn, chords, key=key, steps=0)
+        boss.straighten(params, apply_fn, chords, found.schedules[4], key=key, steps=0)
     with pytest.raises(ValueError, match="ema_half_life=0"):
-        boss.straighten(params, apply_fn, chords, key=key, ema_half_life=0.0)
+        boss.straighten(
+            params, apply_fn, chords, found.schedules[4], key=key, ema_half_life=0.0
+        )
     with pytest.raises(ValueError, match="eval_fraction=1"):
         boss.split(chords, key, 1.0)
     with pytest.raises(ValueError, match="future_weight=0"):
@@ -600,13 +728,14 @@ def test_cost_matrix_lowers_for_accelerators(platform):
     def costs(key_data):
         return step_search._cost_sums(
             flows.as_pytree(FLOW.velocity),
+            flows.as_pytree(flows.squared_l2),
             jax.random.wrap_key_data(key_data),
             None,
             jnp.linspace(1, 0, 6),
             jnp.ones(4, bool),
             (2,),
-            flows.squared_l2,
             "euler",
+            True,
         )
 
     exported = jax.export.export(jax.jit(costs), platforms=[platform])(

@@ -9,6 +9,7 @@ velocity u = x_data - x_noise = -v. The bridge below is the only place where the
 two meet; it is its own inverse.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,11 +32,11 @@ def flip_velocity(velocity: Velocity) -> Velocity:
     Returns:
         The same field in the other convention.
     """
+    return functools.partial(_flipped, velocity)
 
-    def flipped(x: Any, t: Any, cond: Any = None) -> Any:
-        return -velocity(x, flip_time(t), cond)
 
-    return flipped
+def _flipped(velocity: Velocity, x: Any, t: Any, cond: Any = None) -> Any:
+    return -velocity(x, flip_time(t), cond)
 
 
 def expand_time(t: ArrayLike, batch: int, dtype: Any = jnp.float32) -> Array:

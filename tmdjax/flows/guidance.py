@@ -1,6 +1,8 @@
 """Guidance wraps a velocity; training drops conditions to make it possible."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ def classifier_free_guidance(
     if scale == 1.0:
         return velocity
     null_cond = jax.tree.map(np.asarray, null_cond)
-    return functools.partial(_guided, velocity, float(scale), null_cond)
+    return functools.partial(_guided, velocity, np.float32(scale), null_cond)
 
 
 def _guided(
@@ -51,36 +53,66 @@ def _guided(
     return unconditional + scale * (conditional - unconditional)
 
 
-def guidance_scale(velocity: Velocity) -> float:
+def guidance_scale(velocity: Any) -> float:
     """The scale that :func:`classifier_free_guidance` gave a velocity, else 1."""
-    if isinstance(velocity, functools.partial):
-        if velocity.func is _guided:
-            return float(velocity.args[1])
-        return guidance_scale(velocity.func)
-    return 1.0
+    if not isinstance(velocity, functools.partial):
+        return 1.0
+    if velocity.func is _guided:
+        return float(velocity.args[1])
+    inner = (velocity.func, *velocity.args)
+    return next((s for s in map(guidance_scale, inner) if s != 1.0), 1.0)
 
 
-def as_pytree(velocity: Velocity) -> Velocity:
-    """A velocity that may be an argument of a jitted function.
+def as_pytree(function: Callable[..., Any]) -> Any:
+    """A velocity (or apply_fn) that may be an argument of a jitted function.
 
     Arrays held by (nested) ``functools.partial``, such as parameters, become leaves
     of the pytree: arguments of the compiled program instead of constants in it, so
-    that other parameters need no other compilation. Anything else, a closure say,
-    stays a static part.
+    that other parameters need no other compilation. Everything else stays static:
+    options, Python numbers, and whatever a closure holds.
 
     Args:
-        velocity: e.g. ``functools.partial(apply_fn, params)``, guided or not.
+        function: e.g. ``functools.partial(apply_fn, params)``, guided or not.
 
     Returns:
         The same function as a ``jax.tree_util.Partial``.
     """
-    if not isinstance(velocity, functools.partial):
-        return jax.tree_util.Partial(velocity)
-    bound = [as_pytree(a) if callable(a) else a for a in velocity.args]
-    leaves = jax.tree.leaves((bound, velocity.keywords))
-    if not all(isinstance(leaf, jax.Array | np.ndarray | float) for leaf in leaves):
-        return jax.tree_util.Partial(velocity)  # an option that jit cannot trace
-    return jax.tree_util.Partial(velocity.func, *bound, **velocity.keywords)
+    if not isinstance(function, functools.partial):
+        return jax.tree_util.Partial(function)
+    args = [
+        as_pytree(arg) if isinstance(arg, functools.partial) or callable(arg) else arg
+        for arg in function.args
+    ]
+    leaves, structure = jax.tree.flatten((args, dict(function.keywords)))
+    dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic) for x in leaves]
+    if all(dynamic):
+        return jax.tree_util.Partial(function.func, *args, **function.keywords)
+    static = tuple(_ARRAY if d else leaf for d, leaf in zip(dynamic, leaves))
+    try:
+        hash(static)
+    except TypeError:
+        return jax.tree_util.Partial(function)
+    bound = _Bound(function.func, structure, static)
+    return jax.tree_util.Partial(bound, *(x for d, x in zip(dynamic, leaves) if d))
+
+
+_ARRAY = "an array that is given at the call"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A function with some bound arguments known, and the arrays among them to come."""
+
+    func: Callable[..., Any]
+    structure: Any
+    static: tuple[Any, ...]
+
+    def __call__(self, *given: Any) -> Any:
+        count = sum(leaf is _ARRAY for leaf in self.static)
+        arrays = iter(given[:count])
+        leaves = [next(arrays) if x is _ARRAY else x for x in self.static]
+        args, keywords = jax.tree.unflatten(self.structure, leaves)
+        return self.func(*args, *given[count:], **keywords)
 
 
 def drop_condition(keys: SampleKeys, cond: Cond, null_cond: Cond, rate: float) -> Any:

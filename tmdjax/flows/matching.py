@@ -98,6 +98,7 @@ def flow_matching_loss(
             )
         cond = drop_condition(keys[:, 2], cond, null_cond, drop_rate)
     predicted = apply_fn(params, interpolate(x_data, x_noise, t), t, cond)
+    check_same_shape("the velocity", predicted, "its state x", x_data)
     error = predicted - conditional_velocity(x_data, x_noise)
     loss = jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
     return loss, _loss_by_time(loss, t)

@@ -13,7 +13,7 @@ from tmdjax.core.checks import check_batch, check_count
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, Velocity
 from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.rollout import rollout
-from tmdjax.flows.step_search import micro_batches, squared_l2
+from tmdjax.flows.step_search import check_velocity, micro_batches, squared_l2
 from tmdjax.flows.table import CoefficientTable, make_table
 
 
@@ -36,7 +36,12 @@ def endpoints(
         cond: pytree of [batch, ...], or None.
         method: solver, see :func:`~tmdjax.flows.rollout`.
         micro_batch: samples at a time; None walks them all together.
+
+    Raises:
+        TypeError: a velocity that does not return floats like its state.
+        ValueError: a bad grid or method, or conditions of another batch.
     """
+    check_walk(velocity, noise, cond)
     compiled, table = as_pytree(velocity), make_table("ode", grid)
     if micro_batch is None or micro_batch >= len(noise):
         return _walk(compiled, noise, table, cond, method)
@@ -45,6 +50,13 @@ def endpoints(
         x = _walk(compiled, noise[rows], table, trees.take(cond, rows), method)
         parts.append(x[:counted])
     return jnp.concatenate(parts)
+
+
+def check_walk(velocity: Velocity, noise: Data, cond: Cond) -> None:
+    """Raises unless velocity, noise and conditions fit together; nothing is run."""
+    for leaf in jax.tree.leaves(cond):
+        check_batch("cond", leaf, len(noise))
+    check_velocity(velocity, noise.shape, noise.dtype, cond)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -62,6 +74,7 @@ def terminal_errors(
     cond: Cond = None,
     *,
     method: str = "euler",
+    micro_batch: int | None = None,
 ) -> Float[np.ndarray, "grid batch"]:
     """Squared distance of each grid's samples from the reference.
 
@@ -75,6 +88,7 @@ def terminal_errors(
         grids: grids of one length.
         cond: pytree of [batch, ...], or None.
         method: solver of the steps.
+        micro_batch: samples at a time; None walks them all together.
 
     Returns:
         [grid, batch] float64, summed over event dimensions.
@@ -83,6 +97,7 @@ def terminal_errors(
         ValueError: another batch in reference, or grids of different lengths.
     """
     check_batch("reference", reference, len(noise))
+    check_walk(velocity, noise, cond)
     if len({len(grid) for grid in grids}) != 1:
         raise ValueError(
             f"grids have {[len(grid) for grid in grids]} knots; give one or more of "
@@ -90,8 +105,14 @@ def terminal_errors(
         )
     tables = [make_table("ode", grid) for grid in grids]
     stacked = jax.tree.map(lambda *rows: np.stack(rows), *tables)
-    found = _errors(as_pytree(velocity), noise, reference, stacked, cond, method)
-    return np.asarray(found, np.float64)
+    compiled, samples = as_pytree(velocity), len(noise)
+    size = min(samples, check_count("micro_batch", micro_batch or samples))
+    parts = []
+    for rows, counted in micro_batches(samples, size):
+        start, goal, given = trees.take((noise, reference, cond), rows)
+        found = _errors(compiled, start, goal, stacked, given, method)
+        parts.append(np.asarray(found, np.float64)[:, :counted])
+    return np.concatenate(parts, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -120,6 +141,7 @@ def states_at(
     Returns:
         [kept, batch, *event].
     """
+    check_walk(velocity, noise, cond)
     index = np.asarray(index)
     if index.ndim != 1 or index[0] != 0 or (np.diff(index) <= 0).any():
         raise ValueError(f"index={index.tolist()} must increase from 0.")
@@ -140,3 +162,61 @@ def _states_at(
 
     _, kept = jax.lax.scan(segment, noise, (index[:-1], index[1:]))
     return jnp.concatenate([noise[None], kept])
+
+
+def descend_on_error(
+    velocity: Velocity,
+    noise: Data,
+    knots: Grid,
+    starts: Sequence[Any],
+    cond: Cond = None,
+    *,
+    strides: Sequence[int] = (8, 4, 2, 1),
+    micro_batch: int | None = None,
+) -> np.ndarray:
+    """Coordinate descent on the measured terminal error of an Euler grid.
+
+    From the best of the starts, one inner knot after the other moves by each stride
+    while that lowers the mean squared distance to the fine solution. A candidate
+    costs K evaluations a sample.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``.
+        noise: [samples, *event], from which errors are measured.
+        knots: times of the fine solution, [n + 1].
+        starts: increasing knot numbers [K + 1] from 0 to n, of one length.
+        cond: pytree of [samples, ...], or None.
+        strides: knots to move by, coarse to fine.
+        micro_batch: samples at a time; None takes all.
+
+    Returns:
+        Knot numbers [K + 1] with a mean error, on these samples, no larger than that
+        of any start.
+    """
+    reference = endpoints(velocity, noise, knots, cond, micro_batch=micro_batch)
+    known: dict[tuple[int, ...], float] = {}
+
+    def error(candidates: list[np.ndarray]) -> list[float]:
+        new = [c for c in candidates if tuple(c) not in known]
+        for pair in (new[i : i + 2] for i in range(0, len(new), 2)):
+            pair = (pair * 2)[:2]  # always two: one compilation
+            grids = [knots[c] for c in pair]
+            found = terminal_errors(
+                velocity, noise, reference, grids, cond, micro_batch=micro_batch
+            ).mean(1)
+            known.update((tuple(c), float(e)) for c, e in zip(pair, found))
+        return [known[tuple(c)] for c in candidates]
+
+    candidates = [np.asarray(start) for start in starts]
+    best = candidates[int(np.argmin(error(candidates)))]
+    for stride in strides:
+        moved = True
+        while moved:
+            moved = False
+            for i in range(1, len(best) - 1):
+                step = stride * np.eye(len(best), dtype=int)[i]
+                near = [c for c in (best - step, best + step) if (np.diff(c) > 0).all()]
+                found = error(near)
+                if found and min(found) < known[tuple(best)]:
+                    best, moved = near[int(np.argmin(found))], True
+    return best

@@ -65,6 +65,7 @@ def solver_velocity(
     t_next: Array,
     cond: Cond = None,
     method: str = "euler",
+    first: Data | None = None,
 ) -> Data:
     """The mean velocity of one explicit Runge-Kutta step from t to t_next.
 
@@ -75,6 +76,7 @@ def solver_velocity(
         t_next: scalar time to reach, < t.
         cond: conditions handed to the velocity.
         method: 'euler', 'midpoint', 'heun' or 'rk4'.
+        first: the velocity at x and t where it is known already.
 
     Returns:
         [batch, *event]; x - (t - t_next) times it is the solver's next state.
@@ -86,6 +88,9 @@ def solver_velocity(
     h = t - t_next
     stages: list[Array] = []
     for row, time in zip(rows, times):
+        if not stages and first is not None:
+            stages.append(first.astype(x.dtype))
+            continue
         state = x
         for weight, stage in zip(row, stages):
             if weight:

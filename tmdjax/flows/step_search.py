@@ -99,6 +99,60 @@ def cost_memory(shape: tuple[int, ...], knots: Any, micro_batch: int = 1) -> int
     return 4 * micro_batch * int(np.prod(shape)) * (2 * steps + 4)
 
 
+def check_samples(keys: Any, cond: Cond) -> int:
+    """The number of samples that keys and conditions agree on.
+
+    Raises:
+        TypeError: raw keys.
+        ValueError: not one key a sample, none, or conditions of another batch.
+    """
+    prng.check_key(keys, "keys")
+    if keys.ndim != 1 or not len(keys):
+        raise ValueError(
+            f"keys have shape {keys.shape}; give one a sample, as from "
+            f"prng.sample_keys(key, 100)."
+        )
+    for leaf in jax.tree.leaves(cond):
+        check_batch("cond", leaf, len(keys))
+    return len(keys)
+
+
+def fitting_batch(
+    samples: int,
+    shape: tuple[int, ...],
+    knots: Grid,
+    micro_batch: int | None,
+    memory_limit: float,
+    dtype: Any = jnp.float32,
+) -> int:
+    """How many trajectories to keep at a time.
+
+    Args:
+        samples: in all.
+        shape: of one sample.
+        knots: of the trajectories.
+        micro_batch: what is asked for; None takes as many as fit.
+        memory_limit: bytes, see :func:`cost_memory`.
+        dtype: of the states.
+
+    Raises:
+        ValueError: more than the limit holds; the estimate and the remedy are named.
+    """
+    each = cost_memory(shape, knots) * jnp.dtype(dtype).itemsize // 4
+    if micro_batch is None:
+        micro_batch = max(1, min(samples, int(memory_limit // each)))
+    micro_batch = min(check_count("micro_batch", micro_batch), samples)
+    if micro_batch * each > memory_limit:
+        fits = int(memory_limit // each)
+        raise ValueError(
+            f"{micro_batch} trajectories of {len(knots) - 1} steps and shape {shape} "
+            f"take {micro_batch * each / 1e9:.2f} GB, more than memory_limit="
+            f"{memory_limit / 1e9:.2f} GB; "
+            + (f"give micro_batch<={fits}." if fits else "use fewer knots.")
+        )
+    return micro_batch
+
+
 def local_error_costs(
     velocity: Velocity,
     keys: Any,
@@ -121,9 +175,11 @@ def local_error_costs(
         shape: of one sample.
         cond: pytree of [samples, ...], or None.
         knots: of the fine trajectory, see :func:`fine_knots`.
-        metric: per-sample cost of an estimate.
+        metric: per-sample cost of an estimate; arrays that it holds by
+            ``functools.partial`` (a network's, say) are not compiled in.
         method: solver whose steps are judged. 'euler' needs one evaluation a knot
-            and sample; others as many a *pair* of knots as they have stages.
+            and sample; others as many more a *pair* of knots as they have stages
+            after the first: n (n + 1) / 2 times one for 'heun'.
         micro_batch: trajectories at a time; None takes as many as fit.
         memory_limit: bytes for them, see :func:`cost_memory`.
         dtype: of the states; float64 under x64.
@@ -133,43 +189,28 @@ def local_error_costs(
 
     Raises:
         TypeError: a velocity that does not return floats like its state.
-        ValueError: bad knots, conditions of another batch, a batch beyond the limit.
+        ValueError: bad knots or keys, conditions of another batch, a batch beyond the
+            limit.
         NotImplementedError: a table that adds noise.
     """
     grid = fine_knots(knots)
     check_choice("method", method, METHODS)
-    prng.check_key(keys, "keys")
-    samples = len(keys)
-    check_count("the number of keys", samples)
-    for leaf in jax.tree.leaves(cond):
-        check_batch("cond", leaf, samples)
-    itemsize = jnp.dtype(dtype).itemsize
-    each = cost_memory(shape, grid) * itemsize // 4
-    if micro_batch is None:
-        micro_batch = max(1, min(samples, int(memory_limit // each)))
-    micro_batch = min(check_count("micro_batch", micro_batch), samples)
-    if micro_batch * each > memory_limit:
-        fits = int(memory_limit // each)
-        raise ValueError(
-            f"{micro_batch} trajectories of {len(grid) - 1} steps and shape {shape} "
-            f"take {micro_batch * each / 1e9:.2f} GB, more than memory_limit="
-            f"{memory_limit / 1e9:.2f} GB; "
-            + (f"give micro_batch<={fits}." if fits else "use fewer knots.")
-        )
+    samples = check_samples(keys, cond)
+    micro_batch = fitting_batch(samples, shape, grid, micro_batch, memory_limit, dtype)
     first = trees.take(cond, np.arange(micro_batch))
     check_velocity(velocity, (micro_batch, *shape), dtype, first)
-    compiled = as_pytree(velocity)
+    compiled = as_pytree(velocity), as_pytree(metric)
     total = np.zeros((len(grid) - 1, len(grid)))
     for rows, counted in micro_batches(samples, micro_batch):
         sums = _cost_sums(
-            compiled,
+            *compiled,
             keys[rows],
             trees.take(cond, rows),
             jnp.asarray(grid, dtype),
             jnp.arange(micro_batch) < counted,
             tuple(shape),
-            metric,
             method,
+            metric is squared_l2,
         )
         total += np.asarray(sums, np.float64)
     return np.concatenate([total / samples, np.zeros((1, len(grid)))])
@@ -186,19 +227,24 @@ def micro_batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.arange(start, start + size) % count, min(size, count - start)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
 def _cost_sums(
     velocity: Any,
+    metric: Any,
     keys: Any,
     cond: Cond,
     knots: Array,
     counted: Array,
     shape: tuple[int, ...],
-    metric: Metric,
     method: str,
+    light: bool,
 ) -> Array:
-    """Sums over counted samples, [knot - 1, knot]."""
-    batch = len(keys)
+    """Sums over counted samples, [knot - 1, knot].
+
+    A light metric takes all targets of a knot together, which XLA fuses; a network
+    would need memory for each, so it meets one target at a time.
+    """
+    batch, n = len(keys), len(knots) - 1
 
     def fine_step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Any]:
         t, t_next = times
@@ -208,22 +254,28 @@ def _cost_sums(
     noise = prng.normal(keys, shape, knots.dtype)
     last, (states, velocities) = jax.lax.scan(fine_step, noise, (knots[:-1], knots[1:]))
 
-    def row(j: Array) -> Array:
-        def cost(target: Array, t_next: Array) -> Array:
-            v = velocities[j]
-            if method != "euler":
-                v = solver_velocity(velocity, states[j], knots[j], t_next, cond, method)
-            costs = metric(states[j] - (knots[j] - t_next) * v, target)
-            return jnp.sum(jnp.where(counted, costs, 0))
+    def cost(j: Array, target: Array, t_next: Array) -> Array:
+        x, v = states[j], velocities[j]
+        if method != "euler":
+            v = solver_velocity(velocity, x, knots[j], t_next, cond, method, v)
+        costs = metric(x - (knots[j] - t_next) * v, target)
+        return jnp.sum(jnp.where(counted, costs, 0))
 
-        if method == "euler":
-            inner = jax.vmap(cost)(states, knots[:-1])
-        else:  # the network runs once a pair: one at a time
-            inner = jax.lax.map(lambda pair: cost(*pair), (states, knots[:-1]))
-        costs = jnp.append(inner, cost(last, knots[-1]))
-        return jnp.where(jnp.arange(len(knots)) > j, costs, 0)
+    def to_last(j: Array) -> Array:
+        return cost(j, last, knots[-1])
 
-    return jax.lax.map(row, jnp.arange(len(states)))
+    if light and method == "euler":
+
+        def row(j: Array) -> Array:
+            inner = jax.vmap(lambda x, t: cost(j, x, t))(states, knots[:-1])
+            costs = jnp.append(inner, to_last(j))
+            return jnp.where(jnp.arange(n + 1) > j, costs, 0)
+
+        return jax.lax.map(row, jnp.arange(n))
+    j, k = np.triu_indices(n, 1)
+    inner = jax.lax.map(lambda at: cost(at[0], states[at[1]], knots[at[1]]), (j, k))
+    sums = jnp.zeros((n, n + 1), knots.dtype).at[j, k].set(inner)
+    return sums.at[:, n].set(jax.lax.map(to_last, jnp.arange(n)))
 
 
 class Paths(NamedTuple):
@@ -256,7 +308,8 @@ def check_costs(costs: Any) -> Float[np.ndarray, "knot knot"]:
         (
             ~np.isfinite(costs),
             "must be finite. A velocity that is singular at t = 1 or t = 0 is the "
-            "usual cause: keep the network's time a little inside (eps of its wrapper)",
+            "usual cause: keep the network's time a little inside (eps of "
+            "models.rectified_flow)",
         ),
         (costs < 0, "must not be negative"),
     ):
@@ -267,7 +320,7 @@ def check_costs(costs: Any) -> Float[np.ndarray, "knot knot"]:
     return costs
 
 
-def check_budget(budget: int, steps: int) -> int:
+def check_budget(budget: Any, steps: int) -> int:
     """Returns the budget K as int; raises ValueError unless 1 <= K <= steps."""
     budget = check_count("budget", budget, -(2**31))
     if not 1 <= budget <= steps:
@@ -322,3 +375,57 @@ def path_cost(costs: Any, index: Any) -> float:
     """Sum of the costs of a path's jumps."""
     index = np.asarray(index)
     return float(np.asarray(costs)[index[:-1], index[1:]].sum())
+
+
+def costs_fingerprint(
+    velocity: Velocity,
+    keys: Any,
+    shape: tuple[int, ...],
+    cond: Cond,
+    *,
+    knots: Grid,
+    metric: Metric = squared_l2,
+    method: str = "euler",
+    dtype: Any = jnp.float32,
+) -> str:
+    """Hash of everything that a cost matrix depends on.
+
+    A function has no content to hash, so velocity and metric are asked for their
+    values at every knot, of one sample each: another model, or another version of
+    it, gives other bits. Arguments as for :func:`local_error_costs`.
+    """
+    rows = np.arange(len(knots) - 1) % len(keys)
+    values = _probe(
+        as_pytree(velocity),
+        as_pytree(metric),
+        keys[rows],
+        jnp.asarray(knots[:-1], dtype),
+        trees.take(cond, rows),
+        tuple(shape),
+    )
+    inputs = {
+        "values": values,
+        "keys": jax.random.key_data(keys),
+        "cond": cond,
+        "knots": knots,
+        "method": np.frombuffer(method.encode(), np.uint8),
+    }
+    return trees.content_hash(inputs)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _probe(
+    velocity: Any,
+    metric: Any,
+    keys: Any,
+    times: Array,
+    cond: Cond,
+    shape: tuple[int, ...],
+) -> tuple[Array, Array]:
+    def one(item: Any) -> tuple[Array, Array]:
+        key, t, c = jax.tree.map(lambda leaf: leaf[None], item)
+        x = prng.normal(key, shape, times.dtype)
+        v = velocity(x, t, c)
+        return v, metric(x - v.astype(times.dtype), x)
+
+    return jax.lax.map(one, (keys, times, cond))

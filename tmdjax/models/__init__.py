@@ -17,6 +17,7 @@ from tmdjax.models.layers import (
 )
 from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.unet import UNet
+from tmdjax.models.wrappers import rectified_flow
 
 __all__ = [
     "MODELS",
@@ -35,6 +36,7 @@ __all__ = [
     "lora",
     "patchify",
     "position_embedding_2d",
+    "rectified_flow",
     "timestep_embedding",
     "unpatchify",
 ]

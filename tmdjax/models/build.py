@@ -1,6 +1,7 @@
 """Networks by name, and as pure functions of their parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,9 +76,17 @@ def functional(module: nn.Module) -> ApplyFn:
 
     ``params`` is a plain nested dict (linen's 'params' collection itself). A
     method is given by name, with its static options as keywords:
-    ``apply_fn(params, h, c, method='blocks', start=2)``.
+    ``apply_fn(params, h, c, method='blocks', start=2)``. Equal modules give one and
+    the same function, so what is compiled for one serves the other.
     """
+    try:
+        return _functional(module)
+    except TypeError:  # a module with attributes that do not hash
+        return _functional.__wrapped__(module)
 
+
+@functools.lru_cache(maxsize=128)
+def _functional(module: nn.Module) -> ApplyFn:
     def apply_fn(
         params: Params, *inputs: Any, method: str | None = None, **options: Any
     ) -> Any:

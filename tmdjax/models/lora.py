@@ -7,6 +7,7 @@ channels followed by one of 1 x 1.
 """
 
 import difflib
+import functools
 import math
 import re
 import zlib
@@ -194,8 +195,9 @@ def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: ArrayLike) -> A
 
     The base is held constant (no gradient reaches it), so a loss of ``fn`` trains
     the adapters alone; ``fn({}, ...)`` is the base itself. Call this inside the
-    jitted function, with ``base_params`` as its argument: parameters that a jitted
-    function closes over become constants of the program.
+    jitted function, with ``base_params`` as its argument, or hand in
+    ``flows.as_pytree(fn)``: parameters that a jitted function closes over become
+    constants of the program.
 
     The kernels adapted must be held in float32, or the merge would round small
     changes away. Under the recipe 'bf16' the merged kernel is still rounded to
@@ -210,13 +212,20 @@ def apply_fn(base_apply_fn: ApplyFn, base_params: Params, alpha: ArrayLike) -> A
     Raises:
         TypeError: (when ``fn`` is called) an adapted kernel of fewer than 32 bits.
     """
+    return functools.partial(_adapted, base_apply_fn, base_params, alpha)
 
-    def fn(adapters: Params | None, *inputs: Any, **options: Any) -> Any:
-        _check_wide(base_params, adapters)
-        frozen = jax.lax.stop_gradient(base_params)
-        return base_apply_fn(merge(frozen, adapters, alpha), *inputs, **options)
 
-    return fn
+def _adapted(
+    base_apply_fn: ApplyFn,
+    base_params: Params,
+    alpha: Any,
+    adapters: Params | None,
+    *inputs: Any,
+    **options: Any,
+) -> Any:
+    _check_wide(base_params, adapters)
+    frozen = jax.lax.stop_gradient(base_params)
+    return base_apply_fn(merge(frozen, adapters, alpha), *inputs, **options)
 
 
 def _check_wide(params: Params, adapters: Params | None) -> None:

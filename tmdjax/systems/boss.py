@@ -13,10 +13,11 @@ References:
 """
 
 import dataclasses
+import functools
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +25,21 @@ import numpy as np
 
 from tmdjax import flows, train
 from tmdjax.core import files, prng, trees
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Grid, Params, Velocity
 
 WEIGHTS = ("unit", "width2")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """A time grid found on the knots of a fine trajectory.
 
     Attributes:
         index: knots walked, int [K + 1], from 0 to the last.
         knots: times of all knots, from 1 to 0.
-        cost: sum of local errors along it, in the units of the metric.
+        cost: sum of its local errors, in the units of the metric.
         guidance_scale: of the velocity that was searched.
     """
 
@@ -69,9 +70,10 @@ def search(
     velocity: Velocity,
     keys: Any,
     shape: tuple[int, ...],
-    budgets: int | Iterable[int],
+    budgets: SupportsIndex | Iterable[SupportsIndex],
     cond: Cond = None,
     *,
+    samples: int = 100,
     knots: Any = 100,
     metric: flows.Metric = flows.squared_l2,
     method: str = "euler",
@@ -84,19 +86,21 @@ def search(
 ) -> Search:
     """Finds the Bellman-optimal grids of all budgets from one cost matrix.
 
-    The matrix costs ``len(keys) * K_max`` evaluations of the velocity (an order of
-    100 x 100), the dynamic programme microseconds.
+    The matrix costs samples times K_max evaluations of the velocity, by default
+    100 x 100; the dynamic programme costs microseconds.
 
     Args:
         velocity: ``(x, t, cond) -> v``; a guided model as it will be sampled.
-        keys: typed keys [samples] of the noise, about 100.
+        keys: typed keys [samples] of the noise, or one key to draw them from.
         shape: of one sample.
         budgets: K, or several; one number means 1, ..., K.
         cond: pytree of [samples, ...], or None.
+        samples: how many, where one key is given.
         knots: number of fine uniform steps K_max, or the fine times themselves.
         metric: per-sample cost of an estimate, ``(estimate, target) -> [batch]``.
         method: solver whose steps are judged; the fine trajectory stays Euler's.
-        future_weight: see :func:`tmdjax.flows.cheapest_paths`.
+        future_weight: see :func:`tmdjax.flows.cheapest_paths`. Costs of the schedules
+            are plain sums all the same.
         polish: follow up with :func:`polish_schedule`.
         micro_batch: trajectories at a time; None takes as many as fit.
         memory_limit: bytes for them, see :func:`tmdjax.flows.cost_memory`.
@@ -110,12 +114,21 @@ def search(
         NotImplementedError: knots from a table that adds noise.
     """
     fine = flows.fine_knots(knots)
-    wanted = [budgets] if isinstance(budgets, int) else list(budgets)
-    for budget in wanted:
-        flows.check_budget(budget, len(fine) - 1)
-    if isinstance(budgets, int):
-        wanted = range(1, budgets + 1)
+    several = isinstance(budgets, Iterable)
+    wanted = list(budgets) if several else [budgets]
+    wanted = [flows.check_budget(budget, len(fine) - 1) for budget in wanted]
+    if not wanted:
+        raise ValueError("budgets is empty; give one K or more.")
     check_range("future_weight", future_weight, 0, open_low=True)
+    check_choice("method", method, flows.METHODS)
+    prng.check_key(keys, "keys")
+    if not keys.ndim:
+        keys = prng.sample_keys(keys, check_count("samples", samples))
+    count = flows.check_samples(keys, cond)
+    options = {"knots": fine, "metric": metric, "method": method, "dtype": dtype}
+    batch = flows.fitting_batch(count, shape, fine, micro_batch, memory_limit, dtype)
+    first = trees.take(cond, slice(1))
+    flows.check_velocity(velocity, (1, *shape), dtype, first)
 
     def compute() -> np.ndarray:
         return flows.local_error_costs(
@@ -123,72 +136,29 @@ def search(
             keys,
             shape,
             cond,
-            knots=fine,
-            metric=metric,
-            method=method,
-            micro_batch=micro_batch,
+            micro_batch=batch,
             memory_limit=memory_limit,
-            dtype=dtype,
+            **options,
         )
 
     if cache is None:
         costs = compute()
     else:
-        flows.check_velocity(velocity, (1, *shape), dtype, _first(cond))
-        content = _fingerprint(velocity, keys, shape, cond, fine, metric, method, dtype)
+        content = flows.costs_fingerprint(velocity, keys, shape, cond, **options)
         costs = files.cached_array(cache, content, compute)
     paths = flows.cheapest_paths(costs, max(wanted), future_weight=future_weight)
     scale = flows.guidance_scale(velocity)
-    schedules = {
-        k: Schedule(paths.index[k - 1], fine, float(paths.cost[k - 1]), scale)
-        for k in wanted
-    }
-    if polish:
-        noise = prng.normal(keys, shape, dtype)
-        schedules = {
-            k: polish_schedule(velocity, noise, schedule, costs, cond)
-            for k, schedule in schedules.items()
-        }
+    schedules = {}
+    for k in wanted if several else range(1, wanted[0] + 1):
+        index = paths.index[k - 1]
+        found = Schedule(index, fine, flows.path_cost(costs, index), scale)
+        if polish:
+            noise = prng.normal(keys, shape, dtype)
+            found = polish_schedule(
+                velocity, noise, found, costs, cond, micro_batch=batch
+            )
+        schedules[k] = found
     return Search(schedules, costs)
-
-
-def _first(cond: Cond) -> Cond:
-    return jax.tree.map(lambda c: c[:1], cond)
-
-
-def _fingerprint(
-    velocity: Velocity,
-    keys: Any,
-    shape: tuple[int, ...],
-    cond: Cond,
-    knots: Grid,
-    metric: flows.Metric,
-    method: str,
-    dtype: Any,
-) -> str:
-    """Hash of the inputs, and of what velocity and metric give at every knot."""
-    rows = np.arange(len(knots) - 1) % len(keys)
-    probe = (keys[rows], jnp.asarray(knots[:-1], dtype), trees.take(cond, rows))
-
-    @jax.jit
-    def evaluate(velocity: Any, probe: Any) -> tuple[Array, Array]:
-        def one(item: Any) -> tuple[Array, Array]:
-            key, t, c = jax.tree.map(lambda leaf: leaf[None], item)
-            x = prng.normal(key, shape, dtype)
-            v = velocity(x, t, c)
-            return v, metric(x - v.astype(dtype), x)
-
-        return jax.lax.map(one, probe)
-
-    values = evaluate(flows.as_pytree(velocity), probe)
-    inputs = {
-        "values": values,
-        "keys": jax.random.key_data(keys),
-        "cond": cond,
-        "knots": knots,
-        "method": np.frombuffer(method.encode(), np.uint8),
-    }
-    return trees.content_hash(inputs)
 
 
 def polish_schedule(
@@ -197,58 +167,34 @@ def polish_schedule(
     schedule: Schedule,
     costs: Any,
     cond: Cond = None,
-    *,
-    strides: Sequence[int] = (8, 4, 2, 1),
+    **options: Any,
 ) -> Schedule:
-    """Coordinate descent on the measured terminal error.
+    """Improves a schedule by the terminal error itself.
 
     Local errors add up differently than they are counted, and at small K the
-    Bellman grid can lose to the uniform one. Starting from the better of the two,
-    one inner knot after the other moves by each stride while that helps. A
-    candidate costs K evaluations a sample.
+    Bellman grid can lose to the uniform one.
 
     Args:
         velocity: ``(x, t, cond) -> v``.
-        noise: [samples, *event], from which the errors are measured.
-        schedule: where to start.
-        costs: [knot, knot], to report the objective of the outcome.
+        noise: [samples, *event], from which errors are measured.
+        schedule: where to start; the knots nearest to the uniform grid are the other
+            start.
+        costs: [knot, knot], to report the cost of the outcome.
         cond: pytree of [samples, ...], or None.
-        strides: knots to move by, coarse to fine.
+        **options: of :func:`tmdjax.flows.descend_on_error`.
 
     Returns:
         A schedule whose mean terminal error on these samples is no larger than that
-        of the given one and of the uniform one.
+        of either start.
     """
-    n, k = len(schedule.knots) - 1, len(schedule.index) - 1
-    reference = flows.endpoints(velocity, noise, schedule.knots, cond)
-    uniform = np.rint(np.linspace(0, n, k + 1)).astype(int)
-    known: dict[tuple[int, ...], float] = {}
-
-    def error(candidates: list[np.ndarray]) -> list[float]:
-        new = [c for c in candidates if tuple(c) not in known]
-        if new:
-            padded = (new * 2)[:2]  # always two: one compilation
-            grids = [schedule.knots[c] for c in padded]
-            errors = flows.terminal_errors(velocity, noise, reference, grids, cond)
-            found = errors.mean(1)
-            known.update((tuple(c), float(e)) for c, e in zip(padded, found))
-        return [known[tuple(c)] for c in candidates]
-
-    candidates = [np.asarray(schedule.index), uniform]
-    best = candidates[int(np.argmin(error(candidates)))]
-    for stride in strides:
-        moved = True
-        while moved:
-            moved = False
-            for i in range(1, k):
-                steps = stride * np.eye(k + 1, dtype=int)[i]
-                near = [best - steps, best + steps]
-                near = [c for c in near if (np.diff(c) > 0).all()]
-                found = error(near)
-                if found and min(found) < known[tuple(best)]:
-                    best, moved = near[int(np.argmin(found))], True
-    cost = flows.path_cost(costs, best)
-    return dataclasses.replace(schedule, index=best, cost=cost)
+    steps = len(schedule.knots) - 1, len(schedule.index)
+    uniform = np.rint(np.linspace(0, steps[0], steps[1])).astype(int)
+    starts = [schedule.index, uniform]
+    index = flows.descend_on_error(
+        velocity, noise, schedule.knots, starts, cond, **options
+    )
+    cost = flows.path_cost(costs, index)
+    return dataclasses.replace(schedule, index=index, cost=cost)
 
 
 class FineStates(NamedTuple):
@@ -286,8 +232,13 @@ def fine_states(
         cond: [samples, ...], or None.
         micro_batch: trajectories at a time.
 
+    The kept states, ``4 * samples * kept * event`` bytes, stay on the host; their
+    chords (:func:`chords`, :func:`split`) take up to four times that of one schedule.
+
     Raises:
-        ValueError: no schedule, or schedules on different knots.
+        TypeError: a velocity that does not return floats like its state.
+        ValueError: no schedule, schedules on different knots, conditions of another
+            batch.
     """
     schedules = list(schedules)
     if not schedules:
@@ -296,9 +247,10 @@ def fine_states(
     for schedule in schedules:
         _check_knots(schedule, knots)
     index = np.unique(np.concatenate([s.index for s in schedules]))
-    size = min(check_count("micro_batch", micro_batch), len(keys))
+    count = flows.check_samples(keys, cond)
+    size = min(check_count("micro_batch", micro_batch), count)
     parts = []
-    for rows, counted in flows.micro_batches(len(keys), size):
+    for rows, counted in flows.micro_batches(count, size):
         noise = prng.normal(keys[rows], shape)
         kept = flows.states_at(velocity, noise, knots, index, trees.take(cond, rows))
         parts.append(np.asarray(kept)[:, :counted])
@@ -404,41 +356,105 @@ def straightening_loss(
     width = t - batch["t_next"]
     chord = (x - batch["x_next"]) / time_like(width, x)
     predicted = apply_fn(params, x, t, batch.get("cond"))
+    check_same_shape("the velocity", predicted, "its state x", x)
     error = jnp.square(predicted - chord)
     loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))
     return (loss * width**2 if weight == "width2" else loss), {}
+
+
+class Straightened(NamedTuple):
+    """A network that knows the times of one grid, and no others.
+
+    Attributes:
+        params: averaged parameters.
+        raw_params: the last ones, not averaged.
+        times: the grid, [K + 1].
+    """
+
+    params: Params
+    raw_params: Params
+    times: Grid
+
+    def velocity(self, apply_fn: ApplyFn) -> Velocity:
+        """The velocity, bound to its grid; see :func:`on_grid`."""
+        return on_grid(functools.partial(apply_fn, self.params), self.times)
 
 
 def straighten(
     params: Params,
     apply_fn: ApplyFn,
     chords: Mapping[str, Any],
+    schedule: Schedule,
     *,
     weight: str = "unit",
     **options: Any,
-) -> train.FineTuned:
+) -> Straightened:
     """Regresses a network onto chords; it is then defined at their times only.
 
-    For LoRA hand in adapters and :func:`tmdjax.models.lora.apply_fn` of the network.
+    The network runs as it is sampled, without dropout (the paper's code trains with
+    it). Guidance is absorbed: chords of a guided teacher are met by one evaluation.
 
     Args:
         params: of the pretrained network, or adapters.
-        apply_fn: ``(params, x, t, cond) -> v``.
+        apply_fn: ``(params, x, t, cond) -> v``; arrays that it holds by
+            ``functools.partial``, such as the base of
+            :func:`tmdjax.models.lora.apply_fn`, are not compiled in.
         chords: training chords, from :func:`chords` and :func:`split`.
+        schedule: that the chords were made for.
         weight: see :func:`straightening_loss`.
         **options: of :func:`tmdjax.train.fine_tune`.
 
     Raises:
-        ValueError: a chord without width.
+        ValueError: a chord without width, or of another schedule.
     """
     check_choice("weight", weight, WEIGHTS)
     check_chords(chords)
+    for name, times in (("t", schedule.times[:-1]), ("t_next", schedule.times[1:])):
+        found = np.unique(np.asarray(chords[name]))
+        other = found[np.abs(found[:, None] - times).min(1) > _SAME_TIME]
+        if other.size:
+            raise ValueError(
+                f"chords have {name}={other[0]:.6g}, which is not in the schedule "
+                f"{np.round(schedule.times, 4).tolist()}; make them with chords() of "
+                f"this schedule."
+            )
 
-    def loss(params: Params, batch: Any, keys: Any) -> Any:
+    def loss(params: Params, batch: Any, keys: Any, apply_fn: ApplyFn) -> Any:
         del keys
         return straightening_loss(params, apply_fn, batch, weight=weight)
 
-    return train.fine_tune(params, loss, chords, **options)
+    tuned = train.fine_tune(
+        params, loss, chords, constants=flows.as_pytree(apply_fn), **options
+    )
+    return Straightened(*tuned, schedule.times)
+
+
+_SAME_TIME = 1e-6
+
+
+def on_grid(velocity: Velocity, times: Any) -> Velocity:
+    """A straightened velocity with the times it knows, for :func:`sample`.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``.
+        times: a schedule, or times [K + 1] (``meta["grid"]`` of a finished run).
+    """
+    times = times.times if isinstance(times, Schedule) else times
+    return functools.partial(_on_grid, velocity, flows.custom_grid(times))
+
+
+def _on_grid(velocity: Velocity, times: Any, x: Data, t: Any, cond: Cond) -> Data:
+    del times
+    return velocity(x, t, cond)
+
+
+def _own_times(velocity: Any) -> Grid | None:
+    if isinstance(velocity, functools.partial):
+        if velocity.func is _on_grid:
+            return velocity.args[1]
+        inner = (velocity.func, *velocity.args)
+        return next((t for v in inner if (t := _own_times(v)) is not None), None)
+    return None
 
 
 def sample(
@@ -447,20 +463,18 @@ def sample(
     grid: Schedule | Grid | None = None,
     cond: Cond = None,
     *,
-    trained_on: Any = None,
     allow_grid_mismatch: bool = False,
     method: str = "euler",
 ) -> Data:
     """Samples on a grid; a straightened model only on the grid it was made for.
 
     Args:
-        velocity: ``(x, t, cond) -> v``, e.g. ``functools.partial(apply_fn, params)``.
+        velocity: ``(x, t, cond) -> v``, e.g. ``functools.partial(apply_fn, params)``,
+            or one that carries its grid (:func:`on_grid`).
         noise: [batch, *event] at t = 1.
-        grid: schedule or times; None takes ``trained_on``.
+        grid: schedule or times; None takes the grid that the velocity carries.
         cond: pytree of [batch, ...], or None.
-        trained_on: times that a straightened model was trained at, as its checkpoint
-            carries them (``meta["grid"]``); None for any other model.
-        allow_grid_mismatch: walk another grid all the same.
+        allow_grid_mismatch: walk another grid than the velocity's own all the same.
         method: solver; 'heun' and 'midpoint' cost two evaluations a step.
 
     Returns:
@@ -470,29 +484,38 @@ def sample(
         ValueError: no grid, or another one than the model was trained on.
 
     Warns:
-        UserWarning: the schedule was searched under another guidance scale.
+        UserWarning: guidance at another scale than the schedule was searched at, or
+            around a straightened model, which has absorbed its teacher's.
     """
+    own = _own_times(velocity)
     if grid is None:
-        grid = trained_on
+        grid = own
     if grid is None:
-        raise ValueError("give a grid, or the times that the model was trained_on.")
+        raise ValueError("give a grid: this velocity carries none (see on_grid).")
     times = flows.custom_grid(grid.times if isinstance(grid, Schedule) else grid)
-    if trained_on is not None and not allow_grid_mismatch:
-        if not np.array_equal(times, np.asarray(trained_on)):
+    if own is not None and not allow_grid_mismatch:
+        same = len(own) == len(times) and np.abs(own - times).max() <= _SAME_TIME
+        if not same:
             raise ValueError(
-                f"this model was straightened on the times "
-                f"{np.round(trained_on, 4).tolist()} and knows no others, but the grid "
-                f"is {np.round(times, 4).tolist()}. Leave the grid out, or set "
-                f"allow_grid_mismatch=True."
+                f"this model was straightened on the times {np.round(own, 4).tolist()} "
+                f"and knows no others, but the grid is {np.round(times, 4).tolist()}. "
+                f"Leave the grid out, or set allow_grid_mismatch=True."
             )
-    if isinstance(grid, Schedule):
-        scale = flows.guidance_scale(velocity)
-        if scale != grid.guidance_scale:
-            warnings.warn(
-                f"the schedule was searched at guidance scale {grid.guidance_scale}, "
-                f"but the model is sampled at {scale}: its step sizes are those of "
-                f"another flow. Search again on the guided velocity.",
-                UserWarning,
-                stacklevel=2,
-            )
+    scale = flows.guidance_scale(velocity)
+    searched = grid.guidance_scale if isinstance(grid, Schedule) else scale
+    if own is not None and scale != 1:
+        warnings.warn(
+            f"guidance of scale {scale} is wrapped around a straightened model, which "
+            f"has absorbed its teacher's; sample it without.",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif own is None and scale != searched:
+        warnings.warn(
+            f"the schedule was searched at guidance scale {searched}, but the model "
+            f"is sampled at {scale}: its step sizes are those of another flow. Search "
+            f"again on the guided velocity.",
+            UserWarning,
+            stacklevel=2,
+        )
     return flows.endpoints(velocity, noise, times, cond, method=method)

@@ -23,7 +23,8 @@ def straighten(
 
     Args:
         params: of the pretrained network.
-        apply_fn: ``(params, x, t, cond) -> v``.
+        apply_fn: ``(params, x, t, cond) -> v``; arrays that it holds by
+            ``functools.partial`` are not compiled in.
         pairs: 'x_noise' and 'x_data' [samples, *event], and 'cond' if there is one.
         steps_distilled: k regresses at the k times of a uniform Euler grid alone
             (Distill-k-Reflow); None at all times (Uniform-Reflow).
@@ -37,7 +38,7 @@ def straighten(
     if steps_distilled is not None:
         sampler = flows.discrete_time(flows.uniform_grid(steps_distilled)[:-1])
 
-    def loss(params: Params, batch: Any, keys: Any) -> Any:
+    def loss(params: Params, batch: Any, keys: Any, apply_fn: ApplyFn) -> Any:
         return flows.flow_matching_loss(
             params,
             apply_fn,
@@ -48,4 +49,5 @@ def straighten(
             time_sampler=sampler,
         )
 
-    return train.fine_tune(params, loss, pairs, **options)
+    constants = flows.as_pytree(apply_fn)
+    return train.fine_tune(params, loss, pairs, constants=constants, **options)

@@ -8,7 +8,7 @@ from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Params
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer
 from tmdjax.train.sharding import jit_train_step, make_mesh
-from tmdjax.train.state import LossFn, create_state, make_train_step
+from tmdjax.train.state import create_state, make_train_step
 from tmdjax.train.supervised import fit as supervised_fit
 
 
@@ -26,9 +26,10 @@ class FineTuned(NamedTuple):
 
 def fine_tune(
     params: Params,
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     arrays: Mapping[str, Any],
     *,
+    constants: Any = None,
     key: Any,
     steps: int = 12_000,
     batch_size: int = 128,
@@ -42,8 +43,11 @@ def fine_tune(
 
     Args:
         params: where to start.
-        loss_fn: ``(params, batch, keys) -> (loss [batch], metrics)``.
+        loss_fn: ``(params, batch, keys) -> (loss [batch], metrics)``, with the
+            constants as a fourth argument if there are any.
         arrays: {name: [n, ...]}.
+        constants: pytree of arrays that stay as they are, such as the base of
+            adapters; None means none.
         key: typed key of the run.
         steps: updates.
         batch_size: examples an update.
@@ -67,14 +71,19 @@ def fine_tune(
             name="adam", learning_rate=2e-4, warmup_steps=warmup
         )
     rule = make_optimizer(optimizer)
-    step = make_train_step(
-        loss_fn,
-        rule,
-        ema_decay=0.5 ** (1 / (ema_half_life * steps)),
-        microbatches=microbatches,
-    )
+    ema_decay = 0.5 ** (1 / (ema_half_life * steps))
+
+    def update(state: Any, batch: Any, key: Any, *constants: Any) -> Any:
+        def loss(params: Params, part: Any, keys: Any) -> Any:
+            return loss_fn(params, part, keys, *constants)
+
+        step = make_train_step(
+            loss, rule, ema_decay=ema_decay, microbatches=microbatches
+        )
+        return step(state, batch, key)
+
     state = create_state(params, rule, ema=True)
-    step, state, place = jit_train_step(step, state, make_mesh())
+    step, state, place = jit_train_step(update, state, make_mesh(), constants)
     batches = data.in_memory(arrays, batch_size, seed=seed)
     if fit is None:
         result = supervised_fit(

@@ -80,13 +80,18 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, min_size: int = 2**14) -> PyTree:
     return jax.tree.map(rule, tree)
 
 
-def jit_train_step(step: Any, state: PyTree, mesh: Mesh) -> tuple[Any, PyTree, Any]:
+def jit_train_step(
+    step: Any, state: PyTree, mesh: Mesh, constants: PyTree = None
+) -> tuple[Any, PyTree, Any]:
     """Compiles a train step for a mesh.
 
     Args:
-        step: ``(state, batch, key) -> (state, metrics)``.
+        step: ``(state, batch, key) -> (state, metrics)``, with the constants as a
+            fourth argument if there are any.
         state: the initial state, on any device.
         mesh: from :func:`make_mesh`.
+        constants: arrays that no update changes, such as a frozen base: arguments of
+            the program, not part of it. None means none.
 
     Returns:
         The jitted step (state donated), the state placed on the mesh, and the
@@ -94,12 +99,19 @@ def jit_train_step(step: Any, state: PyTree, mesh: Mesh) -> tuple[Any, PyTree, A
     """
     shardings = fsdp_shardings(state, mesh)
     by_batch = batch_sharding(mesh)
+    inputs = (shardings, by_batch, replicated(mesh))
+    if constants is not None:
+        inputs = (*inputs, fsdp_shardings(constants, mesh))
+        constants = jax.device_put(constants, inputs[-1])
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, by_batch, replicated(mesh)),
+        in_shardings=inputs,
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+    def with_constants(state: PyTree, batch: PyTree, key: Any) -> Any:
+        return jitted(state, batch, key, constants)
 
     def place(batch: PyTree) -> PyTree:
         size = jax.tree.leaves(batch)[0].shape[0]
@@ -111,4 +123,5 @@ def jit_train_step(step: Any, state: PyTree, mesh: Mesh) -> tuple[Any, PyTree, A
             )
         return jax.device_put(batch, by_batch)
 
-    return jitted, jax.device_put(state, shardings), place
+    compiled = jitted if constants is None else with_constants
+    return compiled, jax.device_put(state, shardings), place
