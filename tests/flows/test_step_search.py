@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tmdjax import flows
-from tmdjax.core import prng
+from tmdjax.core import conventions, prng
 
 
 def keys(count, seed=0):
@@ -101,6 +101,11 @@ def test_5_straight_flow_costs_nothing(velocity, x64):
         velocity, keys(10), (3,), knots=20, dtype=jnp.float64
     )
     assert costs.max() < 1e-20
+    noise = prng.normal(keys(10), (3,), jnp.float64)
+    fine, one = (
+        flows.endpoints(velocity, noise, flows.uniform_grid(k)) for k in (20, 1)
+    )
+    np.testing.assert_allclose(one, fine, atol=1e-12)
 
 
 def test_5_tie_rule():
@@ -232,23 +237,21 @@ def test_8_scaled_and_rotated_flows():
     base = flows.local_error_costs(flow.velocity, keys(30), (2,), knots=20)
     found = flows.local_error_costs(changed, keys(30), (2,), shift, knots=20)
     np.testing.assert_allclose(found, 9 * base, rtol=2e-3, atol=1e-5)
+    for k in (2, 4):
+        index = flows.cheapest_paths(found, k).index[-1]
+        np.testing.assert_array_equal(index, flows.cheapest_paths(base, k).index[-1])
 
 
-def test_9_micro_batches_add_up():
-    flow = mixture()
-    whole = flows.local_error_costs(flow.velocity, keys(30), (2,), knots=20)
-    for micro_batch in (1, 7, 30):
-        parts = flows.local_error_costs(
-            flow.velocity, keys(30), (2,), knots=20, micro_batch=micro_batch
-        )
-        np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6 * whole.max())
-    halves = [
-        flows.local_error_costs(flow.velocity, keys(30)[part], (2,), knots=20)
-        for part in (slice(15), slice(15, 30))
-    ]
-    np.testing.assert_allclose(
-        sum(halves) / 2, whole, rtol=1e-5, atol=1e-6 * whole.max()
+def test_9_micro_batches_add_up(x64):
+    costs = functools.partial(
+        flows.local_error_costs, mixture().velocity, knots=20, dtype=jnp.float64
     )
+    whole = costs(keys(30), (2,))
+    for micro_batch in (1, 7, 30):
+        parts = costs(keys(30), (2,), micro_batch=micro_batch)
+        np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-12)
+    halves = [costs(keys(30)[part], (2,)) for part in (slice(15), slice(15, 30))]
+    np.testing.assert_allclose(sum(halves) / 2, whole, rtol=1e-6, atol=1e-12)
 
 
 def test_9_conditions_follow_their_samples():
@@ -267,15 +270,44 @@ def test_9_conditions_follow_their_samples():
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-7)
 
 
-def test_10_direction_of_integration_matters(x64):
-    """Walked from its other end, a flow has another matrix and another path."""
-    forward = linear_costs(np.array([[3.0]]), 60)
-    backward = linear_costs(np.array([[-3.0]]), 60)
-    there, back = (flows.cheapest_paths(c, 5).index[-1] for c in (forward, backward))
-    assert not np.array_equal(there, back)
-    # labels alone: tau = 1 - t and u = -v give the mirrored times of the same knots
-    knots = flows.fine_knots(60)
-    np.testing.assert_allclose(1 - knots[there], there / 60, atol=1e-15)
+def forward_costs(u, start, n):
+    """The paper's own form: tau from 0 to 1, x' = x + u / n, in numpy."""
+    states, velocities = [start], []
+    for k in range(n):
+        velocities.append(u(states[-1], k / n))
+        states.append(states[-1] + velocities[-1] / n)
+    costs = np.zeros((n + 1, n + 1))
+    for j in range(n):
+        for k in range(j + 1, n + 1):
+            miss = states[j] + (k - j) / n * velocities[j] - states[k]
+            costs[j, k] = np.square(miss).sum(-1).mean()
+    return costs, states[-1]
+
+
+def test_10_labels_of_time_change_nothing_and_its_direction_does(x64):
+    flow, n = mixture(), 24
+
+    def u(x, tau, cond=None):  # data minus noise, tau = 1 is data
+        tau = jnp.broadcast_to(tau, x.shape[:1])
+        return -flow.velocity(jnp.asarray(x), 1 - tau)
+
+    noise = np.asarray(prng.normal(keys(20), (2,), jnp.float64))
+    theirs, ends = forward_costs(lambda x, tau: np.asarray(u(x, tau)), noise, n)
+    ours = flows.local_error_costs(
+        conventions.flip_velocity(u), keys(20), (2,), knots=n, dtype=jnp.float64
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-14)
+    knots = flows.fine_knots(n)
+    for k in (2, 5):
+        index = flows.cheapest_paths(ours, k).index[-1]
+        np.testing.assert_array_equal(index, flows.cheapest_paths(theirs, k).index[-1])
+        np.testing.assert_allclose(knots[index], 1 - index / n, atol=1e-15)
+    # from data back to noise is another matrix and another path
+    back, _ = forward_costs(lambda x, tau: -np.asarray(u(x, 1 - tau)), ends, n)
+    assert not np.allclose(back, theirs)
+    paths = [flows.cheapest_paths(c, 5).index[-1] for c in (theirs, back)]
+    assert not np.array_equal(paths[0], paths[1])
+    assert not np.array_equal(paths[0], n - paths[1][::-1])
 
 
 def test_14_grids_are_exact():
@@ -349,6 +381,75 @@ def test_other_knots_and_tables():
     table = flows.make_table("ode", edm)
     again = flows.local_error_costs(flow.velocity, keys(20), (2,), knots=table)
     np.testing.assert_array_equal(again, costs)
+
+
+TEST_FLOWS = {
+    "mixture in 64 dimensions": mixture(64),
+    "ill-conditioned Gaussian": flows.gaussian_mixture(
+        [1.0], [np.zeros(8)], [np.sqrt(np.geomspace(1e-4, 4, 8))]
+    ),
+    "mixture in the plane": mixture(),
+}
+
+
+@pytest.mark.parametrize("name", TEST_FLOWS)
+def test_objective_is_optimal_on_exact_flows(name):
+    """What is certain (the objective); whether the samples gain is only printed."""
+    flow = TEST_FLOWS[name]
+    dim = flow.means.shape[1]
+    knots = flows.fine_knots(48)
+    costs = flows.local_error_costs(flow.velocity, keys(64), (dim,), knots=knots)
+    noise = prng.normal(keys(256, 1), (dim,))
+    reference = flows.endpoints(flow.velocity, noise, knots)
+    paths = flows.cheapest_paths(costs, 8)
+    for k in (2, 3, 4, 6, 8):
+        uniform = np.arange(0, 49, 48 // k)
+        index = paths.index[k - 1]
+        assert flows.path_cost(costs, index) <= flows.path_cost(costs, uniform)
+        grids = [knots[uniform], knots[index]]
+        errors = flows.terminal_errors(flow.velocity, noise, reference, grids).mean(1)
+        print(f"{name}, K={k}: terminal error {errors[0]:.4g} -> {errors[1]:.4g}")
+        assert np.isfinite(errors).all()
+
+
+def test_heun_counts_its_evaluations():
+    calls = []
+
+    def velocity(x, t, cond):
+        jax.debug.callback(lambda: calls.append(1))
+        return -x
+
+    n = 6
+    flows.local_error_costs(velocity, keys(2), (2,), knots=n, method="heun")
+    jax.effects_barrier()
+    assert len(calls) == n + n * (n + 1) // 2
+
+
+def test_costly_metrics_meet_one_target_at_a_time():
+    seen = []
+
+    def metric(weights, estimate, target):
+        seen.append(estimate.shape)
+        return jnp.abs((estimate - target) @ weights).sum(-1)
+
+    weights = np.eye(2, dtype=np.float32)
+    found = flows.local_error_costs(
+        mixture().velocity,
+        keys(5),
+        (2,),
+        knots=6,
+        metric=functools.partial(metric, weights),
+    )
+    assert set(seen) == {(5, 2)}
+    states = flows.states_at(
+        mixture().velocity,
+        prng.normal(keys(5), (2,)),
+        flows.fine_knots(6),
+        np.arange(7),
+    )
+    v = mixture().velocity(states[1], jnp.full(5, 5 / 6))
+    miss = states[1] - v / 3 - states[3]
+    assert found[1, 3] == pytest.approx(float(np.abs(miss).sum(-1).mean()), rel=1e-3)
 
 
 def test_heun_costs_are_those_of_heun_steps():

@@ -11,6 +11,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -240,26 +241,22 @@ def test_11_loss_is_zero_iff_the_velocity_is_the_chord(found, fine):
 
 @pytest.mark.parametrize("weight", boss.WEIGHTS)
 def test_11_gradient_equals_finite_differences(found, fine, weight, x64):
-    apply_fn, params = mlp()
-    chords = jax.tree.map(lambda a: a[:8], boss.chords(fine, found.schedules[4]))
-    chords = {name: a.astype(np.float64) for name, a in chords.items()}
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    def apply_fn(params, x, t, cond):
+        return jnp.tanh(x @ params["a"] + t[:, None]) @ params["b"]
+
+    a, b = jax.random.split(jax.random.key(0))
+    params = {
+        "a": jax.random.normal(a, (2, 5), jnp.float64),
+        "b": jax.random.normal(b, (5, 2), jnp.float64),
+    }
+    chords = boss.chords(fine, found.schedules[4])
+    chords = {name: array[:8].astype(np.float64) for name, array in chords.items()}
 
     def loss(params):
         values, _ = boss.straightening_loss(params, apply_fn, chords, weight=weight)
         return values.mean()
 
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    direction = jax.random.normal(jax.random.key(1), flat.shape, flat.dtype)
-    slope = jnp.vdot(
-        jax.flatten_util.ravel_pytree(jax.grad(loss)(params))[0], direction
-    )
-    step = 1e-6
-    numeric = (
-        loss(unravel(flat + step * direction)) - loss(unravel(flat - step * direction))
-    ) / (2 * step)
-    # the network computes in float32
-    np.testing.assert_allclose(slope, numeric, rtol=2e-2)
+    jax.test_util.check_grads(loss, (params,), order=1, modes=["rev"], rtol=1e-6)
 
 
 def test_11_one_step_is_reflow_at_pure_noise():
@@ -322,6 +319,35 @@ def test_13_all_knots_leave_the_teacher_as_it_is():
 
     loss, _ = boss.straightening_loss({}, teacher, chords)
     assert loss.max() < 1e-8
+
+
+def test_13_network_time_is_remapped_once():
+    """A network of the original code, by its wrapper: search, chords and loss agree."""
+    eps, n, times = 1e-3, 20, []
+
+    def original(params, x, time, cond):
+        jax.debug.callback(lambda now: times.append(np.asarray(now)), time)
+        tau = (time / 999 - eps) / (1 - eps)
+        return -params["gain"] * FLOW.velocity(x, 1 - tau)
+
+    wrapped = models.rectified_flow(original, eps)
+    params = {"gain": jnp.float32(1.0)}
+    velocity = functools.partial(wrapped, params)
+    found = boss.search(velocity, keys(10), (2,), (n,), knots=n)
+    jax.effects_barrier()
+    seen = np.concatenate([now.ravel() for now in times])
+    assert seen.min() == pytest.approx(999 * eps, rel=1e-3)  # at pure noise
+    assert seen.max() == pytest.approx(999 * (1 - (1 - eps) / n), rel=1e-5)
+    x = prng.normal(keys(5), (2,))
+    t = jnp.linspace(0.0, 1.0, 5)
+    expected = FLOW.velocity(x, t)
+    np.testing.assert_allclose(velocity(x, t, None), expected, rtol=1e-3, atol=1e-3)
+    schedule = found.schedules[n]
+    fine = boss.fine_states(velocity, keys(10), (2,), [schedule])
+    loss, _ = boss.straightening_loss(params, wrapped, boss.chords(fine, schedule))
+    assert loss.max() < 1e-8
+    with pytest.raises(ValueError, match="eps=1"):
+        models.rectified_flow(original, 1.0)
 
 
 @pytest.fixture(scope="module")
