@@ -40,6 +40,7 @@ from tmdjax.flows.rollout import METHODS, Trajectory, nfe, rollout, solver_veloc
 from tmdjax.flows.step_search import (
     Metric,
     Paths,
+    Schedule,
     cheapest_paths,
     check_budget,
     check_costs,
@@ -67,6 +68,7 @@ __all__ = [
     "GaussianMixture",
     "Metric",
     "Paths",
+    "Schedule",
     "Trajectory",
     "as_pytree",
     "as_velocity",

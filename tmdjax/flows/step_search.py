@@ -12,6 +12,7 @@ References:
     Nguyen et al., arXiv 2312.16414, eqs. 5-8 (there time runs the other way).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -375,6 +376,28 @@ def path_cost(costs: Any, index: Any) -> float:
     """Sum of the costs of a path's jumps."""
     index = np.asarray(index)
     return float(np.asarray(costs)[index[:-1], index[1:]].sum())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A time grid found on the knots of a fine trajectory.
+
+    Attributes:
+        index: knots walked, int [K + 1], from 0 to the last.
+        knots: times of all knots, from 1 to 0.
+        cost: sum of its local errors, in the units of the metric.
+        guidance_scale: of the velocity that was searched.
+    """
+
+    index: np.ndarray
+    knots: Grid
+    cost: float
+    guidance_scale: float = 1.0
+
+    @property
+    def times(self) -> Grid:
+        """The grid, [K + 1] from exactly 1 to exactly 0."""
+        return self.knots[self.index]
 
 
 def costs_fingerprint(

@@ -19,39 +19,41 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, SupportsIndex
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, train
 from tmdjax.core import files, prng, trees
-from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
-from tmdjax.core.conventions import time_like
-from tmdjax.core.types import ApplyFn, Array, Cond, Data, Grid, Params, Velocity
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import ApplyFn, Cond, Data, Grid, Params, Velocity
+from tmdjax.flows import Schedule
+from tmdjax.flows.chords import (
+    WEIGHTS,
+    FineStates,
+    check_chords,
+    chords,
+    fine_states,
+    split,
+    straightening_loss,
+)
 
-WEIGHTS = ("unit", "width2")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Schedule:
-    """A time grid found on the knots of a fine trajectory.
-
-    Attributes:
-        index: knots walked, int [K + 1], from 0 to the last.
-        knots: times of all knots, from 1 to 0.
-        cost: sum of its local errors, in the units of the metric.
-        guidance_scale: of the velocity that was searched.
-    """
-
-    index: np.ndarray
-    knots: Grid
-    cost: float
-    guidance_scale: float = 1.0
-
-    @property
-    def times(self) -> Grid:
-        """The grid, [K + 1] from exactly 1 to exactly 0."""
-        return self.knots[self.index]
+__all__ = [
+    "WEIGHTS",
+    "FineStates",
+    "Schedule",
+    "Search",
+    "Straightened",
+    "check_chords",
+    "chords",
+    "fine_states",
+    "on_grid",
+    "polish_schedule",
+    "sample",
+    "search",
+    "split",
+    "straighten",
+    "straightening_loss",
+]
 
 
 class Search(NamedTuple):
@@ -195,171 +197,6 @@ def polish_schedule(
     )
     cost = flows.path_cost(costs, index)
     return dataclasses.replace(schedule, index=index, cost=cost)
-
-
-class FineStates(NamedTuple):
-    """States of fine trajectories at chosen knots.
-
-    Attributes:
-        states: [kept, samples, *event] float32, on the host.
-        index: the kept knots, int [kept], from 0 to the last.
-        knots: times of all knots.
-        cond: [samples, ...], or None.
-    """
-
-    states: np.ndarray
-    index: np.ndarray
-    knots: Grid
-    cond: Any
-
-
-def fine_states(
-    velocity: Velocity,
-    keys: Any,
-    shape: tuple[int, ...],
-    schedules: Iterable[Schedule],
-    cond: Any = None,
-    *,
-    micro_batch: int = 500,
-) -> FineStates:
-    """Simulates once, and keeps what the straightening of every schedule needs.
-
-    Args:
-        velocity: the pretrained model.
-        keys: [samples] typed keys, 5,000 in the paper.
-        shape: of one sample.
-        schedules: on the same knots.
-        cond: [samples, ...], or None.
-        micro_batch: trajectories at a time.
-
-    The kept states, ``4 * samples * kept * event`` bytes, stay on the host; their
-    chords (:func:`chords`, :func:`split`) take up to four times that of one schedule.
-
-    Raises:
-        TypeError: a velocity that does not return floats like its state.
-        ValueError: no schedule, schedules on different knots, conditions of another
-            batch.
-    """
-    schedules = list(schedules)
-    if not schedules:
-        raise ValueError("there is no schedule to keep states for; give at least one.")
-    knots = schedules[0].knots
-    for schedule in schedules:
-        _check_knots(schedule, knots)
-    index = np.unique(np.concatenate([s.index for s in schedules]))
-    count = flows.check_samples(keys, cond)
-    size = min(check_count("micro_batch", micro_batch), count)
-    parts = []
-    for rows, counted in flows.micro_batches(count, size):
-        noise = prng.normal(keys[rows], shape)
-        kept = flows.states_at(velocity, noise, knots, index, trees.take(cond, rows))
-        parts.append(np.asarray(kept)[:, :counted])
-    return FineStates(np.concatenate(parts, 1), index, knots, cond)
-
-
-def _check_knots(schedule: Schedule, knots: Grid) -> None:
-    if not np.array_equal(schedule.knots, knots):
-        ours, theirs = (
-            f"{len(k) - 1} steps, hash {trees.content_hash(k)[:8]}"
-            for k in (schedule.knots, knots)
-        )
-        raise ValueError(
-            f"the schedule lies on other knots ({ours}) than the fine states "
-            f"({theirs}); search and simulate with the same knots."
-        )
-
-
-def chords(fine: FineStates, schedule: Schedule) -> dict[str, Any]:
-    """The regression set of one schedule: K chords a sample, pooled.
-
-    Returns:
-        Arrays [samples * K, ...]: 'x' at time 't', 'x_next' at 't_next' < t, and
-        'cond' where there are conditions.
-
-    Raises:
-        ValueError: a schedule on other knots, or through one that was not kept.
-    """
-    _check_knots(schedule, fine.knots)
-    missing = np.setdiff1d(schedule.index, fine.index)
-    if missing.size:
-        raise ValueError(
-            f"the schedule passes knot {missing[0]}, of which no states were kept "
-            f"(kept: {fine.index.tolist()}); give it to fine_states too."
-        )
-    place = np.searchsorted(fine.index, schedule.index)
-    samples, steps = fine.states.shape[1], len(place) - 1
-
-    def pooled(states: np.ndarray) -> np.ndarray:
-        return states.reshape(-1, *states.shape[2:])
-
-    found = {
-        "x": pooled(fine.states[place[:-1]]),
-        "x_next": pooled(fine.states[place[1:]]),
-        "t": np.repeat(schedule.times[:-1], samples).astype(np.float32),
-        "t_next": np.repeat(schedule.times[1:], samples).astype(np.float32),
-    }
-    if fine.cond is not None:
-        found["cond"] = np.concatenate([np.asarray(fine.cond)] * steps)
-    return found
-
-
-def check_chords(chords: Mapping[str, Any]) -> None:
-    """Raises ValueError where a chord has no width (a knot given twice)."""
-    flat = np.flatnonzero(np.asarray(chords["t"]) <= np.asarray(chords["t_next"]))
-    if flat.size:
-        i = int(flat[0])
-        raise ValueError(
-            f"chord {i} goes from t={chords['t'][i]} to t_next={chords['t_next'][i]}; "
-            f"t_next must be smaller. Is a knot in the grid twice?"
-        )
-
-
-def split(
-    chords: dict[str, Any], key: Any, eval_fraction: float = 0.1
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Chords for training and for evaluation, drawn at random from the pool."""
-    check_range("eval_fraction", eval_fraction, 0, 1, open_high=True)
-    check_chords(chords)
-    count = len(chords["t"])
-    order = np.asarray(jax.random.permutation(key, count))
-    held = int(eval_fraction * count)
-    return (
-        {name: array[order[held:]] for name, array in chords.items()},
-        {name: array[order[:held]] for name, array in chords.items()},
-    )
-
-
-def straightening_loss(
-    params: Params,
-    apply_fn: ApplyFn,
-    batch: Mapping[str, Any],
-    *,
-    weight: str = "unit",
-) -> tuple[Array, dict[str, Array]]:
-    """Mean squared error of the velocity to the chord (z0 - z1) / (t0 - t1).
-
-    Args:
-        params: nested dict.
-        apply_fn: ``(params, x, t, cond) -> v``.
-        batch: chords, see :func:`chords`.
-        weight: 'unit', every chord alike, or 'width2', by the squared width of its
-            interval: then the loss is the error of the step's landing point.
-
-    Returns:
-        loss [batch], mean over event dimensions, and no metrics.
-
-    References:
-        arXiv 2312.16414, eq. 9.
-    """
-    check_choice("weight", weight, WEIGHTS)
-    x, t = jnp.asarray(batch["x"]), jnp.asarray(batch["t"])
-    width = t - batch["t_next"]
-    chord = (x - batch["x_next"]) / time_like(width, x)
-    predicted = apply_fn(params, x, t, batch.get("cond"))
-    check_same_shape("the velocity", predicted, "its state x", x)
-    error = jnp.square(predicted - chord)
-    loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))
-    return (loss * width**2 if weight == "width2" else loss), {}
 
 
 class Straightened(NamedTuple):

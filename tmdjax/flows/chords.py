@@ -1,0 +1,190 @@
+"""Straightening data: the chords of fine trajectories between chosen knots.
+
+A chord joins two states of one trajectory, z0 at t0 and z1 at t1 < t0. A velocity
+that equals (z0 - z1) / (t0 - t1) at (z0, t0) lands on z1 in one Euler step.
+
+References:
+    Nguyen et al., arXiv 2312.16414, eq. 9.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
+from tmdjax.core.conventions import time_like
+from tmdjax.core.types import ApplyFn, Array, Grid, Params, Velocity
+from tmdjax.flows.reference import states_at
+from tmdjax.flows.step_search import Schedule, check_samples, micro_batches
+
+WEIGHTS = ("unit", "width2")
+"""How the straightening loss weighs chords of different widths."""
+
+
+class FineStates(NamedTuple):
+    """States of fine trajectories at chosen knots.
+
+    Attributes:
+        states: [kept, samples, *event] float32, on the host.
+        index: the kept knots, int [kept], from 0 to the last.
+        knots: times of all knots.
+        cond: [samples, ...], or None.
+    """
+
+    states: np.ndarray
+    index: np.ndarray
+    knots: Grid
+    cond: Any
+
+
+def fine_states(
+    velocity: Velocity,
+    keys: Any,
+    shape: tuple[int, ...],
+    schedules: Iterable[Schedule],
+    cond: Any = None,
+    *,
+    micro_batch: int = 500,
+) -> FineStates:
+    """Simulates once, and keeps what the straightening of every schedule needs.
+
+    Args:
+        velocity: the pretrained model.
+        keys: [samples] typed keys, 5,000 in the paper.
+        shape: of one sample.
+        schedules: on the same knots.
+        cond: [samples, ...], or None.
+        micro_batch: trajectories at a time.
+
+    The kept states, ``4 * samples * kept * event`` bytes, stay on the host; their
+    chords (:func:`chords`, :func:`split`) take up to four times that of one schedule.
+
+    Raises:
+        TypeError: a velocity that does not return floats like its state.
+        ValueError: no schedule, schedules on different knots, conditions of another
+            batch.
+    """
+    schedules = list(schedules)
+    if not schedules:
+        raise ValueError("there is no schedule to keep states for; give at least one.")
+    knots = schedules[0].knots
+    for schedule in schedules:
+        _check_knots(schedule, knots)
+    index = np.unique(np.concatenate([s.index for s in schedules]))
+    count = check_samples(keys, cond)
+    size = min(check_count("micro_batch", micro_batch), count)
+    parts = []
+    for rows, counted in micro_batches(count, size):
+        noise = prng.normal(keys[rows], shape)
+        kept = states_at(velocity, noise, knots, index, trees.take(cond, rows))
+        parts.append(np.asarray(kept)[:, :counted])
+    return FineStates(np.concatenate(parts, 1), index, knots, cond)
+
+
+def _check_knots(schedule: Schedule, knots: Grid) -> None:
+    if not np.array_equal(schedule.knots, knots):
+        ours, theirs = (
+            f"{len(k) - 1} steps, hash {trees.content_hash(k)[:8]}"
+            for k in (schedule.knots, knots)
+        )
+        raise ValueError(
+            f"the schedule lies on other knots ({ours}) than the fine states "
+            f"({theirs}); search and simulate with the same knots."
+        )
+
+
+def chords(fine: FineStates, schedule: Schedule) -> dict[str, Any]:
+    """The regression set of one schedule: K chords a sample, pooled.
+
+    Returns:
+        Arrays [samples * K, ...]: 'x' at time 't', 'x_next' at 't_next' < t, and
+        'cond' where there are conditions.
+
+    Raises:
+        ValueError: a schedule on other knots, or through one that was not kept.
+    """
+    _check_knots(schedule, fine.knots)
+    missing = np.setdiff1d(schedule.index, fine.index)
+    if missing.size:
+        raise ValueError(
+            f"the schedule passes knot {missing[0]}, of which no states were kept "
+            f"(kept: {fine.index.tolist()}); give it to fine_states too."
+        )
+    place = np.searchsorted(fine.index, schedule.index)
+    samples, steps = fine.states.shape[1], len(place) - 1
+
+    def pooled(states: np.ndarray) -> np.ndarray:
+        return states.reshape(-1, *states.shape[2:])
+
+    found = {
+        "x": pooled(fine.states[place[:-1]]),
+        "x_next": pooled(fine.states[place[1:]]),
+        "t": np.repeat(schedule.times[:-1], samples).astype(np.float32),
+        "t_next": np.repeat(schedule.times[1:], samples).astype(np.float32),
+    }
+    if fine.cond is not None:
+        found["cond"] = np.concatenate([np.asarray(fine.cond)] * steps)
+    return found
+
+
+def check_chords(chords: Mapping[str, Any]) -> None:
+    """Raises ValueError where a chord has no width (a knot given twice)."""
+    flat = np.flatnonzero(np.asarray(chords["t"]) <= np.asarray(chords["t_next"]))
+    if flat.size:
+        i = int(flat[0])
+        raise ValueError(
+            f"chord {i} goes from t={chords['t'][i]} to t_next={chords['t_next'][i]}; "
+            f"t_next must be smaller. Is a knot in the grid twice?"
+        )
+
+
+def split(
+    chords: dict[str, Any], key: Any, eval_fraction: float = 0.1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Chords for training and for evaluation, drawn at random from the pool."""
+    check_range("eval_fraction", eval_fraction, 0, 1, open_high=True)
+    check_chords(chords)
+    count = len(chords["t"])
+    order = np.asarray(jax.random.permutation(key, count))
+    held = int(eval_fraction * count)
+    return (
+        {name: array[order[held:]] for name, array in chords.items()},
+        {name: array[order[:held]] for name, array in chords.items()},
+    )
+
+
+def straightening_loss(
+    params: Params,
+    apply_fn: ApplyFn,
+    batch: Mapping[str, Any],
+    *,
+    weight: str = "unit",
+) -> tuple[Array, dict[str, Array]]:
+    """Mean squared error of the velocity to the chord (z0 - z1) / (t0 - t1).
+
+    Args:
+        params: nested dict.
+        apply_fn: ``(params, x, t, cond) -> v``.
+        batch: chords, see :func:`chords`.
+        weight: 'unit', every chord alike, or 'width2', by the squared width of its
+            interval: then the loss is the error of the step's landing point.
+
+    Returns:
+        loss [batch], mean over event dimensions, and no metrics.
+
+    References:
+        arXiv 2312.16414, eq. 9.
+    """
+    check_choice("weight", weight, WEIGHTS)
+    x, t = jnp.asarray(batch["x"]), jnp.asarray(batch["t"])
+    width = t - batch["t_next"]
+    chord = (x - batch["x_next"]) / time_like(width, x)
+    predicted = apply_fn(params, x, t, batch.get("cond"))
+    check_same_shape("the velocity", predicted, "its state x", x)
+    error = jnp.square(predicted - chord)
+    loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))
+    return (loss * width**2 if weight == "width2" else loss), {}
