@@ -2,7 +2,7 @@
 
     python -m benchmarks.boss_search
     python -m benchmarks.boss_search --model=unet --side=256 --channels=3 \
-        --samples=24 --knots=100 --memory_limit_gb=2 --repeats=1
+        --samples=12 --memory_limit_gb=2 --repeats=1
 
 The rival is a scan of the same network over the same batches and times that keeps
 nothing. The search keeps states and velocities, makes the cost matrix and solves the
@@ -30,8 +30,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "dit": {"name": "dit", "patch_size": 2, "hidden": 128, "depth": 4, "heads": 4},
     "unet": {
         "name": "unet",
-        "width": 32,
-        "multipliers": (1, 1, 2, 2),
+        "width": 8,
+        "multipliers": (1, 2),
         "blocks": 1,
         "attention_levels": (),
     },

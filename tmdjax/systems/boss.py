@@ -129,8 +129,6 @@ def search(
     count = flows.check_samples(keys, cond)
     options = {"knots": fine, "metric": metric, "method": method, "dtype": dtype}
     batch = flows.fitting_batch(count, shape, fine, micro_batch, memory_limit, dtype)
-    first = trees.take(cond, slice(1))
-    flows.check_velocity(velocity, (1, *shape), dtype, first)
 
     def compute() -> np.ndarray:
         return flows.local_error_costs(
@@ -146,6 +144,8 @@ def search(
     if cache is None:
         costs = compute()
     else:
+        first = trees.take(cond, slice(1))
+        flows.check_velocity(velocity, (1, *shape), dtype, first)
         content = flows.costs_fingerprint(velocity, keys, shape, cond, **options)
         costs = files.cached_array(cache, content, compute)
     paths = flows.cheapest_paths(costs, max(wanted), future_weight=future_weight)
