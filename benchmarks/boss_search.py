@@ -31,7 +31,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "unet": {
         "name": "unet",
         "width": 8,
-        "multipliers": (1, 2),
+        "multipliers": (1, 1, 1, 2, 2),
         "blocks": 1,
         "attention_levels": (),
     },
