@@ -2,7 +2,7 @@
 
     python -m benchmarks.boss_search
     python -m benchmarks.boss_search --model=unet --side=256 --channels=3 \
-        --samples=12 --memory_limit_gb=2 --repeats=1
+        --samples=12 --repeats=1
 
 The rival is a scan of the same network over the same batches and times that keeps
 nothing. The search keeps states and velocities, makes the cost matrix and solves the
@@ -46,7 +46,7 @@ def main() -> None:
     flags.add_argument("--channels", type=int, default=1)
     flags.add_argument("--samples", type=int, default=100)
     flags.add_argument("--knots", type=int, default=100)
-    flags.add_argument("--memory_limit_gb", type=float, default=4.0)
+    flags.add_argument("--memory_limit_gb", type=float, default=2.0)
     flags.add_argument("--repeats", type=int, default=5)
     given = flags.parse_args()
     shape = (given.side, given.side, given.channels)

@@ -123,6 +123,7 @@ def get_config(tier: str) -> ConfigDict:
             }
         )
         config.train.update(steps=1_000_000, batch_size=64, ema_decay=0.999)
+        config.search.memory_limit_gb = 2.0
         config.straighten.update(
             noises=5000,
             steps=12_000,

@@ -6,10 +6,8 @@ network a budget is straightened and one distilled by reflow; everything is samp
 from the same noise and compared with the teacher's fine samples and held-out data.
 """
 
-import dataclasses
 import functools
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import few_step, flow_matching, image_quality
-from tmdjax import flows, train
+from tmdjax import flows
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.flows.chords import landing_errors
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.ledger import MAIN_ARM
 from tmdjax.harness.report import line_plot
-from tmdjax.models import lora
 from tmdjax.systems import boss, reflow
 
 Config = Any
@@ -33,6 +31,7 @@ arms = few_step.arms
 SHOWN = ("uniform", "bellman", "polished", "straightened", "distilled")
 """Rows of the table, each at every budget."""
 
+SETS = (*SHOWN, "edm", "gaussian", "heun", "midpoint", "reflow")
 SHOWN_SAMPLES = 16
 COUNTS = {
     "search": ("samples", "knots"),
@@ -49,30 +48,34 @@ def stages(config: Config, arm: str) -> list[Stage]:
     # the last one trained, on the longest grid, is the model of the run
     tuned = ["reflow"] + [f"{s}{k}" for s in ("distill", "straighten") for k in budgets]
 
-    def stage(name: str, run: Any, groups: tuple[str, ...], *parents: str) -> Stage:
+    def stage(name: str, run: Any, settings: Any, *parents: str) -> Stage:
         return Stage(
             name=name,
             run=functools.partial(run, config),
-            config={group: plain[group] for group in groups},
+            config=settings,
             parents=parents,
         )
 
+    def groups(*names: str) -> dict[str, Any]:
+        return {name: plain[name] for name in names}
+
+    guided = groups("search") | {"guidance": config.sample.guidance}
+    noises = {"noises": config.straighten.noises}
     found = [
-        stage("train", few_step.teacher, ("data", "model", "optimizer", "train")),
-        stage("search", search, ("search", "sample"), "train"),
-        stage("trajectories", trajectories, ("straighten",), "train", "search"),
+        stage("train", few_step.teacher, groups(*few_step.TEACHER)),
+        stage("search", search, guided, "train"),
+        stage("trajectories", trajectories, noises, "train", "search"),
     ]
     for name in tuned:
         rule = fine_tune if name.startswith("straighten") else fine_tune_reflow
-        found.append(stage(name, rule, (), "train", "search", "trajectories"))
+        settings = groups("straighten")
+        found.append(stage(name, rule, settings, "train", "search", "trajectories"))
     parents = ("train", "search", *tuned)
     if few_step.has_images(config):
         label = "frechet" if arm == MAIN_ARM else f"frechet {arm}"
         found.insert(0, image_quality.stage(config, label))
         parents = ("features", *parents)
-    groups = ("sample", "evaluate")
-    last = stage("sample", sample, groups, *parents)
-    return [*found, dataclasses.replace(last, version=2)]
+    return [*found, stage("sample", sample, groups("sample", "evaluate"), *parents)]
 
 
 def search(config: Config, context: StageContext) -> StageResult:
@@ -105,7 +108,7 @@ def search(config: Config, context: StageContext) -> StageResult:
     for k, schedule in found.schedules.items():
         index["bellman"][str(k)] = schedule.index
         index["gaussian"][str(k)] = gaussian.schedules[k].index
-        knots = np.rint(np.linspace(0, settings.knots, k + 1)).astype(int)
+        knots = flows.uniform_index(settings.knots, k)
         uniform[k] = flows.path_cost(found.costs, knots)
         if k in settings.budgets:
             polished = boss.polish_schedule(
@@ -157,37 +160,6 @@ def budget_of(context: StageContext) -> int:
     return int("".join(c for c in context.name if c.isdigit()))
 
 
-def tuning(config: Config, context: StageContext) -> dict[str, Any]:
-    """What all fine-tuning has in common: steps, batch, optimiser."""
-    settings = config.straighten
-    return {
-        "key": context.key,
-        "steps": settings.steps,
-        "batch_size": settings.batch_size,
-        "optimizer": train.OptimizerConfig(
-            name="adam",
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-        ),
-        "ema_half_life": settings.ema_half_life,
-        "seed": context.seed,
-        "fit": functools.partial(context.fit, log_every=settings.log_every),
-    }
-
-
-def tuned_part(config: Config, context: StageContext) -> tuple[Any, Any, Any]:
-    """What is trained, its apply_fn, and how whole parameters are made of it."""
-    apply_fn, _ = few_step.network(config)
-    base = jax.tree.map(jnp.asarray, context.inputs["train"].outputs["params"])
-    rank = config.straighten.lora_rank
-    if not rank:
-        return base, apply_fn, lambda params: params
-    key = jax.random.fold_in(context.key, 2)
-    adapters = lora.init(key, base, rank, ["kernel"])
-    adapted = lora.apply_fn(apply_fn, base, rank)
-    return adapters, adapted, lambda params: lora.merge(base, params, rank)
-
-
 def fine_tune(config: Config, context: StageContext) -> StageResult:
     """Straightens the teacher (or adapters of it) on one budget's grid."""
     k, settings = budget_of(context), config.straighten
@@ -199,14 +171,14 @@ def fine_tune(config: Config, context: StageContext) -> StageResult:
         jax.random.fold_in(context.key, 1),
         settings.eval_fraction,
     )
-    params, apply_fn, whole = tuned_part(config, context)
+    params, apply_fn, whole = few_step.tuned_part(config, context)
     tuned = boss.straighten(
         params,
         apply_fn,
         chords,
         schedule,
         weight=settings.weight,
-        **tuning(config, context),
+        **few_step.tuning(config, context),
     )
 
     @jax.jit
@@ -233,7 +205,7 @@ def fine_tune(config: Config, context: StageContext) -> StageResult:
 def fine_tune_reflow(config: Config, context: StageContext) -> StageResult:
     """Distill-k-Reflow ('distill6') and Uniform-Reflow ('reflow'), trained alike."""
     kept = context.inputs["trajectories"].outputs
-    params, apply_fn, whole = tuned_part(config, context)
+    params, apply_fn, whole = few_step.tuned_part(config, context)
     tuned = reflow.straighten(
         params,
         apply_fn,
@@ -243,7 +215,7 @@ def fine_tune_reflow(config: Config, context: StageContext) -> StageResult:
             "cond": kept["cond"],
         },
         steps_distilled=None if context.name == "reflow" else budget_of(context),
-        **tuning(config, context),
+        **few_step.tuning(config, context),
     )
     return StageResult({"params": whole(tuned.params)})
 
@@ -353,19 +325,26 @@ def straightness(
             memory_limit=settings.memory_limit_gb * 1e9,
         )
         found[f"{name}{k}.objective"] = flows.path_cost(costs, schedule.index)
-        errors, _ = jax.jit(
-            lambda velocity, chords: boss.straightening_loss(
-                {"velocity": velocity},
-                lambda params, *inputs: params["velocity"](*inputs),
-                chords,
-                weight="width2",
-            )
-        )(flows.as_pytree(velocity), chords)
-        found[f"{name}{k}.chord_error"] = k * np.prod(shape) * jnp.mean(errors)
+        errors = landing_errors(velocity, chords)
+        found[f"{name}{k}.chord_error"] = k * jnp.mean(errors)  # K chords a sample
     found[f"straightened{k}.chord_error_ratio"] = (
         found[f"straightened{k}.chord_error"] / found[f"bellman{k}.chord_error"]
     )
     return found
+
+
+def measures(config: Config) -> set[str]:
+    """The metrics that claims may be about."""
+    straight = straightness_budget(config)
+    names = {"search.uniform_cheaper", f"straightened{straight}.chord_error_ratio"}
+    names |= {f"{m}{straight}.objective" for m in ("bellman", "straightened")}
+    for k in config.search.budgets:
+        sets = [m for m in SETS if k % 2 == 0 or m not in ("heun", "midpoint")]
+        what = ("terminal_error", "error_to_rk45", *few_step.measures(config))
+        names |= {f"{m}{k}.{w}" for m in sets for w in what}
+        names.add(f"gaussian{k}.position")
+    marks = [few_step.mark(arm) for arm in arms(config)]
+    return {f"{mark}{name}" for mark in marks for name in names}
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -412,11 +391,10 @@ def describe(config: Config) -> dict[str, Any]:
             f"straighten.eval_fraction={tuned.eval_fraction} of {tuned.noises} noises "
             f"holds out nothing; raise it."
         )
-    check_claims(config)
     found: dict[str, Any] = {}
     for arm in arms(config):
         one = few_step.of_arm(config, arm)
-        mark = "" if arm == MAIN_ARM else f"{arm}: "
+        mark = few_step.mark(arm)
         shape = tuple(one.data.shape)
         each = flows.cost_memory(shape, settings.knots) / 1e9
         batch = min(settings.samples, int(settings.memory_limit_gb // each))
@@ -442,20 +420,3 @@ def describe(config: Config) -> dict[str, Any]:
         }
         found |= {f"{mark}{name}": value for name, value in sizes.items()}
     return found
-
-
-def check_claims(config: Config) -> None:
-    """Raises ValueError if a claim is about a budget that is not run."""
-    for name, claim in config.claims.items():
-        for metric in filter(None, (claim.ours, claim.baseline)):
-            budget = re.search(r"(\d+)\.(\w+)$", metric)
-            straight = budget and budget[2] in ("objective", "chord_error_ratio")
-            allowed = (
-                [straightness_budget(config)] if straight else config.search.budgets
-            )
-            if budget and int(budget[1]) not in allowed:
-                raise ValueError(
-                    f"claim {name} is about {metric}, but search.budgets="
-                    f"{config.search.budgets} measures it at {tuple(allowed)}; change "
-                    f"the budgets or clear the claims."
-                )

@@ -15,14 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flow_matching, image_quality
-from tmdjax import data, flows, metrics, models
+from tmdjax import data, flows, metrics, models, train
 from tmdjax.core import prng
 from tmdjax.harness import Report, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.ledger import MAIN_ARM
 from tmdjax.harness.report import image_grid, line_plot
+from tmdjax.models import lora
 
 Config = Any
+TEACHER = ("data", "model", "optimizer", "train")
+"""The settings that a teacher depends on."""
+
+POINT_MEASURES = ("sliced_wasserstein", "frechet")
 MICRO_BATCH = 1000
 """Samples walked at a time."""
 
@@ -98,9 +103,8 @@ def data_spectrum(config: Config) -> np.ndarray:
     """Standard deviations of the training data along its principal axes."""
     loaded = load(config).train
     x = loaded["image" if has_images(config) else "point"]
-    x = x.reshape(len(x), -1)[:10_000].astype(np.float64)
-    values = np.linalg.svd(x - x.mean(0), compute_uv=False) / np.sqrt(len(x) - 1)
-    return np.maximum(values, 1e-3)
+    fit = metrics.gaussian_statistics(x.reshape(len(x), -1)[:10_000])
+    return np.maximum(np.linalg.svd(fit.factor, compute_uv=False), 1e-3)
 
 
 def compare(config: Config, context: StageContext, sets: Any, labels: Any) -> Any:
@@ -122,6 +126,16 @@ def arms(config: Config) -> tuple[str, ...]:
     return tuple(config.arms) or (MAIN_ARM,)
 
 
+def mark(arm: str) -> str:
+    """What stands before an arm's metrics in a summary."""
+    return "" if arm == MAIN_ARM else f"{arm}/"
+
+
+def measures(config: Config) -> tuple[str, ...]:
+    """What :func:`compare` finds of each set."""
+    return image_quality.MEASURES if has_images(config) else POINT_MEASURES
+
+
 def of_arm(config: Config, arm: str) -> Config:
     """The config with the data set of an arm."""
     if not config.arms:
@@ -136,11 +150,13 @@ def summary_rows(
     config: Config, found: Mapping[str, float], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The table, a row a name: a cell is terminal error / Frechet distance."""
+    # a guided teacher's step costs two evaluations, a student's one
+    calls = teacher_evaluations(config)
+    column = "NFE {}" if calls == 1 else "{} steps"
     rows = []
     for arm in arms(config):
-        mark = "" if arm == MAIN_ARM else f"{arm}/"
 
-        def cell(name: str, mark: str = mark) -> str:
+        def cell(name: str, mark: str = mark(arm)) -> str:
             values = (
                 found.get(f"{mark}{name}.{what}")
                 for what in ("terminal_error", "frechet")
@@ -149,19 +165,19 @@ def summary_rows(
 
         for name in names:
             rows.append(
-                {"grid or model": f"{mark}{name}"}
-                | {f"NFE {k}": cell(f"{name}{k}") for k in config.search.budgets}
+                {"grid or model": f"{mark(arm)}{name}"}
+                | {column.format(k): cell(f"{name}{k}") for k in config.search.budgets}
             )
-        nfe = found.get(f"{mark}rk45.nfe", float("nan"))
+        nfe = found.get(f"{mark(arm)}rk45.nfe", float("nan"))
         for title, name in (
             (f"RK45, {nfe:.0f} NFE", "rk45"),
-            (f"fine, {config.search.knots} NFE", "fine"),
+            (f"fine, {config.search.knots * calls} NFE", "fine"),
             ("real against real", "real"),
         ):
             columns = dict.fromkeys(rows[0])
-            first = f"NFE {config.search.budgets[0]}"
+            first = column.format(config.search.budgets[0])
             rows.append(
-                columns | {"grid or model": f"{mark}{title}", first: cell(name)}
+                columns | {"grid or model": f"{mark(arm)}{title}", first: cell(name)}
             )
     return rows
 
@@ -206,3 +222,34 @@ def report(
         )
         shown.figures.append((f"From the same noise, {k} NFE", path))
     return shown
+
+
+def tuning(config: Config, context: StageContext) -> dict[str, Any]:
+    """What all fine-tuning has in common: steps, batch, optimiser."""
+    settings = config.straighten
+    return {
+        "key": context.key,
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "optimizer": train.OptimizerConfig(
+            name="adam",
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+        ),
+        "ema_half_life": settings.ema_half_life,
+        "seed": context.seed,
+        "fit": functools.partial(context.fit, log_every=settings.log_every),
+    }
+
+
+def tuned_part(config: Config, context: StageContext) -> tuple[Any, Any, Any]:
+    """What is trained, its apply_fn, and how whole parameters are made of it."""
+    apply_fn, _ = network(config)
+    base = jax.tree.map(jnp.asarray, context.inputs["train"].outputs["params"])
+    rank = config.straighten.lora_rank
+    if not rank:
+        return base, apply_fn, lambda params: params
+    key = jax.random.fold_in(context.key, 2)
+    adapters = lora.init(key, base, rank, ["kernel"])
+    adapted = lora.apply_fn(apply_fn, base, rank)
+    return adapters, adapted, lambda params: lora.merge(base, params, rank)

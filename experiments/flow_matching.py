@@ -176,6 +176,12 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
     return StageResult({}, found)
 
 
+def measures(config: Config) -> set[str]:
+    """The metrics that claims may be about."""
+    names = ["untrained", "real", *(name for name, _, _ in budgets(config))]
+    return {f"{name}.{what}" for name in names for what in image_quality.MEASURES}
+
+
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table quality against NFE, from the metrics of a unit or a record."""
     columns = ("sliced_wasserstein", "frechet", "label_agreement")

@@ -20,6 +20,14 @@ from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 
 Config = Any
+MEASURES = (
+    "sliced_wasserstein",
+    "frechet",
+    "precision",
+    "recall",
+    "label_agreement",
+)
+"""What :func:`compare` finds of each set."""
 
 
 def load_data(config: Config) -> data.Dataset:
@@ -72,8 +80,7 @@ def compare(
         labels: classes asked for, [n].
 
     Returns:
-        'NAME.sliced_wasserstein', 'NAME.frechet', 'NAME.precision', 'NAME.recall'
-        and 'NAME.label_agreement'.
+        'NAME.WHAT' for every set, and for real images, and WHAT in ``MEASURES``.
     """
     dataset, labels = load_data(config), np.asarray(labels)
     apply_fn = models.functional(_module(config))

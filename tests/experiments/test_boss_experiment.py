@@ -47,6 +47,8 @@ def test_smoke_measures_every_row(smoke):
         for k in (2, 4):
             for what in ("terminal_error", "frechet", "sliced_wasserstein"):
                 assert np.isfinite(found[f"{name}{k}.{what}"]), name
+    config = load_config("configs/boss.py:smoke")
+    assert experiment.measures(config) <= found.keys()  # what claims may be about
     assert found["search.uniform_cheaper"] == 0  # O1
     assert found["rk45.terminal_error"] < found["uniform4.terminal_error"] / 10
     assert found["rk45.nfe"] > 20
@@ -209,7 +211,7 @@ def test_straightening_step_of_the_gpu_tier_lowers(platform, arm):
 
 def test_claims_about_budgets_that_are_not_run_stop_at_once(tmp_path):
     command = ["--config=configs/boss.py:cpu", f"--workdir={tmp_path / 'run'}"]
-    with pytest.raises(ValueError, match="claim O2b is about bellman6.terminal_error"):
+    with pytest.raises(ValueError, match="claim 'O2b' is about 'bellman6.terminal"):
         run.main([*command, "--config.search.budgets=(2,3,4,8)"])
 
 
@@ -221,7 +223,7 @@ def test_gpu_tier_has_two_arms_with_their_own_claims():
     )
     sizes = experiment.describe(config)
     for arm in experiment.arms(config):
-        assert 5e6 <= sizes[f"{arm}: parameters"] <= 20e6
+        assert 5e6 <= sizes[f"{arm}/parameters"] <= 20e6
 
 
 def test_paper_tier_has_the_published_size():

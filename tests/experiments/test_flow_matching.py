@@ -74,6 +74,15 @@ def test_smoke_leaves_report_figures_and_rows(smoke):
     assert {row["stage"] for row in rows} == {"features", "train"}
 
 
+def test_claims_are_about_what_is_measured(smoke, tmp_path):
+    config = load_config(f"{CONFIG}:smoke")
+    measured = json.loads((smoke / "summary.json").read_text())["metrics"]
+    assert flow_matching.measures(config) <= measured.keys()
+    command = [f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="claim 'F4' is about 'heun8.frechet'"):
+        run.main([*command, "--config.sample.heun_nfe=(4,6,16)"])
+
+
 def test_finished_run_loads_and_samples(smoke):
     apply_fn, params, meta = tmdjax.load(smoke)
     assert meta["config"]["system"] == "flow_matching"

@@ -761,7 +761,6 @@ def test_cost_matrix_lowers_for_accelerators(platform):
             jnp.ones(4, bool),
             (2,),
             "euler",
-            True,
         )
 
     exported = jax.export.export(jax.jit(costs), platforms=[platform])(

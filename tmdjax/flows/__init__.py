@@ -12,6 +12,7 @@ from tmdjax.flows.guidance import (
     as_pytree,
     classifier_free_guidance,
     drop_condition,
+    find_partial,
     guidance_scale,
 )
 from tmdjax.flows.matching import (
@@ -30,7 +31,6 @@ from tmdjax.flows.paths import (
     interpolate,
 )
 from tmdjax.flows.reference import (
-    check_walk,
     descend_on_error,
     endpoints,
     states_at,
@@ -45,7 +45,6 @@ from tmdjax.flows.step_search import (
     check_budget,
     check_costs,
     check_samples,
-    check_velocity,
     cost_memory,
     costs_fingerprint,
     fine_knots,
@@ -54,6 +53,7 @@ from tmdjax.flows.step_search import (
     micro_batches,
     path_cost,
     squared_l2,
+    uniform_index,
 )
 from tmdjax.flows.table import FINAL_RULES, PRESETS, CoefficientTable, make_table
 from tmdjax.flows.transition import gaussian_log_prob, gaussian_transition
@@ -76,8 +76,6 @@ __all__ = [
     "check_budget",
     "check_costs",
     "check_samples",
-    "check_velocity",
-    "check_walk",
     "classifier_free_guidance",
     "conditional_velocity",
     "convert",
@@ -89,6 +87,7 @@ __all__ = [
     "drop_condition",
     "edm_grid",
     "endpoints",
+    "find_partial",
     "fine_knots",
     "fitting_batch",
     "flow_matching_loss",
@@ -113,5 +112,6 @@ __all__ = [
     "states_at",
     "terminal_errors",
     "uniform_grid",
+    "uniform_index",
     "uniform_time",
 ]

@@ -18,11 +18,21 @@ from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Grid, Params, Velocity
+from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.reference import states_at
-from tmdjax.flows.step_search import Schedule, check_samples, micro_batches
+from tmdjax.flows.step_search import (
+    Schedule,
+    check_samples,
+    checked,
+    micro_batches,
+    squared_l2,
+)
 
 WEIGHTS = ("unit", "width2")
 """How the straightening loss weighs chords of different widths."""
+
+SAME_TIME = 1e-6
+"""Times that differ by no more are one: float32 and float64 of one knot."""
 
 
 class FineStates(NamedTuple):
@@ -131,8 +141,13 @@ def chords(fine: FineStates, schedule: Schedule) -> dict[str, Any]:
     return found
 
 
-def check_chords(chords: Mapping[str, Any]) -> None:
-    """Raises ValueError where a chord has no width (a knot given twice)."""
+def check_chords(chords: Mapping[str, Any], schedule: Schedule | None = None) -> None:
+    """Checks chords that may come from elsewhere.
+
+    Raises:
+        ValueError: a chord without width (a knot given twice), or one that does not
+            begin and end at times of the schedule, if one is given.
+    """
     flat = np.flatnonzero(np.asarray(chords["t"]) <= np.asarray(chords["t_next"]))
     if flat.size:
         i = int(flat[0])
@@ -140,6 +155,18 @@ def check_chords(chords: Mapping[str, Any]) -> None:
             f"chord {i} goes from t={chords['t'][i]} to t_next={chords['t_next'][i]}; "
             f"t_next must be smaller. Is a knot in the grid twice?"
         )
+    if schedule is None:
+        return
+    times = schedule.times
+    for name, allowed in (("t", times[:-1]), ("t_next", times[1:])):
+        found = np.unique(np.asarray(chords[name]))
+        other = found[np.abs(found[:, None] - allowed).min(1) > SAME_TIME]
+        if other.size:
+            raise ValueError(
+                f"chords have {name}={other[0]:.6g}, which is not in the schedule "
+                f"{np.round(times, 4).tolist()}; make them with chords() of this "
+                f"schedule."
+            )
 
 
 def split(
@@ -188,3 +215,23 @@ def straightening_loss(
     error = jnp.square(predicted - chord)
     loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))
     return (loss * width**2 if weight == "width2" else loss), {}
+
+
+def landing_errors(velocity: Velocity, chords: Mapping[str, Any]) -> Array:
+    """Squared distance [n] between one Euler step along each chord and its end.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``.
+        chords: see :func:`chords`.
+
+    Returns:
+        [n] float32, summed over event dimensions.
+    """
+    return _landing_errors(as_pytree(velocity), dict(chords))
+
+
+@jax.jit
+def _landing_errors(velocity: Any, chords: dict[str, Any]) -> Array:
+    x, t = jnp.asarray(chords["x"]), jnp.asarray(chords["t"])
+    v = checked(velocity)(x, t, chords.get("cond"))
+    return squared_l2(x - time_like(t - chords["t_next"], x) * v, chords["x_next"])

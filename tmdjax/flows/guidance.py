@@ -55,12 +55,22 @@ def _guided(
 
 def guidance_scale(velocity: Any) -> float:
     """The scale that :func:`classifier_free_guidance` gave a velocity, else 1."""
-    if not isinstance(velocity, functools.partial):
-        return 1.0
-    if velocity.func is _guided:
-        return float(velocity.args[1])
-    inner = (velocity.func, *velocity.args)
-    return next((s for s in map(guidance_scale, inner) if s != 1.0), 1.0)
+    found = find_partial(velocity, _guided)
+    return 1.0 if found is None else float(found.args[1])
+
+
+def find_partial(function: Any, wanted: Callable[..., Any]) -> Any:
+    """The ``functools.partial`` of ``wanted`` that a function is or wraps, or None.
+
+    How a velocity carries facts (its guidance, its grid): wrappers are partials of
+    named functions, and their arguments are looked through from without to within.
+    """
+    if not isinstance(function, functools.partial):
+        return None
+    if function.func is wanted:
+        return function
+    inner = (find_partial(f, wanted) for f in (function.func, *function.args))
+    return next((found for found in inner if found is not None), None)
 
 
 def as_pytree(function: Callable[..., Any]) -> Any:
@@ -79,10 +89,7 @@ def as_pytree(function: Callable[..., Any]) -> Any:
     """
     if not isinstance(function, functools.partial):
         return jax.tree_util.Partial(function)
-    args = [
-        as_pytree(arg) if isinstance(arg, functools.partial) or callable(arg) else arg
-        for arg in function.args
-    ]
+    args = [as_pytree(arg) if callable(arg) else arg for arg in function.args]
     leaves, structure = jax.tree.flatten((args, dict(function.keywords)))
     dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic) for x in leaves]
     if all(dynamic):

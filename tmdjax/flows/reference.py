@@ -13,7 +13,7 @@ from tmdjax.core.checks import check_batch, check_count
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, Velocity
 from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.rollout import rollout
-from tmdjax.flows.step_search import check_velocity, micro_batches, squared_l2
+from tmdjax.flows.step_search import checked, micro_batches, squared_l2
 from tmdjax.flows.table import CoefficientTable, make_table
 
 
@@ -41,7 +41,7 @@ def endpoints(
         TypeError: a velocity that does not return floats like its state.
         ValueError: a bad grid or method, or conditions of another batch.
     """
-    check_walk(velocity, noise, cond)
+    _check_cond(cond, noise)
     compiled, table = as_pytree(velocity), make_table("ode", grid)
     if micro_batch is None or micro_batch >= len(noise):
         return _walk(compiled, noise, table, cond, method)
@@ -52,18 +52,17 @@ def endpoints(
     return jnp.concatenate(parts)
 
 
-def check_walk(velocity: Velocity, noise: Data, cond: Cond) -> None:
-    """Raises unless velocity, noise and conditions fit together; nothing is run."""
+def _check_cond(cond: Cond, noise: Data) -> None:
     for leaf in jax.tree.leaves(cond):
         check_batch("cond", leaf, len(noise))
-    check_velocity(velocity, noise.shape, noise.dtype, cond)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _walk(
     velocity: Any, x: Data, table: CoefficientTable, cond: Cond, method: str
 ) -> Data:
-    return rollout(None, velocity, x, table, cond, method=method, store=False)
+    walk = functools.partial(rollout, method=method, store=False)
+    return walk(None, checked(velocity), x, table, cond)
 
 
 def terminal_errors(
@@ -97,7 +96,7 @@ def terminal_errors(
         ValueError: another batch in reference, or grids of different lengths.
     """
     check_batch("reference", reference, len(noise))
-    check_walk(velocity, noise, cond)
+    _check_cond(cond, noise)
     if len({len(grid) for grid in grids}) != 1:
         raise ValueError(
             f"grids have {[len(grid) for grid in grids]} knots; give one or more of "
@@ -141,7 +140,7 @@ def states_at(
     Returns:
         [kept, batch, *event].
     """
-    check_walk(velocity, noise, cond)
+    _check_cond(cond, noise)
     index = np.asarray(index)
     if index.ndim != 1 or index[0] != 0 or (np.diff(index) <= 0).any():
         raise ValueError(f"index={index.tolist()} must increase from 0.")
@@ -153,6 +152,8 @@ def states_at(
 def _states_at(
     velocity: Any, noise: Data, times: Array, index: Array, cond: Cond
 ) -> Array:
+    velocity = checked(velocity)
+
     def euler(k: Array, x: Array) -> Array:
         v = velocity(x, jnp.broadcast_to(times[k], x.shape[:1]), cond)
         return x - (times[k] - times[k + 1]) * v.astype(x.dtype)

@@ -14,7 +14,6 @@ References:
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -67,28 +66,25 @@ def fine_knots(knots: Any) -> Grid:
     return grid
 
 
-def check_velocity(
-    velocity: Velocity, shape: tuple[int, ...], dtype: Any, cond: Cond
-) -> None:
-    """Raises TypeError unless the velocity returns floats like its state.
+def checked(velocity: Velocity) -> Velocity:
+    """A velocity that raises TypeError, while traced, unless it returns floats like x.
 
-    Args:
-        velocity: ``(x, t, cond) -> v``; traced, not run.
-        shape: of the state, [batch, *event].
-        dtype: of the state.
-        cond: conditions of the batch.
+    Inside a jitted function this is before anything is compiled, and costs nothing
+    on later calls.
     """
-    x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1], dtype)
-    v: Any = jax.eval_shape(
-        lambda velocity, *inputs: velocity(*inputs), as_pytree(velocity), x, t, cond
-    )
-    given, kind = getattr(v, "shape", None), getattr(v, "dtype", np.dtype(object))
-    if given != shape or not jnp.issubdtype(kind, jnp.floating):
-        raise TypeError(
-            f"the velocity of a state of shape {shape} and dtype {jnp.dtype(dtype)} "
-            f"has shape {given} and dtype {kind}; it must be floating and of the "
-            f"state's shape."
-        )
+
+    def call(x: Any, t: Any, cond: Cond) -> Any:
+        v: Any = velocity(x, t, cond)
+        shape, dtype = getattr(v, "shape", None), getattr(v, "dtype", None)
+        if shape != x.shape or not jnp.issubdtype(dtype or object, jnp.floating):
+            raise TypeError(
+                f"the velocity of a state of shape {x.shape} and dtype {x.dtype} has "
+                f"shape {shape} and dtype {dtype}; it must be floating and of the "
+                f"state's shape."
+            )
+        return v
+
+    return call
 
 
 def cost_memory(shape: tuple[int, ...], knots: Any, micro_batch: int = 1) -> int:
@@ -165,7 +161,7 @@ def local_error_costs(
     metric: Metric = squared_l2,
     method: str = "euler",
     micro_batch: int | None = None,
-    memory_limit: float = 4e9,
+    memory_limit: float = 2e9,
     dtype: Any = jnp.float32,
 ) -> Float[np.ndarray, "from_knot to_knot"]:
     """The matrix c[j, k], averaged over samples.
@@ -199,8 +195,6 @@ def local_error_costs(
     check_choice("method", method, METHODS)
     samples = check_samples(keys, cond)
     micro_batch = fitting_batch(samples, shape, grid, micro_batch, memory_limit, dtype)
-    first = trees.take(cond, np.arange(micro_batch))
-    check_velocity(velocity, (micro_batch, *shape), dtype, first)
     compiled = as_pytree(velocity), as_pytree(metric)
     total = np.zeros((len(grid) - 1, len(grid)))
     for rows, counted in micro_batches(samples, micro_batch):
@@ -212,7 +206,6 @@ def local_error_costs(
             jnp.arange(micro_batch) < counted,
             tuple(shape),
             method,
-            metric is squared_l2,
         )
         total += np.asarray(sums, np.float64)
     return np.concatenate([total / samples, np.zeros((1, len(grid)))])
@@ -229,7 +222,7 @@ def micro_batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.arange(start, start + size) % count, min(size, count - start)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(6, 7))
 def _cost_sums(
     velocity: Any,
     metric: Any,
@@ -239,14 +232,10 @@ def _cost_sums(
     counted: Array,
     shape: tuple[int, ...],
     method: str,
-    light: bool,
 ) -> Array:
-    """Sums over counted samples, [knot - 1, knot].
-
-    A light metric takes all targets of a knot together, which XLA fuses; a network
-    would need memory for each, so it meets one target at a time.
-    """
+    """Sums over counted samples, [knot - 1, knot]."""
     batch, n = len(keys), len(knots) - 1
+    velocity = checked(velocity)
 
     def fine_step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Any]:
         t, t_next = times
@@ -255,6 +244,8 @@ def _cost_sums(
 
     noise = prng.normal(keys, shape, knots.dtype)
     last, (states, velocities) = jax.lax.scan(fine_step, noise, (knots[:-1], knots[1:]))
+    if method == "euler" and metric.func is squared_l2:
+        return _squared_l2_sums(states, velocities, last, knots, counted)
 
     def cost(j: Array, target: Array, t_next: Array) -> Array:
         x, v = states[j], velocities[j]
@@ -263,34 +254,52 @@ def _cost_sums(
         costs = metric(x - (knots[j] - t_next) * v, target)
         return jnp.sum(jnp.where(counted, costs, 0))
 
-    def to_last(j: Array) -> Array:
-        return cost(j, last, knots[-1])
-
-    if light and method == "euler":
-        # flat events vectorise; blocks of rows leave most of the lower triangle out
-        states, velocities, last = (
-            a.reshape(*a.shape[: a.ndim - len(shape)], -1)
-            for a in (states, velocities, last)
-        )
-        blocks = []
-        for start, stop in itertools.pairwise(
-            np.linspace(0, n, min(n, 4) + 1, dtype=int)
-        ):
-
-            def row(j: Array, start: int = start) -> Array:
-                inner = jax.vmap(lambda x, t: cost(j, x, t))(
-                    states[start:], knots[start:-1]
-                )
-                costs = jnp.append(inner, to_last(j))
-                return jnp.where(jnp.arange(start, n + 1) > j, costs, 0)
-
-            rows = jax.lax.map(row, jnp.arange(start, stop))
-            blocks.append(jnp.pad(rows, ((0, 0), (start, 0))))
-        return jnp.concatenate(blocks)
+    # one pair of knots at a time: a metric or a solver may run a network
     j, k = np.triu_indices(n, 1)
     inner = jax.lax.map(lambda at: cost(at[0], states[at[1]], knots[at[1]]), (j, k))
     sums = jnp.zeros((n, n + 1), knots.dtype).at[j, k].set(inner)
-    return sums.at[:, n].set(jax.lax.map(to_last, jnp.arange(n)))
+    to_last = jax.lax.map(lambda j: cost(j, last, knots[-1]), jnp.arange(n))
+    return sums.at[:, n].set(to_last)
+
+
+_CACHE_ENTRIES = 2**18  # of states and velocities each, looked at together: 1 MB
+
+
+def _squared_l2_sums(
+    states: Array, velocities: Array, last: Array, knots: Array, counted: Array
+) -> Array:
+    """The same for Euler and squared L2, which adds up over pieces of the event.
+
+    All pairs of knots of a piece are one fused reduction over data that stay in the
+    cache; a pass over whole states would stream them from memory n times.
+    """
+    n, batch = states.shape[:2]
+    states, velocities = (a.reshape(n, batch, -1) for a in (states, velocities))
+    last = last.reshape(batch, -1)
+    size = states.shape[-1]
+    width = min(size, max(64, _CACHE_ENTRIES // (n * batch)))
+    j, k = jnp.arange(n)[:, None], jnp.arange(n + 1)
+    jumps = (knots[j] - knots[k])[..., None, None]
+
+    def piece(start: Any, width: int) -> Array:
+        def cut(a: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(a, start, width, a.ndim - 1)
+
+        x, v = cut(states), cut(velocities)
+        targets = jnp.concatenate([x, cut(last)[None]])
+        miss = x[:, None] - jumps * v[:, None] - targets
+        return jnp.sum(jnp.where(counted[:, None], jnp.square(miss), 0), (2, 3))
+
+    whole, rest = divmod(size, width)
+    sums = jax.lax.fori_loop(
+        0,
+        whole,
+        lambda i, total: total + piece(i * width, width),
+        jnp.zeros((n, n + 1), states.dtype),
+    )
+    if rest:
+        sums += piece(size - rest, rest)
+    return jnp.where(k > j, sums, 0)
 
 
 class Paths(NamedTuple):
@@ -386,6 +395,12 @@ def cheapest_paths(costs: Any, budget: int, *, future_weight: float = 1.0) -> Pa
     return Paths(np.array(totals), tuple(paths))
 
 
+def uniform_index(steps: int, budget: int) -> np.ndarray:
+    """The knots nearest to the uniform grid of a budget, int [budget + 1]."""
+    check_budget(budget, steps)
+    return np.rint(np.linspace(0, steps, budget + 1)).astype(int)
+
+
 def path_cost(costs: Any, index: Any) -> float:
     """Sum of the costs of a path's jumps."""
     index = np.asarray(index)
@@ -459,6 +474,8 @@ def _probe(
     cond: Cond,
     shape: tuple[int, ...],
 ) -> tuple[Array, Array]:
+    velocity = checked(velocity)
+
     def one(item: Any) -> tuple[Array, Array]:
         key, t, c = jax.tree.map(lambda leaf: leaf[None], item)
         x = prng.normal(key, shape, times.dtype)

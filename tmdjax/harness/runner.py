@@ -6,8 +6,10 @@ An experiment is a module (or any object) with
     report(config, results, folder) -> Report      figures and tables of one unit
     describe(config) -> dict[str, Any]             sizes, without allocating
 
-and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent). A
-unit is one arm under one seed; shards share the units out.
+and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent), and
+``measures(config)``, the metrics that its units will have, named as in a summary:
+claims about others are then refused before the run. A unit is one arm under one seed;
+shards share the units out.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 
 from tmdjax import train
 from tmdjax.core.files import write_atomically
+from tmdjax.core.registry import suggestion
 from tmdjax.harness import environment, ledger, report
 from tmdjax.harness.config import (
     ConfigError,
@@ -139,6 +142,7 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
     ]
     # impossible settings and stage names fail here, before anything is compiled
     experiment.describe(config)
+    _check_claims(experiment, config, claims)
     for arm in _arms(experiment, config):
         select(experiment.stages(config, arm), options.stage)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
@@ -227,6 +231,20 @@ def _arms(experiment: Any, config: Any) -> tuple[str, ...]:
     if not hasattr(experiment, "arms"):
         return (ledger.MAIN_ARM,)
     return tuple(experiment.arms(config))
+
+
+def _check_claims(experiment: Any, config: Any, claims: Sequence[ledger.Claim]) -> None:
+    if not hasattr(experiment, "measures"):
+        return
+    measured = set(experiment.measures(config))
+    for claim in claims:
+        for name in filter(None, (claim.ours, claim.baseline)):
+            if name not in measured:
+                raise ConfigError(
+                    f"claim {claim.id!r} is about {name!r}, which this config does not "
+                    f"measure; change its settings or clear the claim."
+                    f"{suggestion(name, measured)}"
+                )
 
 
 def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, int]]:

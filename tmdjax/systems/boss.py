@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, train
-from tmdjax.core import files, prng, trees
+from tmdjax.core import files, prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import ApplyFn, Cond, Data, Grid, Params, Velocity
 from tmdjax.flows import Schedule
 from tmdjax.flows.chords import (
+    SAME_TIME,
     WEIGHTS,
     FineStates,
     check_chords,
@@ -82,7 +83,7 @@ def search(
     future_weight: float = 1.0,
     polish: bool = False,
     micro_batch: int | None = None,
-    memory_limit: float = 4e9,
+    memory_limit: float = 2e9,
     cache: str | os.PathLike | None = None,
     dtype: Any = jnp.float32,
 ) -> Search:
@@ -144,8 +145,6 @@ def search(
     if cache is None:
         costs = compute()
     else:
-        first = trees.take(cond, slice(1))
-        flows.check_velocity(velocity, (1, *shape), dtype, first)
         content = flows.costs_fingerprint(velocity, keys, shape, cond, **options)
         costs = files.cached_array(cache, content, compute)
     paths = flows.cheapest_paths(costs, max(wanted), future_weight=future_weight)
@@ -189,9 +188,8 @@ def polish_schedule(
         A schedule whose mean terminal error on these samples is no larger than that
         of either start.
     """
-    steps = len(schedule.knots) - 1, len(schedule.index)
-    uniform = np.rint(np.linspace(0, steps[0], steps[1])).astype(int)
-    starts = [schedule.index, uniform]
+    steps, budget = len(schedule.knots) - 1, len(schedule.index) - 1
+    starts = [schedule.index, flows.uniform_index(steps, budget)]
     index = flows.descend_on_error(
         velocity, noise, schedule.knots, starts, cond, **options
     )
@@ -245,16 +243,7 @@ def straighten(
         ValueError: a chord without width, or of another schedule.
     """
     check_choice("weight", weight, WEIGHTS)
-    check_chords(chords)
-    for name, times in (("t", schedule.times[:-1]), ("t_next", schedule.times[1:])):
-        found = np.unique(np.asarray(chords[name]))
-        other = found[np.abs(found[:, None] - times).min(1) > _SAME_TIME]
-        if other.size:
-            raise ValueError(
-                f"chords have {name}={other[0]:.6g}, which is not in the schedule "
-                f"{np.round(schedule.times, 4).tolist()}; make them with chords() of "
-                f"this schedule."
-            )
+    check_chords(chords, schedule)
 
     def loss(params: Params, batch: Any, keys: Any, apply_fn: ApplyFn) -> Any:
         del keys
@@ -264,9 +253,6 @@ def straighten(
         params, loss, chords, constants=flows.as_pytree(apply_fn), **options
     )
     return Straightened(*tuned, schedule.times)
-
-
-_SAME_TIME = 1e-6
 
 
 def on_grid(velocity: Velocity, times: Any) -> Velocity:
@@ -283,15 +269,6 @@ def on_grid(velocity: Velocity, times: Any) -> Velocity:
 def _on_grid(velocity: Velocity, times: Any, x: Data, t: Any, cond: Cond) -> Data:
     del times
     return velocity(x, t, cond)
-
-
-def _own_times(velocity: Any) -> Grid | None:
-    if isinstance(velocity, functools.partial):
-        if velocity.func is _on_grid:
-            return velocity.args[1]
-        inner = (velocity.func, *velocity.args)
-        return next((t for v in inner if (t := _own_times(v)) is not None), None)
-    return None
 
 
 def sample(
@@ -324,14 +301,15 @@ def sample(
         UserWarning: guidance at another scale than the schedule was searched at, or
             around a straightened model, which has absorbed its teacher's.
     """
-    own = _own_times(velocity)
+    carried = flows.find_partial(velocity, _on_grid)
+    own = None if carried is None else carried.args[1]
     if grid is None:
         grid = own
     if grid is None:
         raise ValueError("give a grid: this velocity carries none (see on_grid).")
     times = flows.custom_grid(grid.times if isinstance(grid, Schedule) else grid)
     if own is not None and not allow_grid_mismatch:
-        same = len(own) == len(times) and np.abs(own - times).max() <= _SAME_TIME
+        same = len(own) == len(times) and np.abs(own - times).max() <= SAME_TIME
         if not same:
             raise ValueError(
                 f"this model was straightened on the times {np.round(own, 4).tolist()} "
