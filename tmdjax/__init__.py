@@ -26,6 +26,8 @@ _SUBPACKAGES = (
     "metrics",
     "models",
     "quant",
+    "rewards",
+    "rl",
     "systems",
     "train",
 )

@@ -1,0 +1,1 @@
+"""Rewards: exact checkers, readers, and scorers that run on the host."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning rules: advantages, surrogates, weights, KL estimators."""
