@@ -16,6 +16,7 @@ from tmdjax.models.layers import (
     unpatchify,
 )
 from tmdjax.models.mlp import VelocityMLP
+from tmdjax.models.text_dit import TextDiT, TextEncoder, null_condition
 from tmdjax.models.unet import UNet
 from tmdjax.models.wrappers import rectified_flow
 
@@ -25,6 +26,8 @@ __all__ = [
     "Classifier",
     "Dense",
     "DiT",
+    "TextDiT",
+    "TextEncoder",
     "TimeEmbedding",
     "UNet",
     "VelocityMLP",
@@ -34,6 +37,7 @@ __all__ = [
     "init_params",
     "layer_norm",
     "lora",
+    "null_condition",
     "patchify",
     "position_embedding_2d",
     "rectified_flow",

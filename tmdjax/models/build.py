@@ -15,10 +15,12 @@ from tmdjax.core.types import ApplyFn, Params
 from tmdjax.models.classifier import Classifier
 from tmdjax.models.dit import DiT
 from tmdjax.models.mlp import VelocityMLP
+from tmdjax.models.text_dit import TextDiT
 from tmdjax.models.unet import UNet
 
 MODELS: Registry[type[nn.Module]] = Registry("model")
 MODELS.register("dit")(DiT)
+MODELS.register("text_dit")(TextDiT)
 MODELS.register("mlp")(VelocityMLP)
 MODELS.register("unet")(UNet)
 MODELS.register("classifier")(Classifier)
