@@ -1,0 +1,292 @@
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax.rewards.host import RewardError, check_rewards, submit
+
+IMAGES = np.arange(4.0)[:, None, None] * np.ones((4, 2, 2))
+PROMPTS = ["a cat", "a dog", "a cow", "a hen"]
+
+
+def mean_plus_length(images, prompts):
+    return [image.mean() + len(prompt) for image, prompt in zip(images, prompts)]
+
+
+@pytest.fixture
+def release():
+    """An event that ends the hanging scorers of a test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [list, tuple, np.array, jnp.array, lambda x: jnp.array(x, jnp.bfloat16)],
+)
+def test_values_of_any_kind_become_float32(convert):
+    rewards = submit(lambda *a: convert(mean_plus_length(*a)), IMAGES, PROMPTS).result()
+    assert rewards.dtype == np.float32
+    np.testing.assert_array_equal(rewards, [5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float64, object])
+def test_real_dtypes_are_accepted(dtype):
+    rewards = check_rewards(np.array([0, 1, 1], dtype), PROMPTS[:3])
+    assert rewards.dtype == np.float32
+    np.testing.assert_array_equal(rewards, [0, 1, 1])
+
+
+def test_a_device_array_reaches_the_scorer_as_numpy():
+    seen = []
+
+    def score(images, prompts):
+        seen.append((type(images), images.dtype, threading.current_thread()))
+        return images.sum((1, 2))
+
+    rewards = submit(score, jnp.asarray(IMAGES), PROMPTS).result()
+    np.testing.assert_array_equal(rewards, [0, 4, 8, 12])
+    ((kind, dtype, thread),) = seen
+    assert kind is np.ndarray and dtype == np.float32
+    assert thread is not threading.main_thread()
+
+
+def test_result_can_be_asked_for_again():
+    pending = submit(mean_plus_length, IMAGES, PROMPTS)
+    assert pending.result() is pending.result()
+    pending = submit(lambda *a: 1 / 0, IMAGES, PROMPTS)
+    for _ in range(2):
+        with pytest.raises(RewardError, match="ZeroDivisionError"):
+            pending.result()
+
+
+def test_chunks_run_at_the_same_time():
+    together = threading.Barrier(3)  # breaks unless three threads meet
+
+    def score(images, prompts):
+        together.wait(timeout=20)
+        return [len(prompts[0])] * len(prompts)
+
+    pending = [submit(score, IMAGES[:n], PROMPTS[:n], n) for n in (1, 2, 3)]
+    assert [p.result().tolist() for p in pending] == [[5], [5, 5], [5, 5, 5]]
+
+
+def test_submit_does_not_wait_for_the_device(release):
+    def wait(x):
+        release.wait(20)
+        return x
+
+    images = jax.jit(
+        lambda x: jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    )(jnp.ones((1, 2, 2)))
+    pending = submit(mean_plus_length, images, ["word"], timeout=5)
+    assert not release.is_set()
+    release.set()
+    np.testing.assert_array_equal(pending.result(), [5])
+
+
+def test_the_callers_memory_may_be_used_again(release):
+    def score(images, prompts):
+        release.wait(20)
+        return images.mean((1, 2))
+
+    images, prompts = IMAGES.copy(), list(PROMPTS)
+    pending = submit(score, images, prompts)
+    images[:] = -1
+    prompts.clear()
+    release.set()
+    np.testing.assert_array_equal(pending.result(), [0, 1, 2, 3])
+
+
+def test_a_scorer_that_raises_is_reported_with_sample_and_cause():
+    class BadWord(Exception):
+        pass
+
+    def score(images, prompts):
+        if "a cow" in prompts:
+            raise BadWord("no cows")
+        return np.ones(len(prompts))
+
+    with pytest.raises(RewardError) as error:
+        submit(score, IMAGES, PROMPTS, 100).result()
+    assert str(error.value) == (
+        "the scorer raised on sample 102 (prompt: 'a cow'): BadWord: no cows"
+    )
+    assert isinstance(error.value.__cause__, BadWord)
+
+
+def test_the_search_passes_one_sample_at_a_time():
+    calls = []
+
+    def score(images, prompts):
+        calls.append((images.shape, prompts))
+        if len(images) == 4 or images[0, 0, 0] == 1:
+            raise ValueError("bad")
+        return [0]
+
+    with pytest.raises(RewardError, match=r"sample 1 \(prompt: 'a dog'\)"):
+        submit(score, IMAGES, PROMPTS).result()
+    assert calls == [
+        ((4, 2, 2), PROMPTS),
+        ((1, 2, 2), ["a cat"]),
+        ((1, 2, 2), ["a dog"]),
+    ]
+
+
+def test_a_failure_of_the_chunk_alone_names_the_chunk():
+    def score(images, prompts):
+        if len(prompts) > 1:
+            raise MemoryError("too many")
+        return [0]
+
+    with pytest.raises(
+        RewardError,
+        match=r"raised on samples 8 to 11 \(first prompt: 'a cat'\) \(no sample could "
+        r"be singled out\): MemoryError: too many",
+    ):
+        submit(score, IMAGES, PROMPTS, 8).result()
+
+
+def test_one_sample_is_not_scored_twice():
+    calls = []
+
+    def score(images, prompts):
+        calls.append(prompts)
+        raise KeyError("word")
+
+    with pytest.raises(RewardError, match=r"sample 3 .*'a hen'.*KeyError: 'word'"):
+        submit(score, IMAGES[3:], PROMPTS[3:], 3).result()
+    assert calls == [["a hen"]]
+
+
+def test_system_exit_in_a_scorer_is_an_error_too():
+    with pytest.raises(RewardError, match="SystemExit"):
+        submit(lambda *a: exit(), IMAGES, PROMPTS).result()
+
+
+def test_a_scorer_that_hangs_is_reported(release):
+    start = time.monotonic()
+    pending = submit(
+        lambda *a: release.wait(60), IMAGES, PROMPTS, first_sample=20, timeout=0.1
+    )
+    with pytest.raises(
+        RewardError,
+        match=r"within 0\.1 s for samples 20 to 23 \(first prompt: 'a cat'\)\. Raise "
+        r"timeout=",
+    ):
+        pending.result()
+    assert time.monotonic() - start < 10
+
+
+def test_a_hang_in_the_search_keeps_the_first_exception(release):
+    def score(images, prompts):
+        if len(prompts) > 1:
+            raise ConnectionError("server is gone")
+        release.wait(60)
+
+    with pytest.raises(RewardError, match="samples 0 to 3.*server is gone") as error:
+        submit(score, IMAGES, PROMPTS, timeout=0.2).result()
+    assert isinstance(error.value.__cause__, ConnectionError)
+
+
+def test_a_hung_scorer_does_not_keep_the_process_alive(run_python):
+    out = run_python(
+        "import time\n"
+        "import jax.numpy as jnp\n"
+        "from tmdjax.rewards.host import RewardError, submit\n"
+        "hang = lambda images, prompts: time.sleep(1000)\n"
+        "pending = [submit(hang, jnp.ones((1, 2)), ['p'], timeout=0.1)] * 2\n"
+        "try:\n"
+        "    pending[0].result()\n"
+        "except RewardError as error:\n"
+        "    print(error)\n",
+        timeout=60,
+    )
+    assert "did not answer within 0.1 s" in out
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [([1, 2, 3], r"\(3,\)"), (np.ones((4, 1)), r"\(4, 1\)"), (1.0, r"\(\)")],
+)
+def test_wrong_number_of_values(values, shape):
+    for check in (
+        lambda: submit(lambda *a: values, IMAGES, PROMPTS, 7).result(),
+        lambda: check_rewards(values, PROMPTS, 7),
+    ):
+        with pytest.raises(
+            RewardError,
+            match=rf"shape \(4,\); got \w+ of shape {shape} .* sample 7 .*'a cat'",
+        ):
+            check()
+
+
+@pytest.mark.parametrize("value", [None, "1.0", 1j])
+def test_values_that_are_no_numbers(value):
+    # In a list of strings numpy makes strings of all: the first is the culprit then.
+    first = "5" if isinstance(value, (str, complex)) else "6"
+    with pytest.raises(RewardError, match=rf"sample {first} .* real numbers"):
+        submit(lambda *a: [1.0, value, 2, 3], IMAGES, PROMPTS, 5).result()
+
+
+def test_values_that_are_no_array():
+    with pytest.raises(RewardError, match=r"sample 0 .*no array of numbers: Value"):
+        submit(lambda *a: [1, [2, 3], 4, 5], IMAGES, PROMPTS).result()
+    with pytest.raises(RewardError, match=r"got dict of shape \(\)"):
+        submit(lambda *a: {"score": [1, 2, 3, 4]}, IMAGES, PROMPTS).result()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("convert", [list, np.array])
+def test_values_that_are_not_finite(value, convert):
+    values = convert([0.5, 1.0, value, np.nan])
+    for check in (
+        lambda: submit(lambda *a: values, IMAGES, PROMPTS, 30).result(),
+        lambda: check_rewards(values, PROMPTS, 30),
+    ):
+        with pytest.raises(
+            RewardError,
+            match=r"sample 32 \(prompt: 'a cow'\) is .*; 2 of 4 rewards .*never replac",
+        ):
+            check()
+
+
+def test_rewards_from_the_device_are_checked():
+    rewards = check_rewards(jnp.arange(4.0), PROMPTS)
+    assert isinstance(rewards, np.ndarray) and rewards.dtype == np.float32
+    np.testing.assert_array_equal(rewards, [0, 1, 2, 3])
+    with pytest.raises(RewardError, match="sample 0 .*is nan"):
+        check_rewards(jnp.log(-jnp.ones(4)), PROMPTS)
+
+
+def test_long_prompts_are_cut_in_messages():
+    with pytest.raises(RewardError) as error:
+        check_rewards([np.nan], ["x" * 10_000])
+    assert len(str(error.value)) < 500 and "xxx..." in str(error.value)
+
+
+def test_images_that_never_arrive_are_reported():
+    images = jnp.ones((2, 3))
+    images.delete()
+    with pytest.raises(RewardError, match=r"images of samples 4 to 5 .*deleted"):
+        submit(mean_plus_length, images, PROMPTS[:2], 4).result()
+
+
+def test_bad_input_is_refused_at_once(as_shipped):
+    with pytest.raises(ValueError, match=r"images has shape \(4, 2, 2\).*batch, 3"):
+        submit(mean_plus_length, IMAGES, PROMPTS[:3])
+    with pytest.raises(ValueError, match="prompts is empty"):
+        submit(mean_plus_length, IMAGES[:0], [])
+    with pytest.raises(TypeError, match="prompts is one string, 'abcd'; give one"):
+        submit(mean_plus_length, IMAGES, "abcd")
+    with pytest.raises(TypeError, match="prompts is one string"):
+        check_rewards([1.0], "a")
+    for timeout in (0, -1, np.inf, np.nan):
+        with pytest.raises(ValueError, match=r"timeout=.* is outside \(0, inf\)"):
+            submit(mean_plus_length, IMAGES, PROMPTS, timeout=timeout)
+    with pytest.raises(TypeError, match=r"first_sample=1\.5"):
+        submit(mean_plus_length, IMAGES, PROMPTS, 1.5)  # pyright: ignore
