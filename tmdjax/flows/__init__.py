@@ -36,6 +36,14 @@ from tmdjax.flows.reference import (
     states_at,
     terminal_errors,
 )
+from tmdjax.flows.rescore import (
+    KL_KINDS,
+    Scores,
+    rescore,
+    score_transitions,
+    step_weights,
+    transition_kl,
+)
 from tmdjax.flows.rollout import METHODS, Trajectory, nfe, rollout, solver_velocity
 from tmdjax.flows.step_search import (
     Metric,
@@ -55,20 +63,36 @@ from tmdjax.flows.step_search import (
     squared_l2,
     uniform_index,
 )
+from tmdjax.flows.stochastic import noise_excess
 from tmdjax.flows.table import FINAL_RULES, PRESETS, CoefficientTable, make_table
-from tmdjax.flows.transition import gaussian_log_prob, gaussian_transition
+from tmdjax.flows.transition import (
+    REDUCTIONS,
+    gaussian_log_prob,
+    gaussian_transition,
+    transition_mean,
+)
+from tmdjax.flows.windows import (
+    WINDOW_SCHEDULES,
+    periodic_windows,
+    window,
+    window_start,
+)
 
 __all__ = [
     "FINAL_RULES",
+    "KL_KINDS",
     "METHODS",
     "PARAMETRISATIONS",
     "PRESETS",
+    "REDUCTIONS",
+    "WINDOW_SCHEDULES",
     "AdaptiveSolution",
     "CoefficientTable",
     "GaussianMixture",
     "Metric",
     "Paths",
     "Schedule",
+    "Scores",
     "Trajectory",
     "as_pytree",
     "as_velocity",
@@ -101,17 +125,26 @@ __all__ = [
     "make_table",
     "micro_batches",
     "nfe",
+    "noise_excess",
     "path_cost",
+    "periodic_windows",
+    "rescore",
     "rk45",
     "rollout",
+    "score_transitions",
     "shift_time",
     "shifted_grid",
     "shifted_time",
     "solver_velocity",
     "squared_l2",
     "states_at",
+    "step_weights",
     "terminal_errors",
+    "transition_kl",
+    "transition_mean",
     "uniform_grid",
     "uniform_index",
     "uniform_time",
+    "window",
+    "window_start",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +16,7 @@ from tmdjax.core.types import Cond, Data, SampleKeys, Time, Velocity
 
 
 def classifier_free_guidance(
-    velocity: Velocity, scale: float, null_cond: Cond
+    velocity: Velocity, scale: float, null_cond: Cond, *, freeze_null: bool = False
 ) -> Velocity:
     """V = v_null + scale (v_cond - v_null), both evaluated in one doubled batch.
 
@@ -24,6 +25,7 @@ def classifier_free_guidance(
         scale: 1 is the conditional model itself (returned unwrapped, no extra
             cost), 0 the unconditional one, > 1 sharpens.
         null_cond: pytree like cond without its batch axis: the "no condition".
+        freeze_null: no gradient flows through v_null (Flow-GRPO trains so).
 
     Returns:
         A velocity(x, t, cond) that costs two evaluations a call.
@@ -34,12 +36,28 @@ def classifier_free_guidance(
     if scale == 1.0:
         return velocity
     null_cond = jax.tree.map(np.asarray, null_cond)
-    return functools.partial(_guided, velocity, np.float32(scale), null_cond)
+    rule = _guided_frozen_null if freeze_null else _guided
+    return functools.partial(rule, velocity, np.float32(scale), null_cond)
 
 
 def _guided(
     velocity: Velocity, scale: Any, null_cond: Cond, x: Data, t: Time, cond: Cond
 ) -> Data:
+    conditional, unconditional = _both(velocity, null_cond, x, t, cond)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _guided_frozen_null(
+    velocity: Velocity, scale: Any, null_cond: Cond, x: Data, t: Time, cond: Cond
+) -> Data:
+    conditional, unconditional = _both(velocity, null_cond, x, t, cond)
+    unconditional = jax.lax.stop_gradient(unconditional)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _both(
+    velocity: Velocity, null_cond: Cond, x: Data, t: Time, cond: Cond
+) -> tuple[Data, Data]:
     batch = x.shape[0]
     both = jax.tree.map(
         lambda c, n: jnp.concatenate(
@@ -49,14 +67,29 @@ def _guided(
         null_cond,
     )
     v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-    conditional, unconditional = v[:batch], v[batch:]
-    return unconditional + scale * (conditional - unconditional)
+    return v[:batch], v[batch:]
 
 
 def guidance_scale(velocity: Any) -> float:
     """The scale that :func:`classifier_free_guidance` gave a velocity, else 1."""
-    found = find_partial(velocity, _guided)
-    return 1.0 if found is None else float(found.args[1])
+    scale = _scale(velocity)
+    return 1.0 if scale is None else float(scale)
+
+
+def known_guidance(velocity: Any) -> float | None:
+    """:func:`guidance_scale`, or None where the scale is traced."""
+    scale = _scale(velocity)
+    if isinstance(scale, jax.core.Tracer):
+        return None
+    return 1.0 if scale is None else float(scale)
+
+
+def _scale(velocity: Any) -> Any:
+    for rule in (_guided, _guided_frozen_null):
+        found = find_partial(velocity, rule)
+        if found is not None:
+            return found.args[1]
+    return None
 
 
 def find_partial(function: Any, wanted: Callable[..., Any]) -> Any:

@@ -15,11 +15,13 @@ from flax import struct
 from tmdjax.core import prng
 from tmdjax.core.checks import check_batch, check_choice, check_same_shape
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
+from tmdjax.flows.guidance import known_guidance
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import (
     REDUCTIONS,
     gaussian_log_prob,
     gaussian_transition,
+    transition_mean,
 )
 
 # Explicit Runge-Kutta tableaus: (stage matrix rows, weights, stage times).
@@ -44,12 +46,15 @@ class Trajectory:
         log_prob: [step, batch], log-prob of each transition, 0 where it has none.
         mask: [step] bool, True where a transition has a log-prob.
         x0_hat: [batch, *event], data estimate of the last step.
+        guidance: scale of the velocity's classifier-free guidance, 1 without; None
+            where it was traced.
     """
 
     states: Any
     log_prob: Any
     mask: Any
     x0_hat: Any
+    guidance: float | None = struct.field(pytree_node=False, default=1.0)
 
 
 def nfe(table: CoefficientTable, method: str = "euler") -> int:
@@ -161,23 +166,16 @@ def rollout(
             )
         prng.check_key(keys, "keys")
         check_batch("keys", keys, x.shape[0])
-    rows = {
-        name: jnp.asarray(column)
-        if name in ("mask", "step")
-        else jnp.asarray(column, x.dtype)
-        for name, column in table.columns().items()
-    }
+    rows = table.rows(slice(None), x.dtype)
 
     def body(carry: Any, row: dict[str, Array]) -> tuple[Any, Any]:
         x, _, _ = carry
         t, t_next = row["t"], row["t_next"]
         v = solver_velocity(velocity, x, t, t_next, cond, method)
-        x0_hat = x - t * v
-        e_hat = x + (1 - t) * v
-        mean = (1 - t_next) * x0_hat + row["k"] * e_hat
+        pull = None
         if g is not None:
-            times = jnp.broadcast_to(t, x.shape[:1])
-            mean = mean + row["C"] * g(x, times, cond)
+            pull = g(x, jnp.broadcast_to(t, x.shape[:1]), cond)
+        mean, x0_hat = transition_mean(row, x, v, pull)
         log_prob = jnp.zeros(x.shape[0], x.dtype)
         x_next = mean
         if table.stochastic:
@@ -196,5 +194,9 @@ def rollout(
     states, log_prob = stacked
     states = jnp.concatenate([x[None], states[:-1], last[None]])
     return Trajectory(
-        states=states, log_prob=log_prob, mask=rows["mask"], x0_hat=x0_hat
+        states=states,
+        log_prob=log_prob,
+        mask=rows["mask"],
+        x0_hat=x0_hat,
+        guidance=known_guidance(velocity),
     )

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.registry import Registry
 from tmdjax.core.types import Grid
 from tmdjax.flows.grids import custom_grid
@@ -71,6 +72,20 @@ class CoefficientTable:
         names = ("t", "t_next", "h", "k", "S", "C", "c", "log_prob_std", "mask", "step")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def velocity_weight(self) -> Any:
+        """B of the mean A x + B v + C g, [steps]: -(1 - t') t + k (1 - t)."""
+        return -(1 - self.t_next) * self.t + self.k * (1 - self.t)
+
+    def rows(self, index: Any, dtype: Any) -> dict[str, Any]:
+        """Columns of the given rows, floats in a dtype: [*index] each."""
+        return {
+            name: jnp.asarray(column)[index]
+            if name in ("mask", "step")
+            else jnp.asarray(column, dtype)[index]
+            for name, column in self.columns().items()
+        }
+
     def __getitem__(self, rows: slice) -> "CoefficientTable":
         """A run of consecutive steps; the final rule stays with the last step."""
         start, stop, stride = rows.indices(len(self))
@@ -95,6 +110,8 @@ def make_table(
     *,
     final: str | None = None,
     c: Any = 1.0,
+    window: Any = None,
+    scored: str = "proposal",
     **options: Any,
 ) -> CoefficientTable:
     """Builds the table of a named preset on a grid.
@@ -105,25 +122,34 @@ def make_table(
         final: what the last step returns: 'sample' (the noisy state), 'mean', or
             'x0_hat' (the data estimate; its transition then has no log-prob).
             None takes the preset's own rule.
-        c: scale of the noise drawn, scalar or [N]; log-probs are those of the
-            distribution drawn from.
+        c: scale of the noise drawn, scalar or [N], >= 0.
+        window: bool [N], False turns a step into an ODE step (k = t', no noise, no
+            gradient g); None keeps every step. See flows/windows.py.
+        scored: under which standard deviation log-probs are taken where c is not 1:
+            'proposal' (c S, the distribution drawn from) or 'policy' (S: the score
+            gradient is then c times too large; BranchGRPO's code does so).
         **options: the preset's own strengths.
 
     Returns:
         A table of N rows.
 
     Raises:
-        ValueError: unknown preset or rule, or a grid that is not one.
+        ValueError: unknown preset, rule or scoring, a grid that is not one, a window
+            of another length, a negative scale.
     """
     grid = custom_grid(grid)
+    check_choice("scored", scored, ("proposal", "policy"))
     t, t_next = grid[:-1], grid[1:]
     steps = len(t)
     columns = PRESETS[preset](t, t_next, **options)
+    if window is not None:
+        columns |= _inside(window, t_next, columns)
     preset_final: str = columns.pop("final", "sample")
     rule = preset_final if final is None else final
     check_choice("final", rule, FINAL_RULES)
     noise = np.broadcast_to(np.asarray(columns.get("S", 0.0), np.float64), steps)
     scale = np.broadcast_to(np.asarray(c, np.float64), steps)
+    check_range("c (the scale of the noise)", float(scale.min()), 0)
     mask = scale * noise > 0
     if rule != "sample":
         mask = mask & (np.arange(steps) < steps - 1)
@@ -135,12 +161,29 @@ def make_table(
         S=noise,
         C=np.broadcast_to(np.asarray(columns.get("C", 0.0), np.float64), steps),
         c=scale,
-        log_prob_std=scale * noise,
+        log_prob_std=scale * noise if scored == "proposal" else noise,
         mask=mask,
         step=np.arange(steps, dtype=np.int32),
         final=rule,
         stochastic=bool(np.any(scale * noise > 0)),
     )
+
+
+def _inside(
+    window: Any, t_next: np.ndarray, columns: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The columns with ODE rows outside the window."""
+    window = np.asarray(window)
+    if window.dtype != bool or window.shape != t_next.shape:
+        raise ValueError(
+            f"window has dtype {window.dtype} and shape {window.shape}; give one bool "
+            f"a step, {t_next.shape}."
+        )
+    return {
+        "k": np.where(window, columns["k"], t_next),
+        "S": np.where(window, columns.get("S", 0.0), 0.0),
+        "C": np.where(window, columns.get("C", 0.0), 0.0),
+    }
 
 
 @PRESETS.register("ode")

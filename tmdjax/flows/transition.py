@@ -1,11 +1,16 @@
-"""The Gaussian transition: the only place where a noisy step happens."""
+"""One step of a table: its mean, and the Gaussian transition around it.
 
+The only place where a noisy step happens, and the only place where it is scored.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Data, PerExample
 
 REDUCTIONS = ("mean", "sum")
@@ -15,6 +20,29 @@ def _std_like(std: Any, x: Array) -> Array:
     """A scalar, [batch] or [batch, *event] standard deviation, to broadcast over x."""
     std = jnp.asarray(std, x.dtype)
     return std.reshape(std.shape + (1,) * (x.ndim - std.ndim)) if std.ndim else std
+
+
+def transition_mean(
+    rows: Mapping[str, Array], x: Data, v: Data, g: Data | None = None
+) -> tuple[Data, Data]:
+    """The mean (1 - t') x0_hat + k e_hat + C g of a step, and x0_hat.
+
+    Args:
+        rows: columns of a coefficient table, scalars or [batch].
+        x: [batch, *event], the state at t.
+        v: [batch, *event], the velocity there.
+        g: [batch, *event], gradient of a reward; None means none.
+
+    Returns:
+        Mean and x0_hat = x - t v, both [batch, *event].
+    """
+    t, t_next, k = (time_like(rows[name], x) for name in ("t", "t_next", "k"))
+    x0_hat = x - t * v
+    e_hat = x + (1 - t) * v
+    mean = (1 - t_next) * x0_hat + k * e_hat
+    if g is not None:
+        mean = mean + time_like(rows["C"], x) * g
+    return mean, x0_hat
 
 
 def gaussian_transition(mean: Data, std: Any, z: Data) -> Data:

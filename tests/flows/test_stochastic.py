@@ -1,0 +1,490 @@
+"""The invariants of the stochastic sampler, numbered as in its sheet."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from tmdjax import flows
+from tmdjax.core import conventions, prng
+
+MEAN, STD = 1.5, 0.5
+STOCHASTIC = ("flow_grpo", "dance_grpo", "flow_cps")
+
+
+def exact_velocity(x, t, cond=None):
+    """Of data N(MEAN, STD^2): the regression of noise - data on the state."""
+    t = t.reshape(t.shape + (1,) * (x.ndim - 1))
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    slope = (t - (1 - t) * STD**2) / variance
+    return -MEAN + slope * (x - (1 - t) * MEAN)
+
+
+def sigma_of(preset, t, t_next, strength):
+    if preset == "dance_grpo":
+        return strength
+    return strength * np.sqrt(t / (1 - (t_next if t == 1 else t)))
+
+
+def draw(table, batch=6, dim=3, velocity=exact_velocity, **options):
+    x = jax.random.normal(jax.random.key(0), (batch, dim))
+    keys = prng.sample_keys(jax.random.key(1), batch)
+    return flows.rollout(keys, velocity, x, table, **options)
+
+
+@pytest.mark.parametrize("preset", STOCHASTIC)
+def test_1_zero_strength_is_the_ode_to_the_last_bit(preset):
+    grid = flows.shifted_grid(7, 3.0)
+    quiet = draw(flows.make_table(preset, grid, strength=0.0, final="sample"))
+    ode = draw(flows.make_table("ode", grid))
+    np.testing.assert_array_equal(quiet.states, ode.states)
+    assert not quiet.mask.any()
+    np.testing.assert_array_equal(quiet.log_prob, 0)
+    x = quiet.states[0]
+    for i in range(7):
+        t = jnp.full(6, grid[i], jnp.float32)
+        x = x - np.float32(grid[i] - grid[i + 1]) * exact_velocity(x, t)
+    np.testing.assert_allclose(quiet.states[-1], x, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset, strength", [("flow_grpo", 0.7), ("dance_grpo", 0.3)])
+def test_2_two_number_form_is_euler_maruyama(x64, preset, strength):
+    grid = flows.uniform_grid(9)
+    table = flows.make_table(preset, grid, strength=strength)
+    rng = np.random.default_rng(0)
+    x, v, z = rng.normal(size=(3, 20, 4))
+    for i in range(8):
+        t, t_next = grid[i], grid[i + 1]
+        h, sigma = t - t_next, sigma_of(preset, t, t_next, strength)
+        score = -(x + (1 - t) * v) / t
+        direct = x - h * v + h * sigma**2 / 2 * score + sigma * np.sqrt(h) * z
+        for dtype, tolerance in ((jnp.float64, 1e-12), (jnp.float32, 1e-6)):
+            state, velocity = jnp.asarray(x, dtype), jnp.asarray(v, dtype)
+            mean, _ = flows.transition_mean(table.rows(i, dtype), state, velocity)
+            ours = flows.gaussian_transition(mean, table.S[i], jnp.asarray(z, dtype))
+            scale = np.abs(direct).max()
+            assert np.abs(ours - direct).max() <= tolerance * max(scale, 1)
+        weight = table.velocity_weight[i]
+        np.testing.assert_allclose(
+            weight, -h * (1 + sigma**2 * (1 - t) / (2 * t)), rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize("a", [0.3, 0.7, 1.2])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_3_flow_grpo_gain_does_not_depend_on_the_grid(a, shift):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = flows.make_table("flow_grpo", flows.shifted_grid(8, shift), strength=a)
+    kappa = -table.velocity_weight / table.h
+    np.testing.assert_allclose(kappa[1:], 1 + a**2 / 2, rtol=1e-12)
+    np.testing.assert_allclose(kappa[0], 1, rtol=1e-12)
+    np.testing.assert_allclose(table.S[0], a, rtol=1e-12)
+
+
+def test_4_coefficients_preserving_sampling_keeps_the_noise_power():
+    table = flows.make_table("flow_cps", flows.shifted_grid(8, 3.0))
+    np.testing.assert_allclose(table.k**2 + table.S**2, table.t_next**2, atol=1e-15)
+    np.testing.assert_allclose(flows.noise_excess(table)[:-1], 1)
+    assert not table.mask[-1]  # its last step has no noise
+
+
+def test_noise_excess_of_the_published_grid():
+    grid = flows.custom_grid(
+        np.append(flows.shift_time(np.linspace(1, 3e-3, 10), 3), 0)
+    )
+    with pytest.warns(UserWarning, match=r"steps \[8\] remove more noise"):
+        table = flows.make_table("flow_grpo", grid)
+    excess = flows.noise_excess(table)
+    published = [1.04, 1.06, 1.03, 1.02, 1.03, 1.04, 1.07, 1.23]
+    np.testing.assert_allclose(excess[:8], published, atol=0.006)
+    assert excess[8] == pytest.approx(27, rel=0.02) and np.isnan(excess[9])
+
+
+def chain_std(table):
+    """Mean and standard deviation of the end, by the scalar recursion."""
+    mean, variance = 0.0, 1.0
+    for i, t in enumerate(table.t):
+        spread = (1 - t) ** 2 * STD**2 + t**2
+        slope = (t - (1 - t) * STD**2) / spread
+        offset = -MEAN - slope * (1 - t) * MEAN
+        if i == len(table) - 1 and table.final == "x0_hat":
+            return (
+                mean - t * (slope * mean + offset),
+                np.sqrt(variance) * abs(1 - t * slope),
+            )
+        b = table.velocity_weight[i]
+        a = (1 - table.t_next[i]) + table.k[i]
+        mean = (a + b * slope) * mean + b * offset
+        variance = (a + b * slope) ** 2 * variance + table.S[i] ** 2
+    return mean, np.sqrt(variance)
+
+
+@pytest.mark.filterwarnings("ignore:steps")
+@pytest.mark.parametrize("preset", ("ode", *STOCHASTIC))
+def test_5_the_chain_on_gaussian_data(x64, preset):
+    errors = {}
+    for n in (20, 40, 80, 160, 320, 640):
+        mean, std = chain_std(flows.make_table(preset, flows.uniform_grid(n)))
+        assert mean == pytest.approx(MEAN, abs=2e-3)
+        errors[n] = std - STD
+    measured = {
+        "ode": [-0.0358, -0.0182, -0.0092, -0.0046, -0.0023, -0.0012],
+        "dance_grpo": [-0.0306, -0.0155, -0.0078, -0.0039, -0.0020, -0.0010],
+        "flow_grpo": [-0.0086, -0.0026, -0.0000, 0.0009, 0.0011, 0.0010],
+        "flow_cps": [-0.106, -0.093, -0.085, -0.080, -0.078, -0.076],
+    }[preset]
+    tolerance = 6e-4 if preset == "flow_cps" else 6e-5
+    np.testing.assert_allclose(list(errors.values()), measured, atol=tolerance)
+    if preset in ("ode", "dance_grpo"):
+        assert 1.9 <= errors[40] / errors[80] <= 2.05
+    elif preset == "flow_grpo":
+        assert max(map(abs, errors.values())) < 0.01
+    else:
+        assert max(errors.values()) < -0.07
+
+    # the sampler itself, probed as an affine map of its start and of each noise
+    steps = 8
+    table = flows.make_table(preset, flows.uniform_grid(steps))
+    keys = prng.sample_keys(jax.random.key(2), 1)
+
+    def end(x, c):
+        scaled = table.replace(c=np.asarray(c, float))
+        start = jnp.full((1, 1), x, jnp.float64)
+        return flows.rollout(keys, exact_velocity, start, scaled, store=False).item()
+
+    silent = np.zeros(steps)
+    offset = end(0.0, silent)
+    gains = [end(1.0, silent) - offset]
+    for i in range(steps) if table.stochastic else ():
+        z = prng.normal(prng.fold_in(keys, i), (1,), jnp.float64).item()
+        gains.append((end(0.0, np.eye(steps)[i]) - offset) / z)
+    mean, std = chain_std(table)
+    assert offset == pytest.approx(mean, abs=1e-6)
+    assert np.linalg.norm(gains) == pytest.approx(std, abs=1e-6)
+
+
+def test_6_score_from_the_velocity_is_the_analytic_one(x64):
+    rng = np.random.default_rng(0)
+    x, t = rng.normal(size=(20, 1)), rng.uniform(0.05, 1, 20)
+    v = exact_velocity(jnp.asarray(x), jnp.asarray(t))
+    score = flows.convert(v, "velocity", "score", jnp.asarray(x), jnp.asarray(t))
+    for i in range(20):
+        law = scipy.stats.norm((1 - t[i]) * MEAN, np.hypot((1 - t[i]) * STD, t[i]))
+        slope = (law.logpdf(x[i] + 1e-5) - law.logpdf(x[i] - 1e-5)) / 2e-5
+        np.testing.assert_allclose(score[i], slope, rtol=1e-5)
+
+
+NETWORK = functools.partial(
+    lambda params, x, t, cond=None: (
+        jnp.tanh(x @ params["w"] + t[:, None]) @ params["u"]
+    ),
+    {
+        "w": jax.random.normal(jax.random.key(5), (3, 16)),
+        "u": jax.random.normal(jax.random.key(6), (16, 3)) / 4,
+    },
+)
+
+
+@pytest.mark.parametrize("preset", STOCHASTIC)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_7_the_first_ratio_is_one(preset, reduction):
+    table = flows.make_table(preset, flows.uniform_grid(6))
+    sample = jax.jit(lambda: draw(table, 8, velocity=NETWORK, reduction=reduction))()
+    again = flows.rescore(
+        NETWORK, sample, table, reduction=reduction, micro_batch=4
+    ).log_prob
+    drawn = sample.log_prob[np.flatnonzero(table.mask)]
+    assert again.shape == drawn.shape
+    tolerance = 1e-6 if reduction == "mean" else 3e-6
+    np.testing.assert_allclose(again, drawn, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("preset", STOCHASTIC)
+def test_8_gradients(x64, preset):
+    table = flows.make_table(preset, flows.uniform_grid(5))
+    rng = np.random.default_rng(1)
+    x, v, x_next = (jnp.asarray(a) for a in rng.normal(size=(3, 4, 3)))
+    index = jnp.array([0, 1, 2, 3])
+    rows = table.rows(index, x.dtype)
+
+    def log_prob(v):
+        score = flows.score_transitions(lambda *_: v, x, x_next, rows)
+        return score.log_prob.sum()
+
+    found = jax.grad(log_prob)(v)
+    mean, _ = flows.transition_mean(rows, x, v)
+    weight = (table.velocity_weight[:4] / table.S[:4] ** 2)[:, None]
+    np.testing.assert_allclose(found, (x_next - mean) * weight / 3, rtol=1e-9)
+    for entry in np.ndindex(4, 3):
+        bump = np.zeros((4, 3))
+        bump[entry] = 1e-6
+        difference = (log_prob(v + bump) - log_prob(v - bump)) / 2e-6
+        np.testing.assert_allclose(found[entry], difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_9_kl_to_a_reference(reduction):
+    table = flows.make_table("flow_grpo", flows.uniform_grid(5))
+    rows = table.rows(jnp.full(1, 2), jnp.float32)
+    rng = np.random.default_rng(2)
+    x, v, other = (jnp.asarray(a, jnp.float32) for a in rng.normal(size=(3, 1, 2)))
+    kl = functools.partial(flows.transition_kl, v, other, rows, reduction=reduction)
+    std = float(rows["log_prob_std"][0])
+    ours, _ = flows.transition_mean(rows, x, v)
+    theirs, _ = flows.transition_mean(rows, x, other)
+    z = jax.random.normal(jax.random.key(0), (100_000, 2))
+    drawn = ours + std * z
+    p, q = (
+        scipy.stats.norm(np.asarray(m), std).logpdf(drawn).sum(1)
+        / (2 if reduction == "mean" else 1)
+        for m in (ours, theirs)
+    )
+    error = (p - q).std() / np.sqrt(len(p))
+    assert abs(kl()[0] - (p - q).mean()) < 3 * error
+    np.testing.assert_allclose(kl(kind="flow_grpo_code"), table.h[2] * kl(), rtol=1e-6)
+    square = np.sum((v - other) ** 2) / (2 if reduction == "mean" else 1)
+    np.testing.assert_allclose(kl(kind="velocity_mse")[0], square, rtol=1e-6)
+    scores = flows.score_transitions(
+        lambda *_: v,
+        x,
+        drawn[:1],
+        rows,
+        reference=lambda *_: other,
+        reduction=reduction,
+    )
+    np.testing.assert_allclose(scores.kl, kl(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("preset", STOCHASTIC)
+def test_10_expected_log_prob_of_the_policy_itself(preset):
+    table = flows.make_table(preset, flows.uniform_grid(4))
+    sample = draw(table, 20_000, 2)
+    for i in np.flatnonzero(table.mask):
+        expected = -0.5 - np.log(table.S[i]) - 0.5 * np.log(2 * np.pi)
+        error = float(sample.log_prob[i].std()) / np.sqrt(20_000)
+        assert abs(float(sample.log_prob[i].mean()) - expected) < 4 * error
+
+
+def test_11_the_time_bridge_is_its_own_inverse():
+    twice = conventions.flip_velocity(conventions.flip_velocity(NETWORK))
+    x, t = jax.random.normal(jax.random.key(0), (5, 3)), jnp.linspace(0.125, 1, 5)
+    np.testing.assert_allclose(twice(x, t), NETWORK(x, t), atol=1e-6)
+
+
+def test_12_mean_ratio_is_the_root_of_the_joint_ratio(x64):
+    table = flows.make_table("dance_grpo", flows.uniform_grid(4))
+    sample = draw(table, velocity=NETWORK)
+
+    def other(x, t, cond=None):
+        return 1.001 * NETWORK(x, t)
+
+    def ratio(reduction):
+        new, old = (
+            flows.rescore(v, sample, table, reduction=reduction).log_prob
+            for v in (other, NETWORK)
+        )
+        return np.exp(np.asarray(new - old, np.float64))
+
+    np.testing.assert_allclose(ratio("mean"), ratio("sum") ** (1 / 3), rtol=1e-5)
+
+
+def test_14_shared_noise_and_a_window():
+    window = flows.window(8, 3, 2)
+    table = flows.make_table("flow_grpo", flows.uniform_grid(8), window=window)
+    assert list(np.flatnonzero(table.mask)) == [3, 4]
+    np.testing.assert_array_equal(table.k[~window], table.t_next[~window])
+    keys = prng.sample_keys(jax.random.key(1), 5)
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 3)), (5, 3))
+    sample = flows.rollout(keys, exact_velocity, x, table)
+    before, after = sample.states[:4], sample.states[4:]
+    assert np.all(before == before[:, :1])
+    assert not np.any(np.all(after == after[:, :1], axis=(1, 2)))
+    np.testing.assert_array_equal(sample.log_prob[~window], 0)
+
+
+def test_15_trajectories_do_not_depend_on_the_devices(run_python):
+    script = """
+import jax, numpy as np
+from tmdjax import flows, train
+from tmdjax.core import prng
+keys = prng.sample_keys(jax.random.key(1), 8)
+x = prng.normal(keys, (3,))
+table = flows.make_table("flow_grpo", flows.uniform_grid(5))
+sample = jax.jit(lambda k, x: flows.rollout(k, lambda x, t, c: x ** 3 / 4, x, table))
+place = train.batch_sharding(train.make_mesh())
+found = sample(*jax.device_put((keys, x), place))
+print(len(jax.devices()), np.asarray(found.states).tolist())
+"""
+    outputs = [run_python(script, devices=n).split(" ", 1) for n in (1, 8)]
+    assert [int(n) for n, _ in outputs] == [1, 8]
+    one, eight = (np.array(eval(states)) for _, states in outputs)
+    np.testing.assert_allclose(one, eight, atol=1e-6)
+
+
+def test_split_scale_is_scored_as_asked():
+    c = np.array([4.0, 1, 1, 1])
+    grid = flows.uniform_grid(4)
+    make = functools.partial(flows.make_table, "dance_grpo", grid, c=c)
+    proposal, policy = make(), make(scored="policy")
+    np.testing.assert_allclose(proposal.log_prob_std, c * policy.log_prob_std)
+    np.testing.assert_allclose(policy.log_prob_std, policy.S)
+    drawn = [draw(table, 20_000, 2) for table in (proposal, policy)]
+    np.testing.assert_array_equal(drawn[0].states, drawn[1].states)
+    for sample, c_in, std in (
+        (drawn[0], 1, 4 * proposal.S[0]),
+        (drawn[1], 4, policy.S[0]),
+    ):
+        expected = -(c_in**2) / 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+        error = float(sample.log_prob[0].std()) / np.sqrt(20_000)
+        assert abs(float(sample.log_prob[0].mean()) - expected) < 4 * error
+
+
+def test_rescore_takes_chosen_steps_and_one_compilation(count_compiles):
+    table = flows.make_table("flow_grpo", flows.uniform_grid(6))
+    sample = draw(table, velocity=NETWORK)
+    cond = jnp.arange(6.0)
+
+    def conditioned(x, t, cond):
+        return NETWORK(x, t) + 0 * cond[:, None]
+
+    score = jax.jit(
+        lambda trajectory, table: flows.rescore(
+            conditioned, trajectory, table, cond, steps=[1, 4], micro_batch=3
+        )
+    )
+    found = score(sample, table).log_prob
+    np.testing.assert_allclose(found, sample.log_prob[jnp.array([1, 4])], atol=2e-6)
+    other = flows.make_table("flow_grpo", flows.shifted_grid(6, 1.5))
+    with count_compiles() as compiled:
+        score(sample, other)
+    assert not compiled
+
+
+def test_microbatched_gradient_is_the_whole_one():
+    table = flows.make_table("flow_grpo", flows.uniform_grid(4))
+    sample = draw(table, velocity=NETWORK)
+
+    def loss(params, micro_batch):
+        velocity = functools.partial(NETWORK.func, params)
+        scores = flows.rescore(
+            velocity, sample, table, micro_batch=micro_batch, reference=NETWORK
+        )
+        return jnp.sum(scores.log_prob + scores.kl)
+
+    params = jax.tree.map(lambda x: 1.01 * x, NETWORK.args[0])
+    whole, parts = (jax.grad(loss)(params, n) for n in (None, 6))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_guided_rollouts_are_scored_under_their_own_guidance():
+    table = flows.make_table("dance_grpo", flows.uniform_grid(3))
+    cond = jnp.ones((4, 3))
+
+    def network(x, t, cond):
+        return x * cond
+
+    guided = flows.classifier_free_guidance(network, 3.0, np.zeros(3))
+    frozen = flows.classifier_free_guidance(network, 3.0, np.zeros(3), freeze_null=True)
+    assert flows.guidance_scale(frozen) == 3.0
+    sample = draw(table, 4, velocity=guided, cond=cond)
+    assert sample.guidance == 3.0
+    found = flows.rescore(frozen, sample, table, cond).log_prob
+    np.testing.assert_allclose(found, sample.log_prob[:2], atol=1e-6)
+    with pytest.raises(ValueError, match=r"guidance scale 3.0, the velocity has 1.0"):
+        flows.rescore(network, sample, table, cond)
+
+
+def test_a_frozen_null_branch_gets_no_gradient():
+    def network(w, x, t, cond):
+        return w * x * cond
+
+    def total(w, freeze):
+        velocity = flows.classifier_free_guidance(
+            functools.partial(network, w), 2.0, np.float32(0.5), freeze_null=freeze
+        )
+        return jnp.sum(velocity(jnp.ones((2, 1)), jnp.ones(2), jnp.ones((2, 1))))
+
+    # v = n + 2 (c - n) = 2 c - n with c = w, n = w / 2, in two samples
+    assert jax.grad(total)(1.0, False) == pytest.approx(3.0)
+    assert jax.grad(total)(1.0, True) == pytest.approx(4.0)
+
+
+def test_step_weights_even_out_the_gain():
+    table = flows.make_table("flow_grpo", flows.uniform_grid(6), final="mean")
+    np.testing.assert_array_equal(flows.step_weights(table), table.mask)
+    weights = flows.step_weights(table, "inverse_gain")
+    evened = weights * np.abs(table.velocity_weight) / table.S
+    assert weights[-1] == 0 and weights[:-1].mean() == pytest.approx(1)
+    np.testing.assert_allclose(evened[:-1], evened[0])
+
+
+def test_window_schedules():
+    start = functools.partial(flows.window_start, high=10, size=4)
+    assert [start(i, iterations=2) for i in range(16)] == [
+        0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 0, 0,
+    ]  # fmt: skip
+    assert [start(i, iterations=1, stride=4) for i in range(5)] == [0, 4, 6, 0, 4]
+    assert start(10**6, iterations=1, at_end="stay") == 6
+    assert start(17, schedule="fixed", low=2) == 2
+    drawn = [start(i, schedule="random", low=1) for i in range(300)]
+    assert set(drawn) == {1, 2, 3, 4, 5, 6}
+    assert drawn == [start(i, schedule="random", low=1) for i in range(300)]
+    decay = [start(i, schedule="decay", iterations=10) for i in range(38)]
+    counts = [decay.count(p) for p in range(7)]
+    assert counts == [10, 8, 7, 6, 4, 2, 1]
+    late = functools.partial(
+        flows.window_start, high=20, size=2, schedule="exp_decay", iterations=8
+    )
+    spent = [late(i) for i in range(14 * 8)]
+    assert spent.count(13) == 8
+    assert late(14 * 8 + 8) == 15  # ceil(8 exp(-0.1)) = 8 iterations at 14
+    assert list(flows.periodic_windows(7, 3, 2)) == [1, 1, 0, 1, 1, 0, 1]
+
+
+def test_bad_inputs(as_shipped):
+    grid = flows.uniform_grid(4)
+    with pytest.raises(ValueError, match=r"starts at 0.9999.*nearly singular"):
+        flows.make_table("flow_grpo", flows.custom_grid([0.9999, 0.5, 0]))
+    flows.make_table("flow_grpo", flows.custom_grid([0.9999, 0.5, 0]), strength=0.0)
+    flows.make_table("dance_grpo", flows.custom_grid([0.9999, 0.5, 0]))
+    with pytest.raises(ValueError, match=r"strength=1.5 is outside \[0, 1\]"):
+        flows.make_table("flow_cps", grid, strength=1.5)
+    with pytest.raises(ValueError, match="strength=-1"):
+        flows.make_table("dance_grpo", grid, strength=-1.0)
+    with pytest.raises(ValueError, match="one bool a step"):
+        flows.make_table("flow_grpo", grid, window=np.ones(3, bool))
+    with pytest.raises(ValueError, match="one bool a step"):
+        flows.make_table("flow_grpo", grid, window=np.ones(4))
+    with pytest.raises(ValueError, match=r"c .*=-1.0 is outside"):
+        flows.make_table("flow_grpo", grid, c=-1.0)
+    with pytest.raises(ValueError, match="Did you mean 'policy'"):
+        flows.make_table("flow_grpo", grid, scored="polcy")
+    with pytest.raises(ValueError, match=r"start=3 is outside \[0, 2\]"):
+        flows.window(4, 3, 2)
+    with pytest.raises(ValueError, match=r"low=0 is outside \[0, -1\]"):
+        flows.window_start(0, high=3, size=4)
+    table = flows.make_table("dance_grpo", grid)
+    sample = draw(table)
+    with pytest.raises(ValueError, match="step 3 is deterministic"):
+        flows.rescore(exact_velocity, sample, table, steps=[0, 3])
+    with pytest.raises(ValueError, match="nothing has a log-prob"):
+        flows.rescore(exact_velocity, sample, flows.make_table("ode", grid))
+    with pytest.raises(ValueError, match="step 4 is not in a table of 4"):
+        flows.rescore(exact_velocity, sample, table, steps=[4])
+    with pytest.raises(ValueError, match="leading axis must be the batch, 3"):
+        flows.rescore(exact_velocity, sample, table[:2])
+    with pytest.raises(ValueError, match="does not divide 3 steps x 6 samples = 18"):
+        flows.rescore(exact_velocity, sample, table, micro_batch=4)
+    with pytest.raises(ValueError, match="Did you mean 'transition'"):
+        flows.rescore(exact_velocity, sample, table, kl_kind="transitions")
+    rounded = sample.replace(states=sample.states.astype(jnp.bfloat16))
+    with pytest.raises(TypeError, match="Store sampler states in float32"):
+        flows.rescore(exact_velocity, rounded, table)
+    with pytest.raises(ValueError, match="say which steps"):
+        jax.jit(lambda table: flows.rescore(exact_velocity, sample, table))(table)
