@@ -1,0 +1,42 @@
+"""What to watch of the ratio between trained and acting policy."""
+
+from tmdjax.rl.surrogates import ClipRange, check_clip_range
+
+FIRST_RATIO_SHARE = 0.1
+
+
+class RatioError(RuntimeError):
+    """Before any update, training gives other log-probs than sampling gave."""
+
+
+def check_first_ratio(max_error: float, clip_range: ClipRange) -> None:
+    """Stops a run whose ratio is not 1 before the first update.
+
+    Nothing was learned yet, so every ratio must be 1 up to rounding. If rounding
+    comes near the clip range, it clips at random and the gradient of those samples
+    is lost, silently.
+
+    Args:
+        max_error: max |ratio - 1| over the first minibatch of the run (the entry
+            ``ratio_error_max`` of :func:`ratio_statistics`).
+        clip_range: of the loss; the smaller side counts.
+
+    Raises:
+        RatioError: max_error is not below 0.1 clip_range (NaN included).
+    """
+    smaller = min(check_clip_range(clip_range))
+    bound = FIRST_RATIO_SHARE * smaller
+    error = float(max_error)
+    if error < bound:
+        return
+    raise RatioError(
+        f"max |ratio - 1| = {error:.3g} on the first minibatch, before any update; it "
+        f"must be below {FIRST_RATIO_SHARE:g} x clip_range = {bound:.3g} (clip_range "
+        f"{smaller:g}), or rounding decides what is clipped. Usual causes: states or "
+        f"log-probs stored in fewer bits than they were drawn in (store float32); "
+        f"times truncated before the network (pass the exact t); another guidance "
+        f"scale, temperature or dropout in training than in sampling (use the same "
+        f"function for both); another batch shape or GEMM precision (set "
+        f"precision.rollout and precision.train alike). If the difference is "
+        f"intended, correct it by importance weights against a proximal policy."
+    )
