@@ -1,4 +1,8 @@
-"""Reinforcement learning rules: advantages, surrogates, weights, KL estimators."""
+"""Reinforcement learning rules: advantages, surrogates, weights, KL estimators.
+
+Pure functions on arrays, whatever the action is: a token [batch, position], a
+denoising step [transition], a motor command [time, env].
+"""
 
 from tmdjax.rl.advantages import (
     best_and_worst,
@@ -6,16 +10,41 @@ from tmdjax.rl.advantages import (
     group_statistics,
     reward_advantages,
 )
-from tmdjax.rl.diagnostics import RatioError, check_first_ratio
-from tmdjax.rl.surrogates import check_clip_range, clipped_surrogate
+from tmdjax.rl.aggregation import aggregate, denominators
+from tmdjax.rl.diagnostics import RatioError, check_first_ratio, ratio_statistics
+from tmdjax.rl.importance_weights import (
+    rejecting_weights,
+    sequence_weights,
+    truncated_weights,
+)
+from tmdjax.rl.kl import kl_estimate
+from tmdjax.rl.surrogates import (
+    ClipRange,
+    check_clip_range,
+    clipped_policy_gradient,
+    clipped_surrogate,
+    sequence_log_ratio,
+    sigmoid_surrogate,
+)
 
 __all__ = [
+    "ClipRange",
     "RatioError",
+    "aggregate",
     "best_and_worst",
     "check_clip_range",
     "check_first_ratio",
+    "clipped_policy_gradient",
     "clipped_surrogate",
+    "denominators",
     "group_advantages",
     "group_statistics",
+    "kl_estimate",
+    "ratio_statistics",
+    "rejecting_weights",
     "reward_advantages",
+    "sequence_log_ratio",
+    "sequence_weights",
+    "sigmoid_surrogate",
+    "truncated_weights",
 ]

@@ -29,14 +29,13 @@ def log_ratio(log_prob: Any, other_log_prob: Any, mask: Any = None) -> Array:
         ValueError: shapes that disagree.
     """
     check_same_shape("log_prob", log_prob, "the other log_prob", other_log_prob)
-    log_prob, other_log_prob = (
-        at_least_float32(log_prob),
-        at_least_float32(other_log_prob),
-    )
-    if mask is None:
-        return log_prob - other_log_prob
-    live = as_mask(mask, log_prob)
-    return jnp.where(live, log_prob, 0) - jnp.where(live, other_log_prob, 0)
+    return masked(log_prob, mask) - masked(other_log_prob, mask)
+
+
+def masked(x: Any, mask: Any) -> Array:
+    """The array in float32 at least, 0 and without gradient where masked out."""
+    x = at_least_float32(x)
+    return x if mask is None else jnp.where(as_mask(mask, x), x, 0)
 
 
 def ratio(difference: Array) -> Array:
@@ -55,9 +54,9 @@ def at_least_float32(x: Any) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def as_mask(mask: Any, like: Array, name: str = "mask") -> Array:
+def as_mask(mask: Any, like: Array) -> Array:
     """A mask of booleans, or of numbers (0 is False), with like's shape."""
-    return jnp.broadcast_to(over_leading_axes(name, mask, like), like.shape) != 0
+    return jnp.broadcast_to(over_leading_axes("mask", mask, like), like.shape) != 0
 
 
 def over_leading_axes(name: str, array: Any, like: Array) -> Array:

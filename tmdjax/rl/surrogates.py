@@ -6,7 +6,7 @@ at least. Aggregation, importance weights and KL terms are functions of their ow
 that compose with these by products and sums:
 
     loss = clipped_surrogate(log_prob, proximal, advantage, clip_range=0.2)
-    loss = loss * truncated_weights(proximal, behaviour, mask=mask)
+    loss = loss * truncated_weights(proximal, behaviour, mask)
     loss = aggregate(loss + beta * kl_estimate(log_prob, reference), mask, "token-mean")
 """
 
@@ -23,6 +23,7 @@ from tmdjax.rl.ratios import (
     at_least_float32,
     fixed_ratio,
     log_ratio,
+    masked,
     over_leading_axes,
     ratio,
 )
@@ -143,3 +144,131 @@ def _advantage(advantage: Any, like: Array, mask: Any) -> Array:
     if mask is not None:
         advantage = jnp.where(as_mask(mask, like), advantage, 0)
     return jax.lax.stop_gradient(advantage)
+
+
+def sequence_log_ratio(
+    log_prob: Any,
+    behaviour_log_prob: Any,
+    mask: Any = None,
+    *,
+    max_log_ratio: float = 10.0,
+) -> Array:
+    """The sequence's mean log-ratio at every position, with per-position gradients.
+
+    log s_i = mean_t (log_prob - behaviour) over the sequence's live positions; the
+    value at (i, t) is log s_i and its gradient that of log_prob at (i, t):
+
+    log r_it = log_prob - sg(log_prob) + sg(log s_i).
+
+    Hand it to a surrogate as a log-prob whose behaviour is 0, with a clip range
+    for a geometric mean (about 1e-4), and aggregate by 'seq-mean-token-mean':
+
+        log_ratio = sequence_log_ratio(log_prob, behaviour, mask)
+        loss = clipped_surrogate(log_ratio, jnp.zeros_like(log_ratio), advantage, ...)
+
+    Args:
+        log_prob: [batch, position, ...].
+        behaviour_log_prob: the same shape.
+        mask: the same shape, False at positions that do not count; None if all do.
+        max_log_ratio: > 0; log r is clamped to it from above, without gradient
+            beyond.
+
+    Returns:
+        log r, of log_prob's shape, float32; 0 where masked out.
+
+    Raises:
+        ValueError: shapes that disagree, or a log_prob without a position axis.
+
+    References:
+        GSPO: arXiv 2507.18071, its per-token form.
+    """
+    check_range("max_log_ratio", max_log_ratio, 0, open_low=True)
+    if jnp.ndim(log_prob) < 2:
+        raise ValueError(
+            f"log_prob has shape {jnp.shape(log_prob)}; a sequence ratio needs "
+            f"[batch, position]."
+        )
+    difference = log_ratio(log_prob, jax.lax.stop_gradient(behaviour_log_prob), mask)
+    live = jnp.ones_like(difference) if mask is None else as_mask(mask, difference)
+    axes = tuple(range(1, difference.ndim))
+    count = jnp.maximum(jnp.sum(live, axis=axes, keepdims=True), 1)
+    mean = jnp.sum(difference, axis=axes, keepdims=True) / count
+    per_position = difference + jax.lax.stop_gradient(mean - difference)
+    return jnp.where(live, jnp.minimum(per_position, max_log_ratio), 0)
+
+
+def clipped_policy_gradient(
+    log_prob: Any,
+    behaviour_log_prob: Any,
+    advantage: Any,
+    *,
+    clip_range: ClipRange,
+    mask: Any = None,
+) -> Array:
+    """REINFORCE with a clipped importance weight: every element keeps a gradient.
+
+    loss = -sg(clip(r, 1 - low, 1 + high)) A log_prob.
+
+    Args:
+        log_prob: of the trained policy, any shape.
+        behaviour_log_prob: of the policy that acted, the same shape.
+        advantage: the same shape, or that of the first axes, or a scalar.
+        clip_range: a number or (low, high); low = 1 is no lower bound.
+        mask: shape of log_prob or of its first axes; False elements are 0.
+
+    Returns:
+        The loss of each element, of log_prob's shape, float32. Only its gradient
+        means something.
+
+    Raises:
+        TypeError, ValueError: shapes that disagree, or a clip range out of range.
+
+    References:
+        CISPO: MiniMax-M1, arXiv 2506.13585.
+    """
+    low, high = check_clip_range(clip_range)
+    weight = jnp.clip(
+        fixed_ratio(log_ratio(log_prob, behaviour_log_prob, mask)), 1 - low, 1 + high
+    )
+    a = _advantage(advantage, weight, mask)
+    return -weight * a * masked(log_prob, mask)
+
+
+def sigmoid_surrogate(
+    log_prob: Any,
+    behaviour_log_prob: Any,
+    advantage: Any,
+    *,
+    positive_temperature: float = 1.0,
+    negative_temperature: float = 1.05,
+    mask: Any = None,
+) -> Array:
+    """A soft gate in place of clipping.
+
+    loss = -A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A. At r = 1 the
+    gradient is the policy gradient -A grad log_prob; it fades smoothly on both
+    sides, the faster the larger tau.
+
+    Args:
+        log_prob: of the trained policy, any shape.
+        behaviour_log_prob: of the policy that acted, the same shape.
+        advantage: the same shape, or that of the first axes, or a scalar.
+        positive_temperature: > 0, tau where A > 0.
+        negative_temperature: > 0, tau where A <= 0.
+        mask: shape of log_prob or of its first axes; False elements are 0.
+
+    Returns:
+        The loss of each element, of log_prob's shape, float32.
+
+    Raises:
+        ValueError: shapes that disagree, or a temperature that is not positive.
+
+    References:
+        SAPO: arXiv 2511.20347.
+    """
+    check_range("positive_temperature", positive_temperature, 0, open_low=True)
+    check_range("negative_temperature", negative_temperature, 0, open_low=True)
+    r = ratio(log_ratio(log_prob, jax.lax.stop_gradient(behaviour_log_prob), mask))
+    a = _advantage(advantage, r, mask)
+    tau = jnp.where(a > 0, positive_temperature, negative_temperature)
+    return -a * (4 / tau) * jax.nn.sigmoid(tau * (r - 1))

@@ -1,0 +1,64 @@
+"""What a rollout leaves for the update: states once, transitions as indices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from tmdjax.core.checks import check_same_shape
+
+
+@struct.dataclass
+class Transitions:
+    """Transitions of many samples: chains, or trees whose branches share a trunk.
+
+    A state is stored once, however many transitions begin or end in it; a transition
+    is an edge between two of them.
+
+    Attributes:
+        states: [node, *event] float32.
+        source: int32 [edge], node where a transition begins.
+        target: int32 [edge], node where it ends.
+        step: int32 [edge], its row of the coefficient table.
+        prompt: int32 [edge], which condition it was drawn under.
+        log_prob: float32 [edge], of the policy that drew it.
+    """
+
+    states: Any
+    source: Any
+    target: Any
+    step: Any
+    prompt: Any
+    log_prob: Any
+
+    def __len__(self) -> int:
+        return self.source.shape[0]
+
+
+def concatenate(parts: Sequence[Transitions], prompts: int) -> Transitions:
+    """One record of several that were drawn one after the other.
+
+    Args:
+        parts: records with the same number of nodes and edges.
+        prompts: conditions a part; those of part i are counted from i ``prompts``.
+
+    Raises:
+        ValueError: parts of different shape.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts[1:]:
+        check_same_shape("states", part.states, "those of the first part", first.states)
+        check_same_shape("source", part.source, "that of the first part", first.source)
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    part_of = jnp.asarray(np.repeat(np.arange(len(parts)), len(first)), jnp.int32)
+    node = part_of * first.states.shape[0]
+    return joined.replace(
+        source=joined.source + node,
+        target=joined.target + node,
+        prompt=joined.prompt + part_of * prompts,
+    )
