@@ -18,6 +18,7 @@ from tmdjax.rl.importance_weights import (
     truncated_weights,
 )
 from tmdjax.rl.kl import kl_estimate
+from tmdjax.rl.records import Transitions, concatenate
 from tmdjax.rl.surrogates import (
     ClipRange,
     check_clip_range,
@@ -30,12 +31,14 @@ from tmdjax.rl.surrogates import (
 __all__ = [
     "ClipRange",
     "RatioError",
+    "Transitions",
     "aggregate",
     "best_and_worst",
     "check_clip_range",
     "check_first_ratio",
     "clipped_policy_gradient",
     "clipped_surrogate",
+    "concatenate",
     "denominators",
     "group_advantages",
     "group_statistics",

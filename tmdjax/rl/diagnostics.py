@@ -64,7 +64,7 @@ def ratio_statistics(
     }
 
 
-def check_first_ratio(max_error: float, clip_range: ClipRange) -> None:
+def check_first_ratio(max_error: Any, clip_range: ClipRange) -> None:
     """Stops a run whose ratio is not 1 before the first update.
 
     Nothing was learned yet, so every ratio must be 1 up to rounding. If rounding
@@ -72,8 +72,8 @@ def check_first_ratio(max_error: float, clip_range: ClipRange) -> None:
     is lost, silently.
 
     Args:
-        max_error: max |ratio - 1| over the first minibatch of the run (the entry
-            ``ratio_error_max`` of :func:`ratio_statistics`).
+        max_error: a number, max |ratio - 1| over the first minibatch of the run (the
+            entry ``ratio_error_max`` of :func:`ratio_statistics`).
         clip_range: of the loss; the smaller side counts.
 
     Raises:

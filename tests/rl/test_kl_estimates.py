@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.nn import log_softmax
+
+from tmdjax import rl
+
+LOGITS = jnp.array([0.3, -1.0, 0.8, 0.1])
+REFERENCE = log_softmax(jnp.array([0.0, 0.2, -0.4, 0.9]))
+BEHAVIOUR = log_softmax(jnp.array([0.5, 0.5, 0.2, -0.7]))
+
+
+def exact_kl(logits):
+    policy = log_softmax(logits)
+    return jnp.sum(jnp.exp(policy) * (policy - REFERENCE))
+
+
+def expectation(logits, drawn_from, kind, **options):
+    """Over all four outcomes: no sampling error."""
+    estimate = rl.kl_estimate(log_softmax(logits), REFERENCE, kind, **options)
+    return jnp.sum(jax.lax.stop_gradient(jnp.exp(drawn_from)) * estimate)
+
+
+def test_by_hand():
+    d = jnp.log(jnp.array([2.0, 0.5, 1.0]))
+    zeros = jnp.zeros(3)
+    np.testing.assert_allclose(rl.kl_estimate(d, zeros, "k1"), d)
+    np.testing.assert_allclose(
+        rl.kl_estimate(d, zeros, "k2"), [0.2402265, 0.2402265, 0], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        rl.kl_estimate(d, zeros), [0.19314718, 0.30685282, 0], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_value_is_unbiased(kind):
+    drawn = log_softmax(LOGITS)
+    np.testing.assert_allclose(
+        expectation(LOGITS, drawn, kind), exact_kl(LOGITS), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_multiplied_by_the_ratio_value_and_gradient_are_unbiased(kind, on_policy):
+    behaviour = log_softmax(LOGITS) if on_policy else BEHAVIOUR
+    value, gradient = jax.value_and_grad(expectation)(
+        LOGITS, behaviour, kind, behaviour_log_prob=behaviour
+    )
+    exact, exact_gradient = jax.value_and_grad(exact_kl)(LOGITS)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_of_k2_is_unbiased_on_policy_and_that_of_k3_is_not():
+    exact = jax.grad(exact_kl)(LOGITS)
+    drawn = log_softmax(LOGITS)
+    k2 = jax.grad(expectation)(LOGITS, drawn, "k2")
+    np.testing.assert_allclose(k2, exact, rtol=1e-5, atol=1e-7)
+    assert abs(jax.grad(expectation)(LOGITS, drawn, "k3") - exact).max() > 0.05
+
+
+def test_k3_is_accurate_for_every_size_and_never_negative():
+    d = np.concatenate([s * np.logspace(-7, 1.2, 400) for s in (1, -1)])
+    d = d.astype(np.float32)
+    ours = rl.kl_estimate(d, np.zeros_like(d))
+    wide = d.astype(np.float64)
+    small = wide**2 / 2 - wide**3 / 6 + wide**4 / 24 - wide**5 / 120
+    exact = np.where(abs(wide) < 1e-3, small, np.expm1(-wide) + wide)
+    np.testing.assert_allclose(ours, exact, rtol=2e-5)
+    assert (ours > 0).all()
+    assert rl.kl_estimate(jnp.zeros(()), jnp.zeros(())) == 0
+
+
+def test_k3_gradient(x64):
+    d = np.array([-3.0, -0.03, -0.01, 0.0, 0.005, 0.5, 4.0])
+    gradient = jax.grad(lambda x: rl.kl_estimate(x, np.zeros(7)).sum())(d)
+    np.testing.assert_allclose(gradient, 1 - np.exp(-d), rtol=1e-7, atol=1e-12)
+
+
+def test_far_from_the_reference_it_stays_finite():
+    d = jnp.array([-500.0, 500.0])
+    value, gradient = jax.value_and_grad(
+        lambda x: rl.kl_estimate(x, jnp.zeros(2), behaviour_log_prob=x).sum()
+    )(d)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    np.testing.assert_allclose(rl.kl_estimate(d, jnp.zeros(2))[1], 499, rtol=1e-6)
+
+
+def test_masked_elements_and_constants():
+    mask = np.array([True, True, False, True])
+    hole = jnp.where(mask, log_softmax(LOGITS), -jnp.inf)
+
+    def loss(x, reference, behaviour):
+        return rl.kl_estimate(
+            x, reference, behaviour_log_prob=behaviour, mask=mask
+        ).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))(hole, REFERENCE, BEHAVIOUR)
+    assert np.isfinite(gradient[0]).all() and gradient[0][2] == 0
+    assert (gradient[0][mask] != 0).all()
+    np.testing.assert_array_equal(gradient[1:], np.zeros((2, 4)))
+    assert rl.kl_estimate(hole, REFERENCE, mask=mask)[2] == 0
+
+
+def test_half_precision_is_computed_in_float32():
+    half = log_softmax(LOGITS).astype(jnp.bfloat16), REFERENCE.astype(jnp.bfloat16)
+    ours = rl.kl_estimate(*half)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        ours, rl.kl_estimate(*[x.astype(jnp.float32) for x in half])
+    )
+
+
+def test_bad_inputs(as_shipped):
+    with pytest.raises(ValueError, match="kind='k4' is not one of 'k1', 'k2', 'k3'"):
+        rl.kl_estimate(LOGITS, REFERENCE, "k4")
+    with pytest.raises(ValueError, match=r"shape \(4,\) but the other log_prob has"):
+        rl.kl_estimate(LOGITS, REFERENCE[:1])
+    with pytest.raises(ValueError, match=r"shape \(4,\) but the other log_prob has"):
+        rl.kl_estimate(LOGITS, REFERENCE, behaviour_log_prob=BEHAVIOUR[:2])
