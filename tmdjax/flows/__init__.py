@@ -38,6 +38,7 @@ from tmdjax.flows.reference import (
 )
 from tmdjax.flows.rescore import (
     KL_KINDS,
+    STEP_WEIGHTS,
     Scores,
     rescore,
     score_transitions,
@@ -85,6 +86,7 @@ __all__ = [
     "PARAMETRISATIONS",
     "PRESETS",
     "REDUCTIONS",
+    "STEP_WEIGHTS",
     "WINDOW_SCHEDULES",
     "AdaptiveSolution",
     "CoefficientTable",

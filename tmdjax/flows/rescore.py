@@ -25,6 +25,7 @@ from tmdjax.flows.rollout import Trajectory
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import REDUCTIONS, gaussian_log_prob, transition_mean
 
+STEP_WEIGHTS = ("none", "inverse_gain")
 KL_KINDS = ("transition", "flow_grpo_code", "velocity_mse")
 
 
@@ -242,24 +243,25 @@ def _stochastic_steps(table: CoefficientTable, steps: Any) -> np.ndarray:
     return steps
 
 
-def step_weights(table: CoefficientTable, kind: str = "none") -> np.ndarray:
+def step_weights(table: CoefficientTable, kind: str = "none") -> Array:
     """How much each step's loss counts.
 
     The gradient of a log-prob with respect to v has the size |B| / S, which varies
     from step to step by orders of magnitude.
 
     Args:
-        table: of coefficients, on the host.
+        table: of coefficients, on the host or traced.
         kind: 'none' (1 everywhere), or 'inverse_gain' (S / |B|, scaled to mean 1 over
             the stochastic steps).
 
     Returns:
-        Float64 [steps], 0 on deterministic steps.
+        float32 [steps], 0 on deterministic steps.
     """
-    check_choice("step_weight", kind, ("none", "inverse_gain"))
-    mask = np.asarray(table.mask)
-    if kind == "none" or not mask.any():
-        return mask.astype(np.float64)
-    gain = np.abs(table.velocity_weight) / np.where(mask, table.log_prob_std, 1)
-    weight = np.where(mask, 1 / gain, 0.0)
-    return weight / weight[mask].mean()
+    check_choice("step_weight", kind, STEP_WEIGHTS)
+    mask = jnp.asarray(table.mask)
+    if kind == "none":
+        return mask.astype(jnp.float32)
+    gain = jnp.abs(table.velocity_weight) / jnp.where(mask, table.log_prob_std, 1)
+    weight = jnp.where(mask, 1 / gain, 0.0)
+    mean = jnp.sum(weight) / jnp.maximum(jnp.sum(mask), 1)
+    return (weight / jnp.where(mean > 0, mean, 1)).astype(jnp.float32)

@@ -1,6 +1,6 @@
 """Train state and the update: microbatches, EMA, non-finite guard; one jit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ class TrainState:
         params: nested dict, float32.
         opt_state: of the optimiser.
         ema_params: exponential moving average of params, or None.
-        skipped: updates skipped because loss or gradient was not finite.
+        skipped: updates skipped because loss or gradient was not finite (or the
+            gradient larger than was allowed).
         skipped_in_a_row: of these, how many since the last good update.
     """
 
@@ -92,6 +93,8 @@ def make_train_step(
     ema_decay: float | None = None,
     microbatches: int = 1,
     unroll: bool = False,
+    reductions: Mapping[str, Callable[[Array], Array]] | None = None,
+    skip_above: float | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
     """Builds ``step(state, batch, key) -> (state, metrics)``; jit it with donation.
 
@@ -108,10 +111,14 @@ def make_train_step(
         microbatches: how many parts the batch is cut into (memory, not maths).
         unroll: unroll them instead of scanning: for networks with convolutions on
             CPU, where XLA runs convolution gradients inside loops many times slower.
+        reductions: how a metric of the whole batch [batch] becomes a number, such as
+            ``{'ratio_error': jnp.max}``; the mean where it is not named.
+        skip_above: updates with a larger gradient norm are skipped and counted like
+            non-finite ones; None skips none.
 
     Returns:
         The step. Its metrics are float32 scalars: 'loss', 'grad_norm', 'skipped'
-        (0 or 1) and the means of what loss_fn reports.
+        (0 or 1) and what loss_fn reports, reduced.
 
     Raises:
         ValueError: a number out of range; on tracing: the batch does not divide into
@@ -121,6 +128,8 @@ def make_train_step(
     check_count("microbatches", microbatches)
     if ema_decay is not None:
         check_range("ema_decay", ema_decay, 0, 1)
+    if skip_above is not None:
+        check_range("skip_above", skip_above, 0, open_low=True)
 
     def loss_sum(params: Params, part: Any, keys: SampleKeys) -> Any:
         loss, metrics = loss_fn(params, part, keys)
@@ -136,8 +145,7 @@ def make_train_step(
                     f"metrics are [batch], one number an example, and "
                     f"{', '.join(RESERVED)} are taken."
                 )
-        sums = jax.tree.map(jnp.sum, {**metrics, "loss": loss})
-        return sums["loss"], sums
+        return jnp.sum(loss), {**metrics, "loss": loss}
 
     grad_fn = jax.grad(loss_sum, has_aux=True)
 
@@ -148,21 +156,28 @@ def make_train_step(
                 f"a batch of {size} does not divide into {microbatches} microbatches."
             )
         if microbatches == 1:
-            total = grad_fn(params, batch, keys)
+            total, each = grad_fn(params, batch, keys)
         else:
             parts = _microbatches((batch, keys), microbatches)
 
-            def add(total: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+            def add(total: Any, part: Any) -> tuple[Any, Any]:
+                grads, each = grad_fn(params, *part)
+                return jax.tree.map(jnp.add, total, grads), each
 
             first, rest = (
                 jax.tree.map(lambda x: x[0], parts),
                 jax.tree.map(lambda x: x[1:], parts),
             )
-            total, _ = jax.lax.scan(
-                add, grad_fn(params, *first), rest, unroll=unroll or 1
+            total, each = grad_fn(params, *first)
+            total, others = jax.lax.scan(add, total, rest, unroll=unroll or 1)
+            each = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b.reshape(-1)]), each, others
             )
-        return jax.tree.map(lambda x: x / size, total)
+        metrics = {
+            name: (reductions or {}).get(name, jnp.mean)(values)
+            for name, values in each.items()
+        }
+        return jax.tree.map(lambda x: x / size, total), metrics
 
     def step(
         state: TrainState, batch: Any, key: Any
@@ -178,6 +193,8 @@ def make_train_step(
         grads, metrics = gradients(state.params, batch, keys)
         grad_norm = optax.global_norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        if skip_above is not None:
+            good &= grad_norm <= skip_above
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params

@@ -1,0 +1,286 @@
+"""GRPO on flow models whose samples are independent chains.
+
+Flow-GRPO, its fast variant, DanceGRPO and MixGRPO are settings of one method: how much
+noise a step adds, in which steps, which of them train, and how rewards of a group
+become advantages. ``preset(name)`` has the published settings.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax import flows, rl
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array, Cond, Grid, Velocity
+from tmdjax.train import flow_rl
+
+_START = 1 << 20
+"""Folded into a key for the initial noise; steps of a grid are below it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chains:
+    """A :class:`tmdjax.train.flow_rl.Method`: G independent samples a prompt.
+
+    Attributes:
+        grid: times, see :mod:`tmdjax.flows.grids`.
+        event_shape: of one sample.
+        group_size: samples a prompt, at least 2.
+        preset: stochastic preset of the table.
+        strength: of its noise, > 0.
+        final: rule of the last state; None is the preset's.
+        same_noise: all samples of a group start from the same noise.
+        window: options of :func:`tmdjax.flows.window_start` but ``iteration``: noise in
+            that window alone. 'high' defaults to the end of the last step with a
+            log-prob. None has noise everywhere.
+        trained: of the stochastic steps the 'first' ones, or 'random' ones of each
+            sample.
+        fraction: how many of them, rounded down, in (0, 1].
+        reduction: of log-probs, 'mean' or 'sum'; that of the objective.
+        scale: of advantages, see :func:`tmdjax.rl.group_advantages`.
+        ddof: see there.
+        eps: see there.
+        advantage_clip: see there.
+        drop_tied: groups whose rewards are all equal leave the loss altogether, the
+            KL too; otherwise their advantage is 0.
+        best_and_worst: train only so many best and worst samples of a group; None
+            trains all.
+    """
+
+    grid: Grid
+    event_shape: tuple[int, ...]
+    group_size: int = 24
+    preset: str = "flow_grpo"
+    strength: float = 0.7
+    final: str | None = None
+    same_noise: bool = False
+    window: Mapping[str, Any] | None = None
+    trained: str = "first"
+    fraction: float = 0.99
+    reduction: str = "mean"
+    scale: str = "batch"
+    ddof: int = 0
+    eps: float = 1e-4
+    advantage_clip: float = 5.0
+    drop_tied: bool = True
+    best_and_worst: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("group_size", self.group_size)
+        if self.group_size < 2:
+            raise ValueError(
+                "group_size=1: an advantage compares the samples of a group, so all "
+                "would be 0; draw at least 2."
+            )
+        check_choice("trained", self.trained, ("first", "random"))
+        check_range("fraction", self.fraction, 0, 1, open_low=True)
+        check_range("advantage_clip", self.advantage_clip, 0, open_low=True)
+        if self.best_and_worst is not None:
+            best, worst = self.best_and_worst
+            check_range("best + worst", best + worst, 1, self.group_size)
+        self.plan(0)  # table, window and strength are refused here, if at all
+
+    def table(self, iteration: int) -> flows.CoefficientTable:
+        """The coefficients of an iteration."""
+        whole = self._table(None)
+        if self.window is None:
+            return whole
+        usable = int(np.flatnonzero(whole.mask)[-1]) + 1 if whole.mask.any() else 0
+        options = {"high": usable, **self.window}
+        check_range("window high", options["high"], 1, usable)
+        start = flows.window_start(iteration, **options)
+        return self._table(flows.window(len(whole), start, options["size"]))
+
+    def _table(self, window: Any) -> flows.CoefficientTable:
+        return flows.make_table(
+            self.preset,
+            self.grid,
+            strength=self.strength,
+            final=self.final,
+            window=window,
+        )
+
+    def plan(self, iteration: int) -> tuple[flows.CoefficientTable, Any]:
+        """The table, and the steps that are stored: its stochastic ones."""
+        table = self.table(iteration)
+        steps = np.flatnonzero(table.mask)
+        if not steps.size:
+            raise ValueError(
+                f"no step of preset={self.preset!r} with strength={self.strength} and "
+                f"window={self.window} has a log-prob: there is nothing to train. "
+                f"Raise the strength or move the window."
+            )
+        if self.trained == "first":
+            steps = steps[: self._count(len(steps))]
+        return table, {"steps": steps.astype(np.int32)}
+
+    def _count(self, stochastic: int) -> int:
+        return max(1, int(stochastic * self.fraction))
+
+    def rollout(
+        self,
+        keys: Any,
+        velocity: Velocity,
+        cond: Cond,
+        table: flows.CoefficientTable,
+        plan: Any,
+    ) -> tuple[Array, rl.Transitions]:
+        """Draws the groups; the record keeps the states around the stored steps."""
+        prompts, steps = keys.shape[0], plan["steps"]
+        walk = prng.fold_in(keys[:, None], jnp.arange(self.group_size)).reshape(-1)
+        if self.same_noise:
+            start = prng.normal(prng.fold_in(keys, _START), self.event_shape)
+            start = jnp.repeat(start, self.group_size, axis=0)
+        else:
+            start = prng.normal(prng.fold_in(walk, _START), self.event_shape)
+        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.group_size, 0), cond)
+        drawn = flows.rollout(
+            walk, velocity, start, table, cond, reduction=self.reduction
+        )
+        # stored steps are consecutive, so they share states
+        count, batch = steps.shape[0], walk.shape[0]
+        states = jax.lax.dynamic_slice_in_dim(drawn.states, steps[0], count + 1)
+        node = jnp.arange(batch)[:, None] * (count + 1) + jnp.arange(count)
+        record = rl.Transitions(
+            states=jnp.moveaxis(states, 0, 1).reshape(-1, *self.event_shape),
+            source=node.reshape(-1),
+            target=node.reshape(-1) + 1,
+            step=jnp.tile(steps, batch),
+            prompt=jnp.repeat(jnp.arange(prompts), self.group_size * count),
+            log_prob=drawn.log_prob[steps].T.reshape(-1),
+        )
+        return drawn.states[-1], record
+
+    def credit(
+        self, rewards: Array, transitions: rl.Transitions, plan: Any, key: Any
+    ) -> flow_rl.Credit:
+        """Every transition of a sample gets the sample's advantage."""
+        batch = rewards.shape[0]
+        groups = batch // self.group_size
+        group = jnp.repeat(jnp.arange(groups), self.group_size)
+        advantage = rl.group_advantages(
+            rewards,
+            group,
+            num_groups=groups,
+            scale=self.scale,
+            ddof=self.ddof,
+            eps=self.eps,
+            clip=self.advantage_clip,
+        )
+        live = jnp.ones(batch, bool)
+        if self.drop_tied:
+            live = jax.ops.segment_max(jnp.abs(advantage), group, groups)[group] > 0
+        if self.best_and_worst is not None:
+            live &= rl.best_and_worst(rewards, group, groups, *self.best_and_worst)
+        steps = plan["steps"].shape[0]
+        kept = jnp.tile(jnp.arange(steps), (batch, 1))
+        if self.trained == "random":
+            order = jnp.argsort(jax.random.uniform(key, (batch, steps)), axis=1)
+            kept = order[:, : self._count(steps)]
+        edge = jnp.arange(batch)[:, None] * steps + kept
+        each = jnp.broadcast_to(advantage[:, None], edge.shape)
+        weight = jnp.broadcast_to(live[:, None], edge.shape)
+        return flow_rl.Credit(
+            edge.reshape(-1),
+            each.reshape(-1),
+            weight.reshape(-1).astype(jnp.float32),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a paper fixes.
+
+    Attributes:
+        method: how samples are drawn and credited.
+        objective: the loss.
+        updates: minibatches an iteration.
+    """
+
+    method: Chains
+    objective: flow_rl.Objective
+    updates: int
+
+
+_BY_GROUP = {"scale": "group", "ddof": 1, "eps": 1e-8, "drop_tied": False}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "flow_grpo": {"steps": 10, "updates": 2, "group_size": 24},
+    "flow_grpo_fast": {
+        "steps": 10,
+        "updates": 2,
+        "group_size": 24,
+        "window": {"schedule": "random", "size": 3, "high": 5},
+        "same_noise": True,
+        "fraction": 1.0,
+    },
+    "dance_grpo": {
+        "steps": 16,
+        "updates": 3,
+        "group_size": 12,
+        "preset": "dance_grpo",
+        "strength": 0.3,
+        "same_noise": True,
+        "trained": "random",
+        "fraction": 0.6,
+        **_BY_GROUP,
+    },
+    "mix_grpo": {
+        "steps": 25,
+        "updates": 4,
+        "group_size": 12,
+        "window": {"schedule": "progressive", "size": 4, "iterations": 25},
+        "final": "x0_hat",
+        "same_noise": True,
+        "fraction": 1.0,
+        **_BY_GROUP,
+    },
+}
+_KL = {"kl_coefficient": 0.04, "kl_kind": "flow_grpo_code"}
+PRESETS = tuple(_PUBLISHED)
+
+
+def preset(
+    name: str,
+    event_shape: tuple[int, ...],
+    *,
+    objective: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Setup:
+    """The published settings of a method, with changes.
+
+    Args:
+        name: 'flow_grpo', 'flow_grpo_fast', 'dance_grpo' or 'mix_grpo'.
+        event_shape: of one sample.
+        objective: changed fields of the objective.
+        **changes: 'steps' and 'shift' of the grid (or the whole 'grid'), 'updates', and
+            fields of :class:`Chains`.
+
+    Raises:
+        ValueError: an unknown preset, or settings out of range.
+        TypeError: an unknown field.
+
+    References:
+        Flow-GRPO, arXiv 2505.05470 (SD3.5; KL 0.04 as its code scales it). DanceGRPO,
+        arXiv 2505.07818 (FLUX). MixGRPO, arXiv 2507.21802 (FLUX).
+    """
+    check_choice("preset", name, PRESETS)
+    fields = {"shift": 3.0, **_PUBLISHED[name], **changes}
+    updates, steps = fields.pop("updates"), fields.pop("steps")
+    grid = flows.shifted_grid(steps, fields.pop("shift"))
+    method = Chains(**{"grid": grid, "event_shape": tuple(event_shape), **fields})
+    loss = {
+        **(_KL if name.startswith("flow_grpo") else {}),
+        "reduction": method.reduction,
+        **(objective or {}),
+    }
+    if loss["reduction"] != method.reduction:
+        raise ValueError(
+            f"the objective reduces log-probs by {loss['reduction']!r}, the rollout by "
+            f"{method.reduction!r}; set both alike (and the clip range with them)."
+        )
+    return Setup(method=method, objective=flow_rl.Objective(**loss), updates=updates)

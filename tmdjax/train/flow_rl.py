@@ -1,0 +1,396 @@
+"""One iteration of RL on a flow model: rollout, rewards, credit, updates.
+
+What differs between methods is how samples are drawn and how rewards become the
+advantages of single transitions; a :class:`Method` says both. Everything else is here:
+chunks of prompts, rewards on the device or on the host, minibatches, microbatches,
+KL to a reference, EMA, the check that the first ratio is 1, and the counting of
+updates that were not finite.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tmdjax import flows, rl
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array, ArrayLike, Cond, Params, PyTree, Velocity
+from tmdjax.rewards import host
+from tmdjax.train.state import TrainState, make_train_step
+
+
+class Policy(NamedTuple):
+    """A flow model as RL sees it: what is trained, and what is held constant.
+
+    Attributes:
+        velocity: ``(params, frozen) -> velocity(x, t, cond)``, the same function in
+            rollout and update, with its guidance.
+        reference: ``frozen -> velocity`` that the KL refers to, or None.
+        condition: ``(frozen, batch) -> cond`` [prompt, ...], computed once a rollout,
+            such as the encoding of a text.
+        frozen: arrays that no update changes (a base under adapters, an encoder).
+    """
+
+    velocity: Callable[[Params, PyTree], Velocity]
+    reference: Callable[[PyTree], Velocity] | None = None
+    condition: Callable[[PyTree, Any], Cond] = lambda frozen, batch: None
+    frozen: PyTree = ()
+
+
+class Credit(NamedTuple):
+    """Which transitions train, and how.
+
+    Attributes:
+        edge: int [n], transitions of the record.
+        advantage: float32 [n].
+        weight: float32 [n] >= 0, 0 leaves a transition out of loss and denominator.
+    """
+
+    edge: Any
+    advantage: Any
+    weight: Any
+
+
+class Method(Protocol):
+    """How samples are drawn and how credit is given; pure but for ``plan``.
+
+    Attributes:
+        group_size: samples a prompt.
+    """
+
+    group_size: int
+
+    def plan(self, iteration: int) -> tuple[flows.CoefficientTable, PyTree]:
+        """Table and plan of an iteration, on the host (arrays of recurring shapes)."""
+        ...
+
+    def rollout(
+        self,
+        keys: Any,
+        velocity: Velocity,
+        cond: Cond,
+        table: flows.CoefficientTable,
+        plan: PyTree,
+    ) -> tuple[Array, rl.Transitions]:
+        """Samples [prompt * group_size, *event], groups in a row, and transitions.
+
+        Nodes and edges of the record are ordered by prompt first. Keys are [prompt].
+        """
+        ...
+
+    def credit(
+        self, rewards: Array, transitions: rl.Transitions, plan: PyTree, key: Any
+    ) -> Credit:
+        """Credit from the rewards [prompt * group_size]; traced."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostReward:
+    """A reward computed on the host, see :mod:`tmdjax.rewards.host`.
+
+    Attributes:
+        fn: ``(images numpy [n, ...], prompts: list of n rows) -> n numbers``; a row is
+            the batch at that prompt, {name: array}.
+        timeout: seconds for one chunk.
+    """
+
+    fn: Callable[[np.ndarray, list[Any]], Any]
+    timeout: float = 600.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The loss of a transition: clipped surrogate and KL to the reference.
+
+    Attributes:
+        clip_range: of the ratio, a number or (low, high); it belongs to `reduction`.
+        reduction: of log-probs over event dimensions, 'mean' or 'sum'.
+        kl_coefficient: weight of the KL, >= 0.
+        kl_kind: see :func:`tmdjax.flows.transition_kl`.
+        step_weight: see :func:`tmdjax.flows.step_weights`.
+    """
+
+    clip_range: Any = 1e-4
+    reduction: str = "mean"
+    kl_coefficient: float = 0.0
+    kl_kind: str = "transition"
+    step_weight: str = "none"
+
+    def __post_init__(self) -> None:
+        rl.check_clip_range(self.clip_range, self.reduction)
+        check_range("kl_coefficient", self.kl_coefficient, 0)
+        check_choice("kl_kind", self.kl_kind, flows.KL_KINDS)
+        check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
+
+
+def make_iteration(
+    policy: Policy,
+    method: Method,
+    reward: Callable[[Array, Any], ArrayLike] | HostReward,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    updates: int = 1,
+    microbatches: int = 1,
+    chunks: int = 1,
+    ema_decay: float | None = None,
+    skip_above: float | None = None,
+    place: Callable[[Any], Any] | None = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
+    """Builds ``iteration(state, batch, key) -> (state, metrics)``, a host function.
+
+    It calls two compiled programs, `collect` (once a chunk) and `learn` (once), and the
+    reward between them; :func:`tmdjax.train.fit` takes it as its step. Noise depends on
+    key, iteration, prompt and sample alone, not on chunks or devices.
+
+    Args:
+        policy: what is trained.
+        method: how it is rolled out and credited.
+        reward: ``(samples [n, *event], prompts) -> [n]``, jittable, prompts being the
+            batch with each row repeated ``group_size`` times; or a
+            :class:`HostReward`, which scores a chunk while the next one is drawn.
+        optimizer: optax transformation.
+        objective: the loss.
+        updates: minibatches an iteration, each one optimiser step.
+        microbatches: parts of a minibatch (memory, not maths).
+        chunks: parts of the batch of prompts, rolled out one after the other.
+        ema_decay: see :func:`tmdjax.train.make_train_step`.
+        skip_above: see there.
+        place: puts a batch of prompts on devices.
+
+    Returns:
+        The iteration. ``batch`` is {name: [prompt, ...]}; the state is donated. Metrics
+        are float32 scalars: reward_mean, reward_group_std, tied_group_fraction, loss,
+        grad_norm, kl, skipped (updates), ratio_error (max |ratio - 1| in the first
+        minibatch), clip_fraction_first and clip_fraction_last (of the minibatches).
+
+    Raises:
+        ValueError: a KL without a reference, counts below 1, a batch that does not
+            divide into chunks.
+        RewardError: (when called) a reward that fails or is not finite; the state is
+            as it was before the iteration.
+        RatioError: (at the first call) training and sampling disagree.
+    """
+    for name, count in (("updates", updates), ("microbatches", microbatches)):
+        check_count(name, count)
+    check_count("chunks", chunks)
+    if objective.kl_coefficient and policy.reference is None:
+        raise ValueError(
+            f"kl_coefficient={objective.kl_coefficient} needs a reference policy; give "
+            f"Policy(reference=...), or set it to 0."
+        )
+    group_size = method.group_size
+
+    @jax.jit
+    def collect(
+        params: Any, frozen: Any, batch: Any, keys: Any, table: Any, plan: Any
+    ) -> Any:
+        velocity = policy.velocity(params, frozen)
+        cond = policy.condition(frozen, batch)
+        return method.rollout(keys, velocity, cond, table, plan)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def learn(
+        state: TrainState,
+        frozen: Any,
+        batch: Any,
+        records: Any,
+        rewards: Array,
+        plan: Any,
+        table: flows.CoefficientTable,
+        key: Any,
+    ) -> Any:
+        prompts = rewards.shape[0] // group_size
+        transitions = rl.concatenate(records, prompts // len(records))
+        credit = method.credit(rewards, transitions, plan, key)
+        loss_fn = functools.partial(
+            _loss,
+            policy,
+            objective,
+            frozen,
+            policy.condition(frozen, batch),
+            transitions,
+            table,
+        )
+        step = make_train_step(
+            loss_fn,
+            optimizer,
+            ema_decay=ema_decay,
+            microbatches=microbatches,
+            reductions={"ratio_error": jnp.max},
+            skip_above=skip_above,
+        )
+        parts = _minibatches(credit, updates, microbatches, key)
+        state, each = jax.lax.scan(lambda s, part: step(s, part, key), state, parts)
+        group = jnp.repeat(jnp.arange(prompts), group_size)
+        metrics = rl.group_statistics(rewards, group, prompts)
+        for name in ("loss", "kl", "grad_norm"):
+            metrics[name] = jnp.mean(each[name])
+        metrics["skipped"] = jnp.sum(each["skipped"])
+        metrics["ratio_error"] = each["ratio_error"][0]
+        metrics["clip_fraction_first"] = each["clip_fraction"][0]
+        metrics["clip_fraction_last"] = each["clip_fraction"][-1]
+        return state, metrics
+
+    score = None if isinstance(reward, HostReward) else jax.jit(reward)
+    checked = False
+
+    def iteration(state: TrainState, batch: Any, key: Any) -> Any:
+        nonlocal checked
+        prompts = len(jax.tree.leaves(batch)[0])
+        if prompts % chunks:
+            raise ValueError(
+                f"{prompts} prompts do not divide into chunks={chunks}; choose a "
+                f"divisor."
+            )
+        number = int(state.step) // updates
+        table, plan = method.plan(number)
+        key = jax.random.fold_in(key, number)
+        on_device = batch if place is None else place(batch)
+        keys = prng.sample_keys(jax.random.fold_in(key, 0), prompts)
+        records, scored, size = [], [], prompts // chunks
+        for chunk in range(chunks):
+            rows = slice(chunk * size, (chunk + 1) * size)
+            part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], on_device)
+            samples, record = collect(
+                state.params, policy.frozen, part, keys[rows], table, plan
+            )
+            records.append(record)
+            scored.append(
+                _submit(reward, score, samples, batch, part, rows, group_size)
+            )
+        rewards = np.concatenate([pending() for pending in scored])
+        state, metrics = learn(
+            state,
+            policy.frozen,
+            on_device,
+            tuple(records),
+            rewards,
+            plan,
+            table,
+            jax.random.fold_in(key, 1),
+        )
+        if not checked:
+            rl.check_first_ratio(float(metrics["ratio_error"]), objective.clip_range)
+            checked = True
+        return state, metrics
+
+    # the compiled programs, for tests and benchmarks
+    iteration.collect, iteration.learn = collect, learn  # pyright: ignore
+    return iteration
+
+
+def _submit(
+    reward: Any,
+    score: Any,
+    samples: Array,
+    batch: Any,
+    part: Any,
+    rows: slice,
+    group_size: int,
+) -> Callable[[], np.ndarray]:
+    """Starts to score a chunk; the call waits for its rewards, checked."""
+    first = rows.start * group_size
+
+    def prompts() -> list[Any]:
+        return [
+            jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), batch)
+            for row in range(rows.start, rows.stop)
+            for _ in range(group_size)
+        ]
+
+    if score is None:
+        return host.submit(
+            reward.fn, samples, prompts(), first, timeout=reward.timeout
+        ).result
+    found = score(
+        samples, jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, 0), part)
+    )
+
+    def result() -> np.ndarray:
+        values = np.asarray(found)
+        if values.shape == samples.shape[:1] and np.isfinite(values).all():
+            return values.astype(np.float32)
+        return host.check_rewards(values, prompts(), first)
+
+    return result
+
+
+def _minibatches(credit: Credit, updates: int, microbatches: int, key: Any) -> Any:
+    """[updates, n] each: transitions in random order, padded with weight 0.
+
+    Weights are scaled so that a plain mean over a minibatch is its weighted mean.
+    """
+    count = credit.edge.shape[0]
+    size = -(-count // (updates * microbatches)) * microbatches
+    padding = updates * size - count
+    parts = {
+        "edge": credit.edge,
+        "advantage": credit.advantage,
+        "weight": credit.weight,
+    }
+    if updates > 1:
+        order = jax.random.permutation(jax.random.fold_in(key, 2), count)
+        parts = {name: column[order] for name, column in parts.items()}
+    parts = {
+        name: jnp.pad(column, (0, padding)).reshape(updates, size)
+        for name, column in parts.items()
+    }
+    total = jnp.sum(parts["weight"], axis=1, keepdims=True)
+    parts["weight"] *= size / jnp.where(total > 0, total, 1)
+    return parts
+
+
+def _loss(
+    policy: Policy,
+    objective: Objective,
+    frozen: Any,
+    cond: Any,
+    transitions: rl.Transitions,
+    table: flows.CoefficientTable,
+    params: Params,
+    part: Any,
+    keys: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted loss and metrics of each transition of a microbatch."""
+    del keys
+    edge, weight = part["edge"], part["weight"]
+    step = transitions.step[edge]
+    reference = None
+    if objective.kl_coefficient and policy.reference is not None:
+        reference = policy.reference(frozen)
+    scores = flows.score_transitions(
+        policy.velocity(params, frozen),
+        transitions.states[transitions.source[edge]],
+        transitions.states[transitions.target[edge]],
+        table.rows(step, jnp.float32),
+        jax.tree.map(lambda leaf: leaf[transitions.prompt[edge]], cond),
+        reduction=objective.reduction,
+        reference=reference,
+        kl_kind=objective.kl_kind,
+    )
+    behaviour = transitions.log_prob[edge]
+    surrogate = rl.clipped_surrogate(
+        scores.log_prob,
+        behaviour,
+        part["advantage"],
+        clip_range=objective.clip_range,
+    )
+    if objective.step_weight != "none":
+        surrogate *= flows.step_weights(table, objective.step_weight)[step]
+    low, high = rl.check_clip_range(objective.clip_range)
+    error = jax.lax.stop_gradient(jnp.expm1(scores.log_prob - behaviour))
+    live = weight > 0
+    loss = weight * (surrogate + objective.kl_coefficient * scores.kl)
+    return jnp.where(live, loss, 0.0), {
+        "kl": jnp.where(live, weight * scores.kl, 0.0),
+        "clip_fraction": weight * ((error < -low) | (error > high)),
+        "ratio_error": jnp.where(live, jnp.abs(error), 0.0),
+    }
