@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from tmdjax.core.registry import Registry, suggestion
-from tmdjax.data import digits, fashion_mnist, mnist, procedural, tfds_images
+from tmdjax.data import (
+    digits,
+    fashion_mnist,
+    mnist,
+    procedural,
+    rendered_text,
+    tfds_images,
+)
 from tmdjax.data.dataset import Dataset
 
 DATA_VARIABLE = "TMDJAX_DATA"
@@ -315,5 +322,10 @@ for _source in (
     _built_in("two_moons", "2-D points on two half circles", procedural.load_two_moons),
     _built_in("rings", "2-D points on three circles", procedural.load_rings),
     _built_in("mixture", "2-D points of four Gaussians", procedural.load_mixture),
+    _built_in(
+        "rendered_text",
+        "one word of 3 to 6 capital letters on a plain ground",
+        rendered_text.load_rendered_text,
+    ),
 ):
     SOURCES.register(_source.name)(_source)
