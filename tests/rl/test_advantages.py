@@ -113,9 +113,10 @@ def test_a_small_spread_is_not_a_tie():
 
 
 def test_a_large_common_offset_costs_nothing():
-    spread = np.array([0.0, 8.0, 16.0, 40.0, 0.0, 24.0], np.float32)
-    group, options = np.array([0, 0, 0, 0, 1, 1]), {"num_groups": 2, "eps": 0.0}
-    for offset in (2.0**20, -(2.0**20)):
+    # At 2^23 float32 holds whole numbers only, and sums of them lose their last bits.
+    spread = np.array([1.0, 8.0, 17.0, 41.0, 30.0, 3.0, 27.0], np.float32)
+    group, options = np.array([0, 0, 0, 0, 0, 1, 1]), {"num_groups": 2, "eps": 0.0}
+    for offset in (2.0**23, -(2.0**23)):
         np.testing.assert_array_equal(
             rl.group_advantages(spread + np.float32(offset), group, **options),
             rl.group_advantages(spread, group, **options),

@@ -317,3 +317,19 @@ def test_ratio_of_means_is_a_root_of_the_joint_ratio():
     np.testing.assert_allclose(
         loss_of_mean, np.maximum(np.asarray(joint) ** 0.2, 0.8), rtol=1e-5
     )
+
+
+def test_reinforce_with_a_kl_term():
+    # promptrl invariant 3: value -A + beta k3, gradient -A + beta (1 - exp(-d)).
+    def loss(log_prob):
+        policy = clipped(log_prob, log_prob, ADVANTAGE[:, 0])
+        elements = policy + 0.01 * rl.kl_estimate(log_prob, PROXIMAL)
+        return rl.aggregate(elements, MASK, "token-mean")
+
+    value, gradient = jax.value_and_grad(loss)(LOG_PROB)
+    d = (LOG_PROB - PROXIMAL).astype(float)
+    advantage = np.broadcast_to(ADVANTAGE[:, :1], SHAPE)
+    expected = -advantage + 0.01 * (np.expm1(-d) + d)
+    np.testing.assert_allclose(value, expected[MASK].mean(), rtol=1e-5)
+    expected = np.where(MASK, -advantage - 0.01 * np.expm1(-d), 0) / MASK.sum()
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
