@@ -17,6 +17,7 @@ from tmdjax import flows, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Cond, Grid, Velocity
+from tmdjax.rl.advantages import SCALES
 from tmdjax.train import flow_rl
 
 _START = 1 << 20
@@ -48,8 +49,8 @@ class Chains:
         advantage_clip: see there.
         drop_tied: groups whose rewards are all equal leave the loss altogether, the
             KL too; otherwise their advantage is 0.
-        best_and_worst: train only so many best and worst samples of a group; None
-            trains all.
+        best_and_worst: train only so many best and worst samples of a group (their
+            advantages still compare the whole group); None trains all.
     """
 
     grid: Grid
@@ -78,10 +79,16 @@ class Chains:
                 "would be 0; draw at least 2."
             )
         check_choice("trained", self.trained, ("first", "random"))
+        check_choice("reduction", self.reduction, flows.REDUCTIONS)
+        check_choice("scale", self.scale, SCALES)
+        check_range("ddof", self.ddof, 0, 1)
+        check_range("eps", self.eps, 0)
         check_range("fraction", self.fraction, 0, 1, open_low=True)
         check_range("advantage_clip", self.advantage_clip, 0, open_low=True)
         if self.best_and_worst is not None:
-            best, worst = self.best_and_worst
+            best, worst = (
+                check_count("best_and_worst", n, 0) for n in self.best_and_worst
+            )
             check_range("best + worst", best + worst, 1, self.group_size)
         self.plan(0)  # table, window and strength are refused here, if at all
 
@@ -175,20 +182,21 @@ class Chains:
         live = jnp.ones(batch, bool)
         if self.drop_tied:
             live = jax.ops.segment_max(jnp.abs(advantage), group, groups)[group] > 0
+        sample = jnp.arange(batch)
         if self.best_and_worst is not None:
-            live &= rl.best_and_worst(rewards, group, groups, *self.best_and_worst)
+            chosen = rl.best_and_worst(rewards, group, groups, *self.best_and_worst)
+            sample = jnp.flatnonzero(chosen, size=groups * sum(self.best_and_worst))
         steps = plan["steps"].shape[0]
-        kept = jnp.tile(jnp.arange(steps), (batch, 1))
+        shape = (sample.shape[0], steps)
+        kept = jnp.broadcast_to(jnp.arange(steps), shape)
         if self.trained == "random":
-            order = jnp.argsort(jax.random.uniform(key, (batch, steps)), axis=1)
+            order = jnp.argsort(jax.random.uniform(key, shape), axis=1)
             kept = order[:, : self._count(steps)]
-        edge = jnp.arange(batch)[:, None] * steps + kept
-        each = jnp.broadcast_to(advantage[:, None], edge.shape)
-        weight = jnp.broadcast_to(live[:, None], edge.shape)
+        edge = sample[:, None] * steps + kept
         return flow_rl.Credit(
             edge.reshape(-1),
-            each.reshape(-1),
-            weight.reshape(-1).astype(jnp.float32),
+            jnp.repeat(advantage[sample], kept.shape[1]),
+            jnp.repeat(live[sample].astype(jnp.float32), kept.shape[1]),
         )
 
 
@@ -270,17 +278,17 @@ def preset(
     """
     check_choice("preset", name, PRESETS)
     fields = {"shift": 3.0, **_PUBLISHED[name], **changes}
-    updates, steps = fields.pop("updates"), fields.pop("steps")
-    grid = flows.shifted_grid(steps, fields.pop("shift"))
-    method = Chains(**{"grid": grid, "event_shape": tuple(event_shape), **fields})
+    updates, steps, shift = (fields.pop(n) for n in ("updates", "steps", "shift"))
+    if "grid" not in fields:
+        fields["grid"] = flows.shifted_grid(steps, shift)
+    elif "steps" in changes or "shift" in changes:
+        raise ValueError(
+            "a whole grid leaves no room for 'steps' or 'shift'; drop them."
+        )
+    method = Chains(event_shape=tuple(event_shape), **fields)
     loss = {
         **(_KL if name.startswith("flow_grpo") else {}),
         "reduction": method.reduction,
         **(objective or {}),
     }
-    if loss["reduction"] != method.reduction:
-        raise ValueError(
-            f"the objective reduces log-probs by {loss['reduction']!r}, the rollout by "
-            f"{method.reduction!r}; set both alike (and the clip range with them)."
-        )
     return Setup(method=method, objective=flow_rl.Objective(**loss), updates=updates)

@@ -10,19 +10,24 @@ updates that were not finite.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from tmdjax import flows, rl
 from tmdjax.core import prng
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
 from tmdjax.core.types import Array, ArrayLike, Cond, Params, PyTree, Velocity
 from tmdjax.rewards import host
+from tmdjax.train.sharding import batch_sharding, fsdp_shardings
 from tmdjax.train.state import TrainState, make_train_step
+
+# What a key of an iteration is folded with.
+_ROLLOUT, _UPDATE = 0, 1
 
 
 class Policy(NamedTuple):
@@ -32,8 +37,8 @@ class Policy(NamedTuple):
         velocity: ``(params, frozen) -> velocity(x, t, cond)``, the same function in
             rollout and update, with its guidance.
         reference: ``frozen -> velocity`` that the KL refers to, or None.
-        condition: ``(frozen, batch) -> cond`` [prompt, ...], computed once a rollout,
-            such as the encoding of a text.
+        condition: ``(frozen, batch) -> cond`` [prompt, ...], such as the encoding of a
+            text; computed once for the rollout and once for the update.
         frozen: arrays that no update changes (a base under adapters, an encoder).
     """
 
@@ -47,7 +52,7 @@ class Credit(NamedTuple):
     """Which transitions train, and how.
 
     Attributes:
-        edge: int [n], transitions of the record.
+        edge: int [n], transitions of the record, n known before the rewards.
         advantage: float32 [n].
         weight: float32 [n] >= 0, 0 leaves a transition out of loss and denominator.
     """
@@ -57,14 +62,17 @@ class Credit(NamedTuple):
     weight: Any
 
 
+@runtime_checkable
 class Method(Protocol):
     """How samples are drawn and how credit is given; pure but for ``plan``.
 
     Attributes:
         group_size: samples a prompt.
+        reduction: of log-probs over event dimensions, that of the objective.
     """
 
     group_size: int
+    reduction: str
 
     def plan(self, iteration: int) -> tuple[flows.CoefficientTable, PyTree]:
         """Table and plan of an iteration, on the host (arrays of recurring shapes)."""
@@ -97,7 +105,8 @@ class HostReward:
 
     Attributes:
         fn: ``(images numpy [n, ...], prompts: list of n rows) -> n numbers``; a row is
-            the batch at that prompt, {name: array}.
+            the batch at that prompt, {name: numpy array}. It runs in a thread; with
+            several chunks it may run in several at once.
         timeout: seconds for one chunk.
     """
 
@@ -117,7 +126,7 @@ class Objective:
         step_weight: see :func:`tmdjax.flows.step_weights`.
     """
 
-    clip_range: Any = 1e-4
+    clip_range: rl.ClipRange = 1e-4
     reduction: str = "mean"
     kl_coefficient: float = 0.0
     kl_kind: str = "transition"
@@ -142,13 +151,14 @@ def make_iteration(
     chunks: int = 1,
     ema_decay: float | None = None,
     skip_above: float | None = None,
-    place: Callable[[Any], Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
     """Builds ``iteration(state, batch, key) -> (state, metrics)``, a host function.
 
     It calls two compiled programs, `collect` (once a chunk) and `learn` (once), and the
     reward between them; :func:`tmdjax.train.fit` takes it as its step. Noise depends on
-    key, iteration, prompt and sample alone, not on chunks or devices.
+    key, iteration, prompt and sample alone, not on chunks or devices. The number of the
+    iteration is that of the state: ``state.step // updates``.
 
     Args:
         policy: what is trained.
@@ -163,37 +173,69 @@ def make_iteration(
         chunks: parts of the batch of prompts, rolled out one after the other.
         ema_decay: see :func:`tmdjax.train.make_train_step`.
         skip_above: see there.
-        place: puts a batch of prompts on devices.
+        mesh: from :func:`tmdjax.train.make_mesh`; prompts and transitions are spread
+            over its data and fsdp axes, large parameters over fsdp. None leaves all on
+            one device.
 
     Returns:
-        The iteration. ``batch`` is {name: [prompt, ...]}; the state is donated. Metrics
-        are float32 scalars: reward_mean, reward_group_std, tied_group_fraction, loss,
-        grad_norm, kl, skipped (updates), ratio_error (max |ratio - 1| in the first
-        minibatch), clip_fraction_first and clip_fraction_last (of the minibatches).
+        The iteration. ``batch`` is {name: [prompt, ...]}; the state is donated once
+        there are rewards. Metrics are float32 scalars: reward_mean, reward_group_std,
+        tied_group_fraction, loss, grad_norm, kl, skipped (updates), ratio_error (max
+        |ratio - 1| in the first minibatch), clip_fraction_first and
+        clip_fraction_last (of the minibatches).
 
     Raises:
-        ValueError: a KL without a reference, counts below 1, a batch that does not
-            divide into chunks.
+        ValueError: a KL without a reference, a reduction unlike the method's, counts
+            below 1; (when called) a batch that does not divide into chunks, or a chunk
+            over the mesh.
         RewardError: (when called) a reward that fails or is not finite; the state is
-            as it was before the iteration.
-        RatioError: (at the first call) training and sampling disagree.
+            as it was before the iteration, and can be used again.
+        RatioError: (at the first call) training and sampling disagree; the updates of
+            this iteration are lost with the state.
     """
-    for name, count in (("updates", updates), ("microbatches", microbatches)):
+    for name, count in (
+        ("updates", updates),
+        ("microbatches", microbatches),
+        ("chunks", chunks),
+    ):
         check_count(name, count)
-    check_count("chunks", chunks)
     if objective.kl_coefficient and policy.reference is None:
         raise ValueError(
             f"kl_coefficient={objective.kl_coefficient} needs a reference policy; give "
             f"Policy(reference=...), or set it to 0."
         )
+    if objective.reduction != method.reduction:
+        raise ValueError(
+            f"the objective reduces log-probs by {objective.reduction!r}, the method "
+            f"by {method.reduction!r}; set both alike (and the clip range with them)."
+        )
     group_size = method.group_size
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    frozen = policy.frozen
+    if mesh is not None:
+        frozen = jax.device_put(frozen, fsdp_shardings(frozen, mesh))
+
+    def spread(tree: Any) -> Any:
+        if mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
     @jax.jit
     def collect(
-        params: Any, frozen: Any, batch: Any, keys: Any, table: Any, plan: Any
+        params: Any,
+        frozen: Any,
+        batch: Any,
+        key: Any,
+        number: Any,
+        first: Any,
+        table: Any,
+        plan: Any,
     ) -> Any:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        key = jax.random.fold_in(jax.random.fold_in(key, number), _ROLLOUT)
+        keys = spread(prng.sample_keys(key, size, first))
         velocity = policy.velocity(params, frozen)
-        cond = policy.condition(frozen, batch)
+        cond = policy.condition(frozen, spread(batch))
         return method.rollout(keys, velocity, cond, table, plan)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -203,19 +245,22 @@ def make_iteration(
         batch: Any,
         records: Any,
         rewards: Array,
-        plan: Any,
-        table: flows.CoefficientTable,
         key: Any,
+        number: Any,
+        table: flows.CoefficientTable,
+        plan: Any,
     ) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(key, number), _UPDATE)
+        credit_key, order_key, step_key = jax.random.split(key, 3)
         prompts = rewards.shape[0] // group_size
         transitions = rl.concatenate(records, prompts // len(records))
-        credit = method.credit(rewards, transitions, plan, key)
+        credit = method.credit(rewards, transitions, plan, credit_key)
         loss_fn = functools.partial(
             _loss,
             policy,
             objective,
             frozen,
-            policy.condition(frozen, batch),
+            policy.condition(frozen, spread(batch)),
             transitions,
             table,
         )
@@ -227,8 +272,14 @@ def make_iteration(
             reductions={"ratio_error": jnp.max},
             skip_above=skip_above,
         )
-        parts = _minibatches(credit, updates, microbatches, key)
-        state, each = jax.lax.scan(lambda s, part: step(s, part, key), state, parts)
+        parts = _minibatches(credit, updates, microbatches * ways, order_key)
+        initial = state
+        state, each = jax.lax.scan(
+            lambda state, part: step(state, spread(part), step_key), state, parts
+        )
+        if mesh is not None:
+            shardings = fsdp_shardings(initial, mesh)
+            state = jax.lax.with_sharding_constraint(state, shardings)
         group = jnp.repeat(jnp.arange(prompts), group_size)
         metrics = rl.group_statistics(rewards, group, prompts)
         for name in ("loss", "kl", "grad_norm"):
@@ -239,47 +290,36 @@ def make_iteration(
         metrics["clip_fraction_last"] = each["clip_fraction"][-1]
         return state, metrics
 
-    score = None if isinstance(reward, HostReward) else jax.jit(reward)
+    score = None
+    if not isinstance(reward, HostReward):
+        score = jax.jit(
+            lambda samples, prompts: reward(samples, _repeat(prompts, group_size))
+        )
     checked = False
 
     def iteration(state: TrainState, batch: Any, key: Any) -> Any:
         nonlocal checked
-        prompts = len(jax.tree.leaves(batch)[0])
-        if prompts % chunks:
-            raise ValueError(
-                f"{prompts} prompts do not divide into chunks={chunks}; choose a "
-                f"divisor."
-            )
-        number = int(state.step) // updates
-        table, plan = method.plan(number)
-        key = jax.random.fold_in(key, number)
-        on_device = batch if place is None else place(batch)
-        keys = prng.sample_keys(jax.random.fold_in(key, 0), prompts)
-        records, scored, size = [], [], prompts // chunks
-        for chunk in range(chunks):
-            rows = slice(chunk * size, (chunk + 1) * size)
-            part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], on_device)
+        size = _chunk_size(batch, chunks, ways)
+        number = np.int32(int(state.step) // updates)
+        table, plan = method.plan(int(number))
+        if mesh is not None:
+            state = jax.device_put(state, fsdp_shardings(state, mesh))
+        records, scored = [], []
+        for first in range(0, size * chunks, size):
+            part = jax.tree.map(lambda leaf: leaf[first : first + size], batch)  # noqa: B023
             samples, record = collect(
-                state.params, policy.frozen, part, keys[rows], table, plan
+                state.params, frozen, part, key, number, np.int32(first), table, plan
             )
             records.append(record)
-            scored.append(
-                _submit(reward, score, samples, batch, part, rows, group_size)
-            )
+            scored.append(_submit(reward, score, samples, part, first, group_size))
         rewards = np.concatenate([pending() for pending in scored])
         state, metrics = learn(
-            state,
-            policy.frozen,
-            on_device,
-            tuple(records),
-            rewards,
-            plan,
-            table,
-            jax.random.fold_in(key, 1),
+            state, frozen, batch, tuple(records), rewards, key, number, table, plan
         )
         if not checked:
-            rl.check_first_ratio(float(metrics["ratio_error"]), objective.clip_range)
-            checked = True
+            error = float(metrics["ratio_error"])
+            rl.check_first_ratio(error, objective.clip_range)
+            checked = error > 0  # at 0 nothing need have been live: look again
         return state, metrics
 
     # the compiled programs, for tests and benchmarks
@@ -287,49 +327,71 @@ def make_iteration(
     return iteration
 
 
+def _chunk_size(batch: Any, chunks: int, ways: int) -> int:
+    """Prompts a chunk."""
+    leaves = jax.tree.leaves(batch)
+    if not leaves:
+        raise ValueError(
+            "the batch holds no arrays; give {name: [prompt, ...]}, or the number of "
+            "each prompt where there is nothing else."
+        )
+    prompts = np.shape(leaves[0])[0]
+    for leaf in leaves:
+        check_batch("an array of the batch", leaf, prompts)
+    if prompts % chunks:
+        raise ValueError(
+            f"{prompts} prompts do not divide into chunks={chunks}; choose a divisor."
+        )
+    size = prompts // chunks
+    if size % ways:
+        raise ValueError(
+            f"a chunk of {size} prompts does not divide over {ways} devices; choose a "
+            f"multiple."
+        )
+    return size
+
+
+def _repeat(batch: Any, group_size: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, axis=0), batch)
+
+
 def _submit(
-    reward: Any,
-    score: Any,
-    samples: Array,
-    batch: Any,
-    part: Any,
-    rows: slice,
-    group_size: int,
+    reward: Any, score: Any, samples: Array, part: Any, first: int, group_size: int
 ) -> Callable[[], np.ndarray]:
     """Starts to score a chunk; the call waits for its rewards, checked."""
-    first = rows.start * group_size
+    first_sample = first * group_size
 
     def prompts() -> list[Any]:
-        return [
-            jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), batch)
-            for row in range(rows.start, rows.stop)
-            for _ in range(group_size)
+        host_part = jax.device_get(part)
+        rows = [
+            jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), host_part)
+            for i in range(samples.shape[0] // group_size)
         ]
+        return [row for row in rows for _ in range(group_size)]
 
     if score is None:
-        return host.submit(
-            reward.fn, samples, prompts(), first, timeout=reward.timeout
-        ).result
-    found = score(
-        samples, jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, 0), part)
-    )
+        pending = host.submit(
+            reward.fn, samples, prompts(), first_sample, timeout=reward.timeout
+        )
+        return pending.result
+    found = score(samples, part)
 
     def result() -> np.ndarray:
         values = np.asarray(found)
         if values.shape == samples.shape[:1] and np.isfinite(values).all():
             return values.astype(np.float32)
-        return host.check_rewards(values, prompts(), first)
+        return host.check_rewards(values, prompts(), first_sample)
 
     return result
 
 
-def _minibatches(credit: Credit, updates: int, microbatches: int, key: Any) -> Any:
+def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
     """[updates, n] each: transitions in random order, padded with weight 0.
 
-    Weights are scaled so that a plain mean over a minibatch is its weighted mean.
+    n is a multiple of the one given. Weights are scaled so that a plain mean over a minibatch is its weighted mean.
     """
     count = credit.edge.shape[0]
-    size = -(-count // (updates * microbatches)) * microbatches
+    size = -(-count // (updates * multiple)) * multiple
     padding = updates * size - count
     parts = {
         "edge": credit.edge,
@@ -337,7 +399,7 @@ def _minibatches(credit: Credit, updates: int, microbatches: int, key: Any) -> A
         "weight": credit.weight,
     }
     if updates > 1:
-        order = jax.random.permutation(jax.random.fold_in(key, 2), count)
+        order = jax.random.permutation(key, count)
         parts = {name: column[order] for name, column in parts.items()}
     parts = {
         name: jnp.pad(column, (0, padding)).reshape(updates, size)
