@@ -86,10 +86,9 @@ class Chains:
         check_range("fraction", self.fraction, 0, 1, open_low=True)
         check_range("advantage_clip", self.advantage_clip, 0, open_low=True)
         if self.best_and_worst is not None:
-            best, worst = (
-                check_count("best_and_worst", n, 0) for n in self.best_and_worst
-            )
-            check_range("best + worst", best + worst, 1, self.group_size)
+            best, worst = self.best_and_worst
+            kept = check_count("best", best, 0) + check_count("worst", worst, 0)
+            check_range("best + worst", kept, 1, self.group_size)
         self.plan(0)  # table, window and strength are refused here, if at all
 
     def table(self, iteration: int) -> flows.CoefficientTable:
@@ -282,9 +281,7 @@ def preset(
     if "grid" not in fields:
         fields["grid"] = flows.shifted_grid(steps, shift)
     elif "steps" in changes or "shift" in changes:
-        raise ValueError(
-            "a whole grid leaves no room for 'steps' or 'shift'; drop them."
-        )
+        raise ValueError("'grid' is all of the grid; drop 'steps' and 'shift'.")
     method = Chains(event_shape=tuple(event_shape), **fields)
     loss = {
         **(_KL if name.startswith("flow_grpo") else {}),

@@ -388,7 +388,8 @@ def _submit(
 def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
     """[updates, n] each: transitions in random order, padded with weight 0.
 
-    n is a multiple of the one given. Weights are scaled so that a plain mean over a minibatch is its weighted mean.
+    n is a multiple of the one given. Weights are scaled so that a plain mean over a
+    minibatch is its weighted mean.
     """
     count = credit.edge.shape[0]
     size = -(-count // (updates * multiple)) * multiple

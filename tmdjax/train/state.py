@@ -111,7 +111,7 @@ def make_train_step(
         microbatches: how many parts the batch is cut into (memory, not maths).
         unroll: unroll them instead of scanning: for networks with convolutions on
             CPU, where XLA runs convolution gradients inside loops many times slower.
-        reductions: how a metric of the whole batch [batch] becomes a number, such as
+        reductions: how a metric of loss_fn, [batch], becomes a number, such as
             ``{'ratio_error': jnp.max}``; the mean where it is not named.
         skip_above: updates with a larger gradient norm are skipped and counted like
             non-finite ones; None skips none.
@@ -122,8 +122,8 @@ def make_train_step(
 
     Raises:
         ValueError: a number out of range; on tracing: the batch does not divide into
-            microbatches, loss_fn returns a scalar or a reserved metric, or state and
-            ema_decay disagree.
+            microbatches, loss_fn returns a scalar or a reserved metric, a reduction of
+            none of its metrics, or state and ema_decay disagree.
     """
     check_count("microbatches", microbatches)
     if ema_decay is not None:
@@ -144,6 +144,12 @@ def make_train_step(
                     f"loss_fn reports metric {name!r} of shape {jnp.shape(value)}; "
                     f"metrics are [batch], one number an example, and "
                     f"{', '.join(RESERVED)} are taken."
+                )
+        for name in reductions or {}:
+            if name not in metrics:
+                raise ValueError(
+                    f"reductions names {name!r}, but loss_fn reports "
+                    f"{', '.join(metrics) or 'no metrics'}; reduce one of these."
                 )
         return jnp.sum(loss), {**metrics, "loss": loss}
 
