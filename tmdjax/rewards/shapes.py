@@ -312,21 +312,20 @@ def _legacy_score(
     looked_at = has_relation & matched
     target = matched[:, 1:2]
     good = exact["relation"][:, None] & target
-    # A failed relation appends 0 for the pair and then 1 as well.
-    relation_sum = looked_at & target
-    relation_number = looked_at * (1 + (target & ~good).astype(jnp.int32))
     total = (
         jnp.where(asked["count"], raw_count, 0)
         + jnp.where(asked["colour"] & counted, raw_colour, 0)
-        + relation_sum
+        + (looked_at & target)  # a failed relation appends 0, and then 1 as well
     )
-    number = (
-        asked["count"]
-        + (asked["count"] & ~counted & needs_more)
-        + (asked["colour"] & counted)
-        + relation_number
+    appended = (
+        asked["count"],
+        asked["count"] & ~counted & needs_more,
+        asked["colour"] & counted,
+        looked_at,
+        looked_at & target & ~good,
     )
-    return total.sum(1) / number.sum(1)
+    number = jnp.stack(appended).sum((0, 2))
+    return total.sum(1) / number
 
 
 def find_objects(
@@ -347,8 +346,7 @@ def find_objects(
     pixels = jnp.clip(
         jnp.nan_to_num(images.astype(jnp.float32), posinf=0, neginf=0), -1, 1
     )
-    # Nearest by |p|² - 2 p x: the |x|² of a pixel is the same for every colour.
-    distances = (palette**2).sum(1) - 2 * (pixels[..., None, :] * palette).sum(-1)
+    distances = jnp.square(pixels[..., None, :] - palette).sum(-1)
     colour = jnp.argmin(distances, axis=-1).astype(jnp.int32)
     label = _components(colour)
 

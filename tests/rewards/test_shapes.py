@@ -1,0 +1,476 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from tmdjax.core.prng import sample_keys
+from tmdjax.data import captioned_shapes
+from tmdjax.rewards import shapes
+
+COLOURS, SHAPES, RELATIONS = [*shapes.COLOURS], shapes.SHAPES, shapes.RELATIONS
+PALETTE = np.array([*shapes.COLOURS.values()], np.float32)
+
+# Drawn by hand.
+SPRITES = {
+    "square": ["#####"] * 5,
+    "disc": [".###.", "#####", "#####", "#####", ".###."],
+    "triangle": ["..#..", "..#..", ".###.", ".###.", "#####"],
+    "cross": ["..#..", "..#..", "#####", "..#..", "..#.."],
+}
+check = jax.jit(shapes.check, static_argnames="legacy")
+
+
+def specs_of(*rows, relation=0):
+    """One spec of clauses (count, colour or None, shape)."""
+    rows = [*rows] + [(0, None, None)] * (3 - len(rows))
+    return {
+        "count": np.array([[n for n, _, _ in rows]], np.int32),
+        "colour": np.array(
+            [[-1 if c is None else COLOURS.index(c) for _, c, _ in rows]], np.int32
+        ),
+        "shape": np.array(
+            [[-1 if s is None else SHAPES.index(s) for _, _, s in rows]], np.int32
+        ),
+        "relation": np.array([relation], np.int32),
+    }
+
+
+def paint(*objects, size=16):
+    """An image of (colour, shape, row, column)."""
+    image = np.zeros((size, size, 3), np.float32)
+    for colour, shape, row, column in objects:
+        for y, line in enumerate(SPRITES[shape]):
+            for x, pixel in enumerate(line):
+                if pixel == "#":
+                    image[row + y, column + x] = shapes.COLOURS[colour]
+    return image[None]
+
+
+def host(results):
+    return {name: value[0] for name, value in jax.device_get(results).items()}
+
+
+@functools.cache
+def rendered(size, count=128):
+    @jax.jit
+    def sample():
+        keys = [sample_keys(jax.random.key(i), count) for i in range(2)]
+        specs = captioned_shapes.sample_specs(keys[0], size=size)
+        return specs, captioned_shapes.render(keys[1], specs, size)
+
+    return sample()
+
+
+# ---- an independent count, object by object ----
+
+
+def count_objects(image):
+    """(colour, shape, box) of each object, by scipy's labels and cropped templates."""
+    image = np.clip(image.astype(np.float64), -1, 1)
+    palette = np.concatenate([PALETTE, np.zeros((1, 3))])
+    nearest = ((image[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    found = []
+    for colour in range(6):
+        label, _ = ndimage.label(nearest == colour, structure=np.ones((3, 3)))
+        for number, (rows, columns) in enumerate(ndimage.find_objects(label), 1):
+            crop = label[rows, columns] == number
+            height, width = crop.shape
+            if crop.sum() < 3 or max(height, width) > 2 * min(height, width):
+                continue
+            # Middles of the pixels in a box of [-1, 1]².
+            y = (2 * np.arange(height)[:, None] + 1 - height) / height
+            x = (2 * np.arange(width)[None] + 1 - width) / width
+            depth = (np.arange(height)[:, None] + 0.75) / height
+            templates = [
+                np.ones_like(crop),
+                x**2 + y**2 < 1,
+                np.abs(x) <= depth + 1e-9,
+                (np.abs(x) <= 0.25) | (np.abs(y) <= 0.25),
+            ]
+            wrong = [(crop != template).sum() for template in templates]
+            found.append((colour, int(np.argmin(wrong)), rows, columns))
+    return found
+
+
+def related(a, b):
+    """Relations of box a to box b, as GenEval finds them."""
+    centre = [np.array([(s.start + s.stop) / 2 for s in box[::-1]]) for box in (a, b)]
+    sides = [np.array([s.stop - s.start for s in box[::-1]]) for box in (a, b)]
+    offset = centre[0] - centre[1]
+    rest = np.maximum(np.abs(offset) - 0.1 * (sides[0] + sides[1]), 0) * np.sign(offset)
+    if not rest.any():
+        return set()
+    x, y = rest / np.linalg.norm(offset)
+    return {n for n, d in ((1, -x), (2, x), (3, -y), (4, y)) if d > 0.5}
+
+
+def expect(image, specs, i):
+    """(score, strict, legacy score) of one image, clause by clause."""
+    count, colour, shape = (specs[k][i] for k in ("count", "colour", "shape"))
+    relation = int(specs["relation"][i])
+    objects = count_objects(image)
+    used = [k for k in range(3) if count[k]]
+    of_shape = {k: [o for o in objects if o[1] == shape[k]] for k in used}
+    right = {k: [o for o in of_shape[k] if colour[k] in (-1, o[0])] for k in used}
+    parts = []
+    for k in used:
+        wanted = sum(count[j] for j in used if shape[j] == shape[k])
+        parts.append(max(0, 1 - abs(wanted - len(of_shape[k])) / wanted))
+        if colour[k] >= 0:
+            parts.append(max(0, 1 - abs(count[k] - len(right[k])) / count[k]))
+    if relation:
+        pair = [
+            right[k] or [o for o in of_shape[k] if o not in right[1 - k]]
+            for k in (0, 1)
+        ]
+        parts.append(
+            float(
+                len(pair[0]) == len(pair[1]) == 1
+                and relation in related(pair[0][0][2:], pair[1][0][2:])
+            )
+        )
+    rewards, groups = [], {}
+    for k in sorted(used, key=lambda k: (k != 1, k)):  # the target comes first
+        wanted = sum(count[j] for j in used if shape[j] == shape[k])
+        has_relation = relation and k == 0
+        rewards.append(1 - abs(wanted - len(of_shape[k])) / wanted)
+        matched = len(of_shape[k]) == wanted
+        if not matched:
+            if colour[k] >= 0 or has_relation:
+                rewards.append(0)
+        else:
+            if colour[k] >= 0:
+                rewards.append(1 - abs(count[k] - len(right[k])) / count[k])
+                matched = len(right[k]) == count[k]
+            if has_relation and matched:
+                if groups[1] is None:
+                    rewards.append(0)
+                else:
+                    for a in right[k]:
+                        for b in groups[1]:
+                            if relation not in related(a[2:], b[2:]):
+                                rewards.append(0)
+                    rewards.append(1)
+        groups[k] = right[k] if matched else None
+    return np.mean(parts), min(parts) == 1, np.mean(rewards)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("size", [16, 32])
+def test_agrees_with_an_independent_count(size, noise):
+    """Half the specs are those of other images, so that all parts can fail."""
+    specs, images = rendered(size)
+    images = images + noise * jax.random.normal(jax.random.key(5), images.shape)
+    moved = jax.tree.map(lambda a: jnp.where(
+        (jnp.arange(len(a)) % 2 == 0).reshape(-1, *[1] * (a.ndim - 1)), a, jnp.roll(a, 1, 0)
+    ), specs)  # fmt: skip
+    ours = jax.device_get(check(images, moved))
+    legacy = jax.device_get(check(images, moved, legacy=True))
+    moved, images = jax.device_get((moved, images))
+    expected = [expect(image, moved, i) for i, image in enumerate(images)]
+    scores, strict, legacy_scores = map(np.array, zip(*expected))
+    assert 0 < strict.mean() < 1
+    np.testing.assert_allclose(ours["score"], scores, atol=1e-6)
+    np.testing.assert_array_equal(ours["strict"], strict)
+    np.testing.assert_allclose(legacy["score"], legacy_scores, atol=1e-6)
+    assert (legacy_scores != scores).any()
+    np.testing.assert_array_equal(legacy["strict"], ours["strict"])
+
+
+def test_components_match_scipy_on_random_mazes():
+    colour = np.random.default_rng(0).choice([0, 1, 6], (8, 24, 24), p=[0.5, 0.2, 0.3])
+    label = np.asarray(shapes._components(jnp.asarray(colour, jnp.int32)))
+    for image, ours in zip(colour, label):
+        expected = np.full(image.shape, 24 * 24)
+        for value in (0, 1):
+            theirs, number = ndimage.label(image == value, np.ones((3, 3)))
+            for i in range(1, number + 1):
+                expected[theirs == i] = np.flatnonzero(theirs == i)[0]
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_a_winding_component_is_one():
+    """A spiral is the longest way that labels can go."""
+    image = np.full((13, 13), 6, np.int32)
+    y, x, dy, dx = 0, 0, 0, 1
+    image[0, 0] = 2
+    for length in (12, 12, 12, 10, 10, 8, 8, 6, 6, 4, 4, 2, 2):
+        for _ in range(length):
+            y, x = y + dy, x + dx
+            image[y, x] = 2
+        dy, dx = dx, -dy
+    label = np.asarray(shapes._components(jnp.asarray(image[None])))[0]
+    assert ndimage.label(image == 2)[1] == 1
+    assert set(label[image == 2]) == {0}
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_invariant_10_strict_on_10000_rendered_images(size):
+    @jax.jit
+    def chunk(start):
+        keys = [sample_keys(jax.random.key(i), 1000, start) for i in range(2)]
+        specs = captioned_shapes.sample_specs(keys[0], size=size)
+        images = captioned_shapes.render(keys[1], specs, size)
+        return specs["tag"], shapes.check(images, specs)
+
+    tags = []
+    for start in range(0, 10_000, 1000):
+        tag, result = jax.device_get(chunk(start))
+        assert result["strict"].all()
+        assert (result["score"] == 1).all()
+        tags.append(tag)
+    assert np.bincount(np.concatenate(tags)).min() > 1000
+    assert len(np.unique(np.concatenate(tags))) == len(captioned_shapes.TAGS)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 3.0])
+def test_invariant_10_score_in_unit_interval_and_1_iff_strict(noise):
+    specs, images = rendered(16)
+    images = images + noise * jax.random.normal(jax.random.key(1), images.shape)
+    result = jax.device_get(check(images, jax.tree.map(lambda a: a[::-1], specs)))
+    score, strict = result["score"], result["strict"]
+    assert score.dtype == np.float32 and strict.dtype == bool
+    assert ((score >= 0) & (score <= 1)).all()
+    np.testing.assert_array_equal(score == 1, strict)
+    for name in ("count", "colour", "relation"):
+        assert ((result[name] >= 0) & (result[name] <= 1)).all()
+
+
+@pytest.mark.parametrize("shift", [(3, 0), (0, 5), (4, 2)])
+def test_invariant_10_global_shift_changes_nothing(shift):
+    """Images are put into a wider frame, so that no object meets the border."""
+    specs, images = rendered(16)
+    wrong = jax.tree.map(lambda a: jnp.roll(a, 1, 0), specs)
+    frame = jnp.zeros((len(images), 24, 24, 3))
+    still = check(frame.at[:, :16, :16].set(images), wrong)
+    y, x = shift
+    moved = check(frame.at[:, y : y + 16, x : x + 16].set(images), wrong)
+    for name, value in still.items():
+        np.testing.assert_array_equal(value, moved[name], err_msg=name)
+    assert 0 < float(still["score"].mean()) < 1
+
+
+GOOD = [("red", "square", 2, 1), ("blue", "disc", 3, 9)]
+SPEC = specs_of((1, "red", "square"), (1, "blue", "disc"), relation=1)
+CORRUPTIONS = {
+    "colour": ([("green", "square", 2, 1), GOOD[1]], {"colour": [0, 1, 1]}),
+    "relation": (
+        [("red", "square", 2, 9), ("blue", "disc", 3, 1)],
+        {"relation": 0},
+    ),
+    "above": ([("red", "square", 1, 4), ("blue", "disc", 10, 4)], {"relation": 0}),
+    "count": ([*GOOD, ("blue", "disc", 10, 2)], None),
+    "another shape is ignored": ([*GOOD, ("cyan", "cross", 10, 2)], {}),
+}
+
+
+def test_all_right():
+    result = host(check(paint(*GOOD), SPEC))
+    assert result["score"] == 1 and result["strict"]
+
+
+@pytest.mark.parametrize("name", ["colour", "relation", "above"])
+def test_invariant_10_one_corrupted_attribute_lowers_its_part_alone(name):
+    objects, changed = CORRUPTIONS[name]
+    result = host(check(paint(*objects), SPEC))
+    expected = {"count": [1, 1, 1], "colour": [1, 1, 1], "relation": 1, **changed}
+    for part, value in expected.items():
+        np.testing.assert_array_equal(result[part], value, err_msg=part)
+    assert result["score"] == pytest.approx(4 / 5)
+    assert not result["strict"]
+
+
+@pytest.mark.parametrize("found, part", [(0, 0), (1, 0.5), (2, 1), (3, 0.5), (4, 0)])
+def test_invariant_10_a_wrong_count_lowers_the_count_alone(found, part):
+    places = [(1, 1), (1, 9), (9, 1), (9, 9)][:found]
+    image = paint(*(("cyan", "triangle", *place) for place in places))
+    result = host(check(image, specs_of((2, None, "triangle"))))
+    np.testing.assert_array_equal(result["count"], [part, 1, 1])
+    np.testing.assert_array_equal(result["colour"], [1, 1, 1])
+    assert result["relation"] == 1
+    assert result["score"] == part and result["strict"] == (part == 1)
+
+
+def test_invariant_10_a_wrong_shape_is_missed_by_its_count():
+    image = paint(("red", "cross", 2, 1), GOOD[1])
+    result = host(check(image, specs_of((1, "red", "square"), (1, "blue", "disc"))))
+    np.testing.assert_array_equal(result["count"], [0, 1, 1])
+    np.testing.assert_array_equal(result["colour"], [0, 1, 1])
+
+
+def test_objects_of_other_shapes_are_ignored():
+    image = paint(*GOOD, ("cyan", "cross", 10, 2))
+    assert host(check(image, SPEC))["strict"]
+
+
+def test_one_shape_in_two_colours():
+    """Which is which is told by the colour, else by what is left over."""
+    spec = specs_of((1, "red", "disc"), (1, "blue", "disc"), relation=3)
+    above = [("red", "disc", 1, 3), ("blue", "disc", 9, 4)]
+    assert host(check(paint(*above), spec))["strict"]
+    swapped = [("blue", "disc", 1, 3), ("red", "disc", 9, 4)]
+    result = host(check(paint(*swapped), spec))
+    assert result["relation"] == 0 and result["score"] == pytest.approx(4 / 5)
+    faded = [("green", "disc", 1, 3), ("blue", "disc", 9, 4)]
+    result = host(check(paint(*faded), spec))
+    assert result["relation"] == 1
+    np.testing.assert_array_equal(result["colour"], [0, 1, 1])
+    both = [("green", "disc", 1, 3), ("cyan", "disc", 9, 4)]
+    assert host(check(paint(*both), spec))["relation"] == 0
+
+
+def test_two_relations_may_hold_at_once():
+    image = paint(("red", "square", 1, 1), ("blue", "disc", 9, 9))
+    clauses = [(1, "red", "square"), (1, "blue", "disc")]
+    held = [
+        host(check(image, specs_of(*clauses, relation=r)))["strict"]
+        for r in range(1, 5)
+    ]
+    assert held == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "objects, clauses, relation, ours, legacy",
+    [
+        # Four squares where one was asked for: 1 - 3 / 1.
+        ([("red", "square", y, x) for y in (1, 9) for x in (1, 9)],
+         [(1, None, "square")], 0, 0, -2),
+        # A wrong relation: parts 1, 1, 1, 1, 0; the reference appends 0 and 1.
+        ([("red", "square", 2, 9), ("blue", "disc", 3, 1)],
+         [(1, "red", "square"), (1, "blue", "disc")], 1, 4 / 5, 5 / 6),
+        # No colours: parts 1, 1, 0 against 1, 1, 0, 1.
+        ([("red", "square", 2, 9), ("blue", "disc", 3, 1)],
+         [(1, None, "square"), (1, None, "disc")], 1, 2 / 3, 3 / 4),
+    ],
+)  # fmt: skip
+def test_legacy_keeps_the_quirks(objects, clauses, relation, ours, legacy):
+    image, spec = paint(*objects), specs_of(*clauses, relation=relation)
+    assert host(check(image, spec))["score"] == pytest.approx(ours)
+    assert host(check(image, spec, legacy=True))["score"] == pytest.approx(legacy)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_score_rises_as_noise_falls(size):
+    specs, images = rendered(size)
+    noise = jax.random.normal(jax.random.key(2), images.shape)
+    scores = [
+        float(check(images + std * noise, specs)["score"].mean())
+        for std in (1.0, 0.8, 0.6, 0.5, 0.4, 0.0)
+    ]
+    assert (np.diff(scores) > 0).all(), scores
+    assert scores[0] < 0.5 and scores[-2] > 0.9 and scores[-1] == 1
+
+
+def test_stray_pixels_and_lines_are_no_objects():
+    image = paint(("red", "square", 2, 1))
+    image[0, 12:, 0] = image[0, 0, 14] = shapes.COLOURS["red"]  # a line and a dot
+    image[0, 10, 10:12] = shapes.COLOURS["red"]
+    assert host(check(image, specs_of((1, "red", "square"))))["strict"]
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite_are_background(fill):
+    image = paint(("red", "square", 2, 1))
+    image[0, 10:15, 10:15] = fill
+    assert host(check(image, specs_of((1, "red", "square"))))["strict"]
+
+
+def test_bfloat16_and_overshooting_images():
+    specs, images = rendered(16)
+    assert check(images.astype(jnp.bfloat16), specs)["strict"].all()
+    assert check(5 * images, specs)["strict"].all()
+    assert check(0.8 * images, specs)["strict"].all()
+
+
+def test_one_by_one_is_the_batch():
+    specs, images = rendered(16)
+    images = images + 0.6 * jax.random.normal(jax.random.key(1), images.shape)
+    batch = check(images, specs)
+    one = [
+        check(images[i : i + 1], {k: v[i : i + 1] for k, v in specs.items()})
+        for i in range(32)
+    ]
+    for name, value in batch.items():
+        expected = np.concatenate([o[name] for o in one])
+        np.testing.assert_array_equal(value[:32], expected)
+
+
+def test_hand_drawn_sprites_are_the_masks():
+    row, column = np.indices((5, 5))
+    for name, mask in zip(SHAPES, shapes.shape_masks(row, column, 5, 5), strict=True):
+        lines = ["".join(".#"[int(p)] for p in line) for line in mask]
+        assert lines == SPRITES[name]
+
+
+@pytest.mark.parametrize("side", [5, 7, 9, 11, 13, 15])
+def test_shapes_differ_by_four_pixels_and_fill_their_box(side):
+    row, column = np.indices((side, side))
+    masks = shapes.shape_masks(row, column, side, side)
+    for i, mask in enumerate(masks):
+        assert mask.any(0).all() and mask.any(1).all()
+        assert ndimage.label(mask, np.ones((3, 3)))[1] == 1
+        assert all((mask != other).sum() >= 4 for other in masks[:i])
+        outside = shapes.shape_masks(row - side, column, side, side)[i]
+        assert not outside.any()
+
+
+class TestBadInput:
+    @pytest.fixture(autouse=True)
+    def shipped(self, as_shipped):
+        pass
+
+    @pytest.mark.parametrize("shape", [(1, 16, 16), (1, 16, 15, 3), (1, 16, 16, 4)])
+    def test_images_of_another_shape(self, shape):
+        with pytest.raises(ValueError, match=r"they need \(batch, size, size, 3\)"):
+            shapes.check(jnp.zeros(shape), SPEC)
+
+    def test_another_number_of_specs(self):
+        with pytest.raises(ValueError, match="leading axis must be the batch, 1"):
+            shapes.check(jnp.zeros((2, 16, 16, 3)), SPEC)
+
+    def test_missing_array(self):
+        with pytest.raises(ValueError, match="specs lack 'shape'"):
+            shapes.check_specs({k: v for k, v in SPEC.items() if k != "shape"})
+
+    def test_other_lengths(self):
+        with pytest.raises(
+            ValueError, match=r"'colour'\] has shape \(1, 2\); it needs"
+        ):
+            shapes.check_specs({**SPEC, "colour": SPEC["colour"][:, :2]})
+        with pytest.raises(ValueError, match="one relation a spec"):
+            shapes.check_specs({**SPEC, "relation": SPEC["count"]})
+        with pytest.raises(ValueError, match=r"\(2, 3\): 3 clauses for each of the 2"):
+            shapes.check_specs({**SPEC, "relation": np.zeros(2, np.int32)})
+
+    def test_floats(self):
+        with pytest.raises(TypeError, match=r"'count'\] is of dtype float32"):
+            shapes.check_specs({**SPEC, "count": SPEC["count"].astype(np.float32)})
+
+    @pytest.mark.parametrize(
+        "name, value, message",
+        [
+            ("count", [5, 0, 0], "a count lies outside"),
+            ("count", [0, 0, 0], "asks for nothing"),
+            ("count", [2, 1, 0], "a relation needs clauses 0 and 1 of count 1"),
+            ("colour", [6, 0, 0], "a colour lies outside"),
+            ("shape", [4, 0, 0], "a shape lies outside"),
+            ("shape", [-1, 0, 0], "a shape lies outside"),
+        ],
+    )
+    def test_values(self, name, value, message):
+        bad = {k: np.concatenate([v, v]) for k, v in SPEC.items()}
+        bad[name][1] = value
+        with pytest.raises(ValueError, match=f"spec 1 .*{message}"):
+            shapes.check_specs(bad)
+
+    def test_relation_value(self):
+        with pytest.raises(ValueError, match=r"relation lies outside \[0, 4\]"):
+            shapes.check_specs({**SPEC, "relation": np.array([5])})
+
+    @pytest.mark.parametrize("colour", [None, "red"])
+    def test_two_clauses_that_mean_the_same(self, colour):
+        with pytest.raises(ValueError, match="clauses 0 and 1 have one shape"):
+            shapes.check_specs(specs_of((1, "red", "disc"), (2, colour, "disc")))
