@@ -223,3 +223,42 @@ def test_clipping():
 def test_bad_optimizers(options, message):
     with pytest.raises(ValueError, match=message):
         train.OptimizerConfig(**options)
+
+
+def test_a_metric_is_reduced_as_asked_over_the_whole_batch():
+    params, batch = problem()
+    for microbatches in (1, 4):
+        _, history = run(
+            params,
+            batch,
+            1,
+            microbatches=microbatches,
+            reductions={"absolute": jnp.max},
+        )
+        keys = prng.sample_keys(jax.random.fold_in(jax.random.key(1), 0), 16)
+        each = linear_loss(params, batch, keys)[1]["absolute"]
+        np.testing.assert_allclose(history[0]["absolute"], np.max(each), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["absolut", "loss"])
+def test_reductions_of_no_metric_are_refused(name):
+    params, batch = problem()
+    with pytest.raises(ValueError, match=f"names '{name}', but loss_fn reports absol"):
+        run(params, batch, 1, reductions={name: jnp.max})
+
+
+def test_large_gradients_are_skipped_and_counted():
+    params, batch = problem()
+    _, history = run(params, batch, 1)
+    norm = float(history[0]["grad_norm"])
+    for bound, skipped in ((0.99 * norm, 1), (1.01 * norm, 0)):
+        state, history = run(params, batch, 1, skip_above=bound, ema_decay=0.9)
+        assert history[0]["skipped"] == skipped == int(state.skipped)
+        assert int(state.skipped_in_a_row) == skipped and int(state.step) == 1
+        kept = np.array_equal(state.params["w"], params["w"])
+        assert kept == bool(skipped)
+        assert np.array_equal(state.ema_params["w"], params["w"]) == bool(skipped)
+        # the norm that was too large is reported
+        np.testing.assert_allclose(history[0]["grad_norm"], norm, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"skip_above=0 is outside \(0, inf\]"):
+        run(params, batch, 1, skip_above=0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from tmdjax.core.checks import check_same_shape
+from tmdjax.core.checks import check_count, check_same_shape
 
 
 @struct.dataclass
@@ -46,8 +46,11 @@ def concatenate(parts: Sequence[Transitions], prompts: int) -> Transitions:
         prompts: conditions a part; those of part i are counted from i ``prompts``.
 
     Raises:
-        ValueError: parts of different shape.
+        ValueError: no parts, or parts of different shape.
     """
+    check_count("prompts", prompts)
+    if not parts:
+        raise ValueError("nothing to concatenate: give at least one record.")
     first = parts[0]
     if len(parts) == 1:
         return first
