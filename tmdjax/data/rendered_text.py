@@ -60,27 +60,27 @@ def sample_words(keys: SampleKeys, held_out: bool = False) -> list[str]:
     """
     check_key(keys, "keys")
     words: list[str | None] = [None] * len(keys)
-    stream = fold_in(keys, _WORDS)
     attempt = 0
     while None in words:
         # All are drawn again, though few are missing: one shape, one compilation.
-        drawn = decode(_draw_ids(fold_in(stream, attempt)))
-        for i, word in enumerate(drawn):
-            if words[i] is None and is_held_out(word) == held_out:
+        ids = np.asarray(_draw_ids(keys, attempt))
+        missing = [i for i, word in enumerate(words) if word is None]
+        for i, word in zip(missing, decode(ids[missing])):
+            if is_held_out(word) == held_out:
                 words[i] = word
         attempt += 1
     return [word for word in words if word is not None]
 
 
 @jax.jit
-def _draw_ids(keys: SampleKeys) -> Int[Array, "n position"]:
+def _draw_ids(keys: SampleKeys, attempt: ArrayLike) -> Int[Array, "n position"]:
     def one(key: Key[Array, ""]) -> Array:
-        length_key, letter_key = jax.random.split(key)
-        length = jax.random.randint(length_key, (), SHORTEST, LONGEST + 1)
-        ids = jax.random.randint(letter_key, (LONGEST,), 1, len(LETTERS) + 1)
+        share = jax.random.uniform(key, (1 + LONGEST,))
+        length = SHORTEST + jnp.floor(share[0] * (LONGEST - SHORTEST + 1))
+        ids = 1 + jnp.floor(share[1:] * len(LETTERS)).astype(jnp.int32)
         return jnp.where(jnp.arange(LONGEST) < length, ids, 0)
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(fold_in(fold_in(keys, _WORDS), attempt))
 
 
 def encode(words: Sequence[str]) -> dict[str, np.ndarray]:
@@ -178,7 +178,7 @@ def render(
         raise ValueError(
             f"keys has shape {keys.shape}; give one key a word, ({len(words)},)."
         )
-    colours = np.asarray(_draw_colours(fold_in(keys, _COLOURS)))
+    colours = np.asarray(_draw_colours(keys))
     images = np.empty((len(words), size, size, 3), np.float32)
     for image, word, (ground, colour) in zip(images, words, colours):
         image[:] = ground + _coverage(word, size)[..., None] * (colour - ground)
@@ -203,7 +203,7 @@ def _draw_colours(keys: SampleKeys) -> Float[Array, "n 2 3"]:
     def one(key: Key[Array, ""]) -> Array:
         return jax.lax.while_loop(too_near, again, (key, draw(key)))[1]
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(fold_in(keys, _COLOURS))
 
 
 def _coverage(word: str, size: int) -> Float[np.ndarray, "size size"]:

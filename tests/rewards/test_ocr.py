@@ -1,0 +1,341 @@
+import functools
+import importlib.util
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax.core.prng import fold_in, sample_keys
+from tmdjax.data import rendered_text
+from tmdjax.rewards import host, ocr
+
+needs_model = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnxruntime", "rapidocr_onnxruntime"))),
+    reason="onnxruntime or rapidocr-onnxruntime is absent",
+)
+KEYS = sample_keys(fold_in(jax.random.key(0), 0), 200)
+
+
+@functools.cache
+def words(held_out=False):
+    return rendered_text.sample_words(KEYS, held_out)
+
+
+@functools.cache
+def rendered(size, held_out=False):
+    return rendered_text.render(words(held_out), KEYS, size)
+
+
+@functools.cache
+def reader(region="band"):
+    return ocr.load(region=region)
+
+
+def edits(a, b):
+    """Edit distance by its recursive definition, all alignments tried."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(
+        edits(a[1:], b[1:]) + (a[0] != b[0]), edits(a[1:], b) + 1, edits(a, b[1:]) + 1
+    )
+
+
+def test_13_edit_distance_against_all_alignments():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = ("".join(rng.choice([*"ABC"], rng.integers(0, 6))) for _ in range(2))
+        assert ocr.edit_distance(a, b) == edits(a, b) == ocr.edit_distance(b, a)
+
+
+def test_13_published_edit_distances():
+    for a, b, distance in [
+        ("kitten", "sitting", 3),
+        ("saturday", "sunday", 3),
+        ("intention", "execution", 5),
+        ("", "four", 4),
+        ("same", "same", 0),
+    ]:
+        assert ocr.edit_distance(a, b) == distance
+
+
+def test_13_spaces_and_case_do_not_count():
+    texts = [" wO rd\t", "W O R D", "word\n", "WORD"]
+    np.testing.assert_array_equal(ocr.score(texts, ["WORD"] * 4), 1)
+    np.testing.assert_array_equal(ocr.exact(texts, ["w o r d"] * 4), 1)
+
+
+def test_13_score_of_known_readings():
+    texts = ["WORD", "WARD", "WOR", "SWORD", "XXXX", "ABCDEFGHIJ", "RD"]
+    scores = ocr.score(texts, ["WORD"] * 7)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [1, 0.75, 0.75, 0.75, 0, 0, 0.5])
+    exact = ocr.exact(texts, ["WORD"] * 7)
+    assert exact.dtype == np.float32
+    np.testing.assert_array_equal(exact, [1, 0, 0, 0, 0, 0, 0])
+
+
+def test_13_empty_recognition_scores_zero():
+    np.testing.assert_array_equal(ocr.score(["", "  "], ["CAT", "SIX"]), 0)
+    np.testing.assert_array_equal(ocr.exact(["", "  "], ["CAT", "SIX"]), 0)
+    assert ocr.score([], []).shape == (0,)
+
+
+def test_13_score_is_one_only_when_exact():
+    rng = np.random.default_rng(1)
+    draw = lambda: "".join(rng.choice([*"AB"], rng.integers(1, 4)))  # noqa: E731
+    texts, asked = zip(*((draw(), draw()) for _ in range(200)))
+    scores, exact = ocr.score(texts, asked), ocr.exact(texts, asked)
+    assert 0 < exact.sum() < 200 and scores.min() == 0
+    np.testing.assert_array_equal(scores == 1, exact == 1)
+
+
+def test_score_refuses_bad_input(as_shipped):
+    for fn in (ocr.score, ocr.exact):
+        with pytest.raises(ValueError, match="2 texts but 1 words"):
+            fn(["A", "B"], ["A"])
+        with pytest.raises(ValueError, match=r"words\[1\]=' ' has no character"):
+            fn(["A", ""], ["A", " "])
+        with pytest.raises(TypeError, match="texts='ABC' is one string"):
+            fn("ABC", ["A", "B", "C"])
+
+
+class Session:
+    """A network whose classes are given, one row an image."""
+
+    def __init__(self, rows):
+        self.rows = np.array(rows)
+        self.inputs = []
+
+    def get_inputs(self):
+        return [types.SimpleNamespace(name="x")]
+
+    def run(self, outputs, inputs):
+        batch = inputs["x"]
+        start = sum(map(len, self.inputs))
+        self.inputs.append(batch)
+        return [np.eye(4)[self.rows[start : start + len(batch)]]]
+
+
+def test_decoding_joins_repeats_and_drops_blanks():
+    rows = [
+        [0, 1, 1, 0, 1, 2, 2],
+        [1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0],
+        [2, 0, 2, 3, 3, 1, 0],
+        [3, 3, 0, 3, 1, 2, 1],
+    ]
+    session = Session(rows)
+    read = ocr.Reader(session=session, characters=("", "A", "B", " "), batch_size=2)
+    texts = read(np.zeros((5, 32, 32, 3), np.float32))
+    assert texts == ["AAB", "A", "", "BB A", "  ABA"]
+    assert [batch.shape for batch in session.inputs] == [
+        (2, 3, 48, 96),
+        (2, 3, 48, 96),
+        (1, 3, 48, 96),
+    ]
+    assert read(np.zeros((0, 32, 32, 3), np.float32)) == []
+
+
+@pytest.mark.parametrize("size", [32, 45, 64])
+def test_input_of_the_network_is_opencvs(size):
+    cv2 = pytest.importorskip("cv2")
+    image = rendered(64)[0, :size, :size]
+    levels = np.rint((image + 1) * 127.5).astype(np.uint8)
+    rows = ocr.text_band(size)
+    theirs = cv2.resize(levels[rows, :, ::-1], (96, 48)).transpose(2, 0, 1)
+    (ours,) = ocr.network_input(image[None], rows)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs / 127.5 - 1, atol=2.5 / 127.5)
+
+
+def test_the_input_of_the_network_is_clipped_and_blue_comes_first():
+    image = np.zeros((1, 32, 48, 3), np.float32) + np.array([5, 0, -5], np.float32)
+    for rows in (ocr.text_band(32), slice(None)):
+        batch = ocr.network_input(image, rows)
+        assert batch.shape == (1, 3, 48, 144)
+        np.testing.assert_allclose(batch[0, :, 7, 7], [-1, 0, 1], atol=0.51 / 127.5)
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("size", "noise", "rate", "region"),
+    [
+        (32, 0.0, 0.85, "band"),
+        (48, 0.0, 0.93, "band"),
+        (64, 0.0, 0.95, "band"),
+        (64, 0.3, 0.75, "band"),
+        (48, 0.0, 0.85, "full"),
+    ],
+)
+def test_rendered_words_are_read_back(size, noise, rate, region):
+    images = rendered(size)
+    images = images + noise * np.random.default_rng(0).standard_normal(images.shape)
+    assert ocr.exact(reader(region)(images), words()).mean() >= rate
+
+
+@needs_model
+def test_held_out_words_are_read_back():
+    texts = reader()(rendered(64, held_out=True)[:60])
+    assert ocr.exact(texts, words(held_out=True)[:60]).mean() >= 0.95
+
+
+@needs_model
+def test_texts_do_not_depend_on_batch_dtype_or_order():
+    images = rendered(64)[:20]
+    texts = reader()(images)
+    assert ocr.load(batch_size=7)(images) == texts
+    assert reader()(images[::-1]) == texts[::-1]
+    assert reader()(images.astype(np.float64)) == texts
+    assert ocr.exact(reader()(jnp.asarray(images, jnp.bfloat16)), texts).mean() > 0.8
+
+
+@needs_model
+def test_a_word_elsewhere_needs_the_full_region():
+    moved = np.roll(rendered(64)[:40], 20, axis=1)
+    band, full = (ocr.exact(reader(r)(moved), words()[:40]) for r in ocr.REGIONS)
+    assert full.mean() > 0.6 > 0.3 > band.mean()
+
+
+@needs_model
+def test_the_package_reads_the_same():
+    pytest.importorskip("cv2")
+    recognise = pytest.importorskip("rapidocr_onnxruntime.ch_ppocr_rec")
+    theirs = recognise.TextRecognizer(
+        {
+            "model_path": str(ocr._packaged_model()),
+            "use_cuda": False,
+            "use_dml": False,
+            "intra_op_num_threads": 1,
+            "inter_op_num_threads": 1,
+            "rec_batch_num": 6,
+            "rec_img_shape": [3, 48, 96],
+        }
+    )
+    images = rendered(64)[:40]
+    levels = np.rint((images + 1) * 127.5).astype(np.uint8)[:, 16:48, :, ::-1]
+    texts = [text for text, _ in theirs(list(levels))[0]]
+    # Resizing differs by a level here and there, and so may a text on the edge.
+    assert np.mean([a == b for a, b in zip(reader()(images), texts)]) >= 0.95
+
+
+@needs_model
+def test_nothing_is_read_on_a_plain_image():
+    images = np.full((3, 64, 64, 3), 0.25, np.float32)
+    texts = reader()(images)
+    np.testing.assert_array_equal(ocr.score(texts, ["CAT"] * 3), 0)
+
+
+@needs_model
+def test_as_a_scorer_on_the_host():
+    def score(images, asked):
+        return ocr.score(reader()(images), asked)
+
+    images = jnp.asarray(rendered(64)[:16])
+    pending = [
+        host.submit(score, images[i : i + 8], words()[i : i + 8], i) for i in (0, 8)
+    ]
+    rewards = np.concatenate([p.result() for p in pending])
+    assert rewards.shape == (16,) and rewards.mean() > 0.9
+    swapped = host.submit(score, images, words()[1:17]).result()
+    assert swapped.mean() < 0.5
+    broken = images.at[5, 0, 0, 0].set(jnp.nan)
+    with pytest.raises(
+        host.RewardError, match=rf"sample 15 .*'{words()[5]}'.*non-fini"
+    ):
+        host.submit(score, broken, words()[:16], 10).result()
+
+
+@needs_model
+def test_the_package_itself_is_not_imported(run_python):
+    run_python(
+        "import sys\n"
+        "from tmdjax.rewards import ocr\n"
+        "assert 'onnxruntime' not in sys.modules\n"
+        "ocr.load()\n"
+        "assert not {'cv2', 'rapidocr_onnxruntime'} & {*sys.modules}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 64, 3), (2, 64, 64, 1), (2, 3, 64, 64), (2, 31, 64, 3), (2, 64, 8, 3)],
+)
+def test_images_of_wrong_shape(as_shipped, shape):
+    read = ocr.Reader(session=None, characters=())
+    with pytest.raises(ValueError, match=r"images has shape .*; give \[n, height"):
+        read(np.zeros(shape, np.float32))
+
+
+def test_images_of_wrong_values(as_shipped):
+    read = ocr.Reader(session=None, characters=())
+    with pytest.raises(TypeError, match=r"dtype uint8; give floating .*127\.5 - 1"):
+        read(np.zeros((1, 32, 32, 3), np.uint8))
+    images = np.zeros((3, 32, 32, 3), np.float32)
+    images[2, 4, 5, 1] = np.inf
+    with pytest.raises(ValueError, match=r"images has 1 non-fin.*\(2, 4, 5, 1\)"):
+        read(images)
+
+
+def test_bad_options(as_shipped):
+    with pytest.raises(
+        ValueError, match=r"region='bands' is not .*Did you mean 'band'"
+    ):
+        ocr.load(region="bands")
+    with pytest.raises(ValueError, match="threads=0 must be at least 1"):
+        ocr.load(threads=0)
+    with pytest.raises(TypeError, match=r"batch_size=1\.5"):
+        ocr.load(batch_size=1.5)  # pyright: ignore
+
+
+def test_absent_packages_name_the_extra(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(ImportError, match=r"onnxruntime .*'tmdjax\[ocr\]'"):
+            ocr.load()
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"rapidocr-onnxruntime.*'tmdjax\[ocr\]'"):
+        ocr.load()
+
+
+def fake_onnxruntime(characters):
+    """A module whose sessions have 5 classes and this dictionary."""
+    session = types.SimpleNamespace(
+        get_modelmeta=lambda: types.SimpleNamespace(custom_metadata_map=characters),
+        get_outputs=lambda: [types.SimpleNamespace(shape=["n", "w", 5])],
+    )
+    return types.SimpleNamespace(
+        SessionOptions=types.SimpleNamespace,
+        InferenceSession=lambda *args, **options: session,
+    )
+
+
+def test_another_model_needs_a_dictionary_that_fits(monkeypatch, tmp_path):
+    path = tmp_path / "model.onnx"
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime({}))
+    with pytest.raises(FileNotFoundError, match=r"model=.*model\.onnx' is not a file"):
+        ocr.load(model=path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="5 classes but a dictionary of 0 characters"):
+        ocr.load(model=path)
+    fitting = fake_onnxruntime({"character": "a\nb\nc"})
+    monkeypatch.setitem(sys.modules, "onnxruntime", fitting)
+    assert ocr.load(model=path).characters == ("", "a", "b", "c", " ")
+
+
+def test_a_damaged_or_other_model_file_is_refused(monkeypatch, tmp_path):
+    folder = tmp_path / "rapidocr_onnxruntime"
+    path = folder / ocr.MODEL_FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a network")
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime({}))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: types.SimpleNamespace(submodule_search_locations=[folder]),
+    )
+    with pytest.raises(ValueError, match=r"has SHA-256 \w{64}, expected 48fc40f2"):
+        ocr.load()
