@@ -1,0 +1,404 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import data, flows, models, rl, train
+from tmdjax.systems import flow_grpo
+from tmdjax.train import flow_rl
+
+MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
+NET = models.build({"name": "mlp", "hidden": 16, "depth": 2})
+APPLY = models.functional(NET)
+GOAL = jnp.array([1.2, 1.6])
+
+
+def corrected(params, frozen):
+    """The exact velocity of the mixture plus a network that starts at zero."""
+    return lambda x, t, cond: MIXTURE.velocity(x, t) + APPLY(params, x, t, None)
+
+
+def network_params():
+    params = models.init_params(
+        NET, jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), None
+    )
+    return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
+
+
+def to_goal(x, prompts):
+    return -jnp.sqrt(jnp.sum((x - GOAL) ** 2, -1))
+
+
+SMALL = {
+    "flow_grpo": {},
+    "flow_grpo_fast": {"window": {"schedule": "random", "size": 3, "high": 5}},
+    "dance_grpo": {},
+    # four positions in twelve iterations, and back to the first
+    "mix_grpo": {"window": {"schedule": "progressive", "size": 4, "iterations": 3}},
+}
+
+
+@pytest.mark.parametrize("name", flow_grpo.PRESETS)
+def test_reward_rises_with_one_compilation_of_each_program(name):
+    setup = flow_grpo.preset(
+        name,
+        (2,),
+        steps=8,
+        group_size=8,
+        objective={"clip_range": 0.05, "kl_coefficient": 0.0},
+        **SMALL[name],
+    )
+    optimizer = train.make_optimizer(
+        train.OptimizerConfig(learning_rate=5e-3, name="adam")
+    )
+    iteration = flow_rl.make_iteration(
+        flow_rl.Policy(velocity=corrected),
+        setup.method,
+        to_goal,
+        optimizer,
+        setup.objective,
+        updates=setup.updates,
+    )
+    state = train.create_state(network_params(), optimizer)
+    batch = {"prompt": np.arange(8)}
+    history = []
+    for _ in range(25):
+        state, metrics = iteration(state, batch, jax.random.key(1))
+        history.append(metrics)
+    rewards = [float(m["reward_mean"]) for m in history]
+    assert np.mean(rewards[-3:]) > 0.5 * np.mean(rewards[:3]), rewards
+    assert 0 < history[0]["ratio_error"] <= 1e-6
+    assert history[0]["clip_fraction_first"] == 0
+    if "window" in SMALL[name]:
+        windows = {tuple(setup.method.table(i).mask) for i in range(25)}
+        assert len(windows) >= 3
+    # the type hook of the tests does not multiply programs
+    assert iteration.collect._cache_size() == iteration.learn._cache_size() == 1
+    assert int(state.step) == 25 * setup.updates and int(state.skipped) == 0
+
+
+# -- credit ----------------------------------------------------------------------------
+
+# mean and std over, ddof, eps: the table of the published losses
+ADVANTAGES = {
+    "flow_grpo": ("batch", 0, 1e-4),
+    "flow_grpo_fast": ("batch", 0, 1e-4),
+    "dance_grpo": ("group", 1, 1e-8),
+    "mix_grpo": ("group", 1, 1e-8),
+}
+
+
+EMPTY = rl.Transitions(*(jnp.zeros(0) for _ in range(6)))  # rewards are all that counts
+
+
+def credit(method, rewards, key=0):
+    _, plan = method.plan(0)
+    found = jax.jit(method.credit)(
+        jnp.asarray(rewards, jnp.float32), EMPTY, plan, jax.random.key(key)
+    )
+    return plan["steps"], flow_rl.Credit(*(np.asarray(column) for column in found))
+
+
+def rewards_of(groups, size, seed=0):
+    return np.random.default_rng(seed).normal(size=(groups, size))
+
+
+@pytest.mark.parametrize("name", flow_grpo.PRESETS)
+def test_advantages_are_the_published_ones(name):
+    method = flow_grpo.preset(name, (2,)).method
+    rewards = rewards_of(3, method.group_size)
+    rewards[1, 4] += 100  # beyond the clip where the std is that of the batch
+    scale, ddof, eps = ADVANTAGES[name]
+    expected = []
+    for group in rewards:
+        std = np.std(rewards if scale == "batch" else group, ddof=ddof)
+        expected.append(np.clip((group - np.mean(group)) / (std + eps), -5, 5))
+    assert (np.max(expected) == 5) == (scale == "batch")
+    steps, found = credit(method, rewards.reshape(-1))
+    each = found.advantage.reshape(rewards.size, -1)
+    for column in each.T:
+        np.testing.assert_allclose(
+            column, np.reshape(expected, -1), rtol=1e-4, atol=1e-5
+        )
+    sample = found.edge.reshape(each.shape) // len(steps)
+    np.testing.assert_array_equal(sample, np.arange(rewards.size)[:, None] + 0 * sample)
+    assert (found.weight == 1).all()
+
+
+@pytest.mark.parametrize("name", flow_grpo.PRESETS)
+def test_tied_groups(name):
+    method = flow_grpo.preset(name, (2,)).method
+    rewards = rewards_of(3, method.group_size)
+    rewards[1] = 0.7
+    _, found = credit(method, rewards.reshape(-1))
+    advantage, weight = (x.reshape(3, -1) for x in (found.advantage, found.weight))
+    assert not advantage[1].any() and advantage[0].any() and advantage[2].any()
+    assert (weight[[0, 2]] == 1).all()
+    assert (weight[1] == (0 if name.startswith("flow") else 1)).all()
+
+
+def test_only_the_best_and_the_worst_reach_the_update():
+    changes = {"group_size": 6, "best_and_worst": (2, 1)}
+    rewards = rewards_of(4, 6)
+    rewards[2] = 1.0  # tied, and still of the same number of transitions
+    every = flow_grpo.preset("dance_grpo", (2,), group_size=6).method
+    method = flow_grpo.preset("dance_grpo", (2,), **changes).method
+    steps, found = credit(method, rewards.reshape(-1))
+    assert found.edge.shape == (4 * 3 * 9,)
+    sample = found.edge.reshape(12, 9) // len(steps)
+    assert (sample == sample[:, :1]).all()
+    for group in (0, 1, 3):
+        order = np.argsort(rewards[group]) + 6 * group
+        kept = set(sample[3 * group : 3 * group + 3, 0])
+        assert kept == {order[0], order[-1], order[-2]}
+    # advantages compare the whole group
+    _, whole = credit(every, rewards.reshape(-1))
+    advantage = dict(zip(whole.edge // len(steps), whole.advantage))
+    for s, a in zip(sample[:, 0], found.advantage.reshape(12, 9)[:, 0]):
+        assert advantage[s] == a
+
+
+def test_random_transitions_are_distinct_and_of_the_published_number():
+    method = flow_grpo.preset("dance_grpo", (2,)).method
+    rewards = rewards_of(16, 12).reshape(-1)
+    steps, found = credit(method, rewards)
+    np.testing.assert_array_equal(steps, np.arange(15))  # the last never trains
+    chosen = found.edge.reshape(192, -1) % 15
+    assert chosen.shape[1] == int((16 - 1) * 0.6) == 9
+    assert all(len(set(row)) == 9 for row in chosen)
+    counts = np.bincount(chosen.reshape(-1), minlength=15) / 192
+    # binomial with p = 9/15: within 5 standard errors
+    np.testing.assert_allclose(counts, 0.6, atol=5 * np.sqrt(0.24 / 192))
+    _, other = credit(method, rewards, key=1)
+    assert (other.edge != found.edge).any()
+
+
+def test_flow_grpo_trains_the_first_steps():
+    table, plan = flow_grpo.preset("flow_grpo", (2,)).method.plan(0)
+    assert table.mask.all()
+    np.testing.assert_array_equal(plan["steps"], np.arange(int(10 * 0.99)))
+
+
+# -- published settings ----------------------------------------------------------------
+
+
+def test_published_settings():
+    setups = {name: flow_grpo.preset(name, (2,)) for name in flow_grpo.PRESETS}
+    found = {
+        name: (
+            len(s.method.grid) - 1,
+            s.method.group_size,
+            s.method.strength,
+            s.method.same_noise,
+            s.updates,
+            s.objective.clip_range,
+            s.objective.kl_coefficient,
+            s.method.advantage_clip,
+        )
+        for name, s in setups.items()
+    }
+    assert found == {
+        "flow_grpo": (10, 24, 0.7, False, 2, 1e-4, 0.04, 5),
+        "flow_grpo_fast": (10, 24, 0.7, True, 2, 1e-4, 0.04, 5),
+        "dance_grpo": (16, 12, 0.3, True, 3, 1e-4, 0, 5),
+        "mix_grpo": (25, 12, 0.7, True, 4, 1e-4, 0, 5),
+    }
+    for name in ("flow_grpo", "flow_grpo_fast"):
+        assert setups[name].objective.kl_kind == "flow_grpo_code"
+    # shift 3 at the first inner knot: 3 u / (1 + 2 u)
+    for s in setups.values():
+        u = 1 - 1 / (len(s.method.grid) - 1)
+        np.testing.assert_allclose(s.method.grid[1], 3 * u / (1 + 2 * u), rtol=1e-12)
+
+
+def test_windows_move_as_published():
+    fast = flow_grpo.preset("flow_grpo_fast", (2,)).method
+    starts = []
+    for i in range(40):
+        on = np.flatnonzero(fast.table(i).mask)
+        np.testing.assert_array_equal(on, on[0] + np.arange(3))
+        starts.append(on[0])
+    assert set(starts) == {0, 1, 2}  # both ends of [0, 5 - 3]
+    mix = flow_grpo.preset("mix_grpo", (2,)).method
+    for i, start in ((0, 0), (24, 0), (25, 1), (25 * 20, 20), (25 * 21, 0)):
+        table, plan = mix.plan(i)
+        np.testing.assert_array_equal(np.flatnonzero(table.mask), start + np.arange(4))
+        np.testing.assert_array_equal(plan["steps"], start + np.arange(4))
+
+
+# -- rollout ---------------------------------------------------------------------------
+
+
+def shrink(x, t, cond):
+    return 0.3 * x + jnp.sin(t)[:, None] + (0 if cond is None else cond)
+
+
+def drawn(method, iteration=0, prompts=3, cond=None):
+    table, plan = method.plan(iteration)
+    keys = jax.random.split(jax.random.key(5), prompts)
+    return table, plan, *method.rollout(keys, shrink, cond, table, plan)
+
+
+def at_window(start, **options):
+    return flow_grpo.preset(
+        "mix_grpo",
+        (2,),
+        steps=8,
+        group_size=4,
+        window={"schedule": "fixed", "size": 3, "low": start},
+        **options,
+    ).method
+
+
+def test_states_before_the_window_are_those_of_the_ode_and_the_same_in_a_group():
+    # invariant 14
+    method = at_window(0)
+    _, _, _, record = drawn(method)
+    noise = record.states.reshape(3, 4, 4, 2)[:, :, 0]
+    np.testing.assert_array_equal(noise, np.broadcast_to(noise[:, :1], noise.shape))
+    _, _, samples, late = drawn(at_window(3))
+    entry = late.states.reshape(3, 4, 4, 2)[:, :, 0]
+    np.testing.assert_array_equal(entry, np.broadcast_to(entry[:, :1], entry.shape))
+    x = np.asarray(noise[:, 0], np.float64)
+    for t, t_next in zip(method.grid[:3], method.grid[1:4]):
+        x = x - (t - t_next) * np.asarray(shrink(x, np.full(3, t), None))
+    np.testing.assert_allclose(entry[:, 0], x, atol=1e-5)
+    assert len(np.unique(noise[:, 0, 0])) == 3
+    after = late.states.reshape(12, 4, 2)[:, 1]
+    assert len(np.unique(after[:, 0])) == 12 == len(np.unique(samples[:, 0]))
+
+
+def test_without_shared_noise_every_sample_starts_elsewhere():
+    _, _, _, record = drawn(at_window(0, same_noise=False))
+    assert len(np.unique(record.states.reshape(12, 4, 2)[:, 0, 0])) == 12
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_record_keeps_the_states_of_the_window_alone(start):
+    table, plan, _, record = drawn(at_window(start))
+    assert record.states.nbytes == 12 * (3 + 1) * 2 * 4
+    assert len(record) == 12 * 3
+    np.testing.assert_array_equal(record.target, record.source + 1)
+    # each state inside a chain ends one transition and begins the next
+    ends = np.bincount(
+        np.concatenate([record.source, record.target]), minlength=48
+    ).reshape(12, 4)
+    np.testing.assert_array_equal(ends, [[1, 2, 2, 1]] * 12)
+    np.testing.assert_array_equal(
+        np.asarray(record.step).reshape(12, 3), [start + np.arange(3)] * 12
+    )
+    np.testing.assert_array_equal(
+        np.asarray(record.prompt).reshape(3, 12), np.arange(3)[:, None] + np.zeros(12)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_stored_log_probs_are_those_of_the_stored_transitions(reduction):
+    method = flow_grpo.preset(
+        "flow_grpo", (2,), steps=5, group_size=2, reduction=reduction,
+        objective={"clip_range": 0.1},
+    ).method  # fmt: skip
+    cond = jnp.asarray([[0.1, -0.2], [1.0, 0.0], [0.0, -1.0]])
+    _, _, _, record = drawn(method, cond=cond)
+    grid, a = np.asarray(method.grid), 0.7
+    for edge in range(len(record)):
+        i = int(record.step[edge])
+        t, h = grid[i], grid[i] - grid[i + 1]
+        sigma = a * np.sqrt(t / (1 - (grid[1] if t == 1 else t)))
+        x = np.asarray(record.states[record.source[edge]], np.float64)
+        y = np.asarray(record.states[record.target[edge]], np.float64)
+        v = 0.3 * x + np.sin(t) + np.asarray(cond[record.prompt[edge]], np.float64)
+        mean = x * (1 - sigma**2 * h / (2 * t))
+        mean -= v * (1 + sigma**2 * (1 - t) / (2 * t)) * h
+        std = sigma * np.sqrt(h)
+        each = -((y - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
+        expected = getattr(np, reduction)(each)
+        np.testing.assert_allclose(record.log_prob[edge], expected, atol=2e-5)
+
+
+def test_groups_stand_in_a_row():
+    cond = jnp.asarray([[50.0, 0.0], [0.0, 50.0], [-50.0, 0.0]])
+    _, _, samples, record = drawn(at_window(0), cond=cond)
+    away = np.asarray(samples).reshape(3, 4, 2).mean(1)
+    np.testing.assert_array_equal(np.argmin(away, 1), [0, 1, 1])
+    assert away[0, 0] < -10 and away[1, 1] < -10 and away[2, 0] > 10
+
+
+# -- bad inputs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"group_size": 1}, "group_size=1: an advantage compares"),
+        ({"group_size": 0}, "group_size=0 must be at least 1"),
+        ({"strength": 0.0}, "no step of preset='flow_grpo' with strength=0.0"),
+        ({"window": {"size": 3, "low": 9}}, r"low=9 is outside \[0, 7\]"),
+        ({"window": {"size": 11}}, r"low=0 is outside \[0, -1\]"),
+        ({"window": {"size": 2, "high": 12}}, r"window high=12 is outside \[1, 10\]"),
+        ({"trained": "last"}, "trained='last' is not one of"),
+        ({"scale": "groups"}, "scale='groups' is not one of.*'group'"),
+        ({"reduction": "max"}, "reduction='max' is not one of"),
+        ({"ddof": 2}, r"ddof=2 is outside \[0, 1\]"),
+        ({"eps": -1.0}, "eps=-1.0 is outside"),
+        ({"fraction": 0.0}, r"fraction=0.0 is outside \(0, 1\]"),
+        ({"advantage_clip": 0.0}, "advantage_clip=0.0 is outside"),
+        ({"best_and_worst": (0, 0)}, r"best \+ worst=0 is outside \[1, 24\]"),
+        ({"best_and_worst": (20, 5)}, r"best \+ worst=25 is outside \[1, 24\]"),
+        ({"best_and_worst": (5, -1)}, "worst=-1 must be at least 0"),
+        ({"preset": "ddpm"}, "ddpm"),
+        ({"grid": flows.uniform_grid(4), "steps": 3}, "'grid' is all of the grid"),
+        ({"objective": {"kl_kind": "exact"}}, "kl_kind='exact' is not one of"),
+        ({"objective": {"clip_range": 0.0}}, "clip_range low=0.0 is outside"),
+    ],
+)
+def test_bad_settings(as_shipped, changes, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        flow_grpo.preset("flow_grpo", (2,), **changes)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="preset='flow_grp' is not one of.*mean 'flow"):
+        flow_grpo.preset("flow_grp", (2,))
+    with pytest.raises(TypeError, match="noise_level"):
+        flow_grpo.preset("flow_grpo", (2,), noise_level=0.7)
+
+
+def test_a_grid_of_ones_own():
+    grid = flows.uniform_grid(6)
+    method = flow_grpo.preset("flow_grpo", (2,), grid=grid).method
+    np.testing.assert_array_equal(method.grid, grid)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_programs_lower_for_accelerators(platform):
+    setup = flow_grpo.preset(
+        "mix_grpo", (2,), steps=6, group_size=2, objective={"kl_coefficient": 0.1}
+    )
+    optimizer = train.make_optimizer(train.OptimizerConfig())
+    iteration = flow_rl.make_iteration(
+        flow_rl.Policy(
+            velocity=lambda params, frozen: lambda x, t, cond: params["w"] * x,
+            reference=lambda frozen: lambda x, t, cond: 0.5 * x,
+        ),
+        setup.method,
+        lambda x, prompts: x[:, 0],
+        optimizer,
+        setup.objective,
+        updates=2,
+        chunks=2,
+        ema_decay=0.9,
+    )
+    state = train.create_state({"w": jnp.ones(())}, optimizer, ema=True)
+    table, plan = setup.method.plan(0)
+    batch, key, zero = {"prompt": np.arange(4)}, jax.random.key(0), np.int32(0)
+    half = {"prompt": np.arange(2)}
+    collect = (state.params, (), half, key, zero, zero, table, plan)
+    exported = jax.export.export(iteration.collect, platforms=[platform])(*collect)
+    assert exported.out_avals[0].shape == (4, 2)
+    record = jax.eval_shape(iteration.collect, *collect)[1]
+    assert isinstance(record, rl.Transitions)
+    exported = jax.export.export(iteration.learn, platforms=[platform])(
+        state, (), batch, (record, record), np.zeros(8, np.float32), key, zero, table, plan
+    )  # fmt: skip
+    assert exported.platforms == (platform,)
