@@ -72,6 +72,7 @@ from tmdjax.flows.transition import (
     gaussian_transition,
     transition_mean,
 )
+from tmdjax.flows.tree_rollout import tree_rollout
 from tmdjax.flows.windows import (
     WINDOW_SCHEDULES,
     periodic_windows,
@@ -144,6 +145,7 @@ __all__ = [
     "terminal_errors",
     "transition_kl",
     "transition_mean",
+    "tree_rollout",
     "uniform_grid",
     "uniform_index",
     "uniform_time",

@@ -27,11 +27,24 @@ from tmdjax.rl.surrogates import (
     sequence_log_ratio,
     sigmoid_surrogate,
 )
+from tmdjax.rl.trees import (
+    FUSIONS,
+    STD_SCOPES,
+    TREE_BASELINES,
+    Tree,
+    depth_advantages,
+    fuse_rewards,
+    make_tree,
+)
 
 __all__ = [
+    "FUSIONS",
+    "STD_SCOPES",
+    "TREE_BASELINES",
     "ClipRange",
     "RatioError",
     "Transitions",
+    "Tree",
     "aggregate",
     "best_and_worst",
     "check_clip_range",
@@ -40,9 +53,12 @@ __all__ = [
     "clipped_surrogate",
     "concatenate",
     "denominators",
+    "depth_advantages",
+    "fuse_rewards",
     "group_advantages",
     "group_statistics",
     "kl_estimate",
+    "make_tree",
     "ratio_statistics",
     "rejecting_weights",
     "reward_advantages",

@@ -1,0 +1,573 @@
+"""The invariants of BranchGRPO, numbered as in its sheet."""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import data, flows, models, rl, train
+from tmdjax.core import prng
+from tmdjax.systems import branchgrpo, flow_grpo
+from tmdjax.train import flow_rl
+
+MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
+SPLITS = (0, 2, 4)
+Trees = functools.partial(
+    branchgrpo.Trees, grid=flows.uniform_grid(8), event_shape=(2,), splits=SPLITS
+)
+
+
+def rewards(trees, leaves, seed=0):
+    return jax.random.normal(jax.random.key(seed), (trees, leaves))
+
+
+def drawn(method, prompts=3, key=0, velocity=MIXTURE.velocity):
+    table, plan = method.plan(0)
+    keys = prng.sample_keys(jax.random.key(key), prompts)
+    walk = jax.jit(
+        lambda keys, table: method.rollout(keys, velocity, None, table, plan)
+    )
+    samples, record = walk(keys, table)
+    return samples, record, table, plan
+
+
+@pytest.mark.parametrize(
+    "steps, splits, branches, expected",
+    [
+        (20, (0, 3, 6, 9), 2, (203, 218, 16)),
+        (8, (0, 2, 4), 2, None),
+        (9, (1, 2, 7), 3, None),
+        (5, (), 2, None),
+        (6, (0, 1, 2, 3, 4), 2, None),
+    ],
+)
+def test_2_counts(steps, splits, branches, expected):
+    tree = rl.make_tree(steps, splits, branches)
+    live = [branches ** sum(s < i for s in splits) for i in range(steps)]
+    after = [branches ** sum(s <= i for s in splits) for i in range(steps)]
+    assert (tree.calls, tree.edges, tree.leaves) == (sum(live), sum(after), after[-1])
+    if expected:
+        assert (tree.calls, tree.edges, tree.leaves) == expected
+    # a call is one row of a network call: count the rows that the network sees
+    rows = []
+
+    def velocity(x, t, cond):
+        jax.debug.callback(lambda x: rows.append(len(x)), x)
+        return x
+
+    keys = prng.sample_keys(jax.random.key(0), 1)
+    table = flows.make_table("dance_grpo", flows.uniform_grid(steps))
+    flows.tree_rollout(
+        keys, velocity, jnp.ones((1, 2)), table, splits=splits, branches=branches
+    )
+    jax.effects_barrier()
+    assert sum(rows) == tree.calls
+
+
+def test_1_without_splits_a_tree_is_a_rollout():
+    keys = prng.sample_keys(jax.random.key(0), 3)
+    x = prng.normal(prng.sample_keys(jax.random.key(1), 3), (2,))
+    table = flows.make_table("dance_grpo", flows.uniform_grid(6))
+    samples, states, log_prob = flows.tree_rollout(
+        keys, MIXTURE.velocity, x, table, splits=()
+    )
+    plain = flows.rollout(keys, MIXTURE.velocity, x, table)
+    np.testing.assert_array_equal(samples[:, 0], plain.states[-1])
+    np.testing.assert_array_equal(
+        states[:, :-1], jnp.moveaxis(plain.states, 0, 1)[:, :-1]
+    )
+    np.testing.assert_array_equal(log_prob, plain.log_prob.T)
+
+
+def test_1_one_split_at_the_root_is_a_group_from_one_noise():
+    group = 6
+    method = Trees(splits=(0,), branches=group)
+    samples, record, _table, _plan = drawn(method, 4000)
+    chains = flow_grpo.preset(
+        "dance_grpo", (2,), grid=method.grid, group_size=group, fraction=1.0
+    ).method
+    other = drawn(chains, 4000, key=1)
+    assert samples.shape == other[0].shape
+    assert len(record) - 4000 * group == len(other[1])  # the last step, unseen
+    by_group = [np.asarray(x).reshape(4000, group, 2) for x in (samples, other[0])]
+    for statistic in (
+        lambda x: x.mean((0, 1)),
+        lambda x: x.std((0, 1)),
+        lambda x: x.std(1).mean(0),  # within a group: the noise after the root
+    ):
+        np.testing.assert_allclose(*map(statistic, by_group), rtol=0.05, atol=0.05)
+    reward = rewards(4000, group)
+    value = rl.fuse_rewards(reward, method.tree)
+    advantage = rl.depth_advantages(value, method.tree, clip=np.inf)
+    ordinary = rl.group_advantages(
+        reward.reshape(-1), np.repeat(np.arange(4000), group), num_groups=4000, eps=1e-8
+    )
+    for depth in range(1, 9):
+        found = advantage[:, method.tree.depth[1:] == depth].reshape(-1)
+        np.testing.assert_allclose(found, ordinary, rtol=2e-4, atol=2e-5)
+
+
+def test_3_fused_rewards_are_means_over_leaves():
+    tree = rl.make_tree(8, SPLITS, 2)
+    reward = rewards(3, 8)
+    value = np.asarray(rl.fuse_rewards(reward, tree))
+    np.testing.assert_allclose(value[:, 0], np.mean(reward, 1), rtol=1e-5)
+    leaf = np.flatnonzero(tree.depth == 8)
+    for node in range(tree.nodes):
+        below = []
+        for i, at in enumerate(leaf):
+            while at >= 0 and at != node:
+                at = tree.parent[at]
+            below += [i] if at == node else []
+        np.testing.assert_allclose(
+            value[:, node], np.mean(reward[:, below], 1), rtol=1e-5, atol=1e-6
+        )
+    # unequal: the root has a leaf and a subtree of two; not the mean of children
+    unequal = rl.Tree(
+        parent=np.array([-1, 0, 0, 2, 2]),
+        depth=np.array([0, 1, 1, 2, 2]),
+        live=np.array([1, 2]),
+        leaves=3,
+        last_split=1,
+    )
+    value = rl.fuse_rewards(jnp.array([[3.0, 6.0, 9.0]]), unequal)
+    np.testing.assert_allclose(value, [[6, 3, 7.5, 6, 9]])
+
+
+def test_4_advantages_by_tree_and_depth():
+    tree = rl.make_tree(8, SPLITS, 2)
+    reward = rewards(4, 8).at[3].set(2.5)
+    found = functools.partial(rl.depth_advantages, tree=tree)
+    advantage = np.asarray(found(rl.fuse_rewards(reward, tree)))
+    for depth in range(1, 9):
+        level = advantage[:3, tree.depth[1:] == depth]
+        np.testing.assert_allclose(level.sum(1), 0, atol=1e-5)
+        np.testing.assert_allclose(level.var(1, ddof=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(advantage[:3, :2]), np.sqrt(0.5), rtol=1e-5)
+    np.testing.assert_array_equal(advantage[3], 0)
+    moved = found(rl.fuse_rewards(5 * reward + 3, tree))
+    np.testing.assert_allclose(moved, advantage, atol=1e-4)
+    alone = found(rl.fuse_rewards(reward[1:2], tree))
+    np.testing.assert_allclose(alone[0], advantage[1], atol=1e-6)
+    late = rl.make_tree(4, (2,), 2)
+    trunk = rl.depth_advantages(rl.fuse_rewards(rewards(2, 2), late), late)
+    np.testing.assert_array_equal(trunk[:, :2], 0)  # depths with one node
+
+
+def test_4_one_standard_deviation_for_the_tree_keeps_magnitudes():
+    tree = rl.make_tree(4, (0, 1), 2)
+    reward = jnp.array([[1.0, 2.0, 5.0, 8.0], [4.0, 4.0, 4.0, 4.0]])
+    value = rl.fuse_rewards(reward, tree)
+    std = np.std([1, 2, 5, 8], ddof=1)
+    found = rl.depth_advantages(value, tree, std_scope="tree")
+    np.testing.assert_allclose(found[0, :2], [-2.5 / std, 2.5 / std], rtol=1e-5)
+    np.testing.assert_array_equal(found[1], 0)
+    of_parent = rl.depth_advantages(value, tree, baseline="parent", std_scope="tree")
+    np.testing.assert_allclose(of_parent[0, :2], [-2.5 / std, 2.5 / std], rtol=1e-5)
+    np.testing.assert_allclose(
+        of_parent[0, 2:6], np.array([-0.5, 0.5, -1.5, 1.5]) / std, rtol=1e-4
+    )
+    np.testing.assert_allclose(of_parent[0, 6:], 0, atol=1e-6)  # single children
+
+
+def test_5_fusion_by_edge_probability():
+    tree = rl.make_tree(6, (0, 2), 2)
+    reward = rewards(2, 4)
+    fuse = functools.partial(rl.fuse_rewards, reward, tree, "prob")
+    mean = rl.fuse_rewards(reward, tree)
+    np.testing.assert_allclose(fuse(jnp.zeros((2, tree.edges))), mean, rtol=1e-5)
+    log_prob = jax.random.normal(jax.random.key(4), (2, tree.edges))
+    value = np.asarray(fuse(log_prob))
+    np.testing.assert_allclose(fuse(log_prob + 7), value, rtol=1e-4)
+    for node in range(tree.nodes):
+        children = np.flatnonzero(tree.parent == node)
+        if len(children) == 1:
+            np.testing.assert_allclose(value[:, node], value[:, children[0]])
+        elif len(children):
+            below = value[:, children]
+            assert np.all(value[:, node] >= below.min(1) - 1e-6)
+            assert np.all(value[:, node] <= below.max(1) + 1e-6)
+            weight = np.exp(log_prob[:, children - 1])
+            expected = np.average(below, axis=1, weights=weight)
+            np.testing.assert_allclose(value[:, node], expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="weighs children by log_prob"):
+        rl.fuse_rewards(reward, tree, "prob")
+
+
+def test_6_after_the_last_split_advantages_are_those_of_the_leaves():
+    tree = rl.make_tree(8, SPLITS, 2)
+    advantage = rl.depth_advantages(rl.fuse_rewards(rewards(2, 8), tree), tree)
+    leaves = advantage[:, -8:]
+    for depth in range(5, 9):
+        level = advantage[:, tree.depth[1:] == depth]
+        np.testing.assert_allclose(level, leaves, rtol=1e-5)
+
+
+def kept_edges(method, reward, iteration=0):
+    """(tree, edge) of the transitions that train, and the credit."""
+    _table, plan = method.plan(iteration)
+    trees = reward.shape[0]
+    record = rl.Transitions(
+        None, None, None, None, None, jnp.zeros(trees * method.tree.edges)
+    )
+    credit = method.credit(reward.reshape(-1), record, plan, jax.random.key(0))
+    live = np.asarray(credit.weight) > 0
+    edge = np.asarray(credit.edge)[live]
+    assert len(set(edge)) == len(edge)
+    return {divmod(int(e), method.tree.edges) for e in edge}, credit
+
+
+PAPER = functools.partial(
+    Trees, grid=flows.uniform_grid(20), splits=(0, 3, 6, 9), train_last=True
+)
+
+
+def test_7_pruning_counts_of_the_paper():
+    reward = rewards(2, 16)
+    tree = PAPER().tree
+    assert len(kept_edges(PAPER(), reward)[0]) == 2 * 218
+    depth = PAPER(prune_depths=(16, 17, 18, 19, 20))
+    kept, _ = kept_edges(depth, reward)
+    assert len(kept) == 2 * 138
+    assert max(tree.depth[1:][e] for _, e in kept) == 15
+    for mode in branchgrpo.WIDTH_MODES:
+        kept, _ = kept_edges(PAPER(prune_width=0.5, width_mode=mode), reward)
+        assert len(kept) == 2 * 138, mode
+    late = {
+        e
+        for _, e in kept_edges(
+            PAPER(prune_width=0.5, width_mode="first_steps"), reward
+        )[0]
+    }
+    assert {int(tree.depth[1:][e]) for e in late if tree.depth[1:][e] > 10} == set(
+        range(11, 16)
+    )
+    # without the step that no sample shows
+    assert len(kept_edges(PAPER(train_last=False), reward)[0]) == 2 * (218 - 16)
+
+
+def test_7_width_pruning_keeps_what_it_says():
+    reward = rewards(3, 16)
+    tree = PAPER().tree
+    value = np.asarray(rl.fuse_rewards(reward, tree))
+    advantage = np.asarray(rl.depth_advantages(value, tree))
+    late = np.flatnonzero(tree.depth[1:] > 10)
+    best, _ = kept_edges(PAPER(prune_width=0.5), reward)
+    for t, e in itertools.product(range(3), late):
+        branch = e % 16 if False else int((e - late[0]) % 16)
+        sibling = branch ^ 1
+        assert ((t, int(e)) in best) == bool(reward[t, branch] > reward[t, sibling])
+    extremes, _ = kept_edges(PAPER(prune_width=0.25, width_mode="extremes"), reward)
+    for t in range(3):
+        chosen = [advantage[t, e] for e in late if (t, int(e)) in extremes]
+        left = [advantage[t, e] for e in late if (t, int(e)) not in extremes]
+        assert len(chosen) == 40
+        ordered = np.sort(advantage[t, late])
+        np.testing.assert_allclose(
+            np.sort(chosen), np.concatenate([ordered[:20], ordered[-20:]]), atol=1e-6
+        )
+        assert len(left) == 120
+
+
+NET = models.functional(models.build({"name": "mlp", "hidden": 16, "depth": 1}))
+
+
+def policy(reference=None):
+    def velocity(params, frozen):
+        def v(x, t, cond=None):
+            return MIXTURE.velocity(x, t) + NET(params, x, t, None)
+
+        return v
+
+    return flow_rl.Policy(velocity=velocity)
+
+
+def initial_params():
+    module = models.build({"name": "mlp", "hidden": 16, "depth": 1})
+    return models.init_params(
+        module, jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), None
+    )
+
+
+def target_reward(x, prompts):
+    return -jnp.linalg.norm(x - jnp.array([1.2, 1.6]), axis=-1)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"prune_depths": (6, 7)},
+        {"prune_width": 0.5},
+        {"prune_width": 0.5, "width_mode": "first_steps"},
+        {"prune_width": 0.5, "width_mode": "extremes"},
+    ],
+)
+def test_7_pruning_touches_nothing_but_the_gradient(pruning):
+    whole, pruned = Trees(), Trees(**pruning)
+    params = initial_params()
+    velocity = policy().velocity(params, ())
+    a, b = (drawn(m, velocity=velocity) for m in (whole, pruned))
+    for x, y in zip(jax.tree.leaves(a[:2]), jax.tree.leaves(b[:2])):
+        np.testing.assert_array_equal(x, y)
+    record, table = a[1], a[2]
+    reward = target_reward(a[0], None)
+    full = whole.credit(reward, record, a[3], jax.random.key(0))
+    part = pruned.credit(reward, record, b[3], jax.random.key(0))
+    live = np.asarray(part.weight) > 0
+    kept = np.isin(np.asarray(full.edge), np.asarray(part.edge)[live])
+    assert 0 < kept.sum() < (np.asarray(full.weight) > 0).sum()
+
+    def gradient(credit, weight):
+        def loss(params):
+            edge = credit.edge
+            scores = flows.score_transitions(
+                policy().velocity(params, ()),
+                record.states[record.source[edge]],
+                record.states[record.target[edge]],
+                table.rows(record.step[edge], jnp.float32),
+            )
+            each = rl.clipped_surrogate(
+                scores.log_prob, record.log_prob[edge], credit.advantage, clip_range=1.0
+            )
+            return jnp.sum(weight * each)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    masked = gradient(full, full.weight * kept)
+    direct = gradient(part, part.weight)
+    for x, y in zip(jax.tree.leaves(masked), jax.tree.leaves(direct)):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_8_sliding_depths():
+    slide = functools.partial(branchgrpo.depth_window, (16, 17, 18, 19, 20), stop=9)
+    assert slide(0) == slide(29) == [16, 17, 18, 19, 20]
+    assert slide(90) == [13, 14, 15, 16, 17]
+    assert slide(10_000) == [9, 10, 11, 12, 13]
+    method = PAPER(prune_depths=(16, 17, 18, 19, 20), prune_interval=30)
+    sizes = {method.plan(i)[1]["kept"].shape for i in range(0, 400, 10)}
+    assert len(sizes) == 2  # the only sizes that compile
+    depths = {
+        int(method.tree.depth[1:][e])
+        for _, e in kept_edges(method, rewards(1, 16), 90)[0]
+    }
+    assert depths == set(range(1, 21)) - {13, 14, 15, 16, 17}
+    ended = PAPER(prune_depths=(20,), prune_until=5)
+    assert len(kept_edges(ended, rewards(1, 16), 5)[0]) == 218
+
+
+def test_9_siblings():
+    method = Trees(splits=(0,), branches=2)
+    _, record, table, _ = drawn(method, 2000)
+    states = np.asarray(record.states).reshape(2000, -1, 2)
+    keys = prng.sample_keys(jax.random.key(0), 2000)
+    x = jnp.asarray(states[:, 0])
+    mean, _ = flows.transition_mean(
+        table.rows(0, jnp.float32), x, MIXTURE.velocity(x, jnp.ones(2000))
+    )
+    z = (states[:, 1:3] - np.asarray(mean)[:, None]) / table.S[0]
+    moments = np.cov(z.reshape(2000, 4).T)
+    np.testing.assert_allclose(moments, np.eye(4), atol=0.12)
+
+    def noise_of(s):
+        _, states, log_prob = flows.tree_rollout(
+            keys, MIXTURE.velocity, x, table, splits=(0,), correlation=s
+        )
+        z = (states[:, 1:3] - np.asarray(mean)[:, None]) / table.S[0]
+        density = -0.5 * np.mean(z**2, -1) - np.log(table.S[0]) - np.log(2 * np.pi) / 2
+        np.testing.assert_allclose(log_prob[:, :2], density, atol=1e-4)
+        return np.asarray(z)
+
+    z = noise_of(2.0)
+    np.testing.assert_allclose(np.mean(z**2), 1, atol=0.05)
+    np.testing.assert_allclose(np.mean(z[:, 0] * z[:, 1]), 1 / 5, atol=0.05)
+    twins = noise_of(0.0)
+    np.testing.assert_array_equal(twins[:, 0], twins[:, 1])
+    silent = dataclasses.replace(table, c=np.append(0.0, table.c[1:]))
+    _, states, _ = flows.tree_rollout(keys, MIXTURE.velocity, x, silent, splits=(0,))
+    np.testing.assert_array_equal(states[:, 1], states[:, 2])
+
+
+@pytest.mark.filterwarnings("ignore:split_scale")
+@pytest.mark.parametrize("scored", ["proposal", "policy"])
+def test_10_log_prob_at_splits(scored):
+    method = Trees(split_scale=4.0, split_log_prob=scored)
+    _, record, table, _ = drawn(method, 4000)
+    log_prob = np.asarray(record.log_prob).reshape(4000, -1)[:, :2]
+    S = table.S[0]
+    expected = {
+        "proposal": -0.5 - np.log(4 * S) - np.log(2 * np.pi) / 2,
+        "policy": -8 - np.log(S) - np.log(2 * np.pi) / 2,
+    }[scored]
+    assert abs(log_prob.mean() - expected) < 4 * log_prob.std() / np.sqrt(8000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mix": (4, 2)},
+        {"correlation": 0.5},
+        {"split_scale": 3.0},
+        {"train_last": True},
+    ],
+)
+def test_11_ratio_is_one_on_every_edge(options):
+    method = Trees(event_shape=(64,), **options)
+
+    def velocity(x, t, cond=None):
+        return jnp.tanh(x) - t[:, None]
+
+    _, record, table, _ = drawn(method, velocity=velocity)
+    scores = flows.score_transitions(
+        velocity,
+        record.states[record.source],
+        record.states[record.target],
+        table.rows(record.step, jnp.float32),
+    )
+    error = np.expm1(np.asarray(scores.log_prob - record.log_prob))
+    assert np.abs(error).max() < 1e-6
+
+
+def test_12_mix():
+    method = Trees(mix=(8, 1), splits=(0, 3))
+    tree = method.tree
+    kept, _ = kept_edges(method, rewards(2, 4))
+    steps = {int(tree.depth[1:][e]) - 1 for _, e in kept}
+    assert steps == {0, 3}  # splits alone: the window lies on one of them
+    table = method.table()
+    assert list(np.flatnonzero(table.S > 0)) == [0, 3]
+    wide = Trees(mix=(4, 2), splits=(0, 3))
+    steps = {int(tree.depth[1:][e]) - 1 for _, e in kept_edges(wide, rewards(2, 4))[0]}
+    assert steps == {0, 1, 3, 4, 5}
+    a, b = drawn(Trees(mix=(1, 1))), drawn(Trees())
+    for x, y in zip(jax.tree.leaves(a[:2]), jax.tree.leaves(b[:2])):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_13_levels_in_one_batch_are_nodes_one_by_one():
+    table = flows.make_table("dance_grpo", flows.uniform_grid(5))
+    keys = prng.sample_keys(jax.random.key(0), 2)
+    x = jax.random.normal(jax.random.key(1), (2, 2))
+    cond = jnp.array([[0.3, 0.0], [0.0, -0.5]])
+
+    def velocity(x, t, cond):
+        return MIXTURE.velocity(x, t) + cond
+
+    samples, states, _log_prob = flows.tree_rollout(
+        keys, velocity, x, table, cond, splits=(1, 3), branches=2
+    )
+    tree = rl.make_tree(5, (1, 3), 2)
+    for t in range(2):
+        node_keys = {0: keys[t]}
+        for edge in range(tree.edges):
+            node, parent = edge + 1, int(tree.parent[edge + 1])
+            step = int(tree.depth[node]) - 1
+            key = node_keys[parent]
+            if step in (1, 3):
+                child = int(np.sum(tree.parent[1 : node + 1] == parent)) - 1
+                key = jax.random.fold_in(key, (1 << 21) + child)
+            node_keys[node] = key
+            z = jax.random.normal(jax.random.fold_in(key, step), (2,))
+            here = states[t, parent][None]
+            v = velocity(here, jnp.full(1, table.t[step], jnp.float32), cond[t])
+            mean, x0_hat = flows.transition_mean(table.rows(step, jnp.float32), here, v)
+            if step < 4:
+                expected = mean[0] + np.float32(table.S[step]) * z
+                np.testing.assert_allclose(states[t, node], expected, atol=2e-6)
+            else:
+                leaf = node - (tree.nodes - tree.leaves)
+                np.testing.assert_allclose(samples[t, leaf], x0_hat[0], atol=2e-6)
+
+
+def test_reward_rises_and_nothing_recompiles(count_compiles):
+    method = Trees(strength=0.7, prune_depths=(7,), prune_interval=40)
+    rule = train.make_optimizer(train.OptimizerConfig(name="adam", learning_rate=3e-3))
+    iteration = flow_rl.make_iteration(
+        policy(),
+        method,
+        target_reward,
+        rule,
+        flow_rl.Objective(clip_range=0.05),
+        updates=3,
+    )
+    state = train.create_state(initial_params(), rule)
+    batch, history = {"prompt": np.arange(8)}, []
+    state, metrics = iteration(state, batch, jax.random.key(1))
+    assert float(metrics["ratio_error"]) <= 1e-6
+    with count_compiles() as compiled:
+        for _ in range(30):
+            state, metrics = iteration(state, batch, jax.random.key(1))
+            history.append(float(metrics["reward_mean"]))
+    assert not compiled
+    assert np.mean(history[-5:]) > np.mean(history[:5]) + 0.5
+
+
+def test_shuffled_credit_keeps_depths_and_teaches_nothing():
+    method, control = Trees(), Trees(shuffle=True)
+    reward = rewards(2, 8)
+    (a, found), (b, mixed) = (kept_edges(m, reward) for m in (method, control))
+    assert a == b
+    depth = np.tile(method.tree.depth[1:], 2)
+    for tree, d in itertools.product(range(2), range(1, 8)):
+        edge, live = np.asarray(found.edge), np.asarray(found.weight) > 0
+        mine = live & (edge // method.tree.edges == tree) & (depth[edge] == d)
+        x, y = np.asarray(found.advantage)[mine], np.asarray(mixed.advantage)[mine]
+        np.testing.assert_allclose(np.sort(x), np.sort(y), rtol=1e-6)
+    assert not np.allclose(found.advantage, mixed.advantage)
+
+
+def test_published_settings_and_memory():
+    with pytest.warns(UserWarning, match="is biased"):
+        method, objective = branchgrpo.published((16, 16, 3))
+    assert method.group_size == 16 and objective["clip_range"] == 1e-3
+    assert method.memory(2) == 2 * 219 * 16 * 16 * 3 * 4
+    table = method.table()
+    assert np.allclose(
+        (table.c * table.S)[[0, 9]], [0.16, 0.23], atol=0.01
+    )  # the sheet
+    assert table.mask.all()
+
+
+def test_bad_inputs(as_shipped):
+    for splits, message in (
+        ((0, 3, 7), r"\[0, 6\] for 8 steps; \[7\] are outside"),
+        ((3, 0), "increasing"),
+        ((0, 3, 3), "without repeats"),
+        ((-2, 0), "a split step=-2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trees(splits=splits)
+    with pytest.raises(ValueError, match=r"2\^3 = 8 leaves"):
+        Trees(num_generations=16)
+    with pytest.warns(UserWarning, match=r"first 2 step\(s\) have one node"):
+        Trees(splits=(2, 4))
+    with pytest.warns(UserWarning, match="biased"):
+        Trees(split_scale=4.0, split_log_prob="policy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trees(split_scale=4.0)
+    with pytest.raises(ValueError, match="split_scale=0"):
+        Trees(split_scale=0.0)
+    with pytest.raises(
+        ValueError, match=r"prune_depths has \[0, 9\], outside \[1, 8\]"
+    ):
+        Trees(prune_depths=(0, 9))
+    with pytest.raises(ValueError, match="leave no edge"):
+        Trees(prune_depths=tuple(range(1, 9)))
+    with pytest.raises(ValueError, match="prune_width=1.5"):
+        Trees(prune_width=1.5)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        Trees(splits=())
+    with pytest.raises(ValueError, match="std_scope='tree'"):
+        tree = Trees().tree
+        rl.depth_advantages(jnp.zeros((1, tree.nodes)), tree, baseline="parent")
+    with pytest.raises(ValueError, match=r"rewards have shape \(2, 7\).*8 leaves"):
+        rl.fuse_rewards(jnp.zeros((2, 7)), Trees().tree)
+    with pytest.raises(ValueError, match="Did you mean 'extremes'"):
+        Trees(width_mode="extreme")

@@ -1,0 +1,105 @@
+"""Rollouts that branch: samples share the network calls of their common past."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax import rl
+from tmdjax.core import prng
+from tmdjax.core.types import Array, Cond, Data, SampleKeys, Velocity
+from tmdjax.flows.rollout import rollout
+from tmdjax.flows.table import CoefficientTable
+from tmdjax.flows.transition import gaussian_log_prob, gaussian_transition
+
+_CHILD = 1 << 21
+"""Folded into the key of a branch, plus b, for its child b; steps are below it."""
+
+
+def tree_rollout(
+    keys: SampleKeys,
+    velocity: Velocity,
+    x: Data,
+    table: CoefficientTable,
+    cond: Cond = None,
+    *,
+    splits: Sequence[int],
+    branches: int = 2,
+    correlation: float | None = None,
+    reduction: str = "mean",
+) -> tuple[Array, Array, Array]:
+    """Walks a table from one root a tree; all live nodes of all trees in one batch.
+
+    Between splits a branch is a rollout of a slice of the table under its own key; at a
+    split every node is evaluated once and its children differ in their noise alone. So
+    noise depends on a node's ancestry, not on the layout of the batch, and a tree
+    without splits is a rollout.
+
+    Args:
+        keys: typed keys [tree].
+        velocity: ``(x, t, cond) -> v``.
+        x: roots [tree, *event].
+        table: coefficients; at splits the column c scales the noise.
+        cond: [tree, ...].
+        splits: split steps, static, see :func:`tmdjax.rl.make_tree`.
+        branches: K.
+        correlation: s of (z_0 + s eta_b) / sqrt(1 + s^2), z_0 shared by siblings: each
+            child's noise is standard normal, siblings correlate by 1 / (1 + s^2). None
+            draws them independently (s -> infinity).
+        reduction: of log-probs.
+
+    Returns:
+        Samples x0_hat of the last step [tree, leaf, *event]; states [tree, node,
+        *event]; log-probs of the edges [tree, node - 1], 0 where a step has none.
+
+    Raises:
+        ValueError: splits that do not fit the table.
+    """
+    rl.make_tree(len(table), splits, branches)
+    trees, event = x.shape[0], x.shape[1:]
+    states, log_probs = [x[:, None]], []
+
+    def store(level: Array, log_prob: Array) -> None:
+        """Keeps [step, tree * node, ...] by tree."""
+        for kept, stacked in ((states, level), (log_probs, log_prob)):
+            by_tree = stacked.reshape(len(stacked), trees, -1, *stacked.shape[2:])
+            by_tree = jnp.moveaxis(by_tree, 0, 1)
+            kept.append(by_tree.reshape(trees, -1, *stacked.shape[2:]))
+
+    x0_hat, start = x, 0
+    for stop in [*(s + 1 for s in splits), len(table)]:
+        splitting = stop - 1 in splits
+        piece = table[start:stop]
+        if splitting:
+            piece = dataclasses.replace(
+                piece, final="mean"
+            )  # its noise is drawn by child
+        drawn = rollout(keys, velocity, x, piece, cond, reduction=reduction)
+        x, x0_hat, start = drawn.states[-1], drawn.x0_hat, stop
+        inner = slice(0, -1 if splitting else None)
+        if len(piece) > splitting:
+            store(drawn.states[1:][inner], drawn.log_prob[inner])
+        if not splitting:
+            continue
+        row = table.rows(stop - 1, x.dtype)
+        child_keys = prng.fold_in(keys[:, None], _CHILD + jnp.arange(branches))
+        z = prng.normal(
+            prng.fold_in(child_keys.reshape(-1), row["step"]), event, x.dtype
+        )
+        if correlation is not None:
+            shared = prng.normal(prng.fold_in(keys, row["step"]), event, x.dtype)
+            scale = 1 / math.sqrt(1 + correlation**2)
+            z = scale * (jnp.repeat(shared, branches, 0) + correlation * z)
+        keys, mean = child_keys.reshape(-1), jnp.repeat(x, branches, 0)
+        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, branches, 0), cond)
+        x = gaussian_transition(mean, row["c"] * row["S"], z)
+        std = jnp.where(row["mask"], row["log_prob_std"], 1.0)
+        density = gaussian_log_prob(x, mean, std, reduction)
+        store(x[None], jnp.where(row["mask"], density, 0.0)[None])
+    return (
+        x0_hat.reshape(trees, -1, *event),
+        jnp.concatenate(states, axis=1),
+        jnp.concatenate(log_probs, axis=1),
+    )
