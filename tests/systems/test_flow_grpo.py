@@ -275,7 +275,7 @@ def test_without_shared_noise_every_sample_starts_elsewhere():
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_the_record_keeps_the_states_of_the_window_alone(start):
-    table, plan, _, record = drawn(at_window(start))
+    _, _, _, record = drawn(at_window(start))
     assert record.states.nbytes == 12 * (3 + 1) * 2 * 4
     assert len(record) == 12 * 3
     np.testing.assert_array_equal(record.target, record.source + 1)
@@ -318,7 +318,7 @@ def test_stored_log_probs_are_those_of_the_stored_transitions(reduction):
 
 def test_groups_stand_in_a_row():
     cond = jnp.asarray([[50.0, 0.0], [0.0, 50.0], [-50.0, 0.0]])
-    _, _, samples, record = drawn(at_window(0), cond=cond)
+    _, _, samples, _ = drawn(at_window(0), cond=cond)
     away = np.asarray(samples).reshape(3, 4, 2).mean(1)
     np.testing.assert_array_equal(np.argmin(away, 1), [0, 1, 1])
     assert away[0, 0] < -10 and away[1, 1] < -10 and away[2, 0] > 10

@@ -388,12 +388,12 @@ def _submit(
 def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
     """[updates, n] each: transitions in random order, padded with weight 0.
 
-    n is a multiple of the one given. Weights are scaled so that a plain mean over a
-    minibatch is its weighted mean.
+    n is a multiple of the one given, which does not change what is in a minibatch.
+    Weights are scaled so that a plain mean over a minibatch is its weighted mean.
     """
     count = credit.edge.shape[0]
-    size = -(-count // (updates * multiple)) * multiple
-    padding = updates * size - count
+    share = -(-count // updates)
+    size = -(-share // multiple) * multiple
     parts = {
         "edge": credit.edge,
         "advantage": credit.advantage,
@@ -403,7 +403,10 @@ def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
         order = jax.random.permutation(key, count)
         parts = {name: column[order] for name, column in parts.items()}
     parts = {
-        name: jnp.pad(column, (0, padding)).reshape(updates, size)
+        name: jnp.pad(
+            jnp.pad(column, (0, updates * share - count)).reshape(updates, share),
+            ((0, 0), (0, size - share)),
+        )
         for name, column in parts.items()
     }
     total = jnp.sum(parts["weight"], axis=1, keepdims=True)
