@@ -1,6 +1,6 @@
 """Data sources, procedural sets, and batches that resume exactly."""
 
-from tmdjax.data import procedural
+from tmdjax.data import captioned_shapes, captions, procedural
 from tmdjax.data.dataset import Dataset
 from tmdjax.data.pipeline import (
     Batches,
@@ -20,6 +20,8 @@ __all__ = [
     "Dataset",
     "Source",
     "array_record",
+    "captioned_shapes",
+    "captions",
     "in_memory",
     "load",
     "procedural",

@@ -5,11 +5,16 @@ A batch of specs is a plain dict of int32 arrays: 'count', 'colour' and 'shape'
 ``check`` gives every image of :func:`render` the score 1. Samplers are pure and
 jittable; sample i depends on key i alone.
 
+A fifth of all specs is held out (:func:`is_held_out`): training sets and prompts for
+training never hold them, so a test of composition is one.
+
 References:
     GenEval, arXiv 2310.11513: the tasks that ``TAGS`` names.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +22,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_batch, check_choice, check_range
-from tmdjax.core.prng import check_key
-from tmdjax.core.types import Array, Float, Int, Key, SampleKeys
+from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
+from tmdjax.core.prng import check_key, fold_in, sample_keys
+from tmdjax.core.types import Array, Bool, Float, Int, Key, SampleKeys
+from tmdjax.data import captions
+from tmdjax.data.dataset import Dataset
 from tmdjax.rewards.shapes import (
     BACKGROUND,
     CLAUSES,
@@ -27,28 +34,21 @@ from tmdjax.rewards.shapes import (
     MOST_OF_A_CLAUSE,
     RELATIONS,
     SHAPES,
+    TAGS,
     Specs,
     check_specs,
     shape_masks,
 )
 
-TAGS = (
-    "single",
-    "two",
-    "counting",
-    "colours",
-    "position",
-    "attribution",
-    "mixed",
-)
-"""Tasks: one object; two objects; two to four of one; one object of a colour; two
-coloured objects and their relation; two objects of different colours; anything else
-of up to three clauses. The content of a spec decides its tag."""
-
 LEAST_SIZE = 16
 _LEAST_SIDE = 5
 _CELL = 11
 _FEWEST_LINES, _MOST_LINES = 2, 4
+_HELD_OUT_OF = 5
+_SALT = 2468
+_CHUNK = 1024
+_PATIENCE = 8
+_NAMES = ("count", "colour", "shape", "relation")
 
 
 def _lines(size: int) -> int:
@@ -223,8 +223,7 @@ def render(
                 f"spec {int(totals.argmax())} asks for {totals.max()} objects; images "
                 f"of size {size} hold {most}. Ask for fewer or raise the size."
             )
-    names = ("count", "colour", "shape", "relation")
-    arrays = {name: jnp.asarray(specs[name], jnp.int32) for name in names}
+    arrays = {name: jnp.asarray(specs[name], jnp.int32) for name in _NAMES}
 
     def one(key: Key[Array, ""], spec: dict[str, Array]) -> Array:
         place_key, side_key, colour_key = jax.random.split(key, 3)
@@ -327,3 +326,205 @@ def _corners(
     top = jnp.where((relation > 0) & sideways, tie(top, left), top)
     left = jnp.where((relation > 0) & ~sideways, tie(left, top), left)
     return top, left
+
+
+def is_held_out(specs: Specs) -> Bool[Array, "batch"]:
+    """Which specs no training set may hold. Jittable.
+
+    A hash of what is asked for, whatever the order of clauses that no relation
+    orders ("A left of B" and "B right of A" are one), holds out a fifth. The four
+    specs of 'single' all stay in training: they are what the others are made of. Of
+    the other small sets it holds out 5 of the 24 of 'colours', 3 of the 12 of
+    'counting' and 2 of the 12 of 'two' (one pair, in both orders), never all of a
+    colour, number or shape.
+
+    Args:
+        specs: batch of specs; 'tag' is not needed.
+
+    Raises:
+        ValueError: bad specs.
+    """
+    check_specs(specs)
+    count, colour, shape, relation = (
+        jnp.asarray(specs[name], jnp.int32) for name in _NAMES
+    )
+    used = count > 0
+    what = ((shape + 1) * (len(COLOURS) + 1) + colour + 1) * (MOST_OF_A_CLAUSE + 1)
+    what = jnp.where(used, what + count, 0)
+    backward = (relation == 2) | (relation == 4)
+    role = jnp.stack([1 + backward, 2 - backward, 0 * relation], axis=1)
+    role = jnp.where(relation[:, None] > 0, role, 0)
+    clauses = _scramble((what * 3 + role).astype(jnp.uint32) + jnp.uint32(_SALT))
+    axis = ((relation + 1) // 2).astype(jnp.uint32)
+    number = _scramble(jnp.sum(clauses, axis=1, dtype=jnp.uint32) + axis)
+    single = (used.sum(1) == 1) & (count.sum(1) == 1) & (colour < 0).all(1)
+    return (number % _HELD_OUT_OF == 0) & ~single
+
+
+def _scramble(x: Array) -> Array:
+    """A bijection of uint32 in which every bit depends on all (MurmurHash3's end)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def prompts(
+    count: int,
+    *,
+    tags: Sequence[str] = TAGS,
+    size: int,
+    seed: int = 0,
+    held_out: bool = False,
+    exclude: Specs | None = None,
+) -> dict[str, np.ndarray]:
+    """Distinct specs for prompts, none of which means the same as another.
+
+    Args:
+        count: how many.
+        tags: of ``TAGS``.
+        size: of the images.
+        seed: of the order; a larger count extends a smaller one.
+        held_out: take those of :func:`is_held_out` only; else never any of them.
+        exclude: specs that may not be among them.
+
+    Returns:
+        Host arrays 'count', 'colour', 'shape' int32 [count, 3]; 'relation', 'tag'
+        int32 [count].
+
+    Raises:
+        ValueError: there are not as many; or as :func:`sample_specs`.
+    """
+    check_count("count", count)
+    tags = check_tags(tags)
+    taken = set() if exclude is None else {*map(_meaning, _rows(exclude))}
+    found: list[dict[str, np.ndarray]] = []
+    idle = 0
+    for chunk in _chunks(fold_in(jax.random.key(seed), 2), tags, size):
+        keep = np.asarray(is_held_out(chunk)) == held_out
+        before = len(found)
+        for row in _rows({name: array[keep] for name, array in chunk.items()}):
+            if _meaning(row) not in taken:
+                taken.add(_meaning(row))
+                found.append(row)
+        if len(found) >= count:
+            break
+        idle = idle + 1 if len(found) == before else 0
+        if idle == _PATIENCE:
+            kind = "held-out" if held_out else "training"
+            left = " that are not excluded" if exclude else ""
+            raise ValueError(
+                f"count={count}, but there are only {len(found)} {kind} specs of the "
+                f"tags {', '.join(tags)}{left}; ask for fewer or allow more tags."
+            )
+    names = found[0]
+    return {name: np.stack([row[name] for row in found[:count]]) for name in names}
+
+
+def _chunks(
+    key: Key[Array, ""], tags: tuple[str, ...], size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Random specs without end, on the host."""
+    for start in itertools.count(step=_CHUNK):
+        keys = sample_keys(key, _CHUNK, start)
+        yield jax.device_get(_sample(keys, tags=tags, size=size))
+
+
+_sample = jax.jit(sample_specs, static_argnames=("tags", "size"))
+_draw = jax.jit(render, static_argnames="size")
+
+
+def _rows(specs: Specs) -> Iterator[dict[str, np.ndarray]]:
+    arrays = {name: np.asarray(array) for name, array in specs.items()}
+    for i in range(check_specs(specs)):
+        yield {name: array[i] for name, array in arrays.items()}
+
+
+def _meaning(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Equal for two specs exactly if they ask for the same."""
+    columns = [row[name].tolist() for name in ("count", "colour", "shape")]
+    clauses = [clause for clause in zip(*columns) if clause[0]]
+    relation = int(row["relation"])
+    if not relation:
+        return (0, *sorted(clauses))
+    if relation in (2, 4):
+        clauses[:2] = clauses[1::-1]
+    return ((relation + 1) // 2, *clauses)
+
+
+def load_captioned_shapes(
+    files: Mapping[str, Path],
+    *,
+    size: int = 16,
+    train_count: int = 8192,
+    test_count: int = 1024,
+    tags: Sequence[str] = ("colours", "position"),
+    wordings: Sequence[str] = captions.WORDINGS,
+    seed: int = 0,
+    length: int | None = None,
+) -> Dataset:
+    """A fixed set of images with captions.
+
+    The training split holds no spec of :func:`is_held_out`; the test split holds
+    nothing else (where 'single', of which none is held out, is the only tag, new
+    images of the same specs). A larger count extends a split without changing it.
+
+    Args:
+        files: none.
+        size: height and width, >= 16.
+        train_count: training samples, >= 1.
+        test_count: test samples, >= 1.
+        tags: of ``TAGS``.
+        wordings: of ``captions.WORDINGS``, for training; equally likely (one that
+            stands twice is twice as likely). Test captions are canonical, 'W0';
+            ``captions.batch(test, wording)`` gives paraphrases.
+        seed: of the root key.
+        length: words of a row of ids; None for ``captions.longest(tags)``.
+
+    Returns:
+        Arrays 'image' float32 [n, size, size, 3]; 'label' int32 [n], the tag;
+        'count', 'colour', 'shape' int32 [n, 3]; 'relation', 'tag' int32 [n];
+        'ids' int32 and 'mask' bool [n, length], as ``captions.tokenise`` gives them.
+
+    Raises:
+        ValueError: a bad size, count, tag, wording, or a length that a caption does
+            not fit in.
+    """
+    check_range("train_count", train_count, 1)
+    check_range("test_count", test_count, 1)
+    tags = check_tags(tags)
+    wordings = captions.check_wordings(wordings)
+    length = captions.longest(tags) if length is None else length
+    root = jax.random.key(seed)
+
+    def split(index: int, count: int, said: Sequence[str]) -> dict[str, np.ndarray]:
+        key = fold_in(root, index)
+        parts: list[dict[str, np.ndarray]] = []
+        number = 0
+        for i, chunk in enumerate(_chunks(fold_in(key, 0), tags, size)):
+            keys = sample_keys(fold_in(key, 1), _CHUNK, i * _CHUNK)
+            keep = np.asarray(is_held_out(chunk)) == bool(index)
+            if index and tags == ("single",):
+                keep[:] = True
+            image = np.asarray(_draw(keys, chunk, size=size))
+            part = {"image": image, "label": chunk["tag"], **chunk}
+            parts.append({name: array[keep] for name, array in part.items()})
+            number += int(keep.sum())
+            if number >= count:
+                break
+        whole = {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
+        texts = captions.batch(whole, said, seed)
+        return {**whole, **captions.tokenise(texts, length)}
+
+    return Dataset(
+        name="captioned_shapes",
+        train=split(0, train_count, wordings),
+        test=split(1, test_count, ("W0",)),
+        num_classes=len(TAGS),
+        meta={
+            "class_names": TAGS,
+            "tags": tags,
+            "wordings": wordings,
+            "vocabulary": len(captions.VOCABULARY),
+            "seed": seed,
+        },
+    )

@@ -25,6 +25,7 @@ from typing import Any
 
 from tmdjax.core.registry import Registry, suggestion
 from tmdjax.data import (
+    captioned_shapes,
     digits,
     fashion_mnist,
     mnist,
@@ -315,6 +316,11 @@ for _source in (
         "sparse_sprites",
         "small bright shapes of one of eight classes on black",
         procedural.load_sparse_sprites,
+    ),
+    _built_in(
+        "captioned_shapes",
+        "one to three kinds of coloured shapes with captions, by specification",
+        captioned_shapes.load_captioned_shapes,
     ),
     _built_in(
         "checkerboard", "2-D points on eight squares", procedural.load_checkerboard

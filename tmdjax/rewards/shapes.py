@@ -44,6 +44,19 @@ BACKGROUND = (0.0, 0.0, 0.0)
 
 SHAPES = ("square", "disc", "triangle", "cross")
 RELATIONS = ("none", "left of", "right of", "above", "below")
+TAGS = (
+    "single",
+    "two",
+    "counting",
+    "colours",
+    "position",
+    "attribution",
+    "mixed",
+)
+"""Tasks: one object; two objects; two to four of one; one object of a colour; two
+coloured objects and their relation; two objects of different colours; anything else
+of up to three clauses. The content of a spec decides its tag."""
+
 CLAUSES = 3
 MOST_OF_A_CLAUSE = 4
 

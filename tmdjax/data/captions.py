@@ -1,0 +1,612 @@
+"""English captions of captioned shapes: a grammar that writes and one that reads.
+
+``TEMPLATES`` numbers the ways to say a spec. They fall into three wordings that share
+no sentence: 'W0' is the one canonical form of GenEval, 'W1' the corpus of a prompt
+refiner, 'W2' paraphrases that are held out. :func:`parse` inverts all of them, and
+more: any of their openings, numbers, synonyms and endings in any mixture:
+
+    text     = [opening] scene [ending]
+    scene    = object relation object [and object] | relation object verb object
+               [and object] | object [and object [and object]]
+               | besides object [and object] verb object
+    object   = number {adjective} [colour] shape [in colour]
+
+Adjectives of ``ADJECTIVES`` mean nothing; they distract. Host code.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.registry import suggestion
+from tmdjax.core.types import Bool, Int
+from tmdjax.rewards.shapes import (
+    CLAUSES,
+    COLOURS,
+    SHAPES,
+    TAGS,
+    Specs,
+    check_specs,
+)
+
+WORDINGS = ("W0", "W1", "W2")
+
+ADJECTIVES = ("nice", "lovely", "neat", "plain", "crisp", "tidy", "pretty", "simple")
+
+_OPENINGS = {
+    "W0": ("a photo of",),
+    "W1": (
+        "an image of",
+        "a picture of",
+        "please draw",
+        "show me",
+        "i would like to see",
+        "can you paint",
+        "make",
+        "here is",
+    ),
+    "W2": (
+        "kindly render",
+        "depict",
+        "an illustration featuring",
+        "let us have",
+        "would you mind sketching",
+        "imagine",
+    ),
+}
+_ENDINGS = {
+    "W0": (),
+    "W1": ("please", "should be drawn", "can be seen in a picture", "is shown"),
+    "W2": ("if you can", "must appear on the canvas", "was painted by someone"),
+}
+# Before a scene whose first clause comes last.
+_INTRODUCTIONS = {
+    "W1": ("the scene goes like this", "it looks like this"),
+    "W2": ("my wish reads", "the plan says"),
+}
+_SYNONYMS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
+    "W0": {"colours": (), "shapes": ()},
+    "W1": {
+        "colours": (
+            ("scarlet",),
+            ("emerald",),
+            ("azure",),
+            ("golden",),
+            ("pink",),
+            ("turquoise",),
+        ),
+        "shapes": (("box",), ("circle",), ("pyramid",), ("plus",)),
+    },
+    "W2": {
+        "colours": (
+            ("crimson", "ruby"),
+            ("lime",),
+            ("navy", "cobalt"),
+            ("amber", "lemon"),
+            ("fuchsia",),
+            ("aqua", "teal"),
+        ),
+        "shapes": (("block",), ("dot", "ball"), ("wedge",), ("crosshair",)),
+    },
+}
+_PLURALS = {"box": "boxes", "cross": "crosses", "plus": "pluses"}
+_NUMBERS = {
+    "articles": (("a", "an"), ("two",), ("three",), ("four",)),
+    "words": (("one",), ("two",), ("three",), ("four",)),
+    "digits": (("1",), ("2",), ("3",), ("4",)),
+    "groups": (("a single",), ("a pair of",), ("a trio of",), ("a group of four",)),
+}
+# By wording, for left of, right of, above, below.
+_RELATIONS = {
+    "W0": (("left of",), ("right of",), ("above",), ("below",)),
+    "W1": (
+        ("to the left of", "on the left side of"),
+        ("to the right of", "on the right side of"),
+        ("over", "higher than"),
+        ("under", "lower than"),
+    ),
+    "W2": (
+        ("placed leftward of", "located left from"),
+        ("placed rightward of", "located right from"),
+        ("placed on top of", "located over"),
+        ("placed beneath", "located underneath"),
+    ),
+}
+_AND = {"W0": ("and",), "W1": ("and", "with"), "W2": ("along with", "as well as")}
+_BESIDES = {"W1": ("besides", "in addition to"), "W2": ("apart from", "aside from")}
+_VERBS = {"W1": ("is", "there is"), "W2": ("sits", "lies")}
+_POST_COLOUR = {"W1": "in", "W2": "coloured"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """One way to say a spec.
+
+    Attributes:
+        wording: of ``WORDINGS``.
+        opening: words before the scene.
+        ending: words after it.
+        numbers: 'articles' (a, two), 'words' (one, two), 'digits' or 'groups'.
+        synonyms: whether shapes and colours go by the wording's other names.
+        adjectives: whether a meaningless adjective stands before each object.
+        inverted: whether the first clause comes last ("left of a red disc is ...").
+        colour_last: whether colours follow their shape ("a disc in red").
+    """
+
+    wording: str
+    opening: str = ""
+    ending: str = ""
+    numbers: str = "articles"
+    synonyms: bool = False
+    adjectives: bool = False
+    inverted: bool = False
+    colour_last: bool = False
+
+
+def _templates() -> tuple[Template, ...]:
+    """The canonical form; then all frames in three laps with other options each."""
+    templates = [Template(wording="W0", opening="a photo of")]
+    numbers = tuple(_NUMBERS)
+    for wording in ("W1", "W2"):
+        frames = [(opening, "", False) for opening in _OPENINGS[wording]]
+        frames += [("", ending, False) for ending in _ENDINGS[wording]]
+        frames += [(opening, "", True) for opening in _INTRODUCTIONS[wording]]
+        for lap in range(3):
+            templates += [
+                Template(
+                    wording=wording,
+                    opening=opening,
+                    ending=ending,
+                    inverted=inverted,
+                    numbers=numbers[(i + lap) % len(numbers)],
+                    synonyms=lap != 1,
+                    adjectives=lap == 2,
+                    colour_last=(i + lap) % 5 == 3,
+                )
+                for i, (opening, ending, inverted) in enumerate(frames)
+            ]
+    return tuple(templates)
+
+
+TEMPLATES = _templates()
+"""All templates; their numbers are what :func:`caption` takes."""
+
+
+def templates_of(wording: str) -> tuple[int, ...]:
+    """Numbers of the templates of a wording.
+
+    Raises:
+        ValueError: unknown wording.
+    """
+    check_choice("wording", wording, WORDINGS)
+    return tuple(i for i, t in enumerate(TEMPLATES) if t.wording == wording)
+
+
+def check_wordings(wordings: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns one or several wordings as a tuple.
+
+    Raises:
+        ValueError: none, or an unknown one.
+    """
+    wordings = (wordings,) if isinstance(wordings, str) else tuple(wordings)
+    if not wordings:
+        raise ValueError(f"wordings is empty; give some of {', '.join(WORDINGS)}.")
+    for wording in wordings:
+        check_choice("wording", wording, WORDINGS)
+    return wordings
+
+
+def caption(spec: Mapping[str, Any], template: int, rng: np.random.Generator) -> str:
+    """Says a spec in words.
+
+    Args:
+        spec: one row of a batch of specs: 'count', 'colour', 'shape' int [3] and
+            'relation' int [].
+        template: index into ``TEMPLATES``.
+        rng: chooses among synonyms and adjectives; the canonical form needs none.
+
+    Returns:
+        Lower-case words separated by single spaces.
+
+    Raises:
+        ValueError: a bad spec, or no such template.
+    """
+    check_range("template", template, 0, len(TEMPLATES) - 1)
+    check_specs({name: np.asarray(value)[None] for name, value in spec.items()})
+    return _say(spec, TEMPLATES[template], rng)
+
+
+def _say(spec: Mapping[str, Any], form: Template, rng: np.random.Generator) -> str:
+    used = [k for k in range(CLAUSES) if spec["count"][k]]
+    objects = [_object(spec, k, form, rng) for k in used]
+    relation = int(spec["relation"])
+    wording = form.wording
+    conjunction = f" {_pick(_AND[wording], rng)} "
+    if relation:
+        phrase = _pick(_RELATIONS[wording][relation - 1], rng)
+        if form.inverted:
+            verb = _pick(_VERBS[wording], rng)
+            pair = f"{phrase} {objects[1]} {verb} {objects[0]}"
+        else:
+            pair = f"{objects[0]} {phrase} {objects[1]}"
+        scene = conjunction.join([pair, *objects[2:]])
+    elif form.inverted and len(objects) > 1:
+        besides, verb = _pick(_BESIDES[wording], rng), _pick(_VERBS[wording], rng)
+        scene = f"{besides} {conjunction.join(objects[1:])} {verb} {objects[0]}"
+    else:
+        scene = conjunction.join(objects)
+    return " ".join(filter(None, (form.opening, scene, form.ending)))
+
+
+def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    return options[0] if len(options) == 1 else options[int(rng.integers(len(options)))]
+
+
+def _object(
+    spec: Mapping[str, Any], clause: int, form: Template, rng: np.random.Generator
+) -> str:
+    count, colour, shape = (
+        int(spec[name][clause]) for name in ("count", "colour", "shape")
+    )
+    other = _SYNONYMS[form.wording]
+    noun, hue = SHAPES[shape], ""
+    if form.synonyms:
+        noun = _pick(other["shapes"][shape], rng)
+    if colour >= 0:
+        hue = [*COLOURS][colour]
+        if form.synonyms:
+            hue = _pick(other["colours"][colour], rng)
+    words = [_pick(ADJECTIVES, rng)] if form.adjectives else []
+    if hue and not form.colour_last:
+        words.append(hue)
+    words.append(noun if count == 1 else _plural(noun))
+    if hue and form.colour_last:
+        words += [_POST_COLOUR[form.wording], hue]
+    number = _NUMBERS[form.numbers][count - 1]
+    return " ".join([number[len(number) > 1 and words[0][0] in "aeiou"], *words])
+
+
+def _plural(noun: str) -> str:
+    return _PLURALS.get(noun, noun + "s")
+
+
+# ---- reading ----
+
+
+def _phrases(*texts: str) -> list[tuple[str, ...]]:
+    """As words, the longest first."""
+    return sorted({tuple(text.split()) for text in texts}, key=len, reverse=True)
+
+
+def _by_phrase(options: Iterable[tuple[str, int]]) -> dict[tuple[str, ...], int]:
+    """Meaning by words, the longest first."""
+    found = {tuple(text.split()): meaning for text, meaning in options}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def _flat(table: Mapping[str, Sequence[str]]) -> list[str]:
+    return [text for texts in table.values() for text in texts]
+
+
+_NUMBER_PHRASES = _by_phrase(
+    (text, count)
+    for style in _NUMBERS.values()
+    for count, texts in enumerate(style, 1)
+    for text in texts
+)
+_RELATION_PHRASES = _by_phrase(
+    (text, relation)
+    for style in _RELATIONS.values()
+    for relation, texts in enumerate(style, 1)
+    for text in texts
+)
+_HUES = {name: i for i, name in enumerate(COLOURS)} | {
+    name: i
+    for table in _SYNONYMS.values()
+    for i, names in enumerate(table["colours"])
+    for name in names
+}
+_NOUNS = {name: i for i, name in enumerate(SHAPES)} | {
+    name: i
+    for table in _SYNONYMS.values()
+    for i, names in enumerate(table["shapes"])
+    for name in names
+}
+_PLURAL_NOUNS = {_plural(noun): i for noun, i in _NOUNS.items()}
+_OPENING_PHRASES = _phrases(*_flat(_OPENINGS), *_flat(_INTRODUCTIONS))
+_ENDING_PHRASES = _phrases(*_flat(_ENDINGS))
+_AND_PHRASES = _phrases(*_flat(_AND))
+_BESIDES_PHRASES = _phrases(*_flat(_BESIDES))
+_VERB_PHRASES = _phrases(*_flat(_VERBS))
+
+PAD, UNKNOWN, START, END = "<pad>", "<unknown>", "<start>", "<end>"
+SPECIALS = (PAD, UNKNOWN, START, END, "<answer>", "</answer>")
+"""Words of a language model's own; no caption holds them."""
+
+VOCABULARY: tuple[str, ...] = SPECIALS + tuple(
+    sorted(
+        {
+            word
+            for phrases in (
+                _NUMBER_PHRASES,
+                _RELATION_PHRASES,
+                _OPENING_PHRASES,
+                _ENDING_PHRASES,
+                _AND_PHRASES,
+                _BESIDES_PHRASES,
+                _VERB_PHRASES,
+            )
+            for phrase in phrases
+            for word in phrase
+        }
+        | {*ADJECTIVES, *_HUES, *_NOUNS, *_PLURAL_NOUNS, *_POST_COLOUR.values()}
+    )
+)
+"""Every word by its id."""
+
+LONGEST = 36
+"""No caption has more words."""
+
+_LONGEST_OF_TWO = 24
+
+_IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words; other punctuation than that of ``SPECIALS`` separates them."""
+    return re.findall(r"</?[a-z]+>|[a-z0-9]+", text.lower())
+
+
+class _Reader:
+    """Reads words from left to right; what fails is tried another way.
+
+    ``furthest`` keeps the first word that nothing could follow, and what was hoped
+    for there: the error of the whole.
+    """
+
+    def __init__(self, words: list[str]):
+        self.words = words
+        self.furthest, self.wanted = -1, ""
+
+    def fail(self, position: int, wanted: str) -> None:
+        if position > self.furthest:
+            self.furthest, self.wanted = position, wanted
+
+    def take(
+        self, position: int, phrases: Iterable[tuple[str, ...]]
+    ) -> tuple[str, ...] | None:
+        """The first of the phrases that stands at the position."""
+        for phrase in phrases:
+            if tuple(self.words[position : position + len(phrase)]) == phrase:
+                return phrase
+        return None
+
+    def object(self, at: int) -> tuple[int, tuple[int, int, int]] | None:
+        """(next position, (count, colour, shape))."""
+        number = self.take(at, _NUMBER_PHRASES)
+        if number is None:
+            return self.fail(at, "a number of objects")
+        count, at = _NUMBER_PHRASES[number], at + len(number)
+        while at < len(self.words) and self.words[at] in ADJECTIVES:
+            at += 1
+        colour = -1
+        if at < len(self.words) and self.words[at] in _HUES:
+            colour, at = _HUES[self.words[at]], at + 1
+        nouns = _NOUNS if count == 1 else _PLURAL_NOUNS
+        if at >= len(self.words) or self.words[at] not in nouns:
+            one = "a shape" if count == 1 else "a shape in the plural"
+            return self.fail(at, one if colour >= 0 else f"a colour or {one}")
+        shape, at = nouns[self.words[at]], at + 1
+        if at < len(self.words) and self.words[at] in _POST_COLOUR.values():
+            hue = self.words[at + 1 : at + 2]
+            if colour < 0 and hue and hue[0] in _HUES:
+                return at + 2, (count, _HUES[hue[0]], shape)
+            self.fail(at + 1, "a colour")
+        return at, (count, colour, shape)
+
+    def objects(self, at: int) -> tuple[int, list[tuple[int, int, int]]] | None:
+        """One or more objects joined by 'and'."""
+        first = self.object(at)
+        if first is None:
+            return None
+        at, found = first[0], [first[1]]
+        while conjunction := self.take(at, _AND_PHRASES):
+            following = self.object(at + len(conjunction))
+            if following is None:
+                break
+            at = following[0]
+            found.append(following[1])
+        return at, found
+
+    def scene(self, at: int) -> tuple[int, list[tuple[int, int, int]], int] | None:
+        """(next position, clauses, relation)."""
+        relation = self.take(at, _RELATION_PHRASES)
+        lead = relation or self.take(at, _BESIDES_PHRASES)
+        if lead:
+            last = self.objects(at + len(lead))
+            if last is None:
+                return None
+            verb = self.take(last[0], _VERB_PHRASES)
+            if verb is None:
+                return self.fail(last[0], "'is' or another verb")
+            first = self.objects(last[0] + len(verb))
+            if first is None:
+                return None
+            if relation and len(last[1]) == 1:
+                clauses = [first[1][0], *last[1], *first[1][1:]]
+                return first[0], clauses, _RELATION_PHRASES[relation]
+            if relation or len(first[1]) > 1:
+                return self.fail(last[0], "one object on one side of the verb")
+            return first[0], first[1] + last[1], 0
+        first = self.objects(at)
+        if first is None:
+            return None
+        relation = self.take(first[0], _RELATION_PHRASES)
+        if relation is None:
+            return first[0], first[1], 0
+        if len(first[1]) > 1:
+            return self.fail(first[0], "one object before a relation")
+        last = self.objects(first[0] + len(relation))
+        if last is None:
+            return None
+        return last[0], first[1] + last[1], _RELATION_PHRASES[relation]
+
+
+def parse(text: str) -> dict[str, np.ndarray]:
+    """Reads the spec that a caption says; the inverse of :func:`caption`.
+
+    Args:
+        text: any sentence of the grammar; case, punctuation and adjectives of
+            ``ADJECTIVES`` are ignored.
+
+    Returns:
+        'count', 'colour', 'shape' int32 [3]; 'relation', 'tag' int32 [].
+
+    Raises:
+        ValueError: the text is no sentence of the grammar (the message names the
+            word, or the position, that does not fit), or says what no spec can.
+    """
+    words = words_of(text)
+    reader = _Reader(words)
+    openings = [p for p in _OPENING_PHRASES if tuple(words[: len(p)]) == p]
+    for opening in [*openings, ()]:
+        scene = reader.scene(len(opening))
+        if scene is None:
+            continue
+        at, clauses, relation = scene
+        ending = reader.take(at, _ENDING_PHRASES) or ()
+        if at + len(ending) == len(words):
+            return _spec(text, clauses, relation)
+        reader.fail(at + len(ending), "the end of the text")
+    at, hint = reader.furthest, ""
+    if at >= len(words):
+        problem = f"ends after {len(words)} words"
+    else:
+        problem = f"word {at + 1}, {words[at]!r}, does not fit"
+        if words[at] not in _IDS:
+            problem += " and is unknown"
+            hint = suggestion(words[at], VOCABULARY)
+    raise ValueError(f"caption {text!r}: {problem}; expected {reader.wanted}.{hint}")
+
+
+def _spec(
+    text: str, clauses: list[tuple[int, int, int]], relation: int
+) -> dict[str, np.ndarray]:
+    if len(clauses) > CLAUSES:
+        raise ValueError(
+            f"caption {text!r} speaks of {len(clauses)} kinds of objects; a spec has "
+            f"at most {CLAUSES}."
+        )
+    rows = np.array([*clauses] + [(0, -1, -1)] * (CLAUSES - len(clauses)), np.int32)
+    spec = {
+        **dict(zip(("count", "colour", "shape"), rows.T.copy())),
+        "relation": np.array(relation, np.int32),
+    }
+    try:
+        check_specs({name: value[None] for name, value in spec.items()})
+    except ValueError as error:
+        raise ValueError(f"caption {text!r}: {error}") from None
+    return {**spec, "tag": np.array(tag_of(spec), np.int32)}
+
+
+def tag_of(spec: Mapping[str, Any]) -> int:
+    """The tag that the content of one spec row has, an index into ``TAGS``."""
+    counts = [int(n) for n in spec["count"] if n]
+    colours = [int(c) for c, n in zip(spec["colour"], spec["count"]) if n]
+    named = [c >= 0 for c in colours]
+    relation = int(spec["relation"])
+    if len(counts) == 1 and not all(named):
+        tag = "single" if counts == [1] else "counting"
+    elif counts == [1]:
+        tag = "colours"
+    elif counts == [1, 1] and relation and all(named):
+        tag = "position"
+    elif counts == [1, 1] and not relation and not any(named):
+        tag = "two"
+    elif counts == [1, 1] and not relation and all(named) and colours[0] != colours[1]:
+        tag = "attribution"
+    else:
+        tag = "mixed"
+    return TAGS.index(tag)
+
+
+# ---- batches ----
+
+
+def batch(specs: Specs, wordings: str | Sequence[str], seed: int = 0) -> list[str]:
+    """One caption a spec, each by a random template of a random wording.
+
+    Args:
+        specs: batch of specs, concrete.
+        wordings: one of ``WORDINGS``, or several, equally likely; one that stands
+            twice is twice as likely.
+        seed: caption i depends on spec i, the wordings, seed and i alone.
+
+    Raises:
+        ValueError: no wording, an unknown one, or bad specs.
+    """
+    numbers = [templates_of(wording) for wording in check_wordings(wordings)]
+    count = check_specs(specs)
+    arrays = {
+        name: np.asarray(specs[name])
+        for name in ("count", "colour", "shape", "relation")
+    }
+    texts = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        choices = numbers[rng.integers(len(numbers))]
+        form = TEMPLATES[choices[rng.integers(len(choices))]]
+        texts.append(_say({name: a[i] for name, a in arrays.items()}, form, rng))
+    return texts
+
+
+def longest(tags: Iterable[str]) -> int:
+    """Words that hold every caption of these tags."""
+    return LONGEST if "mixed" in tags else _LONGEST_OF_TWO
+
+
+def tokenise(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
+    """Word ids, padded at the end.
+
+    Args:
+        texts: n captions.
+        length: of a row; ``LONGEST`` holds every caption.
+
+    Returns:
+        'ids' int32 [n, length], an unknown word as the id of ``UNKNOWN``; 'mask' bool
+        [n, length], True at words.
+
+    Raises:
+        ValueError: a text of more than ``length`` words, which the message names.
+    """
+    check_count("length", length)
+    ids = np.full((len(texts), length), _IDS[PAD], np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for i, text in enumerate(texts):
+        words = words_of(text)
+        if len(words) > length:
+            raise ValueError(
+                f"text {i} has {len(words)} words but length={length}: {text!r}. "
+                f"Raise the length; {LONGEST} holds every caption."
+            )
+        mask[i, : len(words)] = True
+        ids[i, : len(words)] = [_IDS.get(word, _IDS[UNKNOWN]) for word in words]
+    return {"ids": ids, "mask": mask}
+
+
+def detokenise(
+    ids: Int[np.ndarray, "n length"], mask: Bool[np.ndarray, "n length"]
+) -> list[str]:
+    """Texts of the words where the mask is True.
+
+    Raises:
+        ValueError: an id outside the vocabulary.
+    """
+    ids, mask = np.asarray(ids), np.asarray(mask)
+    for bad in ids[mask & ((ids < 0) | (ids >= len(VOCABULARY)))].tolist()[:1]:
+        raise ValueError(f"id {bad} is outside the vocabulary, [0, {len(VOCABULARY)}).")
+    return [" ".join(VOCABULARY[i] for i in row[kept]) for row, kept in zip(ids, mask)]
