@@ -20,7 +20,7 @@ import jax
 from tmdjax import train
 from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
-from tmdjax.harness.logs import MetricsLog, Progress
+from tmdjax.harness.logs import MetricsLog, Progress, read_rows
 
 logger = logging.getLogger("tmdjax")
 
@@ -92,6 +92,11 @@ class StageContext:
     def note_elapsed(self) -> None:
         """Remembers the time spent, for a run that goes on later."""
         (self.directory / _ELAPSED).write_text(repr(self.elapsed()))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What :meth:`fit` has logged so far, earlier attempts included."""
+        path = self.directory / _METRICS
+        return read_rows(path) if path.exists() else []
 
     def fit(
         self,

@@ -1,0 +1,195 @@
+"""BranchGRPO, pruned and mixed, beside DanceGRPO and MixGRPO.
+
+    python -m experiments.run --config=configs/branchgrpo.py:smoke
+    python -m experiments.run --config=configs/branchgrpo.py:cpu --seeds=0..4
+    python -m experiments.run --config=configs/branchgrpo.py:gpu --seeds=0..4
+    python -m experiments.run --config=configs/branchgrpo.py:paper --dry_run
+
+The tasks, networks and bases are those of configs/flow_grpo.py. All arms draw as many
+samples for as many prompts an iteration.
+
+smoke  points of a Gaussian mixture: mechanics, and reward rises.
+cpu    16x16 captioned shapes, 8 leaves (splits 0, 2, 4 of 8 steps).
+gpu    32x32, 16 leaves (splits 0, 3, 6, 9 of 20 steps), as published.
+paper  a DiT as wide and deep as SD3.5-M on 64x64 images: sizes only.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.flow_grpo import base
+
+TIERS = ("smoke", "cpu", "gpu", "paper")
+
+COST = {
+    "smoke": "40 s on 2 cores",
+    "cpu": "not measured yet",
+    "gpu": "meant for 8 min a shard on one H100; not measured yet",
+    "paper": "sizes only",
+}
+
+
+def get_config(tier: str) -> ConfigDict:
+    """The config of a tier."""
+    config = ConfigDict()
+    config.system = "branchgrpo"
+    base(config, tier)
+    large = tier in ("gpu", "paper")
+    steps, leaves = (20, 16) if large else (8, 8)
+    config.rollout = ConfigDict({"steps": steps, "shift": 1.0})
+    config.objective = ConfigDict(
+        {
+            "clip_range": 1e-4,
+            "kl_coefficient": 0.0,
+            "kl_kind": "transition",
+            "step_weight": "none",
+        }
+    )
+    chains = {
+        "group_size": leaves,
+        "same_noise": True,
+        "scale": "group",
+        "ddof": 1,
+        "eps": 1e-8,
+        "drop_tied": False,
+    }
+    dance = {
+        "method": "dance_grpo",
+        **chains,
+        "strength": 0.3,
+        "trained": "random",
+    }
+    tree = {
+        "method": "branchgrpo",
+        "splits": (0, 3, 6, 9) if large else (0, 2, 4),
+        "strength": 0.3,
+        "split_scale": 1.0,
+        "split_log_prob": "proposal",
+        "fusion": "mean",
+        "baseline": "depth",
+        "std_scope": "depth",
+    }
+    tail = tuple(range(16, 21)) if large else (7, 8)
+    config.arms = ConfigDict(
+        {
+            "dance": {**dance, "fraction": 1.0},
+            "dance_part": {**dance, "fraction": 0.6},
+            "mix_grpo": {
+                "method": "mix_grpo",
+                **chains,
+                "strength": 0.7,
+                "window": {"schedule": "progressive", "size": 4, "iterations": 10},
+            },
+            "branch": tree,
+            "branch_depth": {**tree, "prune_depths": tail, "prune_interval": 30},
+            "branch_width": {**tree, "prune_width": 0.5},
+            "branch_mix": {**tree, "mix": (30, 4)},
+            "branch_shuffled": {**tree, "shuffle": True},
+        }
+    )
+    calls = 203 / 16 if large else (1 + 2 * 2 + 2 * 4 + 3 * 8) / 8
+    config.claims = ConfigDict(_claims(calls))
+    if tier == "smoke":
+        config.claims = ConfigDict({"B1": _claims(calls)["B1"]})
+        config.objective.clip_range = 0.05  # of two dimensions, not of an image
+        config.arms = ConfigDict(
+            {k: config.arms[k] for k in ("dance", "branch", "branch_depth")}
+        )
+    elif tier == "paper":
+        config.claims = ConfigDict()
+        config.rollout.shift = 3.0
+        config.rl.update(guidance=3.5, prompts=16, lora_rank=0, learning_rate=1e-5)
+    return config
+
+
+def _claims(calls: float) -> dict[str, dict[str, object]]:
+    def claim(statement: str, published: str, statistic: str, **fields: object) -> dict:
+        return {
+            "statement": statement,
+            "published": published,
+            "statistic": statistic,
+            **fields,
+        }
+
+    return {
+        "B1": claim(
+            "network calls a sample, counted",
+            "13.68 printed; 203/16 = 12.69 counted, against 20",
+            "exact",
+            direction="equal",
+            threshold=calls,
+            ours="branch/network_calls_per_sample",
+            baseline=None,
+        ),
+        "B2a": claim(
+            "seconds an iteration, BranchGRPO over DanceGRPO",
+            "0.71 (493 / 698)",
+            "ratio",
+            direction="less",
+            threshold=0.8,
+            ours="branch/seconds_per_iteration",
+            baseline="dance/seconds_per_iteration",
+        ),
+        "B2b": claim(
+            "... with depth pruning",
+            "0.45 (314 / 698)",
+            "ratio",
+            direction="less",
+            threshold=0.6,
+            ours="branch_depth/seconds_per_iteration",
+            baseline="dance/seconds_per_iteration",
+        ),
+        "B3": claim(
+            "training reward after the same time, BranchGRPO less DanceGRPO",
+            "HPS-v2.1 0.363 against 0.360",
+            "difference",
+            direction="greater",
+            threshold=0.0,
+            ours="branch/reward_at_time",
+            baseline="dance/reward_at_time",
+        ),
+        "B4a": claim(
+            "held-out score after depth pruning over that of the whole tree",
+            "0.369 against 0.363",
+            "ratio",
+            direction="greater",
+            threshold=0.98,
+            ours="branch_depth/aligned.held_out.score",
+            baseline="branch/aligned.held_out.score",
+        ),
+        "B4b": claim(
+            "... after width pruning",
+            "0.364 against 0.363",
+            "ratio",
+            direction="greater",
+            threshold=0.98,
+            ours="branch_width/aligned.held_out.score",
+            baseline="branch/aligned.held_out.score",
+        ),
+        "B5": claim(
+            "gain in training reward, less that with advantages shuffled in a depth",
+            "",
+            "difference",
+            direction="greater",
+            threshold=0.0,
+            ours="branch/reward_gain",
+            baseline="branch_shuffled/reward_gain",
+        ),
+        "B6": claim(
+            "held-out strict accuracy, aligned less base",
+            "",
+            "difference",
+            direction="greater",
+            threshold=0.1,
+            ours="branch/aligned.held_out.strict",
+            baseline="branch/base.held_out.strict",
+        ),
+        "B7": claim(
+            "training reward rises (last fifth of the iterations less the first)",
+            "",
+            "difference",
+            direction="greater",
+            threshold=0.0,
+            ours="branch/reward_last",
+            baseline="branch/reward_first",
+        ),
+    }

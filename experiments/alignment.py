@@ -1,0 +1,312 @@
+"""Shared by experiments that align a flow model with a reward by RL.
+
+Stages: the base is pretrained (once for all seeds and arms); RL aligns it, an arm a
+method; base and aligned model are sampled by the ODE on prompts of the training set
+and on held-out ones, from the same noise.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import alignment_tasks as tasks
+from tmdjax import data, flows, train
+from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_choice, check_count
+from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness.config import to_plain
+from tmdjax.harness.report import image_grid
+from tmdjax.systems import branchgrpo, flow_grpo
+from tmdjax.train import flow_rl
+
+Config = Any
+SETS = ("train", "held_out")
+COURSE = (
+    "reward_first",
+    "reward_last",
+    "reward_gain",
+    "reward_at_time",
+    "seconds_per_iteration",
+    "first_ratio_error",
+)
+"""What RL itself reports, beside the evaluation."""
+
+
+def arms(config: Config) -> tuple[str, ...]:
+    """One arm a method."""
+    return tuple(config.arms)
+
+
+def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> Any:
+    """Method, objective and number of updates of an arm."""
+    given = to_plain(config.arms[arm])
+    kind = given.pop("method")
+    check_choice(f"arms.{arm}.method", kind, (*flow_grpo.PRESETS, "branchgrpo"))
+    objective = {**to_plain(config.objective), **given.pop("objective", {})}
+    steps, shift = config.rollout.steps, config.rollout.shift
+    if kind != "branchgrpo":
+        updates = given.pop("updates", config.rl.updates)
+        return flow_grpo.preset(
+            kind,
+            event_shape,
+            objective=objective,
+            steps=steps,
+            shift=shift,
+            updates=updates,
+            **given,
+        )
+    updates = given.pop("updates", config.rl.updates)
+    method = branchgrpo.Trees(
+        grid=flows.shifted_grid(steps, shift),
+        event_shape=event_shape,
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()},
+    )
+    return flow_grpo.Setup(
+        method=method, objective=flow_rl.Objective(**objective), updates=updates
+    )
+
+
+def stages(config: Config, arm: str) -> list[Stage]:
+    """The stages of one arm."""
+    plain = to_plain(config)
+    base = ("task", "model", "optimizer", "train")
+    return [
+        Stage(
+            name="pretrain",
+            run=functools.partial(tasks.pretrain, config),
+            config={k: plain[k] for k in base},
+            seeded=False,
+        ),
+        Stage(
+            name="align",
+            run=functools.partial(align, config, arm),
+            config={
+                "arm": plain["arms"][arm],
+                **{k: plain[k] for k in ("rollout", "objective", "rl")},
+            },
+            parents=("pretrain",),
+        ),
+        Stage(
+            name="evaluate",
+            run=functools.partial(evaluate, config),
+            config={"evaluate": plain["evaluate"]},
+            parents=("pretrain", "align"),
+        ),
+    ]
+
+
+def _iteration(
+    config: Config, arm: str, task: tasks.Task, params: Any, key: Any
+) -> Any:
+    """State, iteration, ``trained -> whole params`` and the setup of an arm."""
+    found = setup(config, arm, task.event_shape)
+    trained, policy, whole = tasks.policy(config, params, key)
+    settings = config.rl
+    rule = train.make_optimizer(
+        train.OptimizerConfig(
+            name="adamw",
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+        )
+    )
+    iteration = flow_rl.make_iteration(
+        policy,
+        found.method,
+        task.reward,
+        rule,
+        found.objective,
+        updates=found.updates,
+        microbatches=settings.microbatches,
+        chunks=settings.chunks,
+        ema_decay=settings.ema_decay,
+    )
+    return train.create_state(trained, rule, ema=True), iteration, whole, found
+
+
+def align(config: Config, arm: str, context: StageContext) -> StageResult:
+    """RL of one arm."""
+    task = tasks.build(config)
+    params = jax.tree.map(jnp.asarray, context.inputs["pretrain"].outputs["params"])
+    state, iteration, whole, found = _iteration(
+        config, arm, task, params, jax.random.fold_in(context.key, 1)
+    )
+    settings = config.rl
+    state = context.fit(
+        state,
+        iteration,
+        data.in_memory(task.prompts, settings.prompts, seed=context.seed),
+        num_steps=settings.iterations,
+        log_every=settings.log_every,
+    )
+    rows = context.rows()
+    metrics = _course(rows, settings.judge_seconds)
+    metrics["network_calls_per_sample"] = calls_per_sample(found.method)
+    metrics["skipped_updates"] = state.skipped
+    return StageResult(
+        {"params": whole(state.eval_params)}, metrics, model=tasks.model_spec(config)
+    )
+
+
+def calls_per_sample(method: Any) -> float:
+    """Velocity evaluations of a rollout, over its samples."""
+    if isinstance(method, branchgrpo.Trees):
+        return method.tree.calls / method.tree.leaves
+    return float(len(method.grid) - 1)
+
+
+def _course(rows: list[dict[str, Any]], judge_seconds: float) -> dict[str, float]:
+    """Reward at both ends, after a given time, and seconds an iteration."""
+    reward = np.array([row["reward_mean"] for row in rows])
+    seconds = np.array([row["time/seconds"] for row in rows])
+    rate = np.array([row["time/steps_per_second"] for row in rows])
+    end = max(1, len(rows) // 5)
+    near = np.abs(seconds - judge_seconds) <= 0.1 * judge_seconds
+    return {
+        "reward_first": float(reward[:end].mean()),
+        "reward_last": float(reward[-end:].mean()),
+        "reward_gain": float(reward[-end:].mean() - reward[:end].mean()),
+        # a run that ended before is judged by its end
+        "reward_at_time": float((reward[near] if near.any() else reward[-end:]).mean()),
+        "seconds_per_iteration": float(1 / np.median(rate[len(rows) // 4 :])),
+        "first_ratio_error": float(rows[0]["ratio_error"]),
+    }
+
+
+def evaluate(config: Config, context: StageContext) -> StageResult:
+    """Scores of base and aligned model, by the ODE from the same noise."""
+    task, settings = tasks.build(config), config.evaluate
+    table = flows.make_table(
+        "ode", flows.shifted_grid(settings.steps, config.rollout.shift)
+    )
+    models_ = {
+        "base": context.inputs["pretrain"].outputs["params"],
+        "aligned": context.inputs["align"].outputs["params"],
+    }
+
+    @jax.jit
+    def draw(params: Any, batch: Any, keys: Any) -> Any:
+        trained, policy, _ = tasks.policy(config, params, jax.random.key(0))
+        if config.rl.lora_rank:  # merged: the whole is the base of nothing
+            trained = {}
+        velocity = policy.velocity(trained, policy.frozen)
+        cond = policy.condition(policy.frozen, batch)
+        noise = prng.normal(keys, task.event_shape)
+        return flows.rollout(None, velocity, noise, table, cond, store=False)
+
+    metrics, shown = {}, {}
+    for name, prompts in (("train", task.prompts), ("held_out", task.held_out)):
+        rows = np.arange(settings.count) % len(next(iter(prompts.values())))
+        batch = trees.take(prompts, rows)
+        keys = prng.sample_keys(jax.random.fold_in(context.key, len(name)), len(rows))
+        for model, params in models_.items():
+            samples = draw(params, batch, keys)
+            for what, values in task.measure(samples, batch).items():
+                metrics[f"{model}.{name}.{what}"] = float(np.mean(values))
+            if name == "held_out":
+                shown[model] = samples[: settings.shown]
+    for name in SETS:
+        for what in task.measures:
+            metrics[f"gain.{name}.{what}"] = (
+                metrics[f"aligned.{name}.{what}"] - metrics[f"base.{name}.{what}"]
+            )
+    return StageResult({"shown": shown}, metrics)
+
+
+def measures(config: Config) -> set[str]:
+    """The metrics that claims may be about."""
+    found = {f"{arm}/{name}" for arm in arms(config) for name in COURSE}
+    for arm in arms(config):
+        found.add(f"{arm}/network_calls_per_sample")
+        for model in ("base", "aligned", "gain"):
+            for name in SETS:
+                for what in tasks.measures(config):
+                    found.add(f"{arm}/{model}.{name}.{what}")
+    return found
+
+
+def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The table of arms, from the metrics of a record."""
+    rows = []
+    for arm in arms(config):
+        row: dict[str, Any] = {
+            "method": arm,
+            "calls a sample": found.get(f"{arm}/network_calls_per_sample"),
+            "s an iteration": found.get(f"{arm}/seconds_per_iteration"),
+            "reward, first": found.get(f"{arm}/reward_first"),
+            "reward, last": found.get(f"{arm}/reward_last"),
+        }
+        for what in tasks.measures(config):
+            for model in ("base", "aligned"):
+                row[f"{what}, {model}"] = found.get(f"{arm}/{model}.held_out.{what}")
+        rows.append(row)
+    return rows
+
+
+def report(
+    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+) -> Report:
+    """Reward curve, and held-out samples before and after."""
+    shown = Report([], [])
+    if "evaluate" not in results:
+        return shown
+    metrics = {**results["align"].metrics, **results["evaluate"].metrics}
+    shown.tables.append(
+        (
+            "Scores by the ODE, base and aligned",
+            [
+                {"prompts": name, "measure": what}
+                | {m: metrics[f"{m}.{name}.{what}"] for m in ("base", "aligned")}
+                for name in SETS
+                for what in tasks.measures(config)
+            ],
+        )
+    )
+    images = results["evaluate"].outputs["shown"]
+    if images["base"].ndim == 4:
+        path = image_grid(
+            np.concatenate([images["base"], images["aligned"]]),
+            folder / "samples.png",
+            columns=len(images["base"]),
+            row_labels=["base", "aligned"],
+        )
+        shown.figures.append(("Held-out prompts, the same noise", path))
+    return shown
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Sizes; builds every method, so that settings that cannot work are refused."""
+    for group, names in (
+        ("rl", ("iterations", "prompts", "updates", "chunks", "microbatches")),
+        ("rollout", ("steps",)),
+        ("evaluate", ("count", "steps", "shown")),
+    ):
+        for name in names:
+            check_count(f"{group}.{name}", config[group][name])
+    task = tasks.build(config)
+    params = jax.eval_shape(functools.partial(tasks.initial, config), jax.random.key(0))
+    rows: dict[str, Any] = {"parameters": trees.count(params)}
+    if config.task.name != "mixture":
+        rows["pretraining updates"] = config.train.steps
+    rows["iterations"] = config.rl.iterations
+    for arm in arms(config):
+        found = setup(config, arm, task.event_shape)
+        group = found.method.group_size
+        rows[f"{arm}: samples an iteration"] = group * config.rl.prompts
+        rows[f"{arm}: network calls a sample"] = calls_per_sample(found.method)
+        rows[f"{arm}: stored states, GB"] = stored_bytes(config, found.method) / 1e9
+    return rows
+
+
+def stored_bytes(config: Config, method: Any) -> int:
+    """Bytes of the states that a rollout keeps for the update."""
+    if isinstance(method, branchgrpo.Trees):
+        return method.memory(config.rl.prompts)
+    steps = len(method.plan(0)[1]["steps"])
+    samples = method.group_size * config.rl.prompts
+    return 4 * samples * (steps + 1) * int(np.prod(method.event_shape))

@@ -1,0 +1,285 @@
+"""What flow models are aligned with: prompts, rewards, and the pretrained base.
+
+shapes    captions of coloured shapes; an exact checker (device).
+words     signs that say a word; a real OCR model reads them (host).
+mixture   points of a Gaussian mixture whose flow is known exactly: no pretraining.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax import data, flows, models, train
+from tmdjax.core import prng, trees
+from tmdjax.core.types import Array, Params
+from tmdjax.data import captioned_shapes, captions, rendered_text
+from tmdjax.harness import StageContext, StageResult
+from tmdjax.harness.config import to_plain
+from tmdjax.models import lora
+from tmdjax.rewards import ocr, shapes
+from tmdjax.train import flow_rl
+
+Config = Any
+TASKS = ("shapes", "words", "mixture")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task as RL sees it.
+
+    Attributes:
+        event_shape: of a sample.
+        prompts: {name: [n, ...]} to train on.
+        held_out: {name: [n, ...]} that no training has seen.
+        reward: of :func:`tmdjax.train.flow_rl.make_iteration`.
+        measure: ``(samples, prompts) -> {name: [n]}`` for evaluation, on the host.
+        measures: its names; the first is the reward.
+    """
+
+    event_shape: tuple[int, ...]
+    prompts: Mapping[str, np.ndarray]
+    held_out: Mapping[str, np.ndarray]
+    reward: Any
+    measure: Callable[[Any, Any], Mapping[str, np.ndarray]]
+    measures: tuple[str, ...]
+
+
+def measures(config: Config) -> tuple[str, ...]:
+    """Names of what a task measures."""
+    return {
+        "shapes": ("score", "strict"),
+        "words": ("score", "exact"),
+        "mixture": ("score",),
+    }[config.task.name]
+
+
+def build(config: Config) -> Task:
+    """The task of a config, its prompts drawn."""
+    return {"shapes": _shapes, "words": _words, "mixture": _mixture}[config.task.name](
+        config
+    )
+
+
+def _shapes(config: Config) -> Task:
+    settings = config.task
+    tags, size = tuple(settings.tags), settings.size
+
+    def prompts(count: int, held_out: bool) -> dict[str, np.ndarray]:
+        specs = captioned_shapes.prompts(count, tags=tags, size=size, held_out=held_out)
+        texts = captions.batch(specs, "W0")
+        return {**specs, **captions.tokenise(texts, captions.longest(tags))}
+
+    def score(samples: Array, batch: Mapping[str, Array]) -> dict[str, Array]:
+        found = shapes.check(samples, batch)
+        return {"score": found["score"], "strict": found["strict"]}
+
+    return Task(
+        event_shape=(size, size, 3),
+        prompts=prompts(settings.prompts, False),
+        held_out=prompts(settings.held_out, True),
+        reward=lambda samples, batch: score(samples, batch)["score"],
+        measure=jax.jit(score),
+        measures=measures(config),
+    )
+
+
+def _words(config: Config) -> Task:
+    settings = config.task
+    reader = ocr.load(threads=1)  # absent, it is refused here
+
+    def prompts(count: int, held_out: bool) -> dict[str, np.ndarray]:
+        keys = prng.sample_keys(jax.random.key(int(held_out)), count)
+        return rendered_text.encode(rendered_text.sample_words(keys, held_out))
+
+    def reward(images: np.ndarray, rows: list[Any]) -> np.ndarray:
+        words = rendered_text.decode(np.stack([row["ids"] for row in rows]))
+        return ocr.score(reader(images), words)
+
+    def measure(samples: Any, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        texts = reader(np.asarray(samples))
+        words = rendered_text.decode(np.asarray(batch["ids"]))
+        return {
+            "score": ocr.score(texts, words),
+            "exact": ocr.exact(texts, words),
+        }
+
+    return Task(
+        event_shape=(settings.size, settings.size, 3),
+        prompts=prompts(settings.prompts, False),
+        held_out=prompts(settings.held_out, True),
+        reward=flow_rl.HostReward(fn=reward, timeout=settings.timeout),
+        measure=measure,
+        measures=measures(config),
+    )
+
+
+_EXACT = flows.gaussian_mixture(**data.MIXTURE)
+
+
+def _mixture(config: Config) -> Task:
+    target = jnp.asarray(data.MIXTURE["means"][0])
+
+    def reward(samples: Array, batch: Any) -> Array:
+        return jnp.exp(-jnp.sum(jnp.square(samples - target), axis=-1) / 2)
+
+    def prompts(count: int) -> dict[str, np.ndarray]:
+        return {"prompt": np.arange(count, dtype=np.int32)}
+
+    return Task(
+        event_shape=(2,),
+        prompts=prompts(config.task.prompts),
+        held_out=prompts(config.task.held_out),
+        reward=reward,
+        measure=jax.jit(lambda samples, batch: {"score": reward(samples, batch)}),
+        measures=measures(config),
+    )
+
+
+def model_spec(config: Config) -> dict[str, Any]:
+    """The network's spec, its vocabulary taken from the task."""
+    spec = to_plain(config.model)
+    if config.task.name == "shapes":
+        length = captions.longest(tuple(config.task.tags))
+        spec |= {"vocabulary": len(captions.VOCABULARY), "max_length": length}
+    elif config.task.name == "words":
+        spec |= {
+            "vocabulary": len(rendered_text.LETTERS) + 1,
+            "max_length": rendered_text.LONGEST,
+        }
+    return spec
+
+
+def policy(config: Config, params: Params, key: Any) -> tuple[Params, Any, Any]:
+    """What RL trains, its :class:`flow_rl.Policy`, and ``trained -> whole params``.
+
+    The text encoder is frozen; with a rank only adapters of the attention are trained,
+    and the base is the reference.
+    """
+    settings = config.rl
+    module: Any = models.build(model_spec(config))
+    if config.task.name == "mixture":
+        apply_fn = models.functional(module)
+        base, frozen = params, params
+        whole, condition = lambda trained: trained, lambda frozen, batch: None
+        null = None
+    else:
+        dit, text = models.functional(module.dit_module()), models.functional(module)
+        apply_fn, base, frozen = dit, params["dit"], params
+        null = models.null_condition(module.max_length, module.text_width)
+
+        def condition(frozen: Any, batch: Any) -> Any:
+            raw = {"ids": batch["ids"], "mask": batch["mask"]}
+            return text(frozen, raw, method="encode")
+
+        def whole(trained: Any) -> Any:
+            return {"encoder": params["encoder"], "dit": trained}
+
+    def base_of(frozen: Any) -> Any:
+        return frozen if config.task.name == "mixture" else frozen["dit"]
+
+    def guided(velocity: Any) -> Any:
+        if config.task.name == "mixture":
+            return lambda x, t, cond=None: _EXACT.velocity(x, t) + velocity(x, t, None)
+        return flows.classifier_free_guidance(
+            velocity, settings.guidance, null, freeze_null=True
+        )
+
+    def reference(frozen: Any) -> Any:
+        return guided(functools.partial(apply_fn, base_of(frozen)))
+
+    rank = settings.lora_rank
+    if not rank:
+        return (
+            base,
+            flow_rl.Policy(
+                velocity=lambda trained, frozen: guided(
+                    functools.partial(apply_fn, trained)
+                ),
+                reference=reference,
+                condition=condition,
+                frozen=frozen,
+            ),
+            whole,
+        )
+    adapters = lora.init(key, base, rank, ["attention/.*/kernel"])
+    alpha = 2.0 * rank
+    adapted = flow_rl.Policy(
+        velocity=lambda trained, frozen: guided(
+            functools.partial(lora.apply_fn(apply_fn, base_of(frozen), alpha), trained)
+        ),
+        reference=reference,
+        condition=condition,
+        frozen=frozen,
+    )
+    return adapters, adapted, lambda trained: whole(lora.merge(base, trained, alpha))
+
+
+def initial(config: Config, key: Any) -> Params:
+    """Parameters before any training; traceable."""
+    module: Any = models.build(model_spec(config))
+    if config.task.name == "mixture":
+        point = jnp.zeros((1, 2))
+        params = models.init_params(module, key, point, jnp.zeros(1), None)
+        params["out"] = jax.tree.map(jnp.zeros_like, params["out"])  # no correction
+        return params
+    text = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf)[None], models.null_condition(module.max_length)
+    )
+    image = jnp.zeros((1, config.task.size, config.task.size, 3))
+    return models.init_params(module, key, image, jnp.zeros(1), text)
+
+
+def pretraining(config: Config, key: Any) -> tuple[train.TrainState, Any]:
+    """Initial state and train step (not yet jitted) of the base; traceable."""
+    module: Any = models.build(model_spec(config))
+    apply_fn = models.functional(module)
+    settings, null = config.train, models.null_condition(module.max_length)
+
+    def loss(params: Params, batch: Any, keys: Any) -> Any:
+        return flows.flow_matching_loss(
+            params,
+            apply_fn,
+            batch["image"],
+            keys,
+            {"ids": batch["ids"], "mask": batch["mask"]},
+            time_sampler=flows.logit_normal_time(),
+            null_cond=null,
+            drop_rate=settings.drop_rate,
+        )
+
+    rule = train.make_optimizer(
+        train.OptimizerConfig(**to_plain(config.optimizer), total_steps=settings.steps)
+    )
+    step = train.make_train_step(loss, rule, ema_decay=settings.ema_decay)
+    return train.create_state(initial(config, key), rule, ema=True), step
+
+
+def pretrain(config: Config, context: StageContext) -> StageResult:
+    """The base: a text-conditioned network trained on images, or nothing to train."""
+    if config.task.name == "mixture":
+        params = initial(config, context.key)
+        return StageResult({"params": params}, {"parameters": trees.count(params)})
+    settings = config.task
+    options: dict[str, Any] = {"size": settings.size, "test_count": 1}
+    if settings.name == "shapes":
+        options |= {"tags": tuple(settings.tags)}
+    source = {"shapes": "captioned_shapes", "words": "rendered_text"}[settings.name]
+    loaded = data.load(source, train_count=config.train.images, **options).train
+    state, step = pretraining(config, context.key)
+    count = trees.count(state.params)
+    step, state, place = train.jit_train_step(step, state, train.make_mesh())
+    arrays = {name: loaded[name] for name in ("image", "ids", "mask")}
+    state = context.fit(
+        state,
+        step,
+        data.in_memory(arrays, config.train.batch_size, seed=0),
+        num_steps=config.train.steps,
+        place=place,
+        log_every=config.train.log_every,
+    )
+    return StageResult({"params": state.eval_params}, {"parameters": count})

@@ -1,0 +1,15 @@
+"""Flow-GRPO, its fast variant, DanceGRPO and MixGRPO on one task: an arm each.
+
+Everything they share stands in experiments/alignment.py.
+"""
+
+from experiments.alignment import (
+    arms,
+    describe,
+    measures,
+    report,
+    stages,
+    summary_rows,
+)
+
+__all__ = ["arms", "describe", "measures", "report", "stages", "summary_rows"]
