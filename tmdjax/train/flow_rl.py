@@ -3,8 +3,8 @@
 What differs between methods is how samples are drawn and how rewards become the
 advantages of single transitions; a :class:`Method` says both. Everything else is here:
 chunks of prompts, rewards on the device or on the host, minibatches, microbatches,
-KL to a reference, EMA, the check that the first ratio is 1, and the counting of
-updates that were not finite.
+a mesh of devices, KL to a reference, EMA, the check that the first ratio is 1, and the
+counting of updates that were skipped.
 """
 
 import dataclasses
