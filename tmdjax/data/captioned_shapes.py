@@ -13,7 +13,7 @@ References:
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ _HELD_OUT_OF = 5
 _SALT = 2468
 _CHUNK = 1024
 _PATIENCE = 8
+_MIXED_THROWS = 13
 _NAMES = ("count", "colour", "shape", "relation")
 
 
@@ -108,12 +109,8 @@ def sample_specs(
     numbers = jnp.asarray([TAGS.index(tag) for tag in check_tags(tags)], jnp.int32)
 
     def one(key: Key[Array, ""]) -> dict[str, Array]:
-        tag_key, mixed_key, *rest = jax.random.split(key, 9)
-        tag = jax.random.choice(tag_key, numbers)
-        draw = iter(rest)
-
-        def integer(low: int, high: int) -> Array:
-            return jax.random.randint(next(draw), (), low, high, jnp.int32)
+        integer = _dice(key, 8 + _MIXED_THROWS)
+        tag = numbers[integer(0, len(numbers))]
 
         def other(first: Array, high: int) -> Array:
             """Another number below high."""
@@ -142,7 +139,7 @@ def sample_specs(
             spec((1, colour_a, shape_a)),
             spec((1, colour_a, shape_a), position, relation=relation),
             spec((1, colour_a, shape_a), (1, colour_b, shape_b)),
-            _mixed(mixed_key, most),
+            _mixed(integer, most),
         ]
         chosen = jax.tree.map(lambda *leaves: jnp.stack(leaves)[tag], *options)
         return {**chosen, "tag": tag}
@@ -150,40 +147,53 @@ def sample_specs(
     return jax.vmap(one)(keys)
 
 
-def _mixed(key: Key[Array, ""], most: int) -> dict[str, Array]:
-    """A spec that has no other tag, of at most ``most`` objects."""
-    number_key, has_key, relation_key, count_key, colour_key, asked_key, shape_key = (
-        jax.random.split(key, 7)
-    )
-    number = jax.random.randint(number_key, (), 1, CLAUSES + 1, jnp.int32)
-    has_relation = (number > 1) & jax.random.bernoulli(has_key)
-    relation = jax.random.randint(relation_key, (), 1, len(RELATIONS), jnp.int32)
+def _dice(key: Key[Array, ""], number: int) -> Callable[[Any, Any], Array]:
+    """Makes ``integer(low, high)``, uniform in [low, high), for ``number`` throws.
 
+    All come from one call of the generator, which compiles in seconds a call.
+    """
+    bits = iter(jax.random.bits(key, (number,)))
+
+    def integer(low: Any, high: Any) -> Array:
+        return low + _below(next(bits), high - low)
+
+    return integer
+
+
+def _below(bits: Array, high: Any) -> Array:
+    """Int32 in [0, high) from uniform uint32, uniform to one part in 2³²."""
+    return (bits % jnp.uint32(high)).astype(jnp.int32)
+
+
+def _mixed(integer: Callable[[Any, Any], Array], most: int) -> dict[str, Array]:
+    """A spec that has no other tag, of at most ``most`` objects."""
+    number = integer(1, CLAUSES + 1)
+    has_relation = (number > 1) & (integer(0, 2) == 1)
+    relation = jnp.where(has_relation, integer(1, len(RELATIONS)), 0)
     counts, left = [], jnp.int32(most)
-    for i, one_key in enumerate(jax.random.split(count_key, CLAUSES)):
+    for i in range(CLAUSES):
         # Each later clause keeps room for one object.
         high = jnp.minimum(left - jnp.maximum(number - i - 1, 0), MOST_OF_A_CLAUSE)
         # Several of the first: one or two lone objects have a tag of their own.
         low = jnp.where((i == 0) & (number < CLAUSES), 2, 1)
-        count = jax.random.randint(one_key, (), low, high + 1, jnp.int32)
+        count = integer(low, jnp.maximum(high, low) + 1)
         count = jnp.where(has_relation & (i < 2), 1, count)
         counts.append(jnp.where(i < number, count, 0))
         left -= counts[-1]
-    count = jnp.stack(counts)
 
-    used = count > 0
-    first, second = (jnp.arange(CLAUSES) == i for i in range(2))
-    asked = jax.random.bernoulli(asked_key, 2 / 3, (CLAUSES,))
-    asked = jnp.where(first & (number == 1), True, asked)
+    used = jnp.stack(counts) > 0
+    asked = jnp.stack([integer(0, 3) > 0 for _ in range(CLAUSES)])
+    asked |= number == 1  # without a colour it would be a 'counting'
     # With both colours it would be a 'position'.
-    asked = jnp.where(second & has_relation & (number == 2), False, asked)
-    colour = jax.random.randint(colour_key, (CLAUSES,), 0, len(COLOURS), jnp.int32)
-    shape = jax.random.permutation(shape_key, len(SHAPES))[:CLAUSES].astype(jnp.int32)
+    asked &= ~((jnp.arange(CLAUSES) == 1) & has_relation & (number == 2))
+    colour = jnp.stack([integer(0, len(COLOURS)) for _ in range(CLAUSES)])
+    orders = jnp.asarray([*itertools.permutations(range(len(SHAPES)), CLAUSES)])
+    shape = orders[integer(0, len(orders))]
     return {
-        "count": count,
+        "count": jnp.stack(counts),
         "colour": jnp.where(used & asked, colour, -1),
         "shape": jnp.where(used, shape, -1),
-        "relation": jnp.where(has_relation, relation, 0),
+        "relation": relation,
     }
 
 
@@ -226,7 +236,8 @@ def render(
     arrays = {name: jnp.asarray(specs[name], jnp.int32) for name in _NAMES}
 
     def one(key: Key[Array, ""], spec: dict[str, Array]) -> Array:
-        place_key, side_key, colour_key = jax.random.split(key, 3)
+        place_key, kind_key = jax.random.split(key)
+        side_bits, colour_bits = jax.random.bits(kind_key, (2, most))
         total = spec["count"].sum()
         slot = jnp.arange(most)
         clause = (slot[:, None] >= jnp.cumsum(spec["count"])).sum(1)
@@ -235,9 +246,7 @@ def render(
 
         largest = (size + 1) // _lines(size) - 1
         choices = (largest - _LEAST_SIDE) // 2 + 1
-        side = _LEAST_SIDE + 2 * jax.random.randint(
-            side_key, (most,), 0, choices, jnp.int32
-        )
+        side = _LEAST_SIDE + 2 * _below(side_bits, choices)
         corner = _corners(place_key, side, total, spec["relation"], size)
         row, column = (
             jnp.arange(size)[None, :] - corner[axis][:, None] for axis in range(2)
@@ -252,9 +261,8 @@ def render(
         mask = shown[:, None, None] & jnp.select(
             [shape == i for i in range(len(SHAPES))], masks, False
         )
-        drawn = jax.random.randint(colour_key, (most,), 0, len(COLOURS), jnp.int32)
         colour = spec["colour"][clause]
-        colour = jnp.where(colour < 0, drawn, colour)
+        colour = jnp.where(colour < 0, _below(colour_bits, len(COLOURS)), colour)
         # Objects never overlap, so what they add to the background can be summed.
         ground = jnp.asarray(BACKGROUND, jnp.float32)
         added = jnp.asarray([*COLOURS.values()], jnp.float32)[colour] - ground
@@ -271,7 +279,11 @@ def _corners(
     size: int,
 ) -> tuple[Int[Array, "object"], Int[Array, "object"]]:
     """Top and left of every object; the first two stand in the relation, if any."""
-    cell_key, line_key, spread_key, jitter_key = jax.random.split(key, 4)
+    cells, most = _MOST_LINES**2, len(side)
+    bits = jax.random.bits(key, (cells + 5 + 2 * most,))
+    order_bits, (line, start, step, *shifts), insides = jnp.split(
+        bits, (cells, cells + 5)
+    )
     lines = 1 + (total > 1) + (total > 4) + (total > 9)
     sideways = (relation == 1) | (relation == 2)
     alone = (relation > 0) & (total == 2)  # then the cells are two whole strips
@@ -281,38 +293,32 @@ def _corners(
     row, column = (
         jnp.asarray(a.reshape(-1)) for a in np.indices((_MOST_LINES, _MOST_LINES))
     )
-    order = jax.random.uniform(cell_key, row.shape)
-    order = jnp.where((row < rows) & (column < columns), order, 2)
+    last = jnp.iinfo(jnp.int32).max
+    order = _below(order_bits, last)
+    order = jnp.where((row < rows) & (column < columns), order, last)
     # A relation takes two cells of one line: they come first, in its order.
     along, across = jnp.where(sideways, column, row), jnp.where(sideways, row, column)
     length, breadth = (
         jnp.where(sideways, columns, rows),
         jnp.where(sideways, rows, columns),
     )
-    line = jax.random.randint(line_key, (), 0, breadth)
-    start_key, step_key = jax.random.split(spread_key)
-    start = jax.random.randint(start_key, (), 0, length)
-    step = jax.random.randint(step_key, (), 1, jnp.maximum(length, 2))
-    end = (start + step) % length
+    start = _below(start, length)
+    end = (start + 1 + _below(step, jnp.maximum(length - 1, 1))) % length
     low, high = jnp.minimum(start, end), jnp.maximum(start, end)
     forward = (relation == 1) | (relation == 3)
     first, second = jnp.where(forward, low, high), jnp.where(forward, high, low)
-    in_line = (relation > 0) & (across == line)
+    in_line = (relation > 0) & (across == _below(line, breadth))
     order = jnp.where(in_line & (along == first), -2, order)
     order = jnp.where(in_line & (along == second), -1, order)
-    cell = jnp.argsort(order)[: len(side)]
+    cell = jnp.argsort(order)[:most]
 
-    def place(key: Key[Array, ""], index: Array, number: Array) -> Array:
+    def place(shift: Array, inside: Array, index: Array, number: Array) -> Array:
         pitch = (size + 1) // number
-        shift_key, inside_key = jax.random.split(key)
-        shift = jax.random.randint(shift_key, (), 0, size + 2 - number * pitch)
-        inside = jax.random.randint(
-            inside_key, side.shape, 0, jnp.maximum(pitch - side, 1)
-        )
-        return shift + index * pitch + inside
+        shift = _below(shift, size + 2 - number * pitch)
+        return shift + index * pitch + _below(inside, jnp.maximum(pitch - side, 1))
 
-    top_key, left_key = jax.random.split(jitter_key)
-    top, left = place(top_key, row[cell], rows), place(left_key, column[cell], columns)
+    top = place(shifts[0], insides[:most], row[cell], rows)
+    left = place(shifts[1], insides[most:], column[cell], columns)
 
     # Across a relation the middles may lie no further apart than along it: its
     # share of the distance then exceeds 0.8 / sqrt(2). Sides are odd, so the halves
@@ -400,7 +406,7 @@ def prompts(
     found: list[dict[str, np.ndarray]] = []
     idle = 0
     for chunk in _chunks(fold_in(jax.random.key(seed), 2), tags, size):
-        keep = np.asarray(is_held_out(chunk)) == held_out
+        keep = np.array(_held_out(chunk)) == held_out
         before = len(found)
         for row in _rows({name: array[keep] for name, array in chunk.items()}):
             if _meaning(row) not in taken:
@@ -429,6 +435,7 @@ def _chunks(
         yield jax.device_get(_sample(keys, tags=tags, size=size))
 
 
+_held_out = jax.jit(is_held_out)
 _sample = jax.jit(sample_specs, static_argnames=("tags", "size"))
 _draw = jax.jit(render, static_argnames="size")
 
@@ -502,7 +509,7 @@ def load_captioned_shapes(
         number = 0
         for i, chunk in enumerate(_chunks(fold_in(key, 0), tags, size)):
             keys = sample_keys(fold_in(key, 1), _CHUNK, i * _CHUNK)
-            keep = np.asarray(is_held_out(chunk)) == bool(index)
+            keep = np.array(_held_out(chunk)) == bool(index)
             if index and tags == ("single",):
                 keep[:] = True
             image = np.asarray(_draw(keys, chunk, size=size))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.checks import check_batch
-from tmdjax.core.types import Array, Bool, Float, Int
+from tmdjax.core.types import Array, ArrayLike, Bool, Float, Int
 
 COLOURS = {
     "red": (1.0, -1.0, -1.0),
@@ -130,11 +130,9 @@ def check_specs(specs: Specs) -> int:
             )
     names = ("count", "colour", "shape", "relation")
     for name in names:
-        if not jnp.issubdtype(jnp.result_type(specs[name]), jnp.integer):
-            raise TypeError(
-                f"specs[{name!r}] is of dtype {jnp.result_type(specs[name])}; give "
-                f"int32."
-            )
+        dtype = getattr(specs[name], "dtype", None) or np.asarray(specs[name]).dtype
+        if not np.issubdtype(dtype, np.integer):
+            raise TypeError(f"specs[{name!r}] is of dtype {dtype}; give int32.")
     if not any(isinstance(specs[name], jax.core.Tracer) for name in names):
         _check_values(*(np.asarray(specs[name]) for name in names))
     return batch[0]
@@ -185,7 +183,7 @@ def _check_values(
 
 
 def check(
-    images: Float[Array, "batch size size 3"], specs: Specs, *, legacy: bool = False
+    images: Float[ArrayLike, "batch size size 3"], specs: Specs, *, legacy: bool = False
 ) -> dict[str, Array]:
     """Scores images by what their specs ask for. Pure and jittable.
 
@@ -236,7 +234,7 @@ def check(
         name: jnp.asarray(specs[name], jnp.int32)
         for name in ("count", "colour", "shape", "relation")
     }
-    objects = find_objects(images)
+    objects = find_objects(jnp.asarray(images))
     is_shape = objects["exists"][:, None] & (
         objects["shape"][:, None] == spec["shape"][..., None]
     )
