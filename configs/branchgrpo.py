@@ -69,35 +69,38 @@ def get_config(tier: str) -> ConfigDict:
         "std_scope": "depth",
     }
     tail = tuple(range(16, 21)) if large else (7, 8)
-    config.arms = ConfigDict(
-        {
-            "dance": {**dance, "fraction": 1.0},
-            "dance_part": {**dance, "fraction": 0.6},
-            "mix_grpo": {
-                "method": "mix_grpo",
-                **chains,
-                "strength": 0.7,
-                "window": {"schedule": "progressive", "size": 4, "iterations": 10},
-            },
-            "branch": tree,
-            "branch_depth": {**tree, "prune_depths": tail, "prune_interval": 30},
-            "branch_width": {**tree, "prune_width": 0.5},
-            "branch_mix": {**tree, "mix": (30, 4)},
-            "branch_shuffled": {**tree, "shuffle": True},
-        }
-    )
+    arms: dict[str, dict] = {
+        "dance": {**dance, "fraction": 1.0},
+        "dance_part": {**dance, "fraction": 0.6},
+        "mix_grpo": {
+            "method": "mix_grpo",
+            **chains,
+            "strength": 0.7,
+            "window": {"schedule": "progressive", "size": 4, "iterations": 10},
+        },
+        "branch": tree,
+        "branch_depth": {**tree, "prune_depths": tail, "prune_interval": 30},
+        "branch_width": {**tree, "prune_width": 0.5},
+        "branch_mix": {**tree, "mix": (30, 4)},
+        "branch_shuffled": {**tree, "shuffle": True},
+    }
     calls = 203 / 16 if large else (1 + 2 * 2 + 2 * 4 + 3 * 8) / 8
     config.claims = ConfigDict(_claims(calls))
     if tier == "smoke":
         config.claims = ConfigDict({"B1": _claims(calls)["B1"]})
-        config.objective.clip_range = 0.05  # of two dimensions, not of an image
-        config.arms = ConfigDict(
-            {k: config.arms[k] for k in ("dance", "branch", "branch_depth")}
-        )
+        # of two dimensions, not of an image
+        config.update({"objective": {"clip_range": 0.05}})
+        # more noise than on images: a ratio of two dimensions has more rounding
+        arms = {
+            name: {**arms[name], "strength": 0.7}
+            for name in ("dance", "branch", "branch_depth")
+        }
     elif tier == "paper":
         config.claims = ConfigDict()
-        config.rollout.shift = 3.0
-        config.rl.update(guidance=3.5, prompts=16, lora_rank=0, learning_rate=1e-5)
+        config.update({"rollout": {"shift": 3.0}})
+        rl = {"guidance": 3.5, "prompts": 16, "lora_rank": 0, "learning_rate": 1e-5}
+        config.update({"rl": rl})
+    config.arms = ConfigDict(arms)
     return config
 
 

@@ -98,12 +98,14 @@ def get_config(tier: str) -> ConfigDict:
     )
     if tier == "smoke":
         config.claims = ConfigDict()
-        config.rollout.steps = 6
-        config.objective.clip_range = 0.05  # of two dimensions, not of an image
-        config.objective.kl_coefficient = 0.0
+        config.update({"rollout": {"steps": 6}})
+        # of two dimensions, not of an image
+        config.update({"objective": {"clip_range": 0.05, "kl_coefficient": 0.0}})
+        # more noise, less rounding in a ratio of two dimensions
+        config.update({"arms": {"dance_grpo": {"strength": 0.7}}})
     elif tier == "paper":
         config.claims = ConfigDict()
-        config.rollout.shift = 3.0
+        config.update({"rollout": {"shift": 3.0}})
     return config
 
 
@@ -114,6 +116,8 @@ def base(config: ConfigDict, tier: str) -> None:
             "name": "shapes",
             "size": 16,
             "tags": ("colours",),
+            "wordings": ("W0",),
+            "length": 10,
             "prompts": 16,
             "held_out": 4,
         }
@@ -177,6 +181,8 @@ def base(config: ConfigDict, tier: str) -> None:
         config.task.update(
             size=32,
             tags=("counting", "colours", "position", "attribution"),
+            wordings=("W0", "W1", "W2"),
+            length=24,
             prompts=400,
             held_out=64,
         )
@@ -197,7 +203,7 @@ def base(config: ConfigDict, tier: str) -> None:
         )
         config.evaluate.count = 1024
     elif tier == "paper":
-        config.task.update(size=64)
+        config.task.update(size=64, prompts=400, tags=("position",), length=24)
         config.model.update(
             text_width=4096, text_depth=0, patch_size=2, hidden=1536, depth=24,
             heads=24, recipe="bf16",

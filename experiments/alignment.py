@@ -42,32 +42,29 @@ def arms(config: Config) -> tuple[str, ...]:
     return tuple(config.arms)
 
 
-def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> Any:
+def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> flow_rl.Setup:
     """Method, objective and number of updates of an arm."""
-    given = to_plain(config.arms[arm])
+    given: dict[str, Any] = to_plain(config.arms[arm])
     kind = given.pop("method")
     check_choice(f"arms.{arm}.method", kind, (*flow_grpo.PRESETS, "branchgrpo"))
     objective = {**to_plain(config.objective), **given.pop("objective", {})}
     steps, shift = config.rollout.steps, config.rollout.shift
-    if kind != "branchgrpo":
-        updates = given.pop("updates", config.rl.updates)
-        return flow_grpo.preset(
-            kind,
-            event_shape,
-            objective=objective,
-            steps=steps,
-            shift=shift,
-            updates=updates,
-            **given,
-        )
     updates = given.pop("updates", config.rl.updates)
-    method = branchgrpo.Trees(
-        grid=flows.shifted_grid(steps, shift),
-        event_shape=event_shape,
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()},
-    )
-    return flow_grpo.Setup(
-        method=method, objective=flow_rl.Objective(**objective), updates=updates
+    if kind == "branchgrpo":
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+        }
+        grid = flows.shifted_grid(steps, shift)
+        method = branchgrpo.Trees(grid=grid, event_shape=event_shape, **fields)
+        return flow_rl.Setup(method, flow_rl.Objective(**objective), updates)
+    return flow_grpo.preset(
+        kind,
+        event_shape,
+        objective=objective,
+        steps=steps,
+        shift=shift,
+        updates=updates,
+        **given,
     )
 
 
@@ -103,8 +100,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
 def _iteration(
     config: Config, arm: str, task: tasks.Task, params: Any, key: Any
 ) -> Any:
-    """State, iteration, ``trained -> whole params`` and the setup of an arm."""
-    found = setup(config, arm, task.event_shape)
+    """State, iteration, ``trained -> whole params`` and the method of an arm."""
+    method, objective, updates = setup(config, arm, task.event_shape)
     trained, policy, whole = tasks.policy(config, params, key)
     settings = config.rl
     rule = train.make_optimizer(
@@ -117,23 +114,23 @@ def _iteration(
     )
     iteration = flow_rl.make_iteration(
         policy,
-        found.method,
+        method,
         task.reward,
         rule,
-        found.objective,
-        updates=found.updates,
+        objective,
+        updates=updates,
         microbatches=settings.microbatches,
         chunks=settings.chunks,
         ema_decay=settings.ema_decay,
     )
-    return train.create_state(trained, rule, ema=True), iteration, whole, found
+    return train.create_state(trained, rule, ema=True), iteration, whole, method
 
 
 def align(config: Config, arm: str, context: StageContext) -> StageResult:
     """RL of one arm."""
     task = tasks.build(config)
     params = jax.tree.map(jnp.asarray, context.inputs["pretrain"].outputs["params"])
-    state, iteration, whole, found = _iteration(
+    state, iteration, whole, method = _iteration(
         config, arm, task, params, jax.random.fold_in(context.key, 1)
     )
     settings = config.rl
@@ -146,7 +143,7 @@ def align(config: Config, arm: str, context: StageContext) -> StageResult:
     )
     rows = context.rows()
     metrics = _course(rows, settings.judge_seconds)
-    metrics["network_calls_per_sample"] = calls_per_sample(found.method)
+    metrics["network_calls_per_sample"] = calls_per_sample(method)
     metrics["skipped_updates"] = state.skipped
     return StageResult(
         {"params": whole(state.eval_params)}, metrics, model=tasks.model_spec(config)
@@ -288,18 +285,29 @@ def describe(config: Config) -> dict[str, Any]:
     ):
         for name in names:
             check_count(f"{group}.{name}", config[group][name])
+    if config.rl.prompts % config.rl.chunks:
+        raise ValueError(
+            f"rl.prompts={config.rl.prompts} do not divide into rl.chunks="
+            f"{config.rl.chunks}; choose a divisor."
+        )
     task = tasks.build(config)
+    available = len(next(iter(task.prompts.values())))
+    if config.rl.prompts > available:
+        raise ValueError(
+            f"rl.prompts={config.rl.prompts} an iteration, but task.prompts="
+            f"{available}; draw more of them."
+        )
     params = jax.eval_shape(functools.partial(tasks.initial, config), jax.random.key(0))
     rows: dict[str, Any] = {"parameters": trees.count(params)}
     if config.task.name != "mixture":
         rows["pretraining updates"] = config.train.steps
     rows["iterations"] = config.rl.iterations
     for arm in arms(config):
-        found = setup(config, arm, task.event_shape)
-        group = found.method.group_size
+        method, _, _ = setup(config, arm, task.event_shape)
+        group = method.group_size
         rows[f"{arm}: samples an iteration"] = group * config.rl.prompts
-        rows[f"{arm}: network calls a sample"] = calls_per_sample(found.method)
-        rows[f"{arm}: stored states, GB"] = stored_bytes(config, found.method) / 1e9
+        rows[f"{arm}: network calls a sample"] = calls_per_sample(method)
+        rows[f"{arm}: stored states, GB"] = stored_bytes(config, method) / 1e9
     return rows
 
 

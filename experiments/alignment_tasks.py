@@ -72,7 +72,7 @@ def _shapes(config: Config) -> Task:
     def prompts(count: int, held_out: bool) -> dict[str, np.ndarray]:
         specs = captioned_shapes.prompts(count, tags=tags, size=size, held_out=held_out)
         texts = captions.batch(specs, "W0")
-        return {**specs, **captions.tokenise(texts, captions.longest(tags))}
+        return {**specs, **captions.tokenise(texts, settings.length)}
 
     def score(samples: Array, batch: Mapping[str, Array]) -> dict[str, Array]:
         found = shapes.check(samples, batch)
@@ -144,8 +144,10 @@ def model_spec(config: Config) -> dict[str, Any]:
     """The network's spec, its vocabulary taken from the task."""
     spec = to_plain(config.model)
     if config.task.name == "shapes":
-        length = captions.longest(tuple(config.task.tags))
-        spec |= {"vocabulary": len(captions.VOCABULARY), "max_length": length}
+        spec |= {
+            "vocabulary": len(captions.VOCABULARY),
+            "max_length": config.task.length,
+        }
     elif config.task.name == "words":
         spec |= {
             "vocabulary": len(rendered_text.LETTERS) + 1,
@@ -267,7 +269,11 @@ def pretrain(config: Config, context: StageContext) -> StageResult:
     settings = config.task
     options: dict[str, Any] = {"size": settings.size, "test_count": 1}
     if settings.name == "shapes":
-        options |= {"tags": tuple(settings.tags)}
+        options |= {
+            "tags": tuple(settings.tags),
+            "wordings": tuple(settings.wordings),
+            "length": settings.length,
+        }
     source = {"shapes": "captioned_shapes", "words": "rendered_text"}[settings.name]
     loaded = data.load(source, train_count=config.train.images, **options).train
     state, step = pretraining(config, context.key)

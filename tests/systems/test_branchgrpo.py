@@ -524,8 +524,8 @@ def test_shuffled_credit_keeps_depths_and_teaches_nothing():
 
 def test_published_settings_and_memory():
     with pytest.warns(UserWarning, match="is biased"):
-        method, objective = branchgrpo.published((16, 16, 3))
-    assert method.group_size == 16 and objective["clip_range"] == 1e-3
+        method, objective, _ = branchgrpo.published((16, 16, 3))
+    assert method.group_size == 16 and objective.clip_range == 1e-3
     assert method.memory(2) == 2 * 219 * 16 * 16 * 3 * 4
     table = method.table()
     assert np.allclose(

@@ -9,7 +9,7 @@ the backward pass and nothing else.
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -313,14 +313,12 @@ def _shuffle_depths(advantage: Array, tree: rl.Tree, key: Any) -> Array:
     return jnp.take_along_axis(advantage, order, axis=1)
 
 
-def published(
-    event_shape: tuple[int, ...], **changes: Any
-) -> tuple[Trees, Mapping[str, Any]]:
-    """Settings of the released script (FLUX), with changes: method and objective.
+def published(event_shape: tuple[int, ...], **changes: Any) -> flow_rl.Setup:
+    """Settings of the released script (FLUX), with changes of :class:`Trees`.
 
     20 steps at shift 3, splits (0, 3, 6, 9), noise 0.3 and 4 times that at splits,
-    scored as the policy's, the last step trained, clip range 1e-3, no KL. Use
-    ``Trees`` itself for the corrected method.
+    scored as the policy's, the last step trained, clip range 1e-3, no KL, 18 updates a
+    tree. Use ``Trees`` itself for the corrected method.
     """
     fields = {
         "grid": flows.shifted_grid(20, 3.0),
@@ -330,4 +328,5 @@ def published(
         **changes,
     }
     method = Trees(event_shape=tuple(event_shape), **fields)
-    return method, {"clip_range": 1e-3, "reduction": method.reduction}
+    objective = flow_rl.Objective(clip_range=1e-3, reduction=method.reduction)
+    return flow_rl.Setup(method, objective, updates=18)

@@ -199,21 +199,6 @@ class Chains:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a paper fixes.
-
-    Attributes:
-        method: how samples are drawn and credited.
-        objective: the loss.
-        updates: minibatches an iteration.
-    """
-
-    method: Chains
-    objective: flow_rl.Objective
-    updates: int
-
-
 _BY_GROUP = {"scale": "group", "ddof": 1, "eps": 1e-8, "drop_tied": False}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "flow_grpo": {"steps": 10, "updates": 2, "group_size": 24},
@@ -257,7 +242,7 @@ def preset(
     *,
     objective: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> Setup:
+) -> flow_rl.Setup:
     """The published settings of a method, with changes.
 
     Grids are uniform ones, shifted by 3. The optimiser is the caller's; published are
@@ -299,4 +284,4 @@ def preset(
         "reduction": method.reduction,
         **(objective or {}),
     }
-    return Setup(method=method, objective=flow_rl.Objective(**loss), updates=updates)
+    return flow_rl.Setup(method, flow_rl.Objective(**loss), updates)

@@ -139,6 +139,20 @@ class Objective:
         check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
 
 
+class Setup(NamedTuple):
+    """What a paper fixes.
+
+    Attributes:
+        method: how samples are drawn and credited.
+        objective: the loss.
+        updates: minibatches an iteration.
+    """
+
+    method: Any
+    objective: Objective
+    updates: int
+
+
 def make_iteration(
     policy: Policy,
     method: Method,

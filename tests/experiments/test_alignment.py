@@ -1,0 +1,134 @@
+"""RL on flow models as experiments: every stage, tasks, resuming, refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import tmdjax
+from experiments import alignment, alignment_tasks, branchgrpo, flow_grpo, run
+from tmdjax.harness import load_config
+from tmdjax.harness.runner import dry_run
+
+BRANCH = "--config=configs/branchgrpo.py:smoke"
+TINY_SHAPES = (
+    "task.prompts=8 task.held_out=2 model.hidden=32 model.depth=1 model.heads=2 "
+    "model.text_width=16 model.patch_size=4 train.steps=8 train.images=64 "
+    "train.batch_size=8 train.log_every=4 optimizer.warmup_steps=2 rollout.steps=4 "
+    "rl.iterations=3 rl.prompts=4 rl.lora_rank=2 rl.guidance=2.0 rl.chunks=2 "
+    "rl.microbatches=2 evaluate.count=4 evaluate.steps=2 evaluate.shown=2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("branch") / "run"
+    assert run.main([BRANCH, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_smoke_measures_what_claims_may_be_about(smoke):
+    config = load_config("configs/branchgrpo.py:smoke")
+    found = summary_of(smoke)["metrics"]
+    assert branchgrpo.measures(config) <= found.keys()
+    assert all(np.isfinite(value) for value in found.values())
+    for arm in alignment.arms(config):
+        assert found[f"{arm}/first_ratio_error"] <= 1e-6
+        assert found[f"{arm}/skipped_updates"] == 0
+        assert found[f"{arm}/reward_gain"] > 0
+        assert found[f"{arm}/gain.held_out.score"] > 0
+    assert found["branch/network_calls_per_sample"] == 4.625
+    assert found["dance/network_calls_per_sample"] == 8
+    rows = branchgrpo.summary_rows(config, found)
+    assert {row["method"] for row in rows} == set(alignment.arms(config))
+
+
+def test_a_finished_run_is_taken_up_again(smoke, capsys):
+    before = summary_of(smoke)["metrics"]
+    assert run.main([BRANCH, f"--workdir={smoke}"]) == 0
+    assert "cached" in capsys.readouterr().out
+    assert summary_of(smoke)["metrics"] == before
+
+
+def shapes_config(*changes, arm="flow_grpo"):
+    config = load_config("configs/flow_grpo.py:cpu", [*TINY_SHAPES, *changes])
+    with config.unlocked():
+        config.claims = {}
+        config.arms = {arm: config.arms[arm]}
+    return config
+
+
+def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path):
+    config = shapes_config()
+    workdir = tmp_path / "run"
+    options = run.Options(command="test", tier="cpu", workdir=workdir)
+    assert run.run(flow_grpo, config, options).code == 0
+    found = summary_of(workdir)["metrics"]
+    assert found["flow_grpo/first_ratio_error"] < 1e-5
+    assert 0 <= found["flow_grpo/aligned.held_out.strict"] <= 1
+    assert (workdir / "figures" / "samples.png").stat().st_size > 1000
+    apply_fn, params, _ = tmdjax.load(workdir, arm="flow_grpo")
+    prompts = alignment_tasks.build(config).held_out
+    cond = {name: prompts[name] for name in ("ids", "mask")}
+    x = np.zeros((2, 16, 16, 3), np.float32)
+    v = apply_fn(params, x, np.ones(2, np.float32), cond)
+    assert v.shape == x.shape and np.isfinite(v).all()
+
+
+def test_held_out_prompts_are_in_no_training_set():
+    task = alignment_tasks.build(shapes_config("task.prompts=16", "task.held_out=4"))
+
+    def meanings(prompts):
+        names = ("count", "colour", "shape", "relation")
+        rows = np.concatenate(
+            [np.asarray(prompts[n]).reshape(len(prompts["ids"]), -1) for n in names], 1
+        )
+        return {tuple(row) for row in rows}
+
+    assert not meanings(task.prompts) & meanings(task.held_out)
+    assert len(meanings(task.prompts)) == 16
+
+
+def test_words_are_read_by_the_real_model():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("rapidocr_onnxruntime")
+    from tmdjax.data import rendered_text
+
+    config = shapes_config()
+    with config.unlocked():
+        config.task = {
+            "name": "words", "size": 48, "prompts": 4, "held_out": 2, "timeout": 60.0,
+        }  # fmt: skip
+    task = alignment_tasks.build(config)
+    words = rendered_text.decode(task.prompts["ids"])
+    images = rendered_text.render(words, jax.random.split(jax.random.key(0), 4), 48)
+    rows = [{k: v[i] for k, v in task.prompts.items()} for i in range(4)]
+    assert np.mean(task.reward.fn(np.asarray(images), rows)) > 0.8
+    assert set(task.measure(images, task.prompts)) == {"score", "exact"}
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "branchgrpo"])
+@pytest.mark.parametrize("tier", ["gpu", "paper"])
+def test_large_tiers_describe_themselves(name, tier, capsys):
+    config = load_config(f"configs/{name}.py:{tier}")
+    experiment = {"flow_grpo": flow_grpo, "branchgrpo": branchgrpo}[name]
+    dry_run(experiment, config, run.Options(command="test", tier=tier))
+    shown = capsys.readouterr().out
+    assert "network calls a sample" in shown and "pretrain" in shown
+
+
+def test_bad_inputs():
+    with pytest.raises(ValueError, match="Did you mean 'dance_grpo'"):
+        config = shapes_config()
+        with config.unlocked():
+            config.arms.flow_grpo.method = "dance_grp"
+        alignment.describe(config)
+    with pytest.raises(ValueError, match="rl.updates=0"):
+        alignment.describe(shapes_config("rl.updates=0"))
+    with pytest.raises(ValueError, match="does not divide|do not divide"):
+        alignment.describe(shapes_config("rl.prompts=4", "rl.chunks=3"))
