@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,8 +76,8 @@ def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path):
     apply_fn, params, _ = tmdjax.load(workdir, arm="flow_grpo")
     prompts = alignment_tasks.build(config).held_out
     cond = {name: prompts[name] for name in ("ids", "mask")}
-    x = np.zeros((2, 16, 16, 3), np.float32)
-    v = apply_fn(params, x, np.ones(2, np.float32), cond)
+    x = jnp.zeros((2, 16, 16, 3))
+    v = apply_fn(params, x, jnp.ones(2), cond)
     assert v.shape == x.shape and np.isfinite(v).all()
 
 

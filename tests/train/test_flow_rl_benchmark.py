@@ -1,0 +1,176 @@
+"""The parts of benchmarks/flow_rl.py, at a size where nothing is worth timing."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import flow_rl as benchmark
+from tmdjax import flows
+from tmdjax.core import prng
+from tmdjax.harness import load_config
+
+TINY = (
+    "model.hidden=8", "model.depth=1", "model.heads=2", "task.size=4", "rl.prompts=2",
+    "arms.dance_grpo.group_size=2", "rollout.steps=3", "arms.dance_grpo.fraction=1.0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problem():
+    config = load_config("configs/flow_grpo.py:cpu", TINY)
+    return benchmark.make_problem(config, remat=False)
+
+
+@pytest.fixture(scope="module")
+def ours(problem):
+    return benchmark.Ours(problem, "dance_grpo")
+
+
+@pytest.fixture(scope="module")
+def one(problem):
+    return benchmark.OneAtATime(problem)
+
+
+def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
+    keys = prng.sample_keys(jax.random.key(5), 4)
+    start = prng.normal(keys, problem.event_shape)
+    drawn = one.rollout(keys, start)
+    cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), problem.batch)
+    batched = flows.rollout(
+        keys,
+        benchmark._velocity(problem)(problem.params),
+        start,
+        one.method.plan(0)[0],
+        cond,
+    )
+    states = np.stack([np.concatenate(states) for states, _ in drawn], 1)
+    log_prob = np.stack([np.concatenate(each) for _, each in drawn], 1)
+    np.testing.assert_allclose(states, batched.states, atol=1e-5)
+    np.testing.assert_allclose(log_prob, batched.log_prob, atol=1e-5)
+
+
+def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one):
+    (_, record), rewards = ours.rollout(), np.asarray([0.0, 1.0, 3.0, -2.0], np.float32)
+    ours.rewards = rewards
+    _, metrics = ours.iteration.learn(*ours.learn_arguments(record))
+    states = record.states.reshape(4, 1, -1, *record.states.shape[1:])
+    log_prob = record.log_prob.reshape(4, -1, 1)
+    drawn = [
+        ([states[i, :, n] for n in range(states.shape[2])], list(log_prob[i]))
+        for i in range(4)
+    ]
+    one.params = jax.tree.map(jnp.copy, ours.state.params)
+    (norm,) = one.update(drawn, rewards)
+    assert float(norm) > 1e-6
+    np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "expected"), [(3, 1.0, (2, 2)), (11, 0.6, (10, 6))]
+)
+def test_chains_store_and_train_what_their_settings_say(
+    problem, steps, fraction, expected
+):
+    changed = [f"rollout.steps={steps}", f"arms.dance_grpo.fraction={fraction}"]
+    config = load_config("configs/flow_grpo.py:cpu", [*TINY, *changed])
+    other = dataclasses.replace(problem, config=config)
+    method, _, _ = benchmark.setup(other, "dance_grpo")
+    assert benchmark.trained_steps(method) == expected
+
+
+def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
+    calls = []
+
+    def contender(name, seconds):
+        values = iter(seconds)
+
+        def run():
+            calls.append(name)
+            return {"whole": next(values)}
+
+        return run
+
+    found = benchmark.in_turn(
+        {"ours": contender("a", [9, 1, 2, 6]), "rival": contender("b", [9, 2, 2, 2])},
+        3,
+    )
+    (row,) = benchmark.compare("x", found["ours"], found["rival"], {"whole": 1.5})
+    assert (row["ours"], row["rival"], row["ratio"]) == (2, 2, 1.0)
+    assert row["quartiles"] == [0.75, 2.0]
+    assert row["goal"] == 1.5
+    assert calls[:2] == ["a", "b"] and sorted(calls[2:]) == ["a"] * 3 + ["b"] * 3
+
+
+def test_timed_waits_for_the_host():
+    seconds, found = benchmark.timed(lambda: time.sleep(0.02) or 3)
+    assert seconds >= 0.02 and found == 3
+
+
+def test_memory_counts_the_states_of_chains(ours):
+    stored, collect, learn = benchmark.memory_rows({"dance": ours})
+    image = 4 * 4 * 4 * 3
+    assert stored["ours"] == 3 * image  # of 3 steps the last has no log-prob
+    assert stored["rival"] == 4 * image
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(ours.state.params))
+    assert collect["ours"] > parameters
+    assert learn["ours"] > 3 * parameters  # Adam's moments
+
+
+def test_the_program_prints_a_table_and_writes_json(
+    problem, ours, monkeypatch, tmp_path, capsys
+):
+    path, configs = tmp_path / "found.json", []
+    monkeypatch.setattr(
+        benchmark,
+        "make_problem",
+        lambda config, remat: configs.append(config) or problem,
+    )
+    monkeypatch.setattr(benchmark, "Ours", lambda problem, arm: ours)
+    benchmark.main(
+        ["--hidden=12", "--group=3", "--parts", "rollout", "--repeats=1",
+         f"--json={path}"]
+    )  # fmt: skip
+    (config,) = configs
+    assert (config.model.hidden, config.arms.dance_grpo.group_size) == (12, 3)
+    found = json.loads(path.read_text())
+    assert found["overrides"] == ["model.hidden=12", "arms.dance_grpo.group_size=3"]
+    (row,) = found["rows"]
+    assert row["goal"] == 1.03 and row["ratio"] > 0
+    assert found["first_ratio_error"] < 1e-4
+    assert "log-probs and record / ODE: rollout" in capsys.readouterr().out
+
+
+def test_torch_computes_the_same(problem):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra 'parity')")
+    found = benchmark.check_torch(problem)
+    assert set(found) == {
+        "velocity", "states", "samples", "log_prob", "gradient_norm",
+    }  # fmt: skip
+    assert max(found.values()) < 1e-4
+    other = dataclasses.replace(problem, event_shape=(4, 8, 3))
+    assert max(benchmark.check_torch(other).values()) < 1e-4
+
+
+def test_torch_learns_and_refuses_other_methods(problem):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    rival = benchmark.make_torch(problem, compiled=False)
+    before = rival.network.patch_embedding.weight.clone()
+    samples, *record = rival.rollout()
+    assert samples.shape == (4, 4, 4, 3) and record[1].shape == (4, 2)
+    rival.update(*record, rival.reward(samples))
+    assert torch.isfinite(rival.network.patch_embedding.weight).all()
+    assert not torch.equal(before, rival.network.patch_embedding.weight)
+    method = dataclasses.replace(rival.method, scale="batch")
+    from benchmarks import torch_dit
+
+    with pytest.raises(ValueError, match="only DanceGRPO"):
+        torch_dit.Rival(
+            problem.network, problem.params, method, None, method.plan(0)[0], 2, 2,
+            problem.batch, updates=1, microbatches=1, learning_rate=1e-3,
+            weight_decay=0.0, clip_norm=1.0, compiled=False,
+        )  # fmt: skip
