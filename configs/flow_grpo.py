@@ -133,12 +133,13 @@ def base(config: ConfigDict, tier: str) -> None:
             "depth": 3,
             "heads": 4,
             "recipe": "fp32",
+            "remat": False,
         }
     )
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "schedule": "cosine",
             "warmup_steps": 100,
             "weight_decay": 0.0,
@@ -147,12 +148,12 @@ def base(config: ConfigDict, tier: str) -> None:
     )
     config.train = ConfigDict(
         {
-            "steps": 2500,
-            "images": 8192,
+            "steps": 4000,
+            "images": 16384,
             "batch_size": 32,
             "drop_rate": 0.1,
             "ema_decay": 0.998,
-            "log_every": 50,
+            "log_every": 100,
         }
     )
     config.rl = ConfigDict(
@@ -172,7 +173,7 @@ def base(config: ConfigDict, tier: str) -> None:
             "judge_seconds": 60.0,
         }
     )
-    config.evaluate = ConfigDict({"count": 128, "steps": 20, "shown": 12})
+    config.evaluate = ConfigDict({"count": 256, "steps": 20, "shown": 12})
     if tier == "smoke":
         config.task = ConfigDict({"name": "mixture", "prompts": 16, "held_out": 16})
         config.model = ConfigDict({"name": "mlp", "hidden": 32, "depth": 2})
@@ -188,7 +189,7 @@ def base(config: ConfigDict, tier: str) -> None:
         )
         config.model.update(
             text_width=128, text_depth=2, text_heads=4, patch_size=4, hidden=320,
-            depth=6, heads=5, recipe="bf16",
+            depth=6, heads=5, recipe="bf16", remat=True,
         )  # fmt: skip
         config.train.update(
             steps=20_000,
@@ -206,7 +207,7 @@ def base(config: ConfigDict, tier: str) -> None:
         config.task.update(size=64, prompts=400, tags=("position",), length=24)
         config.model.update(
             text_width=4096, text_depth=0, patch_size=2, hidden=1536, depth=24,
-            heads=24, recipe="bf16",
+            heads=24, recipe="bf16", remat=True,
         )  # fmt: skip
         config.rl.update(
             iterations=5000, prompts=48, updates=2, microbatches=64, guidance=4.5,
