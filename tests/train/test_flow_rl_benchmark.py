@@ -152,8 +152,27 @@ def test_torch_computes_the_same(problem):
         "velocity", "states", "samples", "log_prob", "gradient_norm",
     }  # fmt: skip
     assert max(found.values()) < 1e-4
-    other = dataclasses.replace(problem, event_shape=(4, 8, 3))
+    params = {k: v for k, v in problem.params.items() if k != "pooled_projection"}
+    other = dataclasses.replace(
+        problem,
+        network=problem.network.clone(pool_tokens=False),
+        params=params,
+        event_shape=(4, 8, 3),
+    )
     assert max(benchmark.check_torch(other).values()) < 1e-4
+
+
+def test_torch_that_computes_something_else_is_refused(problem, monkeypatch):
+    torch_dit = pytest.importorskip("benchmarks.torch_dit", reason="needs PyTorch")
+    convert = torch_dit.convert
+
+    def other(params):
+        found = convert(params)
+        return found | {"null_token": found["null_token"] + 0.1}
+
+    monkeypatch.setattr(torch_dit, "convert", other)
+    with pytest.raises(AssertionError, match="differs from ours by"):
+        benchmark.check_torch(problem)
 
 
 def test_torch_learns_and_refuses_other_methods(problem):
@@ -174,3 +193,18 @@ def test_torch_learns_and_refuses_other_methods(problem):
             problem.batch, updates=1, microbatches=1, learning_rate=1e-3,
             weight_decay=0.0, clip_norm=1.0, compiled=False,
         )  # fmt: skip
+
+
+def test_torch_runs_eagerly_where_it_does_not_compile(problem, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    make = benchmark.make_torch
+
+    def without_compiler(problem, compiled):
+        if compiled:
+            raise RuntimeError("no working C++ compiler\nand more")
+        return make(problem, compiled)
+
+    monkeypatch.setattr(benchmark, "make_torch", without_compiler)
+    rival = benchmark.Torch(problem)
+    assert rival.name.endswith(", eager (RuntimeError: no working C++ compiler)")
+    assert set(rival()) == {"rollout", "update", "whole"}
