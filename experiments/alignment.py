@@ -26,6 +26,9 @@ from tmdjax.train import flow_rl
 
 Config = Any
 SETS = ("train", "held_out")
+BASE = ("task", "model", "optimizer", "train")
+"""What a base depends on; an arm may have a task of its own."""
+
 COURSE = (
     "reward_first",
     "reward_last",
@@ -42,9 +45,23 @@ def arms(config: Config) -> tuple[str, ...]:
     return tuple(config.arms)
 
 
+def of_arm(config: Config, arm: str) -> Config:
+    """The config with the task of an arm, and what else it changes of the base."""
+    changes = {k: v for k, v in config.arms[arm].items() if k in BASE}
+    if not changes:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if "task" in changes:
+            config.task = changes.pop("task")
+        config.update(changes)
+    return config
+
+
 def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> flow_rl.Setup:
     """Method, objective and number of updates of an arm."""
     given: dict[str, Any] = to_plain(config.arms[arm])
+    given = {k: v for k, v in given.items() if k not in BASE}
     kind = given.pop("method")
     check_choice(f"arms.{arm}.method", kind, (*flow_grpo.PRESETS, "branchgrpo"))
     objective = {**to_plain(config.objective), **given.pop("objective", {})}
@@ -70,13 +87,13 @@ def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> flow_rl.Set
 
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
+    config = of_arm(config, arm)
     plain = to_plain(config)
-    base = ("task", "model", "optimizer", "train")
     return [
         Stage(
             name="pretrain",
             run=functools.partial(tasks.pretrain, config),
-            config={k: plain[k] for k in base},
+            config={k: plain[k] for k in BASE},
             seeded=False,
         ),
         Stage(
@@ -222,7 +239,7 @@ def measures(config: Config) -> set[str]:
         found.add(f"{arm}/network_calls_per_sample")
         for model in ("base", "aligned", "gain"):
             for name in SETS:
-                for what in tasks.measures(config):
+                for what in tasks.measures(of_arm(config, arm)):
                     found.add(f"{arm}/{model}.{name}.{what}")
     return found
 
@@ -238,9 +255,11 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
             "reward, first": found.get(f"{arm}/reward_first"),
             "reward, last": found.get(f"{arm}/reward_last"),
         }
-        for what in tasks.measures(config):
+        # the second one is strict: the whole picture, or the whole word
+        for i, what in enumerate(tasks.measures(of_arm(config, arm))):
             for model in ("base", "aligned"):
-                row[f"{what}, {model}"] = found.get(f"{arm}/{model}.held_out.{what}")
+                title = f"{('score', 'all right')[i]}, {model}"
+                row[title] = found.get(f"{arm}/{model}.held_out.{what}")
         rows.append(row)
     return rows
 
@@ -253,6 +272,7 @@ def report(
     if "evaluate" not in results:
         return shown
     metrics = {**results["align"].metrics, **results["evaluate"].metrics}
+    measured = [k.rpartition(".")[2] for k in metrics if k.startswith("base.train.")]
     shown.tables.append(
         (
             "Scores by the ODE, base and aligned",
@@ -260,7 +280,7 @@ def report(
                 {"prompts": name, "measure": what}
                 | {m: metrics[f"{m}.{name}.{what}"] for m in ("base", "aligned")}
                 for name in SETS
-                for what in tasks.measures(config)
+                for what in measured
             ],
         )
     )
@@ -290,25 +310,50 @@ def describe(config: Config) -> dict[str, Any]:
             f"rl.prompts={config.rl.prompts} do not divide into rl.chunks="
             f"{config.rl.chunks}; choose a divisor."
         )
-    task = tasks.build(config)
+    rows: dict[str, Any] = {"iterations": config.rl.iterations}
+    built: dict[str, tasks.Task] = {}
+    for arm in arms(config):
+        own = of_arm(config, arm)
+        name = own.task.name
+        if name not in built:
+            built[name] = tasks.build(own)
+            params = _trace(own, arm, built[name])
+            rows[f"{name}: parameters"] = trees.count(params)
+            if name != "mixture":
+                rows[f"{name}: pretraining updates"] = own.train.steps
+        method, _, _ = setup(config, arm, built[name].event_shape)
+        rows[f"{arm}: samples an iteration"] = method.group_size * config.rl.prompts
+        rows[f"{arm}: network calls a sample"] = calls_per_sample(method)
+        rows[f"{arm}: stored states, GB"] = stored_bytes(config, method) / 1e9
+    return rows
+
+
+def _trace(config: Config, arm: str, task: tasks.Task) -> Any:
+    """Shapes of the base's parameters; one iteration is traced, nothing allocated."""
     available = len(next(iter(task.prompts.values())))
     if config.rl.prompts > available:
         raise ValueError(
             f"rl.prompts={config.rl.prompts} an iteration, but task.prompts="
             f"{available}; draw more of them."
         )
-    params = jax.eval_shape(functools.partial(tasks.initial, config), jax.random.key(0))
-    rows: dict[str, Any] = {"parameters": trees.count(params)}
-    if config.task.name != "mixture":
-        rows["pretraining updates"] = config.train.steps
-    rows["iterations"] = config.rl.iterations
-    for arm in arms(config):
-        method, _, _ = setup(config, arm, task.event_shape)
-        group = method.group_size
-        rows[f"{arm}: samples an iteration"] = group * config.rl.prompts
-        rows[f"{arm}: network calls a sample"] = calls_per_sample(method)
-        rows[f"{arm}: stored states, GB"] = stored_bytes(config, method) / 1e9
-    return rows
+    batch = trees.take(task.prompts, np.arange(config.rl.prompts // config.rl.chunks))
+
+    def once(params: Any, key: Any) -> Any:
+        state, iteration, _, method = _iteration(config, arm, task, params, key)
+        table, plan = method.plan(0)
+        zero = np.int32(0)
+        samples, record = iteration.collect(
+            state.params, params, batch, key, zero, zero, table, plan
+        )
+        rewards = jnp.zeros(samples.shape[0])
+        return iteration.learn(
+            state, params, batch, (record,), rewards, key, zero, table, plan
+        )
+
+    key = jax.random.key(0)
+    params = jax.eval_shape(functools.partial(tasks.initial, config), key)
+    jax.eval_shape(once, params, key)
+    return params
 
 
 def stored_bytes(config: Config, method: Any) -> int:

@@ -1,5 +1,6 @@
 """RL on flow models as experiments: every stage, tasks, resuming, refusals."""
 
+import importlib.util
 import json
 
 import jax
@@ -27,6 +28,11 @@ def smoke(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("branch") / "run"
     assert run.main([BRANCH, f"--workdir={workdir}"]) == 0
     return workdir
+
+
+def skip_without_a_reader():
+    if not all(map(importlib.util.find_spec, ("onnxruntime", "rapidocr_onnxruntime"))):
+        pytest.skip("pip install 'tmdjax[ocr]'")
 
 
 def summary_of(workdir):
@@ -96,8 +102,7 @@ def test_held_out_prompts_are_in_no_training_set():
 
 
 def test_words_are_read_by_the_real_model():
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("rapidocr_onnxruntime")
+    skip_without_a_reader()
     from tmdjax.data import rendered_text
 
     config = shapes_config()
@@ -116,6 +121,8 @@ def test_words_are_read_by_the_real_model():
 @pytest.mark.parametrize("name", ["flow_grpo", "branchgrpo"])
 @pytest.mark.parametrize("tier", ["gpu", "paper"])
 def test_large_tiers_describe_themselves(name, tier, capsys):
+    if (name, tier) == ("flow_grpo", "gpu"):  # one of its arms reads words
+        skip_without_a_reader()
     config = load_config(f"configs/{name}.py:{tier}")
     experiment = {"flow_grpo": flow_grpo, "branchgrpo": branchgrpo}[name]
     dry_run(experiment, config, run.Options(command="test", tier=tier))
