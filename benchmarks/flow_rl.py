@@ -4,15 +4,15 @@
     python -m benchmarks.flow_rl --config=configs/flow_grpo.py:gpu --prompts=16
     python -m benchmarks.flow_rl --parts rollout branch --hidden=128 --depth=6
 
-Network, prompts, steps and DanceGRPO are those of a tier of configs/flow_grpo.py, the
-trees those of the same tier of configs/branchgrpo.py. The network is the DiT alone: it
-is given random encoded texts, no guidance, no average of parameters, and a reward that
-costs next to nothing. Parts:
+Network, prompts, steps and updates are those of a tier of configs/flow_grpo.py, trees
+and the chains beside them those of the same tier of configs/branchgrpo.py. The network
+is the DiT alone: it is given random encoded texts, no guidance, no average of
+parameters, and a reward that costs next to nothing. Parts:
 
 rollout   a rollout with log-probs and its record, over plain ODE sampling.
-one       an iteration, over one sample at a time and one transition at a time, as the
-          reference code does it: the same compiled pieces at batch 1.
-torch     an iteration, over the same in PyTorch (pip install 'tmdjax[parity]').
+one       DanceGRPO's iteration, over one sample at a time and one transition at a
+          time, as the reference code does it: the same compiled pieces at batch 1.
+torch     DanceGRPO's iteration, over that in PyTorch (pip install 'tmdjax[parity]').
 branch    BranchGRPO's iteration, over DanceGRPO's with as many samples.
 memory    bytes of the stored states, and of the compiled programs.
 
@@ -51,7 +51,7 @@ from tmdjax.core import prng, trees
 from tmdjax.core.types import Array
 from tmdjax.harness import load_config
 from tmdjax.harness.environment import device_name, versions
-from tmdjax.systems import branchgrpo
+from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
 PARTS = ("rollout", "one", "torch", "branch", "memory")
@@ -67,11 +67,8 @@ _FIELDS = {
     "updates": "rl.updates",
     "microbatches": "rl.microbatches",
 }
-_CHAIN_FIELDS = {
-    "group": "arms.dance_grpo.group_size",
-    "steps": "rollout.steps",
-}
-"""Options of the chains alone: the shape of a tree fixes both."""
+_CHAIN_FIELDS = {"steps": "rollout.steps"}
+"""Of chains alone: the splits of a tree belong to its number of steps."""
 
 Seconds = Mapping[str, float]
 Contender = Callable[[], Seconds]
@@ -88,6 +85,7 @@ class Problem:
         params: its parameters, none of them zero.
         batch: {'tokens': [prompt, length, width], 'mask': [prompt, length]}.
         event_shape: of a sample.
+        group_size: chains a prompt; trees have a size of their own.
     """
 
     config: Any
@@ -95,6 +93,7 @@ class Problem:
     params: Any
     batch: Any
     event_shape: tuple[int, ...]
+    group_size: int
 
     @property
     def prompts(self) -> int:
@@ -102,7 +101,7 @@ class Problem:
         return self.batch["mask"].shape[0]
 
 
-def make_problem(config: Any, remat: bool = True) -> Problem:
+def make_problem(config: Any, group_size: int = 8, remat: bool = True) -> Problem:
     """Network and conditions of a config."""
     spec = {**tasks.model_spec(config), "remat": remat}
     network: Any = models.build(spec)
@@ -125,7 +124,7 @@ def make_problem(config: Any, remat: bool = True) -> Problem:
         "tokens": jnp.asarray(tokens, jnp.float32),
         "mask": jnp.asarray(np.arange(length) < lengths),
     }
-    return Problem(config, network, params, batch, (size, size, 3))
+    return Problem(config, network, params, batch, (size, size, 3), group_size)
 
 
 def redness(samples: Array, prompts: Any) -> Array:
@@ -134,12 +133,28 @@ def redness(samples: Array, prompts: Any) -> Array:
     return samples[..., 0].mean((1, 2)) - samples[..., 1:].mean((1, 2, 3))
 
 
-def setup(problem: Problem, arm: str) -> tuple[Any, flow_rl.Objective, int]:
-    """Method, objective and updates of an arm."""
-    found = alignment.setup(problem.config, arm, problem.event_shape)
-    method, objective, updates = found
-    # Wide enough for the rounding of 16-bit networks; it costs the same.
-    return method, dataclasses.replace(objective, clip_range=0.1), updates
+_CLIP_RANGE = 0.1
+"""Wide enough for the rounding of 16-bit networks; it costs as much as any other."""
+
+
+def dance_grpo(problem: Problem) -> flow_rl.Setup:
+    """DanceGRPO's preset with the problem's sizes."""
+    return flow_grpo.preset(
+        "dance_grpo",
+        problem.event_shape,
+        objective={"clip_range": _CLIP_RANGE},
+        group_size=problem.group_size,
+        steps=problem.config.rollout.steps,
+        shift=problem.config.rollout.shift,
+        updates=problem.config.rl.updates,
+    )
+
+
+def arm(problem: Problem, name: str) -> flow_rl.Setup:
+    """An arm of the problem's config."""
+    found = alignment.setup(problem.config, name, problem.event_shape)
+    objective = dataclasses.replace(found.objective, clip_range=_CLIP_RANGE)
+    return found._replace(objective=objective)
 
 
 def trained_steps(method: Any) -> tuple[int, int]:
@@ -227,11 +242,11 @@ def compare(
 
 
 class Ours:
-    """The iteration of an arm, with its two compiled programs."""
+    """An iteration, with its two compiled programs."""
 
-    def __init__(self, problem: Problem, arm: str):
+    def __init__(self, problem: Problem, setup: flow_rl.Setup):
         self.batch, self.key = problem.batch, jax.random.key(1)
-        self.method, self.objective, self.updates = setup(problem, arm)
+        self.method = setup.method
         optimizer = _optimizer(problem.config)
         velocity = _velocity(problem)
         self.iteration: Any = flow_rl.make_iteration(
@@ -242,8 +257,8 @@ class Ours:
             self.method,
             redness,
             optimizer,
-            self.objective,
-            updates=self.updates,
+            setup.objective,
+            updates=setup.updates,
             microbatches=problem.config.rl.microbatches,
         )
         self.state = train.create_state(problem.params, optimizer)
@@ -289,7 +304,7 @@ class OneAtATime:
     """
 
     def __init__(self, problem: Problem):
-        method, objective, self.updates = setup(problem, "dance_grpo")
+        method, objective, self.updates = dance_grpo(problem)
         self.method, self.event_shape = method, problem.event_shape
         self.stored, self.trained = trained_steps(method)
         table = method.plan(0)[0]
@@ -364,21 +379,21 @@ class OneAtATime:
         )
         self.zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
         self.score = jax.jit(lambda samples: redness(samples, None))
+        shape = (1, *self.event_shape)
+        self.draw = jax.jit(lambda key: jax.random.normal(key, shape))
 
     def rollout(self, keys: Any = None, start: Any = None) -> list[Any]:
         """A list of (states, log-probs) a sample; keys and starts may be given."""
         count = len(self.cond)
+        shared = self.method.group_size if self.method.same_noise else 1
         if keys is None:
             self.key, key = jax.random.split(self.key)
             keys = prng.sample_keys(key, count)
         found = []
         for i in range(count):
             key = keys[i : i + 1]
-            x = (
-                prng.normal(key, self.event_shape)
-                if start is None
-                else start[i : i + 1]
-            )
+            of_start = i - i % shared
+            x = start[i : i + 1] if start is not None else self.draw(keys[of_start])
             states, log_probs = [x], []
             for row in self.rows:
                 x, log_prob = self.step(self.params, key, x, row, self.cond[i])
@@ -475,7 +490,7 @@ def make_torch(problem: Problem, compiled: bool) -> Any:
     """A :class:`benchmarks.torch_dit.Rival` that does as :class:`Ours` does."""
     from benchmarks import torch_dit
 
-    method, objective, updates = setup(problem, "dance_grpo")
+    method, objective, updates = dance_grpo(problem)
     stored, trained = trained_steps(method)
     settings = problem.config.rl
     return torch_dit.Rival(
@@ -608,22 +623,23 @@ def iteration_rows(
 def branch_rows(problem: Problem, repeats: int) -> list[Row]:
     """Iterations of trees over that of chains; the problem's config is BranchGRPO's."""
     claims = problem.config.claims
-    arms = {arm: Ours(problem, arm) for arm in ("dance", "branch", "branch_depth")}
+    names = ("dance", "branch", "branch_depth")
+    arms = {name: Ours(problem, arm(problem, name)) for name in names}
     found = in_turn(arms, repeats)
     rows = []
-    for arm, claim in (("branch", "B2a"), ("branch_depth", "B2b")):
+    for name, claim in (("branch", "B2a"), ("branch_depth", "B2b")):
         goal = {"whole": float(claims[claim].threshold)} if claim in claims else {}
-        rows += compare(f"{arm} / dance", found[arm], found["dance"], goal)
-    calls = {arm: alignment.calls_per_sample(arms[arm].method) for arm in arms}
-    trained = {arm: _trained_edges(arms[arm].method) for arm in arms}
+        rows += compare(f"{name} / dance", found[name], found["dance"], goal)
+    calls = {name: alignment.calls_per_sample(arms[name].method) for name in names}
+    trained = {name: _trained_edges(arms[name].method) for name in names}
     for what, counts in (("network calls", calls), ("trained edges", trained)):
-        for arm in ("branch", "branch_depth"):
-            rows.append(_count_row(f"{what} a sample, {arm} / dance", counts, arm))
+        for name in ("branch", "branch_depth"):
+            rows.append(_count_row(f"{what} a sample, {name} / dance", counts, name))
     return rows
 
 
-def _count_row(what: str, counts: Mapping[str, float], arm: str) -> Row:
-    ours, rival = counts[arm], counts["dance"]
+def _count_row(what: str, counts: Mapping[str, float], name: str) -> Row:
+    ours, rival = counts[name], counts["dance"]
     return {
         "what": what,
         "unit": "",
@@ -690,7 +706,7 @@ def measure(
     problem: Problem, trees_problem: Problem, parts: Sequence[str], repeats: int
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows of the parts asked for, and what else is worth knowing."""
-    ours = Ours(problem, "dance_grpo")
+    ours = Ours(problem, dance_grpo(problem))
     ours()
     rows = device_peak() if "memory" in parts else []
     notes: dict[str, Any] = {"first_ratio_error": float(ours.metrics["ratio_error"])}
@@ -718,7 +734,7 @@ def measure(
     if "branch" in parts:
         rows += branch_rows(trees_problem, repeats)
     if "memory" in parts:
-        trees_ours = Ours(trees_problem, "branch")
+        trees_ours = Ours(trees_problem, arm(trees_problem, "branch"))
         rows += memory_rows({"dance_grpo": ours, "branch": trees_ours})
     return rows, notes
 
@@ -752,6 +768,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     flags.add_argument("--config", default="configs/flow_grpo.py:cpu")
     for name, field in {**_FIELDS, **_CHAIN_FIELDS}.items():
         flags.add_argument(f"--{name}", help=f"{field} of the config")
+    flags.add_argument("--group", type=int, default=8, help="chains a prompt")
     flags.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
     flags.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     flags.add_argument("--repeats", type=int, default=5)
@@ -770,7 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tier = given.config.rpartition(":")[2]
     config = load_config(given.config, [*network, *chains])
     branch_config = load_config(f"configs/branchgrpo.py:{tier}", network)
-    problem = make_problem(config, given.remat)
+    problem = make_problem(config, given.group, given.remat)
     trees_problem = dataclasses.replace(problem, config=branch_config)
     load = os.getloadavg()[0]
     rows, notes = measure(problem, trees_problem, given.parts, given.repeats)
@@ -778,6 +795,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "benchmark": "flow_rl",
         "config": given.config,
         "overrides": [*network, *chains],
+        "group_size": given.group,
         "remat": given.remat,
         "parameters": trees.count(problem.params),
         "device": device_name(),

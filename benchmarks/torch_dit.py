@@ -146,9 +146,6 @@ class DiT(nn.Module):
         self.time_embedding = _TimeEmbedding(hidden, module.time_scale, self.dtype)
         self.token_projection = nn.Linear(module.token_width, hidden)
         self.null_token = nn.Parameter(torch.zeros(hidden))
-        self.pool_tokens = module.pool_tokens
-        if self.pool_tokens:
-            self.pooled_projection = nn.Linear(hidden, hidden)
         mlp_width = int(hidden * module.mlp_ratio)
         self.blocks = nn.ModuleList(
             _Block(hidden, module.heads, mlp_width, self.dtype)
@@ -177,12 +174,7 @@ class DiT(nn.Module):
         tokens = _linear(self.token_projection, tokens, dtype)
         null = self.null_token.to(dtype).expand(batch, 1, -1)
         tokens = torch.cat([null, tokens], 1)
-        mask = F.pad(mask, (1, 0), value=True)
-        if self.pool_tokens:
-            live = mask[..., None].float()
-            mean = ((tokens * live).sum(1) / live.sum(1)).to(dtype)
-            c = c + _linear(self.pooled_projection, mean, dtype).float()
-        mask = mask[:, None, None]
+        mask = F.pad(mask, (1, 0), value=True)[:, None, None]
         for block in self.blocks:
             if self.remat and torch.is_grad_enabled():
                 h = checkpoint(

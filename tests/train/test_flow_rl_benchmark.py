@@ -16,24 +16,33 @@ from tmdjax.harness import load_config
 
 TINY = (
     "model.hidden=8", "model.depth=1", "model.heads=2", "task.size=4", "rl.prompts=2",
-    "arms.dance_grpo.group_size=2", "rollout.steps=3", "arms.dance_grpo.fraction=1.0",
+    "rollout.steps=3",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def problem():
     config = load_config("configs/flow_grpo.py:cpu", TINY)
-    return benchmark.make_problem(config, remat=False)
+    return benchmark.make_problem(config, group_size=2, remat=False)
 
 
 @pytest.fixture(scope="module")
-def ours(problem):
-    return benchmark.Ours(problem, "dance_grpo")
+def setup(problem):
+    """All stored steps train, so that nothing in an update is drawn."""
+    found = benchmark.dance_grpo(problem)
+    return found._replace(method=dataclasses.replace(found.method, fraction=1.0))
 
 
 @pytest.fixture(scope="module")
-def one(problem):
-    return benchmark.OneAtATime(problem)
+def ours(problem, setup):
+    return benchmark.Ours(problem, setup)
+
+
+@pytest.fixture(scope="module")
+def one(problem, setup):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "dance_grpo", lambda problem: setup)
+        return benchmark.OneAtATime(problem)
 
 
 def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
@@ -54,6 +63,12 @@ def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
     np.testing.assert_allclose(log_prob, batched.log_prob, atol=1e-5)
 
 
+def test_one_at_a_time_starts_a_group_from_the_same_noise(one):
+    starts = np.concatenate([states[0] for states, _ in one.rollout()])
+    np.testing.assert_array_equal(starts[::2], starts[1::2])
+    assert (starts[0] != starts[2]).all()
+
+
 def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one):
     (_, record), rewards = ours.rollout(), np.asarray([0.0, 1.0, 3.0, -2.0], np.float32)
     ours.rewards = rewards
@@ -70,17 +85,11 @@ def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one)
     np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("steps", "fraction", "expected"), [(3, 1.0, (2, 2)), (11, 0.6, (10, 6))]
-)
-def test_chains_store_and_train_what_their_settings_say(
-    problem, steps, fraction, expected
-):
-    changed = [f"rollout.steps={steps}", f"arms.dance_grpo.fraction={fraction}"]
-    config = load_config("configs/flow_grpo.py:cpu", [*TINY, *changed])
-    other = dataclasses.replace(problem, config=config)
-    method, _, _ = benchmark.setup(other, "dance_grpo")
-    assert benchmark.trained_steps(method) == expected
+def test_chains_store_and_train_what_their_settings_say(problem, setup):
+    assert benchmark.trained_steps(setup.method) == (2, 2)
+    config = load_config("configs/flow_grpo.py:cpu", [*TINY, "rollout.steps=11"])
+    method, _, _ = benchmark.dance_grpo(dataclasses.replace(problem, config=config))
+    assert benchmark.trained_steps(method) == (10, 6)  # 0.6 of them, as published
 
 
 def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
@@ -124,21 +133,19 @@ def test_memory_counts_the_states_of_chains(ours):
 def test_the_program_prints_a_table_and_writes_json(
     problem, ours, monkeypatch, tmp_path, capsys
 ):
-    path, configs = tmp_path / "found.json", []
+    path, made = tmp_path / "found.json", []
     monkeypatch.setattr(
-        benchmark,
-        "make_problem",
-        lambda config, remat: configs.append(config) or problem,
+        benchmark, "make_problem", lambda *given: made.append(given) or problem
     )
-    monkeypatch.setattr(benchmark, "Ours", lambda problem, arm: ours)
+    monkeypatch.setattr(benchmark, "Ours", lambda problem, setup: ours)
     benchmark.main(
-        ["--hidden=12", "--group=3", "--parts", "rollout", "--repeats=1",
-         f"--json={path}"]
+        ["--hidden=12", "--group=3", "--no-remat", "--parts", "rollout",
+         "--repeats=1", f"--json={path}"]
     )  # fmt: skip
-    (config,) = configs
-    assert (config.model.hidden, config.arms.dance_grpo.group_size) == (12, 3)
+    ((config, group_size, remat),) = made
+    assert (config.model.hidden, group_size, remat) == (12, 3, False)
     found = json.loads(path.read_text())
-    assert found["overrides"] == ["model.hidden=12", "arms.dance_grpo.group_size=3"]
+    assert found["overrides"] == ["model.hidden=12"]
     (row,) = found["rows"]
     assert row["goal"] == 1.03 and row["ratio"] > 0
     assert found["first_ratio_error"] < 1e-4
@@ -147,19 +154,12 @@ def test_the_program_prints_a_table_and_writes_json(
 
 def test_torch_computes_the_same(problem):
     pytest.importorskip("torch", reason="PyTorch is not installed (extra 'parity')")
-    found = benchmark.check_torch(problem)
+    wide = dataclasses.replace(problem, event_shape=(4, 8, 3))
+    found = benchmark.check_torch(wide)
     assert set(found) == {
         "velocity", "states", "samples", "log_prob", "gradient_norm",
     }  # fmt: skip
     assert max(found.values()) < 1e-4
-    params = {k: v for k, v in problem.params.items() if k != "pooled_projection"}
-    other = dataclasses.replace(
-        problem,
-        network=problem.network.clone(pool_tokens=False),
-        params=params,
-        event_shape=(4, 8, 3),
-    )
-    assert max(benchmark.check_torch(other).values()) < 1e-4
 
 
 def test_torch_that_computes_something_else_is_refused(problem, monkeypatch):
