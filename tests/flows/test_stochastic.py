@@ -12,6 +12,8 @@ import scipy.stats
 from tmdjax import flows
 from tmdjax.core import conventions, prng
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MEAN, STD = 1.5, 0.5
 STOCHASTIC = ("flow_grpo", "dance_grpo", "flow_cps")
 
@@ -312,6 +314,7 @@ def test_15_trajectories_do_not_depend_on_the_devices(run_python):
 import jax, numpy as np
 from tmdjax import flows, train
 from tmdjax.core import prng
+
 keys = prng.sample_keys(jax.random.key(1), 8)
 x = prng.normal(keys, (3,))
 table = flows.make_table("flow_grpo", flows.uniform_grid(5))

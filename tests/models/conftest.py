@@ -10,23 +10,6 @@ from tmdjax.core.trees import flatten
 
 
 @pytest.fixture
-def optimised():
-    """The compiler as users have it, in modules that use ``quick_compiles``."""
-
-
-@pytest.fixture
-def quick_compiles(request):
-    """Half the compile time for tests of wiring, whose networks are tiny.
-
-    Tests of rounding or memory ask for ``optimised`` and are not touched.
-    """
-    quick = "optimised" not in request.fixturenames
-    jax.config.update("jax_disable_most_optimizations", quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def stir():
     """Adds noise to every leaf: networks that start at zero then do something."""
 

@@ -15,11 +15,21 @@ from tmdjax.core import prng
 from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
 SPLITS = (0, 2, 4)
 Trees = functools.partial(
     branchgrpo.Trees, grid=flows.uniform_grid(8), event_shape=(2,), splits=SPLITS
 )
+
+
+fuse = jax.jit(rl.fuse_rewards, static_argnums=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "baseline", "std_scope", "clip"))
+def advantages(value, tree, **options):
+    return rl.depth_advantages(value, tree, **options)
 
 
 def rewards(trees, leaves, seed=0):
@@ -102,8 +112,8 @@ def test_1_one_split_at_the_root_is_a_group_from_one_noise():
     ):
         np.testing.assert_allclose(*map(statistic, by_group), rtol=0.05, atol=0.05)
     reward = rewards(4000, group)
-    value = rl.fuse_rewards(reward, method.tree)
-    advantage = rl.depth_advantages(value, method.tree, clip=np.inf)
+    value = fuse(reward, method.tree)
+    advantage = advantages(value, method.tree, clip=np.inf)
     ordinary = rl.group_advantages(
         reward.reshape(-1), np.repeat(np.arange(4000), group), num_groups=4000, eps=1e-8
     )
@@ -115,7 +125,7 @@ def test_1_one_split_at_the_root_is_a_group_from_one_noise():
 def test_3_fused_rewards_are_means_over_leaves():
     tree = rl.make_tree(8, SPLITS, 2)
     reward = rewards(3, 8)
-    value = np.asarray(rl.fuse_rewards(reward, tree))
+    value = np.asarray(fuse(reward, tree))
     np.testing.assert_allclose(value[:, 0], np.mean(reward, 1), rtol=1e-5)
     leaf = np.flatnonzero(tree.depth == 8)
     for node in range(tree.nodes):
@@ -135,39 +145,39 @@ def test_3_fused_rewards_are_means_over_leaves():
         leaves=3,
         last_split=1,
     )
-    value = rl.fuse_rewards(jnp.array([[3.0, 6.0, 9.0]]), unequal)
+    value = fuse(jnp.array([[3.0, 6.0, 9.0]]), unequal)
     np.testing.assert_allclose(value, [[6, 3, 7.5, 6, 9]])
 
 
 def test_4_advantages_by_tree_and_depth():
     tree = rl.make_tree(8, SPLITS, 2)
     reward = rewards(4, 8).at[3].set(2.5)
-    found = functools.partial(rl.depth_advantages, tree=tree)
-    advantage = np.asarray(found(rl.fuse_rewards(reward, tree)))
+    found = functools.partial(advantages, tree=tree)
+    advantage = np.asarray(found(fuse(reward, tree)))
     for depth in range(1, 9):
         level = advantage[:3, tree.depth[1:] == depth]
         np.testing.assert_allclose(level.sum(1), 0, atol=1e-5)
         np.testing.assert_allclose(level.var(1, ddof=1), 1, rtol=1e-4)
     np.testing.assert_allclose(np.abs(advantage[:3, :2]), np.sqrt(0.5), rtol=1e-5)
     np.testing.assert_array_equal(advantage[3], 0)
-    moved = found(rl.fuse_rewards(5 * reward + 3, tree))
+    moved = found(fuse(5 * reward + 3, tree))
     np.testing.assert_allclose(moved, advantage, atol=1e-4)
-    alone = found(rl.fuse_rewards(reward[1:2], tree))
+    alone = found(fuse(reward[1:2], tree))
     np.testing.assert_allclose(alone[0], advantage[1], atol=1e-6)
     late = rl.make_tree(4, (2,), 2)
-    trunk = rl.depth_advantages(rl.fuse_rewards(rewards(2, 2), late), late)
+    trunk = advantages(fuse(rewards(2, 2), late), late)
     np.testing.assert_array_equal(trunk[:, :2], 0)  # depths with one node
 
 
 def test_4_one_standard_deviation_for_the_tree_keeps_magnitudes():
     tree = rl.make_tree(4, (0, 1), 2)
     reward = jnp.array([[1.0, 2.0, 5.0, 8.0], [4.0, 4.0, 4.0, 4.0]])
-    value = rl.fuse_rewards(reward, tree)
+    value = fuse(reward, tree)
     std = np.std([1, 2, 5, 8], ddof=1)
-    found = rl.depth_advantages(value, tree, std_scope="tree")
+    found = advantages(value, tree, std_scope="tree")
     np.testing.assert_allclose(found[0, :2], [-2.5 / std, 2.5 / std], rtol=1e-5)
     np.testing.assert_array_equal(found[1], 0)
-    of_parent = rl.depth_advantages(value, tree, baseline="parent", std_scope="tree")
+    of_parent = advantages(value, tree, baseline="parent", std_scope="tree")
     np.testing.assert_allclose(of_parent[0, :2], [-2.5 / std, 2.5 / std], rtol=1e-5)
     np.testing.assert_allclose(
         of_parent[0, 2:6], np.array([-0.5, 0.5, -1.5, 1.5]) / std, rtol=1e-4
@@ -178,12 +188,14 @@ def test_4_one_standard_deviation_for_the_tree_keeps_magnitudes():
 def test_5_fusion_by_edge_probability():
     tree = rl.make_tree(6, (0, 2), 2)
     reward = rewards(2, 4)
-    fuse = functools.partial(rl.fuse_rewards, reward, tree, "prob")
-    mean = rl.fuse_rewards(reward, tree)
-    np.testing.assert_allclose(fuse(jnp.zeros((2, tree.edges))), mean, rtol=1e-5)
+    by_probability = functools.partial(fuse, reward, tree, "prob")
+    mean = fuse(reward, tree)
+    np.testing.assert_allclose(
+        by_probability(jnp.zeros((2, tree.edges))), mean, rtol=1e-5
+    )
     log_prob = jax.random.normal(jax.random.key(4), (2, tree.edges))
-    value = np.asarray(fuse(log_prob))
-    np.testing.assert_allclose(fuse(log_prob + 7), value, rtol=1e-4)
+    value = np.asarray(by_probability(log_prob))
+    np.testing.assert_allclose(by_probability(log_prob + 7), value, rtol=1e-4)
     for node in range(tree.nodes):
         children = np.flatnonzero(tree.parent == node)
         if len(children) == 1:
@@ -196,12 +208,12 @@ def test_5_fusion_by_edge_probability():
             expected = np.average(below, axis=1, weights=weight)
             np.testing.assert_allclose(value[:, node], expected, rtol=1e-4)
     with pytest.raises(ValueError, match="weighs children by log_prob"):
-        rl.fuse_rewards(reward, tree, "prob")
+        fuse(reward, tree, "prob")
 
 
 def test_6_after_the_last_split_advantages_are_those_of_the_leaves():
     tree = rl.make_tree(8, SPLITS, 2)
-    advantage = rl.depth_advantages(rl.fuse_rewards(rewards(2, 8), tree), tree)
+    advantage = advantages(fuse(rewards(2, 8), tree), tree)
     leaves = advantage[:, -8:]
     for depth in range(5, 9):
         level = advantage[:, tree.depth[1:] == depth]
@@ -215,7 +227,8 @@ def kept_edges(method, reward, iteration=0):
     record = rl.Transitions(
         None, None, None, None, None, jnp.zeros(trees * method.tree.edges)
     )
-    credit = method.credit(reward.reshape(-1), record, plan, jax.random.key(0))
+    give = jax.jit(lambda reward, plan, key: method.credit(reward, record, plan, key))
+    credit = give(reward.reshape(-1), plan, jax.random.key(0))
     live = np.asarray(credit.weight) > 0
     edge = np.asarray(credit.edge)[live]
     assert len(set(edge)) == len(edge)
@@ -254,8 +267,8 @@ def test_7_pruning_counts_of_the_paper():
 def test_7_width_pruning_keeps_what_it_says():
     reward = rewards(3, 16)
     tree = PAPER().tree
-    value = np.asarray(rl.fuse_rewards(reward, tree))
-    advantage = np.asarray(rl.depth_advantages(value, tree))
+    value = np.asarray(fuse(reward, tree))
+    advantage = np.asarray(advantages(value, tree))
     late = np.flatnonzero(tree.depth[1:] > 10)
     best, _ = kept_edges(PAPER(prune_width=0.5), reward)
     for t, e in itertools.product(range(3), late):
@@ -316,8 +329,10 @@ def test_7_pruning_touches_nothing_but_the_gradient(pruning):
         np.testing.assert_array_equal(x, y)
     record, table = a[1], a[2]
     reward = target_reward(a[0], None)
-    full = whole.credit(reward, record, a[3], jax.random.key(0))
-    part = pruned.credit(reward, record, b[3], jax.random.key(0))
+    full, part = (
+        jax.jit(method.credit)(reward, record, plan, jax.random.key(0))
+        for method, plan in ((whole, a[3]), (pruned, b[3]))
+    )
     live = np.asarray(part.weight) > 0
     kept = np.isin(np.asarray(full.edge), np.asarray(part.edge)[live])
     assert 0 < kept.sum() < (np.asarray(full.weight) > 0).sum()

@@ -12,6 +12,8 @@ from tmdjax.rewards import host
 from tmdjax.systems import flow_grpo
 from tmdjax.train import flow_rl
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(3)
 SHIFTS = {"shift": jnp.asarray([[0.0, 0.0], [0.5, -0.5], [-1.0, 0.3], [0.2, 0.9]])}
 
@@ -314,6 +316,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from tmdjax import flows, models, train
 from tmdjax.systems import flow_grpo
 from tmdjax.train import flow_rl
+
 
 net = models.build({"name": "mlp", "hidden": 128, "depth": 2})
 apply = models.functional(net)
