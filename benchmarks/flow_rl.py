@@ -630,7 +630,10 @@ def branch_rows(problem: Problem, repeats: int) -> list[Row]:
     for name, claim in (("branch", "B2a"), ("branch_depth", "B2b")):
         goal = {"whole": float(claims[claim].threshold)} if claim in claims else {}
         rows += compare(f"{name} / dance", found[name], found["dance"], goal)
-    calls = {name: alignment.calls_per_sample(arms[name].method) for name in names}
+    calls = {
+        name: alignment.calls_per_sample(problem.config, arms[name].method)
+        for name in names
+    }
     trained = {name: _trained_edges(arms[name].method) for name in names}
     for what, counts in (("network calls", calls), ("trained edges", trained)):
         for name in ("branch", "branch_depth"):

@@ -64,6 +64,7 @@ def get_config(tier: str) -> ConfigDict:
             **arm,
             **by_group,
             **no_kl,
+            "same_noise": True,
             "strength": 0.3,
             "trained": "random",
             "fraction": 0.6,
@@ -148,6 +149,7 @@ def base(config: ConfigDict, tier: str) -> None:
             "tags": ("colours",),
             "wordings": ("W0",),
             "length": 10,
+            "layout": "cells",
             "prompts": 16,
             "held_out": 4,
         }
@@ -178,8 +180,8 @@ def base(config: ConfigDict, tier: str) -> None:
     )
     config.train = ConfigDict(
         {
-            "steps": 4000,
-            "images": 16384,
+            "steps": 1200,
+            "images": 8192,
             "batch_size": 32,
             "drop_rate": 0.1,
             "ema_decay": 0.998,
@@ -200,20 +202,25 @@ def base(config: ConfigDict, tier: str) -> None:
             "guidance": 1.0,
             "lora_rank": 0,
             "log_every": 1,
-            "judge_seconds": 60.0,
+            "recipe": "fp32",
+            "memory_limit_gb": 8.0,
         }
     )
-    config.evaluate = ConfigDict({"count": 256, "steps": 20, "shown": 12})
+    config.evaluate = ConfigDict(
+        {"count": 256, "steps": 20, "shown": 12, "judge_seconds": 60.0}
+    )
     if tier == "smoke":
         config.task = ConfigDict({"name": "mixture", "prompts": 16, "held_out": 16})
         config.model = ConfigDict({"name": "mlp", "hidden": 32, "depth": 2})
-        config.rl.update(iterations=12, learning_rate=3e-3, judge_seconds=5.0)
+        config.rl.update(iterations=12, learning_rate=3e-3)
+        config.evaluate.judge_seconds = 0.05
     elif tier == "gpu":
         config.task.update(
             size=32,
             tags=("counting", "colours", "position", "attribution"),
             wordings=("W0", "W1", "W2"),
             length=24,
+            layout="free",
             prompts=400,
             held_out=64,
         )
@@ -230,11 +237,18 @@ def base(config: ConfigDict, tier: str) -> None:
         )
         config.optimizer.update(learning_rate=5e-4, warmup_steps=1000)
         config.rl.update(
-            iterations=200, prompts=64, updates=2, microbatches=4, learning_rate=1e-4
+            iterations=200,
+            prompts=64,
+            updates=2,
+            microbatches=4,
+            learning_rate=1e-4,
+            ema_decay=0.987,
         )
         config.evaluate.count = 1024
     elif tier == "paper":
-        config.task.update(size=64, prompts=400, tags=("position",), length=24)
+        config.task.update(
+            size=64, layout="free", prompts=400, tags=("position",), length=24
+        )
         config.model.update(
             text_width=4096, text_depth=0, patch_size=2, hidden=1536, depth=24,
             heads=24, recipe="bf16", remat=True,

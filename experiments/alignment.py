@@ -6,6 +6,7 @@ and on held-out ones, from the same noise.
 """
 
 import functools
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import image_grid
+from tmdjax.harness.report import image_grid, line_plot
 from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
@@ -28,6 +29,8 @@ Config = Any
 SETS = ("train", "held_out")
 BASE = ("task", "model", "optimizer", "train")
 """What a base depends on; an arm may have a task of its own."""
+LATER = ("prompts", "held_out", "timeout")
+"""What of a task its base does not see."""
 
 COURSE = (
     "reward_first",
@@ -93,7 +96,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
         Stage(
             name="pretrain",
             run=functools.partial(tasks.pretrain, config),
-            config={k: plain[k] for k in BASE},
+            config={k: plain[k] for k in BASE}
+            | {"task": {k: v for k, v in plain["task"].items() if k not in LATER}},
             seeded=False,
         ),
         Stage(
@@ -101,7 +105,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
             run=functools.partial(align, config, arm),
             config={
                 "arm": plain["arms"][arm],
-                **{k: plain[k] for k in ("rollout", "objective", "rl")},
+                **{k: plain[k] for k in ("task", "rollout", "objective", "rl")},
             },
             parents=("pretrain",),
         ),
@@ -159,37 +163,58 @@ def align(config: Config, arm: str, context: StageContext) -> StageResult:
         log_every=settings.log_every,
     )
     rows = context.rows()
-    metrics = _course(rows, settings.judge_seconds)
-    metrics["network_calls_per_sample"] = calls_per_sample(method)
-    metrics["skipped_updates"] = state.skipped
-    return StageResult(
-        {"params": whole(state.eval_params)}, metrics, model=tasks.model_spec(config)
+    reward, seconds = (
+        np.array([row[name] for row in rows])
+        for name in ("reward_mean", "time/seconds")
     )
-
-
-def calls_per_sample(method: Any) -> float:
-    """Velocity evaluations of a rollout, over its samples."""
-    if isinstance(method, branchgrpo.Trees):
-        return method.tree.calls / method.tree.leaves
-    return float(len(method.grid) - 1)
-
-
-def _course(rows: list[dict[str, Any]], judge_seconds: float) -> dict[str, float]:
-    """Reward at both ends, after a given time, and seconds an iteration."""
-    reward = np.array([row["reward_mean"] for row in rows])
-    seconds = np.array([row["time/seconds"] for row in rows])
     rate = np.array([row["time/steps_per_second"] for row in rows])
     end = max(1, len(rows) // 5)
-    near = np.abs(seconds - judge_seconds) <= 0.1 * judge_seconds
-    return {
+    metrics = {
         "reward_first": float(reward[:end].mean()),
         "reward_last": float(reward[-end:].mean()),
         "reward_gain": float(reward[-end:].mean() - reward[:end].mean()),
-        # a run that ended before is judged by its end
-        "reward_at_time": float((reward[near] if near.any() else reward[-end:]).mean()),
         "seconds_per_iteration": float(1 / np.median(rate[len(rows) // 4 :])),
         "first_ratio_error": float(rows[0]["ratio_error"]),
+        "network_calls_per_sample": calls_per_sample(config, method),
+        "skipped_updates": float(state.skipped),
     }
+    # the first row is compilation; a resumed run compiles once more
+    curve = {"reward": reward, "seconds": seconds - seconds[0]}
+    return StageResult(
+        {"params": whole(state.eval_params), "curve": curve},
+        metrics,
+        model=tasks.model_spec(config),
+    )
+
+
+def calls_per_sample(config: Config, method: Any) -> float:
+    """Network evaluations of a rollout over its samples, counted as they happen."""
+    rows: list[int] = []
+
+    def velocity(x: Any, t: Any, cond: Any) -> Any:
+        jax.debug.callback(lambda t: rows.append(len(t)), t)
+        return jnp.zeros_like(x)
+
+    table, plan = method.plan(0)
+    keys = prng.sample_keys(jax.random.key(0), 1)
+    walk = jax.jit(
+        lambda keys, table: method.rollout(keys, velocity, None, table, plan)
+    )
+    jax.block_until_ready(walk(keys, table))
+    jax.effects_barrier()
+    guided = config.task.name != "mixture" and config.rl.guidance != 1.0
+    return sum(rows) * (1 + guided) / method.group_size
+
+
+def reward_at(curve: Mapping[str, Any], seconds: float) -> float:
+    """Mean reward around a time: of a tenth of the iterations; NaN if never reached."""
+    reward, time = np.asarray(curve["reward"]), np.asarray(curve["seconds"])
+    if time[-1] < seconds:
+        return float("nan")
+    width = max(1, len(reward) // 10)
+    smooth = np.convolve(reward, np.ones(width) / width, mode="valid")
+    middle = np.convolve(time, np.ones(width) / width, mode="valid")
+    return float(np.interp(seconds, middle, smooth))
 
 
 def evaluate(config: Config, context: StageContext) -> StageResult:
@@ -213,7 +238,9 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
         noise = prng.normal(keys, task.event_shape)
         return flows.rollout(None, velocity, noise, table, cond, store=False)
 
-    metrics, shown = {}, {}
+    curve = context.inputs["align"].outputs["curve"]
+    metrics = {"reward_at_time": reward_at(curve, settings.judge_seconds)}
+    shown = {}
     for name, prompts in (("train", task.prompts), ("held_out", task.held_out)):
         rows = np.arange(settings.count) % len(next(iter(prompts.values())))
         batch = trees.take(prompts, rows)
@@ -284,6 +311,15 @@ def report(
             ],
         )
     )
+    curve = results["align"].outputs["curve"]
+    path = line_plot(
+        {"mean reward": (np.arange(len(curve["reward"])), curve["reward"])},
+        folder / "reward.png",
+        title="Reward of rollouts",
+        x_label="iteration",
+        y_label="mean reward",
+    )
+    shown.figures.append(("Reward against iterations", path))
     images = results["evaluate"].outputs["shown"]
     if images["base"].ndim == 4:
         path = image_grid(
@@ -314,17 +350,24 @@ def describe(config: Config) -> dict[str, Any]:
     built: dict[str, tasks.Task] = {}
     for arm in arms(config):
         own = of_arm(config, arm)
-        name = own.task.name
-        if name not in built:
-            built[name] = tasks.build(own)
-            params = _trace(own, arm, built[name])
-            rows[f"{name}: parameters"] = trees.count(params)
-            if name != "mixture":
-                rows[f"{name}: pretraining updates"] = own.train.steps
-        method, _, _ = setup(config, arm, built[name].event_shape)
+        base = json.dumps({k: to_plain(own[k]) for k in BASE})
+        if base not in built:
+            built[base] = tasks.build(own)
+        task, name = built[base], own.task.name
+        method, _, _ = setup(config, arm, task.event_shape)
+        stored = stored_bytes(config, method) / 1e9
+        if stored > config.rl.memory_limit_gb:
+            raise ValueError(
+                f"arms.{arm} would store {stored:.3g} GB of states an iteration, above "
+                f"rl.memory_limit_gb={config.rl.memory_limit_gb}; draw fewer prompts, "
+                f"train fewer steps (a window, or fewer splits), or raise the limit."
+            )
+        params = _trace(own, arm, task)
+        rows[f"{name}: parameters"] = trees.count(params)
+        if name != "mixture":
+            rows[f"{name}: pretraining updates"] = own.train.steps
         rows[f"{arm}: samples an iteration"] = method.group_size * config.rl.prompts
-        rows[f"{arm}: network calls a sample"] = calls_per_sample(method)
-        rows[f"{arm}: stored states, GB"] = stored_bytes(config, method) / 1e9
+        rows[f"{arm}: stored states, GB"] = stored
     return rows
 
 

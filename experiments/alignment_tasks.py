@@ -163,7 +163,11 @@ def policy(config: Config, params: Params, key: Any) -> tuple[Params, Any, Any]:
     and the base is the reference.
     """
     settings = config.rl
-    module: Any = models.build(model_spec(config))
+    spec = model_spec(config)
+    if config.task.name != "mixture":
+        # 16-bit rounding would put the ratio off 1, beyond the clip range of images
+        spec["recipe"] = settings.recipe
+    module: Any = models.build(spec)
     if config.task.name == "mixture":
         apply_fn = models.functional(module)
         base, frozen = params, params
@@ -273,6 +277,7 @@ def pretrain(config: Config, context: StageContext) -> StageResult:
             "tags": tuple(settings.tags),
             "wordings": tuple(settings.wordings),
             "length": settings.length,
+            "layout": settings.layout,
         }
     source = {"shapes": "captioned_shapes", "words": "rendered_text"}[settings.name]
     loaded = data.load(source, train_count=config.train.images, **options).train

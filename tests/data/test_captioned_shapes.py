@@ -377,3 +377,18 @@ class TestBadInput:
             load("captioned_shapes", train_count=0)
         with pytest.raises(ValueError, match="count=0 must be at least 1"):
             prompts(0, size=16)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_cells_give_few_images_that_are_right(size):
+    keys = sample_keys(jax.random.key(0), 512)
+    draw = jax.jit(captioned_shapes.render, static_argnums=(2, 3))
+    specs = captioned_shapes.sample_specs(keys, size=size)
+    images = draw(keys, specs, size, "cells")
+    assert np.all(shapes.check(images, specs)["strict"])
+    red = {k: jnp.asarray(v) for k, v in jax.tree.map(lambda a: a[:1], specs).items()}
+    red |= {"count": jnp.array([[1, 0, 0]]), "relation": jnp.array([0])}
+    red = jax.tree.map(lambda a: jnp.repeat(a, 512, 0), red)
+    assert len(np.unique(np.asarray(draw(keys, red, size, "cells")), axis=0)) <= 24
+    with pytest.raises(ValueError, match="Did you mean 'cells'"):
+        captioned_shapes.render(keys, specs, size, "cell")

@@ -129,7 +129,7 @@ def test_large_tiers_describe_themselves(name, tier, capsys):
     experiment = {"flow_grpo": flow_grpo, "branchgrpo": branchgrpo}[name]
     dry_run(experiment, config, run.Options(command="test", tier=tier))
     shown = capsys.readouterr().out
-    assert "network calls a sample" in shown and "pretrain" in shown
+    assert "stored states, GB" in shown and "pretrain" in shown
 
 
 def test_bad_inputs():

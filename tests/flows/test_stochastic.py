@@ -333,7 +333,7 @@ def test_split_scale_is_scored_as_asked():
     c = np.array([4.0, 1, 1, 1])
     grid = flows.uniform_grid(4)
     make = functools.partial(flows.make_table, "dance_grpo", grid, c=c)
-    proposal, policy = make(), make(scored="policy")
+    proposal, policy = make(), make(split_log_prob="policy")
     np.testing.assert_allclose(proposal.log_prob_std, c * policy.log_prob_std)
     np.testing.assert_allclose(policy.log_prob_std, policy.S)
     drawn = [draw(table, 20_000, 2) for table in (proposal, policy)]
@@ -467,7 +467,7 @@ def test_bad_inputs(as_shipped):
     with pytest.raises(ValueError, match=r"c .*=-1.0 is outside"):
         flows.make_table("flow_grpo", grid, c=-1.0)
     with pytest.raises(ValueError, match="Did you mean 'policy'"):
-        flows.make_table("flow_grpo", grid, scored="polcy")
+        flows.make_table("flow_grpo", grid, split_log_prob="polcy")
     with pytest.raises(ValueError, match=r"start=3 is outside \[0, 2\]"):
         flows.window(4, 3, 2)
     with pytest.raises(ValueError, match=r"low=0 is outside \[0, -1\]"):

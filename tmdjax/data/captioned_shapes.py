@@ -41,6 +41,7 @@ from tmdjax.rewards.shapes import (
 )
 
 LEAST_SIZE = 16
+LAYOUTS = ("free", "cells")
 _LEAST_SIDE = 5
 _CELL = 11
 _FEWEST_LINES, _MOST_LINES = 2, 4
@@ -198,7 +199,7 @@ def _mixed(integer: Callable[[Any, Any], Array], most: int) -> dict[str, Array]:
 
 
 def render(
-    keys: SampleKeys, specs: Specs, size: int
+    keys: SampleKeys, specs: Specs, size: int, layout: str = "free"
 ) -> Float[Array, "batch size size 3"]:
     """Draws exactly what the specs ask for, at random places and sizes.
 
@@ -213,6 +214,8 @@ def render(
         keys: typed keys [batch].
         specs: of :func:`sample_specs` or made by hand; 'tag' is not needed.
         size: height and width, >= 16.
+        layout: 'free'; or 'cells', where every object is as large as any and stands in
+            the middle of its cell, of at least 2 x 2: few images, for small networks.
 
     Returns:
         float32 [batch, size, size, 3] in [-1, 1].
@@ -224,6 +227,7 @@ def render(
             ``capacity(size)``.
     """
     check_key(keys, "keys")
+    check_choice("layout", layout, LAYOUTS)
     most = capacity(size)
     check_batch("keys", keys, check_specs(specs))
     if not isinstance(specs["count"], jax.core.Tracer):
@@ -247,7 +251,9 @@ def render(
         largest = (size + 1) // _lines(size) - 1
         choices = (largest - _LEAST_SIDE) // 2 + 1
         side = _LEAST_SIDE + 2 * _below(side_bits, choices)
-        corner = _corners(place_key, side, total, spec["relation"], size)
+        if layout == "cells":
+            side = jnp.full_like(side, _LEAST_SIDE + 2 * (choices - 1))
+        corner = _corners(place_key, side, total, spec["relation"], size, layout)
         row, column = (
             jnp.arange(size)[None, :] - corner[axis][:, None] for axis in range(2)
         )
@@ -277,6 +283,7 @@ def _corners(
     total: Int[Array, ""],
     relation: Int[Array, ""],
     size: int,
+    layout: str,
 ) -> tuple[Int[Array, "object"], Int[Array, "object"]]:
     """Top and left of every object; the first two stand in the relation, if any."""
     cells, most = _MOST_LINES**2, len(side)
@@ -285,8 +292,10 @@ def _corners(
         bits, (cells, cells + 5)
     )
     lines = 1 + (total > 1) + (total > 4) + (total > 9)
+    if layout == "cells":
+        lines = jnp.maximum(lines, 2)
     sideways = (relation == 1) | (relation == 2)
-    alone = (relation > 0) & (total == 2)  # then the cells are two whole strips
+    alone = (layout == "free") & (relation > 0) & (total == 2)  # then the cells are two whole strips
     rows = jnp.where(alone & sideways, 1, lines)
     columns = jnp.where(alone & ~sideways, 1, lines)
 
@@ -314,6 +323,8 @@ def _corners(
 
     def place(shift: Array, inside: Array, index: Array, number: Array) -> Array:
         pitch = (size + 1) // number
+        if layout == "cells":
+            return index * pitch + (pitch - side) // 2
         shift = _below(shift, size + 2 - number * pitch)
         return shift + index * pitch + _below(inside, jnp.maximum(pitch - side, 1))
 
@@ -437,7 +448,7 @@ def _chunks(
 
 _held_out = jax.jit(is_held_out)
 _sample = jax.jit(sample_specs, static_argnames=("tags", "size"))
-_draw = jax.jit(render, static_argnames="size")
+_draw = jax.jit(render, static_argnames=("size", "layout"))
 
 
 def _rows(specs: Specs) -> Iterator[dict[str, np.ndarray]]:
@@ -468,6 +479,7 @@ def load_captioned_shapes(
     wordings: Sequence[str] = captions.WORDINGS,
     seed: int = 0,
     length: int | None = None,
+    layout: str = "free",
 ) -> Dataset:
     """A fixed set of images with captions.
 
@@ -486,6 +498,7 @@ def load_captioned_shapes(
             ``captions.batch(test, wording)`` gives paraphrases.
         seed: of the root key.
         length: words of a row of ids; None for ``captions.longest(tags)``.
+        layout: see :func:`render`.
 
     Returns:
         Arrays 'image' float32 [n, size, size, 3]; 'label' int32 [n], the tag;
@@ -512,7 +525,7 @@ def load_captioned_shapes(
             keep = np.array(_held_out(chunk)) == bool(index)
             if index and tags == ("single",):
                 keep[:] = True
-            image = np.asarray(_draw(keys, chunk, size=size))
+            image = np.asarray(_draw(keys, chunk, size=size, layout=layout))
             part = {"image": image, "label": chunk["tag"], **chunk}
             parts.append({name: array[keep] for name, array in part.items()})
             number += int(keep.sum())

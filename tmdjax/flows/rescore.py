@@ -64,7 +64,8 @@ def transition_kl(
         reduction: over event dimensions, 'mean' or 'sum'.
 
     Returns:
-        [batch] in nats (of one dimension on average under 'mean').
+        [batch] in nats (of one dimension on average under 'mean'); 0 on deterministic
+        rows. With a split scale c and log-probs of the policy, S is the policy's.
 
     Raises:
         ValueError: an unknown kind or reduction, or two shapes.
@@ -75,12 +76,13 @@ def transition_kl(
     square = jnp.square(v - v_reference)
     reduce = jnp.mean if reduction == "mean" else jnp.sum
     distance = reduce(square, axis=tuple(range(1, v.ndim)))
+    distance = jnp.where(rows["mask"], distance, 0.0)
     if kind == "velocity_mse":
         return distance
     t, t_next = rows["t"], rows["t_next"]
     weight = -(1 - t_next) * t + rows["k"] * (1 - t)
     std = jnp.where(rows["mask"], rows["log_prob_std"], 1.0)
-    divergence = jnp.where(rows["mask"], distance * (weight / std) ** 2 / 2, 0.0)
+    divergence = distance * (weight / std) ** 2 / 2
     return divergence if kind == "transition" else rows["h"] * divergence
 
 
@@ -184,7 +186,8 @@ def rescore(
     if scale is not None and drawn is not None and scale != drawn:
         raise ValueError(
             f"the trajectory was drawn with guidance scale {drawn}, the velocity has "
-            f"{scale}: their ratio would not be 1. Score with the scale of the rollout."
+            f"{scale}: their ratio would not be 1. Score with the scale of the rollout "
+            f"(guidance is seen through functools.partial, not through a lambda)."
         )
     steps = _stochastic_steps(table, steps)
     count, batch = len(steps), trajectory.states.shape[1]

@@ -8,7 +8,6 @@ is the row k = t' - h sigma^2 / (2 t), S = sigma sqrt(h). It is of first order o
 :func:`noise_excess` says by how much a step leaves more noise than t'.
 """
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,6 @@ def _euler_maruyama(
 ) -> dict[str, Any]:
     h = t - t_next
     k = t_next - h * sigma**2 / (2 * t)
-    below = [int(i) for i in np.flatnonzero(k[:-1] < 0)]
-    if below:
-        warnings.warn(
-            f"steps {below} remove more noise than there is (k < 0): the step is too "
-            f"long for its sigma, and samples stay noisy. Use a finer grid there, a "
-            f"smaller strength, or 'flow_cps'.",
-            stacklevel=4,
-        )
     return {"k": k, "S": sigma * np.sqrt(h)}
 
 

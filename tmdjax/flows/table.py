@@ -7,6 +7,7 @@ A preset fills the columns k, S, C from a grid on the host in float64; the ODE i
 the row k = t', S = 0. Papers differ in these columns and in nothing else.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,7 @@ def make_table(
     final: str | None = None,
     c: Any = 1.0,
     window: Any = None,
-    scored: str = "proposal",
+    split_log_prob: str = "proposal",
     **options: Any,
 ) -> CoefficientTable:
     """Builds the table of a named preset on a grid.
@@ -125,20 +126,23 @@ def make_table(
         c: scale of the noise drawn, scalar or [N], >= 0.
         window: bool [N], False turns a step into an ODE step (k = t', no noise, no
             gradient g); None keeps every step. See flows/windows.py.
-        scored: under which standard deviation log-probs are taken where c is not 1:
-            'proposal' (c S, the distribution drawn from) or 'policy' (S: the score
-            gradient is then c times too large; BranchGRPO's code does so).
+        split_log_prob: the standard deviation of log-probs where c is not 1: that of
+            the 'proposal' (c S, the distribution drawn from) or of the 'policy' (S:
+            the score gradient is then c times too large; BranchGRPO's code does so).
         **options: the preset's own strengths.
 
     Returns:
         A table of N rows.
+
+    Warns:
+        UserWarning: a step but the last removes more noise than there is.
 
     Raises:
         ValueError: unknown preset, rule or scoring, a grid that is not one, a window
             of another length, a negative scale.
     """
     grid = custom_grid(grid)
-    check_choice("scored", scored, ("proposal", "policy"))
+    check_choice("split_log_prob", split_log_prob, ("proposal", "policy"))
     t, t_next = grid[:-1], grid[1:]
     steps = len(t)
     columns = PRESETS[preset](t, t_next, **options)
@@ -151,17 +155,26 @@ def make_table(
     scale = np.broadcast_to(np.asarray(c, np.float64), steps)
     check_range("c (the scale of the noise)", float(scale.min()), 0)
     mask = scale * noise > 0
+    k = np.asarray(columns["k"], np.float64)
+    below = [int(i) for i in np.flatnonzero((k[:-1] < 0) & mask[:-1])]
+    if below:
+        warnings.warn(
+            f"steps {below} remove more noise than there is (k < 0): the step is too "
+            f"long for its noise, and samples stay noisy. Use a finer grid there, a "
+            f"smaller strength, or 'flow_cps'.",
+            stacklevel=2,
+        )
     if rule != "sample":
         mask = mask & (np.arange(steps) < steps - 1)
     return CoefficientTable(
         t=t,
         t_next=t_next,
         h=t - t_next,
-        k=np.asarray(columns["k"], np.float64),
+        k=k,
         S=noise,
         C=np.broadcast_to(np.asarray(columns.get("C", 0.0), np.float64), steps),
         c=scale,
-        log_prob_std=scale * noise if scored == "proposal" else noise,
+        log_prob_std=scale * noise if split_log_prob == "proposal" else noise,
         mask=mask,
         step=np.arange(steps, dtype=np.int32),
         final=rule,

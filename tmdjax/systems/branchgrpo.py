@@ -7,6 +7,7 @@ the backward pass and nothing else.
 """
 
 import dataclasses
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, rl
-from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Cond, Grid, Velocity
 from tmdjax.train import flow_rl
 
-_START = 1 << 20
-"""Folded into a key for the initial noise; steps of a grid are below it."""
+_LOGGER = logging.getLogger("tmdjax")
 
 WIDTH_MODES = ("branch_best", "first_steps", "extremes")
 
@@ -140,6 +139,15 @@ class Trees:
         check_choice("baseline", self.baseline, rl.TREE_BASELINES)
         check_choice("std_scope", self.std_scope, rl.STD_SCOPES)
         check_choice("width_mode", self.width_mode, WIDTH_MODES)
+        check_choice("reduction", self.reduction, flows.REDUCTIONS)
+        if self.baseline == "parent" and self.std_scope != "tree":
+            raise ValueError(
+                "baseline='parent' compares across depths; set std_scope='tree'."
+            )
+        if self.prune_stop is not None:
+            check_range("prune_stop", self.prune_stop, 1, steps)
+        if self.prune_until is not None:
+            check_count("prune_until", self.prune_until, 0)
         check_range("advantage_clip", self.advantage_clip, 0, open_low=True)
         check_range("prune_width", self.prune_width, 0, 1, open_low=True)
         outside = [d for d in self.prune_depths if not 1 <= d <= steps]
@@ -170,7 +178,10 @@ class Trees:
         at_split = np.isin(np.arange(steps), self.splits)
         window = None
         if self.mix is not None:
-            window = flows.periodic_windows(steps, *self.mix) | at_split
+            window = flows.periodic_windows(steps, *self.mix)
+            if not np.any(window & ~at_split):
+                _LOGGER.info("mix=%s leaves noise at splits alone", self.mix)
+            window |= at_split
         return flows.make_table(
             "dance_grpo",
             self.grid,
@@ -178,7 +189,7 @@ class Trees:
             final="sample" if self.train_last else None,
             c=np.where(at_split, self.split_scale, 1.0),
             window=window,
-            scored=self.split_log_prob,
+            split_log_prob=self.split_log_prob,
         )
 
     def plan(self, iteration: int) -> tuple[flows.CoefficientTable, Any]:
@@ -236,7 +247,7 @@ class Trees:
         samples, states, log_prob = flows.tree_rollout(
             keys,
             velocity,
-            prng.normal(prng.fold_in(keys, _START), self.event_shape),
+            flow_rl.initial_noise(keys, self.event_shape),
             table,
             cond,
             splits=self.splits,
@@ -275,7 +286,7 @@ class Trees:
             advantage = _shuffle_depths(advantage, tree, key)
         edge = jnp.broadcast_to(plan["kept"], (trees, plan["kept"].shape[0]))
         weight = jnp.broadcast_to(plan["weight"], edge.shape)
-        chosen = self._choose(advantage, plan["candidates"])
+        chosen = self._choose(value[:, 1:], plan["candidates"])
         if chosen is not None:
             edge = jnp.concatenate([edge, chosen], axis=1)
             weight = jnp.concatenate([weight, jnp.ones(chosen.shape)], axis=1)
@@ -285,21 +296,24 @@ class Trees:
             weight.reshape(-1),
         )
 
-    def _choose(self, advantage: Array, candidates: Any) -> Array | None:
-        """Of the edges [branch, edge] after the last split, those kept: [tree, n]."""
+    def _choose(self, value: Array, candidates: Any) -> Array | None:
+        """Of the edges [branch, edge] after the last split, those kept: [tree, n].
+
+        By the value [tree, edge] of where they lead: there, that of the branch's leaf.
+        """
         candidates = jnp.asarray(candidates)
-        trees, (branches, length) = advantage.shape[0], candidates.shape
+        trees, (branches, length) = value.shape[0], candidates.shape
         if not branches * length:
             return None
         if self.width_mode == "extremes":
             flat = candidates.reshape(-1)
             keep = max(2, int(self.prune_width * flat.shape[0]))
-            order = flat[jnp.argsort(advantage[:, flat], axis=1, stable=True)]
+            order = flat[jnp.argsort(value[:, flat], axis=1, stable=True)]
             low = keep - keep // 2
             return jnp.concatenate([order[:, :low], order[:, -(keep // 2) :]], 1)
         siblings = candidates.reshape(-1, self.branches, length)
         keep = max(1, int(self.prune_width * self.branches))
-        of_branch = advantage[:, siblings[:, :, 0]]
+        of_branch = value[:, siblings[:, :, 0]]
         best = jnp.argsort(-of_branch, axis=2, stable=True)[:, :, :keep]
         edges = siblings[jnp.arange(siblings.shape[0])[:, None], best]
         return edges.reshape(trees, -1)

@@ -20,9 +20,6 @@ from tmdjax.core.types import Array, Cond, Grid, Velocity
 from tmdjax.rl.advantages import SCALES
 from tmdjax.train import flow_rl
 
-_START = 1 << 20
-"""Folded into a key for the initial noise; steps of a grid are below it."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chains:
@@ -41,7 +38,8 @@ class Chains:
             log-prob. None has noise everywhere.
         trained: of the stochastic steps the 'first' ones, or 'random' ones of each
             sample.
-        fraction: how many of them, rounded down, in (0, 1].
+        fraction: how many, rounded down, in (0, 1]: of all steps for 'first' (those of
+            them that are stochastic), of the stochastic ones for 'random'.
         reduction: of log-probs, 'mean' or 'sum'; that of the objective.
         scale: of advantages, see :func:`tmdjax.rl.group_advantages`.
         ddof: see there.
@@ -122,7 +120,7 @@ class Chains:
                 f"Raise the strength or move the window."
             )
         if self.trained == "first":
-            steps = steps[: self._count(len(steps))]
+            steps = steps[: max(1, int(len(table) * self.fraction))]
         return table, {"steps": steps.astype(np.int32)}
 
     def _count(self, stochastic: int) -> int:
@@ -140,10 +138,10 @@ class Chains:
         prompts, steps = keys.shape[0], plan["steps"]
         walk = prng.fold_in(keys[:, None], jnp.arange(self.group_size)).reshape(-1)
         if self.same_noise:
-            start = prng.normal(prng.fold_in(keys, _START), self.event_shape)
+            start = flow_rl.initial_noise(keys, self.event_shape)
             start = jnp.repeat(start, self.group_size, axis=0)
         else:
-            start = prng.normal(prng.fold_in(walk, _START), self.event_shape)
+            start = flow_rl.initial_noise(walk, self.event_shape)
         cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.group_size, 0), cond)
         drawn = flows.rollout(
             walk, velocity, start, table, cond, reduction=self.reduction

@@ -20,7 +20,13 @@ from jax.sharding import Mesh
 
 from tmdjax import flows, rl
 from tmdjax.core import prng
-from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
+from tmdjax.core.checks import (
+    check_batch,
+    check_choice,
+    check_count,
+    check_range,
+    check_same_shape,
+)
 from tmdjax.core.types import Array, ArrayLike, Cond, Params, PyTree, Velocity
 from tmdjax.rewards import host
 from tmdjax.train.sharding import batch_sharding, fsdp_shardings
@@ -139,6 +145,15 @@ class Objective:
         check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
 
 
+_START = 1 << 20
+"""Folded into a key for the initial noise; steps of a grid are below it."""
+
+
+def initial_noise(keys: Any, event_shape: tuple[int, ...]) -> Array:
+    """Where the walks under these keys start: standard normal [key, *event]."""
+    return prng.normal(prng.fold_in(keys, _START), event_shape)
+
+
 class Setup(NamedTuple):
     """What a paper fixes.
 
@@ -194,9 +209,9 @@ def make_iteration(
     Returns:
         The iteration. ``batch`` is {name: [prompt, ...]}; the state is donated once
         there are rewards. Metrics are float32 scalars: reward_mean, reward_group_std,
-        tied_group_fraction, loss, grad_norm, kl, skipped (updates), ratio_error (max
-        |ratio - 1| in the first minibatch), clip_fraction_first and
-        clip_fraction_last (of the minibatches).
+        tied_group_fraction, loss, grad_norm, kl (means over updates that were not
+        skipped), skipped_updates, ratio_error (max |ratio - 1| in the first
+        minibatch), clip_fraction_first and clip_fraction_last (of the minibatches).
 
     Raises:
         ValueError: a KL without a reference, a reduction unlike the method's, counts
@@ -269,6 +284,8 @@ def make_iteration(
         prompts = rewards.shape[0] // group_size
         transitions = rl.concatenate(records, prompts // len(records))
         credit = method.credit(rewards, transitions, plan, credit_key)
+        check_same_shape("advantage", credit.advantage, "edge", credit.edge)
+        check_same_shape("weight", credit.weight, "edge", credit.edge)
         loss_fn = functools.partial(
             _loss,
             policy,
@@ -296,12 +313,15 @@ def make_iteration(
             state = jax.lax.with_sharding_constraint(state, shardings)
         group = jnp.repeat(jnp.arange(prompts), group_size)
         metrics = rl.group_statistics(rewards, group, prompts)
+        good = each["skipped"] == 0
+        done = jnp.maximum(jnp.sum(good), 1)
         for name in ("loss", "kl", "grad_norm"):
-            metrics[name] = jnp.mean(each[name])
-        metrics["skipped"] = jnp.sum(each["skipped"])
+            metrics[name] = jnp.sum(jnp.where(good, each[name], 0)) / done
+        metrics["skipped_updates"] = jnp.sum(each["skipped"])
         metrics["ratio_error"] = each["ratio_error"][0]
-        metrics["clip_fraction_first"] = each["clip_fraction"][0]
-        metrics["clip_fraction_last"] = each["clip_fraction"][-1]
+        clipped = jnp.where(good, each["clip_fraction"], 0)
+        metrics["clip_fraction_first"] = clipped[0]
+        metrics["clip_fraction_last"] = clipped[-1]
         return state, metrics
 
     score = None
