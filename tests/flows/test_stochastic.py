@@ -132,7 +132,7 @@ def test_5_the_chain_on_gaussian_data(x64, preset):
     errors = {}
     for n in (20, 40, 80, 160, 320, 640):
         mean, std = chain_std(flows.make_table(preset, flows.uniform_grid(n)))
-        assert mean == pytest.approx(MEAN, abs=2e-3)
+        assert mean == pytest.approx(MEAN, abs=1e-9)
         errors[n] = std - STD
     measured = {
         "ode": [-0.0358, -0.0182, -0.0092, -0.0046, -0.0023, -0.0012],

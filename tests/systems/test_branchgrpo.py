@@ -104,13 +104,20 @@ def test_1_one_split_at_the_root_is_a_group_from_one_noise():
     other = drawn(chains, 4000, key=1)
     assert samples.shape == other[0].shape
     assert len(record) - 4000 * group == len(other[1])  # the last step, unseen
-    by_group = [np.asarray(x).reshape(4000, group, 2) for x in (samples, other[0])]
-    for statistic in (
-        lambda x: x.mean((0, 1)),
-        lambda x: x.std((0, 1)),
-        lambda x: x.std(1).mean(0),  # within a group: the noise after the root
-    ):
-        np.testing.assert_allclose(*map(statistic, by_group), rtol=0.05, atol=0.05)
+    # the law of the first step: from one root, means alike and noise S in each child
+    first = [
+        np.asarray(r.states).reshape(4000, -1, 2)[:, 1 : group + 1] for r in (record,)
+    ]
+    chain = np.asarray(other[1].states).reshape(4000, group, -1, 2)[:, :, 1]
+    for level in (*first, chain):
+        within = level.var(1, ddof=1)
+        expected = method.table().S[0] ** 2
+        error = within.std() / np.sqrt(within.size)
+        assert abs(within.mean() - expected) < 4 * error
+    # and of the samples: mean and spread over roots, to four standard errors
+    a, b = (np.asarray(x).reshape(4000, group, 2).mean(1) for x in (samples, other[0]))
+    error = np.sqrt((a.var(0) + b.var(0)) / 4000)
+    assert np.all(np.abs(a.mean(0) - b.mean(0)) < 4 * error)
     reward = rewards(4000, group)
     value = fuse(reward, method.tree)
     advantage = advantages(value, method.tree, clip=np.inf)
@@ -272,9 +279,11 @@ def test_7_width_pruning_keeps_what_it_says():
     late = np.flatnonzero(tree.depth[1:] > 10)
     best, _ = kept_edges(PAPER(prune_width=0.5), reward)
     for t, e in itertools.product(range(3), late):
-        branch = e % 16 if False else int((e - late[0]) % 16)
+        branch = int((e - late[0]) % 16)
         sibling = branch ^ 1
         assert ((t, int(e)) in best) == bool(reward[t, branch] > reward[t, sibling])
+    credited = PAPER(prune_width=0.5, baseline="parent", std_scope="tree")
+    assert kept_edges(credited, reward)[0] == best  # by value, not by advantage
     extremes, _ = kept_edges(PAPER(prune_width=0.25, width_mode="extremes"), reward)
     for t in range(3):
         chosen = [advantage[t, e] for e in late if (t, int(e)) in extremes]
@@ -290,7 +299,7 @@ def test_7_width_pruning_keeps_what_it_says():
 NET = models.functional(models.build({"name": "mlp", "hidden": 16, "depth": 1}))
 
 
-def policy(reference=None):
+def policy():
     def velocity(params, frozen):
         def v(x, t, cond=None):
             return MIXTURE.velocity(x, t) + NET(params, x, t, None)
@@ -523,7 +532,7 @@ def test_reward_rises_and_nothing_recompiles(count_compiles):
     assert np.mean(history[-5:]) > np.mean(history[:5]) + 0.5
 
 
-def test_shuffled_credit_keeps_depths_and_teaches_nothing():
+def test_shuffled_credit_keeps_the_advantages_of_a_depth():
     method, control = Trees(), Trees(shuffle=True)
     reward = rewards(2, 8)
     (a, found), (b, mixed) = (kept_edges(m, reward) for m in (method, control))
@@ -577,6 +586,12 @@ def test_bad_inputs(as_shipped):
         Trees(prune_depths=tuple(range(1, 9)))
     with pytest.raises(ValueError, match="prune_width=1.5"):
         Trees(prune_width=1.5)
+    with pytest.raises(ValueError, match="set std_scope='tree'"):
+        Trees(baseline="parent")
+    with pytest.raises(ValueError, match="prune_stop=-3"):
+        Trees(prune_stop=-3)
+    with pytest.raises(ValueError, match="reduction='men'"):
+        Trees(reduction="men")
     with pytest.raises(ValueError, match="nothing to learn"):
         Trees(splits=())
     with pytest.raises(ValueError, match="std_scope='tree'"):

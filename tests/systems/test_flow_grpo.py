@@ -409,3 +409,18 @@ def test_programs_lower_for_accelerators(platform):
         state, (), batch, (record, record), np.zeros(8, np.float32), key, zero, table, plan
     )  # fmt: skip
     assert exported.platforms == (platform,)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, 9),
+        ({"final": "x0_hat"}, 9),
+        ({"preset": "flow_cps"}, 9),
+        ({"window": {"size": 3, "schedule": "fixed"}}, 3),
+        ({"fraction": 0.5}, 5),
+    ],
+)
+def test_the_first_share_of_all_steps_trains(changes, expected):
+    method = flow_grpo.preset("flow_grpo", (2,), shift=1.0, **changes).method
+    assert len(method.plan(0)[1]["steps"]) == expected
