@@ -18,7 +18,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "30 s on 2 cores",
-    "cpu": "not measured yet",
+    "cpu": "3 min pretraining, then 2 min a seed, on 2 cores",
     "gpu": "meant for 8 min a shard on one H100; not measured yet",
     "paper": "sizes only",
 }
@@ -35,7 +35,9 @@ def get_config(tier: str) -> ConfigDict:
             "clip_range": 1e-4,
             "kl_coefficient": 0.04,
             "kl_kind": "flow_grpo_code",
-            "step_weight": "none",
+            # late steps have many times the gradient of early ones; without this, the
+            # reward of an uncounted pilot seed fell (learning rate 3e-4, cpu tier)
+            "step_weight": "inverse_gain",
         }
     )
     arm = {"group_size": 8, "same_noise": False}
@@ -195,7 +197,7 @@ def base(config: ConfigDict, tier: str) -> None:
             "updates": 1,
             "microbatches": 1,
             "chunks": 1,
-            "learning_rate": 3e-4,
+            "learning_rate": 1e-4,
             "weight_decay": 0.0,
             "clip_norm": 1.0,
             "ema_decay": 0.9,
