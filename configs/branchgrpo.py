@@ -22,7 +22,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "40 s on 2 cores",
-    "cpu": "3 min pretraining, then 15 min a seed (8 arms), on 2 cores; not measured yet",
+    "cpu": "about 15 min a seed (8 arms) on 2 cores; not measured yet",
     "gpu": "meant for 8 min a shard on one H100; not measured yet",
     "paper": "sizes only",
 }
