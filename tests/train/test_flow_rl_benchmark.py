@@ -45,6 +45,7 @@ def one(problem, setup):
         return benchmark.OneAtATime(problem)
 
 
+@pytest.mark.slow
 def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
     keys = prng.sample_keys(jax.random.key(5), 4)
     start = prng.normal(keys, problem.event_shape)
@@ -69,6 +70,7 @@ def test_one_at_a_time_starts_a_group_from_the_same_noise(one):
     assert (starts[0] != starts[2]).all()
 
 
+@pytest.mark.slow
 def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one):
     (_, record), rewards = ours.rollout(), np.asarray([0.0, 1.0, 3.0, -2.0], np.float32)
     ours.rewards = rewards

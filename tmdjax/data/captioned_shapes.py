@@ -295,7 +295,8 @@ def _corners(
     if layout == "cells":
         lines = jnp.maximum(lines, 2)
     sideways = (relation == 1) | (relation == 2)
-    alone = (layout == "free") & (relation > 0) & (total == 2)  # then the cells are two whole strips
+    # then the cells are two whole strips
+    alone = (layout == "free") & (relation > 0) & (total == 2)
     rows = jnp.where(alone & sideways, 1, lines)
     columns = jnp.where(alone & ~sideways, 1, lines)
 
