@@ -20,8 +20,6 @@ from tmdjax import flows
 from tmdjax.harness import load_config
 from tmdjax.systems import boss
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SMOKE = "--config=configs/boss.py:smoke"
 TINY_IMAGES = (
     "model.hidden=32 model.depth=2 model.heads=2 train.steps=60 train.batch_size=32 "

@@ -23,8 +23,6 @@ from tmdjax.harness import ConfigError, load_config
 from tmdjax.harness.config import load_module
 from tmdjax.harness.logs import read_rows, without_timings
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = "configs/flow_matching.py"
 SMOKE = f"--config={CONFIG}:smoke"
 
