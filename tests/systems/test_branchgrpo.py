@@ -532,6 +532,56 @@ def test_reward_rises_and_nothing_recompiles(count_compiles):
     assert np.mean(history[-5:]) > np.mean(history[:5]) + 0.5
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_accelerators(platform):
+    method = Trees(prune_width=0.5)
+    rule = train.make_optimizer(train.OptimizerConfig(learning_rate=1e-3))
+    iteration = flow_rl.make_iteration(
+        policy(), method, target_reward, rule, flow_rl.Objective(clip_range=0.1)
+    )
+    params = initial_params()
+    table, plan = method.plan(0)
+    batch, key, zero = {"prompt": np.arange(4)}, jax.random.key(0), np.int32(0)
+    drawn = (params, (), batch, key, zero, zero, table, plan)
+    exported = jax.export.export(iteration.collect, platforms=[platform])(*drawn)
+    assert exported.platforms == (platform,)
+    samples, record = jax.eval_shape(iteration.collect, *drawn)
+    state = jax.eval_shape(lambda: train.create_state(params, rule))
+    rewards = jnp.zeros(samples.shape[0])
+    exported = jax.export.export(iteration.learn, platforms=[platform])(
+        state, (), batch, (record,), rewards, key, zero, table, plan
+    )
+    assert exported.platforms == (platform,)
+
+
+def test_eight_devices_draw_and_learn_what_one_does(run_python):
+    script = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from tmdjax import flows, train
+from tmdjax.systems import branchgrpo
+from tmdjax.train import flow_rl
+method = branchgrpo.Trees(
+    grid=flows.uniform_grid(4), event_shape=(3,), splits=(0, 1), prune_width=0.5)
+policy = flow_rl.Policy(
+    velocity=lambda params, frozen: lambda x, t, cond: params["w"] * x + params["b"])
+def run(mesh, **options):
+    iteration = flow_rl.make_iteration(
+        policy, method, lambda x, prompts: x.sum(-1), optax.sgd(0.1),
+        flow_rl.Objective(clip_range=0.2), mesh=mesh, updates=2, **options)
+    state = train.create_state({"w": jnp.ones(3) / 2, "b": jnp.zeros(3)}, optax.sgd(0.1))
+    for _ in range(2):
+        state, metrics = iteration(state, {"prompt": np.arange(16)}, jax.random.key(0))
+    return state.params, metrics
+one, metrics = run(None)
+eight, other = run(train.make_mesh(), chunks=2)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, eight)
+np.testing.assert_allclose(metrics["reward_mean"], other["reward_mean"], rtol=1e-5)
+assert not np.allclose(one["b"], 0)
+print(len(jax.devices()))
+"""
+    assert run_python(script, devices=8).strip() == "8"
+
+
 def test_shuffled_credit_keeps_the_advantages_of_a_depth():
     method, control = Trees(), Trees(shuffle=True)
     reward = rewards(2, 8)
