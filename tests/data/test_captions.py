@@ -9,6 +9,8 @@ from tmdjax.data import captioned_shapes, captions
 from tmdjax.rewards import shapes
 from tmdjax.rewards.shapes import TAGS
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NAMES = ("count", "colour", "shape", "relation", "tag")
 
 

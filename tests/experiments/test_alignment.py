@@ -72,6 +72,7 @@ def shapes_config(*changes, arm="flow_grpo"):
     return config
 
 
+@pytest.mark.slow
 def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path):
     config = shapes_config()
     workdir = tmp_path / "run"
@@ -121,7 +122,7 @@ def test_words_are_read_by_the_real_model():
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "branchgrpo"])
-@pytest.mark.parametrize("tier", ["gpu", "paper"])
+@pytest.mark.parametrize("tier", [pytest.param("gpu", marks=pytest.mark.slow), "paper"])
 def test_large_tiers_describe_themselves(name, tier, capsys):
     if (name, tier) == ("flow_grpo", "gpu"):  # one of its arms reads words
         skip_without_a_reader()

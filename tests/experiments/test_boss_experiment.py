@@ -76,6 +76,7 @@ def test_table_has_the_rows_asked_for(smoke):
     assert all(" / " in rows[i][f"NFE {k}"] for i in range(5) for k in (2, 4))
 
 
+@pytest.mark.slow
 def test_images_and_adapters_and_the_model_that_comes_out(tmp_path):
     workdir = tmp_path / "run"
     config = load_config("configs/boss.py:cpu", TINY_IMAGES)

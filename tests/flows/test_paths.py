@@ -7,6 +7,8 @@ import pytest
 
 from tmdjax import flows
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture
 def path(x64):

@@ -209,7 +209,7 @@ def test_a_winding_component_is_one():
     assert set(label[image == 2]) == {0}
 
 
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("size", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_invariant_10_strict_on_10000_rendered_images(size):
     @jax.jit
     def chunk(start):

@@ -186,7 +186,7 @@ def load_tfds_images(
     def read(split: str, rows: range) -> dict[str, np.ndarray]:
         try:
             arrays = _read(sources[split], rows, image_key, shape, label_key)
-        except (AttributeError, OSError, RuntimeError, ValueError) as error:
+        except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"data source {name!r}: {folder} is damaged ({error}). Delete that "
                 f"folder and prepare it again: {prepare}"
