@@ -355,7 +355,7 @@ def describe(config: Config) -> dict[str, Any]:
             built[base] = tasks.build(own)
         task, name = built[base], own.task.name
         method, _, _ = setup(config, arm, task.event_shape)
-        stored = stored_bytes(config, method) / 1e9
+        stored = method.memory(config.rl.prompts) / 1e9
         if stored > config.rl.memory_limit_gb:
             raise ValueError(
                 f"arms.{arm} would store {stored:.3g} GB of states an iteration, above "
@@ -397,12 +397,3 @@ def _trace(config: Config, arm: str, task: tasks.Task) -> Any:
     params = jax.eval_shape(functools.partial(tasks.initial, config), key)
     jax.eval_shape(once, params, key)
     return params
-
-
-def stored_bytes(config: Config, method: Any) -> int:
-    """Bytes of the states that a rollout keeps for the update."""
-    if isinstance(method, branchgrpo.Trees):
-        return method.memory(config.rl.prompts)
-    steps = len(method.plan(0)[1]["steps"])
-    samples = method.group_size * config.rl.prompts
-    return 4 * samples * (steps + 1) * int(np.prod(method.event_shape))

@@ -424,3 +424,12 @@ def test_programs_lower_for_accelerators(platform):
 def test_the_first_share_of_all_steps_trains(changes, expected):
     method = flow_grpo.preset("flow_grpo", (2,), shift=1.0, **changes).method
     assert len(method.plan(0)[1]["steps"]) == expected
+
+
+def test_memory_is_that_of_the_record():
+    window = {"size": 3, "schedule": "fixed"}
+    method = flow_grpo.preset("mix_grpo", (2,), group_size=4, window=window).method
+    table, plan = method.plan(0)
+    keys = jax.random.split(jax.random.key(0), 5)
+    _, record = method.rollout(keys, lambda x, t, cond: x, None, table, plan)
+    assert method.memory(5) == record.states.nbytes

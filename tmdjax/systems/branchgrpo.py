@@ -7,6 +7,7 @@ the backward pass and nothing else.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import warnings
@@ -158,7 +159,7 @@ class Trees:
             )
         self.plan(0)
 
-    @property
+    @functools.cached_property
     def tree(self) -> rl.Tree:
         """Its shape."""
         return rl.make_tree(len(self.grid) - 1, self.splits, self.branches)

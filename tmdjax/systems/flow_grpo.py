@@ -6,6 +6,7 @@ become advantages. ``preset(name)`` has the published settings.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,6 +89,11 @@ class Chains:
             kept = check_count("best", best, 0) + check_count("worst", worst, 0)
             check_range("best + worst", kept, 1, self.group_size)
         self.plan(0)  # table, window and strength are refused here, if at all
+
+    def memory(self, prompts: int) -> int:
+        """Bytes of the states that a rollout of so many prompts stores."""
+        states = len(self.plan(0)[1]["steps"]) + 1
+        return 4 * prompts * self.group_size * states * math.prod(self.event_shape)
 
     def table(self, iteration: int) -> flows.CoefficientTable:
         """The coefficients of an iteration."""
