@@ -33,20 +33,30 @@ def as_shipped():
 
 
 @pytest.fixture
-def optimised():
-    """The compiler as users have it, in modules that use ``quick_compiles``."""
+def quick_compiles():
+    """Half the compile time for tests of wiring, whose networks are tiny."""
 
 
 @pytest.fixture
-def quick_compiles(request):
-    """Half the compile time for tests of wiring, whose networks are tiny.
+def optimised():
+    """The compiler as users have it, in modules that use ``quick_compiles``.
 
-    Tests of rounding or memory ask for ``optimised`` and are not touched.
+    For tests of rounding or memory.
     """
-    quick = "optimised" not in request.fixturenames
-    jax.config.update("jax_disable_most_optimizations", quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Sets the compiler before any fixture runs, module-wide ones too.
+
+    What was compiled the other way is forgotten: a program kept from another
+    test would round differently from the same one in a fresh process.
+    """
+    names = item.fixturenames
+    quick = "quick_compiles" in names and "optimised" not in names
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
 @pytest.fixture
