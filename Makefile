@@ -21,7 +21,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m experiments.run --config=configs/boss.py:cpu
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGUMENTS)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .
@@ -29,7 +29,7 @@ lint: $(VENV)/dev.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 
 nightly: $(VENV)/oracle.installed
-	$(BIN)/python -m pytest -n $(JOBS) -m "slow or nightly"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or nightly"
 
 $(VENV)/%.installed: pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "tmdjax needs Python 3.11, 3.12 or 3.13; \

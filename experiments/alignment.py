@@ -119,11 +119,11 @@ def stages(config: Config, arm: str) -> list[Stage]:
 
 
 def _iteration(
-    config: Config, arm: str, task: tasks.Task, params: Any, key: Any
+    config: Config, arm: str, task: tasks.Task, params: Any, key: Any, policy: Any
 ) -> Any:
     """State, iteration, ``trained -> whole params`` and the method of an arm."""
     method, objective, updates = setup(config, arm, task.event_shape)
-    trained, policy, whole = tasks.policy(config, params, key)
+    trained, policy, whole = policy(config, params, key)
     settings = config.rl
     rule = train.make_optimizer(
         train.OptimizerConfig(
@@ -152,7 +152,7 @@ def align(config: Config, arm: str, context: StageContext) -> StageResult:
     task = tasks.build(config)
     params = jax.tree.map(jnp.asarray, context.inputs["pretrain"].outputs["params"])
     state, iteration, whole, method = _iteration(
-        config, arm, task, params, jax.random.fold_in(context.key, 1)
+        config, arm, task, params, jax.random.fold_in(context.key, 1), tasks.policy
     )
     settings = config.rl
     state = context.fit(
@@ -351,6 +351,7 @@ def describe(config: Config) -> dict[str, Any]:
     for arm in arms(config):
         own = of_arm(config, arm)
         base = json.dumps({k: to_plain(own[k]) for k in BASE})
+        policy = tasks.policy if base not in built else _linear_policy
         if base not in built:
             built[base] = tasks.build(own)
         task, name = built[base], own.task.name
@@ -362,7 +363,7 @@ def describe(config: Config) -> dict[str, Any]:
                 f"rl.memory_limit_gb={config.rl.memory_limit_gb}; draw fewer prompts, "
                 f"train fewer steps (a window, or fewer splits), or raise the limit."
             )
-        params = _trace(own, arm, task)
+        params = _trace(own, arm, task, policy)
         rows[f"{name}: parameters"] = trees.count(params)
         if name != "mixture":
             rows[f"{name}: pretraining updates"] = own.train.steps
@@ -371,7 +372,16 @@ def describe(config: Config) -> dict[str, Any]:
     return rows
 
 
-def _trace(config: Config, arm: str, task: tasks.Task) -> Any:
+def _linear_policy(config: Config, params: Any, key: Any) -> Any:
+    """In place of a network that was traced under another arm already."""
+    linear = flow_rl.Policy(
+        velocity=lambda params, frozen: lambda x, t, cond=None: params["scale"] * x,
+        reference=lambda frozen: lambda x, t, cond=None: x,
+    )
+    return {"scale": jnp.ones(())}, linear, lambda trained: trained
+
+
+def _trace(config: Config, arm: str, task: tasks.Task, policy: Any) -> Any:
     """Shapes of the base's parameters; one iteration is traced, nothing allocated."""
     available = len(next(iter(task.prompts.values())))
     if config.rl.prompts > available:
@@ -382,7 +392,7 @@ def _trace(config: Config, arm: str, task: tasks.Task) -> Any:
     batch = trees.take(task.prompts, np.arange(config.rl.prompts // config.rl.chunks))
 
     def once(params: Any, key: Any) -> Any:
-        state, iteration, _, method = _iteration(config, arm, task, params, key)
+        state, iteration, _, method = _iteration(config, arm, task, params, key, policy)
         table, plan = method.plan(0)
         zero = np.int32(0)
         samples, record = iteration.collect(

@@ -23,6 +23,7 @@ def test_python_blocks_run(capsys):
     assert namespace["x"].shape == (1024, 2)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)
 def test_python_of_the_docs_runs(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)

@@ -106,12 +106,17 @@ def test_sample_stage_of_a_finished_run(smoke, capsys):
     assert "samples.png" in capsys.readouterr().out
 
 
-def test_same_seed_same_numbers_other_seed_others(smoke, tmp_path):
-    again = tmp_path / "run"
-    run.main([SMOKE, f"--workdir={again}", "--seeds=0,1"])
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    assert run.main([SMOKE, f"--workdir={workdir}", "--seeds=0..1"]) == 0
+    return workdir
+
+
+def test_same_seed_same_numbers_other_seed_others(smoke, two_seeds):
     units = [
         json.loads((w / "units" / f"main-seed{s}.json").read_text())["unit"]["metrics"]
-        for w, s in ((smoke, 0), (again, 0), (again, 1))
+        for w, s in ((smoke, 0), (two_seeds, 0), (two_seeds, 1))
     ]
     assert units[0] == units[1]
     assert (
@@ -125,9 +130,7 @@ def test_recorded_command_pastes():
     assert "'--config.sample.euler_nfe=(2, 4)'" in line
 
 
-def test_shards_merge_to_the_whole(smoke, tmp_path, capsys):
-    whole, cache = tmp_path / "whole", tmp_path / "stages"
-    run.main([SMOKE, "--seeds=0..1", f"--workdir={whole}", f"--cache={cache}"])
+def test_shards_merge_to_the_whole(two_seeds, tmp_path, capsys):
     for i in range(2):
         shard = f"--workdir={tmp_path / f's{i}'}"
         # a cache each, as on two machines: the shared net must come out the same
@@ -145,7 +148,7 @@ def test_shards_merge_to_the_whole(smoke, tmp_path, capsys):
         ]
     )
     merged = json.loads((results / "flow_matching" / "smoke.json").read_text())
-    summary = json.loads((whole / "summary.json").read_text())
+    summary = json.loads((two_seeds / "summary.json").read_text())
     assert merged["metrics"] == summary["metrics"]
     assert "flow_matching" in (tmp_path / "RESULTS.md").read_text()
 
@@ -249,7 +252,7 @@ def test_eight_devices_equal_one(run_python):
 
 
 def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
-    """Kills the run twice, wherever it is, and compares every metric column."""
+    """Kills the run, wherever it is, and compares every metric column."""
     flags = ["--config.train.steps=300", "--seeds=3"]
     command = [sys.executable, "-m", "experiments.run", SMOKE, *flags]
 
@@ -269,13 +272,12 @@ def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
     began = time.monotonic()
     assert whole.wait(timeout=280) == 0, whole.stdout.read()
     took = time.monotonic() - began
-    waits = np.random.default_rng().uniform(0.2, 0.9, 2) * took
-    print(f"killed after {waits} s of {took} s")
-    for wait in waits:
-        process = start(tmp_path / "b" / "run")
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    wait = np.random.default_rng().uniform(0.2, 0.9) * took
+    print(f"killed after {wait} s of {took} s")
+    process = start(tmp_path / "b" / "run")
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     last = start(tmp_path / "b" / "run")
     assert last.wait(timeout=280) == 0, last.stdout.read()
     assert rows(tmp_path / "a" / "run") == rows(tmp_path / "b" / "run")
