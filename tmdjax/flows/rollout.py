@@ -118,6 +118,7 @@ def rollout(
     g: Callable[[Data, Time, Cond], Data] | None = None,
     reduction: str = "mean",
     store: bool = True,
+    unroll: int = 1,
 ) -> Any:
     """Walks a table from the state x.
 
@@ -135,6 +136,8 @@ def rollout(
             the column C.
         reduction: of log-probs over event dimensions, 'mean' or 'sum'.
         store: False keeps no trajectory.
+        unroll: rows a turn of the compiled loop; more than one is faster for very small
+            networks, and compiles longer.
 
     Returns:
         A :class:`Trajectory`, or only the final state [batch, *event] if not
@@ -187,7 +190,9 @@ def rollout(
         stacked = (x_next, log_prob) if store else None
         return (x_next, mean, x0_hat), stacked
 
-    (sample, mean, x0_hat), stacked = jax.lax.scan(body, (x, x, x), rows)
+    (sample, mean, x0_hat), stacked = jax.lax.scan(
+        body, (x, x, x), rows, unroll=min(unroll, len(table))
+    )
     last = {"sample": sample, "mean": mean, "x0_hat": x0_hat}[table.final]
     if not store:
         return last

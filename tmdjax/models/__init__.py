@@ -4,6 +4,7 @@ from tmdjax.models import lora
 from tmdjax.models.attention import attention
 from tmdjax.models.build import MODELS, build, functional, init_params
 from tmdjax.models.classifier import Classifier
+from tmdjax.models.control import ControlMLP, ControlVelocity, ObservationFeatures
 from tmdjax.models.dit import DiT
 from tmdjax.models.layers import (
     ClassEmbedding,
@@ -24,8 +25,11 @@ __all__ = [
     "MODELS",
     "ClassEmbedding",
     "Classifier",
+    "ControlMLP",
+    "ControlVelocity",
     "Dense",
     "DiT",
+    "ObservationFeatures",
     "TextDiT",
     "TextEncoder",
     "TimeEmbedding",

@@ -12,6 +12,7 @@ from tmdjax.rl.advantages import (
 )
 from tmdjax.rl.aggregation import aggregate, denominators
 from tmdjax.rl.diagnostics import RatioError, check_first_ratio, ratio_statistics
+from tmdjax.rl.gaussian import gaussian_entropy, gaussian_kl
 from tmdjax.rl.importance_weights import (
     rejecting_weights,
     sequence_weights,
@@ -19,6 +20,8 @@ from tmdjax.rl.importance_weights import (
 )
 from tmdjax.rl.kl import kl_estimate
 from tmdjax.rl.records import Transitions, concatenate
+from tmdjax.rl.returns import generalised_advantages, standardise
+from tmdjax.rl.running_statistics import RunningStatistics, update_statistics
 from tmdjax.rl.surrogates import (
     ClipRange,
     check_clip_range,
@@ -43,6 +46,7 @@ __all__ = [
     "TREE_BASELINES",
     "ClipRange",
     "RatioError",
+    "RunningStatistics",
     "Transitions",
     "Tree",
     "aggregate",
@@ -55,6 +59,9 @@ __all__ = [
     "denominators",
     "depth_advantages",
     "fuse_rewards",
+    "gaussian_entropy",
+    "gaussian_kl",
+    "generalised_advantages",
     "group_advantages",
     "group_statistics",
     "kl_estimate",
@@ -65,5 +72,7 @@ __all__ = [
     "sequence_log_ratio",
     "sequence_weights",
     "sigmoid_surrogate",
+    "standardise",
     "truncated_weights",
+    "update_statistics",
 ]

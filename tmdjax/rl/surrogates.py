@@ -14,6 +14,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from tmdjax.core.checks import check_choice, check_range
@@ -28,12 +29,13 @@ from tmdjax.rl.ratios import (
     ratio,
 )
 
-ClipRange = float | tuple[float, float]
+ClipRange = Any
+"""A number or a pair (low, high) of numbers; they may be traced."""
 
 
 def check_clip_range(
     clip_range: ClipRange, reduction: str | None = None
-) -> tuple[float, float]:
+) -> tuple[Any, Any]:
     """The clip range as a pair (low, high): ratios stay in [1 - low, 1 + high].
 
     Args:
@@ -44,7 +46,7 @@ def check_clip_range(
             about D times smaller (1e-4 is usual for images).
 
     Returns:
-        (low, high).
+        (low, high); traced ones are not checked.
 
     Raises:
         TypeError: neither a number nor a pair.
@@ -59,6 +61,8 @@ def check_clip_range(
         raise TypeError(
             f"clip_range={clip_range!r} must be a number or a pair (low, high)."
         )
+    if any(isinstance(x, jax.core.Tracer) for x in pair):
+        return pair  # an array of the state: checked where it was given
     low, high = (float(x) for x in pair)
     check_range("clip_range low", low, 0, 1, open_low=True)
     check_range("clip_range high", high, 0, open_low=True)

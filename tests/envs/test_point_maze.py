@@ -1,0 +1,135 @@
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import envs
+from tmdjax.envs.point_maze import PointMazeState
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+MAZE = envs.PointMaze()
+
+
+def state_at(position, velocity=(0.0, 0.0), goal=(0.0, 0.0)):
+    return PointMazeState(
+        position=jnp.array(position, jnp.float32),
+        velocity=jnp.array(velocity, jnp.float32),
+        goal=jnp.array(goal, jnp.float32),
+        steps=jnp.int32(0),
+    )
+
+
+def test_15_free_flight_in_closed_form():
+    """v' = v + (100 a - v) dt / (m + dt c) is linear: v_n in one formula."""
+    start = (-2.5, 2.5)  # the start cell has open cells to its right and below
+    state, force = state_at(start), 0.02
+    r = 1 - 0.01 / 4.19879
+    p = start[0]
+    for n in range(1, 40):
+        state = MAZE.step(state, jnp.array([force, 0.0]), None).state
+        v = 100 * force * (1 - r**n)
+        p += 0.01 * v
+        np.testing.assert_allclose(state.velocity[0], v, rtol=2e-5)
+    np.testing.assert_allclose(state.position, [p, start[1]], rtol=1e-5)
+
+
+def test_15_speed_is_clipped_before_the_push():
+    state = state_at((-2.5, 2.5), (9.0, 0.0))
+    state = MAZE.step(state, jnp.array([1.0, 0.0]), None).state
+    np.testing.assert_allclose(state.velocity[0], 5 + 0.01 * 95 / 4.19879, rtol=1e-6)
+
+
+def test_actions_are_clipped():
+    a, b = (
+        MAZE.step(state_at((-2.5, 2.5)), jnp.array([f, 0.0]), None).state
+        for f in (1.0, 50.0)
+    )
+    np.testing.assert_array_equal(a.velocity, b.velocity)
+
+
+@pytest.mark.parametrize(
+    "direction, expected",
+    [
+        ((-1.0, 0.0), (-2.9, 2.5)),  # the wall to the left of the start cell
+        ((0.0, 1.0), (-2.5, 2.9)),
+    ],
+)
+def test_15_a_straight_run_ends_at_the_wall(direction, expected):
+    state = state_at((-2.5, 2.5))
+    for _ in range(100):
+        state = MAZE.step(state, jnp.array(direction), None).state
+    np.testing.assert_allclose(state.position, expected, atol=1e-5)
+    np.testing.assert_allclose(state.velocity, 0, atol=1e-6)
+
+
+def test_15_the_disc_overlaps_no_wall():
+    """100,000 random steps, at full force mostly; distance of disc and wall cells."""
+    walls = MAZE.cells("1")
+
+    def walk(key):
+        start, noise = jax.random.split(key)
+        state, _ = MAZE.reset(start)
+
+        def body(state, key):
+            force = 2 * jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
+            state = MAZE.step(state, force, None).state
+            return state, state.position
+
+        return jax.lax.scan(body, state, jax.random.split(noise, 1000))[1]
+
+    paths = jax.jit(jax.vmap(walk))(jax.random.split(jax.random.key(0), 100))
+    gap = np.abs(np.asarray(paths)[..., None, :] - walls) - 0.5
+    distance = np.linalg.norm(np.maximum(gap, 0), axis=-1)
+    assert distance.min() >= 0.1 - 1e-4
+    assert np.ptp(np.asarray(paths), axis=(0, 1)).min() > 1  # and it does move
+
+
+def test_15_every_goal_can_be_reached():
+    open_cells = {
+        (i, j) for i, row in enumerate(MAZE.maze) for j, c in enumerate(row) if c != "1"
+    }
+    start = [(i, row.index("r")) for i, row in enumerate(MAZE.maze) if "r" in row]
+    seen, queue = set(start), collections.deque(start)
+    while queue:
+        i, j = queue.popleft()
+        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if cell in open_cells - seen:
+                seen.add(cell)
+                queue.append(cell)
+    goals = {
+        (i, j) for i, row in enumerate(MAZE.maze) for j, c in enumerate(row) if c == "g"
+    }
+    assert len(goals) == 3 and goals <= seen
+
+
+def test_starts_goals_rewards_and_success():
+    state, seen = jax.vmap(MAZE.reset)(jax.random.split(jax.random.key(1), 512))
+    assert seen.shape == (512, 6)
+    np.testing.assert_array_less(np.abs(state.position - np.array([-2.5, 2.5])), 0.2501)
+    away = np.abs(np.asarray(state.goal)[:, None] - MAZE.cells("g")).max(-1)
+    nearest = away.argmin(1)
+    assert away.min(1).max() <= 0.2501 and set(nearest) == {0, 1, 2}
+    near = state_at((2.5, 1.5), goal=(2.5, 1.2))
+    step = MAZE.step(near, jnp.zeros(2), None)
+    np.testing.assert_allclose(step.reward, np.exp(-0.3), rtol=1e-5)
+    assert MAZE.success(near) and not MAZE.success(
+        state_at((2.5, 1.5), goal=(2.5, 2.0))
+    )
+    cut = MAZE.step(near.replace(steps=jnp.int32(599)), jnp.zeros(2), None)
+    assert cut.truncated and not cut.terminated
+
+
+@pytest.mark.parametrize(
+    "maze, message",
+    [
+        (("111", "1r1", "111"), "has no 'g'"),
+        (("1111", "1rg1", "111"), "differ in length"),
+        (("1111", "1rg0", "1111"), "open at its border"),
+    ],
+)
+def test_bad_mazes(maze, message):
+    with pytest.raises(ValueError, match=message):
+        envs.PointMaze(maze=maze)

@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import envs
+from tmdjax.envs.push import PushState
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+PUSH = envs.Push()
+
+
+def state_at(pusher, thing, target):
+    places = (jnp.array(p, jnp.float32) for p in (pusher, thing, target))
+    return PushState(*places, jnp.int32(0))
+
+
+def test_pushing_moves_the_object_along_the_line_of_centres():
+    state = state_at((0.0, 0.0), (0.21, 0.0), (0.9, 0.9))
+    step = PUSH.step(state, jnp.array([1.0, 0.0]), None)
+    np.testing.assert_allclose(step.state.pusher, [0.08, 0], atol=1e-6)
+    np.testing.assert_allclose(step.state.object, [0.28, 0], atol=1e-6)
+    assert step.reward == 0 and not step.terminated
+
+
+def test_an_object_out_of_reach_stays():
+    state = state_at((0.0, 0.0), (0.5, 0.0), (0.9, 0.9))
+    step = PUSH.step(state, jnp.array([-3.0, 1.0]), None)
+    np.testing.assert_allclose(step.state.pusher, [-0.08, 0.08], atol=1e-6)
+    np.testing.assert_array_equal(step.state.object, state.object)
+
+
+def test_reward_only_at_the_target():
+    state = state_at((0.0, 0.0), (0.21, 0.0), (0.4, 0.0))
+    step = PUSH.step(state, jnp.array([1.0, 0.0]), None)
+    assert step.reward == 1 and step.terminated and PUSH.success(step.state)
+
+
+def test_nothing_overlaps_or_leaves():
+    def walk(key):
+        state, _ = PUSH.reset(key)
+
+        def body(state, key):
+            action = jax.random.uniform(key, (2,), minval=-2.0, maxval=2.0)
+            # towards the object, so that they do meet
+            action = action + 3 * (state.object - state.pusher)
+            state = PUSH.step(state, action, None).state
+            return state, state
+
+        return jax.lax.scan(body, state, jax.random.split(key, 200))[1]
+
+    path = jax.jit(jax.vmap(walk))(jax.random.split(jax.random.key(0), 100))
+    gap = np.linalg.norm(np.asarray(path.object - path.pusher), axis=-1)
+    assert gap.min() > 0.2 - 1e-4
+    assert np.abs(path.object).max() <= 0.88 + 1e-6
+    moved = np.linalg.norm(np.asarray(path.object[:, -1] - path.object[:, 0]), axis=-1)
+    assert (moved > 0.1).mean() > 0.5
+
+
+def test_starts_are_apart():
+    state, seen = jax.vmap(PUSH.reset)(jax.random.split(jax.random.key(0), 2000))
+    assert seen.shape == (2000, 6)
+    gap = np.linalg.norm(np.asarray(state.object - state.pusher), axis=-1)
+    far = np.linalg.norm(np.asarray(state.object - state.target), axis=-1)
+    assert gap.min() > 0.2 and far.min() > PUSH.reach and far.max() <= 0.8 + 1e-5
+    assert not PUSH.success(state).any()
+
+
+def test_a_scripted_policy_solves_it():
+    """Behind the object as seen from the target, then straight on."""
+
+    def policy(seen):
+        to_object, to_target = seen[2:4], seen[4:]
+        aim = to_target / jnp.linalg.norm(to_target)
+        behind = to_object - 0.25 * aim
+        side = jnp.array([-aim[1], aim[0]])
+        offset = to_object @ side
+        ahead = to_object @ aim
+        around = behind + jnp.where(ahead < 0.1, 0.35, 0.0) * side * -jnp.sign(offset)
+        lined_up = (ahead > 0.15) & (jnp.abs(offset) < 0.04)
+        return 15 * jnp.where(lined_up, to_object, around)
+
+    def episode(key):
+        state, seen = PUSH.reset(key)
+
+        def body(carry, _):
+            state, seen, won = carry
+            step = PUSH.step(state, policy(seen), None)
+            return (step.state, step.observation, won | step.terminated), None
+
+        return jax.lax.scan(body, (state, seen, False), None, length=60)[0][2]
+
+    won = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(3), 500))
+    assert np.mean(won) > 0.8
+
+
+def test_pixels_show_all_three():
+    pixels = envs.Push(observation="pixels")
+    state = state_at((-0.5, 0.5), (0.5, 0.5), (0.5, -0.5))
+    image = np.asarray(pixels.observe(state))
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    blue, red, green = image[16, 16], image[16, 48], image[48, 48]
+    assert blue.argmax() == 2 and red.argmax() == 0 and green.argmax() == 1
+    assert (image[32, 32] == 255).all()
+    nudged = state_at((-0.5, 0.51), (0.5, 0.5), (0.5, -0.5))
+    assert (np.asarray(pixels.observe(nudged)) != image).any()
+    _, seen = jax.jit(pixels.reset)(jax.random.key(0))
+    assert seen.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"observation": "pixel"}, "Did you mean 'pixels'"),
+        ({"side": 4}, "side=4"),
+        ({"distance": 0.1}, "distance=0.1 is outside"),
+        ({"horizon": 0}, "horizon=0"),
+    ],
+)
+def test_bad_inputs(options, message):
+    with pytest.raises(ValueError, match=message):
+        envs.Push(**options)

@@ -1,0 +1,163 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import rl
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def drawn(seed, time=7, env=5):
+    rng = np.random.default_rng(seed)
+    reward, value, next_value = rng.normal(size=(3, time, env))
+    kind = rng.integers(0, 4, (time, env))
+    return reward, value, next_value, kind == 0, kind == 1
+
+
+def brute_force(reward, value, next_value, terminated, truncated, discount, lam):
+    """Sums of discounted errors, each until its episode is cut."""
+    time, env = reward.shape
+    out = np.zeros((time, env))
+    for e in range(env):
+        for t in range(time):
+            weight = 1.0
+            for s in range(t, time):
+                after = 0 if terminated[s, e] else next_value[s, e]
+                out[t, e] += weight * (reward[s, e] + discount * after - value[s, e])
+                if terminated[s, e] or truncated[s, e]:
+                    break
+                weight *= discount * lam
+    return out
+
+
+@pytest.mark.parametrize("discount, lam", [(0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
+def test_13_generalised_advantages_are_the_sum(discount, lam):
+    arrays = drawn(0)
+    advantage, returns = rl.generalised_advantages(
+        *arrays, discount=discount, gae_lambda=lam
+    )
+    np.testing.assert_allclose(
+        advantage, brute_force(*arrays, discount, lam), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(returns, advantage + arrays[1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_exact_value_has_no_advantage():
+    """Reward 1 for ever is worth 1 / (1 - discount), cut or not."""
+    shape = (6, 2)
+    value = np.full(shape, 10.0)
+    cut = np.zeros(shape, bool)
+    cut[2], cut[4, 0] = True, True
+    none = np.zeros(shape, bool)
+    options = {"discount": 0.9, "gae_lambda": 0.95}
+    advantage, _ = rl.generalised_advantages(
+        np.ones(shape), value, value, none, cut, **options
+    )
+    np.testing.assert_allclose(advantage, 0, atol=1e-5)
+    ended, _ = rl.generalised_advantages(
+        np.ones(shape), value, value, cut, none, **options
+    )
+    assert (ended[2] < -8).all()
+
+
+def test_a_step_that_is_not_valid_is_a_cut_before_it():
+    reward, value, next_value, terminated, truncated = drawn(1)
+    valid = np.ones(reward.shape, bool)
+    valid[3, 1] = valid[5, 4] = False
+    options = {"discount": 0.9, "gae_lambda": 0.8}
+    broken = reward.copy()
+    broken[~valid], next_broken = np.nan, next_value.copy()
+    next_broken[~valid] = np.nan
+    advantage, _ = rl.generalised_advantages(
+        broken, value, next_broken, terminated, truncated, valid=valid, **options
+    )
+    assert np.isfinite(advantage).all() and advantage[3, 1] == advantage[5, 4] == 0
+    # as if it had been a step worth nothing, with nothing known behind it
+    worthless = reward.copy()
+    worthless[~valid] = value[~valid]
+    ended = terminated | ~valid
+    np.testing.assert_allclose(
+        advantage,
+        brute_force(worthless, value, next_value, ended, truncated, 0.9, 0.8),
+        atol=1e-5,
+    )
+
+
+def test_no_gradient_and_traced_numbers():
+    arrays = drawn(2)
+
+    @jax.jit
+    def total(value, discount):
+        advantage, returns = rl.generalised_advantages(
+            arrays[0], value, *arrays[2:], discount=discount, gae_lambda=0.9
+        )
+        return jnp.sum(advantage + returns)
+
+    assert (jax.grad(total)(arrays[1], 0.9) == 0).all()
+
+
+def test_standardised_over_what_is_valid():
+    x = np.random.default_rng(0).normal(3, 2, (40, 3))
+    valid = np.random.default_rng(1).random((40, 3)) > 0.3
+    out = np.asarray(rl.standardise(np.where(valid, x, 1e6), valid))
+    assert (out[~valid] == 0).all()
+    np.testing.assert_allclose(out[valid].mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(out[valid].std(ddof=1), 1, rtol=1e-5)
+    whole = np.asarray(rl.standardise(x))
+    np.testing.assert_allclose(whole, (x - x.mean()) / x.std(ddof=1), atol=1e-5)
+
+
+def test_bad_inputs(as_shipped):
+    arrays = drawn(0)
+    options = {"discount": 0.9, "gae_lambda": 0.9}
+    with pytest.raises(ValueError, match="terminated has shape"):
+        rl.generalised_advantages(*arrays[:3], arrays[3][:2], arrays[4], **options)
+    with pytest.raises(ValueError, match="discount=1.5 is outside"):
+        rl.generalised_advantages(*arrays, discount=1.5, gae_lambda=0.9)
+    with pytest.raises(ValueError, match="valid has shape"):
+        rl.standardise(np.zeros(3), np.ones(4, bool))
+
+
+SPLITS = [(1000,), (1, 2, 997), (500, 500), tuple([50] * 20)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_12_statistics_do_not_depend_on_the_split(split):
+    x = np.random.default_rng(0).normal([5, -3, 100], [2, 0.1, 30], (1000, 3))
+    statistics = rl.RunningStatistics.start((3,))
+    for part in np.split(x, np.cumsum(split)[:-1]):
+        statistics = rl.update_statistics(statistics, part)
+    assert statistics.count == 1000
+    np.testing.assert_allclose(statistics.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(statistics.variance), x.std(0), rtol=1e-4)
+    normal = np.asarray(statistics.normalise(x))
+    np.testing.assert_allclose(normal.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(normal.std(0), 1, rtol=1e-3)
+
+
+def test_12_rows_can_be_left_out_and_axes_are_free():
+    x = np.random.default_rng(0).normal(size=(6, 10, 2))
+    valid = np.random.default_rng(1).random((6, 10)) > 0.5
+    statistics = rl.update_statistics(
+        rl.RunningStatistics.start((2,)), np.where(valid[..., None], x, 99.0), valid
+    )
+    np.testing.assert_allclose(statistics.mean, x[valid].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.variance, x[valid].var(0), rtol=1e-4)
+    same = rl.update_statistics(statistics, x, np.zeros((6, 10), bool))
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(statistics)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_12_the_forgetful_form_shrinks():
+    """As measured on the released FPO: 1.01, .74, .60, .50, .46, .40, .38, .35."""
+    rng, statistics, found = (
+        np.random.default_rng(0),
+        rl.RunningStatistics.start((1,)),
+        [],
+    )
+    for _ in range(8):
+        batch = rng.normal(size=(4000, 1))
+        statistics = rl.update_statistics(statistics, batch, forget=True)
+        found.append(float(np.sqrt(statistics.variance)[0]))
+    np.testing.assert_allclose(found, 1 / np.sqrt(np.arange(1, 9)), rtol=0.05)

@@ -1,0 +1,109 @@
+import jax
+import numpy as np
+import pytest
+
+from tmdjax import envs
+from tmdjax.core import prng
+from tmdjax.systems.fpo import FPO
+from tmdjax.train import on_policy
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+BATCH = 32
+KEYS = prng.sample_keys(jax.random.key(7), BATCH)
+
+
+def made(**options):
+    method = FPO(hidden=(16, 16), steps=5, pairs=4, **options)
+    seen = jax.random.normal(jax.random.key(1), (BATCH, 3))
+    params = method.init(jax.random.key(0), seen[:1], 2)
+    action, record = jax.jit(method.act)(params, seen, KEYS)
+    advantage = jax.random.normal(jax.random.key(2), (BATCH,))
+    return method, params, on_policy.Samples(seen, record, advantage), action
+
+
+@pytest.mark.parametrize("ratio", ["mean", "per_sample"])
+@pytest.mark.parametrize("error", ["noise", "velocity"])
+def test_11_equal_parameters_give_a_ratio_of_one(ratio, error):
+    method, params, samples, _ = made(ratio=ratio, error=error)
+    loss, metrics = method.loss(params, params, samples, KEYS, {"clip_range": 0.05})
+    assert metrics["ratio_error"].max() < 1e-6
+    np.testing.assert_allclose(loss, -samples.advantage, rtol=1e-5, atol=1e-6)
+
+
+def test_11_the_two_errors_differ_by_a_power_of_time():
+    noise, params, samples, _ = made()
+    velocity = made(error="velocity")[0]
+    record, seen = samples.record, samples.observation
+    by_noise = noise.losses(params, seen, record)
+    by_velocity = velocity.losses(params, seen, record)
+    np.testing.assert_allclose(
+        by_noise, (1 - record["t"]) ** 2 * by_velocity, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_times_are_those_of_the_solver_and_actions_are_squashed():
+    method, params, samples, action = made(bound=3.0)
+    t = np.unique(np.asarray(samples.record["t"]))
+    np.testing.assert_allclose(t, [0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-6)
+    np.testing.assert_allclose(action, 3 * np.tanh(samples.record["action"]), rtol=1e-5)
+    free = made(squash=False)
+    np.testing.assert_array_equal(free[3], free[2].record["action"])
+
+
+def test_ratios_by_hand():
+    method, params, samples, _ = made()
+    new = jax.tree.map(lambda x: x + 0.05, params)
+    record = samples.record
+    old = np.asarray(record["loss"])
+    now = np.asarray(method.losses(new, samples.observation, record))
+    advantage = np.asarray(samples.advantage)[:, None]
+
+    def surrogate(r, a):
+        return np.maximum(-a * r, -a * np.clip(r, 0.9, 1.1))
+
+    loss, _ = method.loss(new, params, samples, KEYS, {"clip_range": 0.1})
+    mean = np.exp((old - now).mean(1, keepdims=True))
+    np.testing.assert_allclose(loss, surrogate(mean, advantage)[:, 0], rtol=1e-4)
+    each = made(ratio="per_sample")[0]
+    loss, _ = each.loss(new, params, samples, KEYS, {"clip_range": 0.1})
+    ratios = np.exp(np.clip(old - now, -3, 3))
+    np.testing.assert_allclose(loss, surrogate(ratios, advantage).mean(1), rtol=1e-4)
+
+
+def test_as_released_the_first_ratio_is_off_and_mended_it_is_one():
+    vector = envs.Vector(envs.MultiGoal(), 16)
+    found = {}
+    for name, options in {
+        "released": {"normalise": "forgetful", "normalise_before_update": True},
+        "mended": {"normalise": "running"},
+    }.items():
+        settings = on_policy.Settings(
+            unroll=8,
+            epochs=1,
+            minibatches=2,
+            critic_hidden=(16,),
+            max_ratio_error=None,
+            **options,
+        )
+        method = FPO(hidden=(16,), steps=3, pairs=2, bound=5.0)
+        trainer = on_policy.make_trainer(vector, method, settings)
+        run = on_policy.jit_iterations(trainer, 3)
+        _, metrics = run(trainer.init(jax.random.key(0)), jax.random.key(0))
+        found[name] = np.asarray(metrics["first_ratio_error"])
+    assert found["mended"].max() < 1e-5
+    assert found["released"][0] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pairs": 0}, "pairs=0"),
+        ({"error": "eps"}, "error='eps' is not one of 'noise', 'velocity'"),
+        ({"ratio": "means"}, "Did you mean 'mean'"),
+        ({"bound": 0.0}, "bound=0.0 is outside"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        FPO(**options)

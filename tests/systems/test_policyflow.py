@@ -1,0 +1,506 @@
+"""PolicyFlow: the invariants of its sheet, by number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from tmdjax import envs, models, rl
+from tmdjax.core import prng
+from tmdjax.systems import policyflow, ppo
+from tmdjax.systems.policyflow import (
+    PATHS,
+    PolicyFlow,
+    brownian_penalty,
+    path_point,
+    shifted_log_ratio,
+)
+from tmdjax.train.on_policy import Samples
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+BATCH = 64
+KEYS = prng.sample_keys(jax.random.key(7), BATCH)
+COEFFICIENTS = {
+    "clip_range": 0.2,
+    "entropy_coefficient": 0.01,
+    "brownian_coefficient": 0.25,
+}
+
+
+def made(path="rectified_flow", seed=0, out_scale=1.0, **options):
+    """Method, parameters, and what they did."""
+    method = PolicyFlow(
+        hidden=(16, 16), steps=4, path=path, out_scale=out_scale, **options
+    )
+    key = jax.random.key(seed)
+    seen = jax.random.normal(jax.random.fold_in(key, 1), (BATCH, 4))
+    params = method.init(key, seen[:1], 2)
+    params = {**params, "log_std": jnp.array([-0.3, 0.2])}
+    _, record = jax.jit(method.act)(params, seen, KEYS)
+    advantage = jax.random.normal(jax.random.fold_in(key, 2), (BATCH,))
+    return method, params, Samples(seen, record, advantage)
+
+
+def nudged(params, size=0.05, seed=3):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("times", [1, 3])
+def test_1_equal_parameters_give_a_ratio_of_one_bit_for_bit(path, times):
+    method, params, samples = made(path, times=times)
+    loss = jax.jit(method.loss)
+    for i in range(3):
+        keys = prng.fold_in(KEYS, i)
+        _, metrics = loss(params, params, samples, keys, COEFFICIENTS)
+        assert (metrics["ratio_error"] == 0).all() and (metrics["kl"] == 0).all()
+
+
+def test_1_every_node_is_drawn():
+    method, params, samples = made()
+    t = jnp.concatenate(
+        [
+            method.velocities(params, params, samples, prng.fold_in(KEYS, i))[1][0]
+            for i in range(20)
+        ]
+    )
+    nodes, counts = np.unique(np.asarray(t), return_counts=True)
+    np.testing.assert_allclose(nodes, np.arange(9) / 8, atol=1e-6)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_2_gradient_of_the_ratio(x64):
+    """d rho / d theta = -(delta / std^2)^T dv / dtheta where theta = behaviour."""
+    method, params, samples = made()
+    params, samples = jax.tree.map(lambda x: x.astype(jnp.float64), (params, samples))
+
+    def ratio(network):
+        new = {**params, "network": network}
+        _, _, v, v_old = method.velocities(new, params, samples, KEYS)
+        log_std = method.log_std(params)
+        delta = samples.record["delta"]
+        return jnp.exp(
+            shifted_log_ratio(delta, -(v - v_old)[0], log_std, log_std)
+        ).sum()
+
+    def linear(network):
+        new = {**params, "network": network}
+        _, _, v, _ = method.velocities(new, params, samples, KEYS)
+        weight = samples.record["delta"] / jnp.exp(2 * method.log_std(params))
+        return -jnp.sum(weight * v[0])
+
+    ours, theirs = (
+        jax.grad(ratio)(params["network"]),
+        jax.grad(linear)(params["network"]),
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    # and of the ratio by the shift, against finite differences
+    delta = samples.record["delta"]
+    shift, log_std = jnp.full_like(delta, 0.1), jnp.array([-0.3, 0.2])
+    direction = jax.random.normal(jax.random.key(9), delta.shape, jnp.float64)
+
+    def moved(h):
+        return jnp.exp(
+            shifted_log_ratio(delta, shift + h * direction, log_std, log_std - 0.1)
+        ).sum()
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(moved)(0.0), slope, rtol=1e-6)
+
+
+def test_3_a_constant_shift_has_the_exact_ratio():
+    """dv = c moves the end by -c: scipy's densities of the executed action."""
+    rng = np.random.default_rng(0)
+    x_1, delta = rng.normal(size=(2, 50, 3))
+    c, std, old = (
+        np.array([0.3, -0.2, 0.1]),
+        np.exp([0.1, -0.4, 0.0]),
+        np.exp([0.2] * 3),
+    )
+    action = x_1 + delta
+    exact = (
+        scipy.stats.norm(x_1 - c, std).logpdf(action)
+        - scipy.stats.norm(x_1, old).logpdf(action)
+    ).sum(1)
+    ours = shifted_log_ratio(
+        jnp.float32(delta),
+        jnp.float32(np.tile(-c, (50, 1))),
+        jnp.log(std),
+        jnp.log(old),
+    )
+    np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+def shifted_bias(method, params, shift):
+    network = {**params["network"]}
+    out = network["out"]
+    network["out"] = {**out, "bias": out["bias"] + shift}
+    return {**params, "network": network}
+
+
+def test_3_a_shifted_network_moves_every_dv_and_the_end():
+    method, params, samples = made()
+    shift = jnp.array([0.05, -0.1])
+    new = shifted_bias(method, params, shift)
+    *_, v, v_old = method.velocities(new, params, samples, KEYS)
+    np.testing.assert_allclose(v - v_old, jnp.broadcast_to(shift, v.shape), atol=1e-6)
+    # where the field does not depend on x the whole flow moves by -c
+    flat = {**params["network"]}
+    flat["from_action"] = jax.tree.map(jnp.zeros_like, flat["from_action"])
+    old = {**params, "network": flat}
+    moved = shifted_bias(method, old, shift)
+    x_0 = samples.record["x_0"]
+    ends = [method.flow(p, samples.observation, x_0) for p in (old, moved)]
+    np.testing.assert_allclose(
+        ends[1] - ends[0], -np.tile(shift, (BATCH, 1)), atol=1e-5
+    )
+    found = policyflow.ratio_diagnostic(
+        method,
+        moved,
+        old,
+        samples._replace(record={**samples.record, "x_1": ends[0]}),
+        KEYS,
+    )
+    assert found["correlation"] > 0.9999 and abs(found["bias"]) < 1e-5
+
+
+def test_4_shifts_that_depend_on_time_are_averaged():
+    """Only the network's time input differs: dv = c(t), drawn with equal weights."""
+    method, params, samples = made(times=200)
+    network = params["network"]
+    flat = {
+        **network,
+        "from_action": jax.tree.map(jnp.zeros_like, network["from_action"]),
+        "from_observation": jax.tree.map(jnp.zeros_like, network["from_observation"]),
+    }
+    old = {**params, "network": flat}
+    new = {
+        **params,
+        "network": {
+            **flat,
+            "from_time": jax.tree.map(lambda x: 2 * x, flat["from_time"]),
+        },
+    }
+    *_, v, v_old = method.velocities(new, old, samples, KEYS)
+    drawn = np.asarray((v - v_old).mean((0, 1)))
+    apply_fn = models.functional(method._module(2))
+    c = [
+        apply_fn(
+            p["network"],
+            jnp.zeros((9, 2)),
+            jnp.asarray(method.nodes),
+            jnp.zeros((9, 4)),
+        )
+        for p in (new, old)
+    ]
+    expected = np.asarray(c[0] - c[1])
+    error = expected.std(0) / np.sqrt(200 * BATCH)
+    assert (np.abs(drawn - expected.mean(0)) < 4 * error).all()
+
+
+def test_5_the_flow_is_the_midpoint_rule():
+    """A network made linear in x: (I - hA + h^2 A^2 / 2)^K x_0, and order two."""
+
+    class Linear(PolicyFlow):
+        def flow(self, params, observation, x_0):
+            return super().flow(params, observation, x_0)
+
+    a = jnp.array([[0.4, -1.0], [0.7, 0.2]])
+
+    def end(steps, monkey):
+        method = Linear(hidden=(8,), steps=steps)
+        monkey.setattr(
+            policyflow.models,
+            "functional",
+            lambda module: (
+                lambda network, *x, method=None: (
+                    x[0] @ a.T if method == "velocity" else x[0]
+                )
+            ),
+        )
+        x_0 = jnp.array([[1.0, -2.0], [0.5, 0.3]])
+        return x_0, method.flow({"network": {}}, jnp.zeros((2, 1)), x_0)
+
+    errors = []
+    for steps in (4, 8, 16):
+        with pytest.MonkeyPatch.context() as monkey:
+            x_0, x_1 = end(steps, monkey)
+        h = 1 / steps
+        step = np.eye(2) - h * np.asarray(a) + h**2 * np.asarray(a @ a) / 2
+        expected = np.asarray(x_0) @ np.linalg.matrix_power(step, steps).T
+        np.testing.assert_allclose(x_1, expected, atol=1e-5)
+        exact = np.asarray(x_0) @ scipy.linalg.expm(-np.asarray(a)).T
+        errors.append(np.abs(x_1 - exact).max())
+    assert 3.3 < errors[0] / errors[1] < 4.8 and 3.3 < errors[1] / errors[2] < 4.8
+
+
+def test_6_without_start_noise_it_is_gaussian_ppo():
+    """v that depends on the observation alone: the end is -v, a Gaussian's mean."""
+    method, params, samples = made(deterministic_start=True, brownian_coefficient=0.0)
+    network = params["network"]
+    blind = {
+        **network,
+        "from_action": jax.tree.map(jnp.zeros_like, network["from_action"]),
+        "from_time": jax.tree.map(jnp.zeros_like, network["from_time"]),
+    }
+    params = {**params, "network": blind}
+    action, record = method.act(params, samples.observation, KEYS)
+    again, other = method.act(params, samples.observation, prng.fold_in(KEYS, 1))
+    np.testing.assert_array_equal(record["x_1"], other["x_1"])
+    assert (action != again).any()
+    gaussian = ppo.GaussianPolicy(
+        hidden=(16, 16), entropy_coefficient=0.01, log_std_bounds=(-5.0, 2.0)
+    )
+
+    def as_mean(network):
+        """The same numbers as an MLP of the observation, with the sign of an end."""
+        return {
+            "hidden_0": network["from_observation"],
+            "hidden_1": network["layers_0"],
+            "out": jax.tree.map(jnp.negative, network["out"]),
+        }
+
+    mean, log_std = gaussian.mean_and_log_std(
+        {"network": as_mean(blind), "log_std": params["log_std"]}, samples.observation
+    )
+    np.testing.assert_allclose(mean, record["x_1"], atol=1e-5)
+    log_prob = scipy.stats.norm(mean, np.exp(log_std)).logpdf(action).sum(1)
+    theirs = samples._replace(
+        record={"action": action, "mean": mean, "log_prob": jnp.float32(log_prob)}
+    )
+    ours = samples._replace(record=record)
+    for new in (
+        params,
+        {
+            **params,
+            "network": {
+                **nudged(blind, 0.02),
+                "from_action": blind["from_action"],
+                "from_time": blind["from_time"],
+            },
+        },
+    ):
+
+        def flow_loss(network):
+            loss, _ = method.loss(
+                {**new, "network": network}, params, ours, KEYS,
+                {**COEFFICIENTS, "brownian_coefficient": 0.0},
+            )  # fmt: skip
+            return loss.mean()
+
+        def gaussian_loss(network):
+            loss, _ = gaussian.loss(
+                {"network": as_mean(network), "log_std": new["log_std"]},
+                {"log_std": params["log_std"]},
+                theirs,
+                KEYS,
+                COEFFICIENTS,
+            )
+            return loss.mean()
+
+        a, slope_a = jax.value_and_grad(flow_loss)(new["network"])
+        b, slope_b = jax.value_and_grad(gaussian_loss)(new["network"])
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        for name in ("from_observation", "layers_0", "out"):
+            for x, y in zip(
+                jax.tree.leaves(slope_a[name]), jax.tree.leaves(slope_b[name])
+            ):
+                np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_7_brownian_penalty(path):
+    rng = np.random.default_rng(0)
+    x_t = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    t = jnp.array([0.0, 0.2, 0.5, 0.7, 0.9, 1.0])
+    v, v_old = jnp.asarray(rng.normal(size=(2, 6, 3)), jnp.float32)
+
+    def each(v, v_old):
+        return brownian_penalty(path, x_t, t, v, v_old)
+
+    slope = jax.grad(lambda v: each(v, v_old).sum())(v)
+    weight = {
+        "rectified_flow": t,
+        "stochastic_interpolant": 2 * (t - 0.5) ** 2 + 0.5,
+        "trigflow": jnp.sin(0.5 * jnp.pi * t),
+    }[path]
+    quiet = np.asarray(weight) == 0
+    assert (np.asarray(slope)[quiet] == 0).all() and (
+        np.asarray(slope)[~quiet] != 0
+    ).all()
+    if path == "rectified_flow":
+        by_hand = ((t[:, None] * v + x_t + (1 - t[:, None]) * v_old) ** 2).mean(1)
+        np.testing.assert_allclose(each(v, v_old), by_hand, rtol=1e-5)
+        np.testing.assert_allclose(each(-x_t, -x_t), 0, atol=1e-6)
+        # at pure noise the target is -x: outwards
+        np.testing.assert_allclose(each(-x_t, v_old)[-1], 0, atol=1e-6)
+
+
+def test_7_no_gradient_into_the_behaviour_and_the_two_reductions():
+    method, params, samples = made(brownian_coefficient=1.0)
+    new = nudged(params)
+
+    def total(behaviour, method=method):
+        loss, _ = method.loss(new, behaviour, samples, KEYS, COEFFICIENTS)
+        return loss.sum()
+
+    slope = jax.grad(total)(params)
+    assert all((x == 0).all() for x in jax.tree.leaves(slope["network"]))
+    summed = made(brownian_reduction="sum")[0]
+    a, b = (
+        m.loss(new, params, samples, KEYS, COEFFICIENTS)[1]["brownian"]
+        for m in (method, summed)
+    )
+    np.testing.assert_allclose(b, 2 * a, rtol=1e-6)
+
+
+def test_8_the_brownian_term_raises_entropy():
+    method, params, samples = made(out_scale=0.0)
+    x_0 = jax.random.normal(jax.random.key(4), (1000, 2))
+    seen = jnp.zeros((1000, 4))
+    ends = jax.jit(method.flow)
+
+    def penalty(network, behaviour, key):
+        new, old = ({**params, "network": n} for n in (network, behaviour))
+        record = {"x_0": x_0, "x_1": ends(old, seen, x_0), "delta": x_0}
+        inputs = Samples(seen, jax.lax.stop_gradient(record), jnp.zeros(1000))
+        keys = prng.sample_keys(key, 1000)
+        x_t, t, v, v_old = method.velocities(new, old, inputs, keys)
+        return brownian_penalty("rectified_flow", x_t, t, v, v_old).mean()
+
+    @jax.jit
+    def train(network):
+        def body(network, key):
+            slope = jax.grad(penalty)(network, network, key)
+            return jax.tree.map(lambda p, g: p - 0.1 * g, network, slope), None
+
+        return jax.lax.scan(body, network, jax.random.split(jax.random.key(5), 200))[0]
+
+    network = train(params["network"])
+    before, after = (
+        np.cov(ends({**params, "network": n}, seen, x_0).T).trace()
+        for n in (params["network"], network)
+    )
+    np.testing.assert_allclose(before, np.cov(x_0.T).trace(), rtol=1e-5)
+    assert after > 1.5 * before
+
+
+def test_9_kl_is_that_of_samples():
+    shift, std, old = np.array([0.3, -0.1]), np.array([0.8, 1.3]), np.array([1.0, 0.7])
+    z = old * np.random.default_rng(0).normal(size=(200_000, 2))
+    log_ratio = (
+        scipy.stats.norm(0, old).logpdf(z) - scipy.stats.norm(shift, std).logpdf(z)
+    ).sum(1)
+    error = log_ratio.std() / np.sqrt(len(z))
+    ours = float(rl.gaussian_kl(shift, jnp.log(std), jnp.log(old)))
+    assert abs(ours - log_ratio.mean()) < 3 * error
+    same = jnp.linspace(-3, 1, 7)
+    assert rl.gaussian_kl(jnp.zeros(7), same, same) == 0
+    np.testing.assert_allclose(
+        rl.gaussian_entropy(jnp.log(std)),
+        scipy.stats.norm(0, std).entropy().sum(),
+        rtol=1e-6,
+    )
+
+
+def test_10_the_standard_deviation_is_bounded():
+    method, params, samples = made()
+    wide = {**params, "log_std": jnp.array([-9.0, 5.0])}
+    np.testing.assert_array_equal(method.log_std(wide), [-5, 2])
+
+    def loss(log_std):
+        new = {**params, "log_std": log_std}
+        return method.loss(new, params, samples, KEYS, COEFFICIENTS)[0].mean()
+
+    assert (jax.grad(loss)(wide["log_std"]) == 0).all()
+    assert (jax.grad(loss)(params["log_std"]) != 0).all()
+
+
+def test_17_the_loss_solves_nothing():
+    method, params, samples = made()
+    traced = jax.make_jaxpr(
+        jax.grad(
+            lambda p: method.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
+        )
+    )(params)
+    text = str(traced)
+    # the scans of random bits have no network in them
+    assert "while" not in text
+    for steps in (4, 40):
+        other = PolicyFlow(hidden=(16, 16), steps=steps)
+        jaxpr = jax.make_jaxpr(
+            lambda p, m=other: m.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
+        )(params)
+        count = str(jaxpr).count("dot_general")
+        assert count == str(
+            jax.make_jaxpr(
+                lambda p: method.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
+            )(params)
+        ).count("dot_general")
+
+
+def test_paths_begin_at_the_end_and_end_in_noise():
+    x_0, x_1, z = (jnp.full((2, 3), v) for v in (5.0, 1.0, 0.0))
+    for path in PATHS:
+        ends = path_point(path, x_0, x_1, jnp.array([0.0, 1.0]), z)
+        np.testing.assert_allclose(ends, [[1.0] * 3, [5.0] * 3], atol=1e-5)
+    half = path_point("trigflow", x_0, x_1, jnp.array([0.5, 0.5]))
+    np.testing.assert_allclose(half, 6 / np.sqrt(2), rtol=1e-6)
+    z = jnp.ones((2, 3))
+    middle = path_point("stochastic_interpolant", x_0, x_1, jnp.array([0.5, 0.5]), z)
+    np.testing.assert_allclose(middle, 3 + np.sqrt(0.5), rtol=1e-6)
+
+
+def test_the_diagnostic_sees_a_bad_approximation():
+    method, params, samples = made(times=9)
+    near, far = (
+        policyflow.ratio_diagnostic(method, nudged(params, s), params, samples, KEYS)
+        for s in (0.01, 0.3)
+    )
+    assert near["correlation"] > 0.8
+    assert far["error"] > 3 * near["error"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"path": "rectified"}, "Did you mean 'rectified_flow'"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"brownian_coefficient": -0.1}, "brownian_coefficient=-0.1 is outside"),
+        ({"clip_range": 1.0}, r"clip_range=1.0 is outside \(0, 1\)"),
+        ({"clip_range": 0.0}, r"clip_range=0.0 is outside \(0, 1\)"),
+        ({"times": 0}, "times=0"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyFlow(**options)
+
+
+def test_bad_shapes(as_shipped):
+    with pytest.raises(ValueError, match=r"delta has shape \(4, 1\) but shift"):
+        shifted_log_ratio(jnp.zeros((4, 1)), jnp.zeros(4), jnp.zeros(1), jnp.zeros(1))
+    method, params, samples = made()
+    record = {**samples.record, "x_1": samples.record["x_1"][:, :1]}
+    with pytest.raises(ValueError, match=r"x_0 has shape .* but x_1 has shape"):
+        method.loss(params, params, samples._replace(record=record), KEYS, COEFFICIENTS)
+
+
+def test_policies_act_on_any_environment():
+    method = PolicyFlow(hidden=(8,), steps=2)
+    for environment in (
+        envs.MultiGoal(),
+        envs.PointMaze(),
+        envs.Push("pixels", side=16),
+    ):
+        vector = envs.Vector(environment, 3)
+        state = vector.reset(jax.random.key(0))
+        params = method.init(jax.random.key(1), state.observation[:1], 2)
+        action, record = method.act(params, state.observation, KEYS[:3])
+        assert action.shape == (3, 2) and np.isfinite(action).all()

@@ -1,0 +1,163 @@
+"""Tiny environments whose optimum is known: each one tests one thing a learner needs.
+
+``optimum`` is the mean reward a step of the best policy.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tmdjax.core.checks import check_count
+from tmdjax.core.types import Array, Key
+from tmdjax.envs.base import Transition
+
+
+@struct.dataclass
+class ProbeState:
+    """What was drawn or done, float32, and steps so far, int32."""
+
+    memory: Any
+    steps: Any
+
+
+def _at(memory: Any, steps: Any = 0) -> ProbeState:
+    return ProbeState(jnp.asarray(memory, jnp.float32), jnp.asarray(steps, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One step, nothing to see: reward -(a - target)^2. The policy's gradient."""
+
+    target: float = 0.7
+    action_size: int = dataclasses.field(default=1, init=False)
+    action_bound: None = dataclasses.field(default=None, init=False)
+    optimum: float = dataclasses.field(default=0.0, init=False)
+
+    def reset(self, key: Any, first: bool = False) -> tuple[ProbeState, Array]:
+        """Observation 0."""
+        return _at(0), jnp.zeros(1)
+
+    def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
+        """Ends at once."""
+        reward = -jnp.sum((action - self.target) ** 2)
+        end, cut = jnp.array(True), jnp.array(False)
+        return Transition(state, jnp.zeros(1), reward, end, cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """One step, the answer depends on what is seen: reward -(a - s / 2)^2."""
+
+    action_size: int = dataclasses.field(default=1, init=False)
+    action_bound: None = dataclasses.field(default=None, init=False)
+    optimum: float = dataclasses.field(default=0.0, init=False)
+
+    def reset(
+        self, key: Key[Array, ""], first: bool = False
+    ) -> tuple[ProbeState, Array]:
+        """Observation uniform in +-2."""
+        seen = jax.random.uniform(key, (1,), minval=-2.0, maxval=2.0)
+        return _at(seen), seen
+
+    def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
+        """Ends at once."""
+        reward = -jnp.sum((action - state.memory / 2) ** 2)
+        end, cut = jnp.array(True), jnp.array(False)
+        return Transition(state, state.memory, reward, end, cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delayed:
+    """The first action is paid for at the last step: credit over time.
+
+    Steps are numbered in the observation; the reward of the last of ``horizon`` steps
+    is -(a_first - 0.7)^2 and that of all others 0. The first action is not seen later,
+    so only returns carry it.
+    """
+
+    horizon: int = 3
+    action_size: int = dataclasses.field(default=1, init=False)
+    action_bound: None = dataclasses.field(default=None, init=False)
+    optimum: float = dataclasses.field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        check_count("horizon", self.horizon, 2)
+
+    def reset(self, key: Any, first: bool = False) -> tuple[ProbeState, Array]:
+        """Step 0."""
+        return _at(jnp.zeros(1)), jnp.zeros(1)
+
+    def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
+        """Remembers the first action."""
+        memory = jnp.where(state.steps == 0, action, state.memory)
+        state = _at(memory, state.steps + 1)
+        last = state.steps >= self.horizon
+        reward = jnp.where(last, -jnp.sum((memory - 0.7) ** 2), 0.0)
+        seen = state.steps.astype(jnp.float32)[None] / self.horizon
+        return Transition(state, seen, reward, last, jnp.array(False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Endless:
+    """Reward 1 - (a - 0.7)^2 for ever, cut after ``horizon`` steps.
+
+    The value of the best policy is 1 / (1 - discount) at every step, the last one
+    included: a learner that takes the cut for an end learns less.
+    """
+
+    horizon: int = 10
+    action_size: int = dataclasses.field(default=1, init=False)
+    action_bound: None = dataclasses.field(default=None, init=False)
+    optimum: float = dataclasses.field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        check_count("horizon", self.horizon)
+
+    def reset(
+        self, key: Key[Array, ""], first: bool = False
+    ) -> tuple[ProbeState, Array]:
+        """Observation 0; the first time at a random step."""
+        steps = jax.random.randint(key, (), 0, self.horizon if first else 1)
+        return _at(0, steps), jnp.zeros(1)
+
+    def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
+        """Never terminates."""
+        state = _at(0, state.steps + 1)
+        reward = 1 - jnp.sum((action - 0.7) ** 2)
+        cut = state.steps >= self.horizon
+        return Transition(state, jnp.zeros(1), reward, jnp.array(False), cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPeaks:
+    """One step, two equally good answers: reward exp(-(|a| - 1)^2 / 0.08).
+
+    A Gaussian policy must choose a side; a flow policy need not.
+    """
+
+    action_size: int = dataclasses.field(default=1, init=False)
+    action_bound: None = dataclasses.field(default=None, init=False)
+    optimum: float = dataclasses.field(default=1.0, init=False)
+
+    def reset(self, key: Any, first: bool = False) -> tuple[ProbeState, Array]:
+        """Observation 0."""
+        return _at(0), jnp.zeros(1)
+
+    def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
+        """Ends at once."""
+        reward = jnp.exp(-jnp.sum((jnp.abs(action) - 1) ** 2) / 0.08)
+        end, cut = jnp.array(True), jnp.array(False)
+        return Transition(state, jnp.zeros(1), reward, end, cut)
+
+
+PROBES = {
+    "target": Target(),
+    "follow": Follow(),
+    "delayed": Delayed(),
+    "endless": Endless(),
+    "two_peaks": TwoPeaks(),
+}
+"""All of them, by name."""

@@ -1,0 +1,155 @@
+"""Small networks of control: observation to action, value, or velocity of an action."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array
+from tmdjax.models.layers import Dense, patchify
+
+ACTIVATIONS = {
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+    "silu": nn.silu,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "tanh": jnp.tanh,
+}
+
+
+def _out_init(scale: float) -> Any:
+    if scale == 0:
+        return nn.initializers.zeros
+    return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+
+
+def _check(hidden: Any, activation: str) -> None:
+    for width in hidden:
+        check_count("hidden", width)
+    if not hidden:
+        raise ValueError("hidden=() has no layer; give at least one width.")
+    check_choice("activation", activation, ACTIVATIONS)
+
+
+class ObservationFeatures(nn.Module):
+    """Vectors as they are; images by a layer over patches and one over all of them.
+
+    Attributes:
+        patch_size: side of a patch of an image; it divides the image's sides.
+        patch_width: features of a patch.
+        width: of the result, for images.
+    """
+
+    patch_size: int = 8
+    patch_width: int = 16
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        """Features [batch, n] of float vectors [batch, n] or of uint8 images."""
+        if observation.ndim == 2:
+            return observation
+        if observation.dtype != jnp.uint8 or observation.ndim != 4:
+            raise TypeError(
+                f"an observation is {observation.dtype} {observation.shape}; give "
+                f"float32 [batch, feature] or uint8 [batch, height, width, channel]."
+            )
+        patches = patchify(observation.astype(jnp.float32) / 127.5 - 1, self.patch_size)
+        h = nn.relu(Dense(self.patch_width, name="patch")(patches))
+        return nn.relu(Dense(self.width, name="image")(h.reshape(h.shape[0], -1)))
+
+
+class ControlMLP(nn.Module):
+    """Observation to a vector: the mean of a Gaussian policy, or a value.
+
+    Attributes:
+        features: size of the output.
+        hidden: widths of the hidden layers.
+        activation: one of ACTIVATIONS.
+        out_scale: standard deviation of the output at the start, about; 0 for zeros.
+    """
+
+    features: int
+    hidden: tuple[int, ...] = (256, 128, 64)
+    activation: str = "mish"
+    out_scale: float = 1.0
+
+    def __post_init__(self):
+        _check(self.hidden, self.activation)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        """float32 [batch, features]."""
+        act = ACTIVATIONS[self.activation]
+        h = ObservationFeatures(name="observation")(observation)
+        for i, width in enumerate(self.hidden):
+            h = act(Dense(width, name=f"hidden_{i}")(h))
+        out = Dense(self.features, name="out", kernel_init=_out_init(self.out_scale))
+        return out(h)
+
+
+class ControlVelocity(nn.Module):
+    """Velocity (x, t, observation) -> v of an action's flow.
+
+    The first layer is linear in x, in sinusoids of t and in the observation; what the
+    observation adds is computed once an action (:meth:`embed`), not once an ODE step.
+
+    Attributes:
+        action_size: of x.
+        hidden: widths of the hidden layers.
+        activation: one of ACTIVATIONS.
+        frequencies: lowest and highest angular frequency of the sinusoids, and how many
+            (in geometric steps).
+        out_scale: of the output's kernel at the start; 0 for zeros.
+        output_scale: what the output is multiplied by.
+    """
+
+    action_size: int
+    hidden: tuple[int, ...] = (256, 128, 64)
+    activation: str = "mish"
+    frequencies: tuple[float, float, int] = (1.0, 100.0, 32)
+    out_scale: float = 0.01
+    output_scale: float = 1.0
+
+    def __post_init__(self):
+        _check(self.hidden, self.activation)
+        low, high, count = self.frequencies
+        check_count("frequencies, how many", count)
+        check_range("frequencies, lowest", low, 0, high, open_low=True)
+        super().__post_init__()
+
+    def setup(self):
+        first, *rest = self.hidden
+        self.observation = ObservationFeatures()
+        self.from_observation = Dense(first)
+        self.from_action = Dense(first, use_bias=False)
+        self.from_time = Dense(first, use_bias=False)
+        self.layers = [Dense(width) for width in rest]
+        self.out = Dense(self.action_size, kernel_init=_out_init(self.out_scale))
+
+    def embed(self, observation: Array) -> Array:
+        """What an observation adds to the first layer, [batch, hidden[0]]."""
+        return self.from_observation(self.observation(observation))
+
+    def velocity(self, x: Array, t: Array, embedded: Array) -> Array:
+        """float32 [batch, action_size].
+
+        Args:
+            x: [batch, action_size].
+            t: [batch], or [1] where all have one time; 1 is noise, 0 the action.
+            embedded: of the observation, from :meth:`embed`.
+        """
+        act = ACTIVATIONS[self.activation]
+        angles = t[:, None] * jnp.asarray(np.geomspace(*self.frequencies), jnp.float32)
+        time = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+        h = act(self.from_action(x) + self.from_time(time) + embedded)
+        for layer in self.layers:
+            h = act(layer(h))
+        return self.output_scale * self.out(h)
+
+    def __call__(self, x: Array, t: Array, observation: Array) -> Array:
+        """Both at once."""
+        return self.velocity(x, t, self.embed(observation))

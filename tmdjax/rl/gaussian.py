@@ -1,0 +1,29 @@
+"""Diagonal Gaussians by the logarithms of their standard deviations."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax.core.types import Array
+
+
+def gaussian_entropy(log_std: Any) -> Array:
+    """Entropy in nats of N(., diag(std^2)), summed over the last axis."""
+    return jnp.sum(0.5 * np.log(2 * np.pi * np.e) + log_std, axis=-1)
+
+
+def gaussian_kl(shift: Any, log_std: Any, behaviour_log_std: Any) -> Array:
+    """KL(behaviour || policy) of diagonal Gaussians, summed over the last axis.
+
+    Args:
+        shift: mean of the policy less that of the behaviour, [..., dim].
+        log_std: of the policy, to broadcast over shift.
+        behaviour_log_std: of the policy that acted.
+
+    Returns:
+        [...] in nats, >= 0; exactly 0 where the two are equal.
+    """
+    narrower = behaviour_log_std - log_std
+    square = jnp.expm1(2 * narrower) + shift**2 * jnp.exp(-2 * log_std)
+    return jnp.sum(0.5 * square - narrower, axis=-1)

@@ -1,0 +1,162 @@
+"""FPO: PPO for flow policies by the change of their flow matching loss.
+
+The ratio is exp(old loss - new loss), averaged over a few stored (noise, time) pairs of
+each action: a lower loss stands for a higher likelihood.
+
+The released trainer also lets its statistics of observations forget their variance, and
+moves them before the update; both are settings of
+:class:`tmdjax.train.on_policy.Settings` (``normalise='forgetful'``,
+``normalise_before_update=True``), mended by 'running' and False.
+
+References:
+    arXiv 2507.21053 and its JAX code.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax import flows, models, rl
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array, Params
+from tmdjax.train.on_policy import Samples
+
+RATIOS = ("mean", "per_sample")
+ERRORS = ("noise", "velocity")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FPO:
+    """A :class:`tmdjax.train.on_policy.Method`.
+
+    Attributes:
+        hidden: widths of the velocity network.
+        activation: its activation.
+        frequencies: of its time embedding.
+        output_scale: what its output is multiplied by.
+        steps: of the Euler solver.
+        pairs: stored (noise, time) pairs an action; times are those of the solver.
+        error: what the loss measures: the 'noise', (1 - t)^2 times the error of the
+            'velocity'.
+        ratio: of the 'mean' loss, or 'per_sample', each clipped at e^+-3, with the
+            surrogate averaged over pairs.
+        squash: the environment gets bound tanh(action).
+        bound: of that.
+        clip_range: of the ratio, in (0, 1).
+    """
+
+    hidden: tuple[int, ...] = (32, 32, 32, 32)
+    activation: str = "silu"
+    frequencies: tuple[float, float, int] = (1.0, 8.0, 4)
+    output_scale: float = 0.25
+    steps: int = 10
+    pairs: int = 8
+    error: str = "noise"
+    ratio: str = "mean"
+    squash: bool = True
+    bound: float = 1.0
+    clip_range: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("pairs", self.pairs)
+        check_choice("error", self.error, ERRORS)
+        check_choice("ratio", self.ratio, RATIOS)
+        check_range("bound", self.bound, 0, open_low=True)
+        check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """What may be vmapped."""
+        return {"clip_range": self.clip_range}
+
+    def _module(self, size: int) -> models.ControlVelocity:
+        return models.ControlVelocity(
+            size,
+            self.hidden,
+            self.activation,
+            self.frequencies,
+            out_scale=1.0,
+            output_scale=self.output_scale,
+        )
+
+    def init(self, key: Any, observation: Any, action_size: int) -> Params:
+        """{'network'}."""
+        point = jax.ShapeDtypeStruct((1, action_size), jnp.float32)
+        time = jax.ShapeDtypeStruct((1,), jnp.float32)
+        module = self._module(action_size)
+        return {"network": models.init_params(module, key, point, time, observation)}
+
+    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+        """An action, its (noise, time) pairs and their losses."""
+        size = params["network"]["out"]["bias"].shape
+        apply_fn = models.functional(self._module(*size))
+
+        def velocity(x: Array, t: Array, embedded: Array) -> Array:
+            return apply_fn(params["network"], x, t[:1], embedded, method="velocity")
+
+        grid = flows.uniform_grid(self.steps)
+        x = flows.rollout(
+            None,
+            velocity,
+            prng.normal(prng.fold_in(keys, 0), size),
+            flows.make_table("ode", grid),
+            apply_fn(params["network"], observation, method="embed"),
+            store=False,
+            unroll=10,
+        )
+        starts = jnp.asarray(grid[:-1], jnp.float32)
+        pick = jax.vmap(lambda k: jax.random.randint(k, (self.pairs,), 0, self.steps))
+        t = starts[pick(prng.fold_in(keys, 1))]
+        noise = prng.normal(prng.fold_in(keys, 2), (self.pairs, *size))
+        record = {"action": x, "noise": noise, "t": t}
+        record["loss"] = self.losses(params, observation, record)
+        return (self.bound * jnp.tanh(x) if self.squash else x), record
+
+    def losses(self, params: Params, observation: Array, record: Any) -> Array:
+        """Flow matching loss of every pair, [batch, pairs], a mean over dimensions."""
+        action, noise, t = record["action"], record["noise"], record["t"]
+        apply_fn = models.functional(self._module(action.shape[-1]))
+        embedded = apply_fn(params["network"], observation, method="embed")
+        x_t = t[..., None] * noise + (1 - t[..., None]) * action[:, None]
+        v = apply_fn(
+            params["network"],
+            x_t.reshape(-1, action.shape[-1]),
+            t.reshape(-1),
+            jnp.repeat(embedded, t.shape[1], 0),
+            method="velocity",
+        ).reshape(x_t.shape)
+        if self.error == "velocity":
+            return jnp.mean((v - (noise - action[:, None])) ** 2, -1)
+        noise_hat = x_t + (1 - t[..., None]) * v
+        return jnp.mean((noise - noise_hat) ** 2, -1)
+
+    def loss(
+        self,
+        params: Params,
+        behaviour: Params,
+        samples: Samples,
+        keys: Any,
+        coefficients: Mapping[str, Any],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Clipped surrogate of the loss difference, [batch]."""
+        old = samples.record["loss"]
+        new = self.losses(params, samples.observation, samples.record)
+        if self.ratio == "mean":
+            log_ratio = (old - new).mean(1)
+        else:
+            log_ratio = jnp.clip(old - new, -3, 3)
+        loss = rl.clipped_surrogate(
+            log_ratio,
+            jnp.zeros_like(log_ratio),
+            samples.advantage,
+            clip_range=coefficients["clip_range"],
+        )
+        error = jnp.abs(jnp.expm1(log_ratio))
+        if self.ratio == "per_sample":
+            loss, error = loss.mean(1), error.max(1)
+        return loss, {"ratio_error": error, "flow_loss": new.mean(1)}

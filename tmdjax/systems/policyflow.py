@@ -1,0 +1,333 @@
+"""PolicyFlow: PPO for flow policies without likelihoods in the loss.
+
+An action is the end of an ODE flow from noise, plus a small learned Gaussian. The ratio
+is that of two Gaussians around the *stored* end, whose mean shift is the change of the
+velocity at one random point of a path between noise and end: one forward and backward
+of the network a sample, no solve.
+
+In this library's time (1 is noise, 0 the action) dv = v - v_behaviour moves the end by
+-dv. The paper runs the other way: its formulae are these under t = 1 - tau, v = -u.
+
+References:
+    arXiv 2602.01156.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax import flows, models, rl
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
+from tmdjax.core.types import Array, Params
+from tmdjax.train.on_policy import Samples
+
+PATHS = ("rectified_flow", "stochastic_interpolant", "trigflow")
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyFlow:
+    """A :class:`tmdjax.train.on_policy.Method`.
+
+    Attributes:
+        hidden: widths of the velocity network.
+        activation: its activation.
+        frequencies: of its time embedding, see :class:`tmdjax.models.ControlVelocity`.
+        out_scale: of its output at the start; the paper starts at 0.
+        steps: K, of the midpoint solver; 2 K evaluations an action.
+        path: where velocities are compared, one of PATHS.
+        times: points of the path a sample and visit (n_t), averaged.
+        initial_std: of the Gaussian at the start.
+        log_std_bounds: within which it is learned.
+        clip_range: of the ratio, in (0, 1).
+        entropy_coefficient: of the Gaussian's entropy (w_g), >= 0.
+        brownian_coefficient: of the regulariser that spreads the flow (w_b), >= 0.
+        brownian_reduction: 'mean' over dimensions, as the code, or 'sum', as the paper.
+        deterministic_start: start from 0 in place of noise: a Gaussian policy.
+    """
+
+    hidden: tuple[int, ...] = (256, 128, 64)
+    activation: str = "mish"
+    frequencies: tuple[float, float, int] = (1.0, 100.0, 32)
+    out_scale: float = 0.01
+    steps: int = 10
+    path: str = "rectified_flow"
+    times: int = 1
+    initial_std: float = 1.0
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    clip_range: float = 0.2
+    entropy_coefficient: float = 0.001
+    brownian_coefficient: float = 0.25
+    brownian_reduction: str = "mean"
+    deterministic_start: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("times", self.times)
+        check_choice("path", self.path, PATHS)
+        check_choice("brownian_reduction", self.brownian_reduction, REDUCTIONS)
+        check_range("initial_std", self.initial_std, 0, open_low=True)
+        check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
+        for name in ("entropy_coefficient", "brownian_coefficient"):
+            check_range(name, getattr(self, name), 0)
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """What may be vmapped."""
+        return {
+            "clip_range": self.clip_range,
+            "entropy_coefficient": self.entropy_coefficient,
+            "brownian_coefficient": self.brownian_coefficient,
+        }
+
+    @property
+    def nodes(self) -> np.ndarray:
+        """float32 [2 K + 1]: where the solver evaluates, 1 to 0, both included."""
+        return np.linspace(1, 0, 2 * self.steps + 1, dtype=np.float32)
+
+    def _module(self, size: int) -> models.ControlVelocity:
+        return models.ControlVelocity(
+            size, self.hidden, self.activation, self.frequencies, self.out_scale
+        )
+
+    def init(self, key: Any, observation: Any, action_size: int) -> Params:
+        """{'network', 'log_std'}."""
+        point = jax.ShapeDtypeStruct((1, action_size), jnp.float32)
+        time = jax.ShapeDtypeStruct((1,), jnp.float32)
+        module = self._module(action_size)
+        return {
+            "network": models.init_params(module, key, point, time, observation),
+            "log_std": jnp.full(action_size, jnp.log(self.initial_std)),
+        }
+
+    def log_std(self, params: Params) -> Array:
+        """Of the Gaussian, [action_size], within its bounds."""
+        return jnp.clip(params["log_std"], *self.log_std_bounds)
+
+    def flow(self, params: Params, observation: Array, x_0: Array) -> Array:
+        """Where the flow takes the noise x_0: the action before its Gaussian.
+
+        Args:
+            params: of the policy.
+            observation: [batch, ...].
+            x_0: [batch, action_size], at t = 1.
+
+        Returns:
+            x_1 [batch, action_size], at t = 0.
+        """
+        apply_fn = models.functional(self._module(x_0.shape[-1]))
+        network = params["network"]
+
+        def velocity(x: Array, t: Array, embedded: Array) -> Array:
+            # one time for all: what it adds to the first layer is computed once
+            return apply_fn(network, x, t[:1], embedded, method="velocity")
+
+        return flows.rollout(
+            None,
+            velocity,
+            x_0,
+            flows.make_table("ode", flows.uniform_grid(self.steps)),
+            apply_fn(network, observation, method="embed"),
+            method="midpoint",
+            store=False,
+            unroll=10,
+        )
+
+    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+        """An action and what made it: noise, end of the flow, Gaussian part."""
+        std = jnp.exp(self.log_std(params))
+        shape = (observation.shape[0], *std.shape)
+        if self.deterministic_start:
+            x_0 = jnp.zeros(shape)
+        else:
+            x_0 = prng.normal(prng.fold_in(keys, 0), std.shape)
+        x_1 = self.flow(params, observation, x_0)
+        z = prng.normal(prng.fold_in(keys, 1), std.shape)
+        delta = flows.gaussian_transition(jnp.zeros(shape), std[None], z)
+        return x_1 + delta, {"x_0": x_0, "x_1": x_1, "delta": delta}
+
+    def loss(
+        self,
+        params: Params,
+        behaviour: Params,
+        samples: Samples,
+        keys: Any,
+        coefficients: Mapping[str, Any],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Clipped surrogate, entropy of the Gaussian, Brownian regulariser; [batch]."""
+        x_t, t, v, v_old = self.velocities(params, behaviour, samples, keys)
+        dv = (v - v_old).mean(0)
+        log_std, old_log_std = self.log_std(params), self.log_std(behaviour)
+        log_ratio = shifted_log_ratio(
+            samples.record["delta"], -dv, log_std, old_log_std
+        )
+        loss = rl.clipped_surrogate(
+            log_ratio,
+            jnp.zeros_like(log_ratio),
+            samples.advantage,
+            clip_range=coefficients["clip_range"],
+        )
+        spread = brownian_penalty(self.path, x_t, t, v, v_old).mean(0)
+        if self.brownian_reduction == "sum":
+            spread = spread * dv.shape[-1]
+        loss = (
+            loss
+            - coefficients["entropy_coefficient"] * rl.gaussian_entropy(log_std)
+            + coefficients["brownian_coefficient"] * spread
+        )
+        return loss, {
+            "kl": rl.gaussian_kl(dv, log_std, old_log_std),
+            "ratio_error": jnp.abs(jnp.expm1(log_ratio)),
+            "brownian": spread,
+            "std": jnp.broadcast_to(jnp.exp(log_std).mean(), loss.shape),
+        }
+
+    def velocities(
+        self, params: Params, behaviour: Params, samples: Samples, keys: Any
+    ) -> tuple[Array, Array, Array, Array]:
+        """Points of the path and both velocities there.
+
+        Returns:
+            x_t [times, batch, action_size], t [times, batch] (the angle over [0, pi/2]
+            for 'trigflow'), v with gradient, and v of the behaviour without.
+        """
+        x_0, x_1 = samples.record["x_0"], samples.record["x_1"]
+        check_same_shape("x_0", x_0, "x_1", x_1)
+        draws = prng.fold_in(keys[None], jnp.arange(self.times)[:, None])
+        pick = jax.vmap(
+            jax.vmap(lambda k: jax.random.randint(k, (), 0, 2 * self.steps + 1))
+        )
+        t = jnp.asarray(self.nodes)[pick(draws)]
+        z = None
+        if self.path == "stochastic_interpolant":
+            z = jax.vmap(lambda k: prng.normal(prng.fold_in(k, 1), x_0.shape[1:]))(
+                draws
+            )
+        x_t = path_point(self.path, x_0, x_1, t, z)
+        apply_fn = models.functional(self._module(x_0.shape[-1]))
+
+        flat, times = x_t.reshape(-1, x_t.shape[-1]), t.reshape(-1)
+
+        def at(network: Params) -> Array:
+            embedded = apply_fn(network, samples.observation, method="embed")
+            embedded = jnp.tile(embedded, (self.times, 1))
+            v = apply_fn(network, flat, times, embedded, method="velocity")
+            return v.reshape(x_t.shape)
+
+        # one program for both: equal parameters give equal bits, and a ratio of 1
+        both = jax.tree.map(
+            lambda new, old: jnp.stack([new, jax.lax.stop_gradient(old)]),
+            params["network"],
+            behaviour["network"],
+        )
+        v, v_old = jax.vmap(at)(both)
+        return x_t, t, v, jax.lax.stop_gradient(v_old)
+
+
+def path_point(path: str, x_0: Array, x_1: Array, t: Array, z: Any = None) -> Array:
+    """A point between the noise x_0 (t = 1) and the end x_1 (t = 0).
+
+    Args:
+        path: one of PATHS.
+        x_0: [batch, dim].
+        x_1: [batch, dim].
+        t: [..., batch] in [0, 1]; 'trigflow' turns it into the angle pi t / 2.
+        z: standard normal noise [..., batch, dim] of 'stochastic_interpolant'.
+
+    Returns:
+        [..., batch, dim].
+    """
+    t = t[..., None]
+    if path == "trigflow":
+        angle = 0.5 * jnp.pi * t
+        return jnp.sin(angle) * x_0 + jnp.cos(angle) * x_1
+    x_t = t * x_0 + (1 - t) * x_1
+    if path == "stochastic_interpolant":
+        x_t = x_t + jnp.sqrt(jnp.maximum(2 * t * (1 - t), 1e-6)) * z
+    return x_t
+
+
+def brownian_penalty(path: str, x_t: Array, t: Array, v: Array, v_old: Array) -> Array:
+    """How far the flow is from moving along minus its score, which raises entropy.
+
+    mean over dimensions of (t v + x_t + (1 - t) v_old)^2; zero for v = -x, the
+    velocity that expands outwards. At t = 0 it has no gradient.
+
+    Args:
+        path: one of PATHS.
+        x_t: [..., dim].
+        t: [...] in [0, 1].
+        v: [..., dim], with gradient.
+        v_old: [..., dim], without.
+
+    Returns:
+        [...].
+
+    References:
+        arXiv 2602.01156, eqs. 14-16 (algorithm 1: the first term is the trained v).
+    """
+    t = t[..., None]
+    if path == "trigflow":
+        angle = 0.5 * jnp.pi * t
+        residual = jnp.sin(angle) * (v + x_t) + jnp.cos(angle) * v_old
+    else:
+        weight = t if path == "rectified_flow" else 2 * (t - 0.5) ** 2 + 0.5
+        residual = weight * v + x_t + (1 - t) * v_old
+    return jnp.mean(residual**2, axis=-1)
+
+
+def shifted_log_ratio(
+    delta: Array, shift: Array, log_std: Array, old_log_std: Array
+) -> Array:
+    """Log N(delta; shift, std^2) / N(delta; 0, old_std^2), summed over the last axis.
+
+    Exactly 0 where shift is 0 and the two standard deviations are equal, also where the
+    compiler fuses a product into a difference: no such product is rounded then.
+
+    Raises:
+        ValueError: delta and shift differ in shape (a ratio of [batch] against
+            [batch, 1] would broadcast).
+    """
+    check_same_shape("delta", delta, "shift", shift)
+    narrower = old_log_std - log_std
+    scaled = (delta - shift) * jnp.exp(narrower)
+    precision = jnp.exp(-2 * old_log_std)
+    each = narrower + 0.5 * precision * ((delta - scaled) * (delta + scaled))
+    return jnp.sum(each, axis=-1)
+
+
+def ratio_diagnostic(
+    method: PolicyFlow, params: Params, behaviour: Params, samples: Samples, keys: Any
+) -> dict[str, Array]:
+    """The approximate log-ratio beside the exact one, for which both ODEs are solved.
+
+    Args:
+        method: whose ratio.
+        params: trained policy.
+        behaviour: the policy that acted.
+        samples: some hundred transitions.
+        keys: [batch].
+
+    Returns:
+        Scalars: 'correlation' of the two log-ratios, 'bias' (mean of approximate less
+        exact), 'error' (root mean square of it) and 'spread' (standard deviation of
+        the exact one).
+    """
+    record = samples.record
+    *_, v, v_old = method.velocities(params, behaviour, samples, keys)
+    stds = method.log_std(params), method.log_std(behaviour)
+    approximate = shifted_log_ratio(record["delta"], -(v - v_old).mean(0), *stds)
+    moved = method.flow(params, samples.observation, record["x_0"]) - record["x_1"]
+    exact = shifted_log_ratio(record["delta"], moved, *stds)
+    away = approximate - exact
+    return {
+        "correlation": jnp.corrcoef(approximate, exact)[0, 1],
+        "bias": away.mean(),
+        "error": jnp.sqrt(jnp.mean(away**2)),
+        "spread": exact.std(),
+    }
