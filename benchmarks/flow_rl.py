@@ -30,7 +30,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,9 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
-import rich.table
 
+from benchmarks.contest import Contender, Row, Seconds, compare, in_turn, show, timed
 from experiments import alignment
 from experiments import alignment_tasks as tasks
 from tmdjax import flows, models, rl, train
@@ -69,10 +67,6 @@ _FIELDS = {
 }
 _CHAIN_FIELDS = {"steps": "rollout.steps"}
 """Of chains alone: the splits of a tree belong to its number of steps."""
-
-Seconds = Mapping[str, float]
-Contender = Callable[[], Seconds]
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +95,13 @@ class Problem:
         return self.batch["mask"].shape[0]
 
 
-def make_problem(config: Any, group_size: int = 8, remat: bool = True) -> Problem:
-    """Network and conditions of a config."""
-    spec = {**tasks.model_spec(config), "remat": remat}
+def make_problem(
+    config: Any, group_size: int = 8, remat: bool | None = None
+) -> Problem:
+    """Network and conditions of a config; remat is the config's where it is None."""
+    spec = tasks.model_spec(config)
+    if remat is not None:
+        spec["remat"] = remat
     network: Any = models.build(spec)
     network, length = network.dit_module(), spec["max_length"]
     prompts, size = config.rl.prompts, config.task.size
@@ -186,56 +184,6 @@ def _optimizer(config: Any) -> Any:
             clip_norm=settings.clip_norm,
         )
     )
-
-
-# -- timing ----------------------------------------------------------------------------
-
-
-def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until all that a call returns is ready, and what it returns."""
-    start = time.perf_counter()
-    found = jax.block_until_ready(fn())
-    return time.perf_counter() - start, found
-
-
-def in_turn(
-    contenders: Mapping[str, Contender], repeats: int, seed: int = 0
-) -> dict[str, list[Seconds]]:
-    """What each contender measured in each repeat, after one that does not count."""
-    order = np.random.default_rng(seed)
-    found: dict[str, list[Seconds]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _ in range(repeats):
-        for name in order.permutation(list(contenders)):
-            found[str(name)].append(contenders[str(name)]())
-    return found
-
-
-def compare(
-    what: str,
-    ours: Sequence[Seconds],
-    rival: Sequence[Seconds],
-    goals: Mapping[str, float] | None = None,
-) -> list[Row]:
-    """A row for each phase both measured: medians, and the ratio with its quartiles."""
-    rows = []
-    for phase in ours[0]:
-        a, b = ([one[phase] for one in each] for each in (ours, rival))
-        ratios = [x / y for x, y in zip(a, b)]
-        low, high = np.quantile(ratios, [0.25, 0.75])
-        rows.append(
-            {
-                "what": f"{what}: {phase}",
-                "unit": "s",
-                "ours": statistics.median(a),
-                "rival": statistics.median(b),
-                "ratio": statistics.median(ratios),
-                "quartiles": [float(low), float(high)],
-                "goal": (goals or {}).get(phase),
-            }
-        )
-    return rows
 
 
 # -- contenders ------------------------------------------------------------------------
@@ -742,27 +690,6 @@ def measure(
     return rows, notes
 
 
-def show(rows: Sequence[Row], title: str) -> None:
-    """Prints the table."""
-    table = rich.table.Table(title=title)
-    for column in ("what", "ours", "rival", "ratio", "quartiles", "goal"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-
-    def number(value: Any, unit: str = "") -> str:
-        return "" if value is None else f"{value:.4g} {unit}".strip()
-
-    for row in rows:
-        table.add_row(
-            row["what"],
-            number(row["ours"], row["unit"]),
-            number(row.get("rival"), row["unit"]),
-            number(row.get("ratio")),
-            " .. ".join(number(x) for x in row.get("quartiles", ())),
-            number(row.get("goal")),
-        )
-    rich.console.Console(width=120).print(table)
-
-
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The options."""
     flags = argparse.ArgumentParser(
@@ -772,7 +699,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     for name, field in {**_FIELDS, **_CHAIN_FIELDS}.items():
         flags.add_argument(f"--{name}", help=f"{field} of the config")
     flags.add_argument("--group", type=int, default=8, help="chains a prompt")
-    flags.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
+    flags.add_argument("--remat", action=argparse.BooleanOptionalAction)
     flags.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--json", type=pathlib.Path, help="also written there")
@@ -799,7 +726,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "config": given.config,
         "overrides": [*network, *chains],
         "group_size": given.group,
-        "remat": given.remat,
+        "remat": problem.network.remat,
         "parameters": trees.count(problem.params),
         "device": device_name(),
         "versions": versions(),

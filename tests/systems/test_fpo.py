@@ -43,7 +43,7 @@ def test_11_the_two_errors_differ_by_a_power_of_time():
 
 
 def test_times_are_those_of_the_solver_and_actions_are_squashed():
-    method, params, samples, action = made(bound=3.0)
+    *_, samples, action = made(bound=3.0)
     t = np.unique(np.asarray(samples.record["t"]))
     np.testing.assert_allclose(t, [0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-6)
     np.testing.assert_allclose(action, 3 * np.tanh(samples.record["action"]), rtol=1e-5)

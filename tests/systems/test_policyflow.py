@@ -287,14 +287,14 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
         },
     ):
 
-        def flow_loss(network):
+        def flow_loss(network, new=new):
             loss, _ = method.loss(
                 {**new, "network": network}, params, ours, KEYS,
                 {**COEFFICIENTS, "brownian_coefficient": 0.0},
             )  # fmt: skip
             return loss.mean()
 
-        def gaussian_loss(network):
+        def gaussian_loss(network, new=new):
             loss, _ = gaussian.loss(
                 {"network": as_mean(network), "log_std": new["log_std"]},
                 {"log_std": params["log_std"]},
@@ -361,7 +361,7 @@ def test_7_no_gradient_into_the_behaviour_and_the_two_reductions():
 
 
 def test_8_the_brownian_term_raises_entropy():
-    method, params, samples = made(out_scale=0.0)
+    method, params, _ = made(out_scale=0.0)
     x_0 = jax.random.normal(jax.random.key(4), (1000, 2))
     seen = jnp.zeros((1000, 4))
     ends = jax.jit(method.flow)
@@ -502,5 +502,5 @@ def test_policies_act_on_any_environment():
         vector = envs.Vector(environment, 3)
         state = vector.reset(jax.random.key(0))
         params = method.init(jax.random.key(1), state.observation[:1], 2)
-        action, record = method.act(params, state.observation, KEYS[:3])
+        action, _ = method.act(params, state.observation, KEYS[:3])
         assert action.shape == (3, 2) and np.isfinite(action).all()

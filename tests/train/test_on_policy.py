@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tmdjax import envs, models, rl
+from tmdjax.core import trees
 from tmdjax.systems.fpo import FPO
 from tmdjax.systems.policyflow import PolicyFlow
 from tmdjax.systems.ppo import GaussianPolicy
@@ -34,7 +35,10 @@ METHODS = {
 TINY = Settings(unroll=8, epochs=2, minibatches=2, critic_hidden=(16,))
 
 
-def trained(method, environment=envs.MultiGoal(), count=16, iterations=3, **changes):
+MULTI = envs.MultiGoal()
+
+
+def trained(method, environment=MULTI, count=16, iterations=3, **changes):
     trainer = make_trainer(
         envs.Vector(environment, count), method, dataclasses.replace(TINY, **changes)
     )
@@ -81,6 +85,29 @@ def test_known_optima_are_reached(name, probe):
         assert 8.5 < float(value[0, 0]) < 10.5
 
 
+@pytest.mark.slow
+def test_a_coarse_solver_diverges_once_the_flow_is_narrow():
+    """What docs/control.md says of 5 solver steps."""
+    ends = {}
+    for steps in (5, 10):
+        method = dataclasses.replace(METHODS["policyflow"], steps=steps)
+        for probe in ("target", "follow", "two_peaks"):
+            _, _, metrics = trained(
+                method,
+                envs.PROBES[probe],
+                count=64,
+                iterations=400,
+                learning_rate=1e-3,
+                discount=0.9,
+                epochs=4,
+                value_clip=None,
+            )
+            ends[probe, steps] = np.asarray(metrics["reward_mean"])[-10:].mean()
+    for probe in ("target", "follow", "two_peaks"):
+        assert envs.PROBES[probe].optimum - ends[probe, 10] < 0.1, ends
+        assert envs.PROBES[probe].optimum - ends[probe, 5] > 0.4, ends
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_16_compiled_once_donated_and_repeatable(name, count_compiles):
     method = METHODS[name]
@@ -112,9 +139,9 @@ def test_13_seeds_side_by_side_are_seeds_one_by_one():
     run = jit_iterations(trainer, 2)
     for i in range(3):
         alone, found = run(trainer.init(keys[i]), keys[i])
-        same(jax.tree.map(lambda x: x[i], metrics), found, rtol=2e-3, atol=1e-4)
+        same(trees.take(metrics, i), found, rtol=2e-3, atol=1e-4)
         same(
-            jax.tree.map(lambda x: x[i], together.learner.params),
+            trees.take(together.learner.params, i),
             alone.learner.params,
             atol=1e-4,
         )
@@ -170,7 +197,7 @@ def test_a_step_that_is_not_valid_has_no_weight():
             poisoned = jnp.where(samples.advantage == 0, jnp.nan, loss)
             return poisoned, metrics
 
-    _, state, metrics = trained(
+    *_, metrics = trained(
         Spy(hidden=(16,)), Breaking(), count=32, iterations=1, advantages="batch"
     )
     assert metrics["invalid_steps"][0] > 0 and metrics["skipped"].sum() == 0

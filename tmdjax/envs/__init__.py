@@ -12,11 +12,14 @@ from tmdjax.envs.diagnostic import PROBES
 from tmdjax.envs.multi_goal import MultiGoal, goal_counts, goal_entropy
 from tmdjax.envs.point_maze import PointMaze
 from tmdjax.envs.push import Push
+from tmdjax.envs.simulators import Brax, Playground
 
 __all__ = [
     "PROBES",
+    "Brax",
     "Environment",
     "MultiGoal",
+    "Playground",
     "PointMaze",
     "Push",
     "Transition",

@@ -50,10 +50,14 @@ class Environment(Protocol):
     """
 
     @property
-    def action_size(self) -> int: ...
+    def action_size(self) -> int:
+        """See the class."""
+        ...
 
     @property
-    def action_bound(self) -> float | None: ...
+    def action_bound(self) -> float | None:
+        """See the class."""
+        ...
 
     def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[PyTree, Array]:
         """State and observation of a new episode.

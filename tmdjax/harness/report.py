@@ -149,16 +149,9 @@ def line_plot(
                 f"series {name!r} has x of shape {np.shape(x)} and y of shape "
                 f"{np.shape(y)}; give two arrays of one length."
             )
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        _LOGGER.warning(
-            "%s left out: matplotlib is absent (pip install 'tmdjax[demo]').", path
-        )
+    figure = _figure(path, (6.4, 4.0))
+    if figure is None:
         return None
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, (x, y) in series.items():
         axes.plot(np.asarray(x), np.asarray(y), marker=".", label=name)
@@ -167,6 +160,65 @@ def line_plot(
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.legend()
+    return _save(figure, path)
+
+
+def path_plot(
+    paths: Any,
+    path: str | os.PathLike[str],
+    title: str,
+    marks: Any = (),
+    squares: Any = (),
+) -> Path | None:
+    """Writes the paths of agents in the plane as a PNG by matplotlib.
+
+    Args:
+        paths: [agent, time, 2]; a path stops at its first value that is not finite.
+        path: the PNG to write; folders are made.
+        title: above the axes.
+        marks: [n, 2], places to mark, such as goals.
+        squares: [n, 2], centres of unit squares to fill, such as walls.
+
+    Returns:
+        The path; None, with a logged warning, where matplotlib is absent.
+
+    Raises:
+        ValueError: paths of another shape.
+    """
+    paths = np.asarray(paths)
+    if paths.ndim != 3 or paths.shape[2] != 2:
+        raise ValueError(f"paths have shape {paths.shape}; give [agent, time, 2].")
+    figure = _figure(path, (5.0, 5.0))
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    for x, y in np.asarray(squares).reshape(-1, 2):
+        axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5],
+                  [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color="0.8")  # fmt: skip
+    for walk in paths:
+        axes.plot(walk[:, 0], walk[:, 1], linewidth=0.6, alpha=0.4)
+    marks = np.asarray(marks).reshape(-1, 2)
+    axes.plot(marks[:, 0], marks[:, 1], "k*", markersize=12)
+    axes.set(title=title, aspect="equal")
+    return _save(figure, path)
+
+
+def _figure(path: Any, size: tuple[float, float]) -> Any:
+    """An empty figure; None where matplotlib is absent: no run dies of a figure."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        _LOGGER.warning(
+            "%s left out: matplotlib is absent (pip install 'tmdjax[demo]').", path
+        )
+        return None
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Any) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)

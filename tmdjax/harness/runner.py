@@ -9,7 +9,8 @@ An experiment is a module (or any object) with
 and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent), and
 ``measures(config)``, the metrics that its units will have, named as in a summary:
 claims about others are then refused before the run. A unit is one arm under one seed;
-shards share the units out.
+shards share the units out. ``PAIRING = "vmapped"`` says that a stage trains all seeds
+side by side.
 """
 
 import contextlib
@@ -476,6 +477,7 @@ def _summarise(
         config_hash=config_hash(to_plain(config)),
         units=units,
         claims=claims,
+        pairing=getattr(experiment, "PAIRING", "separate"),
         complete={unit["arm"] for unit in units} == set(_arms(experiment, config)),
     )
 

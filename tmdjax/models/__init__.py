@@ -2,7 +2,7 @@
 
 from tmdjax.models import lora
 from tmdjax.models.attention import attention
-from tmdjax.models.build import MODELS, build, functional, init_params
+from tmdjax.models.build import MODELS, build, functional, init_params, spec_of
 from tmdjax.models.classifier import Classifier
 from tmdjax.models.control import ControlMLP, ControlVelocity, ObservationFeatures
 from tmdjax.models.dit import DiT
@@ -45,6 +45,7 @@ __all__ = [
     "patchify",
     "position_embedding_2d",
     "rectified_flow",
+    "spec_of",
     "timestep_embedding",
     "unpatchify",
 ]

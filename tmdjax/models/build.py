@@ -13,12 +13,15 @@ from tmdjax.core.prng import check_key
 from tmdjax.core.registry import Registry, suggestion
 from tmdjax.core.types import ApplyFn, Params
 from tmdjax.models.classifier import Classifier
+from tmdjax.models.control import ControlMLP, ControlVelocity
 from tmdjax.models.dit import DiT
 from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.text_dit import TextDiT
 from tmdjax.models.unet import UNet
 
 MODELS: Registry[type[nn.Module]] = Registry("model")
+MODELS.register("control_mlp")(ControlMLP)
+MODELS.register("control_velocity")(ControlVelocity)
 MODELS.register("dit")(DiT)
 MODELS.register("text_dit")(TextDiT)
 MODELS.register("mlp")(VelocityMLP)
@@ -71,6 +74,22 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     if missing:
         raise ValueError(f"model {spec['name']!r} also needs {', '.join(missing)}.")
     return kind(**given)
+
+
+def spec_of(module: nn.Module) -> dict[str, Any]:
+    """The spec from which :func:`build` makes an equal module.
+
+    Raises:
+        ValueError: its class is not in ``MODELS``.
+    """
+    names = [name for name in MODELS if MODELS[name] is type(module)]
+    if not names:
+        raise ValueError(
+            f"{type(module).__name__} is not in models.MODELS; register it there."
+        )
+    fields = dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
+    attributes = [f.name for f in fields if f.name not in ("name", "parent")]
+    return {"name": names[0]} | {name: getattr(module, name) for name in attributes}
 
 
 def functional(module: nn.Module) -> ApplyFn:

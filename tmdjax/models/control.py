@@ -122,6 +122,7 @@ class ControlVelocity(nn.Module):
         super().__post_init__()
 
     def setup(self):
+        """The layers."""
         first, *rest = self.hidden
         self.observation = ObservationFeatures()
         self.from_observation = Dense(first)

@@ -105,6 +105,16 @@ class PolicyFlow:
             "log_std": jnp.full(action_size, jnp.log(self.initial_std)),
         }
 
+    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The velocity network; log_std, and the steps it was trained with."""
+        log_std = np.asarray(params["log_std"])
+        module = self._module(len(log_std))
+        return models.spec_of(module), {
+            "log_std": log_std.tolist(),
+            "steps": self.steps,
+            "solver": "midpoint",
+        }
+
     def log_std(self, params: Params) -> Array:
         """Of the Gaussian, [action_size], within its bounds."""
         return jnp.clip(params["log_std"], *self.log_std_bounds)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from tmdjax import flows, models, rl
 from tmdjax.core import prng
@@ -64,6 +65,13 @@ class GaussianPolicy:
         return {
             "network": models.init_params(module, key, observation),
             "log_std": jnp.full(action_size, jnp.log(self.initial_std)),
+        }
+
+    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The network of the mean, and log_std."""
+        module = self._module(len(params["log_std"]))
+        return models.spec_of(module), {
+            "log_std": np.asarray(params["log_std"]).tolist()
         }
 
     def mean_and_log_std(

@@ -18,7 +18,13 @@ from tmdjax.train.state import (
     make_train_step,
     nonfinite_report,
 )
-from tmdjax.train.supervised import DataIterator, FitResult, NonFiniteError, fit
+from tmdjax.train.supervised import (
+    DataIterator,
+    FitResult,
+    NoData,
+    NonFiniteError,
+    fit,
+)
 
 __all__ = [
     "CheckpointError",
@@ -26,6 +32,7 @@ __all__ = [
     "DataIterator",
     "FineTuned",
     "FitResult",
+    "NoData",
     "NonFiniteError",
     "OptimizerConfig",
     "Restored",

@@ -63,7 +63,9 @@ class Method(Protocol):
     """
 
     @property
-    def coefficients(self) -> Mapping[str, float]: ...
+    def coefficients(self) -> Mapping[str, float]:
+        """See the class."""
+        ...
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:
         """Parameters, from one observation's shape and dtype."""
@@ -85,6 +87,13 @@ class Method(Protocol):
 
         Metrics include 'ratio_error', |ratio - 1|, and, for an adaptive learning rate,
         'kl', KL(behaviour || policy).
+        """
+        ...
+
+    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The spec that rebuilds ``params['network']``, and JSON-able facts beside it.
+
+        The spec is one of :func:`tmdjax.models.build`.
         """
         ...
 
@@ -194,13 +203,13 @@ class OnPolicyState:
 
     @property
     def skipped(self) -> Any:
-        """Updates that were not finite and were skipped."""
-        return self.learner.skipped
+        """Updates that were not finite and were skipped, of all seeds together."""
+        return jnp.sum(self.learner.skipped)
 
     @property
     def skipped_in_a_row(self) -> Any:
-        """Of these, how many since the last good one."""
-        return self.learner.skipped_in_a_row
+        """Of these, how many since the last good one, of the worst seed."""
+        return jnp.max(self.learner.skipped_in_a_row)
 
 
 class Trainer(NamedTuple):

@@ -28,6 +28,20 @@ class DataIterator(Protocol):
         ...
 
 
+class NoData:
+    """A :class:`DataIterator` for steps that make their own data: batches are None."""
+
+    def __next__(self) -> None:
+        """Nothing, without end."""
+
+    def get_state(self) -> dict[str, Any]:
+        """There is no position."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """There is no position."""
+
+
 class NonFiniteError(RuntimeError):
     """Updates kept being non-finite; the last good checkpoint is kept."""
 

@@ -1,0 +1,156 @@
+"""PolicyFlow beside Gaussian PPO and FPO.
+
+    python -m experiments.run --config=configs/policyflow.py:smoke
+    python -m experiments.run --config=configs/policyflow.py:cpu --seeds=0..4
+    python -m experiments.run --config=configs/policyflow.py:gpu --seeds=0..4
+    python -m experiments.run --config=configs/policyflow.py:paper --dry_run
+
+All seeds of an arm are trained side by side (``train.seeds``); every arm takes as many
+environment steps.
+
+smoke  MultiGoal, 64 environments, one seed: mechanics, and reward rises.
+cpu    MultiGoal, 256 environments x 32 steps: does a policy find several of six goals?
+gpu    MultiGoal as released: 4096 environments x 32 steps, 2000 iterations.
+paper  the same in single runs of 4096 environments: sizes only.
+"""
+
+from ml_collections import ConfigDict
+
+TIERS = ("smoke", "cpu", "gpu", "paper")
+
+COST = {
+    "smoke": "40 s on 2 cores",
+    "cpu": "not measured yet",
+    "gpu": "meant for 8 min a shard (an arm, 5 seeds) on one H100; not measured yet",
+    "paper": "sizes only",
+}
+
+
+def get_config(tier: str) -> ConfigDict:
+    """The config of a tier."""
+    large = tier in ("gpu", "paper")
+    hidden = {"smoke": (32, 32), "cpu": (128, 64)}.get(tier, (256, 128, 64))
+    config = ConfigDict()
+    config.system = "policyflow"
+    config.env = ConfigDict({"name": "multi_goal"})
+    config.train = ConfigDict(
+        {
+            "seeds": (0,) if tier == "smoke" else (0, 1, 2, 3, 4),
+            "envs": {"smoke": 64, "cpu": 256}.get(tier, 4096),
+            "unroll": 16 if tier == "smoke" else 32,
+            "iterations": {"smoke": 40, "cpu": 150}.get(tier, 2000),
+            "iterations_per_call": {"smoke": 8, "cpu": 5}.get(tier, 25),
+            "epochs": 5,
+            "minibatches": 4,
+            "learning_rate": 1e-3 if tier == "smoke" else 2e-4,
+            "target_kl": 0.01,
+            "critic_hidden": hidden,
+        }
+    )
+    config.evaluate = ConfigDict({"agents": 1000})
+    if tier == "smoke":
+        config.evaluate.agents = 200
+    velocity = {"frequencies": (1.0, 100.0, 32 if large else 8)}
+    flow = {"method": "policyflow", "hidden": hidden, **velocity}
+    fpo = {
+        "method": "fpo",
+        "bound": 5.0,
+        "train": {
+            "unroll": 32,
+            "epochs": 16,
+            "minibatches": 32,
+            "learning_rate": 3e-4,
+            "target_kl": None,
+            "weight_decay": 0.0,
+            "clip_norm": None,
+            "discount": 0.995,
+            "reward_scale": 10.0,
+            "advantages": "minibatch",
+            "value_coefficient": 0.25,
+            "value_clip": None,
+            "normalise": "running",
+            "critic_hidden": (256,) * 5,
+            "critic_activation": "silu",
+        },
+    }
+    released = {
+        "normalise": "forgetful",
+        "normalise_before_update": True,
+        "max_ratio_error": None,
+    }
+    arms: dict[str, dict] = {
+        "ppo": {"method": "ppo", "hidden": hidden},
+        "policyflow": {**flow, "brownian_coefficient": 0.25},
+        "policyflow_plain": {**flow, "brownian_coefficient": 0.0},
+    }
+    if large:
+        arms["fpo"] = fpo
+        arms["fpo_released"] = {**fpo, "train": {**fpo["train"], **released}}
+    config.arms = ConfigDict(arms)
+    config.claims = ConfigDict(_claims(tier) if tier in ("cpu", "gpu") else {})
+    return config
+
+
+def _claims(tier: str) -> dict[str, dict[str, object]]:
+    def claim(
+        statement: str, statistic: str, threshold: float, **fields: object
+    ) -> dict:
+        return {
+            "statement": statement,
+            "published": "",
+            "statistic": statistic,
+            "direction": "greater",
+            "threshold": threshold,
+            **fields,
+        }
+
+    entropy, reward = "goal_entropy", "training_reward"
+    claims = {
+        "1a": claim(
+            "goal entropy H / ln 6, PolicyFlow less Gaussian PPO",
+            "difference",
+            0.3,
+            ours=f"policyflow/{entropy}",
+            baseline=f"ppo/{entropy}",
+        ),
+        "2a": claim(
+            "training reward, PolicyFlow over Gaussian PPO",
+            "ratio",
+            0.9,
+            ours=f"policyflow/{reward}",
+            baseline=f"ppo/{reward}",
+        ),
+        "2b": claim(
+            "... without the Brownian term",
+            "ratio",
+            0.95,
+            ours=f"policyflow_plain/{reward}",
+            baseline=f"ppo/{reward}",
+        ),
+    }
+    for name in ("ppo", "policyflow", "policyflow_plain"):
+        claims[f"1r_{name}"] = {
+            "statement": f"goal entropy H / ln 6 of {name}",
+            "published": "",
+            "statistic": "report",
+            "ours": f"{name}/{entropy}",
+            "baseline": None,
+        }
+    # all seeds of an arm share one clock; benchmarks/control.py compares the arms
+    for name in ("ppo", "policyflow"):
+        claims[f"3_{name}"] = {
+            "statement": f"seconds an iteration and seed of {name}",
+            "published": "PolicyFlow 1.34 to 1.82 times PPO, with physics",
+            "statistic": "report",
+            "ours": f"{name}/seconds_per_iteration",
+            "baseline": None,
+        }
+    if tier == "gpu":
+        claims["1b"] = claim(
+            "goals covered, PolicyFlow less the same without the Brownian term",
+            "difference",
+            0.0,
+            ours="policyflow/covered_goals",
+            baseline="policyflow_plain/covered_goals",
+        )
+    return claims

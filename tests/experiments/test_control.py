@@ -1,0 +1,182 @@
+"""Policies in environments as an experiment: stages, judging, resuming, refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tmdjax
+from experiments import control, control_tasks, policyflow, run
+from tmdjax.harness import load_config
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SMOKE = "--config=configs/policyflow.py:smoke"
+TINY = (
+    "train.envs=8 train.unroll=8 train.iterations=4 train.iterations_per_call=2 "
+    "train.epochs=2 train.minibatches=2 train.critic_hidden=(16,16) evaluate.agents=20"
+).split()
+
+
+def tiny(*changes, env=None, arm="policyflow", **train):
+    config = load_config("configs/policyflow.py:smoke", [*TINY, *changes])
+    with config.unlocked():
+        config.arms = {arm: config.arms[arm]}
+        config.arms[arm].hidden = (16,)
+        config.train.update(train)
+        if env is not None:
+            config.env = env
+    return config
+
+
+def ran(config, workdir, **options):
+    given = run.Options(command="test", tier="smoke", workdir=workdir, **options)
+    return run.run(policyflow, config, given)
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("control") / "run"
+    assert run.main([SMOKE, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def test_smoke_measures_what_claims_may_be_about(smoke):
+    config = load_config("configs/policyflow.py:smoke")
+    found = summary_of(smoke)["metrics"]
+    assert policyflow.measures(config) <= found.keys()
+    for arm in control.arms(config):
+        assert found[f"{arm}/reward_last"] > found[f"{arm}/reward_first"]
+        assert found[f"{arm}/skipped_updates"] == 0
+        assert 0 <= found[f"{arm}/goal_entropy"] <= 1
+    assert found["policyflow/first_ratio_error"] == 0
+    assert found["ppo/first_ratio_error"] < 1e-6
+    assert len(policyflow.summary_rows(config, found)) == 3
+    for name in ("paths", "reward"):
+        assert list((smoke / "figures").glob(f"*{name}.png"))
+
+
+def test_a_finished_run_is_taken_up_again_and_loads(smoke, capsys):
+    before = summary_of(smoke)["metrics"]
+    assert run.main([SMOKE, f"--workdir={smoke}"]) == 0
+    assert "cached" in capsys.readouterr().out
+    assert summary_of(smoke)["metrics"] == before
+    apply_fn, params, meta = tmdjax.load(smoke, arm="policyflow")
+    v = apply_fn(params, jnp.zeros((3, 2)), jnp.ones(3), jnp.zeros((3, 4)))
+    assert v.shape == (3, 2) and np.isfinite(v).all()
+    assert meta["steps"] == 10 and len(meta["log_std"]) == 2
+
+
+def test_seeds_side_by_side_are_judged_one_by_one(tmp_path):
+    config = tiny(seeds=(3, 5))
+    assert ran(config, tmp_path / "run", seeds=(3, 5)).code == 0
+    units = [
+        json.loads(
+            (tmp_path / "run" / "units" / f"policyflow-seed{s}.json").read_text()
+        )
+        for s in (3, 5)
+    ]
+    rewards = [unit["unit"]["metrics"]["training_reward"] for unit in units]
+    assert rewards[0] != rewards[1]
+    with pytest.raises(ValueError, match=r"seed 4 was not trained: .*--seeds=3..5"):
+        ran(config, tmp_path / "run", seeds=(3, 4))
+
+
+@pytest.mark.parametrize(
+    "env, measured",
+    [
+        ({"name": "point_maze", "horizon": 20}, {"cells_visited", "success"}),
+        ({"name": "push", "horizon": 10}, {"success"}),
+        (
+            {"name": "push", "horizon": 5, "observation": "pixels", "side": 16},
+            {"success"},
+        ),
+    ],
+)
+def test_other_environments(env, measured, tmp_path):
+    config = tiny(env=env, arm="ppo")
+    assert ran(config, tmp_path / "run").code == 0
+    found = summary_of(tmp_path / "run")["metrics"]
+    assert control.measures(config) <= found.keys()
+    assert all(0 <= found[f"ppo/{name}"] <= 1 for name in measured)
+
+
+def test_judging_multi_goal_by_a_policy_that_knows():
+    """Agents that go straight to the two goals on the x axis, half to each."""
+    config = tiny("evaluate.agents=100")
+
+    def act(seen, key):
+        side = jnp.where(jnp.arange(100) % 2 == 0, 5.0, -5.0)
+        to = jnp.stack([side, jnp.zeros(100)], 1) - seen[:, :2]
+        return 2 * to - 2.5 * seen[:, 2:]
+
+    found, paths = control_tasks.judge(config, act, jax.random.key(0))
+    assert found["covered_goals"] == 2 and found["reached"] == 1
+    assert found["goal_entropy"] == pytest.approx(np.log(2) / np.log(6))
+    assert paths.shape == (100, 50, 2) and np.isfinite(paths).all()
+
+    def away(seen, key):
+        return jnp.full((100, 2), 5.0)
+
+    found, paths = control_tasks.judge(config, away, jax.random.key(0))
+    assert found["reached"] == 0 and found["goal_entropy"] == 0
+    assert np.isnan(paths[:, -1]).all()  # out of the square, and not shown
+
+
+ONE_ARM = """
+import functools, pathlib, sys
+from experiments import policyflow, run
+from tmdjax import train
+from tmdjax.harness import load_config
+
+train.fit = functools.partial(train.fit, checkpoint_seconds=(0.2, 0.2))
+config = load_config(
+    "configs/policyflow.py:smoke",
+    "train.envs=16 train.iterations=400 train.iterations_per_call=2".split(),
+)
+with config.unlocked():
+    config.arms = {"policyflow": config.arms.policyflow}
+options = run.Options(command="test", tier="smoke", workdir=pathlib.Path(sys.argv[1]))
+sys.exit(run.run(policyflow, config, options).code)
+"""
+
+
+def test_sigkill_in_the_middle_of_training(killed_and_resumed):
+    found = killed_and_resumed(ONE_ARM, "stages/train-*/checkpoints/*/manifest.json")
+    a, b = (
+        {k: v for k, v in x.items() if not k.endswith("seconds_per_iteration")}
+        for x in found
+    )
+    assert a == b and len(a) > 8
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["train.iterations_per_call=3"], "iterations=4 is no multiple of"),
+        (["train.minibatches=5"], "64 transitions do not divide into minibatches=5"),
+        (["train.iterations=0"], "train.iterations=0"),
+        (["evaluate.agents=0"], "evaluate.agents=0"),
+    ],
+)
+def test_bad_inputs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        control.describe(tiny(*changes))
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match="Did you mean 'policyflow'"):
+        config = tiny()
+        with config.unlocked():
+            config.arms.policyflow.method = "policy_flow"
+        control.describe(config)
+    with pytest.raises(ValueError, match="Did you mean 'multi_goal'"):
+        control.describe(tiny(env={"name": "multigoal"}))
+    with pytest.raises(ValueError, match="train.seeds is empty"):
+        control.describe(tiny(seeds=()))
