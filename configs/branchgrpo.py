@@ -102,7 +102,7 @@ def get_config(tier: str) -> ConfigDict:
             for name in ("dance", "branch", "branch_depth", "branch_shuffled")
         }
         # 40 iterations of the slowest arm here take about 50 s
-        config.evaluate.judge_seconds = 25.0
+        config.update({"evaluate": {"judge_seconds": 25.0}})
         # B6 is about unseen compositions, of which these captions have four
         config.claims = ConfigDict(
             {k: v for k, v in claims.items() if k not in ("B4b", "B6")}

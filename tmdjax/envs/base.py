@@ -175,7 +175,8 @@ class Vector:
             start = jax.vmap(self.environment.reset)(keys[:, 1])
         ended = step.terminated | step.truncated
         state, observation = _where(ended, start, (after.state, after.observation))
-        return before.replace(state=state, observation=observation), step
+        after = dataclasses.replace(before, state=state, observation=observation)
+        return after, step
 
 
 def _where(which: Array, a: PyTree, b: PyTree) -> PyTree:

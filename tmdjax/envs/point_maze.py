@@ -100,7 +100,7 @@ class PointMaze:
             ]
         )
 
-    def cell_of(self, position: Array) -> tuple[Array, Array]:
+    def cell_of(self, position: Any) -> tuple[Array, Array]:
         """Row and column, int32 [...], of positions [..., 2]."""
         rows, columns = self.shape
         row = jnp.floor(rows / 2 - position[..., 1]).astype(jnp.int32)

@@ -42,7 +42,7 @@ class Brax:
         """Of the environment."""
         return int(_brax(self.name, self.backend).action_size)
 
-    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Array]:
+    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
         """Brax's own start; the first time at a random step count."""
         return _start(_brax(self.name, self.backend), key, first, self.horizon)
 
@@ -76,7 +76,7 @@ class Playground:
         """Of the environment."""
         return int(_playground(self.name).action_size)
 
-    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Array]:
+    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
         """Its own start; the first time at a random step count."""
         found = _start(_playground(self.name), key, first, self.horizon)
         return found[0], self._seen(found[1])

@@ -52,7 +52,11 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
             f"a model needs a name, one of {', '.join(MODELS)}; got {sorted(spec)}."
         )
     kind = MODELS[spec["name"]]
-    given = {key: value for key, value in spec.items() if key != "name"}
+    given = {  # a spec that was JSON has lists for tuples
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in spec.items()
+        if key != "name"
+    }
     fields = {
         field.name: field
         for field in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]

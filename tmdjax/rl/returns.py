@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from tmdjax.core.checks import check_range, check_same_shape

@@ -62,7 +62,7 @@ def check_clip_range(
             f"clip_range={clip_range!r} must be a number or a pair (low, high)."
         )
     if any(isinstance(x, jax.core.Tracer) for x in pair):
-        return pair  # an array of the state: checked where it was given
+        return pair[0], pair[1]  # an array of the state: checked where it was given
     low, high = (float(x) for x in pair)
     check_range("clip_range low", low, 0, 1, open_low=True)
     check_range("clip_range high", high, 0, open_low=True)

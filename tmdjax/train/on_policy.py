@@ -484,7 +484,8 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             "learning_rate": learning_rate,
             "skipped_in_a_row": learner.skipped_in_a_row.astype(jnp.float32),
         }
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             iteration=state.iteration + 1,
             learner=learner,
             learning_rate=learning_rate,
@@ -549,7 +550,8 @@ def _with_learning_rate(rule: optax.GradientTransformation) -> Any:
 
 
 def _set_learning_rate(learner: TrainState, rate: Array) -> TrainState:
-    return learner.replace(opt_state=(learner.opt_state[0], rate))
+    opt_state = (learner.opt_state[0], rate)
+    return dataclasses.replace(learner, opt_state=opt_state)
 
 
 def jit_iterations(
