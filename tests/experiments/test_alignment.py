@@ -157,6 +157,7 @@ sys.exit(run.run(branchgrpo, config, options).code)
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_rl(killed_and_resumed):
     """A run killed between two checkpoints ends as one that was left alone."""
     found = killed_and_resumed(ONE_ARM, "stages/align-*/checkpoints/*/manifest.json")

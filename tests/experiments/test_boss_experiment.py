@@ -101,6 +101,7 @@ def test_images_and_adapters_and_the_model_that_comes_out(tmp_path):
         boss.sample(velocity, noise, flows.uniform_grid(3), labels)
 
 
+@pytest.mark.slow
 def test_sigkill_and_the_same_command(smoke, tmp_path):
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.run", SMOKE, f"--workdir={workdir}"]
@@ -185,7 +186,9 @@ def test_eight_devices_equal_one(run_python):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("arm", ["fashion", "sprites"])
+@pytest.mark.parametrize(
+    "arm", [pytest.param("fashion", marks=pytest.mark.slow), "sprites"]
+)
 def test_straightening_step_of_the_gpu_tier_lowers(platform, arm):
     from tmdjax import train
 

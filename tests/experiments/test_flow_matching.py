@@ -41,7 +41,7 @@ def smoke(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("spec", ALL_TIERS)
+@pytest.mark.parametrize("spec", [s for s in ALL_TIERS if not s.endswith(":smoke")])
 def test_every_tier_of_every_config_builds(spec, capsys):
     assert spec.rpartition(":")[2] in ("smoke", "cpu", "gpu", "paper")
     run.main([f"--config={spec}", "--dry_run", "--workdir=/nonexistent/run"])
@@ -113,6 +113,7 @@ def two_seeds(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_other_seed_others(smoke, two_seeds):
     units = [
         json.loads((w / "units" / f"main-seed{s}.json").read_text())["unit"]["metrics"]
@@ -130,6 +131,7 @@ def test_recorded_command_pastes():
     assert "'--config.sample.euler_nfe=(2, 4)'" in line
 
 
+@pytest.mark.slow
 def test_shards_merge_to_the_whole(two_seeds, tmp_path, capsys):
     for i in range(2):
         shard = f"--workdir={tmp_path / f's{i}'}"
@@ -247,10 +249,12 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
     """Kills the run, wherever it is, and compares every metric column."""
     flags = ["--config.train.steps=300", "--seeds=3"]

@@ -307,6 +307,7 @@ def test_sides_that_halve_twice(size):
     assert jax.eval_shape(functional(module), params, x, t).shape == (2, *size, 1)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_value_nor_gradient(stir):
     arguments = stir(initial()), draw(), 0.0
     with_value, with_grad = value_and_gradient()(*arguments)
@@ -339,6 +340,7 @@ def test_convolutions_are_unrolled_and_recomputed_once(equations):
     assert not any("remat" in name or "checkpoint" in name for name in plain)
 
 
+@pytest.mark.slow
 def test_bfloat16_recipe_stays_close(optimised, stir):
     params, inputs = stir(initial(), 0.1), draw()
     exact = jitted(small())(params, *inputs)

@@ -94,10 +94,7 @@ def test_2_gradient_of_the_ratio(x64):
         weight = samples.record["delta"] / jnp.exp(2 * method.log_std(params))
         return -jnp.sum(weight * v[0])
 
-    ours, theirs = (
-        jax.grad(ratio)(params["network"]),
-        jax.grad(linear)(params["network"]),
-    )
+    ours, theirs = (jax.jit(jax.grad(f))(params["network"]) for f in (ratio, linear))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
     # and of the ratio by the shift, against finite differences
@@ -304,8 +301,8 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
             )
             return loss.mean()
 
-        a, slope_a = jax.value_and_grad(flow_loss)(new["network"])
-        b, slope_b = jax.value_and_grad(gaussian_loss)(new["network"])
+        a, slope_a = jax.jit(jax.value_and_grad(flow_loss))(new["network"])
+        b, slope_b = jax.jit(jax.value_and_grad(gaussian_loss))(new["network"])
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         for name in ("from_observation", "layers_0", "out"):
             for x, y in zip(
