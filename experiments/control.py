@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import control_tasks as tasks
-from tmdjax import envs, train
+from tmdjax import envs, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
@@ -39,8 +39,8 @@ def arms(config: Config) -> tuple[str, ...]:
     return tuple(config.arms)
 
 
-def build(config: Config, arm: str) -> tuple[on_policy.Trainer, envs.Vector, Any]:
-    """Trainer, environments and method of an arm."""
+def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
+    """Trainer and method of an arm."""
     given: dict[str, Any] = to_plain(config.arms[arm])
     kind = given.pop("method")
     check_choice(f"arms.{arm}.method", kind, METHODS)
@@ -56,12 +56,11 @@ def build(config: Config, arm: str) -> tuple[on_policy.Trainer, envs.Vector, Any
     if not seeds:
         raise ValueError("train.seeds is empty; give the seeds to train side by side.")
     method = METHODS[kind](**_tuples(given))
-    environment = tasks.build(config)
-    vector = envs.Vector(environment, count, tasks.resets(config))
+    vector = envs.Vector(tasks.build(config), count)
     trainer = on_policy.make_trainer(
         vector, method, on_policy.Settings(**_tuples(settings))
     )
-    return trainer, vector, method
+    return trainer, method
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
 
 def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
     """All seeds of an arm, side by side."""
-    trainer, _, _ = build(config, arm)
+    trainer, _ = build(config, arm)
     seeds, per_call = config.train.seeds, config.train.iterations_per_call
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     run = on_policy.jit_iterations(trainer, per_call, seeds=True)
@@ -139,7 +138,7 @@ def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
 
 def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     """The policy of one seed, on episodes of its own."""
-    _, _, method = build(config, arm)
+    trainer, method = build(config, arm)
     trained = context.inputs["train"].outputs
     seeds = list(config.train.seeds)
     if context.seed not in seeds:
@@ -149,24 +148,15 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
         )
     take = functools.partial(trees.take, rows=seeds.index(context.seed))
     policy = take(trained["policy"])
-    statistics = trained["statistics"]
-    if statistics is not None:
-        statistics = take(statistics)
-    normalised = {
-        **to_plain(config.train),
-        **to_plain(config.arms[arm]).get("train", {}),
-    }
-    normalise = statistics if normalised.get("normalise", "none") != "none" else None
+    statistics = None
+    if trainer.settings.normalise != "none" and trained["statistics"] is not None:
+        statistics = rl.RunningStatistics(**take(trained["statistics"]))
 
     def act(observation: Any, key: Any) -> Any:
-        if normalise is not None:
-            seen = (observation - normalise["mean"]) / (
-                jnp.sqrt(normalise["variance"]) + 1e-6
-            )
-        else:
-            seen = observation
+        if statistics is not None:
+            observation = statistics.normalise(observation)
         keys = prng.sample_keys(key, observation.shape[0])
-        return method.act(policy, seen, keys)[0]
+        return method.act(policy, observation, keys)[0]
 
     found, paths = tasks.judge(config, act, context.key)
     reward = trained["reward"][:, seeds.index(context.seed)]
@@ -174,8 +164,10 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     found |= {"training_reward": float(reward[-end:].mean())}
     shown = {"reward": reward} | ({} if paths is None else {"paths": paths})
     model, meta = method.exported(policy)
-    if normalise is not None:
-        meta |= {k: np.asarray(normalise[k]).tolist() for k in ("mean", "variance")}
+    if statistics is not None:
+        meta |= {
+            k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
+        }
     return StageResult(
         {"params": policy["network"], **shown}, found, model=model, meta=meta
     )
@@ -247,11 +239,10 @@ def describe(config: Config) -> dict[str, Any]:
     rows: dict[str, Any] = {"iterations": config.train.iterations}
     rows["seeds side by side"] = len(config.train.seeds)
     for arm in arms(config):
-        trainer, _, _ = build(config, arm)
+        trainer, _ = build(config, arm)
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(trainer.init, key)
-        if tasks.traceable(config):
-            jax.eval_shape(trainer.iterate, state, key)
+        jax.eval_shape(trainer.iterate, state, key)
         rows[f"{arm}: parameters"] = trees.count(state.learner.params)
         rows[f"{arm}: environment steps"] = trainer.steps * config.train.iterations
     return rows

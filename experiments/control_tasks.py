@@ -31,16 +31,6 @@ def build(config: Config) -> Any:
     return ENVIRONMENTS[name](**given)
 
 
-def resets(config: Config) -> str:
-    """How finished episodes begin anew."""
-    return "fresh"
-
-
-def traceable(config: Config) -> bool:
-    """Whether tracing a step costs little (a simulator's does not)."""
-    return True
-
-
 def measures(config: Config) -> tuple[str, ...]:
     """Names of what :func:`judge` finds."""
     return {

@@ -77,10 +77,16 @@ def test_many_return_to_where_they_began(simulator):
     state = vector.reset(jax.random.key(0))
     start = state.observation
     keys = jax.random.split(jax.random.key(1), 4)
-    for _ in range(6):
+    ends = []
+    for _ in range(9):
         state, step = vector.step(state, jnp.full((4, 2), 0.1), keys)
         ended = np.asarray(step.truncated)
         np.testing.assert_array_equal(state.observation[ended], start[ended])
+        ends.append(ended)
+    # only the first episodes, which began somewhere inside, are shorter
+    for column in np.array(ends).T:
+        assert set(np.diff(np.flatnonzero(column))) == {3}
+    assert len({int(np.flatnonzero(column)[0]) for column in np.array(ends).T}) > 1
 
 
 def test_one_of_several_observations(simulator):

@@ -98,7 +98,6 @@ def test_seeds_side_by_side_are_judged_one_by_one(tmp_path):
     "env, measured",
     [
         ({"name": "point_maze", "horizon": 20}, {"cells_visited", "success"}),
-        ({"name": "push", "horizon": 10}, {"success"}),
         (
             {"name": "push", "horizon": 5, "observation": "pixels", "side": 16},
             {"success"},

@@ -557,6 +557,7 @@ def test_lowers_for_accelerators(platform):
     assert exported.platforms == (platform,)
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_and_learn_what_one_does(run_python):
     script = """
 import jax, jax.numpy as jnp, numpy as np, optax

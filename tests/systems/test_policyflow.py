@@ -1,5 +1,7 @@
 """PolicyFlow: the invariants of its sheet, by number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def nudged(params, size=0.05, seed=3):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("times", [1, 3])
-def test_1_equal_parameters_give_a_ratio_of_one_bit_for_bit(path, times):
+def test_1_equal_parameters_give_a_ratio_of_one_bit_for_bit(path, times, optimised):
     method, params, samples = made(path, times=times)
     loss = jax.jit(method.loss)
     for i in range(3):
@@ -204,14 +206,10 @@ def test_4_shifts_that_depend_on_time_are_averaged():
 def test_5_the_flow_is_the_midpoint_rule():
     """A network made linear in x: (I - hA + h^2 A^2 / 2)^K x_0, and order two."""
 
-    class Linear(PolicyFlow):
-        def flow(self, params, observation, x_0):
-            return super().flow(params, observation, x_0)
-
     a = jnp.array([[0.4, -1.0], [0.7, 0.2]])
 
     def end(steps, monkey):
-        method = Linear(hidden=(8,), steps=steps)
+        method = PolicyFlow(hidden=(8,), steps=steps)
         monkey.setattr(
             policyflow.models,
             "functional",
@@ -331,9 +329,17 @@ def test_7_brownian_penalty(path):
     assert (np.asarray(slope)[quiet] == 0).all() and (
         np.asarray(slope)[~quiet] != 0
     ).all()
+    # as the paper writes it: tau = 1 - t from noise to action, u = -v
+    tau, u, u_old = 1 - np.asarray(t)[:, None], -np.asarray(v), -np.asarray(v_old)
+    x = np.asarray(x_t)
+    if path == "trigflow":
+        angle = 0.5 * np.pi * tau
+        paper = np.cos(angle) * u - (np.cos(angle) * x - np.sin(angle) * u_old)
+    else:
+        lead = 1 - tau if path == "rectified_flow" else 2 * (tau - 0.5) ** 2 + 0.5
+        paper = lead * u - (x - tau * u_old)
+    np.testing.assert_allclose(each(v, v_old), (paper**2).mean(1), rtol=1e-4)
     if path == "rectified_flow":
-        by_hand = ((t[:, None] * v + x_t + (1 - t[:, None]) * v_old) ** 2).mean(1)
-        np.testing.assert_allclose(each(v, v_old), by_hand, rtol=1e-5)
         np.testing.assert_allclose(each(-x_t, -x_t), 0, atol=1e-6)
         # at pure noise the target is -x: outwards
         np.testing.assert_allclose(each(-x_t, v_old)[-1], 0, atol=1e-6)
@@ -417,29 +423,40 @@ def test_10_the_standard_deviation_is_bounded():
 
     assert (jax.grad(loss)(wide["log_std"]) == 0).all()
     assert (jax.grad(loss)(params["log_std"]) != 0).all()
+    for log_std, share in (([-9.0, 5.0], 1), ([0.0, 2.0], 0.5), ([0.0, 1.0], 0)):
+        new = {**params, "log_std": jnp.array(log_std)}
+        _, metrics = method.loss(new, params, samples, KEYS, COEFFICIENTS)
+        assert (metrics["std_at_bound"] == share).all()
+
+
+def products(jaxpr, looped=False):
+    """Products of matrices in a program: [inside a scan or while, outside]."""
+    counts = [0, 0]
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        counts[0 if looped else 1] += name == "dot_general"
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    found = products(inner, looped or name in ("scan", "while"))
+                    counts = [x + y for x, y in zip(counts, found)]
+    return counts
 
 
 def test_17_the_loss_solves_nothing():
     method, params, samples = made()
-    traced = jax.make_jaxpr(
-        jax.grad(
-            lambda p: method.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
-        )
-    )(params)
-    text = str(traced)
-    # the scans of random bits have no network in them
-    assert "while" not in text
+    found = []
     for steps in (4, 40):
-        other = PolicyFlow(hidden=(16, 16), steps=steps)
-        jaxpr = jax.make_jaxpr(
-            lambda p, m=other: m.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
-        )(params)
-        count = str(jaxpr).count("dot_general")
-        assert count == str(
-            jax.make_jaxpr(
-                lambda p: method.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
-            )(params)
-        ).count("dot_general")
+        other = dataclasses.replace(method, steps=steps)
+
+        def loss(p, other=other):
+            return other.loss(p, params, samples, KEYS, COEFFICIENTS)[0].mean()
+
+        found.append(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert found[0] == found[1] and found[0][0] == 0 < found[0][1]
+    flow = jax.make_jaxpr(lambda x: method.flow(params, samples.observation, x))
+    assert products(flow(samples.record["x_0"]).jaxpr)[0] > 0
 
 
 def test_paths_begin_at_the_end_and_end_in_noise():
@@ -473,6 +490,8 @@ def test_the_diagnostic_sees_a_bad_approximation():
         ({"clip_range": 1.0}, r"clip_range=1.0 is outside \(0, 1\)"),
         ({"clip_range": 0.0}, r"clip_range=0.0 is outside \(0, 1\)"),
         ({"times": 0}, "times=0"),
+        ({"log_std_bounds": (2.0, 1.0)}, "log_std_bounds, lower=2.0 is outside"),
+        ({"initial_std": 9.0}, "initial_std=9.0 is outside"),
     ],
 )
 def test_bad_settings(options, message):
@@ -499,5 +518,5 @@ def test_policies_act_on_any_environment():
         vector = envs.Vector(environment, 3)
         state = vector.reset(jax.random.key(0))
         params = method.init(jax.random.key(1), state.observation[:1], 2)
-        action, _ = method.act(params, state.observation, KEYS[:3])
+        action, _ = jax.jit(method.act)(params, state.observation, KEYS[:3])
         assert action.shape == (3, 2) and np.isfinite(action).all()

@@ -160,6 +160,11 @@ def test_coefficients_side_by_side():
     )
     with pytest.raises(ValueError, match="Did you mean 'entropy_coefficient'"):
         trainer.init(KEY, entropy_coeficient=0.1)
+    for name, value in {"clip_range": 2.0, "discount": 1.2}.items():
+        with pytest.raises(ValueError, match=f"{name}={value} is outside"):
+            trainer.init(KEY, **{name: value})
+    with pytest.raises(ValueError, match="entropy_coefficient=-1.0 is outside"):
+        trainer.init(KEY, entropy_coefficient=-1.0)
     other = trainer.init(KEY, learning_rate=0.5, discount=0.5)
     assert other.learning_rate == 0.5 and other.coefficients["discount"] == 0.5
 
@@ -201,6 +206,42 @@ def test_a_step_that_is_not_valid_has_no_weight():
         Spy(hidden=(16,)), Breaking(), count=32, iterations=1, advantages="batch"
     )
     assert metrics["invalid_steps"][0] > 0 and metrics["skipped"].sum() == 0
+
+
+def test_bad_minibatches_are_seen_whatever_follows():
+    """Five in a row at the start, then good ones."""
+
+    class Bad(GaussianPolicy):
+        def loss(self, params, behaviour, samples, keys, coefficients):
+            loss, metrics = super().loss(params, behaviour, samples, keys, coefficients)
+            pairs = zip(jax.tree.leaves(params), jax.tree.leaves(behaviour))
+            untouched = sum(jnp.abs(a - b).sum() for a, b in pairs) == 0
+            # of 16 minibatches about a third; nothing is learned until the first good
+            return jnp.where(
+                untouched & (samples.advantage[0] < 0.4), jnp.nan, loss
+            ), metrics
+
+    worst = skipped = 0
+    for seed in range(4):
+        trainer = make_trainer(
+            envs.Vector(MULTI, 16),
+            Bad(hidden=(16,)),
+            dataclasses.replace(TINY, minibatches=8),
+        )
+        key = jax.random.key(seed)
+        _, metrics = jit_iterations(trainer)(trainer.init(key), key)
+        worst, skipped = metrics["skipped_in_a_row"][0], metrics["skipped"][0]
+        if skipped:
+            break
+    assert 0 < worst == skipped < 16
+
+
+def test_an_exploding_flow_is_seen_behind_its_squashing():
+    method = FPO(hidden=(16,), steps=3, pairs=2, output_scale=1e5)
+    trainer, _, metrics = trained(method, iterations=1, max_ratio_error=None)
+    assert metrics["action_clip_fraction"][0] == 0  # all within the bound
+    with pytest.raises(NonFiniteError, match="exploded"):
+        check(jax.device_get(metrics), trainer.settings)
 
 
 @pytest.mark.parametrize("name", ["ppo", "policyflow"])
@@ -327,6 +368,8 @@ def test_faults_stop_a_run(changes, error, message):
 def test_clipped_actions_are_warned_of():
     with pytest.warns(UserWarning, match="80% of the actions lie outside"):
         check(GOOD | {"action_clip_fraction": np.array([0.1, 0.8])}, TINY)
+    with pytest.warns(UserWarning, match="every standard deviation is at its bound"):
+        check(GOOD | {"std_at_bound": np.array([0.5, 1.0])}, TINY)
     off = dataclasses.replace(TINY, max_ratio_error=None)
     check(GOOD | {"first_ratio_error": np.array([1.0])}, off)
 

@@ -135,7 +135,9 @@ class Vector:
         """Starts all of them; instance i draws from ``sample_keys(key, count)[i]``."""
         keys = prng.sample_keys(key, self.count)
         start = jax.vmap(lambda k: self.environment.reset(k, first=True))(keys)
-        keep = start if self.resets == "first" else None
+        keep = None
+        if self.resets == "first":  # the same places, at the beginning of an episode
+            keep = jax.vmap(self.environment.reset)(keys)
         return VectorState(state=start[0], observation=start[1], first=keep)
 
     def step(

@@ -41,7 +41,8 @@ class Push:
             or 'pixels', uint8 [side, side, 3].
         side: of the image.
         reach: how near is enough.
-        distance: the target is so far from the object at the start, at most.
+        distance: the target is so far from the object at the start, at most; it is
+            2 ``reach`` away at least.
         horizon: steps an episode.
     """
 
@@ -58,7 +59,7 @@ class Push:
         check_count("side", self.side, 8)
         check_count("horizon", self.horizon)
         check_range("reach", self.reach, 0, open_low=True)
-        check_range("distance", self.distance, self.reach, 1.2, open_low=True)
+        check_range("distance", self.distance, 2 * self.reach, 1.2)
 
     def reset(
         self, key: Key[Array, ""], first: bool = False

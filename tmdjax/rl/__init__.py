@@ -12,7 +12,7 @@ from tmdjax.rl.advantages import (
 )
 from tmdjax.rl.aggregation import aggregate, denominators
 from tmdjax.rl.diagnostics import RatioError, check_first_ratio, ratio_statistics
-from tmdjax.rl.gaussian import gaussian_entropy, gaussian_kl
+from tmdjax.rl.gaussian import at_bounds, check_std, gaussian_entropy, gaussian_kl
 from tmdjax.rl.importance_weights import (
     rejecting_weights,
     sequence_weights,
@@ -50,9 +50,11 @@ __all__ = [
     "Transitions",
     "Tree",
     "aggregate",
+    "at_bounds",
     "best_and_worst",
     "check_clip_range",
     "check_first_ratio",
+    "check_std",
     "clipped_policy_gradient",
     "clipped_surrogate",
     "concatenate",

@@ -5,7 +5,36 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from tmdjax.core.checks import check_range
 from tmdjax.core.types import Array
+
+
+def check_std(initial_std: float, log_std_bounds: tuple[float, float]) -> None:
+    """Refuses a start that cannot be learned from.
+
+    Raises:
+        ValueError: bounds in the wrong order, or a standard deviation that is not
+            inside them: it would have no gradient.
+    """
+    low, high = log_std_bounds
+    check_range("log_std_bounds, lower", low, high=high)
+    check_range("initial_std", initial_std, np.exp(low), np.exp(high))
+
+
+def at_bounds(log_std: Any, bounds: tuple[float, float], like: Any) -> Array:
+    """Share of the dimensions at or beyond a bound, where nothing is learned.
+
+    Args:
+        log_std: [dim].
+        bounds: within which it is learned.
+        like: an array of the shape wanted.
+
+    Returns:
+        The share, once an element of ``like``.
+    """
+    low, high = bounds
+    share = jnp.mean((log_std <= low) | (log_std >= high))
+    return jnp.broadcast_to(share, jnp.shape(like))
 
 
 def gaussian_entropy(log_std: Any) -> Array:

@@ -71,7 +71,7 @@ class PolicyFlow:
         check_count("times", self.times)
         check_choice("path", self.path, PATHS)
         check_choice("brownian_reduction", self.brownian_reduction, REDUCTIONS)
-        check_range("initial_std", self.initial_std, 0, open_low=True)
+        rl.check_std(self.initial_std, self.log_std_bounds)
         check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         for name in ("entropy_coefficient", "brownian_coefficient"):
             check_range(name, getattr(self, name), 0)
@@ -194,6 +194,7 @@ class PolicyFlow:
             "kl": rl.gaussian_kl(dv, log_std, old_log_std),
             "ratio_error": jnp.abs(jnp.expm1(log_ratio)),
             "brownian": spread,
+            "std_at_bound": rl.at_bounds(params["log_std"], self.log_std_bounds, loss),
             "std": jnp.broadcast_to(jnp.exp(log_std).mean(), loss.shape),
         }
 
@@ -203,8 +204,10 @@ class PolicyFlow:
         """Points of the path and both velocities there.
 
         Returns:
-            x_t [times, batch, action_size], t [times, batch] (the angle over [0, pi/2]
-            for 'trigflow'), v with gradient, and v of the behaviour without.
+            x_t [times, batch, action_size], t [times, batch] in [0, 1], v with
+            gradient, and v of the behaviour without. The shift is their plain
+            difference on every path, as in the code: that of 'trigflow' is not scaled
+            by pi / 2.
         """
         x_0, x_1 = samples.record["x_0"], samples.record["x_1"]
         check_same_shape("x_0", x_0, "x_1", x_1)
@@ -265,8 +268,10 @@ def path_point(path: str, x_0: Array, x_1: Array, t: Array, z: Any = None) -> Ar
 def brownian_penalty(path: str, x_t: Array, t: Array, v: Array, v_old: Array) -> Array:
     """How far the flow is from moving along minus its score, which raises entropy.
 
-    mean over dimensions of (t v + x_t + (1 - t) v_old)^2; zero for v = -x, the
-    velocity that expands outwards. At t = 0 it has no gradient.
+    For 'rectified_flow' the mean over dimensions of (t v + x_t + (1 - t) v_old)^2:
+    zero for v = v_old = -x, the velocity that expands outwards, and without gradient at
+    t = 0. 'stochastic_interpolant' has the weight 2 (t - 1/2)^2 + 1/2 for t; 'trigflow'
+    sin and cos of the angle.
 
     Args:
         path: one of PATHS.

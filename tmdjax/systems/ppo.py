@@ -41,12 +41,9 @@ class GaussianPolicy:
     entropy_coefficient: float = 0.001
 
     def __post_init__(self) -> None:
-        check_range("initial_std", self.initial_std, 0, open_low=True)
+        rl.check_std(self.initial_std, self.log_std_bounds)
         check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         check_range("entropy_coefficient", self.entropy_coefficient, 0)
-        check_range(
-            "log_std_bounds, lower", self.log_std_bounds[0], high=self.log_std_bounds[1]
-        )
 
     @property
     def coefficients(self) -> Mapping[str, float]:
@@ -118,5 +115,6 @@ class GaussianPolicy:
         return loss, {
             "kl": rl.gaussian_kl(mean - record["mean"], log_std, old),
             "ratio_error": jnp.abs(jnp.expm1(log_prob - record["log_prob"])),
+            "std_at_bound": rl.at_bounds(params["log_std"], self.log_std_bounds, loss),
             "std": jnp.broadcast_to(std.mean(), loss.shape),
         }

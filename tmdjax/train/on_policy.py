@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -72,7 +73,10 @@ class Method(Protocol):
         ...
 
     def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
-        """Actions [env, action_size], and what the loss needs of them, [env, ...]."""
+        """Actions [env, action_size], and what the loss needs of them, [env, ...].
+
+        An entry 'action' of the record is the action before it is squashed.
+        """
         ...
 
     def loss(
@@ -285,9 +289,13 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             "gae_lambda": settings.gae_lambda,
         }
         learning_rate = changes.pop("learning_rate", settings.learning_rate)
-        for name in changes:
+        for name, value in changes.items():
             check_choice("coefficient", name, (*known, "learning_rate"))
-        policy_key, critic_key, start = jax.random.split(key, 3)
+            _check_coefficient(name, value)
+        # apart from the keys of the iterations, which fold their number in
+        policy_key, critic_key, start = jax.random.split(
+            jax.random.fold_in(key, np.uint32(2**32 - 1)), 3
+        )
         params = {
             "policy": method.init(policy_key, one, size),
             "critic": models.init_params(critic, critic_key, one),
@@ -344,7 +352,8 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
                 ended + finished.sum(),
                 total + jnp.sum(jnp.where(finished, running, 0)),
             )
-            size = jnp.abs(action).max(1)
+            raw = record.get("action", action) if isinstance(record, dict) else action
+            size = jnp.abs(raw).max(1)  # before what squashes it
             beyond = (
                 jnp.zeros(()) if bound is None else jnp.mean(jnp.abs(action) > bound)
             )
@@ -395,7 +404,9 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             if settings.advantages == "minibatch":
                 advantage = rl.standardise(samples.advantage, rest[-1] > 0)
                 samples = samples._replace(advantage=advantage)
-            return train_step(learner, (samples, *rest), noise)
+            learner, metrics = train_step(learner, (samples, *rest), noise)
+            in_a_row = learner.skipped_in_a_row.astype(jnp.float32)
+            return learner, {**metrics, "skipped_in_a_row": in_a_row}
 
         def epoch(carry: Any, key: Any) -> tuple[Any, Any]:
             learner, learning_rate = carry
@@ -418,6 +429,7 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
         )
         first = metrics.pop("ratio_error")[0, 0]
         skipped = metrics.pop("skipped").sum()
+        in_a_row = metrics.pop("skipped_in_a_row").max()
         means = {k: v.mean() for k, v in metrics.items()}
         return (
             learner,
@@ -426,6 +438,7 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             | {
                 "first_ratio_error": first,
                 "skipped": skipped,
+                "skipped_in_a_row": in_a_row,
             },
         )
 
@@ -482,7 +495,6 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             "explained_variance": 1
             - jnp.var(returns - value, where=step.valid) / jnp.maximum(spread, 1e-12),
             "learning_rate": learning_rate,
-            "skipped_in_a_row": learner.skipped_in_a_row.astype(jnp.float32),
         }
         state = dataclasses.replace(
             state,
@@ -500,6 +512,15 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
         return prepare(state.statistics, observation)
 
     return Trainer(init, iterate, observe, settings, steps)
+
+
+def _check_coefficient(name: str, value: Any) -> None:
+    """What the settings check, for a number given beside them; not if traced."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    high = 1.0 if name in ("discount", "gae_lambda", "clip_range") else np.inf
+    for number in np.ravel(value):
+        check_range(name, float(number), 0, high)
 
 
 def _value_error(value: Array, old: Array, returns: Array, settings: Settings) -> Array:
@@ -615,7 +636,8 @@ def check(metrics: Mapping[str, Any], settings: Settings) -> None:
             larger than 1000.
 
     Warns:
-        UserWarning: more than half of all actions lie outside the bound.
+        UserWarning: more than half of all actions lie outside the bound, or all
+            standard deviations are at theirs.
     """
     host = {k: np.asarray(v) for k, v in metrics.items()}
     largest = host["action_abs_max"]
@@ -641,6 +663,12 @@ def check(metrics: Mapping[str, Any], settings: Settings) -> None:
             f"causes: acting with averaged parameters but updating against the raw "
             f"ones; statistics of observations that moved in between; a network in 16 "
             f"bits."
+        )
+    if host.get("std_at_bound", np.zeros(1)).max() >= 1:
+        warnings.warn(
+            "every standard deviation is at its bound (log_std_bounds), where it has "
+            "no gradient; widen the bounds, or lower the entropy coefficient.",
+            stacklevel=2,
         )
     beyond = host["action_clip_fraction"].max()
     if beyond > 0.5:
