@@ -219,6 +219,7 @@ def test_claims_about_budgets_that_are_not_run_stop_at_once(tmp_path):
         run.main([*command, "--config.search.budgets=(2,3,4,8)"])
 
 
+@pytest.mark.slow
 def test_gpu_tier_has_two_arms_with_their_own_claims():
     config = load_config("configs/boss.py:gpu")
     assert experiment.arms(config) == ("fashion", "sprites")

@@ -386,6 +386,7 @@ def test_bfloat16_recipe_stays_close(optimised, kind, stir):
     assert 1e-4 < error < 0.05
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_over_many_rows(optimised, stir):
     """4096 rows a sum: a bfloat16 sum over them stalls (half of it was lost)."""
     module = DiT(patch_size=1, hidden=8, depth=1, heads=1, mlp_ratio=1.0)

@@ -138,6 +138,7 @@ def test_residual_branches_start_at_zero_and_the_others_do_not():
     assert len(zero & kernels) == 1 + 8 + 4
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_leaf_after_three_steps():
     inputs = draw()
     target = inputs[0][..., ::-1]

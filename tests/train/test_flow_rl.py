@@ -382,6 +382,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(run_python):
     said = run_python(EIGHT_DEVICES, devices=8)
     assert "a chunk of 6 prompts does not divide over 8 devices" in said

@@ -317,6 +317,7 @@ def test_an_iteration_lowers_for_accelerators(platform):
     jax.export.export(jax.jit(trainer.iterate), platforms=[platform])(state, KEY)
 
 
+@pytest.mark.slow
 def test_images_are_learned_from():
     _, state, metrics = trained(
         METHODS["ppo"], envs.Push("pixels", side=16), count=8, iterations=2
