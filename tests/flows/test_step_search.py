@@ -649,7 +649,7 @@ def test_memory_is_bounded_before_anything_runs():
 def test_stochastic_tables_are_refused():
     table = flows.make_table("ode", flows.uniform_grid(4))
     noisy = table.replace(S=np.full(4, 0.1), stochastic=True)
-    with pytest.raises(NotImplementedError, match="deterministic flow"):
+    with pytest.raises(ValueError, match="deterministic flow"):
         flows.local_error_costs(constant, keys(2), (3,), knots=noisy)
 
 

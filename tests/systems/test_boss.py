@@ -672,7 +672,7 @@ def test_budget_before_anything_else(budgets):
 def test_stochastic_table_is_refused():
     table = flows.make_table("ode", flows.uniform_grid(4))
     noisy = table.replace(S=np.full(4, 0.1), stochastic=True)
-    with pytest.raises(NotImplementedError, match="deterministic flow"):
+    with pytest.raises(ValueError, match="deterministic flow"):
         boss.search(never, keys(4), (2,), 2, knots=noisy)
 
 

@@ -16,7 +16,6 @@ from tmdjax.systems.policyflow import (
     PolicyFlow,
     brownian_penalty,
     path_point,
-    shifted_log_ratio,
 )
 from tmdjax.train.on_policy import Samples
 
@@ -87,7 +86,7 @@ def test_2_gradient_of_the_ratio(x64):
         log_std = method.log_std(params)
         delta = samples.record["delta"]
         return jnp.exp(
-            shifted_log_ratio(delta, -(v - v_old)[0], log_std, log_std)
+            rl.shifted_log_ratio(delta, -(v - v_old)[0], log_std, log_std)
         ).sum()
 
     def linear(network):
@@ -106,7 +105,7 @@ def test_2_gradient_of_the_ratio(x64):
 
     def moved(h):
         return jnp.exp(
-            shifted_log_ratio(delta, shift + h * direction, log_std, log_std - 0.1)
+            rl.shifted_log_ratio(delta, shift + h * direction, log_std, log_std - 0.1)
         ).sum()
 
     slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
@@ -127,7 +126,7 @@ def test_3_a_constant_shift_has_the_exact_ratio():
         scipy.stats.norm(x_1 - c, std).logpdf(action)
         - scipy.stats.norm(x_1, old).logpdf(action)
     ).sum(1)
-    ours = shifted_log_ratio(
+    ours = rl.shifted_log_ratio(
         jnp.float32(delta),
         jnp.float32(np.tile(-c, (50, 1))),
         jnp.log(std),
@@ -501,7 +500,9 @@ def test_bad_settings(options, message):
 
 def test_bad_shapes(as_shipped):
     with pytest.raises(ValueError, match=r"delta has shape \(4, 1\) but shift"):
-        shifted_log_ratio(jnp.zeros((4, 1)), jnp.zeros(4), jnp.zeros(1), jnp.zeros(1))
+        rl.shifted_log_ratio(
+            jnp.zeros((4, 1)), jnp.zeros(4), jnp.zeros(1), jnp.zeros(1)
+        )
     method, params, samples = made()
     record = {**samples.record, "x_1": samples.record["x_1"][:, :1]}
     with pytest.raises(ValueError, match=r"x_0 has shape .* but x_1 has shape"):

@@ -47,13 +47,12 @@ def fine_knots(knots: Any) -> Grid:
             a coefficient table without noise.
 
     Raises:
-        ValueError: times that do not strictly decrease from 1 to 0; the first bad
-            knot is named.
-        NotImplementedError: a table that adds noise.
+        ValueError: times that do not strictly decrease from 1 to 0 (the first bad knot
+            is named), or a table that adds noise.
     """
     if isinstance(knots, CoefficientTable):
         if knots.stochastic:
-            raise NotImplementedError(
+            raise ValueError(
                 "this table adds noise, but local errors are those of the "
                 "deterministic flow; search on its 'ode' table and use the grid found."
             )
@@ -187,9 +186,8 @@ def local_error_costs(
 
     Raises:
         TypeError: a velocity that does not return floats like its state.
-        ValueError: bad knots or keys, conditions of another batch, a batch beyond the
-            limit.
-        NotImplementedError: a table that adds noise.
+        ValueError: bad knots or keys, a table that adds noise, conditions of another
+            batch, a batch beyond the limit.
     """
     grid = fine_knots(knots)
     check_choice("method", method, METHODS)

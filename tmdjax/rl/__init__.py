@@ -12,7 +12,13 @@ from tmdjax.rl.advantages import (
 )
 from tmdjax.rl.aggregation import aggregate, denominators
 from tmdjax.rl.diagnostics import RatioError, check_first_ratio, ratio_statistics
-from tmdjax.rl.gaussian import at_bounds, check_std, gaussian_entropy, gaussian_kl
+from tmdjax.rl.gaussian import (
+    at_bounds,
+    check_std,
+    gaussian_entropy,
+    gaussian_kl,
+    shifted_log_ratio,
+)
 from tmdjax.rl.importance_weights import (
     rejecting_weights,
     sequence_weights,
@@ -73,6 +79,7 @@ __all__ = [
     "reward_advantages",
     "sequence_log_ratio",
     "sequence_weights",
+    "shifted_log_ratio",
     "sigmoid_surrogate",
     "standardise",
     "truncated_weights",

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_range, check_same_shape
 from tmdjax.core.types import Array
 
 
@@ -56,3 +56,32 @@ def gaussian_kl(shift: Any, log_std: Any, behaviour_log_std: Any) -> Array:
     narrower = behaviour_log_std - log_std
     square = jnp.expm1(2 * narrower) + shift**2 * jnp.exp(-2 * log_std)
     return jnp.sum(0.5 * square - narrower, axis=-1)
+
+
+def shifted_log_ratio(
+    delta: Any, shift: Any, log_std: Any, behaviour_log_std: Any
+) -> Array:
+    """Log N(delta; shift, std^2) / N(delta; 0, behaviour_std^2), over the last axis.
+
+    Exactly 0 where shift is 0 and the two standard deviations are equal, also where the
+    compiler fuses a product into a difference: no such product is rounded then.
+
+    Args:
+        delta: what was drawn, less the mean of the policy that acted, [..., dim].
+        shift: mean of the policy less that of the behaviour, the same shape.
+        log_std: of the policy, to broadcast over delta.
+        behaviour_log_std: of the policy that acted.
+
+    Returns:
+        [...] in nats, a sum over dim.
+
+    Raises:
+        ValueError: delta and shift differ in shape (a ratio of [batch] against
+            [batch, 1] would broadcast).
+    """
+    check_same_shape("delta", delta, "shift", shift)
+    narrower = behaviour_log_std - log_std
+    scaled = (delta - shift) * jnp.exp(narrower)
+    precision = jnp.exp(-2 * behaviour_log_std)
+    each = narrower + 0.5 * precision * ((delta - scaled) * (delta + scaled))
+    return jnp.sum(each, axis=-1)

@@ -112,9 +112,9 @@ def search(
         dtype: of the states; float64 under x64.
 
     Raises:
-        ValueError: a budget outside [1, K_max], bad knots or costs, memory.
+        ValueError: a budget outside [1, K_max], bad knots (or a table that adds
+            noise), bad costs, memory.
         TypeError: a velocity that does not return floats like its state.
-        NotImplementedError: knots from a table that adds noise.
     """
     fine = flows.fine_knots(knots)
     several = isinstance(budgets, Iterable)

@@ -129,21 +129,19 @@ class FPO:
 
     def losses(self, params: Params, observation: Array, record: Any) -> Array:
         """Flow matching loss of every pair, [batch, pairs], a mean over dimensions."""
-        action, noise, t = record["action"], record["noise"], record["t"]
-        apply_fn = models.functional(self._module(action.shape[-1]))
+        shape, size = record["t"].shape, record["action"].shape[-1]
+        action = jnp.repeat(record["action"], shape[1], 0)
+        noise, t = record["noise"].reshape(-1, size), record["t"].reshape(-1)
+        apply_fn = models.functional(self._module(size))
         embedded = apply_fn(params["network"], observation, method="embed")
-        x_t = t[..., None] * noise + (1 - t[..., None]) * action[:, None]
-        v = apply_fn(
-            params["network"],
-            x_t.reshape(-1, action.shape[-1]),
-            t.reshape(-1),
-            jnp.repeat(embedded, t.shape[1], 0),
-            method="velocity",
-        ).reshape(x_t.shape)
+        embedded = jnp.repeat(embedded, shape[1], 0)
+        x_t = flows.interpolate(action, noise, t)
+        v = apply_fn(params["network"], x_t, t, embedded, method="velocity")
         if self.error == "velocity":
-            return jnp.mean((v - (noise - action[:, None])) ** 2, -1)
-        noise_hat = x_t + (1 - t[..., None]) * v
-        return jnp.mean((noise - noise_hat) ** 2, -1)
+            error = v - flows.conditional_velocity(action, noise)
+        else:
+            error = noise - flows.convert(v, "velocity", "noise", x_t, t)
+        return jnp.mean(error**2, -1).reshape(shape)
 
     def loss(
         self,

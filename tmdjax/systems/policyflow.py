@@ -13,6 +13,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,7 +174,7 @@ class PolicyFlow:
         x_t, t, v, v_old = self.velocities(params, behaviour, samples, keys)
         dv = (v - v_old).mean(0)
         log_std, old_log_std = self.log_std(params), self.log_std(behaviour)
-        log_ratio = shifted_log_ratio(
+        log_ratio = rl.shifted_log_ratio(
             samples.record["delta"], -dv, log_std, old_log_std
         )
         loss = rl.clipped_surrogate(
@@ -221,7 +222,8 @@ class PolicyFlow:
             z = jax.vmap(lambda k: prng.normal(prng.fold_in(k, 1), x_0.shape[1:]))(
                 draws
             )
-        x_t = path_point(self.path, x_0, x_1, t, z)
+        point = functools.partial(path_point, self.path, x_0, x_1)
+        x_t = jax.vmap(point)(t, z)
         apply_fn = models.functional(self._module(x_0.shape[-1]))
 
         flat, times = x_t.reshape(-1, x_t.shape[-1]), t.reshape(-1)
@@ -249,18 +251,18 @@ def path_point(path: str, x_0: Array, x_1: Array, t: Array, z: Any = None) -> Ar
         path: one of PATHS.
         x_0: [batch, dim].
         x_1: [batch, dim].
-        t: [..., batch] in [0, 1]; 'trigflow' turns it into the angle pi t / 2.
-        z: standard normal noise [..., batch, dim] of 'stochastic_interpolant'.
+        t: [batch] in [0, 1]; 'trigflow' turns it into the angle pi t / 2.
+        z: standard normal noise [batch, dim] of 'stochastic_interpolant'.
 
     Returns:
-        [..., batch, dim].
+        [batch, dim].
     """
-    t = t[..., None]
     if path == "trigflow":
-        angle = 0.5 * jnp.pi * t
+        angle = 0.5 * jnp.pi * t[:, None]
         return jnp.sin(angle) * x_0 + jnp.cos(angle) * x_1
-    x_t = t * x_0 + (1 - t) * x_1
+    x_t = flows.interpolate(x_1, x_0, t)
     if path == "stochastic_interpolant":
+        t = t[:, None]
         x_t = x_t + jnp.sqrt(jnp.maximum(2 * t * (1 - t), 1e-6)) * z
     return x_t
 
@@ -296,26 +298,6 @@ def brownian_penalty(path: str, x_t: Array, t: Array, v: Array, v_old: Array) ->
     return jnp.mean(residual**2, axis=-1)
 
 
-def shifted_log_ratio(
-    delta: Array, shift: Array, log_std: Array, old_log_std: Array
-) -> Array:
-    """Log N(delta; shift, std^2) / N(delta; 0, old_std^2), summed over the last axis.
-
-    Exactly 0 where shift is 0 and the two standard deviations are equal, also where the
-    compiler fuses a product into a difference: no such product is rounded then.
-
-    Raises:
-        ValueError: delta and shift differ in shape (a ratio of [batch] against
-            [batch, 1] would broadcast).
-    """
-    check_same_shape("delta", delta, "shift", shift)
-    narrower = old_log_std - log_std
-    scaled = (delta - shift) * jnp.exp(narrower)
-    precision = jnp.exp(-2 * old_log_std)
-    each = narrower + 0.5 * precision * ((delta - scaled) * (delta + scaled))
-    return jnp.sum(each, axis=-1)
-
-
 def ratio_diagnostic(
     method: PolicyFlow, params: Params, behaviour: Params, samples: Samples, keys: Any
 ) -> dict[str, Array]:
@@ -336,9 +318,9 @@ def ratio_diagnostic(
     record = samples.record
     *_, v, v_old = method.velocities(params, behaviour, samples, keys)
     stds = method.log_std(params), method.log_std(behaviour)
-    approximate = shifted_log_ratio(record["delta"], -(v - v_old).mean(0), *stds)
+    approximate = rl.shifted_log_ratio(record["delta"], -(v - v_old).mean(0), *stds)
     moved = method.flow(params, samples.observation, record["x_0"]) - record["x_1"]
-    exact = shifted_log_ratio(record["delta"], moved, *stds)
+    exact = rl.shifted_log_ratio(record["delta"], moved, *stds)
     away = approximate - exact
     return {
         "correlation": jnp.corrcoef(approximate, exact)[0, 1],

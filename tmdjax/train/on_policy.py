@@ -224,14 +224,12 @@ class Trainer(NamedTuple):
             configured ones.
         iterate: ``(state, key) -> (state, metrics)``, one iteration; the key is that of
             the run.
-        observe: ``(state, observation) -> observation`` as the policy sees it.
         settings: as given.
         steps: environment steps an iteration.
     """
 
     init: Callable[..., OnPolicyState]
     iterate: Callable[[OnPolicyState, Any], tuple[OnPolicyState, dict[str, Array]]]
-    observe: Callable[[OnPolicyState, Array], Array]
     settings: Settings
     steps: int
 
@@ -508,10 +506,7 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
         )
         return state, metrics
 
-    def observe(state: OnPolicyState, observation: Array) -> Array:
-        return prepare(state.statistics, observation)
-
-    return Trainer(init, iterate, observe, settings, steps)
+    return Trainer(init, iterate, settings, steps)
 
 
 def _check_coefficient(name: str, value: Any) -> None:
