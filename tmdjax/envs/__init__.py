@@ -9,6 +9,7 @@ from tmdjax.envs.base import (
     check_environment,
 )
 from tmdjax.envs.diagnostic import PROBES
+from tmdjax.envs.host import GymnasiumVector
 from tmdjax.envs.multi_goal import MultiGoal, goal_counts, goal_entropy
 from tmdjax.envs.point_maze import PointMaze
 from tmdjax.envs.push import Push
@@ -18,6 +19,7 @@ __all__ = [
     "PROBES",
     "Brax",
     "Environment",
+    "GymnasiumVector",
     "MultiGoal",
     "Playground",
     "PointMaze",

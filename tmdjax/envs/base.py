@@ -6,7 +6,7 @@ what really was the last observation.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,25 @@ class Vector:
         check_count("count", self.count)
         check_choice("resets", self.resets, RESETS)
         check_environment(self.environment)
+
+    on_host: ClassVar[bool] = False
+
+    @property
+    def action_size(self) -> int:
+        """Of one instance."""
+        return self.environment.action_size
+
+    @property
+    def action_bound(self) -> float | None:
+        """Of one instance."""
+        return self.environment.action_bound
+
+    @property
+    def observation(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one observation."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        seen = jax.eval_shape(self.environment.reset, key)[1]
+        return jax.ShapeDtypeStruct(seen.shape, seen.dtype)
 
     def reset(self, key: Key[Array, ""]) -> VectorState:
         """Starts all of them; instance i draws from ``sample_keys(key, count)[i]``."""

@@ -226,19 +226,23 @@ class Trainer(NamedTuple):
             the run.
         settings: as given.
         steps: environment steps an iteration.
+        on_host: whether the environments run in Python: one run, one device.
     """
 
     init: Callable[..., OnPolicyState]
     iterate: Callable[[OnPolicyState, Any], tuple[OnPolicyState, dict[str, Array]]]
     settings: Settings
     steps: int
+    on_host: bool = False
 
 
-def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Trainer:
+def make_trainer(
+    vector: envs.Vector | envs.GymnasiumVector, method: Method, settings: Settings
+) -> Trainer:
     """Builds the functions of a training run.
 
     Args:
-        vector: the environments.
+        vector: the environments: of this library, or of gymnasium.
         method: see :class:`Method`.
         settings: everything else.
 
@@ -251,16 +255,14 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             reports no KL.
         TypeError: an environment whose observations no network takes.
     """
-    count, size = vector.count, vector.environment.action_size
+    count, size = vector.count, vector.action_size
     steps = count * settings.unroll
     if steps % settings.minibatches:
         raise ValueError(
             f"{count} environments x unroll={settings.unroll} = {steps} transitions do "
             f"not divide into minibatches={settings.minibatches}; choose a divisor."
         )
-    seen = jax.eval_shape(
-        lambda: vector.environment.reset(jax.random.key(0))[1],
-    )
+    seen = vector.observation
     one = jax.ShapeDtypeStruct((1, *seen.shape), seen.dtype)
     is_image = seen.dtype == jnp.uint8
     critic = models.ControlMLP(
@@ -277,7 +279,7 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
             )
         )
     )
-    bound = vector.environment.action_bound
+    bound = vector.action_bound
 
     def init(key: Any, **changes: Any) -> OnPolicyState:
         prng.check_key(key)
@@ -506,7 +508,7 @@ def make_trainer(vector: envs.Vector, method: Method, settings: Settings) -> Tra
         )
         return state, metrics
 
-    return Trainer(init, iterate, settings, steps)
+    return Trainer(init, iterate, settings, steps, vector.on_host)
 
 
 def _check_coefficient(name: str, value: Any) -> None:
@@ -590,9 +592,14 @@ def jit_iterations(
         ``(state, key) -> (state, metrics [iteration] or [seed, iteration])``.
 
     Raises:
-        ValueError: a mesh and seeds.
+        ValueError: a mesh and seeds; either of them with environments on the host.
     """
     check_count("iterations", iterations)
+    if trainer.on_host and (seeds or mesh is not None):
+        raise ValueError(
+            "the environments run on the host, one after the other: seeds=True and a "
+            "mesh need environments written in JAX (envs.Vector); leave them out."
+        )
     if mesh is not None and seeds:
         raise ValueError("seeds=True runs on one device; leave out the mesh.")
 

@@ -1,0 +1,182 @@
+"""Vectors of gymnasium: what the trainer sees equals what they did."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import envs
+from tmdjax.core import prng
+from tmdjax.systems import ppo
+from tmdjax.train import on_policy
+
+gymnasium = pytest.importorskip("gymnasium")
+SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
+
+
+class Countdown(gymnasium.Env):
+    """Counts steps; ends after 3 (odd instances) or is cut after 2; NaN on demand."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(0.0, 10.0, (1,), np.float32)
+
+    def __init__(self, odd: bool = False):
+        self.odd, self.t = odd, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.start = 0, self.np_random.uniform()
+        return np.array([self.start, 0.0]), {}
+
+    def step(self, action):
+        self.t += 1
+        value = np.nan if action[0] > 9.9 else float(action[0])
+        seen = np.array([self.start, self.t])
+        return seen, value, self.odd and self.t == 3, not self.odd and self.t == 2, {}
+
+
+class Seven(Countdown):
+    """An action of 7 is best."""
+
+    def step(self, action):
+        seen, reward, *ends = super().step(action)
+        return seen, 5 - abs(reward - 7), *ends
+
+
+def make(*odd: bool, mode=SAME_STEP, env=Countdown):
+    made = [functools.partial(env, o) for o in odd]
+    return gymnasium.vector.SyncVectorEnv(made, autoreset_mode=mode)
+
+
+@pytest.fixture
+def vector():
+    return envs.GymnasiumVector(functools.partial(make, False, True))
+
+
+def steps(vector, state, actions):
+    """Scans the vector over actions [time, env, size]."""
+
+    def body(state, action):
+        keys = prng.sample_keys(jax.random.key(1), vector.count)
+        return vector.step(state, action, keys)
+
+    return jax.jit(lambda s, a: jax.lax.scan(body, s, a))(state, actions)
+
+
+def test_last_observations_are_those_of_the_step_and_actions_are_rescaled(vector):
+    state = jax.jit(vector.reset)(jax.random.key(0))
+    assert state.observation.dtype == jnp.float32
+    action = jnp.asarray([-1.0, 0.0, 0.5, 7.0])[:, None, None] * jnp.ones((4, 2, 1))
+    action = action.at[3].set(-0.5)
+    after, step = steps(vector, state, action)
+    counts = step.final_observation[..., 1]
+    np.testing.assert_array_equal(counts, [[1, 1], [2, 2], [1, 3], [2, 1]])
+    np.testing.assert_array_equal(step.truncated[:, 0], [False, True, False, True])
+    np.testing.assert_array_equal(step.terminated[:, 1], [False, False, True, False])
+    np.testing.assert_allclose(step.reward[:, 0], [0, 5, 7.5, 2.5])
+    np.testing.assert_array_equal(after.observation[:, 1], [0, 1])
+    assert step.valid.all()
+    # episodes do not share their start
+    assert step.final_observation[0, 0, 0] != step.final_observation[2, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [1.0, np.nan])
+def test_broken_instances_are_reset_and_marked(vector, bad):
+    """An action of 1 is 10 there, and gives a reward of NaN."""
+    state = jax.jit(vector.reset)(jax.random.key(0))
+    action = jnp.zeros((2, 2, 1)).at[0, 1].set(bad)
+    after, step = steps(vector, state, action)
+    np.testing.assert_array_equal(step.valid, [[True, False], [True, True]])
+    np.testing.assert_array_equal(step.reward[0], [5, 0])
+    np.testing.assert_array_equal(step.truncated[0], [False, True])
+    np.testing.assert_array_equal(
+        step.final_observation[0, 1], np.asarray(state.observation)[1]
+    )
+    np.testing.assert_array_equal(step.final_observation[1, :, 1], [2, 1])
+
+
+def test_a_continued_run_begins_its_episodes_anew(vector):
+    """What was saved is not where the instances stand."""
+    state = jax.jit(vector.reset)(jax.random.key(0))
+    saved, _ = steps(vector, state, jnp.zeros((3, 2, 1)))
+    fresh = envs.GymnasiumVector(functools.partial(make, False, True))
+    _, step = steps(fresh, saved, jnp.zeros((2, 2, 1)))
+    np.testing.assert_array_equal(step.valid, [[False, False], [True, True]])
+    np.testing.assert_array_equal(step.final_observation[1, :, 1], [1, 1])
+
+
+def test_the_trainer_learns_in_it():
+    vector = envs.GymnasiumVector(functools.partial(make, *[False, True] * 8, env=Seven))
+    settings = on_policy.Settings(unroll=8, learning_rate=3e-3, critic_hidden=(16,))
+    trainer = on_policy.make_trainer(
+        vector, ppo.GaussianPolicy(hidden=(16,), initial_std=0.3), settings
+    )
+    key = jax.random.key(0)
+    run = on_policy.jit_iterations(trainer, 15)
+    state, metrics = run(trainer.init(key), key)
+    on_policy.check(metrics, settings)
+    reward = np.asarray(metrics["reward_mean"])
+    assert reward[-3:].mean() > reward[0] + 1
+    with pytest.raises(ValueError, match="run on the host"):
+        on_policy.jit_iterations(trainer, seeds=True)
+
+
+def test_pendulum_is_what_gymnasium_says():
+    """An environment of its own, against stepping it by hand."""
+    build = functools.partial(
+        gymnasium.make_vec,
+        "Pendulum-v1",
+        num_envs=2,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": SAME_STEP},
+    )
+    vector = envs.GymnasiumVector(build)
+    assert (vector.action_size, vector.action_bound) == (1, 1.0)
+    state = jax.jit(vector.reset)(jax.random.key(3))
+    actions = np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2, 1)
+    _, step = steps(vector, state, jnp.asarray(actions))
+    seed = jax.random.randint(jax.random.key(3), (), 0, np.iinfo(np.int32).max)
+    byhand = build()
+    seen, _ = byhand.reset(seed=int(seed))
+    np.testing.assert_array_equal(state.observation, seen)
+    for i, action in enumerate(actions):
+        seen, reward, *_ = byhand.step(2 * action)
+        np.testing.assert_allclose(step.final_observation[i], seen, rtol=1e-6)
+        np.testing.assert_allclose(step.reward[i], reward, rtol=1e-6)
+
+
+class Words(Countdown):
+    observation_space = gymnasium.spaces.Dict(
+        {"image": gymnasium.spaces.Box(0, 255, (2,), np.uint8)}
+    )
+
+
+class Choice(Countdown):
+    action_space = gymnasium.spaces.Discrete(3)
+
+
+class HalfBounded(Countdown):
+    action_space = gymnasium.spaces.Box(
+        np.array([0, -np.inf], np.float32), np.array([1, 1], np.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("env", "mode", "error", "message"),
+    [
+        (Words, SAME_STEP, TypeError, "Dict with 'image'; a policy takes one array"),
+        (Choice, SAME_STEP, TypeError, "actions are Discrete.*need a Box"),
+        (HalfBounded, SAME_STEP, ValueError, "bounded in some dimensions only"),
+        (
+            Countdown,
+            gymnasium.vector.AutoresetMode.NEXT_STEP,
+            ValueError,
+            "must be AutoresetMode.SAME_STEP",
+        ),
+    ],
+)
+def test_refused(env, mode, error, message):
+    with pytest.raises(error, match=message):
+        envs.GymnasiumVector(functools.partial(make, False, mode=mode, env=env))
