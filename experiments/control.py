@@ -4,6 +4,7 @@ Stages: all seeds of an arm are trained side by side in one compiled program; th
 seed's policy is judged on episodes of its own.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import control_tasks as tasks
-from tmdjax import envs, rl, train
+from tmdjax import rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.files import write_atomically
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot, path_plot
@@ -30,6 +32,9 @@ METHODS = {
     "policyflow": policyflow.PolicyFlow,
     "fpo": fpo.FPO,
 }
+RATIO = ("ratio_correlation", "ratio_bias", "ratio_rms_error", "ratio_spread")
+"""Of PolicyFlow's approximate ratio, mean over the second half of training."""
+REPORT_ARMS = True
 COURSE = ("reward_first", "reward_last", "seconds_per_iteration", "first_ratio_error")
 """What training itself reports, beside the judgement."""
 
@@ -39,12 +44,33 @@ def arms(config: Config) -> tuple[str, ...]:
     return tuple(config.arms)
 
 
+def env_of(config: Config, arm: str) -> dict[str, Any]:
+    """The environment of an arm: its own, or that of all."""
+    return to_plain(config.arms[arm].get("env", config.env))
+
+
+def agents_of(config: Config, arm: str) -> int:
+    """How many agents judge it."""
+    evaluate = {
+        **to_plain(config.evaluate),
+        **to_plain(config.arms[arm]).get("evaluate", {}),
+    }
+    return check_count(f"{arm}: evaluate.agents", evaluate["agents"])
+
+
+def sizes_of(config: Config, arm: str) -> dict[str, Any]:
+    """The fields of `train`, with those an arm changes."""
+    return {**to_plain(config.train), **to_plain(config.arms[arm]).get("train", {})}
+
+
 def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
     """Trainer and method of an arm."""
     given: dict[str, Any] = to_plain(config.arms[arm])
     kind = given.pop("method")
     check_choice(f"arms.{arm}.method", kind, METHODS)
-    settings = {**to_plain(config.train), **given.pop("train", {})}
+    for name in ("env", "evaluate", "train"):
+        given.pop(name, None)
+    settings = sizes_of(config, arm)
     seeds, count, calls = (settings.pop(k) for k in ("seeds", "envs", "iterations"))
     per_call = settings.pop("iterations_per_call")
     check_count("train.iterations", calls)
@@ -56,9 +82,10 @@ def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
     if not seeds:
         raise ValueError("train.seeds is empty; give the seeds to train side by side.")
     method = METHODS[kind](**_tuples(given))
-    vector = envs.Vector(tasks.build(config), count)
     trainer = on_policy.make_trainer(
-        vector, method, on_policy.Settings(**_tuples(settings))
+        tasks.vector(env_of(config, arm), count),
+        method,
+        on_policy.Settings(**_tuples(settings)),
     )
     return trainer, method
 
@@ -76,14 +103,15 @@ def stages(config: Config, arm: str) -> list[Stage]:
             run=functools.partial(train_seeds, config, arm),
             config={
                 "arm": plain["arms"][arm],
-                **{k: plain[k] for k in ("env", "train")},
+                "env": env_of(config, arm),
+                "train": plain["train"],
             },
             seeded=False,
         ),
         Stage(
             name="judge",
             run=functools.partial(judge, config, arm),
-            config={"evaluate": plain["evaluate"]},
+            config={"agents": agents_of(config, arm)},
             parents=("train",),
         ),
     ]
@@ -92,7 +120,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
 def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
     """All seeds of an arm, side by side."""
     trainer, _ = build(config, arm)
-    seeds, per_call = config.train.seeds, config.train.iterations_per_call
+    sizes = sizes_of(config, arm)
+    seeds, per_call = sizes["seeds"], sizes["iterations_per_call"]
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     run = on_policy.jit_iterations(trainer, per_call, seeds=True)
 
@@ -111,7 +140,7 @@ def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
         jax.jit(jax.vmap(trainer.init))(keys),
         step,
         train.NoData(),
-        num_steps=config.train.iterations // per_call,
+        num_steps=sizes["iterations"] // per_call,
         log_every=1,
     )
     rows = context.rows()
@@ -132,15 +161,35 @@ def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
             "reward_last": float(reward[-end:].mean()),
             "skipped_updates": float(state.skipped),
             "parameters": float(trees.count(state.learner.params) / len(seeds)),
+            **{
+                name: float(np.mean([row[name] for row in rows[len(rows) // 2 :]]))
+                for name in RATIO
+                if name in rows[0]
+            },
         },
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+    """A policy as it acted in training; see :data:`control_tasks.Act`."""
+
+    method: Any
+
+    def __call__(self, policy: Any, observation: Any, key: Any) -> Any:
+        """Actions [agent, action_size]."""
+        params, statistics = policy
+        if statistics is not None:
+            observation = statistics.normalise(observation)
+        keys = prng.sample_keys(key, observation.shape[0])
+        return self.method.act(params, observation, keys)[0]
 
 
 def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     """The policy of one seed, on episodes of its own."""
     trainer, method = build(config, arm)
     trained = context.inputs["train"].outputs
-    seeds = list(config.train.seeds)
+    seeds = list(sizes_of(config, arm)["seeds"])
     if context.seed not in seeds:
         raise ValueError(
             f"seed {context.seed} was not trained: train.seeds={tuple(seeds)}; name it "
@@ -152,18 +201,19 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     if trainer.settings.normalise != "none" and trained["statistics"] is not None:
         statistics = rl.RunningStatistics(**take(trained["statistics"]))
 
-    def act(observation: Any, key: Any) -> Any:
-        if statistics is not None:
-            observation = statistics.normalise(observation)
-        keys = prng.sample_keys(key, observation.shape[0])
-        return method.act(policy, observation, keys)[0]
-
-    found, paths = tasks.judge(config, act, context.key)
+    found, shown = tasks.judge(
+        env_of(config, arm),
+        agents_of(config, arm),
+        Actor(method),
+        (policy, statistics),
+        context.key,
+    )
     reward = trained["reward"][:, seeds.index(context.seed)]
     end = max(1, len(reward) // 10)
     found |= {"training_reward": float(reward[-end:].mean())}
-    shown = {"reward": reward} | ({} if paths is None else {"paths": paths})
+    shown["reward"] = reward
     model, meta = method.exported(policy)
+    meta = {**meta, "arm": arm}
     if statistics is not None:
         meta |= {
             k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
@@ -175,18 +225,21 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
 
 def measures(config: Config) -> set[str]:
     """The metrics that claims may be about."""
-    judged = (
-        "training_reward",
-        "parameters",
-        "skipped_updates",
-        *tasks.measures(config),
-    )
-    return {f"{arm}/{name}" for arm in arms(config) for name in (*COURSE, *judged)}
+    found = set()
+    for arm in arms(config):
+        own = ("training_reward", "parameters", "skipped_updates")
+        ratio = RATIO if sizes_of(config, arm).get("diagnosed_samples") else ()
+        names = (*COURSE, *own, *ratio, *tasks.measures(env_of(config, arm)))
+        found |= {f"{arm}/{name}" for name in names}
+    return found
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table of arms, from the metrics of a record."""
-    names = ("training_reward", *tasks.measures(config), "seconds_per_iteration")
+    judged = [
+        name for arm in arms(config) for name in tasks.measures(env_of(config, arm))
+    ]
+    names = dict.fromkeys(("training_reward", *judged, "seconds_per_iteration"))
     return [
         {"method": arm}
         | {name.replace("_", " "): found.get(f"{arm}/{name}") for name in names}
@@ -197,52 +250,59 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
 def report(
     config: Config, results: dict[str, StageResult], folder: pathlib.Path
 ) -> Report:
-    """Learning curve, and where the agents went."""
+    """Of one arm: learning curve, and where the agents went or a film of one."""
     shown = Report([], [])
     if "judge" not in results:
         return shown
     outputs, metrics = results["judge"].outputs, results["judge"].metrics
-    shown.tables.append(
-        (
-            "Judged on episodes of its own",
-            [{"measure": k, "value": v} for k, v in metrics.items()],
-        )
-    )
+    arm = results["judge"].meta["arm"]
+    env = env_of(config, arm)
+    table = [{"measure": k, "value": v} for k, v in metrics.items()]
+    shown.tables.append((f"{arm}: judged on episodes of its own", table))
     calls = np.arange(1, len(outputs["reward"]) + 1)
+    iterations = calls * sizes_of(config, arm)["iterations_per_call"]
     path = line_plot(
-        {
-            "mean reward a step": (
-                calls * config.train.iterations_per_call,
-                outputs["reward"],
-            )
-        },
-        folder / "reward.png",
-        title="Training",
+        {"mean reward a step": (iterations, outputs["reward"])},
+        folder / f"{arm}-reward.png",
+        title=f"Training, {arm}",
         x_label="iteration",
         y_label="mean reward a step",
     )
-    shown.figures.append(("Reward against iterations", path))
+    shown.figures.append((f"{arm}: reward against iterations", path))
     if "paths" in outputs:
         path = path_plot(
             outputs["paths"],
-            folder / "paths.png",
-            "Where agents went",
-            **tasks.map_of(config),
+            folder / f"{arm}-paths.png",
+            f"Where agents went, {arm}",
+            **tasks.map_of(env),
         )
-        shown.figures.append(("Paths of agents", path))
+        shown.figures.append((f"{arm}: paths of agents", path))
+    page = tasks.film(env, outputs["states"]) if "states" in outputs else None
+    if page is not None:
+        path = folder / f"{arm}-film.html"
+        write_atomically(path, page.encode())
+        shown.figures.append((f"{arm}: one agent", path))
     return shown
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Sizes; builds and traces every arm, so that what cannot work is refused."""
-    check_count("evaluate.agents", config.evaluate.agents)
-    rows: dict[str, Any] = {"iterations": config.train.iterations}
-    rows["seeds side by side"] = len(config.train.seeds)
+    """Sizes; builds and traces every arm, so that what cannot work is refused.
+
+    Physics is built, not traced; where its package is not installed, that is said.
+    """
+    rows: dict[str, Any] = {}
     for arm in arms(config):
+        sizes, env = sizes_of(config, arm), env_of(config, arm)
+        agents_of(config, arm)
+        rows[f"{arm}: seeds side by side"] = len(sizes["seeds"])
+        if (package := tasks.absent(env)) is not None:
+            rows[f"{arm}: parameters"] = f"unknown, {package} is not installed"
+            continue
         trainer, _ = build(config, arm)
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(trainer.init, key)
-        jax.eval_shape(trainer.iterate, state, key)
+        if env["name"] not in tasks.SIMULATORS:
+            jax.eval_shape(trainer.iterate, state, key)
         rows[f"{arm}: parameters"] = trees.count(state.learner.params)
-        rows[f"{arm}: environment steps"] = trainer.steps * config.train.iterations
+        rows[f"{arm}: environment steps"] = trainer.steps * sizes["iterations"]
     return rows

@@ -1,7 +1,8 @@
 """Environments of control experiments, and how a policy in them is judged."""
 
 import functools
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,69 +10,95 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import envs
-from tmdjax.core import prng
+from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice
-from tmdjax.harness.config import to_plain
 
-Config = Any
-Act = Callable[[Any, Any], Any]
+Act = Callable[[Any, Any, Any], Any]
+"""(policy, observations, key) -> actions; hashable, so that a program is kept."""
+
 ENVIRONMENTS = {
     "multi_goal": envs.MultiGoal,
     "point_maze": envs.PointMaze,
     "push": envs.Push,
+    "brax": envs.Brax,
+    "playground": envs.Playground,
 }
+SIMULATORS = {"brax": "brax", "playground": "mujoco_playground"}
+"""Packages of environments that are dear to trace and to reset."""
 SHOWN_PATHS = 200
 
 
-def build(config: Config) -> Any:
-    """The environment of a config."""
-    given = dict(to_plain(config.env))
+def build(env: Mapping[str, Any]) -> Any:
+    """From 'name' and the fields of its class ('task' for the name in a simulator)."""
+    given = dict(env)
     name = given.pop("name")
     check_choice("env.name", name, ENVIRONMENTS)
+    if "task" in given:
+        given["name"] = given.pop("task")
     return ENVIRONMENTS[name](**given)
 
 
-def measures(config: Config) -> tuple[str, ...]:
+def vector(env: Mapping[str, Any], count: int) -> envs.Vector:
+    """Many of them."""
+    resets = "first" if env["name"] in SIMULATORS else "fresh"
+    return envs.Vector(build(env), count, resets)
+
+
+def absent(env: Mapping[str, Any]) -> str | None:
+    """The package that is needed and not installed."""
+    package = SIMULATORS.get(env["name"])
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return package
+
+
+def measures(env: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of what :func:`judge` finds."""
     return {
         "multi_goal": ("goal_entropy", "covered_goals", "reached", "reward"),
         "point_maze": ("cells_visited", "success", "reward"),
         "push": ("success", "reward"),
-    }[config.env.name]
+    }.get(env["name"], ("judged_return", "reward"))
 
 
-def map_of(config: Config) -> dict[str, Any]:
+def map_of(env: Mapping[str, Any]) -> dict[str, Any]:
     """What a plot of paths also shows: marks and squares."""
-    environment = build(config)
-    if config.env.name == "multi_goal":
+    environment = build(env)
+    if env["name"] == "multi_goal":
         return {"marks": environment.goal_positions}
-    if config.env.name == "point_maze":
+    if env["name"] == "point_maze":
         return {"marks": environment.cells("g"), "squares": environment.cells("1")}
     return {}
 
 
-def judge(config: Config, act: Act, key: Any) -> tuple[dict[str, float], Any]:
+def judge(
+    env: Mapping[str, Any], agents: int, act: Act, policy: Any, key: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
     """One episode of many agents, acting as in training.
 
     Returns:
-        Measures by name, and paths [agent, time, 2] or None.
+        Measures by name, and what may be shown: 'paths' [agent, time, 2]; 'states' of
+        the first agent in a brax simulator, flattened.
     """
-    environment, agents = build(config), config.evaluate.agents
+    name, environment = env["name"], build(env)
     start_key, walk_key = jax.random.split(key)
-    if config.env.name == "multi_goal":
+    if name == "multi_goal":
         state, seen = environment.at((0.0, 0.0))
         repeat = functools.partial(jnp.repeat, repeats=agents, axis=0)
         start = jax.tree.map(lambda x: repeat(x[None]), (state, seen))
-        steps = environment.horizon
     else:
         keys = prng.sample_keys(start_key, agents)
         start = jax.vmap(environment.reset)(keys)
-        steps = environment.horizon
-    path, reward, ended = _episode(environment, act, start, walk_key, steps)
+    kept, reward, ended = _episode(environment, act, name, policy, start, walk_key)
+    reward, ended = np.asarray(reward), np.asarray(ended)
     alive = np.cumsum(ended, 0) - ended == 0  # up to and with the last step
     found = {"reward": float((reward * alive).sum() / alive.sum())}
-    if config.env.name == "multi_goal":
-        place = np.asarray(path.position)
+    if name in SIMULATORS:
+        found["judged_return"] = float((reward * alive).sum(0).mean())
+        leaves = {f"{i:04}": x for i, x in enumerate(jax.tree.leaves(kept))}
+        return found, {"states": leaves} if leaves else {}
+    if name == "multi_goal":
+        place = np.asarray(kept)
         counts = envs.goal_counts(environment, place[-1], ~ended.any(0))
         found |= {
             "goal_entropy": envs.goal_entropy(counts),
@@ -79,39 +106,65 @@ def judge(config: Config, act: Act, key: Any) -> tuple[dict[str, float], Any]:
             "reached": float(counts.sum() / agents),
         }
         place = np.where(alive[..., None], place, np.nan)
-        return found, place[:, :SHOWN_PATHS].transpose(1, 0, 2)
-    if config.env.name == "point_maze":
-        place = np.asarray(path.position)
+    elif name == "point_maze":
+        place, success = (np.asarray(x) for x in kept)
         row, column = (np.asarray(x) for x in environment.cell_of(place))
         cells = row * environment.shape[1] + column
         free = int((~environment.walls).sum())
         visited = [len(np.unique(cells[:, i])) for i in range(agents)]
         found |= {
             "cells_visited": float(np.mean(visited) / free),
-            "success": float(np.asarray(environment.success(path)).any(0).mean()),
+            "success": float(success.any(0).mean()),
         }
-        return found, place[:, :SHOWN_PATHS].transpose(1, 0, 2)
-    found["success"] = float((ended & alive & (reward > 0)).any(0).mean())
-    return found, np.asarray(path.object)[:, :SHOWN_PATHS].transpose(1, 0, 2)
+    else:
+        place = np.asarray(kept)
+        found["success"] = float((ended & alive & (reward > 0)).any(0).mean())
+    return found, {"paths": place[:, :SHOWN_PATHS].transpose(1, 0, 2)}
 
 
-def _episode(environment: Any, act: Act, start: Any, key: Any, steps: int) -> Any:
-    """States [time, agent, ...], rewards and ends [time, agent], without resets."""
+def _kept(environment: Any, name: str, state: Any) -> Any:
+    """Of the states [agent, ...] of a step: what is measured or shown."""
+    if name == "playground":
+        return None
+    if name == "brax":
+        return jax.tree.map(lambda x: x[0], state[0].pipeline_state)
+    if name == "point_maze":
+        return state.position, environment.success(state)
+    return state.position if name == "multi_goal" else state.object
 
-    @jax.jit
-    def walk(start: Any, key: Any) -> Any:
-        count = start[1].shape[0]
 
-        def body(carry: Any, key: Any) -> tuple[Any, Any]:
-            state, seen = carry
-            act_key, step_key = jax.random.split(key)
-            action = act(seen, act_key)
-            keys = prng.sample_keys(step_key, count)
-            step = jax.vmap(environment.step)(state, action, keys)
-            carry = (step.state, step.observation)
-            return carry, (step.state, step.reward, step.terminated)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _episode(
+    environment: Any, act: Act, name: str, policy: Any, start: Any, key: Any
+) -> Any:
+    """What is kept, rewards and ends, [time, agent, ...] each, without resets."""
+    count = start[1].shape[0]
 
-        return jax.lax.scan(body, start, jax.random.split(key, steps))[1]
+    def body(carry: Any, key: Any) -> tuple[Any, Any]:
+        state, seen = carry
+        act_key, step_key = jax.random.split(key)
+        action = act(policy, seen, act_key)
+        step = jax.vmap(environment.step)(
+            state, action, prng.sample_keys(step_key, count)
+        )
+        kept = _kept(environment, name, step.state)
+        return (step.state, step.observation), (kept, step.reward, step.terminated)
 
-    path, reward, ended = walk(start, key)
-    return path, np.asarray(reward), np.asarray(ended)
+    return jax.lax.scan(body, start, jax.random.split(key, environment.horizon))[1]
+
+
+def film(env: Mapping[str, Any], states: Any) -> str | None:
+    """A page that plays the states of a brax simulator; None where there is none."""
+    if env["name"] != "brax":
+        return None
+    from brax.io import html
+
+    environment = build(env)
+    simulator = environment.simulator
+    shape = jax.eval_shape(lambda: simulator.reset(jax.random.key(0)).pipeline_state)
+    tree = jax.tree.structure(shape)
+    stacked = jax.tree.unflatten(tree, [np.asarray(states[k]) for k in sorted(states)])
+    frames = [trees.take(stacked, i) for i in range(environment.horizon)]
+    return html.render(
+        simulator.sys.tree_replace({"opt.timestep": simulator.dt}), frames
+    )

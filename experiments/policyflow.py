@@ -5,6 +5,7 @@ Everything they share stands in experiments/control.py.
 
 from experiments.control import (
     PAIRING,
+    REPORT_ARMS,
     arms,
     describe,
     measures,
@@ -15,6 +16,7 @@ from experiments.control import (
 
 __all__ = [
     "PAIRING",
+    "REPORT_ARMS",
     "arms",
     "describe",
     "measures",

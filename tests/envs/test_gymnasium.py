@@ -87,7 +87,7 @@ def test_broken_instances_are_reset_and_marked(vector, bad):
     """An action of 1 is 10 there, and gives a reward of NaN."""
     state = jax.jit(vector.reset)(jax.random.key(0))
     action = jnp.zeros((2, 2, 1)).at[0, 1].set(bad)
-    after, step = steps(vector, state, action)
+    _, step = steps(vector, state, action)
     np.testing.assert_array_equal(step.valid, [[True, False], [True, True]])
     np.testing.assert_array_equal(step.reward[0], [5, 0])
     np.testing.assert_array_equal(step.truncated[0], [False, True])
@@ -108,14 +108,16 @@ def test_a_continued_run_begins_its_episodes_anew(vector):
 
 
 def test_the_trainer_learns_in_it():
-    vector = envs.GymnasiumVector(functools.partial(make, *[False, True] * 8, env=Seven))
+    vector = envs.GymnasiumVector(
+        functools.partial(make, *[False, True] * 8, env=Seven)
+    )
     settings = on_policy.Settings(unroll=8, learning_rate=3e-3, critic_hidden=(16,))
     trainer = on_policy.make_trainer(
         vector, ppo.GaussianPolicy(hidden=(16,), initial_std=0.3), settings
     )
     key = jax.random.key(0)
     run = on_policy.jit_iterations(trainer, 15)
-    state, metrics = run(trainer.init(key), key)
+    _, metrics = run(trainer.init(key), key)
     on_policy.check(metrics, settings)
     reward = np.asarray(metrics["reward_mean"])
     assert reward[-3:].mean() > reward[0] + 1

@@ -49,7 +49,7 @@ class Simulator:
 def simulator(monkeypatch):
     found = Simulator()
     monkeypatch.setattr(simulators, "_brax", lambda name, backend: found)
-    monkeypatch.setattr(simulators, "_playground", lambda name: found)
+    monkeypatch.setattr(simulators, "_playground", lambda name, implementation: found)
     return found
 
 

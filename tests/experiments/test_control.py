@@ -65,7 +65,7 @@ def test_smoke_measures_what_claims_may_be_about(smoke):
     assert found["ppo/first_ratio_error"] < 1e-6
     assert len(policyflow.summary_rows(config, found)) == 2
     for name in ("paths", "reward"):
-        assert list((smoke / "figures").glob(f"*{name}.png"))
+        assert len(list((smoke / "figures").glob(f"*{name}.png"))) == 2
 
 
 def test_a_finished_run_is_taken_up_again_and_loads(smoke, capsys):
@@ -114,24 +114,25 @@ def test_other_environments(env, measured, tmp_path):
 
 def test_judging_multi_goal_by_a_policy_that_knows():
     """Agents that go straight to the two goals on the x axis, half to each."""
-    config = tiny("evaluate.agents=100")
+    env = {"name": "multi_goal"}
 
-    def act(seen, key):
+    def act(policy, seen, key):
         side = jnp.where(jnp.arange(100) % 2 == 0, 5.0, -5.0)
         to = jnp.stack([side, jnp.zeros(100)], 1) - seen[:, :2]
         return 2 * to - 2.5 * seen[:, 2:]
 
-    found, paths = control_tasks.judge(config, act, jax.random.key(0))
+    found, shown = control_tasks.judge(env, 100, act, None, jax.random.key(0))
+    paths = shown["paths"]
     assert found["covered_goals"] == 2 and found["reached"] == 1
     assert found["goal_entropy"] == pytest.approx(np.log(2) / np.log(6))
     assert paths.shape == (100, 50, 2) and np.isfinite(paths).all()
 
-    def away(seen, key):
+    def away(policy, seen, key):
         return jnp.full((100, 2), 5.0)
 
-    found, paths = control_tasks.judge(config, away, jax.random.key(0))
+    found, shown = control_tasks.judge(env, 100, away, None, jax.random.key(0))
     assert found["reached"] == 0 and found["goal_entropy"] == 0
-    assert np.isnan(paths[:, -1]).all()  # out of the square, and not shown
+    assert np.isnan(shown["paths"][:, -1]).all()  # out of the square, and not shown
 
 
 ONE_ARM = """

@@ -158,14 +158,13 @@ def test_3_a_shifted_network_moves_every_dv_and_the_end():
     np.testing.assert_allclose(
         ends[1] - ends[0], -np.tile(shift, (BATCH, 1)), atol=1e-5
     )
-    found = policyflow.ratio_diagnostic(
-        method,
+    found = method.diagnose(
         moved,
         old,
         samples._replace(record={**samples.record, "x_1": ends[0]}),
         KEYS,
     )
-    assert found["correlation"] > 0.9999 and abs(found["bias"]) < 1e-5
+    assert found["ratio_correlation"] > 0.9999 and abs(found["ratio_bias"]) < 1e-5
 
 
 def test_4_shifts_that_depend_on_time_are_averaged():
@@ -473,11 +472,10 @@ def test_paths_begin_at_the_end_and_end_in_noise():
 def test_the_diagnostic_sees_a_bad_approximation():
     method, params, samples = made(times=9)
     near, far = (
-        policyflow.ratio_diagnostic(method, nudged(params, s), params, samples, KEYS)
-        for s in (0.01, 0.3)
+        method.diagnose(nudged(params, s), params, samples, KEYS) for s in (0.01, 0.3)
     )
-    assert near["correlation"] > 0.8
-    assert far["error"] > 3 * near["error"]
+    assert near["ratio_correlation"] > 0.8
+    assert far["ratio_rms_error"] > 3 * near["ratio_rms_error"]
 
 
 @pytest.mark.parametrize(

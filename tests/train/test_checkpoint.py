@@ -51,6 +51,20 @@ def test_train_state_round_trip(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+def test_arrays_without_elements(tmp_path):
+    """A simulator's state has some; orbax refuses them."""
+    tree = {"a": {"none": jnp.zeros((2, 0), jnp.int32)}, "b": jnp.arange(3.0)}
+    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints.save(1, tree)
+    for like in (tree, None):
+        found = checkpoints.restore(like).tree
+        assert found["a"]["none"].shape == (2, 0)
+        assert found["a"]["none"].dtype == jnp.int32
+        np.testing.assert_array_equal(found["b"], tree["b"])
+    with pytest.raises(train.CheckpointError, match="another model"):
+        checkpoints.restore(tree | {"a": {"none": jnp.zeros((3, 0), jnp.int32)}})
+
+
 def test_nothing_but_extras(tmp_path):
     checkpoints = train.Checkpoints(tmp_path)
     checkpoints.save(1, {}, {"accuracy": 0.5})

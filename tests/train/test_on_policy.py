@@ -279,6 +279,61 @@ def test_options_change_what_they_say():
         assert not np.allclose(base[metric], other[metric], rtol=1e-6), changes
 
 
+class Reporting(GaussianPolicy):
+    """Learns nothing, and reports its advantages."""
+
+    def loss(self, params, behaviour, samples, keys, coefficients):
+        zero = 0 * samples.advantage
+        return zero, {"ratio_error": zero, "advantage": samples.advantage}
+
+
+AFRESH = {
+    "gae": "per_minibatch",
+    "advantages": "none",
+    "value_clip": None,
+    "learning_rate": 0.1,
+}
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_advantages_follow_the_critic_where_computed_per_minibatch(minibatches):
+    """One observation, discount 0: the mean advantage is reward - V, V of that visit."""
+    environment = envs.PROBES["endless"]
+    made = {
+        "iterations": 1,
+        "environment": environment,
+        "discount": 0.0,
+        "minibatches": minibatches,
+    }
+    critic = models.functional(models.ControlMLP(1, (16,), "mish", out_scale=0.01))
+
+    def value(state):
+        return float(critic(state.learner.params["critic"], jnp.zeros((1, 1)))[0, 0])
+
+    method = Reporting(hidden=(4,))
+    trainer, one, found = trained(method, epochs=1, **made, **AFRESH)
+    reward = float(found["reward_mean"][0])
+    values = [value(trainer.init(KEY)), value(one)]
+    if minibatches == 1:
+        np.testing.assert_allclose(found["advantage"][0], reward - values[0], rtol=1e-5)
+        found = trained(method, epochs=2, **made, **AFRESH)[2]
+        expected = reward - np.mean(values)
+        np.testing.assert_allclose(found["advantage"][0], expected, rtol=1e-5)
+        once = trained(method, epochs=2, **made, **AFRESH | {"gae": "once"})[2]
+        np.testing.assert_allclose(once["advantage"][0], reward - values[0], rtol=1e-5)
+    else:  # the second of two minibatches has another value than the first
+        mean_value = reward - found["advantage"][0]
+        assert min(values) < mean_value < max(values)
+
+
+def test_a_method_is_diagnosed_after_the_update():
+    method = METHODS["policyflow"]
+    found = trained(method, diagnosed_samples=32, iterations=1, learning_rate=1e-3)[2]
+    assert 0.3 < found["ratio_correlation"][0] <= 1
+    assert 0 < found["ratio_rms_error"][0] < found["ratio_spread"][0]
+    assert "ratio_bias" not in trained(method, iterations=1)[2]
+
+
 EIGHT_DEVICES = """
 import jax, numpy as np
 from tmdjax import envs, train
@@ -385,6 +440,10 @@ def test_clipped_actions_are_warned_of():
         ({"normalise": "run"}, "normalise='run'"),
         ({"target_kl": 0.0}, "target_kl=0.0"),
         ({"learning_rate_bounds": (1e-2, 1e-3)}, "lower=0.01 is outside"),
+        ({"gae": "each"}, "gae='each'"),
+        ({"gae": "per_minibatch"}, "has no batch of advantages"),
+        ({**AFRESH, "value_clip": 0.2}, "value_clip=None instead of 0.2"),
+        ({"diagnosed_samples": -1}, "diagnosed_samples=-1"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -398,6 +457,8 @@ def test_bad_combinations():
         ValueError, match="9 environments x unroll=8 = 72 transitions do"
     ):
         make_trainer(vector, METHODS["ppo"], dataclasses.replace(TINY, minibatches=5))
+    with pytest.raises(ValueError, match="whole environments: 9 of them do not"):
+        make_trainer(vector, METHODS["ppo"], dataclasses.replace(TINY, **AFRESH))
     adaptive = dataclasses.replace(TINY, target_kl=0.01)
     trainer = make_trainer(envs.Vector(envs.MultiGoal(), 4), METHODS["fpo"], adaptive)
     with pytest.raises(ValueError, match="which FPO does not report"):

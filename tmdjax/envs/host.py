@@ -1,8 +1,8 @@
 """Environments that run on the host: vectors of gymnasium.
 
 They stand where a :class:`tmdjax.envs.Vector` does, but every step calls back into
-Python, in order. So they cannot be vmapped or cut over devices, and they cannot be saved:
-a run that is continued starts its episodes anew.
+Python, in order. So they cannot be vmapped or cut over devices, and they cannot be
+saved: a run that is continued starts its episodes anew.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class GymnasiumVector:
         """Builds the instances.
 
         Args:
-            make: gives a gymnasium.vector.VectorEnv that resets itself in the SAME step:
+            make: gives a gymnasium.vector.VectorEnv with automatic reset SAME_STEP:
                 ``functools.partial(gymnasium.make_vec, 'Pendulum-v1', num_envs=8,
                 vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode
                 .SAME_STEP})``.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tmdjax.core.checks import check_count
+from tmdjax.core.checks import check_choice, check_count
 from tmdjax.core.types import Array, Key
 from tmdjax.envs.base import Transition
 
@@ -38,52 +38,65 @@ class Brax:
         check_count("horizon", self.horizon)
 
     @property
+    def simulator(self) -> Any:
+        """Brax's own environment."""
+        return _brax(self.name, self.backend)
+
+    @property
     def action_size(self) -> int:
         """Of the environment."""
-        return int(_brax(self.name, self.backend).action_size)
+        return int(self.simulator.action_size)
 
     def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
         """Brax's own start; the first time at a random step count."""
-        return _start(_brax(self.name, self.backend), key, first, self.horizon)
+        return _start(self.simulator, key, first, self.horizon)
 
     def step(self, state: Any, action: Array, key: Any) -> Transition:
         """Brax's own step."""
-        return _step(_brax(self.name, self.backend), state, action, self.horizon)
+        return _step(self.simulator, state, action, self.horizon)
 
 
 @dataclasses.dataclass(frozen=True)
 class Playground:
     """An environment of MuJoCo Playground (``pip install 'tmdjax[playground]'``).
 
-    Its implementation is 'warp' where there is a CUDA device, else 'jax'.
-
     Attributes:
         name: such as 'CheetahRun'.
         horizon: steps an episode.
         observation: which entry is observed, where there are several.
+        implementation: 'jax' or 'warp'; None is 'warp' where there is a CUDA device,
+            else 'jax'.
     """
 
     name: str
     horizon: int = 1000
     observation: str = "state"
+    implementation: str | None = None
     action_bound: float = dataclasses.field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         check_count("horizon", self.horizon)
+        if self.implementation is not None:
+            check_choice("implementation", self.implementation, ("jax", "warp"))
+
+    @property
+    def simulator(self) -> Any:
+        """Playground's own environment."""
+        return _playground(self.name, self.implementation)
 
     @property
     def action_size(self) -> int:
         """Of the environment."""
-        return int(_playground(self.name).action_size)
+        return int(self.simulator.action_size)
 
     def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
         """Its own start; the first time at a random step count."""
-        found = _start(_playground(self.name), key, first, self.horizon)
+        found = _start(self.simulator, key, first, self.horizon)
         return found[0], self._seen(found[1])
 
     def step(self, state: Any, action: Array, key: Any) -> Transition:
         """Its own step."""
-        found = _step(_playground(self.name), state, action, self.horizon)
+        found = _step(self.simulator, state, action, self.horizon)
         return found._replace(observation=self._seen(found.observation))
 
     def _seen(self, observation: Any) -> Array:
@@ -123,11 +136,12 @@ def _brax(name: str, backend: str) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _playground(name: str) -> Any:
+def _playground(name: str, implementation: str | None) -> Any:
     registry = _module("mujoco_playground", "playground").registry
     config = registry.get_default_config(name)
     if "impl" in config:
-        config.impl = "warp" if jax.default_backend() == "gpu" else "jax"
+        chosen = "warp" if jax.default_backend() == "gpu" else "jax"
+        config.impl = implementation or chosen
     return registry.load(name, config=config)
 
 

@@ -243,8 +243,8 @@ def write_report(
         command: what to type to get this page again.
         environment: versions, device and so on, by name.
         tables: (caption, rows) each.
-        figures: (caption, PNG) each; None for the PNG (a figure left out) is
-            said in its place.
+        figures: (caption, PNG or HTML page) each; None (a figure left out) is said
+            in its place.
         claims: judged claims, as in a summary.
 
     Returns:
@@ -335,6 +335,12 @@ def _html_figure(caption: str, picture: str | os.PathLike[str] | None) -> str:
     caption = html.escape(caption)
     if picture is None:
         return f"<p>{caption}: left out, matplotlib is absent.</p>"
+    if Path(picture).suffix == ".html":
+        page = html.escape(Path(picture).read_text(encoding="utf-8"))
+        return (
+            f'<figure><iframe title="{caption}" srcdoc="{page}"></iframe>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
     data = base64.b64encode(Path(picture).read_bytes()).decode()
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
@@ -353,6 +359,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8886; text-align: left; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; } figcaption { font-size: .9rem; }
+iframe { width: 100%; height: 30rem; border: 0; }
 img { max-width: 100%; height: auto; background: #fff; }
 """
 

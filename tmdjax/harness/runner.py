@@ -59,7 +59,7 @@ class Report:
 
     Attributes:
         tables: (caption, rows), printed and in report.html.
-        figures: (caption, PNG path or None).
+        figures: (caption, path of a PNG or HTML page, or None).
     """
 
     tables: list[tuple[str, list[dict[str, Any]]]] = dataclasses.field(
@@ -68,6 +68,10 @@ class Report:
     figures: list[tuple[str, pathlib.Path | None]] = dataclasses.field(
         default_factory=list
     )
+
+    def __add__(self, other: "Report") -> "Report":
+        """Both, one after the other."""
+        return Report(self.tables + other.tables, self.figures + other.figures)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,7 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
             _discard(experiment, config, options, workdir, cache)
         _claim_workdir(workdir, config, options)
         shown: Report | None = None
+        reported: set[str] = set()
         finished = True
         for arm, seed in units:
             try:
@@ -162,8 +167,12 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
                 print(f"paused: {paused}. The same command goes on from here.")
                 finished = False
                 break
-            if shown is None:
-                shown = experiment.report(config, results, workdir / "figures")
+            if shown is None or (
+                getattr(experiment, "REPORT_ARMS", False) and arm not in reported
+            ):
+                reported.add(arm)
+                more = experiment.report(config, results, workdir / "figures")
+                shown = more if shown is None else shown + more
         done = _finished_units(experiment, config, workdir)
         _collect_metrics(done, workdir)
         if shown is None or options.stage is not None or not done:

@@ -243,6 +243,37 @@ class PolicyFlow:
         v, v_old = jax.vmap(at)(both)
         return x_t, t, v, jax.lax.stop_gradient(v_old)
 
+    def diagnose(
+        self, params: Params, behaviour: Params, samples: Samples, keys: Any
+    ) -> dict[str, Array]:
+        """The approximate log-ratio beside the exact one, solving the ODE once more.
+
+        Args:
+            params: trained policy.
+            behaviour: the policy that acted.
+            samples: some hundred transitions.
+            keys: [batch].
+
+        Returns:
+            Scalars: 'ratio_correlation' of the two log-ratios, 'ratio_bias' (mean of
+            approximate less exact), 'ratio_rms_error' (root mean square of it) and
+            'ratio_spread' (standard deviation of the exact one).
+        """
+        record = samples.record
+        *_, v, v_old = self.velocities(params, behaviour, samples, keys)
+        stds = self.log_std(params), self.log_std(behaviour)
+        shift = -(v - v_old).mean(0)
+        approximate = rl.shifted_log_ratio(record["delta"], shift, *stds)
+        moved = self.flow(params, samples.observation, record["x_0"]) - record["x_1"]
+        exact = rl.shifted_log_ratio(record["delta"], moved, *stds)
+        away = approximate - exact
+        return {
+            "ratio_correlation": jnp.corrcoef(approximate, exact)[0, 1],
+            "ratio_bias": away.mean(),
+            "ratio_rms_error": jnp.sqrt(jnp.mean(away**2)),
+            "ratio_spread": exact.std(),
+        }
+
 
 def path_point(path: str, x_0: Array, x_1: Array, t: Array, z: Any = None) -> Array:
     """A point between the noise x_0 (t = 1) and the end x_1 (t = 0).
@@ -296,35 +327,3 @@ def brownian_penalty(path: str, x_t: Array, t: Array, v: Array, v_old: Array) ->
         weight = t if path == "rectified_flow" else 2 * (t - 0.5) ** 2 + 0.5
         residual = weight * v + x_t + (1 - t) * v_old
     return jnp.mean(residual**2, axis=-1)
-
-
-def ratio_diagnostic(
-    method: PolicyFlow, params: Params, behaviour: Params, samples: Samples, keys: Any
-) -> dict[str, Array]:
-    """The approximate log-ratio beside the exact one, for which both ODEs are solved.
-
-    Args:
-        method: whose ratio.
-        params: trained policy.
-        behaviour: the policy that acted.
-        samples: some hundred transitions.
-        keys: [batch].
-
-    Returns:
-        Scalars: 'correlation' of the two log-ratios, 'bias' (mean of approximate less
-        exact), 'error' (root mean square of it) and 'spread' (standard deviation of
-        the exact one).
-    """
-    record = samples.record
-    *_, v, v_old = method.velocities(params, behaviour, samples, keys)
-    stds = method.log_std(params), method.log_std(behaviour)
-    approximate = rl.shifted_log_ratio(record["delta"], -(v - v_old).mean(0), *stds)
-    moved = method.flow(params, samples.observation, record["x_0"]) - record["x_1"]
-    exact = rl.shifted_log_ratio(record["delta"], moved, *stds)
-    away = approximate - exact
-    return {
-        "correlation": jnp.corrcoef(approximate, exact)[0, 1],
-        "bias": away.mean(),
-        "error": jnp.sqrt(jnp.mean(away**2)),
-        "spread": exact.std(),
-    }

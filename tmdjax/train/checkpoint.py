@@ -209,16 +209,22 @@ class Checkpoints:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path)
             saved = getattr(metadata, "item_metadata", metadata).tree
+            empty = {
+                name: np.zeros(shape, dtype)
+                for name, (shape, dtype) in body.get("empty", {}).items()
+            }
             if like is None:
                 # a numpy target reads what any number of devices wrote
                 target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), saved)
                 args = ocp.args.StandardRestore(target)
-                tree = jax.tree.map(np.asarray, checkpointer.restore(path, args=args))
+                found = checkpointer.restore(path, args=args)
+                tree = jax.tree.map(np.asarray, _with_empty(found, empty))
             else:
                 target = serialization.to_state_dict(like)
-                self._check_structure(step, saved, target)
-                args = ocp.args.StandardRestore(jax.tree.map(_abstract, target))
-                found = checkpointer.restore(path, args=args)
+                self._check_structure(step, _with_empty(saved, empty), target)
+                target = jax.tree.map(_abstract, _without_empty(target))
+                args = ocp.args.StandardRestore(target)
+                found = _with_empty(checkpointer.restore(path, args=args), empty)
                 tree = serialization.from_state_dict(like, found)
         return Restored(step, tree, body["extra"])
 
@@ -244,8 +250,13 @@ def _write(folder: pathlib.Path, body: dict[str, Any], tree: PyTree) -> None:
     arrays = serialization.to_state_dict(tree)
     if jax.tree.leaves(arrays):  # orbax refuses a tree without any
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / _ARRAYS, arrays)
-    body = {**body, "files": _digests(folder)}
+            checkpointer.save(folder / _ARRAYS, _without_empty(arrays))
+    empty = {
+        name: [np.shape(leaf), np.dtype(leaf.dtype).name]
+        for name, leaf in trees.flatten(arrays).items()
+        if _is_empty(leaf)
+    }
+    body = {**body, "files": _digests(folder)} | ({"empty": empty} if empty else {})
     manifest = {"body": body, "sha256": _text_sha256(body)}
     text = json.dumps(manifest, indent=1, sort_keys=True)
     write_atomically(folder / _MANIFEST, text.encode())
@@ -293,6 +304,20 @@ def _text_sha256(body: Any) -> str:
 
 def _listed(steps: list[int]) -> str:
     return ", ".join(f"step {step}" for step in steps) or "none"
+
+
+def _is_empty(leaf: Any) -> bool:
+    return 0 in np.shape(leaf)
+
+
+def _without_empty(tree: PyTree) -> PyTree:
+    """Arrays without elements, which orbax refuses, replaced by one zero."""
+    return jax.tree.map(lambda x: np.zeros(1) if _is_empty(x) else x, tree)
+
+
+def _with_empty(tree: PyTree, empty: dict[str, Any]) -> PyTree:
+    """The opposite; ``empty`` holds them by name."""
+    return trees.map_with_path(lambda name, leaf: empty.get(name, leaf), tree)
 
 
 def _abstract(leaf: Any) -> Any:

@@ -37,6 +37,7 @@ VALUE_CLIPS = ("larger", "released")
 NORMALISATIONS = ("none", "running", "forgetful")
 ADVANTAGES = ("batch", "minibatch", "none")
 TRUNCATIONS = ("final", "current")
+GAE = ("once", "per_minibatch")
 MAX_ACTION = 1e3
 
 
@@ -102,6 +103,17 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Diagnosed(Protocol):
+    """A method that can say more of an update than its loss does."""
+
+    def diagnose(
+        self, params: Params, behaviour: Params, samples: Samples, keys: Any
+    ) -> dict[str, Array]:
+        """Scalars by name; arguments as those of :meth:`Method.loss`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything but the method.
@@ -119,6 +131,9 @@ class Settings:
         clip_norm: of the gradient of policy and critic together; None does not clip.
         discount: of returns.
         gae_lambda: of advantages.
+        gae: advantages are computed 'once' an iteration, or 'per_minibatch' from the
+            values of the critic as it is by then (brax's and FPO's code); minibatches
+            are then whole unrolls of some environments.
         advantages: standardised over the 'batch', each 'minibatch', or 'none'.
         value_coefficient: of the squared error of the value (no factor 1/2).
         value_clip: width of the band around the old value, or None.
@@ -132,6 +147,9 @@ class Settings:
             code: the standard deviation keeps shrinking). Images are never.
         normalise_before_update: update the statistics before the update, not after: the
             first ratio is then not 1 (FPO's code).
+        diagnosed_samples: transitions an iteration on which a method that has a
+            ``diagnose`` (arguments of its loss without coefficients; scalars by name)
+            is diagnosed after the update; 0 for none.
         max_ratio_error: :func:`check` stops a run whose first minibatch of an iteration
             is above this; None checks nothing.
         critic_hidden: widths of the critic.
@@ -148,6 +166,7 @@ class Settings:
     clip_norm: float | None = 1.0
     discount: float = 0.99
     gae_lambda: float = 0.95
+    gae: str = "once"
     advantages: str = "batch"
     value_coefficient: float = 1.0
     value_clip: float | None = 0.2
@@ -156,6 +175,7 @@ class Settings:
     reward_scale: float = 1.0
     normalise: str = "none"
     normalise_before_update: bool = False
+    diagnosed_samples: int = 0
     max_ratio_error: float | None = 1e-4
     critic_hidden: tuple[int, ...] = (256, 128, 64)
     critic_activation: str = "mish"
@@ -177,6 +197,18 @@ class Settings:
         check_choice("advantages", self.advantages, ADVANTAGES)
         check_choice("value_clip_kind", self.value_clip_kind, VALUE_CLIPS)
         check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_choice("gae", self.gae, GAE)
+        check_count("diagnosed_samples", self.diagnosed_samples, 0)
+        if self.gae == "per_minibatch" and self.advantages == "batch":
+            raise ValueError(
+                "gae='per_minibatch' has no batch of advantages to standardise over; "
+                "use advantages='minibatch' or 'none'."
+            )
+        if self.gae == "per_minibatch" and self.value_clip is not None:
+            raise ValueError(
+                f"gae='per_minibatch' has no old values to clip around; use "
+                f"value_clip=None instead of {self.value_clip}."
+            )
         check_choice("normalise", self.normalise, NORMALISATIONS)
 
 
@@ -250,7 +282,8 @@ def make_trainer(
         Functions that are neither jitted nor vmapped: see :func:`jit_iterations`.
 
     Raises:
-        ValueError: minibatches that do not divide environments x unroll; a coefficient
+        ValueError: minibatches that do not divide environments x unroll (or the
+            environments, if advantages are computed per minibatch); a coefficient
             that the method does not have; an adaptive learning rate with a method that
             reports no KL.
         TypeError: an environment whose observations no network takes.
@@ -261,6 +294,11 @@ def make_trainer(
         raise ValueError(
             f"{count} environments x unroll={settings.unroll} = {steps} transitions do "
             f"not divide into minibatches={settings.minibatches}; choose a divisor."
+        )
+    if settings.gae == "per_minibatch" and count % settings.minibatches:
+        raise ValueError(
+            f"gae='per_minibatch' takes whole environments: {count} of them do not "
+            f"divide into minibatches={settings.minibatches}; choose a divisor."
         )
     seen = vector.observation
     one = jax.ShapeDtypeStruct((1, *seen.shape), seen.dtype)
@@ -279,7 +317,7 @@ def make_trainer(
             )
         )
     )
-    bound = vector.action_bound
+    bound, afresh = vector.action_bound, settings.gae == "per_minibatch"
 
     def init(key: Any, **changes: Any) -> OnPolicyState:
         prng.check_key(key)
@@ -362,6 +400,31 @@ def make_trainer(
         start = (state.vector, state.running_return, jnp.zeros((), int), jnp.zeros(()))
         return jax.lax.scan(one_step, start, jnp.arange(settings.unroll))
 
+    def with_advantages(critic: Params, unrolled: Any, coefficients: Any) -> Any:
+        """What a loss takes of [time, env] transitions, as [time * env]."""
+        seen, final_seen, record, step = unrolled
+        value = values(critic, seen)
+        next_value = values(critic, final_seen)
+        if settings.truncation == "current":
+            next_value = jnp.where(step.truncated, value, next_value)
+        advantage, returns = rl.generalised_advantages(
+            settings.reward_scale * step.reward,
+            value,
+            next_value,
+            step.terminated,
+            step.truncated,
+            discount=coefficients["discount"],
+            gae_lambda=coefficients["gae_lambda"],
+            valid=step.valid,
+        )
+        if settings.advantages == "batch":
+            advantage = rl.standardise(advantage, step.valid)
+        weight = step.valid.astype(jnp.float32)
+        return jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]),
+            (Samples(seen, record, advantage), value, returns, weight),
+        )
+
     def loss_of(behaviour: Params, coefficients: Mapping[str, Any]) -> Any:
         def loss_fn(params: Params, batch: Any, keys: Any) -> Any:
             samples, old_value, returns, weight = batch
@@ -389,8 +452,9 @@ def make_trainer(
         return loss_fn
 
     def update(
-        state: OnPolicyState, data: Any, key: Any
+        state: OnPolicyState, data: Any, scale: Array, key: Any
     ) -> tuple[TrainState, Array, dict[str, Array]]:
+        """Data is [time * env], or [time, env] for advantages computed afresh."""
         shuffle, noise = jax.random.split(key)
         behaviour = state.learner.params
         train_step = make_train_step(
@@ -400,17 +464,22 @@ def make_trainer(
         )
 
         def minibatch(learner: TrainState, rows: Array) -> tuple[Any, Any]:
-            samples, *rest = jax.tree.map(lambda x: x[rows], data)
+            taken = jax.tree.map(lambda x: x[:, rows] if afresh else x[rows], data)
+            if afresh:
+                critic = learner.params["critic"]
+                taken = with_advantages(critic, taken, state.coefficients)
+            samples, old_value, returns, weight = taken
             if settings.advantages == "minibatch":
-                advantage = rl.standardise(samples.advantage, rest[-1] > 0)
+                advantage = rl.standardise(samples.advantage, weight > 0)
                 samples = samples._replace(advantage=advantage)
-            learner, metrics = train_step(learner, (samples, *rest), noise)
+            batch = (samples, old_value, returns, scale * weight)
+            learner, metrics = train_step(learner, batch, noise)
             in_a_row = learner.skipped_in_a_row.astype(jnp.float32)
             return learner, {**metrics, "skipped_in_a_row": in_a_row}
 
         def epoch(carry: Any, key: Any) -> tuple[Any, Any]:
             learner, learning_rate = carry
-            rows = jax.random.permutation(key, steps)
+            rows = jax.random.permutation(key, count if afresh else steps)
             learner, metrics = jax.lax.scan(
                 minibatch, learner, rows.reshape(settings.minibatches, -1)
             )
@@ -453,36 +522,35 @@ def make_trainer(
                 statistics, observation, forget=settings.normalise == "forgetful"
             )
         used = statistics if settings.normalise_before_update else state.statistics
-        seen = prepare(used, observation)
-        critic_params = state.learner.params["critic"]
-        value = values(critic_params, seen)
-        next_value = values(critic_params, prepare(used, step.final_observation))
-        if settings.truncation == "current":
-            next_value = jnp.where(step.truncated, value, next_value)
-        advantage, returns = rl.generalised_advantages(
-            settings.reward_scale * step.reward,
-            value,
-            next_value,
-            step.terminated,
-            step.truncated,
-            discount=state.coefficients["discount"],
-            gae_lambda=state.coefficients["gae_lambda"],
-            valid=step.valid,
+        unrolled = (
+            prepare(used, observation),
+            prepare(used, step.final_observation),
+            record,
+            step,
         )
-        if settings.advantages == "batch":
-            advantage = rl.standardise(advantage, step.valid)
+        data = with_advantages(
+            state.learner.params["critic"], unrolled, state.coefficients
+        )
+        _, value, returns, _ = data
         good = jnp.sum(step.valid)
-        weight = step.valid * (steps / jnp.maximum(good, 1))
-        data = jax.tree.map(
-            lambda x: x.reshape(steps, *x.shape[2:]),
-            (Samples(seen, record, advantage), value, returns, weight),
+        scale = steps / jnp.maximum(good, 1)
+        learner, learning_rate, metrics = update(
+            state, unrolled if afresh else data, scale, update_key
         )
-        learner, learning_rate, metrics = update(state, data, update_key)
+        if settings.diagnosed_samples and isinstance(method, Diagnosed):
+            some = jax.tree.map(lambda x: x[: settings.diagnosed_samples], data[0])
+            metrics |= method.diagnose(
+                learner.params["policy"],
+                state.learner.params["policy"],
+                some,
+                prng.sample_keys(update_key, some.advantage.shape[0]),
+            )
         episode_return = jnp.where(
             ended > 0, total / jnp.maximum(ended, 1), state.episode_return
         )
         largest, beyond = sizes
-        spread = jnp.var(returns, where=step.valid)
+        valid = step.valid.reshape(-1)
+        spread = jnp.var(returns, where=valid)
         metrics |= {
             "reward_mean": jnp.sum(step.reward) / jnp.maximum(good, 1),
             "episode_return": episode_return,
@@ -493,7 +561,7 @@ def make_trainer(
             "action_abs_max": largest.max(),
             "action_abs_max_env": largest.max(0).argmax().astype(jnp.float32),
             "explained_variance": 1
-            - jnp.var(returns - value, where=step.valid) / jnp.maximum(spread, 1e-12),
+            - jnp.var(returns - value, where=valid) / jnp.maximum(spread, 1e-12),
             "learning_rate": learning_rate,
         }
         state = dataclasses.replace(
