@@ -2,11 +2,19 @@
 
     python -m benchmarks.control [--json=PATH]
     python -m benchmarks.control --parts methods --envs=4096
+    python -m benchmarks.control --parts fpo --fpo=PATH/playground/src
 
 methods  PolicyFlow's and FPO's iteration over Gaussian PPO's, networks of one size, on
          MultiGoal. The update is what five more epochs add; the rollout is the rest.
+         The same with twice the solver steps: the update should not care. The share of
+         the FLOP bound counts the products of the networks' layers against the largest
+         rate of a float32 product of two 2048 x 2048 matrices on the same device.
+physics  the same for PolicyFlow and Gaussian PPO in brax's hopper (tmdjax[brax]).
 brax     environment steps a second of our Gaussian PPO over brax's own trainer (pip
-         install 'tmdjax[brax]'), on MultiGoal, networks and batches of one size.
+         install 'tmdjax[brax]'), on MultiGoal, networks and batches of one size;
+         advantages in every minibatch, as there.
+fpo      an iteration of our FPO, as released, over that of its public JAX trainer (from
+         a clone, Python >= 3.12, with jax_dataclasses, wandb and playground installed).
 
 Methods run in random order in every repeat, in one process, compiled before; brax and
 ours in turn. A ratio is the median over repeats of ours over the rival's in the same
@@ -16,16 +24,19 @@ repeat. Run it alone.
 import argparse
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from benchmarks.contest import Row, Seconds, compare, in_turn, show, timed
 from tmdjax import envs
@@ -33,7 +44,7 @@ from tmdjax.harness.environment import device_name, versions
 from tmdjax.systems import fpo, policyflow, ppo
 from tmdjax.train import on_policy
 
-PARTS = ("methods", "brax")
+PARTS = ("methods", "physics", "brax", "fpo")
 GOALS = {"update": 2.2, "whole": 1.8}
 """Of PolicyFlow over Gaussian PPO."""
 
@@ -48,6 +59,7 @@ BRAX = on_policy.Settings(
     discount=0.97,
     value_clip=None,
     advantages="minibatch",
+    gae="per_minibatch",
     value_coefficient=0.25,
     normalise="running",
     critic_hidden=(256,) * 5,
@@ -60,8 +72,16 @@ defaults: 10 steps, batches of 1024 unrolls, 8 minibatches, 4 passes."""
 class Ours:
     """Iterations of a method; phases by the time of some epochs more."""
 
-    def __init__(self, method: Any, settings: on_policy.Settings, count: int):
-        vector = envs.Vector(envs.MultiGoal(), count)
+    def __init__(
+        self,
+        method: Any,
+        settings: on_policy.Settings,
+        count: int,
+        environment: Any = None,
+    ):
+        vector = envs.Vector(
+            environment or envs.MultiGoal(), count, "first" if environment else "fresh"
+        )
         self.programs, self.states = [], []
         self.key = jax.random.key(0)
         for factor in (1, 2):
@@ -70,6 +90,13 @@ class Ours:
             self.programs.append(on_policy.jit_iterations(trainer))
             self.states.append(trainer.init(self.key))
         self.steps = count * settings.unroll
+        params = self.states[0].learner.params
+        sizes = [_products(params[name]) for name in ("policy", "critic")]
+        acting, training = _evaluations(method)
+        self.flops = self.steps * (
+            2 * (acting * sizes[0] + 2 * sizes[1])
+            + 2 * settings.epochs * (training * sizes[0] + 3 * sizes[1])
+        )
 
     def __call__(self) -> Seconds:
         """Seconds of an iteration and its phases."""
@@ -82,6 +109,55 @@ class Ours:
         return {"whole": taken[0], "update": update, "rollout": taken[0] - update}
 
 
+def _products(params: Any) -> int:
+    """Multiplications of one evaluation: the sizes of all kernels."""
+    return sum(x.size for x in jax.tree.leaves(params) if x.ndim == 2)
+
+
+def _evaluations(method: Any) -> tuple[int, int]:
+    """Evaluations of the policy's network a transition: acting, and one epoch.
+
+    A backward pass counts two.
+    """
+    if isinstance(method, policyflow.PolicyFlow):
+        return 2 * method.steps, 3 + 1
+    if isinstance(method, fpo.FPO):
+        return method.steps + method.pairs, 3 * method.pairs
+    return 1, 3
+
+
+def _peak() -> float:
+    """Multiplications and additions a second of a float32 matrix product."""
+    side = 2048
+    a = jax.random.normal(jax.random.key(0), (side, side))
+    product = jax.jit(lambda a: a @ a)
+    product(a)
+    return 2 * side**3 / min(timed(lambda: product(a))[0] for _ in range(10))
+
+
+def _speeds(
+    found: dict[str, list[Seconds]], contenders: dict[str, Ours], where: str = ""
+) -> list[Row]:
+    """Environment steps a second, and how much of the device that is."""
+    rows, peak = [], _peak()
+    for name, each in found.items():
+        fastest = min(one["whole"] for one in each)
+        ours = contenders[name]
+        rows += [
+            {
+                "what": f"{name}: environment steps{where}",
+                "unit": "1/s",
+                "ours": ours.steps / fastest,
+            },
+            {
+                "what": f"{name}: share of the FLOP bound{where}",
+                "unit": "",
+                "ours": ours.flops / peak / fastest,
+            },
+        ]
+    return rows
+
+
 def method_rows(count: int, repeats: int) -> list[Row]:
     """PolicyFlow and FPO over Gaussian PPO."""
     hidden = (256, 128, 64)
@@ -89,21 +165,40 @@ def method_rows(count: int, repeats: int) -> list[Row]:
     methods: dict[str, Any] = {
         "ppo": ppo.GaussianPolicy(hidden=hidden),
         "policyflow": policyflow.PolicyFlow(hidden=hidden),
+        "policyflow, 20 steps": policyflow.PolicyFlow(hidden=hidden, steps=20),
         "fpo": fpo.FPO(hidden=hidden, activation="mish"),
     }
-    contenders: dict[str, Callable[[], Seconds]] = {
+    contenders = {
         name: Ours(method, settings, count) for name, method in methods.items()
     }
     found = in_turn(contenders, repeats)
     rows = compare("policyflow / ppo", found["policyflow"], found["ppo"], GOALS)
+    rows += compare(
+        "policyflow, 20 solver steps / 10",
+        found.pop("policyflow, 20 steps"),
+        found["policyflow"],
+        {"update": 1.0},
+    )
     rows += compare("fpo / ppo", found["fpo"], found["ppo"])
-    steps = count * settings.unroll
-    for name, each in found.items():
-        fastest = steps / min(one["whole"] for one in each)
-        rows.append(
-            {"what": f"{name}: environment steps", "unit": "1/s", "ours": fastest}
-        )
-    return rows
+    return rows + _speeds(found, contenders)
+
+
+def physics_rows(count: int, repeats: int) -> list[Row]:
+    """PolicyFlow over Gaussian PPO where a simulator takes part of the time."""
+    settings = on_policy.Settings(target_kl=None, unroll=24, normalise="running")
+    hopper = envs.Brax("hopper", backend="spring")
+    methods: dict[str, Any] = {
+        "ppo": ppo.GaussianPolicy(hidden=(128,) * 3),
+        "policyflow": policyflow.PolicyFlow(hidden=(128,) * 3),
+    }
+    contenders = {
+        name: Ours(method, settings, count, hopper) for name, method in methods.items()
+    }
+    found = in_turn(contenders, repeats)
+    rows = compare(
+        "policyflow / ppo, brax hopper", found["policyflow"], found["ppo"], GOALS
+    )
+    return rows + _speeds(found, contenders, ", brax hopper")
 
 
 def brax_rows(repeats: int) -> list[Row]:
@@ -199,12 +294,90 @@ def _brax_rate(count: int) -> float:
     return rates[-1]
 
 
+FPO = dataclasses.replace(BRAX, reward_scale=10.0, normalise="forgetful")
+"""Its released trainer at brax's sizes; its networks are those of :data:`BRAX`."""
+
+
+def fpo_rows(path: pathlib.Path, repeats: int) -> list[Row]:
+    """An iteration of our FPO over the released trainer's."""
+    count = 1024
+    settings = dataclasses.replace(
+        FPO, normalise_before_update=True, max_ratio_error=None, discount=0.995
+    )
+    contenders: dict[str, Callable[[], Seconds]] = {
+        "ours": Ours(fpo.FPO(bound=5.0), settings, count),
+        "released": _released_fpo(path, count),
+    }
+    found = in_turn(contenders, repeats)
+    whole = [{"whole": one["whole"]} for one in found["ours"]]
+    return compare("fpo, ours / released", whole, found["released"], {"whole": 1.0})
+
+
+def _released_fpo(path: pathlib.Path, count: int) -> Callable[[], Seconds]:
+    """Seconds of a rollout and a training step of the public trainer on MultiGoal."""
+    if not (path / "flow_policy" / "fpo.py").is_file():
+        raise FileNotFoundError(
+            f"{path} has no flow_policy/fpo.py; give --fpo=.../playground/src of a "
+            f"clone of akanazawa/fpo."
+        )
+    sys.path.insert(0, str(path))
+    released = importlib.import_module("flow_policy.fpo")
+    rollouts = importlib.import_module("flow_policy.rollouts")
+    ours = envs.MultiGoal()
+
+    @struct.dataclass
+    class State:
+        data: Any
+        obs: Any
+        reward: Any
+        done: Any
+
+    class MultiGoal:
+        """Ours as that trainer wants it."""
+
+        observation_size = 4
+        action_size = 2
+
+        def reset(self, key: Any) -> State:
+            state, seen = ours.reset(key)
+            return State(state, seen, jnp.zeros(()), jnp.zeros(()))
+
+        def step(self, state: State, action: Any) -> State:
+            step = ours.step(state.data, 5 * action, None)  # pyright: ignore
+            done = step.terminated.astype(jnp.float32)
+            return State(step.state, step.observation, step.reward, done)
+
+    config = released.FpoConfig(
+        batch_size=1024,
+        num_envs=count,
+        num_minibatches=8,
+        num_updates_per_batch=4,
+        unroll_length=10,
+        episode_length=50,
+    )
+    environment, key = MultiGoal(), jax.random.key(0)
+    state = [
+        released.FpoState.init(key, environment, config),
+        rollouts.BatchedRolloutState.init(environment, key, count),
+    ]
+
+    def iteration() -> Any:
+        state[1], transitions = state[1].rollout(
+            state[0], episode_length=50, iterations_per_env=config.iterations_per_env
+        )
+        state[0], metrics = state[0].training_step(transitions)
+        return metrics
+
+    return lambda: {"whole": timed(iteration)[0]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    flags.add_argument("--fpo", type=pathlib.Path, help="its trainer's playground/src")
     flags.add_argument("--envs", type=int, default=512, help="of the part methods")
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--json", type=pathlib.Path, help="also written there")
@@ -213,11 +386,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     if "methods" in given.parts:
         rows += method_rows(given.envs, given.repeats)
-    if "brax" in given.parts:
-        if importlib.util.find_spec("brax") is None:
-            notes["brax"] = "not installed: pip install 'tmdjax[brax]'"
+    for part in ("physics", "brax"):
+        if part in given.parts and importlib.util.find_spec("brax") is None:
+            notes[part] = "not installed: pip install 'tmdjax[brax]'"
+        elif part in given.parts:
+            rows += (
+                physics_rows(given.envs, given.repeats)
+                if part == "physics"
+                else brax_rows(given.repeats)
+            )
+    if "fpo" in given.parts:
+        if given.fpo is None:
+            notes["fpo"] = "left out: give --fpo=.../playground/src"
         else:
-            rows += brax_rows(given.repeats)
+            rows += fpo_rows(given.fpo, given.repeats)
     found = {
         "benchmark": "control",
         "envs": given.envs,
