@@ -383,6 +383,12 @@ def test_bad_shards_and_stage_lists(tmp_path):
         harness.run(make_experiment(), make_config(), options(tmp_path, shard=(0, 2)))
     with pytest.raises(harness.ConfigError, match=r"index must be in \[0, 2\)"):
         harness.run(make_experiment(), make_config(), options(tmp_path, shard=(2, 2)))
+    side_by_side = make_experiment()
+    side_by_side.PAIRING = "vmapped"  # seeds of an arm stay together
+    with pytest.raises(harness.ConfigError, match="only 1 arms, whose seeds are"):
+        harness.run(
+            side_by_side, make_config(), options(tmp_path, seeds=(0, 1), shard=(0, 2))
+        )
     stage = harness.Stage(name="a", run=nothing, config={}, parents=("b",))
     with pytest.raises(ValueError, match="does not come before"):
         stages_module.select([stage])

@@ -263,13 +263,19 @@ def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, in
         raise ConfigError(
             f"--shard={index}/{count}: the index must be in [0, {count})."
         )
-    units = list(itertools.product(_arms(experiment, config), options.seeds))
-    if count > len(units):
+    arms = _arms(experiment, config)
+    together = getattr(experiment, "PAIRING", "separate") == "vmapped"
+    what, size = "units (arms x seeds)", len(arms) * len(options.seeds)
+    if together:  # all seeds of an arm are one training, and stay in one shard
+        what, size = "arms, whose seeds are trained together", len(arms)
+    if count > size:
         raise ConfigError(
-            f"--shard={index}/{count}: there are only {len(units)} units (arms x "
-            f"seeds); use at most that many shards."
+            f"--shard={index}/{count}: there are only {size} {what}; use at most that "
+            f"many shards."
         )
-    return units[index::count]
+    if together:
+        return list(itertools.product(arms[index::count], options.seeds))
+    return list(itertools.product(arms, options.seeds))[index::count]
 
 
 class _Stopper:
