@@ -400,10 +400,14 @@ def make_trainer(
         start = (state.vector, state.running_return, jnp.zeros((), int), jnp.zeros(()))
         return jax.lax.scan(one_step, start, jnp.arange(settings.unroll))
 
-    def with_advantages(critic: Params, unrolled: Any, coefficients: Any) -> Any:
-        """What a loss takes of [time, env] transitions, as [time * env]."""
+    def with_advantages(
+        unrolled: Any, value: Array, critic: Params, coefficients: Any
+    ) -> Any:
+        """What a loss takes of [time, env] transitions, as [time * env].
+
+        The values are those of the observations acted on.
+        """
         seen, final_seen, record, step = unrolled
-        value = values(critic, seen)
         next_value = values(critic, final_seen)
         if settings.truncation == "current":
             next_value = jnp.where(step.truncated, value, next_value)
@@ -426,7 +430,37 @@ def make_trainer(
         )
 
     def loss_of(behaviour: Params, coefficients: Mapping[str, Any]) -> Any:
+        def loss_afresh(params: Params, batch: Any, keys: Any) -> Any:
+            """Of unrolls [env, time]: advantages are those of the critic as it is."""
+            unrolled, scale = batch
+            unrolled = jax.tree.map(lambda x: x.swapaxes(0, 1), unrolled)
+            shape = unrolled[3].reward.shape
+            value = values(params["critic"], unrolled[0])
+            samples, old_value, returns, weight = with_advantages(
+                unrolled,
+                jax.lax.stop_gradient(value),
+                jax.lax.stop_gradient(params["critic"]),
+                coefficients,
+            )
+            if settings.advantages == "minibatch":
+                advantage = rl.standardise(samples.advantage, weight > 0)
+                samples = samples._replace(advantage=advantage)
+            keys = prng.fold_in(keys[None], jnp.arange(shape[0])[:, None]).reshape(-1)
+            batch = (samples, old_value, returns, jnp.tile(scale, shape[0]) * weight)
+            loss, metrics = loss_of_value(params, value.reshape(-1), batch, keys)
+            metrics = {
+                k: getattr(jnp, "max" if k == "ratio_error" else "mean")(
+                    v.reshape(shape), 0
+                )
+                for k, v in metrics.items()
+            }
+            return loss.reshape(shape).mean(0), metrics
+
         def loss_fn(params: Params, batch: Any, keys: Any) -> Any:
+            value = value_of(params["critic"], batch[0].observation)[:, 0]
+            return loss_of_value(params, value, batch, keys)
+
+        def loss_of_value(params: Params, value: Array, batch: Any, keys: Any) -> Any:
             samples, old_value, returns, weight = batch
             loss, metrics = method.loss(
                 params["policy"], behaviour["policy"], samples, keys, coefficients
@@ -437,7 +471,6 @@ def make_trainer(
                     f"KL, which {type(method).__name__} does not report; use "
                     f"target_kl=None."
                 )
-            value = value_of(params["critic"], samples.observation)[:, 0]
             error = _value_error(value, old_value, returns, settings)
             metrics = {"policy_loss": loss, "value_error": error, **metrics}
             live = weight > 0
@@ -449,12 +482,12 @@ def make_trainer(
             loss = loss + settings.value_coefficient * error
             return jnp.where(live, loss, 0) * weight, metrics
 
-        return loss_fn
+        return loss_afresh if afresh else loss_fn
 
     def update(
         state: OnPolicyState, data: Any, scale: Array, key: Any
     ) -> tuple[TrainState, Array, dict[str, Array]]:
-        """Data is [time * env], or [time, env] for advantages computed afresh."""
+        """Data is [time * env], or [env, time] for advantages computed afresh."""
         shuffle, noise = jax.random.split(key)
         behaviour = state.learner.params
         train_step = make_train_step(
@@ -464,15 +497,15 @@ def make_trainer(
         )
 
         def minibatch(learner: TrainState, rows: Array) -> tuple[Any, Any]:
-            taken = jax.tree.map(lambda x: x[:, rows] if afresh else x[rows], data)
+            batch = jax.tree.map(lambda x: x[rows], data)
             if afresh:
-                critic = learner.params["critic"]
-                taken = with_advantages(critic, taken, state.coefficients)
-            samples, old_value, returns, weight = taken
-            if settings.advantages == "minibatch":
-                advantage = rl.standardise(samples.advantage, weight > 0)
-                samples = samples._replace(advantage=advantage)
-            batch = (samples, old_value, returns, scale * weight)
+                batch = (batch, jnp.full(rows.shape, scale))
+            else:
+                samples, old_value, returns, weight = batch
+                if settings.advantages == "minibatch":
+                    advantage = rl.standardise(samples.advantage, weight > 0)
+                    samples = samples._replace(advantage=advantage)
+                batch = (samples, old_value, returns, scale * weight)
             learner, metrics = train_step(learner, batch, noise)
             in_a_row = learner.skipped_in_a_row.astype(jnp.float32)
             return learner, {**metrics, "skipped_in_a_row": in_a_row}
@@ -528,14 +561,17 @@ def make_trainer(
             record,
             step,
         )
-        data = with_advantages(
-            state.learner.params["critic"], unrolled, state.coefficients
-        )
+        critic_params = state.learner.params["critic"]
+        value = values(critic_params, unrolled[0])
+        data = with_advantages(unrolled, value, critic_params, state.coefficients)
         _, value, returns, _ = data
         good = jnp.sum(step.valid)
         scale = steps / jnp.maximum(good, 1)
         learner, learning_rate, metrics = update(
-            state, unrolled if afresh else data, scale, update_key
+            state,
+            jax.tree.map(lambda x: x.swapaxes(0, 1), unrolled) if afresh else data,
+            scale,
+            update_key,
         )
         if settings.diagnosed_samples and isinstance(method, Diagnosed):
             some = jax.tree.map(lambda x: x[: settings.diagnosed_samples], data[0])
