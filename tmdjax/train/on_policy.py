@@ -133,7 +133,8 @@ class Settings:
         gae_lambda: of advantages.
         gae: advantages are computed 'once' an iteration, or 'per_minibatch' from the
             values of the critic as it is by then (brax's and FPO's code); minibatches
-            are then whole unrolls of some environments.
+            are then whole unrolls of some environments. Only what a time limit cut off
+            keeps its value from before the update.
         advantages: standardised over the 'batch', each 'minibatch', or 'none'.
         value_coefficient: of the squared error of the value (no factor 1/2).
         value_clip: width of the band around the old value, or None.
@@ -401,14 +402,13 @@ def make_trainer(
         return jax.lax.scan(one_step, start, jnp.arange(settings.unroll))
 
     def with_advantages(
-        unrolled: Any, value: Array, critic: Params, coefficients: Any
+        unrolled: Any, value: Array, next_value: Array, coefficients: Any
     ) -> Any:
         """What a loss takes of [time, env] transitions, as [time * env].
 
-        The values are those of the observations acted on.
+        The values are those of the observations acted on, and of what followed.
         """
-        seen, final_seen, record, step = unrolled
-        next_value = values(critic, final_seen)
+        seen, record, step = unrolled
         if settings.truncation == "current":
             next_value = jnp.where(step.truncated, value, next_value)
         advantage, returns = rl.generalised_advantages(
@@ -432,15 +432,19 @@ def make_trainer(
     def loss_of(behaviour: Params, coefficients: Mapping[str, Any]) -> Any:
         def loss_afresh(params: Params, batch: Any, keys: Any) -> Any:
             """Of unrolls [env, time]: advantages are those of the critic as it is."""
-            unrolled, scale = batch
-            unrolled = jax.tree.map(lambda x: x.swapaxes(0, 1), unrolled)
-            shape = unrolled[3].reward.shape
+            (unrolled, next_value), last, scale = batch
+            unrolled, next_value = jax.tree.map(
+                lambda x: x.swapaxes(0, 1), (unrolled, next_value)
+            )
+            step = unrolled[2]
+            shape = step.reward.shape
             value = values(params["critic"], unrolled[0])
+            fixed = jax.lax.stop_gradient(value)
+            end = values(jax.lax.stop_gradient(params["critic"]), last[None])
+            following = jnp.concatenate([fixed[1:], end])
+            next_value = jnp.where(step.truncated, next_value, following)
             samples, old_value, returns, weight = with_advantages(
-                unrolled,
-                jax.lax.stop_gradient(value),
-                jax.lax.stop_gradient(params["critic"]),
-                coefficients,
+                unrolled, fixed, next_value, coefficients
             )
             if settings.advantages == "minibatch":
                 advantage = rl.standardise(samples.advantage, weight > 0)
@@ -499,7 +503,7 @@ def make_trainer(
         def minibatch(learner: TrainState, rows: Array) -> tuple[Any, Any]:
             batch = jax.tree.map(lambda x: x[rows], data)
             if afresh:
-                batch = (batch, jnp.full(rows.shape, scale))
+                batch = (*batch, jnp.full(rows.shape, scale))
             else:
                 samples, old_value, returns, weight = batch
                 if settings.advantages == "minibatch":
@@ -555,21 +559,24 @@ def make_trainer(
                 statistics, observation, forget=settings.normalise == "forgetful"
             )
         used = statistics if settings.normalise_before_update else state.statistics
-        unrolled = (
-            prepare(used, observation),
-            prepare(used, step.final_observation),
-            record,
-            step,
+        seen, final_seen = (
+            prepare(used, x) for x in (observation, step.final_observation)
         )
         critic_params = state.learner.params["critic"]
-        value = values(critic_params, unrolled[0])
-        data = with_advantages(unrolled, value, critic_params, state.coefficients)
+        value = values(critic_params, seen)
+        next_value = values(critic_params, final_seen)
+        unrolled = (seen, record, step._replace(final_observation=None))
+        data = with_advantages(unrolled, value, next_value, state.coefficients)
         _, value, returns, _ = data
         good = jnp.sum(step.valid)
         scale = steps / jnp.maximum(good, 1)
+        by_environment = (
+            jax.tree.map(lambda x: x.swapaxes(0, 1), (unrolled, next_value)),
+            final_seen[-1],
+        )
         learner, learning_rate, metrics = update(
             state,
-            jax.tree.map(lambda x: x.swapaxes(0, 1), unrolled) if afresh else data,
+            by_environment if afresh else data,
             scale,
             update_key,
         )
