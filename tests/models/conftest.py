@@ -49,6 +49,20 @@ def equations():
 
 
 @pytest.fixture
+def equation_outputs():
+    """Shapes and dtypes of everything that a function computes on its way."""
+
+    def outputs(fn, *args):
+        return [
+            variable.aval
+            for equation in walk_equations(jax.make_jaxpr(fn)(*args).jaxpr)
+            for variable in equation.outvars
+        ]
+
+    return outputs
+
+
+@pytest.fixture
 def check_slope():
     """Compares a gradient with a central difference along a random direction."""
 

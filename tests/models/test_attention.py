@@ -64,6 +64,15 @@ def test_other_lengths_for_keys():
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_key_lengths(queries):
+    q, k, v = draw(queries=queries, keys=7, key_heads=2)
+    allowed = np.zeros((2, 4, queries, 7), bool)
+    allowed[0, :, :, :1] = allowed[1, :, :, :5] = True
+    out = attention(q, k, v, key_lengths=jnp.array([1, 5]))
+    np.testing.assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
+
+
 def test_softmax_is_float32_for_bfloat16_inputs():
     # 300 equal scores: a bfloat16 sum of 1/300 stalls far below one.
     q, k, v = draw(queries=1, keys=300, dtype="bfloat16")
@@ -149,7 +158,7 @@ def test_auto_follows_the_default_device(monkeypatch, by_name):
         assert select_implementation(q, q, masked=False) == "xla"
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "lengths"])
 def test_cudnn_lowers_for_cuda(monkeypatch, masked):
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     for name, answer in (
@@ -161,10 +170,14 @@ def test_cudnn_lowers_for_cuda(monkeypatch, masked):
             pytest.skip(f"jax no longer has {name}")
         monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
     q = shaped((2, 16, 4, 64), "bfloat16")
-    mask = jnp.ones((2, 16), bool) if masked else None
+    options = {}
+    if masked == "lengths":
+        options["key_lengths"] = jnp.array([3, 16])
+    elif masked:
+        options["mask"] = jnp.ones((2, 16), bool)
 
     def loss(q, k, v):
-        out = attention(q, k, v, mask=mask, implementation="cudnn")
+        out = attention(q, k, v, **options, implementation="cudnn")
         return out.astype(jnp.float32).sum()
 
     exported = jax.export.export(
@@ -189,6 +202,7 @@ def test_cudnn_lowers_for_cuda(monkeypatch, masked):
         (dict(q=(2, 5, 6, 8)), "6 heads and k has 4"),
         (dict(causal=True, q=(2, 3, 4, 8)), "as many queries as keys, got 3 and 5"),
         (dict(mask=jnp.ones((2, 5))), "mask has dtype float32"),
+        (dict(key_lengths=jnp.ones(3, int)), r"shape \(3,\); give one a row, \(2,\)"),
         (dict(mask=jnp.ones((2, 4), bool)), r"give \[batch, key\] = \(2, 5\)"),
         (dict(mask=jnp.ones((2, 3, 5, 5), bool)), "with axes of length 1 broadcast"),
     ],

@@ -1,4 +1,4 @@
-"""Prints which data sources are present, and how to get the rest.
+"""Prints which data sources and weights are present, and how to get the rest.
 
 Usage: ``python -m tmdjax.data.check``
 """
@@ -6,6 +6,7 @@ Usage: ``python -m tmdjax.data.check``
 import os
 
 from tmdjax.data.sources import DATA_VARIABLE, SOURCES, Source, find_files
+from tmdjax.data.weights import WEIGHTS
 
 _HEADER = ("name", "package", "status", "licence", "how to get it")
 
@@ -26,7 +27,9 @@ def status(source: Source) -> str:
 def table() -> str:
     """One line a source, in aligned columns."""
     rows: list[tuple[str, ...]] = [_HEADER]
-    for source in (SOURCES[name] for name in SOURCES):
+    sources = [SOURCES[name] for name in SOURCES]
+    sources += [WEIGHTS[name] for name in WEIGHTS]
+    for source in sources:
         rows.append(
             (
                 source.name,

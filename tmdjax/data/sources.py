@@ -52,7 +52,8 @@ class Source:
         licence: as the package states it.
         description: one line.
         loader: ``(files, **options) -> Dataset``, files being paths by the names
-            below; its keyword arguments are the options of :func:`load`.
+            below; its keyword arguments are the options of :func:`load`. Of packaged
+            weights (:mod:`tmdjax.data.weights`) it returns the path.
         roots: returns the folders that may be the package's; the first that exists
             is taken.
         files: SHA-256 (hex) by path below the root; empty for a procedural set, and
@@ -66,7 +67,7 @@ class Source:
     install: str
     licence: str
     description: str
-    loader: Callable[..., Dataset]
+    loader: Callable[..., Any]
     unpack: str = ""
     roots: Callable[[], Sequence[Path]] = tuple
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -154,8 +155,8 @@ def _sha256(path: Path, size: int, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _python_package(module: str) -> list[Path]:
-    """Folder of a Python package, found without importing it."""
+def python_package(module: str) -> list[Path]:
+    """The folder of a Python package, found without importing it; empty if absent."""
     spec = importlib.util.find_spec(module)
     return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 
@@ -264,7 +265,7 @@ for _source in (
         licence="BSD-3-Clause",
         description="1,797 handwritten digits, 8x8 grey",
         loader=digits.load_digits,
-        roots=functools.partial(_python_package, "sklearn"),
+        roots=functools.partial(python_package, "sklearn"),
         files={
             digits.FILE: (
                 "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"

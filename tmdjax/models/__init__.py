@@ -5,7 +5,23 @@ from tmdjax.models.attention import attention
 from tmdjax.models.build import MODELS, build, functional, init_params, spec_of
 from tmdjax.models.classifier import Classifier
 from tmdjax.models.control import ControlMLP, ControlVelocity, ObservationFeatures
+from tmdjax.models.decoder import Decoder
+from tmdjax.models.decoder_cache import (
+    cache_bytes,
+    decode,
+    fuse_projections,
+    init_cache,
+    prefill,
+)
+from tmdjax.models.decoder_config import DecoderConfig
 from tmdjax.models.dit import DiT
+from tmdjax.models.gguf_decoder import load_gguf
+from tmdjax.models.hf_files import (
+    load_adapters,
+    load_decoder,
+    save_adapters,
+    save_decoder,
+)
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
@@ -18,6 +34,13 @@ from tmdjax.models.layers import (
 )
 from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.text_dit import TextDiT, TextEncoder, null_condition
+from tmdjax.models.token_log_probs import (
+    chunked_token_log_probs,
+    entropy_of,
+    log_prob_of,
+    token_entropies,
+    token_log_probs,
+)
 from tmdjax.models.unet import UNet
 from tmdjax.models.wrappers import rectified_flow
 
@@ -27,6 +50,8 @@ __all__ = [
     "Classifier",
     "ControlMLP",
     "ControlVelocity",
+    "Decoder",
+    "DecoderConfig",
     "Dense",
     "DiT",
     "ObservationFeatures",
@@ -37,15 +62,30 @@ __all__ = [
     "VelocityMLP",
     "attention",
     "build",
+    "cache_bytes",
+    "chunked_token_log_probs",
+    "decode",
+    "entropy_of",
     "functional",
+    "fuse_projections",
+    "init_cache",
     "init_params",
     "layer_norm",
+    "load_adapters",
+    "load_decoder",
+    "load_gguf",
+    "log_prob_of",
     "lora",
     "null_condition",
     "patchify",
     "position_embedding_2d",
+    "prefill",
     "rectified_flow",
+    "save_adapters",
+    "save_decoder",
     "spec_of",
     "timestep_embedding",
+    "token_entropies",
+    "token_log_probs",
     "unpatchify",
 ]

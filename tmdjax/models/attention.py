@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax.core.checks import check_choice
-from tmdjax.core.types import Array, Bool, Float
+from tmdjax.core.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
@@ -57,6 +57,7 @@ def attention(
     v: Float[Array, "batch key key_heads head_dim"],
     *,
     mask: Bool[Array, "..."] | None = None,
+    key_lengths: Int[Array, "batch"] | None = None,
     causal: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "batch query heads head_dim"]:
@@ -74,6 +75,9 @@ def attention(
             [batch, heads, query, key] with axes of length 1 broadcast. Every query
             needs one True: without, its output is the mean of all values
             under 'xla' and undefined under 'cudnn'.
+        key_lengths: int32 [batch], at least 1: only keys 0 .. length - 1 of a row
+            are looked at. The same as a mask of [batch, key], but cuDNN takes it
+            without a bias, so lengths of any parity and single queries run there.
         causal: position i looks at positions <= i only.
         implementation: 'auto', 'xla' or 'cudnn' (CUDA of compute capability 8.0
             or more, 16-bit); 'auto' is :func:`select_implementation`.
@@ -87,6 +91,11 @@ def attention(
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     _check_inputs(q, k, v, causal)
+    if key_lengths is not None and key_lengths.shape != q.shape[:1]:
+        raise ValueError(
+            f"key_lengths has shape {key_lengths.shape}; give one a row, "
+            f"({q.shape[0]},)."
+        )
     if mask is not None:
         mask = _expand_mask(mask, q, k)
     if implementation == "auto":
@@ -100,6 +109,9 @@ def attention(
             k,
             v,
             mask=mask,
+            key_value_seq_lengths=(
+                None if key_lengths is None else key_lengths.astype(jnp.int32)
+            ),
             is_causal=causal,
             implementation="cudnn" if implementation == "cudnn" else "xla",
         )

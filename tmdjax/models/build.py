@@ -14,6 +14,7 @@ from tmdjax.core.registry import Registry, suggestion
 from tmdjax.core.types import ApplyFn, Params
 from tmdjax.models.classifier import Classifier
 from tmdjax.models.control import ControlMLP, ControlVelocity
+from tmdjax.models.decoder import Decoder
 from tmdjax.models.dit import DiT
 from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.text_dit import TextDiT
@@ -22,6 +23,7 @@ from tmdjax.models.unet import UNet
 MODELS: Registry[type[nn.Module]] = Registry("model")
 MODELS.register("control_mlp")(ControlMLP)
 MODELS.register("control_velocity")(ControlVelocity)
+MODELS.register("decoder")(Decoder)
 MODELS.register("dit")(DiT)
 MODELS.register("text_dit")(TextDiT)
 MODELS.register("mlp")(VelocityMLP)
@@ -83,6 +85,8 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
 def spec_of(module: nn.Module) -> dict[str, Any]:
     """The spec from which :func:`build` makes an equal module.
 
+    An attribute that is a dataclass stands in it as a dict.
+
     Raises:
         ValueError: its class is not in ``MODELS``.
     """
@@ -93,7 +97,13 @@ def spec_of(module: nn.Module) -> dict[str, Any]:
         )
     fields = dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
     attributes = [f.name for f in fields if f.name not in ("name", "parent")]
-    return {"name": names[0]} | {name: getattr(module, name) for name in attributes}
+    spec: dict[str, Any] = {"name": names[0]}
+    for name in attributes:
+        value: Any = getattr(module, name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        spec[name] = value
+    return spec
 
 
 def functional(module: nn.Module) -> ApplyFn:

@@ -1,6 +1,5 @@
 """Diffusion transformer with adaptive layer norm (arXiv 2212.09748)."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from tmdjax.models.layers import (
     position_embedding_2d,
     unpatchify,
 )
+from tmdjax.models.stack import run_stack
 from tmdjax.quant import compute_dtype
 
 _XAVIER = nn.initializers.xavier_uniform()
@@ -327,59 +327,18 @@ class DiT(nn.Module):
             ValueError: an index out of range, or a layer both tapped and skipped.
             TypeError: an index that is not a static integer.
         """
-        stop = self.depth if stop is None else stop
-        taps = [operator.index(layer) for layer in taps]
-        skip = [operator.index(layer) for layer in skip]
-        if not 0 <= operator.index(start) <= operator.index(stop) <= self.depth:
-            raise ValueError(
-                f"start={start}, stop={stop} must satisfy 0 <= start <= stop <= "
-                f"depth={self.depth}; negative indices are not read."
-            )
-        for name, layers in (("taps", taps), ("skip", skip)):
-            outside = [i for i in layers if not start <= i < stop]
-            if outside:
-                raise ValueError(
-                    f"{name} holds {outside}, outside the layers {start}..{stop - 1} "
-                    f"that run."
-                )
-        if set(taps) & set(skip):
-            raise ValueError(
-                f"layers {sorted(set(taps) & set(skip))} are both tapped and skipped; "
-                f"tap the layer before them."
-            )
-        tapped = {}
-        position = start
-        for end in sorted({*(i + 1 for i in taps), *skip, stop}):
-            h = self._scan(h, c, position, end)
-            if end - 1 in taps:
-                tapped[end - 1] = h
-            position = end + (end in skip)
-        return h, tapped
-
-    def _scan(self, h: Array, c: Mapping[str, Any], start: int, stop: int) -> Array:
-        if start >= stop:
-            return h
-        block, stack = self._block(), self.stack
-        whole = (start, stop) == (0, self.depth)
-
-        # A slice of the stack would copy its weights, so a part of it is scanned by
-        # index. The whole is scanned directly: without remat, a layer taken by index
-        # is kept for the backward pass, one more copy of the weights.
-        def body(carry: Any, layer: Any) -> tuple[Any, None]:
-            params = layer
-            if not whole:
-                params = jax.tree.map(
-                    lambda leaf: jax.lax.dynamic_index_in_dim(
-                        leaf, layer, keepdims=False
-                    ),
-                    stack,
-                )
-            return block.apply({"params": params}, carry, c), None
-
-        if self.remat:
-            # Inside a scan the compiler cannot merge the recomputation away.
-            body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, h, stack if whole else jnp.arange(start, stop))[0]
+        block = self._block()
+        return run_stack(
+            lambda params, h: block.apply({"params": params}, h, c),
+            self.stack,
+            h,
+            depth=self.depth,
+            start=start,
+            stop=stop,
+            taps=taps,
+            skip=skip,
+            remat=self.remat,
+        )
 
     def output(
         self,

@@ -14,6 +14,7 @@ from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.dit import DiT
 from tmdjax.models.layers import Dense, MultiHeadAttention, layer_norm
+from tmdjax.models.stack import run_stack
 from tmdjax.quant import compute_dtype
 
 _XAVIER = nn.initializers.xavier_uniform()
@@ -181,20 +182,19 @@ class TextEncoder(nn.Module):
         if self.depth:
             # Padding looks at itself, so that no row of the softmax is empty.
             seen = mask[:, None, None, :] | jnp.eye(length, dtype=bool)
-            h = self._scan(h, seen)
+            h = self._run(h, seen)
         tokens = jnp.where(mask[:, :, None], layer_norm(h), 0.0)
         return {"tokens": tokens, "mask": mask}
 
-    def _scan(self, h: Array, mask: Array) -> Array:
+    def _run(self, h: Array, mask: Array) -> Array:
         block = self._block()
-
-        def body(carry: Any, params: Any) -> tuple[Any, None]:
-            return block.apply({"params": params}, carry, mask), None
-
-        if self.remat:
-            # Inside a scan the compiler cannot merge the recomputation away.
-            body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, h, self.stack)[0]
+        return run_stack(
+            lambda params, h: block.apply({"params": params}, h, mask),
+            self.stack,
+            h,
+            depth=self.depth,
+            remat=self.remat,
+        )[0]
 
     def _check_condition(self, cond: Any) -> tuple[Array, Array]:
         if _keys(cond) != _RAW:

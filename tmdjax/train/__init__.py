@@ -5,6 +5,7 @@ from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.fine_tuning import FineTuned, fine_tune
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tmdjax.train.sharding import (
+    DECODER_RULES,
     batch_sharding,
     fsdp_shardings,
     jit_train_step,
@@ -27,6 +28,7 @@ from tmdjax.train.supervised import (
 )
 
 __all__ = [
+    "DECODER_RULES",
     "CheckpointError",
     "Checkpoints",
     "DataIterator",

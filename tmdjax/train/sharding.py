@@ -1,5 +1,6 @@
-"""Meshes and shardings: data parallel, optionally fully sharded parameters."""
+"""Meshes and shardings: data parallel, sharded parameters, sharded products."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +8,25 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tmdjax.core.trees import map_with_path
 from tmdjax.core.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Regular expressions of paths, and mesh axes for the last axes of a leaf."""
+
+DECODER_RULES: Rules = (
+    # Products cut by their outputs, then products cut by their inputs: one sum over
+    # 'tensor' ends an attention, and one an MLP.
+    (r"attention/(query|key|value|qkv)/kernel$", ("fsdp", "tensor")),
+    (r"attention/(query|key|value|qkv)/bias$", ("tensor",)),
+    (r"mlp/(gate|up|gate_up)/kernel$", ("fsdp", "tensor")),
+    (r"(attention/out|mlp/down)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)head/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)embedding$", ("tensor", "fsdp")),
+)
+"""Of :class:`tmdjax.models.Decoder`, its averages and optimiser moments."""
 
 
 def make_mesh(
@@ -51,7 +68,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def fsdp_shardings(tree: PyTree, mesh: Mesh, min_size: int = 2**14) -> PyTree:
+def fsdp_shardings(
+    tree: PyTree, mesh: Mesh, min_size: int = 2**14, rules: Rules = ()
+) -> PyTree:
     """Cuts each large leaf along its longest divisible axis over 'fsdp'.
 
     The rule reads shapes alone, so parameters, their averages and optimiser
@@ -61,14 +80,24 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, min_size: int = 2**14) -> PyTree:
         tree: arrays or shape structs.
         mesh: from :func:`make_mesh`.
         min_size: leaves with fewer scalars are replicated.
+        rules: cuts by path that take precedence, such as ``DECODER_RULES``; the first
+            that matches counts. A mesh axis that does not divide is left out.
 
     Returns:
         A tree of NamedSharding.
     """
     ways = mesh.shape["fsdp"]
 
-    def rule(leaf: Any) -> NamedSharding:
+    def rule(path: str, leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
+        for pattern, axes in rules:
+            if re.search(pattern, path) and len(shape) >= len(axes):
+                lead = len(shape) - len(axes)
+                cut = [
+                    name if name and size % mesh.shape[name] == 0 else None
+                    for name, size in zip(axes, shape[lead:])
+                ]
+                return NamedSharding(mesh, PartitionSpec(*[None] * lead, *cut))
         divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
         if ways == 1 or not divisible or int(np.prod(shape)) < min_size:
             return replicated(mesh)
@@ -77,11 +106,15 @@ def fsdp_shardings(tree: PyTree, mesh: Mesh, min_size: int = 2**14) -> PyTree:
         spec[axis] = "fsdp"  # pyright: ignore
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(rule, tree)
+    return map_with_path(rule, tree)
 
 
 def jit_train_step(
-    step: Any, state: PyTree, mesh: Mesh, constants: PyTree = None
+    step: Any,
+    state: PyTree,
+    mesh: Mesh,
+    constants: PyTree = None,
+    rules: Rules = (),
 ) -> tuple[Any, PyTree, Any]:
     """Compiles a train step for a mesh.
 
@@ -92,16 +125,17 @@ def jit_train_step(
         mesh: from :func:`make_mesh`.
         constants: arrays that no update changes, such as a frozen base: arguments of
             the program, not part of it. None means none.
+        rules: cuts by path, see :func:`fsdp_shardings`.
 
     Returns:
         The jitted step (state donated), the state placed on the mesh, and the
         function that places a batch.
     """
-    shardings = fsdp_shardings(state, mesh)
+    shardings = fsdp_shardings(state, mesh, rules=rules)
     by_batch = batch_sharding(mesh)
     inputs = (shardings, by_batch, replicated(mesh))
     if constants is not None:
-        inputs = (*inputs, fsdp_shardings(constants, mesh))
+        inputs = (*inputs, fsdp_shardings(constants, mesh, rules=rules))
         constants = jax.device_put(constants, inputs[-1])
     jitted = jax.jit(
         step,

@@ -1,0 +1,216 @@
+"""GGUF files: rotary order, quantised blocks, refusals; the packaged SmolLM2."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax.core.trees import count
+from tmdjax.data.weights import find_weights
+from tmdjax.generation import gguf_tokenizer, render_chat
+from tmdjax.models import DecoderConfig, load_gguf, prefill
+from tmdjax.models.gguf_decoder import dequantise, gguf_value, open_gguf
+from tmdjax.models.hf_decoder import params_from_hf
+
+gguf = pytest.importorskip("gguf")
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "decoder.npz"
+
+
+def golden(case):
+    with np.load(GOLDENS) as stored:
+        config = DecoderConfig.from_hf(json.loads(str(stored[f"{case}/config"])))
+        prefix = f"{case}/weights/"
+        return config, {
+            key.removeprefix(prefix): stored[key]
+            for key in stored
+            if key.startswith(prefix)
+        }
+
+
+def interleaved(weight, heads):
+    """Rows (i, i + half) of each head side by side, as llama.cpp stores them."""
+    half = weight.shape[0] // heads // 2
+    order = [
+        head * 2 * half + pair + part * half
+        for head in range(heads)
+        for pair in range(half)
+        for part in (0, 1)
+    ]
+    return weight[order]
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=()):
+    """A golden checkpoint as llama.cpp's converter writes it."""
+    config, weights = golden(case)
+    kind = config.model_type
+    names = gguf.get_tensor_name_map(
+        {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[kind],
+        config.num_layers,
+    )
+    values = {
+        "vocab_size": config.vocab_size,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "context_length": config.max_position_embeddings,
+        "rope.freq_base": config.rope_theta,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    } | dict(change)
+    writer = gguf.GGUFWriter(path, values.pop("architecture", kind))
+    for key, value in values.items():
+        if key in skip:
+            continue
+        if isinstance(value, str):
+            writer.add_string(f"{kind}.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"{kind}.{key}", value)
+        else:
+            writer.add_uint32(f"{kind}.{key}", value)
+    for name, weight in weights.items():
+        if kind == "llama" and "q_proj" in name:
+            weight = interleaved(weight, config.num_heads)
+        if kind == "llama" and "k_proj" in name:
+            weight = interleaved(weight, config.num_kv_heads)
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target in quantised:
+            kind_of, raw = quantised[target]
+            writer.add_tensor(target, raw, raw_dtype=kind_of)
+        elif target not in skip:
+            writer.add_tensor(target, weight)
+    finish(writer)
+    return path
+
+
+@pytest.mark.parametrize(
+    "case", ["llama_grouped_tied", "llama_full_untied", "qwen3_wide_untied"]
+)
+def test_is_the_checkpoint(tmp_path, case):
+    expected_config, weights = golden(case)
+    config, params = load_gguf(write(tmp_path / "a.gguf", case))
+    assert config == expected_config
+    jax.tree.map(
+        np.testing.assert_array_equal, params, params_from_hf(expected_config, weights)
+    )
+    assert load_gguf(tmp_path / "a.gguf", recipe="bf16")[0].recipe == "bf16"
+
+
+def test_blocks_of_four_and_eight_bits(tmp_path):
+    # A block of 32 numbers: scale and minimum in float16, then 4 bits each, the first
+    # half of the numbers in the lower ones; or a scale, then 8 bits each.
+    rng = np.random.default_rng(0)
+    four = rng.integers(0, 16, (8, 2, 32))
+    scale, low = rng.normal(size=(2, 8, 2, 1)).astype(np.float16)
+    nibbles = (four[..., :16] | four[..., 16:] << 4).astype(np.uint8)
+    raw4 = np.concatenate([scale.view(np.uint8), low.view(np.uint8), nibbles], -1)
+    eight = rng.integers(-128, 128, (8, 2, 32)).astype(np.int8)
+    raw8 = np.concatenate([scale.view(np.uint8), eight.view(np.uint8)], -1)
+    kinds = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
+    writer.add_tensor("four", raw4.reshape(8, -1), raw_dtype=kinds.Q4_1)
+    writer.add_tensor("eight", raw8.reshape(8, -1), raw_dtype=kinds.Q8_0)
+    finish(writer)
+    tensors = {
+        t.name: dequantise(t, "") for t in open_gguf(tmp_path / "q.gguf").tensors
+    }
+    scale, low = np.float32(scale), np.float32(low)
+    expected = (four * scale + low).reshape(8, 64)
+    np.testing.assert_allclose(tensors["four"], expected, rtol=1e-5, atol=1e-6)
+    expected = (eight * scale).reshape(8, 64)
+    np.testing.assert_allclose(tensors["eight"], expected, rtol=1e-5)
+
+
+def test_refusals(tmp_path):
+    half = gguf.GGMLQuantizationType.F16
+    norm = np.zeros(16, np.float16)
+    for name, options, message in (
+        (
+            "a",
+            dict(change=dict(architecture="gemma")),
+            "has architecture 'gemma'; known",
+        ),
+        ("b", dict(skip=["block_count"]), "lacks the key llama.block_count"),
+        (
+            "c",
+            dict(skip=["blk.1.attn_k.weight"]),
+            r"layers.1.self_attn.k_proj.weight is",
+        ),
+        (
+            "d",
+            dict(change={"rope.scaling.type": "yarn"}),
+            "llama.rope.scaling.type='yarn'; the decoder has the default",
+        ),
+        (
+            "e",
+            dict(quantised={"output_norm.weight": (half, norm)}),
+            "tensor 'output_norm.weight' is quantised as F16; known: F32, Q4_1, Q8_0",
+        ),
+    ):
+        path = write(tmp_path / f"{name}.gguf", **options)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_gguf(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_a_file_that_is_cut_off_is_named(tmp_path, kept):
+    path = write(tmp_path / "a.gguf")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(ValueError, match=r"a.gguf \(\d+ bytes\) is cut off or no GGUF"):
+        load_gguf(path)
+    with pytest.raises(FileNotFoundError, match=r"none.gguf is absent"):
+        load_gguf(tmp_path / "none.gguf")
+
+
+@pytest.fixture
+def smollm2():
+    pytest.importorskip("tokenizers")
+    try:
+        return find_weights("smollm2")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_smollm2_tokenizer(smollm2):
+    tokenizer = gguf_tokenizer(smollm2)
+    ids = tokenizer.encode("The capital of France is 12")
+    assert ids == [504, 3575, 282, 4649, 314, 216, 33, 34]
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (49152, 2, 2)
+    text = render_chat([{"role": "user", "content": "Hi"}], "smollm2")
+    ids = tokenizer.encode(text)
+    assert ids[:2] == [1, 9690] and ids.count(2) == 2
+    assert tokenizer.decode(ids) == text
+    # the template in the file is the one rendered
+    jinja2 = pytest.importorskip("jinja2")
+    source = gguf_value(open_gguf(smollm2), "tokenizer.chat_template")
+    theirs = jinja2.Template(source).render(
+        messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=True
+    )
+    assert theirs == text
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france(smollm2):
+    path, tokenizer = smollm2, gguf_tokenizer(smollm2)
+    config, params = load_gguf(path)
+    assert count(params) == 134_515_008 and config.tied_embedding
+    ids = tokenizer.encode("The capital of France is")
+    tokens = jnp.zeros((1, 8), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
+    run = jax.jit(functools.partial(prefill, config))
+    logits, _ = run(params, tokens, jnp.array([len(ids)]))
+    assert tokenizer.decode([int(logits[0].argmax())]) == " Paris"

@@ -1,0 +1,305 @@
+"""Decoders and their adapters as folders in the Hugging Face layout."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax.core.checks import check_count
+from tmdjax.core.files import write_atomically
+from tmdjax.core.trees import flatten
+from tmdjax.core.types import Params
+from tmdjax.models.decoder_config import DecoderConfig
+from tmdjax.models.hf_decoder import (
+    hf_module,
+    param_shapes,
+    params_from_hf,
+    params_to_hf,
+)
+from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
+
+Folder = str | os.PathLike[str]
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+# Settings of an adapter that change what it computes, and their values of no effect.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_rslora": (False, None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "alpha_pattern": (None, {}),
+}
+
+
+def load_decoder(
+    folder: Folder, *, dtype: Any = np.float32, **options: Any
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama type.
+
+    Args:
+        folder: with config.json and model.safetensors, or the shards that
+            model.safetensors.index.json names.
+        dtype: of the parameters; None keeps that of the file.
+        **options: attributes of the configuration that take precedence, such as
+            ``recipe``, see :meth:`tmdjax.models.DecoderConfig.from_hf`.
+
+    Returns:
+        The configuration, and parameters on the host: ``apply_fn =
+        functional(Decoder(config))`` takes them.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: a configuration the decoder does not have; a damaged file; tensors
+            missing, not expected or of another shape, all by name.
+    """
+    folder = Path(folder)
+    config = DecoderConfig.from_hf(_read_json(folder / "config.json"), **options)
+    return config, params_from_hf(config, _read_weights(folder), dtype)
+
+
+def save_decoder(
+    folder: Folder,
+    config: DecoderConfig,
+    params: Params,
+    *,
+    max_shard_bytes: int = 4 * 2**30,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint that transformers (4 and 5) and :func:`load_decoder` read.
+
+    Adapters are merged first (:func:`tmdjax.models.lora.merge`), or saved by
+    :func:`save_adapters`.
+
+    Args:
+        folder: made if absent. The weights of an earlier checkpoint in it go.
+        config: of the decoder; weights are written in ``config.dtype``.
+        params: of the decoder.
+        max_shard_bytes: a larger checkpoint is cut into files of at most this size
+            (a larger tensor has a file of its own).
+        extra: more keys for config.json, such as ``eos_token_id``.
+
+    Raises:
+        ValueError: parameters of another decoder, or one that no checkpoint has.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    check_count("max_shard_bytes", max_shard_bytes)
+    settings = config.to_hf() | dict(extra or {})
+    dtype = jnp.dtype(config.dtype)
+    tensors = {
+        name: tensor.astype(dtype, copy=False)
+        for name, tensor in params_to_hf(config, params).items()
+    }
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    for old in (*folder.glob("model*.safetensors"), folder / _INDEX):
+        old.unlink(missing_ok=True)
+    if len(shards) == 1:
+        write_safetensors(folder / _WEIGHTS, tensors)
+    else:
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(folder / file, shard)
+            weight_map |= dict.fromkeys(shard, file)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / _INDEX, index)
+    _write_json(folder / "config.json", settings)
+
+
+def load_adapters(
+    folder: Folder, config: DecoderConfig
+) -> tuple[dict[str, Any], float]:
+    """Reads low-rank adapters in the layout of the PEFT library.
+
+    Args:
+        folder: with adapter_model.safetensors and adapter_config.json.
+        config: of the decoder they belong to.
+
+    Returns:
+        Adapters as :mod:`tmdjax.models.lora` takes them, float32 on the host, and
+        their alpha.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: a kind of adapter that is not a plain low-rank one; a damaged
+            file; tensors missing, not expected or of another shape, by name.
+    """
+    folder = Path(folder)
+    settings = _read_json(folder / _ADAPTER_CONFIG)
+    for key, values in _PLAIN.items():
+        if key in settings and settings[key] not in values:
+            raise ValueError(
+                f"{folder / _ADAPTER_CONFIG}: {key}={settings[key]!r} is not "
+                f"supported; adapters here have {key}={values[0]!r}."
+            )
+    tensors = read_safetensors(folder / _ADAPTER)
+    names = set(tensors)
+    adapters: dict[str, Any] = {}
+    problems = []
+    for path, leaf in flatten(param_shapes(config)).items():
+        module, _, last = path.rpartition("/")
+        if last != "kernel":
+            continue
+        stacked = leaf.ndim == 3
+        layers = range(config.num_layers if stacked else 1)
+        modules = [_PREFIX + hf_module(module).format(layer=i) for i in layers]
+        wanted = {
+            side: [f"{name}.lora_{side.upper()}.weight" for name in modules]
+            for side in "ab"
+        }
+        if not names.intersection(*[wanted["a"] + wanted["b"]]):
+            continue
+        problems += [
+            f"{name} is missing"
+            for side in wanted.values()
+            for name in side
+            if name not in names
+        ]
+        names -= {*wanted["a"], *wanted["b"]}
+        if problems:
+            continue
+        sides = {
+            side: [np.asarray(tensors[name], np.float32).T for name in listed]
+            for side, listed in wanted.items()
+        }
+        rank = sides["a"][0].shape[-1]
+        shapes = {"a": (leaf.shape[-2], rank), "b": (rank, leaf.shape[-1])}
+        for side, listed in wanted.items():
+            problems += [
+                f"{name} has shape {list(array.shape[::-1])}, expected "
+                f"{list(shapes[side][::-1])}"
+                for name, array in zip(listed, sides[side])
+                if array.shape != shapes[side]
+            ]
+        if problems:
+            continue
+        node = adapters
+        for parent in module.split("/"):
+            node = node.setdefault(parent, {})
+        node["kernel"] = {
+            side: np.stack(arrays) if stacked else np.ascontiguousarray(arrays[0])
+            for side, arrays in sides.items()
+        }
+    problems += [f"{name} is not expected" for name in names]
+    if problems or not adapters:
+        raise ValueError(
+            f"{folder / _ADAPTER} does not hold adapters of this decoder: "
+            f"{'; '.join(sorted(problems)) or 'it is empty'}. Adapters belong to the "
+            f"checkpoint they were trained on, and to all of its layers."
+        )
+    return adapters, float(settings.get("lora_alpha", 8))
+
+
+def save_adapters(
+    folder: Folder, adapters: Params, alpha: float, *, base: str | None = None
+) -> None:
+    """Writes adapters of a decoder in the layout of the PEFT library.
+
+    Args:
+        folder: made if absent.
+        adapters: from :func:`tmdjax.models.lora.init`, or trained.
+        alpha: their scale.
+        base: name or folder of the checkpoint they belong to.
+
+    Raises:
+        ValueError: no adapters, or adapters of another network.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    leaves = flatten(adapters)
+    if not leaves:
+        raise ValueError("there are no adapters to save; make them with lora.init.")
+    tensors, ranks = {}, {}
+    for path, leaf in leaves.items():
+        module, _, side = path.rpartition("/kernel/")
+        name = hf_module(module)
+        rows = np.asarray(leaf) if "{layer}" in name else np.asarray(leaf)[None]
+        for layer, row in enumerate(rows):
+            full = f"{_PREFIX}{name.format(layer=layer)}.lora_{side.upper()}.weight"
+            tensors[full] = np.ascontiguousarray(row.T)
+        if side == "a":
+            ranks[name.rpartition(".")[2]] = rows.shape[-1]
+    rank = max(ranks.values())
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    write_safetensors(folder / _ADAPTER, tensors)
+    _write_json(folder / _ADAPTER_CONFIG, settings)
+
+
+def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+    if (folder / _WEIGHTS).exists():
+        return read_safetensors(folder / _WEIGHTS)
+    if not (folder / _INDEX).exists():
+        raise FileNotFoundError(
+            f"{folder} has neither {_WEIGHTS} nor {_INDEX}; give the folder of a "
+            f"checkpoint in the safetensors format."
+        )
+    weight_map = _read_json(folder / _INDEX)["weight_map"]
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(set(weight_map.values())):
+        names = [name for name, where in weight_map.items() if where == file]
+        if not (folder / file).exists():
+            raise FileNotFoundError(
+                f"{folder / file} is absent; {_INDEX} puts {len(names)} tensors into "
+                f"it, {names[0]} the first. Copy it beside the others."
+            )
+        found = read_safetensors(folder / file)
+        lost = [name for name in names if name not in found]
+        if lost:
+            raise ValueError(
+                f"{folder / file} lacks {', '.join(lost)}, which {_INDEX} puts into "
+                f"it. Copy both again."
+            )
+        tensors |= found
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is absent; give the folder of a checkpoint in the Hugging Face "
+            f"layout."
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,105 @@
+"""Runs a stack of equal blocks, whose parameters lie along a leading layer axis."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax.core.types import Array
+
+Block = Callable[[Any, Any], Any]
+"""``block(params, h) -> h``, one layer's parameters and the hidden state."""
+
+
+def run_stack(
+    block: Block,
+    stack: Any,
+    h: Array,
+    *,
+    depth: int,
+    start: int = 0,
+    stop: int | None = None,
+    taps: Sequence[int] = (),
+    skip: Sequence[int] = (),
+    remat: bool = True,
+) -> tuple[Array, dict[int, Array]]:
+    """Runs the blocks ``start .. stop - 1``.
+
+    One ``lax.scan`` a run of layers; the scan is cut at taps and skips. With remat
+    no run copies the stacked weights.
+
+    Args:
+        block: ``block(params, h) -> h``.
+        stack: parameters, every leaf [depth, ...].
+        h: hidden state.
+        depth: number of layers in the stack.
+        start: first layer, static.
+        stop: one past the last layer, static; None means ``depth``.
+        taps: layers whose output is returned, static.
+        skip: layers left out (the identity stands for them), static.
+        remat: recompute each block in the backward pass.
+
+    Returns:
+        h after the last layer, and ``{layer: output of that layer}`` for taps.
+
+    Raises:
+        ValueError: an index out of range, or a layer both tapped and skipped.
+        TypeError: an index that is not a static integer.
+    """
+    stop = depth if stop is None else stop
+    taps = [operator.index(layer) for layer in taps]
+    skip = [operator.index(layer) for layer in skip]
+    if not 0 <= operator.index(start) <= operator.index(stop) <= depth:
+        raise ValueError(
+            f"start={start}, stop={stop} must satisfy 0 <= start <= stop <= "
+            f"depth={depth}; negative indices are not read."
+        )
+    for name, layers in (("taps", taps), ("skip", skip)):
+        outside = [i for i in layers if not start <= i < stop]
+        if outside:
+            raise ValueError(
+                f"{name} holds {outside}, outside the layers {start}..{stop - 1} "
+                f"that run."
+            )
+    if set(taps) & set(skip):
+        raise ValueError(
+            f"layers {sorted(set(taps) & set(skip))} are both tapped and skipped; "
+            f"tap the layer before them."
+        )
+    tapped = {}
+    position = start
+    for end in sorted({*(i + 1 for i in taps), *skip, stop}):
+        h = _scan(block, stack, h, depth, position, end, remat)
+        if end - 1 in taps:
+            tapped[end - 1] = h
+        position = end + (end in skip)
+    return h, tapped
+
+
+def layer_of(stack: Any, layer: Any) -> Any:
+    """The parameters of one layer, whose index may be traced."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack
+    )
+
+
+def _scan(
+    block: Block, stack: Any, h: Array, depth: int, start: int, stop: int, remat: bool
+) -> Array:
+    if start >= stop:
+        return h
+    whole = (start, stop) == (0, depth)
+
+    # A slice of the stack would copy its weights, so a part of it is scanned by
+    # index. The whole is scanned directly: without remat, a layer taken by index
+    # is kept for the backward pass, one more copy of the weights.
+    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        params = layer if whole else layer_of(stack, layer)
+        return block(params, carry), None
+
+    if remat:
+        # Inside a scan the compiler cannot merge the recomputation away.
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, h, stack if whole else jnp.arange(start, stop))[0]
