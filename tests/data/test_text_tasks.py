@@ -1,0 +1,260 @@
+import json
+
+import numpy as np
+import pytest
+
+from tmdjax.data.text_tasks import (
+    SPLITS,
+    ChainSum,
+    Countdown,
+    ListOperations,
+    sample,
+    scorer,
+    split_of,
+    vocabulary,
+)
+from tmdjax.rewards import host
+
+TASKS = [
+    ChainSum(),
+    ChainSum(modulus=10, high=14),
+    ListOperations(),
+    Countdown(counts=(3,)),
+]
+by_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+
+
+def draw(task, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [task.problem(rng) for _ in range(count)]
+
+
+@by_task
+def test_gold_is_paid_and_nothing_near_it_is(task):
+    rng = np.random.default_rng(1)
+    for problem in draw(task, 60):
+        assert task.verify(problem, problem.response) == 1.0
+        assert problem.response.endswith(f"#{problem.answer}$")
+        # the end is needed, and so is every character that is not free work
+        paid = problem.response if task.name != "countdown" else problem.answer + "$"
+        at = len(problem.response) - len(paid) + int(rng.integers(len(paid)))
+        assert task.verify(problem, problem.response[:at]) == 0.0
+        changed = problem.response[:at] + "#" + problem.response[at + 1 :]
+        assert task.verify(problem, changed) == 0.0 or changed == problem.response
+
+
+@by_task
+def test_any_text_gets_a_reward(task):
+    rng = np.random.default_rng(2)
+    characters = [*vocabulary.CHARACTERS, "é", "\n", "\0", " "]
+    for problem in draw(task, 20):
+        for length in (0, 1, 5, 40):
+            text = "".join(rng.choice(characters, length))
+            assert task.verify(problem, text) == 0.0
+            assert task.verify(problem, "#" + text + "$") in (0.0, 1.0)
+
+
+@by_task
+def test_texts_are_of_the_vocabulary_and_facts_of_json(task):
+    for problem in draw(task, 60):
+        text = problem.prompt + problem.response
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+        assert problem.prompt[0] == ">" and problem.prompt[-1] == "="
+        assert json.loads(json.dumps(problem.facts)) == problem.facts
+
+
+@by_task
+def test_a_seed_gives_the_same_problems(task):
+    assert draw(task, 10, seed=5) == draw(task, 10, seed=5)
+    assert draw(task, 10, seed=5) != draw(task, 10, seed=6)
+
+
+def test_prompts_of_different_tasks_differ():
+    prompts = [
+        {p.prompt for p in draw(task, 100)}
+        for task in (ChainSum(), ListOperations(), Countdown(counts=(3,)))
+    ]
+    assert not prompts[0] & prompts[1] | prompts[1] & prompts[2]
+    assert not prompts[0] & prompts[2]
+
+
+# ---- splits ----
+
+
+def test_splits_never_move():
+    # Literal: a change of the hash would let evaluation problems into training.
+    pinned = {
+        ">589=": "train",
+        ">s312=": "train",
+        ">3,7,25:54=": "holdout",
+        ">11=": "evaluation",
+    }
+    assert {prompt: split_of(prompt) for prompt in pinned} == pinned
+
+
+def test_shares_of_the_splits():
+    splits = [split_of(f">{i}=") for i in range(20_000)]
+    for split, share in zip(SPLITS, (0.8, 0.1, 0.1)):
+        # five standard deviations
+        assert abs(splits.count(split) / 20_000 - share) < 5 * (share / 2e4) ** 0.5
+
+
+@by_task
+def test_samples_are_distinct_and_of_their_split(task):
+    found = {s: sample(task, s, 12, np.random.default_rng(0)) for s in SPLITS}
+    prompts = {s: {p.prompt for p in problems} for s, problems in found.items()}
+    assert all(len(group) == 12 for group in prompts.values())
+    assert not prompts["train"] & prompts["evaluation"]
+    assert not prompts["train"] & prompts["holdout"]
+    assert not prompts["evaluation"] & prompts["holdout"]
+    for split, group in prompts.items():
+        assert {split_of(prompt) for prompt in group} == {split}
+    again = sample(task, "evaluation", 12, np.random.default_rng(0))
+    assert again == found["evaluation"]
+
+
+def test_samples_of_a_tier():
+    problems = sample(ChainSum(), "train", 50, np.random.default_rng(0), tier="T3")
+    assert {p.tier for p in problems} == {"T3"}
+    assert all(13 <= len(p.facts["terms"]) <= 24 for p in problems)
+
+
+def test_a_task_with_too_few_problems_says_so():
+    # 10 prompts of one digit; all of those of a split are found before the error
+    task = ChainSum(low=1, high=1)
+    there = [f">{d}=" for d in range(10) if split_of(f">{d}=") == "train"]
+    problems = sample(task, "train", len(there), np.random.default_rng(0))
+    assert sorted(p.prompt for p in problems) == there
+    with pytest.raises(
+        ValueError,
+        match=rf"'chain_sum' gave {len(there)} distinct problems of split 'train', and "
+        rf"none in 10000 further draws; 10 were asked for\. Ask for fewer, or widen",
+    ):
+        sample(task, "train", 10, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="and tier 'T9', and none"):
+        sample(task, "train", 1, np.random.default_rng(0), tier="T9")
+
+
+def test_bad_samples(as_shipped):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="split='eval' is not one of 'train'"):
+        sample(ChainSum(), "eval", 1, rng)
+    with pytest.raises(ValueError, match="count=0 must be at least 1"):
+        sample(ChainSum(), "train", 0, rng)
+    with pytest.raises(TypeError, match=r"count=2\.5 is of type float"):
+        sample(ChainSum(), "train", 2.5, rng)  # pyright: ignore
+
+
+def test_rewards_run_through_the_host_interface():
+    task = ListOperations()
+    problems = draw(task, 6)
+    responses = [p.response for p in problems]
+    responses[2] = "nonsense"
+    pending = host.submit(scorer(task), np.array(responses, object), problems)
+    np.testing.assert_array_equal(pending.result(), [1, 1, 0, 1, 1, 1])
+
+
+# ---- vocabulary ----
+
+
+def test_the_vocabulary_is_small_and_has_each_character_once():
+    assert len(vocabulary.CHARACTERS) == len(set(vocabulary.CHARACTERS)) == 28
+    assert vocabulary.CHARACTERS.index(vocabulary.PAD) == 0
+    assert vocabulary.encode("_>#$").tolist() == [0, 1, 2, 3]
+    assert vocabulary.encode(">5").dtype == np.int32
+    assert vocabulary.decode([1, 0, 2, 0]) == ">#"
+    with pytest.raises(ValueError, match="character 2, 'x', is not among '_>#"):
+        vocabulary.encode("1x2")
+    for i in (28, -1):
+        with pytest.raises(ValueError, match=rf"id {i} is outside .* \[0, 28\)"):
+            vocabulary.decode([3, i])
+
+
+# ---- chain-sum ----
+
+
+def guess_each_sum(terms, rng):
+    sums = [f"{rng.integers(97):02d}" for _ in terms]
+    return "".join(f"{d}{s}" for d, s in zip(terms, sums)) + f"#{sums[-1]}$"
+
+
+def guess_each_rise(terms, rng):
+    """Knows the first sum, and that each next one is 0 to 9 more."""
+    total = terms[0]
+    text = f"{terms[0]}{total:02d}"
+    for term in terms[1:]:
+        total = (total + int(rng.integers(10))) % 97
+        text += f"{term}{total:02d}"
+    return f"{text}#{total:02d}$"
+
+
+def guess_the_answer_alone(terms, rng):
+    return f"#{rng.integers(97):02d}$"
+
+
+@pytest.mark.parametrize(
+    "guess", [guess_each_sum, guess_each_rise, guess_the_answer_alone]
+)
+@pytest.mark.parametrize("tier", ["T1", "T2"])
+def test_guessing_earns_less_than_1_1_percent(guess, tier):
+    task, rng = ChainSum(), np.random.default_rng(0)
+    problems = [p for p in draw(task, 8_000) if p.tier == tier]
+    paid = [task.verify(p, guess(p.facts["terms"], rng)) for p in problems]
+    assert np.mean(paid) < 0.011
+
+
+def test_a_right_answer_without_its_work_is_not_paid():
+    for problem in draw(ChainSum(), 20):
+        assert ChainSum().verify(problem, f"#{problem.answer}$") == 0.0
+
+
+def test_lengths_are_log_normal_and_clipped():
+    lengths = np.array([len(p.facts["terms"]) for p in draw(ChainSum(), 4000)])
+    assert lengths.min() == 3 and lengths.max() == 40
+    assert abs(np.median(lengths) - np.exp(2.2)) < 0.6
+    inside = np.log(lengths[(lengths > 3) & (lengths < 40)])
+    assert abs(inside.mean() - 2.2) < 0.1
+    # Shares of the tiers by the normal distribution: n <= 6 is n < 6.5, and so on.
+    tiers = [p.tier for p in draw(ChainSum(), 4000)]
+    for tier, share in (("T1", 0.307), ("T2", 0.371), ("T3", 0.256), ("T4", 0.066)):
+        assert abs(tiers.count(tier) / 4000 - share) < 0.04
+
+
+def test_options_of_chain_sum():
+    (problem,) = draw(ChainSum(modulus=10, low=4, high=4), 1)
+    assert len(problem.prompt) == 6 and len(problem.response) == 11
+    (problem,) = draw(ChainSum(log_mean=9.0, log_std=0.0, high=14), 1)
+    assert len(problem.facts["terms"]) == 14 and problem.tier == "T3"
+    for options, message in (
+        ({"modulus": 98}, r"modulus=98 is not one of \(10, 97\)"),
+        ({"low": 0}, "low=0 must be at least 1"),
+        ({"low": 9, "high": 8}, "high=8 must be at least 9"),
+        ({"log_std": -1.0}, r"log_std=-1\.0 is outside \[0, inf\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ChainSum(**options)
+
+
+# ---- list operations ----
+
+
+def test_tiers_and_operations_of_lists():
+    problems = draw(ListOperations(), 3000)
+    for operation in ("sort", "reverse", "dedup", "largest"):
+        share = np.mean([p.facts["operation"] == operation for p in problems])
+        assert abs(share - 0.25) < 0.04
+    for tier, share in (("T1", 3 / 11), ("T2", 2 / 11), ("T3", 3 / 11), ("T4", 3 / 11)):
+        assert abs(np.mean([p.tier == tier for p in problems]) - share) < 0.04
+    lengths = [len(p.response) for p in problems]
+    assert np.percentile(lengths, 95) > 3 * np.median(lengths)  # the long tail
+    (problem,) = draw(ListOperations(operations=("largest",), low=20, high=20), 1)
+    assert problem.facts["rank"] <= 9
+
+
+def test_bad_options_of_lists():
+    with pytest.raises(ValueError, match="operations is empty; give some of"):
+        ListOperations(operations=())
+    with pytest.raises(ValueError, match="operation='revers'.*mean 'reverse'"):
+        ListOperations(operations=("sort", "revers"))
+    with pytest.raises(ValueError, match="high=2 must be at least 5"):
+        ListOperations(low=5, high=2)

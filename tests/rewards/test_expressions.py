@@ -1,0 +1,141 @@
+import ast
+import itertools
+import operator
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tmdjax.rewards.expressions import (
+    ExpressionError,
+    check_countdown,
+    evaluate,
+    parse,
+)
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def value_by_python(text):
+    """Exact value by Python's own grammar."""
+
+    def walk(node):
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
+
+    return walk(ast.parse(text, mode="eval").body)
+
+
+expressions = st.recursive(
+    st.integers(0, 99).map(str),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["+", "-", "*", "/", " - "]), inner).map(
+            "".join
+        ),
+        inner.map(lambda text: f"({text})"),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(expressions)
+def test_values_are_those_of_python(text):
+    try:
+        expected = value_by_python(text)
+    except ZeroDivisionError:
+        with pytest.raises(ExpressionError, match="is divided by zero"):
+            evaluate(parse(text))
+    else:
+        assert evaluate(parse(text)) == expected
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text("12+-*/() ", max_size=9))
+def test_texts_are_read_exactly_where_python_reads_them_without_signs(text):
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError:
+        readable = False
+    else:
+        kinds = (ast.Expression, ast.BinOp, ast.Constant, ast.operator)
+        kinds += (ast.Add, ast.Sub, ast.Mult, ast.Div)
+        readable = all(isinstance(n, kinds) for n in ast.walk(tree))
+        # '//' and '**' are operators of Python's
+        readable = readable and not any(
+            isinstance(n, (ast.FloorDiv, ast.Pow)) for n in ast.walk(tree)
+        )
+    try:
+        parse(text)
+    except ExpressionError:
+        assert not readable
+    else:
+        assert readable
+
+
+def test_every_short_text_gives_a_value_or_our_error():
+    for text in map("".join, itertools.product("1+-/()$", repeat=4)):
+        try:
+            evaluate(parse(text))
+        except ExpressionError:
+            pass
+
+
+def test_postfix_order():
+    assert parse("2*(3+4)") == (2, 3, 4, "+", "*")
+    assert parse("8-2-1") == (8, 2, "-", 1, "-")
+    assert evaluate(parse("1/3+1/6")) == Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"character 1 is the end; expected a number or '\('"),
+        ("3+", r"character 3 is the end; expected a number"),
+        ("-3", r"character 1 is '-'; expected a number"),
+        ("3 4", r"character 3 is '4'; expected an operator, '\)' or the end"),
+        ("3(4)", r"character 2 is '\('; expected an operator"),
+        ("3)", r"character 2 is '\)'; expected an operator"),
+        ("()", r"character 2 is '\)'; expected a number"),
+        ("(3+4", r"a bracket of '\(3\+4' is never closed"),
+        ("3**4", r"character 3 is '\*'; expected a number"),
+        ("1.5", r"character 2 is '\.'"),
+        ("__import__('os')", r"character 1 is '_'"),
+        ("٣+4", r"character 1 is '٣'"),
+        ("1" * 10, r"number at character 1 has 10 digits; at most 9"),
+        ("1+" * 501 + "1", r"has 1003 characters; at most 1000"),
+    ],
+)
+def test_texts_that_are_no_expression(text, message):
+    with pytest.raises(ExpressionError, match=message):
+        parse(text)
+
+
+def test_deep_brackets_need_no_recursion():
+    assert evaluate(parse("(" * 499 + "7" + ")" * 499)) == 7
+
+
+def test_rules_of_the_countdown():
+    check_countdown("(25 - 7) * 3", (3, 25, 7), 54)
+    check_countdown("7*7", (7, 7, 2), 49)
+    check_countdown("8/(3-8/3)", (3, 3, 8, 8), 24)
+    check_countdown("10/4*2", (10, 4, 2), 5)  # through a fraction
+    for text, message in (
+        ("3*25-7", "the value is 68, not 54"),
+        ("7/3", "the value is 7/3, not 54"),
+        ("7*7+5", r"7 is used 1 time\(s\) more often than .* numbers 3, 25, 7"),
+        ("54", r"54 is used 1 time\(s\) more"),
+        ("3/(7-7)", "7 is used"),
+        ("54=54", "character 3 is '='"),
+    ):
+        with pytest.raises(ExpressionError, match=message):
+            check_countdown(text, (3, 25, 7), 54)
+    with pytest.raises(ExpressionError, match="3 is divided by zero"):
+        check_countdown("3/(7-7)", (3, 7, 7), 1)

@@ -1,0 +1,175 @@
+r"""Mathematical problems from local JSONL files, in three common layouts.
+
+- 'gsm8k': ``question``, ``answer`` (the solution, whose last line is '#### 42').
+- 'math': ``problem``, ``solution`` (the answer in its last ``\boxed{}``), ``level``
+  ('Level 1' to 'Level 5'), ``subject`` (or ``type``, as the first release has it).
+- 'dapo': ``prompt`` (a list of messages with ``role`` and ``content``),
+  ``reward_model`` with ``ground_truth``.
+
+Nothing is downloaded. A file is read line by line; a malformed line raises, and names
+the file, the line, the key, and what is expected.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmdjax.core.registry import Registry
+from tmdjax.data.text_tasks.problems import Problem
+from tmdjax.rewards.math import MathVerifier, last_boxed
+
+LAYOUTS: Registry[Callable[["_Line"], Problem]] = Registry("layout")
+
+
+def read(path: str | os.PathLike[str], layout: str) -> Iterator[Problem]:
+    """Streams the problems of a file; blank lines are skipped.
+
+    Args:
+        path: of a UTF-8 file, one JSON object a line.
+        layout: 'gsm8k', 'math' or 'dapo'.
+
+    Yields:
+        Problems; 'math' has tiers 'T1' to 'T5' by level ('T?' for 'Level ?'), the
+        others 'T1'; 'dapo' has no gold responses.
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        ValueError: unknown layout, or a malformed line.
+    """
+    make = LAYOUTS[layout]
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a file; give the path of a JSONL file of layout {layout!r}."
+        )
+    return _stream(path, make)
+
+
+def _stream(path: Path, make: Callable[["_Line"], Problem]) -> Iterator[Problem]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                yield make(_Line(f"{path}, line {number}", raw))
+
+
+@dataclasses.dataclass(frozen=True)
+class MathProblems:
+    """Problems in memory as a task, with the reward of :mod:`tmdjax.rewards.math`.
+
+    Attributes:
+        problems: at least one, such as ``tuple(read(path, 'gsm8k'))``.
+        verifier: compares a response with a problem's answer, and counts outcomes.
+        name: for messages.
+
+    Raises:
+        ValueError: no problems.
+    """
+
+    problems: tuple[Problem, ...]
+    verifier: MathVerifier
+    name: str = "math_problems"
+
+    def __post_init__(self):
+        if not self.problems:
+            raise ValueError("problems is empty; give at least one.")
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        """Draws a problem, all equally likely."""
+        return self.problems[rng.integers(len(self.problems))]
+
+    def verify(self, problem: Problem, response: str) -> float:
+        """1.0 if the answer of the response equals the problem's, else 0.0."""
+        return self.verifier(response, problem.answer)
+
+
+class _Line:
+    """One line, whose errors say where it stands."""
+
+    def __init__(self, place: str, raw: bytes):
+        self._place = place
+        try:
+            self._fields = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"no JSON ({error})", "one JSON object a line") from None
+        if not isinstance(self._fields, dict):
+            kind = type(self._fields).__name__
+            raise self.error(f"a JSON {kind}", "a JSON object")
+
+    def error(self, found: str, expected: str) -> ValueError:
+        return ValueError(f"{self._place}: {found}; expected {expected}.")
+
+    def get(self, key: str, expected: str, kind: type = str) -> Any:
+        """The value at 'a' or 'a.b', of that type and not empty."""
+        value: Any = self._fields
+        walked = []
+        for part in key.split("."):
+            walked.append(part)
+            if not isinstance(value, dict) or part not in value:
+                raise self.error(f"no key {'.'.join(walked)!r}", expected)
+            value = value[part]
+        if not isinstance(value, kind) or not value:
+            raise self.error(f"key {key!r} is {str(value)[:80]!r}", expected)
+        return value
+
+    def has(self, key: str) -> bool:
+        return key in self._fields
+
+
+@LAYOUTS.register("gsm8k")
+def _gsm8k(line: _Line) -> Problem:
+    prompt = line.get("question", "'question', a text")
+    solution = line.get("answer", "'answer', a text that ends with '#### 42'")
+    _, mark, answer = solution.rpartition("####")
+    if not mark or not answer.strip():
+        raise line.error("'answer' has no '####'", "a text that ends with '#### 42'")
+    return Problem(
+        prompt=prompt, response=solution, answer=answer.strip(), tier="T1", facts={}
+    )
+
+
+@LAYOUTS.register("math")
+def _math(line: _Line) -> Problem:
+    prompt = line.get("problem", "'problem', a text")
+    expected = r"'solution', a text with the answer in \boxed{}"
+    solution = line.get("solution", expected)
+    answer = last_boxed(solution)
+    if not answer:
+        raise line.error(r"'solution' has no complete \boxed{}", expected)
+    level = line.get("level", "'level', 'Level 1' to 'Level 5'")
+    subject = line.get(
+        "type" if line.has("type") else "subject", "'subject' (or 'type'), a text"
+    )
+    return Problem(
+        prompt=prompt,
+        response=solution,
+        answer=answer,
+        tier=f"T{level.removeprefix('Level ')}",
+        facts={"level": level, "subject": subject},
+    )
+
+
+@LAYOUTS.register("dapo")
+def _dapo(line: _Line) -> Problem:
+    expected = "'prompt', a list of messages with 'role' and 'content'"
+    messages = line.get("prompt", expected, list)
+    for message in messages:
+        if not isinstance(message, dict) or not (
+            isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise line.error(f"a message is {str(message)[:80]!r}", expected)
+    answer = line.get(
+        "reward_model.ground_truth", "'reward_model.ground_truth', a text"
+    )
+    return Problem(
+        prompt="\n\n".join(message["content"] for message in messages),
+        response="",
+        answer=answer,
+        tier="T1",
+        facts={"messages": messages},
+    )

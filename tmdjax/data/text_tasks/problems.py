@@ -1,0 +1,138 @@
+"""What every text task shares: the problem, the split by hash, distinct samples.
+
+A task has a ``name``, ``problem(rng)`` that draws a problem from a NumPy generator,
+and ``verify(problem, response)``, an exact reward in [0, 1]. Nothing else is asked of
+it, so a task of one's own needs no base class:
+
+    rng = np.random.default_rng(0)
+    problems = sample(ChainSum(), "train", 1024, rng)
+    pending = host.submit(scorer(task), np.array(responses, object), problems)
+
+Problems belong to a split by the hash of their prompt alone: whoever samples, in
+whatever order, by whatever seed, no prompt of 'evaluation' or 'holdout' is trained on.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from tmdjax.core.checks import check_choice, check_count
+from tmdjax.rewards.host import Scorer
+
+SPLITS = ("train", "evaluation", "holdout")
+"""Eight, one and one of ten prompts: to train on, to look at while training, and to
+touch once, at the end."""
+
+_BUCKETS = 10
+_PATIENCE = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem of a text task.
+
+    Attributes:
+        prompt: what the policy is given.
+        response: a gold response, all that the policy should write; '' where none is
+            known.
+        answer: the final answer alone, as the task writes it.
+        tier: its difficulty, a label of the task's; 'T1' is the easiest.
+        facts: what the verifier needs, and what else is known about the problem; plain
+            values that JSON can hold.
+    """
+
+    prompt: str
+    response: str
+    answer: str
+    tier: str
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+
+@runtime_checkable
+class TextTask(Protocol):
+    """What :func:`sample` and :func:`scorer` need of a task."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    def problem(self, rng: np.random.Generator) -> Problem:
+        """Draws a problem."""
+        ...
+
+    def verify(self, problem: Problem, response: str) -> float:
+        """Reward of a response, in [0, 1]; any text gets one."""
+        ...
+
+
+def split_of(prompt: str) -> str:
+    """The split that a prompt belongs to, one of ``SPLITS``; the same everywhere."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    bucket = int.from_bytes(digest, "big") % _BUCKETS
+    return {0: "holdout", 1: "evaluation"}.get(bucket, "train")
+
+
+def sample(
+    task: TextTask,
+    split: str,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    tier: str | None = None,
+) -> list[Problem]:
+    """Draws distinct problems of one split.
+
+    Args:
+        task: draws the problems.
+        split: of ``SPLITS``.
+        count: problems, of different prompts.
+        rng: advanced by the draws; the same seed gives the same problems.
+        tier: only problems of this tier; None for all.
+
+    Returns:
+        ``count`` problems in the order they were drawn.
+
+    Raises:
+        TypeError: count is no integer.
+        ValueError: unknown split, count < 1, or a task that has too few such problems:
+            20 times as many draws as there are problems so far, and at least 10,000,
+            brought no further one.
+    """
+    check_choice("split", split, SPLITS)
+    count = check_count("count", count)
+    found: dict[str, Problem] = {}
+    idle = 0
+    while len(found) < count:
+        problem = task.problem(rng)
+        fits = tier is None or problem.tier == tier
+        if fits and problem.prompt not in found and split_of(problem.prompt) == split:
+            found[problem.prompt] = problem
+            idle = 0
+            continue
+        idle += 1
+        if idle >= max(_PATIENCE, 20 * len(found)):
+            of_tier = "" if tier is None else f" and tier {tier!r}"
+            raise ValueError(
+                f"task {task.name!r} gave {len(found)} distinct problems of split "
+                f"{split!r}{of_tier}, and none in {idle} further draws; {count} were "
+                f"asked for. Ask for fewer, or widen the task."
+            )
+    return list(found.values())
+
+
+def scorer(task: TextTask) -> Scorer:
+    """The task's rewards as a scorer for :func:`tmdjax.rewards.host.submit`.
+
+    Returns:
+        ``fn(responses, problems) -> n rewards``, responses an object array of n texts,
+        problems a list of n.
+    """
+
+    def score(responses: np.ndarray, problems: Sequence[Problem]) -> list[float]:
+        return [task.verify(p, str(r)) for p, r in zip(problems, responses)]
+
+    return score
