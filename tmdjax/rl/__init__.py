@@ -10,7 +10,9 @@ from tmdjax.rl.advantages import (
     group_statistics,
     reward_advantages,
 )
-from tmdjax.rl.aggregation import aggregate, denominators
+from tmdjax.rl.aggregation import MODES as AGGREGATIONS
+from tmdjax.rl.aggregation import aggregate, aggregation_weights, denominators
+from tmdjax.rl.curation import is_informative, overlong_penalty
 from tmdjax.rl.diagnostics import RatioError, check_first_ratio, ratio_statistics
 from tmdjax.rl.gaussian import (
     at_bounds,
@@ -36,6 +38,7 @@ from tmdjax.rl.surrogates import (
     sequence_log_ratio,
     sigmoid_surrogate,
 )
+from tmdjax.rl.token_records import TokenBatch, TokenRecord, batch_records
 from tmdjax.rl.trees import (
     FUSIONS,
     STD_SCOPES,
@@ -47,16 +50,21 @@ from tmdjax.rl.trees import (
 )
 
 __all__ = [
+    "AGGREGATIONS",
     "FUSIONS",
     "STD_SCOPES",
     "TREE_BASELINES",
     "ClipRange",
     "RatioError",
     "RunningStatistics",
+    "TokenBatch",
+    "TokenRecord",
     "Transitions",
     "Tree",
     "aggregate",
+    "aggregation_weights",
     "at_bounds",
+    "batch_records",
     "best_and_worst",
     "check_clip_range",
     "check_first_ratio",
@@ -72,8 +80,10 @@ __all__ = [
     "generalised_advantages",
     "group_advantages",
     "group_statistics",
+    "is_informative",
     "kl_estimate",
     "make_tree",
+    "overlong_penalty",
     "ratio_statistics",
     "rejecting_weights",
     "reward_advantages",

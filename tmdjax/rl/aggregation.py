@@ -7,6 +7,7 @@ parts' losses and gradients then add up to the whole.
 
 from typing import Any
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +109,32 @@ def denominators(mask: Any, mode: str) -> Float[Array, ""]:
     if mode != "token-mean":
         live = jnp.any(live, axis=tuple(range(1, live.ndim)))
     return jnp.sum(live, dtype=jnp.float32)
+
+
+def aggregation_weights(
+    mask: Any, mode: str, *, length: int | None = None, keep: Any = None
+) -> Array:
+    """What each element weighs in :func:`aggregate`: sum(weights * loss) equals it.
+
+    Taken once on the mask of the global batch, they travel with its parts, however
+    those are cut, packed or spread: sums over parts add up to the whole.
+
+    Args:
+        mask: [batch, position], or [element] for 'token-mean'.
+        mode: one of MODES.
+        length: as in :func:`aggregate`.
+        keep: as there.
+
+    Returns:
+        float32 of mask's shape, 0 where masked out or not kept.
+
+    Raises:
+        ValueError: as :func:`aggregate`.
+    """
+    ones = jnp.ones(jnp.shape(mask), jnp.float32)
+    return jax.grad(lambda loss: aggregate(loss, mask, mode, length=length, keep=keep))(
+        ones
+    )
 
 
 def _check_mode(mode: str, array: Any, name: str) -> None:

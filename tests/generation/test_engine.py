@@ -1,0 +1,255 @@
+"""The engine: no token lost or doubled, whatever happens in between."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from integer_model import (
+    OTHER,
+    PARAMS,
+    VOCAB,
+    integer_model,
+    logits_of,
+)
+
+from tmdjax.generation import Engine, EngineConfig, Sampling
+
+KEY = jax.random.key(7)
+STOP = 4
+CONFIG = EngineConfig(slots=3, length=40, steps=4, prefill_rows=2, stop=(STOP,))
+MODEL = integer_model()
+PROMPTS = [(1, 2, 3), (5,), (0, 6, 7, 8, 9, 10, 11), (1, 2, 3, 3)]
+LIMITS = [9, 12, 5, 20]
+
+
+def made(key=KEY, params=PARAMS, **changes):
+    return Engine(MODEL, params, dataclasses.replace(CONFIG, **changes), key)
+
+
+def log_softmax(x):
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())
+
+
+def oracle(prompt, number, limit, salts=lambda i: 5, read=None, stop=(STOP,)):
+    """A response drawn token by token from the whole text.
+
+    ``salts(i)`` are the weights that draw token i, ``read`` those that its text was
+    read with; by default the same for all of it.
+    """
+    text, found, log_probs = list(prompt), [], []
+    key = jax.random.fold_in(KEY, number)
+    while len(found) < limit:
+        i = len(found)
+        salt = salts(i)
+        given = [read(j, i) if read else salt for j in range(len(text))]
+        log_p = log_softmax(logits_of(zip(text, given), salt))
+        noise = np.asarray(jax.random.gumbel(jax.random.fold_in(key, i), (VOCAB,)))
+        token = int(np.argmax(log_p.astype(np.float32) + noise))
+        text.append(token)
+        found.append(token)
+        log_probs.append(log_p[token])
+        if token in stop:
+            break
+    return found, log_probs
+
+
+EXPECTED = {
+    (p, n): oracle(PROMPTS[p], n, LIMITS[p]) for p in range(4) for n in (p, p + 10)
+}
+
+
+def check_text(record, p):
+    tokens, log_probs = EXPECTED[p, record.number]
+    assert record.tokens == tokens
+    np.testing.assert_allclose(record.log_probs, log_probs, atol=1e-5)
+    assert record.status == ("stop" if tokens[-1] == STOP else "length")
+    record.check()
+
+
+@pytest.mark.parametrize("slots, steps, rows", [(3, 4, 2), (1, 1, 1), (8, 7, 4)])
+def test_texts_do_not_depend_on_slots_chunks_or_company(slots, steps, rows):
+    engine = made(slots=slots, steps=steps, prefill_rows=rows)
+    for p, prompt in enumerate(PROMPTS):
+        engine.submit([p, p + 10], prompt, group=p, max_new_tokens=LIMITS[p])
+    found = engine.run()
+    assert [r.number for r in found] == [0, 1, 2, 3, 10, 11, 12, 13]
+    for record in found:
+        check_text(record, record.group)
+    assert engine.counts["submitted"] == 8
+    assert engine.counts["stop"] + engine.counts["length"] == 8
+    assert engine.counts["drawn"] == sum(map(len, found))
+
+
+def test_a_group_is_prefilled_once_and_nothing_compiles_again():
+    engine = made(slots=8)
+    engine.submit(range(6), PROMPTS[2], max_new_tokens=4)
+    engine.run()
+    assert engine.counts["prefilled"] == len(PROMPTS[2]) - 1
+    programs = (engine._generate, engine._prefill, engine._insert)
+    sizes = [program._cache_size() for program in programs]
+    assert sizes[0] == 1
+    for p in (0, 2, 3):
+        engine.submit([20 + p], PROMPTS[p], max_new_tokens=9)
+    engine.run()
+    assert [program._cache_size() for program in programs] == sizes
+
+
+def test_prompts_up_to_the_whole_slot():
+    engine = made()
+    prompt = tuple((np.arange(39) % VOCAB).tolist())
+    engine.submit([0], prompt, max_new_tokens=1)
+    engine.submit([1], prompt[:30], max_new_tokens=10)
+    a, b = engine.run()
+    assert a.tokens == oracle(prompt, 0, 1)[0]
+    assert b.tokens == oracle(prompt[:30], 1, 10)[0]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.sampled_from("sraR"), st.integers(0, 255)), max_size=30))
+def test_storms_of_aborts_and_resumes(events):
+    """s: submit, r: run a chunk, a: abort some, R: resume some."""
+    engine, waiting, done, aborted = STORM, list(EXPECTED), [], []
+    engine.abort()
+    submitted = []
+    for what, choice in [*events, *[("R", 255), ("s", 0)] * 8, *[("r", 0)] * 40]:
+        if what == "s" and waiting:
+            p, number = waiting.pop(choice % len(waiting))
+            engine.submit([number], PROMPTS[p], group=p, max_new_tokens=LIMITS[p])
+            submitted.append(number)
+        elif what == "r":
+            done += engine.advance()
+        elif what == "a":
+            some = [n for i, n in enumerate(submitted) if choice >> (i % 8) & 1]
+            aborted += engine.abort(some)
+        elif what == "R":
+            chosen = [r for i, r in enumerate(aborted) if choice >> (i % 8) & 1]
+            for record in chosen:
+                aborted.remove(record)
+                engine.resume(record, max_new_tokens=LIMITS[record.group])
+    assert sorted(r.number for r in done) == sorted(n for _, n in EXPECTED)
+    assert not aborted and not engine.active and not engine.queued
+    for record in done:
+        check_text(record, record.group)
+
+
+STORM = made()
+
+
+def test_an_aborted_record_goes_on_in_another_engine():
+    first, second = made(), made(slots=5, steps=3)
+    first.submit([3], PROMPTS[3], group=3, max_new_tokens=LIMITS[3])
+    first.advance()
+    (record,) = first.abort()
+    assert record.status == "aborted" and 0 < len(record) < len(EXPECTED[3, 3][0])
+    assert first.abort() == [] and first.abort([99]) == []
+    second.resume(record, max_new_tokens=LIMITS[3])
+    second.run()
+    check_text(record, 3)
+    assert record.segments == 2
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_weights_swapped_in_the_middle(recompute):
+    """Tokens carry the version that drew them; old keys and values stay or go."""
+    engine = made(stop=())
+    engine.submit([0, 10], PROMPTS[0], max_new_tokens=11)
+    engine.advance()
+    engine.update_weights(OTHER, 3, recompute=recompute)
+    engine.submit([20], PROMPTS[0], max_new_tokens=6)
+    found = engine.run()
+    # 4 tokens are drawn before; what is read last then is token 3 of the response
+    cut = len(PROMPTS[0]) + 3
+
+    def read(j, i):
+        return 5 if i < 4 or (not recompute and j < cut) else 11
+
+    for record in found[:2]:
+        expected = oracle(
+            PROMPTS[0],
+            record.number,
+            11,
+            salts=lambda i: 5 if i < 4 else 11,
+            read=read,
+            stop=(),
+        )
+        assert record.tokens == expected[0]
+        assert record.versions == [0] * 4 + [3] * 7
+        assert record.kv_mixed is not recompute
+    fresh = oracle(PROMPTS[0], 20, 6, salts=lambda i: 11, stop=())
+    assert found[2].tokens == fresh[0] and found[2].versions == [3] * 6
+    with pytest.raises(ValueError, match="version=3 must be above the present one, 3"):
+        engine.update_weights(PARAMS, 3)
+
+
+def test_greedy_takes_the_most_likely():
+    engine = made(sampling=Sampling(temperature=0.0), stop=())
+    engine.submit([0], PROMPTS[0], max_new_tokens=6)
+    (record,) = engine.run()
+    text = list(PROMPTS[0])
+    for token in record.tokens:
+        assert token == int(np.argmax(logits_of([(t, 5) for t in text], 5)))
+        text.append(token)
+    assert record.log_probs == [0.0] * 6
+
+
+def test_sizes_are_told_before_anything_is_allocated(caplog):
+    with caplog.at_level(logging.INFO, "tmdjax.generation.engine"):
+        made()
+    assert "3 slots of 40 tokens: weights 0.000 GB, cache 0.000 GB" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (
+            lambda e: e.submit([1], (), max_new_tokens=2),
+            "request 1 has an empty prompt",
+        ),
+        (
+            lambda e: e.submit([1], (2, 13), max_new_tokens=2),
+            "token 13, outside the vocabulary of 13",
+        ),
+        (
+            lambda e: e.submit([1], (2,) * 30, max_new_tokens=11),
+            "prompt of 30 and max_new_tokens=11 make 41 tokens, but a slot holds 40",
+        ),
+        (
+            lambda e: e.submit([1, 1], (2,), max_new_tokens=2),
+            "request 1 is already under way",
+        ),
+        (lambda e: e.submit([1], (2,), max_new_tokens=0), "max_new_tokens=0"),
+    ],
+)
+def test_refused_requests(act, message):
+    with pytest.raises(ValueError, match=message):
+        act(made())
+
+
+def test_refused_resumption():
+    engine = made(stop=())
+    engine.submit([1], (2,), max_new_tokens=9)
+    engine.advance()
+    (record,) = engine.abort()
+    with pytest.raises(ValueError, match="has 4 tokens already; max_new_tokens=4"):
+        engine.resume(record, max_new_tokens=4)
+    record.log_probs.pop()
+    with pytest.raises(ValueError, match="4 tokens, 3 log-probs and 4 versions"):
+        engine.resume(record, max_new_tokens=9)
+    record.log_probs.append(0.0)
+    record.status = "stop"
+    with pytest.raises(ValueError, match="is 'stop'; only an aborted one"):
+        engine.resume(record, max_new_tokens=9)
+
+
+def test_refused_engines():
+    with pytest.raises(ValueError, match="stop token 13 is outside"):
+        made(stop=(13,))
+    with pytest.raises(ValueError, match="slots=0"):
+        made(slots=0)
+    with pytest.raises(TypeError, match="typed key"):
+        made(key=np.zeros(2, np.uint32))

@@ -1,0 +1,133 @@
+"""Records of responses, their batches, and which of them are worth an update."""
+
+import numpy as np
+import pytest
+
+from tmdjax import rl
+from tmdjax.rl import TokenRecord, batch_records
+
+
+def record(number, prompt, tokens, reward=0.5, group=0):
+    count = len(tokens)
+    return TokenRecord(
+        number=number,
+        group=group,
+        prompt=tuple(prompt),
+        tokens=list(tokens),
+        log_probs=[-0.1 * (i + 1) for i in range(count)],
+        versions=[number] * count,
+        status="stop",
+        reward=reward,
+    )
+
+
+RECORDS = [
+    record(0, [1, 2, 3], [4, 5], 1.0, 2),
+    record(1, [6], [7, 8, 9, 1], -1.0, 3),
+    record(2, [5, 5], [3]),
+]
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_every_token_stands_where_it_belongs(rows):
+    batch = batch_records(RECORDS, length=8, response_length=5, rows=rows)
+    assert batch.tokens.shape == ((3 if rows is None else 2), 8)
+    tokens = batch.responses(batch.tokens)
+    places = batch.responses(batch.positions)
+    seen = np.zeros(batch.tokens.shape, bool)
+    for i, r in enumerate(RECORDS):
+        count = len(r)
+        assert tokens[i][batch.mask[i]].tolist() == r.tokens
+        assert places[i][batch.mask[i]].tolist() == [
+            len(r.prompt) + j for j in range(count)
+        ]
+        np.testing.assert_allclose(batch.log_prob[i, :count], r.log_probs)
+        assert batch.version[i].tolist() == [r.number] * count + [-1] * (5 - count)
+        begin = batch.start[i] - len(r.prompt)
+        row = batch.tokens[batch.row[i], begin : begin + len(r.prompt) + count]
+        assert row.tolist() == [*r.prompt, *r.tokens]
+        where = slice(begin, begin + len(row))
+        assert not seen[batch.row[i], where].any()
+        assert len(set(batch.segments[batch.row[i], where])) == 1
+        seen[batch.row[i], where] = True
+    np.testing.assert_array_equal(seen, batch.segments > 0)
+    assert batch.mask.sum() == 7
+    assert batch.reward.tolist() == [1.0, -1.0, 0.5] and batch.group.tolist() == [
+        2,
+        3,
+        0,
+    ]
+    if rows:  # neighbours in a row are told apart
+        assert batch.segments.max() == 2
+
+
+def test_padding_sequences():
+    batch = batch_records(RECORDS, length=8, response_length=4, sequences=5, pad=9)
+    assert batch.mask.shape == (5, 4) and not batch.mask[3:].any()
+    assert (batch.tokens[3:] == 9).all() and (batch.segments[3:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        ({}, {"length": 4}, r"record 0 has 3 \+ 2 tokens; the batch holds 4"),
+        ({}, {"response_length": 3}, r"record 1 .* 3 of the response"),
+        ({}, {"rows": 1}, "3 texts of 13 tokens do not fit into 1 rows of 8"),
+        ({}, {"sequences": 2}, "3 records do not fit into sequences=2"),
+        ({"reward": None}, {}, "record 0 has reward None; score it first"),
+        ({"reward": float("nan")}, {}, "record 0 has reward nan"),
+        ({"versions": [3, 2]}, {}, r"versions \[3, 2\], which fall"),
+        ({"log_probs": [0.0]}, {}, "2 tokens, 1 log-probs and 2 versions"),
+        ({"prompt": ()}, {}, "record 0 has no prompt"),
+    ],
+)
+def test_refused(changes, options, message):
+    first = record(0, [1, 2, 3], [4, 5])
+    for name, value in changes.items():
+        setattr(first, name, value)
+    options = {"length": 8, "response_length": 5} | options
+    with pytest.raises(ValueError, match=message):
+        batch_records([first, *RECORDS[1:]], **options)
+
+
+def test_nothing_to_batch():
+    with pytest.raises(ValueError, match="nothing to batch"):
+        batch_records([], length=8, response_length=4)
+
+
+def test_overlong_penalty():
+    """DAPO's numbers: 16384 tokens are free, 20480 cost 1."""
+    options = {"longest": 20480, "buffer": 4096}
+    assert rl.overlong_penalty(16384, **options) == 0
+    assert rl.overlong_penalty(18432, **options) == -0.5
+    assert rl.overlong_penalty(20480, **options, factor=2.0) == -2
+    assert rl.overlong_penalty(5, **options) == 0
+    with pytest.raises(ValueError, match="buffer=30"):
+        rl.overlong_penalty(5, longest=20, buffer=30)
+
+
+def test_informative_groups_are_those_with_advantages():
+    for rewards, expected in (
+        ([0.0, 0.0, 1.0], True),
+        ([1.0, 1.0, 1.0], False),
+        ([0.3, 0.3 + 1e-9], False),
+        ([100.0, 100.001], True),
+    ):
+        assert rl.is_informative(rewards) is expected
+        advantages = rl.group_advantages(rewards, [0] * len(rewards), num_groups=1)
+        assert (np.asarray(advantages) != 0).any() == expected
+
+
+@pytest.mark.parametrize("mode", rl.AGGREGATIONS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_weights_of_an_aggregation(mode, kept):
+    rng = np.random.default_rng(0)
+    loss = rng.normal(size=(4, 6)).astype(np.float32)
+    mask = rng.random((4, 6)) > 0.4
+    mask[2] = False
+    keep = rng.random((4, 6)) > 0.3 if kept else None
+    length = 6 if mode.endswith("norm") else None
+    weights = rl.aggregation_weights(mask, mode, length=length, keep=keep)
+    expected = rl.aggregate(loss, mask, mode, length=length, keep=keep)
+    np.testing.assert_allclose((weights * loss).sum(), expected, rtol=1e-5)
+    assert (np.asarray(weights)[~mask] == 0).all()

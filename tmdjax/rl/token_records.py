@@ -1,0 +1,220 @@
+"""What generation leaves for the update: a record a response, and batches of them.
+
+Log-probs, masks and versions are aligned with the token they belong to, never shifted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import struct
+
+from tmdjax.core.checks import check_choice, check_count
+
+STATUSES = ("running", "stop", "length", "aborted")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TokenRecord:
+    """One response to one prompt, on the host.
+
+    Attributes:
+        number: of the request; its randomness is keyed by it.
+        group: of the prompt; responses to one prompt share it.
+        prompt: token ids.
+        tokens: ids of the response so far, over all its segments.
+        log_probs: of each, under the distribution it was drawn from.
+        versions: of the weights that drew each.
+        status: 'running', or how it ended: by a 'stop' token, at its largest 'length',
+            'aborted' (it may be resumed).
+        segments: how many times it entered the engine.
+        kv_mixed: whether tokens were drawn from keys and values of older weights.
+        reward: of the finished response, or None.
+    """
+
+    number: int
+    group: int
+    prompt: tuple[int, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+    status: str = "running"
+    segments: int = 1
+    kv_mixed: bool = False
+    reward: float | None = None
+
+    def __len__(self) -> int:
+        """Tokens of the response."""
+        return len(self.tokens)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended by itself or at its length."""
+        return self.status in ("stop", "length")
+
+    def extend(
+        self, tokens: Sequence[int], log_probs: Sequence[float], version: int
+    ) -> None:
+        """Appends tokens drawn by one version of the weights."""
+        self.tokens += tokens
+        self.log_probs += log_probs
+        self.versions += [version] * len(tokens)
+
+    def check(self) -> None:
+        """Refuses a record whose parts do not fit together.
+
+        Raises:
+            ValueError: lengths that differ, versions that fall, an unknown status, or
+                an empty prompt.
+        """
+        check_choice("status", self.status, STATUSES)
+        lengths = [len(x) for x in (self.tokens, self.log_probs, self.versions)]
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"record {self.number} has {lengths[0]} tokens, {lengths[1]} log-probs "
+                f"and {lengths[2]} versions; every token needs one of each."
+            )
+        if not self.prompt:
+            raise ValueError(f"record {self.number} has no prompt.")
+        if any(a > b for a, b in zip(self.versions, self.versions[1:])):
+            raise ValueError(
+                f"record {self.number} has versions {self.versions}, which fall; "
+                f"tokens are appended in the order they were drawn."
+            )
+
+
+@struct.dataclass
+class TokenBatch:
+    """Responses for one update: texts as a network reads them, and responses alone.
+
+    Attributes:
+        tokens: int32 [row, position]; several texts may share a row.
+        positions: int32 [row, position], from 0 in every text.
+        segments: int32 [row, position], from 1 in every row; 0 is padding.
+        row: int32 [sequence], where each text stands.
+        start: int32 [sequence], where its response begins.
+        mask: bool [sequence, token], the tokens of the responses.
+        log_prob: float32 [sequence, token], of the behaviour.
+        version: int32 [sequence, token], -1 where masked out.
+        group: int32 [sequence], 0 for padding.
+        reward: float32 [sequence], 0 for padding.
+    """
+
+    tokens: Any
+    positions: Any
+    segments: Any
+    row: Any
+    start: Any
+    mask: Any
+    log_prob: Any
+    version: Any
+    group: Any
+    reward: Any
+
+    def responses(self, per_token: Any) -> Any:
+        """[sequence, token] of an array [row, position]; garbage where masked out."""
+        last = per_token.shape[1] - 1
+        at = self.start[:, None] + np.arange(self.mask.shape[1])
+        return per_token[self.row[:, None], at.clip(0, last)]
+
+
+def batch_records(
+    records: Sequence[TokenRecord],
+    *,
+    length: int,
+    response_length: int,
+    rows: int | None = None,
+    sequences: int | None = None,
+    pad: int = 0,
+) -> TokenBatch:
+    """A batch of fixed shape.
+
+    Args:
+        records: finished, with rewards.
+        length: of a row; at least the longest text.
+        response_length: at least the longest response.
+        rows: how many rows texts are packed into, longest first into the first row
+            with room; None gives each text its own.
+        sequences: fixed number of sequences; the rest is padding. None means as many
+            as there are.
+        pad: token id of padding.
+
+    Returns:
+        numpy arrays.
+
+    Raises:
+        ValueError: no records, one that does not fit, is malformed, or has no reward,
+            or rows or sequences that do not suffice.
+    """
+    check_count("length", length)
+    check_count("response_length", response_length)
+    if not records:
+        raise ValueError("nothing to batch: give at least one record.")
+    for record in records:
+        record.check()
+        if record.reward is None or not math.isfinite(record.reward):
+            raise ValueError(
+                f"record {record.number} has reward {record.reward}; score it first, "
+                f"with a finite number."
+            )
+        size = len(record.prompt) + len(record)
+        if size > length or len(record) > response_length:
+            raise ValueError(
+                f"record {record.number} has {len(record.prompt)} + {len(record)} "
+                f"tokens; the batch holds {length} in all and {response_length} of "
+                f"the response: raise these, or lower max_new_tokens."
+            )
+    count = len(records) if sequences is None else check_count("sequences", sequences)
+    if count < len(records):
+        raise ValueError(f"{len(records)} records do not fit into sequences={count}.")
+    places = _places(records, length, rows)
+    height = count if rows is None else rows
+    shape, response = (height, length), (count, response_length)
+    batch = TokenBatch(
+        tokens=np.full(shape, pad, np.int32),
+        positions=np.zeros(shape, np.int32),
+        segments=np.zeros(shape, np.int32),
+        row=np.zeros(count, np.int32),
+        start=np.zeros(count, np.int32),
+        mask=np.zeros(response, bool),
+        log_prob=np.zeros(response, np.float32),
+        version=np.full(response, -1, np.int32),
+        group=np.zeros(count, np.int32),
+        reward=np.zeros(count, np.float32),
+    )
+    for i, (record, (row, begin, segment)) in enumerate(zip(records, places)):
+        text = [*record.prompt, *record.tokens]
+        where = slice(begin, begin + len(text))
+        batch.tokens[row, where] = text
+        batch.positions[row, where] = np.arange(len(text))
+        batch.segments[row, where] = segment
+        batch.row[i], batch.start[i] = row, begin + len(record.prompt)
+        batch.mask[i, : len(record)] = True
+        batch.log_prob[i, : len(record)] = record.log_probs
+        batch.version[i, : len(record)] = record.versions
+        batch.group[i], batch.reward[i] = record.group, record.reward
+    return batch
+
+
+def _places(
+    records: Sequence[TokenRecord], length: int, rows: int | None
+) -> list[tuple[int, int, int]]:
+    """Row, first position and segment of every text."""
+    if rows is None:
+        return [(i, 0, 1) for i in range(len(records))]
+    sizes = [len(record.prompt) + len(record) for record in records]
+    used, segments = [0] * check_count("rows", rows), [0] * rows
+    places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(records)
+    for i in sorted(range(len(records)), key=lambda i: -sizes[i]):
+        row = next((r for r in range(rows) if used[r] + sizes[i] <= length), None)
+        if row is None:
+            raise ValueError(
+                f"{len(records)} texts of {sum(sizes)} tokens do not fit into {rows} "
+                f"rows of {length}; give more rows, or fewer texts a batch."
+            )
+        segments[row] += 1
+        places[i] = (row, used[row], segments[row])
+        used[row] += sizes[i]
+    return places
