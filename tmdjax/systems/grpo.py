@@ -1,0 +1,164 @@
+"""Group-relative policy optimisation of a language model, and its relatives.
+
+One objective with the switches that tell them apart; :data:`PRESETS` has the published
+settings. The iteration is that of :mod:`tmdjax.runtime.lm_rl`.
+
+References:
+    GRPO: arXiv 2402.03300. Dr. GRPO: 2503.20783. RLOO: 2402.14740. DAPO: 2503.14476.
+    GSPO: 2507.18071. CISPO: 2506.13585. SAPO: 2511.20347. Decoupled: 2505.24298.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from tmdjax import rl
+from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.types import Array
+from tmdjax.runtime.lm_rl import UpdateBatch
+
+SURROGATES = ("token", "sequence", "cispo", "sapo")
+CORRECTIONS = ("none", "truncate", "sequence", "reject")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """An :class:`tmdjax.runtime.lm_rl.Objective`.
+
+    Attributes:
+        surrogate: ratio of each 'token', or the geometric mean of the 'sequence'
+            (GSPO), clipped; 'cispo' clips the weight and not the gradient; 'sapo' has
+            a soft gate.
+        clip_range: a number or (low, high), in units of that ratio.
+        dual_clip: bound of the loss where the advantage is negative, > 1, or None.
+        aggregation: of the tokens' losses, see :func:`tmdjax.rl.aggregate`.
+        length: constant length of 'seq-mean-token-sum-norm', or None.
+        baseline: of advantages: 'mean' of the group, or 'leave_one_out'.
+        scale: their unit: std of the 'group', of the 'batch', or 'none'.
+        correction: weights of the proximal policy against the one that wrote, which
+            multiply the loss: 'none', 'truncate' each token's ratio at the bound, or
+            the whole 'sequence's, or 'reject' tokens beyond it.
+        max_weight: the bound, > 0.
+        kl_coefficient: >= 0, of the KL to a reference policy in the loss.
+        kl_estimator: of it, see :func:`tmdjax.rl.kl_estimate`.
+    """
+
+    surrogate: str = "token"
+    clip_range: Any = 0.2
+    dual_clip: float | None = None
+    aggregation: str = "seq-mean-token-mean"
+    length: int | None = None
+    baseline: str = "mean"
+    scale: str = "group"
+    correction: str = "none"
+    max_weight: float = 2.0
+    kl_coefficient: float = 0.0
+    kl_estimator: str = "k3"
+
+    def __post_init__(self) -> None:
+        check_choice("surrogate", self.surrogate, SURROGATES)
+        check_choice("correction", self.correction, CORRECTIONS)
+        check_choice("aggregation", self.aggregation, rl.AGGREGATIONS)
+        check_range("kl_coefficient", self.kl_coefficient, 0)
+        rl.check_clip_range(self.clip_range)
+        check_range("max_weight", self.max_weight, 0, math.inf, open_low=True)
+        if (self.length is not None) != (self.aggregation == "seq-mean-token-sum-norm"):
+            raise ValueError(
+                f"length={self.length} with aggregation={self.aggregation!r}: "
+                f"'seq-mean-token-sum-norm' needs the largest response length, the "
+                f"other modes take none."
+            )
+        if self.dual_clip is not None and self.surrogate not in ("token", "sequence"):
+            raise ValueError(
+                f"dual_clip={self.dual_clip} has no meaning for "
+                f"surrogate={self.surrogate!r}; use None."
+            )
+
+    def advantages(self, rewards: Array, group: Array, num_groups: int) -> Array:
+        """[sequence]; 0 where a group's rewards are equal."""
+        return rl.group_advantages(
+            rewards,
+            group,
+            num_groups=num_groups,
+            baseline=self.baseline,
+            scale=self.scale,
+        )
+
+    def loss(
+        self, log_prob: Array, batch: UpdateBatch
+    ) -> tuple[Array, dict[str, Array]]:
+        """Of every token, [sequence, token]."""
+        mask, proximal = batch.texts.mask, batch.proximal
+        own, options = log_prob, {"clip_range": self.clip_range, "mask": mask}
+        if self.surrogate == "cispo":
+            loss = rl.clipped_policy_gradient(
+                log_prob, proximal, batch.advantage, **options
+            )
+        elif self.surrogate == "sapo":
+            loss = rl.sigmoid_surrogate(log_prob, proximal, batch.advantage, mask=mask)
+        else:
+            if self.surrogate == "sequence":
+                log_prob = rl.sequence_log_ratio(log_prob, proximal, mask)
+                proximal = jnp.zeros_like(log_prob)
+            loss = rl.clipped_surrogate(
+                log_prob,
+                proximal,
+                batch.advantage,
+                dual_clip=self.dual_clip,
+                **options,
+            )
+        metrics = {}
+        if self.correction != "none":
+            weight = self._weights(batch)
+            loss, metrics = loss * weight, {"behaviour_weight": weight}
+        if self.kl_coefficient:
+            if batch.reference is None:
+                raise ValueError(
+                    f"kl_coefficient={self.kl_coefficient} needs a reference policy; "
+                    f"give make_iteration(reference=params), or use 0."
+                )
+            kl = rl.kl_estimate(own, batch.reference, self.kl_estimator, mask=mask)
+            loss, metrics = loss + self.kl_coefficient * kl, metrics | {"kl": kl}
+        return loss, metrics
+
+    def _weights(self, batch: UpdateBatch) -> Array:
+        given = batch.proximal, batch.texts.log_prob, batch.texts.mask
+        if self.correction == "reject":
+            return rl.rejecting_weights(*given, low=0.0, high=self.max_weight)
+        if self.correction == "sequence":
+            return rl.sequence_weights(*given, high=self.max_weight)
+        return rl.truncated_weights(*given, high=self.max_weight)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"scale": "none", "aggregation": "seq-mean-token-sum-norm"},
+    "rloo": {
+        "baseline": "leave_one_out",
+        "scale": "none",
+        "aggregation": "seq-mean-token-sum",
+    },
+    "dapo": {"clip_range": (0.2, 0.28), "aggregation": "token-mean"},
+    "gspo": {"surrogate": "sequence", "clip_range": (3e-4, 4e-4)},
+    "cispo": {
+        "surrogate": "cispo",
+        "clip_range": (1.0, 2.0),
+        "aggregation": "token-mean",
+    },
+    "sapo": {"surrogate": "sapo"},
+    "decoupled": {"correction": "reject", "max_weight": 5.0},
+}
+"""Settings by method. DAPO also samples dynamically (settings of the iteration);
+'dr_grpo' needs a length; 'decoupled' wants ``proximal='recompute'``."""
+
+
+def preset(name: str, **changes: Any) -> PolicyObjective:
+    """The objective of a published method.
+
+    Raises:
+        ValueError: an unknown name, or options out of range.
+    """
+    check_choice("method", name, PRESETS)
+    return PolicyObjective(**PRESETS[name] | changes)
