@@ -89,7 +89,14 @@ def get_config(tier: str) -> ConfigDict:
             "minibatches": 1 if small else 2,
             "learning_rate": 3e-4 if small else 1e-4,
             "warmup": 0 if small else 20,
-            "objective": {"clip_range": (0.2, 0.28), "aggregation": "token-mean"},
+            "epochs": 1,
+            "proximal": "behaviour",
+            "dynamic_sampling": False,
+            "pack_rows": 0,  # 0: a row a response
+            "overlong_buffer": 0,  # 0: no penalty
+            "overlong_factor": 1.0,
+            "mask_truncated": False,
+            "objective": {},  # changes of the method's preset
         }
     )
     config.judge = ConfigDict(
@@ -132,7 +139,12 @@ def get_config(tier: str) -> ConfigDict:
                     "path": "gsm8k/train.jsonl",
                     "layout": "gsm8k",
                 },
-                "rl": {**SMOLLM2, "max_new_tokens": 1024, "length": 1536},
+                "rl": {
+                    **SMOLLM2,
+                    "max_new_tokens": 1024,
+                    "length": 1536,
+                    "dynamic_sampling": True,
+                },
             }
         )
     config.claims = ConfigDict(_claims(tier) if tier in ("cpu", "gpu") else {})

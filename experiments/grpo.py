@@ -27,6 +27,8 @@ from tmdjax.runtime import LMState
 from tmdjax.systems import grpo
 
 Config = Any
+LOOK = ("slots", "length", "chunk", "max_new_tokens")
+"""Sizes of rl that judging uses too."""
 CURVES = ("score", "entropy", "length_median")
 
 
@@ -50,7 +52,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
     first = Stage(
         name="sft",
         run=functools.partial(supervise, given),
-        config={k: given[k] for k in ("task", "model", "sft")},
+        config={k: given[k] for k in ("task", "model", "sft")}
+        | {k: given["rl"][k] for k in LOOK},
         seeded=False,
     )
     ready = {"weights", "folder"} & given["model"].keys()
@@ -124,7 +127,13 @@ def supervise(given: dict[str, Any], context: StageContext) -> StageResult:
 
     update = jax.jit(train.make_train_step(loss_fn, optimizer), donate_argnums=0)
     look = tasks.Judge(
-        task, language, given["rl"], "evaluation", settings["problems"], 1
+        task,
+        language,
+        given["rl"],
+        "evaluation",
+        settings["problems"],
+        1,
+        context.key,
     )
     rng = np.random.default_rng(0)
     data = tasks.pairs(task, language, settings["pairs"], settings["length"], rng)
@@ -137,7 +146,7 @@ def supervise(given: dict[str, Any], context: StageContext) -> StageResult:
         accuracy, passed = state.accuracy, state.passed
         count = int(learner.step)
         if count % settings["look_every"] == 0:
-            seen = look(learner.params, jax.random.fold_in(context.key, count))
+            seen = look(learner.params)
             accuracy = jnp.float32(seen["accuracy"])
             passed = accuracy >= settings["gate"]
         metrics = {k: v for k, v in metrics.items() if k != "skipped"}
@@ -168,6 +177,8 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.Settings, Any, Any]:
     for name in ("iterations", "slots", "chunk", "length"):
         check_count(f"rl.{name}", sizes.pop(name))
     rate = sizes.pop("learning_rate")
+    sizes["pack_rows"] = sizes["pack_rows"] or None
+    sizes["overlong_buffer"] = sizes["overlong_buffer"] or None
     check_range("rl.learning_rate", rate, 0, open_low=True)
     objective = grpo.preset(given["method"], **sizes.pop("objective", {}))
     check_count("rl.warmup", sizes["warmup"], 0)
@@ -250,11 +261,12 @@ def judge(given: dict[str, Any], context: StageContext) -> StageResult:
         "holdout",
         settings["problems"],
         settings["samples"],
+        context.key,
     )
     found = {}
     after = context.inputs["rl"].outputs["params"]
     for when, params in (("before", start_of(given, context)), ("after", after)):
-        seen = look(params, context.key)
+        seen = look(params)
         found |= {f"{name}_{when}": value for name, value in seen.items()}
     curves = {name: context.inputs["rl"].outputs[name] for name in CURVES}
     return StageResult(curves, found, meta={"task": given["task"]["name"]})
@@ -267,7 +279,6 @@ def measures(config: Config) -> set[str]:
         "accuracy_after",
         "solved_before",
         "solved_after",
-        "sft_accuracy",
         "score_first",
         "score_last",
         "first_ratio_error",

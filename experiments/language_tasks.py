@@ -216,6 +216,7 @@ class Judge:
         split: str,
         problems: int,
         samples: int,
+        key: Any,
     ):
         """Draws the problems.
 
@@ -226,21 +227,23 @@ class Judge:
             split: that is not trained on.
             problems: how many.
             samples: responses to each.
+            key: of all looks: each draws with the same randomness.
         """
         rng = np.random.default_rng(1)
         self._prompts = prompts_of(task, language, split, problems, rng)
         self._score = scorer(task, language)
         self._language, self._sizes, self._samples = language, sizes, samples
         self._engine: generation.Engine | None = None
+        self._key = key
 
-    def __call__(self, params: Any, key: Any) -> dict[str, float]:
+    def __call__(self, params: Any) -> dict[str, float]:
         """'accuracy', 'accuracy_T1' ..., 'length' (mean tokens), 'solved' (any)."""
         if self._engine is None:
             self._engine = generation.Engine(
                 generation.cached_decoder(self._language.config),
                 params,
                 self._language.engine(self._sizes),
-                key,
+                self._key,
             )
         else:
             self._engine.update_weights(params, self._engine.version + 1)

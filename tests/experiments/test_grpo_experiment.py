@@ -69,6 +69,14 @@ def test_supervised_training_stops_at_the_gate(tmp_path):
     assert summary_of(tmp_path / "run")["metrics"]["chain_sum/sft_steps"] == 2
 
 
+def test_what_the_gate_sees_is_part_of_the_stage():
+    stages = [
+        grpo.stages(tiny(*changes), "chain_sum")[0].config
+        for changes in ([], ["rl.max_new_tokens=8"], ["rl.learning_rate=1e-5"])
+    ]
+    assert stages[0] != stages[1] and stages[0] == stages[2]
+
+
 def test_gold_responses_are_what_is_learnt():
     task, language = tasks.build({"name": "countdown", "counts": [3]}), LANGUAGE
     rng = np.random.default_rng(0)
@@ -99,9 +107,13 @@ def test_judging_is_repeatable_and_by_tier():
     task = tasks.build({"name": "chain_sum", "high": 8})
     params = LANGUAGE.parameters(jax.random.key(0))
     sizes = {"slots": 8, "length": 48, "chunk": 8, "max_new_tokens": 20}
-    judge = tasks.Judge(task, LANGUAGE, sizes, "holdout", 6, 2)
-    first = judge(params, jax.random.key(1))
-    assert judge(params, jax.random.key(1)) == first
+    given = (task, LANGUAGE, sizes, "holdout", 6, 2)
+    judge = tasks.Judge(*given, jax.random.key(1))
+    first = judge(params)
+    other = jax.tree.map(lambda x: 9 * x, params)
+    assert judge(other) != first  # and a look after another one
+    assert judge(params) == first == tasks.Judge(*given, jax.random.key(1))(params)
+    assert tasks.Judge(*given, jax.random.key(2))(params) != first
     tiers = [name for name in first if name.startswith("accuracy_T")]
     assert first["accuracy"] == 0 and tiers
     assert 0 < first["length"] <= 20

@@ -99,6 +99,27 @@ def test_a_group_is_prefilled_once_and_nothing_compiles_again():
     assert [program._cache_size() for program in programs] == sizes
 
 
+def test_a_group_larger_than_the_slots_is_prefilled_once_too():
+    engine = made(slots=3)
+    for p in (2, 3):
+        engine.submit(range(10 * p, 10 * p + 8), PROMPTS[p], max_new_tokens=4)
+    found = engine.run()
+    assert engine.counts["prefilled"] == len(PROMPTS[2]) + len(PROMPTS[3]) - 2
+    assert not engine._shared
+    for record in found:
+        expected = oracle(record.prompt, record.number, 4)
+        assert record.tokens == expected[0]
+
+
+def test_shared_prefills_are_forgotten_with_the_weights():
+    engine = made(slots=1, stop=())
+    engine.submit([0, 1], PROMPTS[0], max_new_tokens=4)
+    engine.advance()
+    engine.update_weights(OTHER, 1)
+    second = engine.run()[-1]
+    assert second.tokens == oracle(PROMPTS[0], 1, 4, salts=lambda i: 11, stop=())[0]
+
+
 def test_prompts_up_to_the_whole_slot():
     engine = made()
     prompt = tuple((np.arange(39) % VOCAB).tolist())
@@ -220,14 +241,22 @@ def test_sizes_are_told_before_anything_is_allocated(caplog):
         ),
         (
             lambda e: e.submit([1, 1], (2,), max_new_tokens=2),
+            r"request numbers \[1, 1\] are not unique",
+        ),
+        (
+            lambda e: [e.submit([1], (2,), max_new_tokens=2) for _ in "ab"],
             "request 1 is already under way",
         ),
+        (lambda e: e.submit([-1], (2,), max_new_tokens=2), "number=-1"),
+        (lambda e: e.submit([2**32], (2,), max_new_tokens=2), "number=4294967296"),
         (lambda e: e.submit([1], (2,), max_new_tokens=0), "max_new_tokens=0"),
     ],
 )
 def test_refused_requests(act, message):
+    engine = made()
     with pytest.raises(ValueError, match=message):
-        act(made())
+        act(engine)
+    assert engine.queued <= 1 and (engine.queued == 0 or "under way" in message)
 
 
 def test_refused_resumption():
@@ -237,6 +266,10 @@ def test_refused_resumption():
     (record,) = engine.abort()
     with pytest.raises(ValueError, match="has 4 tokens already; max_new_tokens=4"):
         engine.resume(record, max_new_tokens=4)
+    record.versions[-1] = 2
+    with pytest.raises(ValueError, match="tokens of version 2, but this engine has"):
+        engine.resume(record, max_new_tokens=9)
+    record.versions[-1] = 0
     record.log_probs.pop()
     with pytest.raises(ValueError, match="4 tokens, 3 log-probs and 4 versions"):
         engine.resume(record, max_new_tokens=9)

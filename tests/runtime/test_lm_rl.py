@@ -167,6 +167,26 @@ def test_the_loss_is_that_of_the_definition():
     assert settings.proximal == "behaviour"
 
 
+def test_texts_that_cannot_be_packed_are_not():
+    objective = grpo.preset("dapo")
+    whole, _ = gradients(objective, microbatch=16)
+    other, _ = gradients(objective, microbatch=8, pack_rows=1)
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(other)):
+        np.testing.assert_allclose(x, y, atol=2e-6)
+
+
+def test_clipped_shares_are_those_of_the_ratio_that_is_clipped():
+    """The mean over a sequence moves far less than a token's ratio."""
+    _, found = run(1, objective=grpo.preset("gspo"), epochs=2)
+    _, tokens = run(1, objective=grpo.preset("grpo", clip_range=(3e-4, 4e-4)), epochs=2)
+    ours, theirs = (
+        m[0]["clip_fraction_low"] + m[0]["clip_fraction_high"] for m in (found, tokens)
+    )
+    assert found[0]["first_ratio_error"] < 1e-5
+    assert found[0]["ratio_error_max"] < tokens[0]["ratio_error_max"]
+    assert 0 < theirs <= 0.5 and 0 < ours <= 0.5
+
+
 def test_truncated_responses_may_be_left_out():
     """They do not train, but count in their groups and in the denominator."""
     rollout, _ = collected()
@@ -206,7 +226,9 @@ def test_recomputed_log_probs_and_a_reference():
     _, metrics = iterate(LMState.start(PARAMS, optimizer), KEY)
     assert metrics["kl"] > 1e-5
     assert metrics["behaviour_weight"] == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="kl_coefficient=0.1 needs a reference"):
+    with pytest.raises(ValueError, match="needs a reference policy"):
+        run(1, objective=dataclasses.replace(objective, correction="none"))
+    with pytest.raises(ValueError, match="there is nothing to correct"):
         run(1, objective=objective)
 
 

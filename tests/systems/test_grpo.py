@@ -127,6 +127,10 @@ def test_advantages_of_the_methods():
         (lambda: grpo.preset("cispo", dual_clip=3.0), "dual_clip=3.0 has no meaning"),
         (lambda: grpo.preset("grpo", max_weight=0.0), "max_weight=0.0"),
         (lambda: grpo.preset("grpo", kl_coefficient=-1.0), "kl_coefficient=-1.0"),
+        (lambda: grpo.preset("grpo", scale="groups"), "Did you mean 'group'"),
+        (lambda: grpo.preset("grpo", baseline="bar"), "baseline='bar'"),
+        (lambda: grpo.preset("grpo", kl_estimator="k9"), "kl_estimator='k9'"),
+        (lambda: grpo.preset("grpo", dual_clip=0.5), "dual_clip=0.5"),
     ],
 )
 def test_refused(make, message):

@@ -326,6 +326,21 @@ def test_advantages_follow_the_critic_where_computed_per_minibatch(minibatches):
         assert min(values) < mean_value < max(values)
 
 
+def test_advantages_per_minibatch_are_those_of_the_batch_before_any_update():
+    """Episodes end and are cut inside: values of what followed are the right ones."""
+    made = {"iterations": 1, "epochs": 1, "minibatches": 1, "value_clip": None}
+    made |= {"environment": envs.PROBES["delayed"], "advantages": "minibatch"}
+    for environment in (envs.PROBES["delayed"], envs.PROBES["endless"]):
+        given = made | {"environment": environment, "unroll": 16}
+        once = trained(METHODS["ppo"], **given)
+        afresh = trained(METHODS["ppo"], **given, gae="per_minibatch")
+        for name in ("policy_loss", "value_error", "grad_norm"):
+            np.testing.assert_allclose(
+                once[2][name], afresh[2][name], rtol=1e-4, atol=1e-5
+            )
+        same(once[1].learner.params, afresh[1].learner.params, atol=2e-4)
+
+
 def test_a_method_is_diagnosed_after_the_update():
     method = METHODS["policyflow"]
     found = trained(method, diagnosed_samples=32, iterations=1, learning_rate=1e-3)[2]

@@ -176,8 +176,11 @@ class GymnasiumVector:
         reward = np.asarray(reward, np.float32)
         valid &= np.isfinite(final.reshape(self.count, -1)).all(1) & np.isfinite(reward)
         if not valid.all():
+            before_reset = seen
             seen, _ = self._environment.reset(options={"reset_mask": ~valid})
             seen = np.array(seen, self.observation.dtype)
+            if not np.array_equal(seen[valid], before_reset[valid]):
+                valid = np.zeros_like(valid)  # it does not know masks: all began anew
         rows = valid.reshape(-1, *(1,) * (final.ndim - 1))
         return (
             seen,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_count
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Params
 from tmdjax.generation import slots as pure
 from tmdjax.generation.sampling import Sampling
@@ -101,6 +101,8 @@ class Engine:
         self._limits: dict[int, int] = {}
         self._slot: list[TokenRecord | None] = [None] * config.slots
         self.counts: collections.Counter[str] = collections.Counter()
+        # prefilled texts that others in the queue wait to share: (cache, row)
+        self._shared: dict[tuple[int, ...], tuple[Any, int]] = {}
         self._prefill = jax.jit(functools.partial(pure.prefill, model))
         self._insert = jax.jit(pure.insert, donate_argnums=0)
         self._keys = jax.jit(prng.fold_in)
@@ -133,8 +135,8 @@ class Engine:
         """Asks for a response to a prompt under each of some numbers.
 
         Args:
-            numbers: of the requests, unique among those under way; each keys its own
-                randomness.
+            numbers: of the requests, in [0, 2^32), unique among those under way; each
+                keys its own randomness.
             prompt: token ids, at least one. Requests for one prompt share its prefill.
             group: of their records.
             max_new_tokens: of each response, over all its segments.
@@ -144,11 +146,18 @@ class Engine:
                 or a text that could outgrow its slot.
         """
         prompt = tuple(int(token) for token in prompt)
-        for number in numbers:
-            self._admit(
-                TokenRecord(number=int(number), group=group, prompt=prompt),
-                max_new_tokens,
+        records = [
+            TokenRecord(number=int(number), group=group, prompt=prompt)
+            for number in numbers
+        ]
+        if len({record.number for record in records}) < len(records):
+            raise ValueError(
+                f"request numbers {[r.number for r in records]} are not unique."
             )
+        for record in records:
+            self._check(record, max_new_tokens)
+        for record in records:
+            self._admit(record, max_new_tokens)
 
     def resume(self, record: TokenRecord, *, max_new_tokens: int) -> None:
         """Goes on with an aborted record, which is changed in place.
@@ -158,8 +167,8 @@ class Engine:
             max_new_tokens: of the whole response, tokens so far included.
 
         Raises:
-            ValueError: it is not aborted, malformed, already as long as that, or what
-                :meth:`submit` refuses.
+            ValueError: it is not aborted, malformed, of newer weights than these,
+                already as long as that, or what :meth:`submit` refuses.
         """
         record.check()
         if record.status != "aborted":
@@ -167,10 +176,17 @@ class Engine:
                 f"record {record.number} is {record.status!r}; only an aborted one can "
                 f"be resumed."
             )
+        if record.versions and record.versions[-1] > self.version:
+            raise ValueError(
+                f"record {record.number} has tokens of version {record.versions[-1]}, "
+                f"but this engine has version {self.version}; update its weights first."
+            )
+        self._check(record, max_new_tokens)
         self._admit(record, max_new_tokens)
         record.status, record.segments = "running", record.segments + 1
 
-    def _admit(self, record: TokenRecord, max_new_tokens: int) -> None:
+    def _check(self, record: TokenRecord, max_new_tokens: int) -> None:
+        check_range("number", record.number, 0, 2**32 - 1)
         check_count("max_new_tokens", max_new_tokens)
         text = (*record.prompt, *record.tokens)
         if not record.prompt:
@@ -201,6 +217,8 @@ class Engine:
                 f"record {record.number} has {len(record)} tokens already; "
                 f"max_new_tokens={max_new_tokens} counts those too."
             )
+
+    def _admit(self, record: TokenRecord, max_new_tokens: int) -> None:
         self._limits[record.number] = max_new_tokens
         self._queue.append(record)
         self.counts["submitted"] += 1
@@ -288,6 +306,7 @@ class Engine:
                 f"version={version} must be above the present one, {self.version}."
             )
         self._params, self.version = params, version
+        self._shared.clear()
         under_way = [(i, r) for i, r in enumerate(self._slot) if r is not None]
         if recompute:
             self._enter(under_way)
@@ -316,18 +335,26 @@ class Engine:
             texts.setdefault(text, []).append((slot, record))
         buckets: dict[int, list[tuple[int, ...]]] = {}
         for text in texts:
-            buckets.setdefault(self._bucket(len(text) - 1), []).append(text)
+            if text not in self._shared:
+                buckets.setdefault(self._bucket(len(text) - 1), []).append(text)
         rows = self.config.prefill_rows
         for bucket, members in sorted(buckets.items()):
             for i in range(0, len(members), rows):
                 some = members[i : i + rows]
                 prefilled = self._prefilled(some, bucket) if bucket else None
-                chosen = [
-                    (row, slot, record)
-                    for row, text in enumerate(some)
-                    for slot, record in texts[text]
-                ]
-                self._state = self._insert(self._state, prefilled, self._entry(chosen))
+                self._shared |= {text: (prefilled, j) for j, text in enumerate(some)}
+        by_cache: dict[int, list[tuple[int, int, TokenRecord]]] = {}
+        for text, members in texts.items():
+            prefilled, row = self._shared[text]
+            by_cache.setdefault(id(prefilled), []).extend(
+                (row, slot, record) for slot, record in members
+            )
+        caches = {id(self._shared[text][0]): self._shared[text][0] for text in texts}
+        for name, chosen in by_cache.items():
+            entry = self._entry(chosen)
+            self._state = self._insert(self._state, caches[name], entry)
+        waiting = {record.prompt for record in self._queue if not record.tokens}
+        self._shared = {t: kept for t, kept in self._shared.items() if t in waiting}
 
     def _bucket(self, length: int) -> int:
         """Smallest power of two that holds it, at most the slot; 0 for nothing."""

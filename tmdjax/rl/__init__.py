@@ -38,7 +38,12 @@ from tmdjax.rl.surrogates import (
     sequence_log_ratio,
     sigmoid_surrogate,
 )
-from tmdjax.rl.token_records import TokenBatch, TokenRecord, batch_records
+from tmdjax.rl.token_records import (
+    DoesNotFitError,
+    TokenBatch,
+    TokenRecord,
+    batch_records,
+)
 from tmdjax.rl.trees import (
     FUSIONS,
     STD_SCOPES,
@@ -55,6 +60,7 @@ __all__ = [
     "STD_SCOPES",
     "TREE_BASELINES",
     "ClipRange",
+    "DoesNotFitError",
     "RatioError",
     "RunningStatistics",
     "TokenBatch",

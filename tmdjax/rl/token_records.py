@@ -16,6 +16,10 @@ from tmdjax.core.checks import check_choice, check_count
 STATUSES = ("running", "stop", "length", "aborted")
 
 
+class DoesNotFitError(ValueError):
+    """Texts that do not fit into the rows they were to be packed into."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class TokenRecord:
     """One response to one prompt, on the host.
@@ -29,7 +33,7 @@ class TokenRecord:
         versions: of the weights that drew each.
         status: 'running', or how it ended: by a 'stop' token, at its largest 'length',
             'aborted' (it may be resumed).
-        segments: how many times it entered the engine.
+        segments: how many times it was handed to an engine.
         kv_mixed: whether tokens were drawn from keys and values of older weights.
         reward: of the finished response, or None.
     """
@@ -210,7 +214,7 @@ def _places(
     for i in sorted(range(len(records)), key=lambda i: -sizes[i]):
         row = next((r for r in range(rows) if used[r] + sizes[i] <= length), None)
         if row is None:
-            raise ValueError(
+            raise DoesNotFitError(
                 f"{len(records)} texts of {sum(sizes)} tokens do not fit into {rows} "
                 f"rows of {length}; give more rows, or fewer texts a batch."
             )

@@ -8,6 +8,7 @@ Randomness follows from the key of the run and the number of the iteration alone
 the engine is empty between iterations: a run that is killed goes on from its state.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -55,7 +56,13 @@ class Objective(Protocol):
         clip_range: of ratios, for the check of the first one and the metrics.
         aggregation: mode of :func:`tmdjax.rl.aggregate`.
         length: its constant length, or None.
+        needs: of 'proximal' (log-probs that are not the behaviour's) and 'reference'.
     """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See the class."""
+        ...
 
     @property
     def clip_range(self) -> Any:
@@ -70,6 +77,10 @@ class Objective(Protocol):
     @property
     def length(self) -> int | None:
         """See the class."""
+        ...
+
+    def log_ratio(self, log_prob: Array, batch: "UpdateBatch") -> Array:
+        """What the clip range is about, [sequence, token]; 0 where masked out."""
         ...
 
     def advantages(self, rewards: Array, group: Array, num_groups: int) -> Array:
@@ -94,7 +105,8 @@ class Settings:
         epochs: passes over the responses.
         minibatches: updates a pass; they divide prompts x samples.
         microbatch: responses in memory at a time; divides those of a minibatch.
-        pack_rows: rows a microbatch is packed into, or None for one row a response.
+        pack_rows: rows a microbatch is packed into, or None for one row a response;
+            where texts do not fit, that minibatch is not packed.
         proximal: the policy ratios are clipped around: 'behaviour', the log-probs that
             the engine recorded, or 'recompute' them with the weights before the update
             (where engine and training differ in precision, or in weights).
@@ -329,14 +341,20 @@ def update_batches(
         "pad": pad,
     }
     if settings.pack_rows is not None:
-        shape |= {"rows": settings.pack_rows, "length": length}
+        shape |= {"length": length}
 
-    def stacked(which: np.ndarray) -> TokenBatch:
-        parts = [
-            rl.batch_records([records[i] for i in which[j : j + size]], **shape)
+    def parts(which: np.ndarray, **rows: int) -> list[TokenBatch]:
+        return [
+            rl.batch_records([records[i] for i in which[j : j + size]], **shape, **rows)
             for j in range(0, len(which), size)
         ]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+
+    def stacked(which: np.ndarray) -> TokenBatch:
+        found = None
+        if settings.pack_rows is not None:
+            with contextlib.suppress(rl.DoesNotFitError):
+                found = parts(which, rows=settings.pack_rows)
+        return jax.tree.map(lambda *x: np.stack(x), *(found or parts(which)))
 
     everything = stacked(np.arange(count))
     target = everything.log_prob
@@ -358,16 +376,16 @@ def update_batches(
             weight = rl.aggregation_weights(
                 mask, objective.aggregation, length=objective.length, keep=keep
             )
-            parts = len(which) // size
+            count_parts = len(which) // size
             yield UpdateBatch(
                 texts=texts,
-                advantage=advantage[which].reshape(parts, size),
+                advantage=advantage[which].reshape(count_parts, size),
                 weight=np.asarray(weight).reshape(texts.mask.shape),
                 proximal=target[which].reshape(texts.mask.shape),
                 reference=None
                 if anchor is None
                 else anchor[which].reshape(texts.mask.shape),
-                share=np.full(parts, 1 / max(1, mask.sum()), np.float32),
+                share=np.full(count_parts, 1 / max(1, mask.sum()), np.float32),
             )
 
 
@@ -399,7 +417,8 @@ def make_update(
         log_prob = jnp.where(texts.mask, log_prob, 0)
         loss, metrics = objective.loss(log_prob, batch)
         low, high = rl.check_clip_range(objective.clip_range)
-        error = jnp.expm1(jnp.clip(log_prob - batch.proximal, -20, 20))
+        ratio = objective.log_ratio(log_prob, batch)
+        error = jnp.expm1(jnp.clip(ratio, -20, 20))
         away = batch.proximal - texts.log_prob
         metrics = {
             "entropy": entropy,
@@ -488,7 +507,8 @@ def make_iteration(
     """Builds ``iterate(state, key) -> (state, metrics)``; the key is that of the run.
 
     Args:
-        engine: writes; it must hold texts of ``length``.
+        engine: writes; it must hold texts of ``length``. Between iterations its
+            parameters may be gone (updates reuse their memory): give it others first.
         log_probs: of texts under parameters, at the engine's temperature.
         objective: see :class:`Objective`.
         optimizer: optax transformation.
@@ -504,7 +524,8 @@ def make_iteration(
 
     Raises:
         ValueError: the engine draws from a truncated distribution, under which the
-            log-probs of training would be others; or length is above the engine's.
+            log-probs of training would be others; length is above the engine's; or the
+            objective needs what it is not given.
     """
     if not engine.config.sampling.is_exact:
         raise ValueError(
@@ -515,6 +536,17 @@ def make_iteration(
         raise ValueError(
             f"length={length} is above the {engine.config.length} of the engine's "
             f"slots; lower it, or build an engine of longer ones."
+        )
+    if "proximal" in objective.needs and settings.proximal != "recompute":
+        raise ValueError(
+            "the objective corrects for the policy that wrote, but with "
+            "proximal='behaviour' there is nothing to correct; use "
+            "proximal='recompute', or correction='none'."
+        )
+    if "reference" in objective.needs and reference is None:
+        raise ValueError(
+            "the objective needs a reference policy for its KL term; give reference=, "
+            "or kl_coefficient=0."
         )
     update = make_update(log_probs, objective, optimizer)
 

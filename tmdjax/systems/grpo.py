@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from tmdjax import rl
 from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array
+from tmdjax.rl.advantages import BASELINES, SCALES
+from tmdjax.rl.kl import KINDS
 from tmdjax.runtime.lm_rl import UpdateBatch
 
 SURROGATES = ("token", "sequence", "cispo", "sapo")
@@ -64,6 +66,11 @@ class PolicyObjective:
         check_range("kl_coefficient", self.kl_coefficient, 0)
         rl.check_clip_range(self.clip_range)
         check_range("max_weight", self.max_weight, 0, math.inf, open_low=True)
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("kl_estimator", self.kl_estimator, KINDS)
+        if self.dual_clip is not None:
+            check_range("dual_clip", self.dual_clip, 1, open_low=True)
         if (self.length is not None) != (self.aggregation == "seq-mean-token-sum-norm"):
             raise ValueError(
                 f"length={self.length} with aggregation={self.aggregation!r}: "
@@ -75,6 +82,19 @@ class PolicyObjective:
                 f"dual_clip={self.dual_clip} has no meaning for "
                 f"surrogate={self.surrogate!r}; use None."
             )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """'proximal' log-probs that differ from the behaviour's, a 'reference'."""
+        found = ("proximal",) if self.correction != "none" else ()
+        return (*found, "reference") if self.kl_coefficient else found
+
+    def log_ratio(self, log_prob: Array, batch: UpdateBatch) -> Array:
+        """What the clip range is about, [sequence, token]; 0 where masked out."""
+        mask = batch.texts.mask
+        if self.surrogate == "sequence":
+            return rl.sequence_log_ratio(log_prob, batch.proximal, mask)
+        return jnp.where(mask, log_prob - batch.proximal, 0)
 
     def advantages(self, rewards: Array, group: Array, num_groups: int) -> Array:
         """[sequence]; 0 where a group's rewards are equal."""
@@ -100,7 +120,7 @@ class PolicyObjective:
             loss = rl.sigmoid_surrogate(log_prob, proximal, batch.advantage, mask=mask)
         else:
             if self.surrogate == "sequence":
-                log_prob = rl.sequence_log_ratio(log_prob, proximal, mask)
+                log_prob = self.log_ratio(log_prob, batch)
                 proximal = jnp.zeros_like(log_prob)
             loss = rl.clipped_surrogate(
                 log_prob,

@@ -134,7 +134,7 @@ class Settings:
         gae: advantages are computed 'once' an iteration, or 'per_minibatch' from the
             values of the critic as it is by then (brax's and FPO's code); minibatches
             are then whole unrolls of some environments. Only what a time limit cut off
-            keeps its value from before the update.
+            keeps its value from before the update (with truncation='final').
         advantages: standardised over the 'batch', each 'minibatch', or 'none'.
         value_coefficient: of the squared error of the value (no factor 1/2).
         value_clip: width of the band around the old value, or None.
@@ -581,7 +581,8 @@ def make_trainer(
             update_key,
         )
         if settings.diagnosed_samples and isinstance(method, Diagnosed):
-            some = jax.tree.map(lambda x: x[: settings.diagnosed_samples], data[0])
+            size = min(settings.diagnosed_samples, steps)
+            some = jax.tree.map(lambda x: x[:: steps // size][:size], data[0])
             metrics |= method.diagnose(
                 learner.params["policy"],
                 state.learner.params["policy"],
