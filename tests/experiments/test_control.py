@@ -97,7 +97,11 @@ def test_seeds_side_by_side_are_judged_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     "env, measured",
     [
-        ({"name": "point_maze", "horizon": 20}, {"cells_visited", "success"}),
+        pytest.param(
+            {"name": "point_maze", "horizon": 20},
+            {"cells_visited", "success"},
+            marks=pytest.mark.slow,
+        ),
         (
             {"name": "push", "horizon": 5, "observation": "pixels", "side": 16},
             {"success"},
@@ -153,6 +157,7 @@ sys.exit(run.run(policyflow, config, options).code)
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_training(killed_and_resumed):
     found = killed_and_resumed(ONE_ARM, "stages/train-*/checkpoints/*/manifest.json")
     a, b = (

@@ -276,6 +276,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 

@@ -71,6 +71,7 @@ def test_ratios_by_hand():
     np.testing.assert_allclose(loss, surrogate(ratios, advantage).mean(1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_as_released_the_first_ratio_is_off_and_mended_it_is_one():
     vector = envs.Vector(envs.MultiGoal(), 16)
     found = {}
