@@ -119,14 +119,15 @@ class Drawn(NamedTuple):
 
 def init_slots(model: CachedModel, slots: int, length: int) -> Slots:
     """Empty slots."""
-    zeros = jnp.zeros(slots, jnp.int32)
+    # one buffer in two places could not be donated
+    token, position, drawn, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(4))
     return Slots(
         cache=model.init_cache(slots, length),
-        token=zeros,
-        position=zeros,
+        token=token,
+        position=position,
         active=jnp.zeros(slots, bool),
-        drawn=zeros,
-        remaining=zeros,
+        drawn=drawn,
+        remaining=remaining,
         key=prng.sample_keys(jax.random.key(0), slots),
     )
 
