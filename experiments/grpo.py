@@ -193,12 +193,9 @@ def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:
     task, sizes = tasks.build(given["task"]), given["rl"]
     language = tasks.language(given["model"])
     settings, objective, optimizer = settings_of(given)
-    engine = generation.Engine(
-        generation.cached_decoder(language.config),
-        params,
-        language.engine(sizes),
-        key,
-    )
+    model, slots = generation.cached_decoder(language.config), language.engine(sizes)
+    print(f"[rl] {generation.describe(model, params, slots)}")
+    engine = generation.Engine(model, params, slots, key)
     seed = np.asarray(jax.random.key_data(key)).tolist()
 
     def draw(number: int, attempt: int) -> Any:

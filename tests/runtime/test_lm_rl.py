@@ -89,6 +89,8 @@ def test_it_learns_what_is_rewarded():
     assert max(m["first_ratio_error"] for m in found) < 1e-4
     assert found[0]["tied_group_fraction"] < 1 and found[0]["entropy"] > 1
     assert found[0]["behaviour_kl"] < 1e-6 and found[0]["skipped"] == 0
+    assert found[0]["effective_sample_fraction"] == pytest.approx(1, abs=1e-6)
+    assert all(m["staleness_max"] == 0 for m in found)
 
 
 def test_killed_and_resumed_is_the_same_run():
@@ -226,6 +228,7 @@ def test_recomputed_log_probs_and_a_reference():
     _, metrics = iterate(LMState.start(PARAMS, optimizer), KEY)
     assert metrics["kl"] > 1e-5
     assert metrics["behaviour_weight"] == pytest.approx(1, abs=1e-4)
+    assert 0 < metrics["behaviour_log_ratio_max"] < 1e-4
     with pytest.raises(ValueError, match="needs a reference policy"):
         run(1, objective=dataclasses.replace(objective, correction="none"))
     with pytest.raises(ValueError, match="there is nothing to correct"):

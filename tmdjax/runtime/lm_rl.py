@@ -28,6 +28,8 @@ from tmdjax.train.state import TrainState, create_state, make_train_step
 
 PROXIMAL = ("behaviour", "recompute")
 MIN_LENGTH = 32
+MAXIMA = ("ratio_error_max", "behaviour_log_ratio_max")
+"""Metrics of an update that are largest values."""
 
 LogProbs = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
 """``(params, tokens, positions, segments) -> (log-probs, entropies)``, [row, position]
@@ -241,7 +243,7 @@ def collect(
     for g, (_, members) in enumerate(groups):
         for record in members:
             record.group = g
-    metrics = _metrics(written, accuracy, settings)
+    metrics = _metrics(written, accuracy, settings, engine.version)
     metrics["groups_left_out"] = float(len(accuracy) - len(groups))
     records = [record for _, members in groups for record in members]
     return Rollout(records, [problem for problem, _ in groups], metrics)
@@ -259,8 +261,12 @@ def _penalty(record: TokenRecord, settings: Settings) -> float:
 
 
 def _metrics(
-    records: Sequence[TokenRecord], accuracy: Sequence[float], settings: Settings
+    records: Sequence[TokenRecord],
+    accuracy: Sequence[float],
+    settings: Settings,
+    version: int,
 ) -> dict[str, float]:
+    staleness = version - np.concatenate([record.versions for record in records])
     lengths = np.array([len(record) for record in records])
     middle, high = np.quantile(lengths, [0.5, 0.95])
     rewards = np.array([r.reward for r in records]).reshape(-1, settings.samples)
@@ -273,6 +279,8 @@ def _metrics(
         "length_median": float(middle),
         "length_95": float(high),
         "length_max": float(lengths.max()),
+        "staleness_mean": float(staleness.mean()),
+        "staleness_max": float(staleness.max()),
     }
 
 
@@ -405,7 +413,7 @@ def make_update(
 
     Returns:
         ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
-        tokens of the minibatch, but 'ratio_error_max'.
+        tokens of the minibatch, but those of MAXIMA.
     """
 
     def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:
@@ -425,6 +433,8 @@ def make_update(
             "clip_fraction_low": error < -low,
             "clip_fraction_high": error > high,
             "behaviour_log_ratio": jnp.abs(away),
+            "behaviour_ratio": jnp.exp(jnp.clip(away, -20, 20)),
+            "behaviour_ratio_square": jnp.exp(2 * jnp.clip(away, -20, 20)),
             # k3 of KL(behaviour || proximal), the tokens being the behaviour's
             "behaviour_kl": jnp.expm1(jnp.clip(away, -20, 20)) - away,
             **metrics,
@@ -435,7 +445,12 @@ def make_update(
         }
         worst = jnp.max(jnp.where(texts.mask, jnp.abs(error), 0))
         total = jnp.sum(jnp.where(batch.weight > 0, loss, 0) * batch.weight)
-        each = {"ratio_error_max": jax.lax.stop_gradient(worst), **means}
+        furthest = jnp.max(jnp.where(texts.mask, jnp.abs(away), 0))
+        each = {
+            "ratio_error_max": jax.lax.stop_gradient(worst),
+            "behaviour_log_ratio_max": furthest,
+            **means,
+        }
         return total[None], {name: x[None] for name, x in each.items()}
 
     def update(state: TrainState, batch: UpdateBatch, key: Any) -> Any:
@@ -443,17 +458,14 @@ def make_update(
 
         def whole(params: Params, part: UpdateBatch, keys: Any) -> Any:
             loss, metrics = loss_fn(params, part, keys)  # the step means over parts
-            scaled = {
-                k: v * (1 if k == "ratio_error_max" else parts)
-                for k, v in metrics.items()
-            }
+            scaled = {k: v * (1 if k in MAXIMA else parts) for k, v in metrics.items()}
             return loss * parts, scaled
 
         step = make_train_step(
             whole,
             optimizer,
             microbatches=parts,
-            reductions={"ratio_error_max": jnp.max},
+            reductions=dict.fromkeys(MAXIMA, jnp.max),
         )
         return step(state, batch, key)
 
@@ -585,6 +597,9 @@ def make_iteration(
             found.append(metrics)
         host = jax.device_get(found)
         means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
+        # (sum w)^2 / (n sum w^2) of the weights proximal / behaviour
+        square = means.pop("behaviour_ratio_square")
+        means["effective_sample_fraction"] = means.pop("behaviour_ratio") ** 2 / square
         means["first_ratio_error"] = float(host[0]["ratio_error_max"])
         state = LMState(state.iteration + 1, learner)
         return state, rollout.metrics | means
