@@ -72,7 +72,7 @@ def check_text(record, p):
 
 
 @pytest.mark.parametrize("slots, steps, rows", [(3, 4, 2), (1, 1, 1), (8, 7, 4)])
-def test_texts_do_not_depend_on_slots_chunks_or_company(slots, steps, rows):
+def test_g6_texts_do_not_depend_on_slots_chunks_or_company(slots, steps, rows):
     engine = made(slots=slots, steps=steps, prefill_rows=rows)
     for p, prompt in enumerate(PROMPTS):
         engine.submit([p, p + 10], prompt, group=p, max_new_tokens=LIMITS[p])
@@ -85,7 +85,7 @@ def test_texts_do_not_depend_on_slots_chunks_or_company(slots, steps, rows):
     assert engine.counts["drawn"] == sum(map(len, found))
 
 
-def test_a_group_is_prefilled_once_and_nothing_compiles_again():
+def test_g1_a_group_is_prefilled_once_and_nothing_compiles_again():
     engine = made(slots=8)
     engine.submit(range(6), PROMPTS[2], max_new_tokens=4)
     engine.run()
@@ -99,7 +99,7 @@ def test_a_group_is_prefilled_once_and_nothing_compiles_again():
     assert [program._cache_size() for program in programs] == sizes
 
 
-def test_a_group_larger_than_the_slots_is_prefilled_once_too():
+def test_g1_a_group_larger_than_the_slots_is_prefilled_once_too():
     engine = made(slots=3)
     for p in (2, 3):
         engine.submit(range(10 * p, 10 * p + 8), PROMPTS[p], max_new_tokens=4)
@@ -132,7 +132,7 @@ def test_prompts_up_to_the_whole_slot():
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from("sraR"), st.integers(0, 255)), max_size=30))
-def test_storms_of_aborts_and_resumes(events):
+def test_g7_storms_of_aborts_and_resumes(events):
     """s: submit, r: run a chunk, a: abort some, R: resume some."""
     engine, waiting, done, aborted = STORM, list(EXPECTED), [], []
     engine.abort()
@@ -161,7 +161,7 @@ def test_storms_of_aborts_and_resumes(events):
 STORM = made()
 
 
-def test_an_aborted_record_goes_on_in_another_engine():
+def test_g7_an_aborted_record_goes_on_in_another_engine():
     first, second = made(), made(slots=5, steps=3)
     first.submit([3], PROMPTS[3], group=3, max_new_tokens=LIMITS[3])
     first.advance()
@@ -175,7 +175,7 @@ def test_an_aborted_record_goes_on_in_another_engine():
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_weights_swapped_in_the_middle(recompute):
+def test_g4_weights_swapped_in_the_middle(recompute):
     """Tokens carry the version that drew them; old keys and values stay or go."""
     engine = made(stop=())
     engine.submit([0, 10], PROMPTS[0], max_new_tokens=11)

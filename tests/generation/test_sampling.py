@@ -25,7 +25,7 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
         (Sampling(top_k=3, top_p=0.5), [4 / 7, 3 / 7, 0, 0]),
     ],
 )
-def test_the_distribution_and_its_draws(sampling, expected):
+def test_g5_the_distribution_and_its_draws(sampling, expected):
     log_probs = sampling_log_probs(LOGITS, sampling)
     np.testing.assert_allclose(jnp.exp(log_probs), expected, atol=1e-6)
     keys = prng.sample_keys(jax.random.key(0), 4000)

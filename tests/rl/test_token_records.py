@@ -29,7 +29,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("rows", [None, 2])
-def test_every_token_stands_where_it_belongs(rows):
+def test_a_every_token_stands_where_it_belongs(rows):
     batch = batch_records(RECORDS, length=8, response_length=5, rows=rows)
     assert batch.tokens.shape == ((3 if rows is None else 2), 8)
     tokens = batch.responses(batch.tokens)
@@ -95,7 +95,7 @@ def test_nothing_to_batch():
         batch_records([], length=8, response_length=4)
 
 
-def test_overlong_penalty():
+def test_d_overlong_penalty():
     """DAPO's numbers: 16384 tokens are free, 20480 cost 1."""
     options = {"longest": 20480, "buffer": 4096}
     assert rl.overlong_penalty(16384, **options) == 0
@@ -120,7 +120,7 @@ def test_informative_groups_are_those_with_advantages():
 
 @pytest.mark.parametrize("mode", rl.AGGREGATIONS)
 @pytest.mark.parametrize("kept", [False, True])
-def test_weights_of_an_aggregation(mode, kept):
+def test_c_weights_of_an_aggregation(mode, kept):
     rng = np.random.default_rng(0)
     loss = rng.normal(size=(4, 6)).astype(np.float32)
     mask = rng.random((4, 6)) > 0.4

@@ -129,7 +129,7 @@ def gradients(objective, **changes):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("grpo", "dapo", "rloo")),
     ],
 )
-def test_packing_and_microbatches_change_nothing(name):
+def test_c_packing_and_microbatches_change_nothing(name):
     objective = grpo.preset(name)
     whole, metrics = gradients(objective, microbatch=16)
     for changes in ({"microbatch": 4}, {"microbatch": 8, "pack_rows": 3}):
@@ -189,7 +189,7 @@ def test_clipped_shares_are_those_of_the_ratio_that_is_clipped():
     assert 0 < theirs <= 0.5 and 0 < ours <= 0.5
 
 
-def test_truncated_responses_may_be_left_out():
+def test_c_truncated_responses_may_be_left_out():
     """They do not train, but count in their groups and in the denominator."""
     rollout, _ = collected()
     cut = [r.status == "length" for r in rollout.records]
@@ -235,7 +235,7 @@ def test_recomputed_log_probs_and_a_reference():
         run(1, objective=objective)
 
 
-def test_dynamic_sampling_replaces_tied_groups():
+def test_d_dynamic_sampling_replaces_tied_groups():
     def sometimes(problem, tokens):
         return sevens(problem, tokens) if problem else 1.0
 
@@ -257,7 +257,7 @@ def test_dynamic_sampling_replaces_tied_groups():
         )
 
 
-def test_long_responses_are_penalised():
+def test_d_long_responses_are_penalised():
     def constant(problem, tokens):
         return 1.0
 

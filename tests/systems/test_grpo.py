@@ -66,12 +66,12 @@ def clipped(r, low, high):
         ),
     ],
 )
-def test_losses(name, expected):
+def test_c_losses(name, expected):
     np.testing.assert_allclose(found(grpo.preset(name)), live(expected), rtol=2e-5)
 
 
 @pytest.mark.parametrize("correction", ["truncate", "sequence"])
-def test_corrections(correction):
+def test_c_corrections(correction):
     difference = live(PROXIMAL - BEHAVIOUR)
     if correction == "sequence":
         difference = np.broadcast_to(difference.sum(1, keepdims=True), MASK.shape)
@@ -93,14 +93,14 @@ def test_the_sequence_ratio_reaches_every_token():
     np.testing.assert_allclose(gradient, live(-A * np.ones(MASK.shape)), rtol=1e-6)
 
 
-def test_kl_to_a_reference():
+def test_c_kl_to_a_reference():
     reference = LOG_PROB - 0.5
     objective = grpo.PolicyObjective(kl_coefficient=2.0)
     extra = found(objective, reference=reference) - found(grpo.preset("grpo"))
     np.testing.assert_allclose(extra, live(2 * (np.exp(-0.5) - 1 + 0.5)), rtol=1e-4)
 
 
-def test_advantages_of_the_methods():
+def test_b_advantages_of_the_methods():
     rewards, group = jnp.array([1.0, 0, 0, 1, 1, 1]), jnp.array([0, 0, 0, 1, 1, 1])
     given = (rewards, group, 2)
     np.testing.assert_allclose(
