@@ -231,6 +231,7 @@ def test_gpu_tier_has_two_arms_with_their_own_claims():
         assert 5e6 <= sizes[f"{arm}/parameters"] <= 20e6
 
 
+@pytest.mark.slow
 def test_paper_tier_has_the_published_size():
     sizes = experiment.describe(load_config("configs/boss.py:paper"))
     # the 256 x 256 network of the reference has 65.6 M parameters

@@ -79,6 +79,7 @@ def test_a_finished_run_is_taken_up_again_and_loads(smoke, capsys):
     assert meta["steps"] == 10 and len(meta["log_std"]) == 2
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_judged_one_by_one(tmp_path):
     config = tiny(seeds=(3, 5))
     assert ran(config, tmp_path / "run", seeds=(3, 5)).code == 0

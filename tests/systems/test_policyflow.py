@@ -507,6 +507,7 @@ def test_bad_shapes(as_shipped):
         method.loss(params, params, samples._replace(record=record), KEYS, COEFFICIENTS)
 
 
+@pytest.mark.slow
 def test_policies_act_on_any_environment():
     method = PolicyFlow(hidden=(8,), steps=2)
     for environment in (

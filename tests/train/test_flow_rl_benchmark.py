@@ -124,6 +124,7 @@ def test_timed_waits_for_the_host():
     assert seconds >= 0.02 and found == 3
 
 
+@pytest.mark.slow
 def test_memory_counts_the_states_of_chains(ours):
     stored, collect, learn = benchmark.memory_rows({"dance": ours})
     image = 4 * 4 * 4 * 3
