@@ -1,5 +1,8 @@
 """Contenders timed in turn in one process, and the table of their ratios."""
 
+import json
+import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +12,8 @@ import jax
 import numpy as np
 import rich.console
 import rich.table
+
+from tmdjax.harness.environment import device_name, versions
 
 Seconds = Mapping[str, float]
 """Of every phase of a run, by name."""
@@ -83,3 +88,35 @@ def show(rows: Sequence[Row], title: str) -> None:
             number(row.get("goal")),
         )
     rich.console.Console(width=120).print(table)
+
+
+def conclude(
+    name: str,
+    rows: Sequence[Row],
+    load: float,
+    path: pathlib.Path | None,
+    **facts: Any,
+) -> None:
+    """Prints the table and what it was measured on; writes both as JSON.
+
+    Args:
+        name: of the benchmark.
+        rows: of the table.
+        load: of the machine before.
+        path: of the JSON file, or None.
+        **facts: what else belongs to it, such as sizes and parts left out.
+    """
+    found = {
+        "benchmark": name,
+        "device": device_name(),
+        "versions": versions(),
+        "load_before_after": [load, os.getloadavg()[0]],
+        **facts,
+        "rows": rows,
+    }
+    show(rows, f"{name}, {found['device']}")
+    for key, value in found.items():
+        if key not in ("rows", "versions"):
+            print(f"{key}: {value}")
+    if path:
+        path.write_text(json.dumps(found, indent=2) + "\n")

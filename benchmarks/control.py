@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import sys
@@ -38,9 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from benchmarks.contest import Row, Seconds, compare, in_turn, show, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
 from tmdjax import envs
-from tmdjax.harness.environment import device_name, versions
 from tmdjax.systems import fpo, policyflow, ppo
 from tmdjax.train import on_policy
 
@@ -410,22 +408,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             notes["fpo"] = "left out: give --fpo=.../playground/src"
         else:
             rows += fpo_rows(given.fpo, given.repeats)
-    found = {
-        "benchmark": "control",
-        "envs": given.envs,
-        "device": device_name(),
-        "versions": versions(),
-        "load_before_after": [load, os.getloadavg()[0]],
-        "repeats": given.repeats,
+    conclude(
+        "control",
+        rows,
+        load,
+        given.json,
+        envs=given.envs,
+        repeats=given.repeats,
         **notes,
-        "rows": rows,
-    }
-    show(rows, f"on-policy RL, {found['device']}")
-    for name, value in found.items():
-        if name not in ("rows", "versions"):
-            print(f"{name}: {value}")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -30,11 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, in_turn, show, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
 from tmdjax import generation, models
 from tmdjax.core import trees
 from tmdjax.generation import slots as slots_module
-from tmdjax.harness.environment import device_name, versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -255,22 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.shapes:
         for count in given.slots:
             rows += rows_of(name, count, recipe, given.repeats, notes)
-    found = {
-        "benchmark": "decode",
-        "dtype": given.dtype,
-        "device": device_name(),
-        "versions": versions(),
-        "load_before_after": [load, os.getloadavg()[0]],
-        "repeats": given.repeats,
+    conclude(
+        "decode",
+        rows,
+        load,
+        given.json,
+        dtype=given.dtype,
+        repeats=given.repeats,
         **notes,
-        "rows": rows,
-    }
-    show(rows, f"decoding, {found['device']}")
-    for name, value in found.items():
-        if name not in ("rows", "versions"):
-            print(f"{name}: {value}")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    )
 
 
 if __name__ == "__main__":

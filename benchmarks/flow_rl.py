@@ -27,7 +27,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 import time
@@ -41,14 +40,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.contest import Contender, Row, Seconds, compare, in_turn, show, timed
+from benchmarks.contest import (
+    Contender,
+    Row,
+    Seconds,
+    compare,
+    conclude,
+    in_turn,
+    timed,
+)
 from experiments import alignment
 from experiments import alignment_tasks as tasks
 from tmdjax import flows, models, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.types import Array
 from tmdjax.harness import load_config
-from tmdjax.harness.environment import device_name, versions
 from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
@@ -721,26 +727,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trees_problem = dataclasses.replace(problem, config=branch_config)
     load = os.getloadavg()[0]
     rows, notes = measure(problem, trees_problem, given.parts, given.repeats)
-    found = {
-        "benchmark": "flow_rl",
-        "config": given.config,
-        "overrides": [*network, *chains],
-        "group_size": given.group,
-        "remat": problem.network.remat,
-        "parameters": trees.count(problem.params),
-        "device": device_name(),
-        "versions": versions(),
-        "load_before_after": [load, os.getloadavg()[0]],
-        "repeats": given.repeats,
+    conclude(
+        "flow_rl",
+        rows,
+        load,
+        given.json,
+        config=given.config,
+        overrides=[*network, *chains],
+        group_size=given.group,
+        remat=problem.network.remat,
+        parameters=trees.count(problem.params),
+        repeats=given.repeats,
         **notes,
-        "rows": rows,
-    }
-    show(rows, f"{given.config} {' '.join(found['overrides'])}, {found['device']}")
-    for name, value in found.items():
-        if name not in ("rows", "versions", "overrides"):
-            print(f"{name}: {value}")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    )
 
 
 if __name__ == "__main__":

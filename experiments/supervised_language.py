@@ -1,0 +1,102 @@
+"""A stage before RL: gold responses, learnt until a part of the answers is right."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from experiments import language_tasks as tasks
+from tmdjax import models, train
+from tmdjax.core import trees
+from tmdjax.data import in_memory
+from tmdjax.harness import StageContext, StageResult
+
+
+@struct.dataclass
+class Gated:
+    """Supervised training that stops learning once it is good enough.
+
+    Attributes:
+        learner: parameters and optimiser state.
+        passed: bool scalar.
+        accuracy: of the last look.
+    """
+
+    learner: Any
+    passed: Any
+    accuracy: Any
+
+    @property
+    def skipped(self) -> Any:
+        """Updates that were not finite."""
+        return self.learner.skipped
+
+    @property
+    def skipped_in_a_row(self) -> Any:
+        """Of these, since the last good one."""
+        return self.learner.skipped_in_a_row
+
+
+def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
+    """Learns gold responses until the sampled accuracy passes the gate."""
+    task, settings = tasks.build(given["task"]), given["sft"]
+    language = tasks.language(given["model"])
+    log_probs = tasks.log_probs_of(language.config)
+    optimizer = train.make_optimizer(
+        train.OptimizerConfig(learning_rate=settings["learning_rate"])
+    )
+
+    def loss_fn(params: Any, batch: Any, keys: Any) -> Any:
+        tokens, mask = batch["tokens"], batch["mask"]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        found, _ = log_probs(params, tokens, positions, (tokens != language.pad) + 0)
+        # a mean over all response tokens of the batch, whatever their number
+        share = mask.shape[0] / jnp.maximum(mask.sum(), 1)
+        return -jnp.sum(jnp.where(mask, found, 0), 1) * share, {}
+
+    update = jax.jit(train.make_train_step(loss_fn, optimizer), donate_argnums=0)
+    look = tasks.Judge(
+        task,
+        language,
+        given["rl"],
+        "evaluation",
+        settings["problems"],
+        1,
+        context.key,
+    )
+    rng = np.random.default_rng(0)
+    data = tasks.pairs(task, language, settings["pairs"], settings["length"], rng)
+
+    def step(state: Gated, batch: Any, key: Any) -> tuple[Gated, dict[str, Any]]:
+        if bool(state.passed):
+            zero = {"loss": jnp.zeros(()), "grad_norm": jnp.zeros(())}
+            return state, zero | {"accuracy": state.accuracy}
+        learner, metrics = update(state.learner, batch, key)
+        accuracy, passed = state.accuracy, state.passed
+        count = int(learner.step)
+        if count % settings["look_every"] == 0:
+            seen = look(learner.params)
+            accuracy = jnp.float32(seen["accuracy"])
+            passed = accuracy >= settings["gate"]
+        metrics = {k: v for k, v in metrics.items() if k != "skipped"}
+        return Gated(learner, passed, accuracy), metrics | {"accuracy": accuracy}
+
+    initial = train.create_state(language.parameters(context.key), optimizer)
+    state = context.fit(
+        Gated(initial, jnp.zeros((), bool), jnp.zeros(())),
+        step,
+        in_memory(data, settings["batch"]),
+        num_steps=settings["steps"],
+        log_every=settings["look_every"],
+    )
+    return StageResult(
+        {"params": state.learner.params},
+        {
+            "sft_accuracy": float(state.accuracy),
+            "sft_steps": float(state.learner.step),
+            "parameters": float(trees.count(state.learner.params)),
+        },
+        model=models.spec_of(models.Decoder(language.config)),
+    )
