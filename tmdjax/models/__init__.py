@@ -42,10 +42,18 @@ from tmdjax.models.token_log_probs import (
     token_log_probs,
 )
 from tmdjax.models.unet import UNet
+from tmdjax.models.video_dit import WAN_1_3B, WAN_14B, VideoDiT
+from tmdjax.models.video_dit_layers import (
+    patchify_video,
+    rotary_tables,
+    unpatchify_video,
+)
 from tmdjax.models.wrappers import rectified_flow
 
 __all__ = [
     "MODELS",
+    "WAN_1_3B",
+    "WAN_14B",
     "ClassEmbedding",
     "Classifier",
     "ControlMLP",
@@ -60,6 +68,7 @@ __all__ = [
     "TimeEmbedding",
     "UNet",
     "VelocityMLP",
+    "VideoDiT",
     "attention",
     "build",
     "cache_bytes",
@@ -78,9 +87,11 @@ __all__ = [
     "lora",
     "null_condition",
     "patchify",
+    "patchify_video",
     "position_embedding_2d",
     "prefill",
     "rectified_flow",
+    "rotary_tables",
     "save_adapters",
     "save_decoder",
     "spec_of",
@@ -88,4 +99,5 @@ __all__ = [
     "token_entropies",
     "token_log_probs",
     "unpatchify",
+    "unpatchify_video",
 ]

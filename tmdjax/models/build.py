@@ -19,6 +19,7 @@ from tmdjax.models.dit import DiT
 from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.text_dit import TextDiT
 from tmdjax.models.unet import UNet
+from tmdjax.models.video_dit import VideoDiT
 
 MODELS: Registry[type[nn.Module]] = Registry("model")
 MODELS.register("control_mlp")(ControlMLP)
@@ -28,6 +29,7 @@ MODELS.register("dit")(DiT)
 MODELS.register("text_dit")(TextDiT)
 MODELS.register("mlp")(VelocityMLP)
 MODELS.register("unet")(UNet)
+MODELS.register("video_dit")(VideoDiT)
 MODELS.register("classifier")(Classifier)
 
 

@@ -1,0 +1,349 @@
+"""Video diffusion transformer conditioned on text, in the layout of Wan 2.1."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.conventions import expand_time
+from tmdjax.core.types import Array, Float
+from tmdjax.models.attention import IMPLEMENTATIONS
+from tmdjax.models.layers import Dense, TimeEmbedding
+from tmdjax.models.stack import run_stack
+from tmdjax.models.video_dit_layers import (
+    XAVIER,
+    Size,
+    TextEmbedding,
+    VideoBlock,
+    VideoOutput,
+    check_head_dim,
+    patch_grid,
+    patchify_video,
+    rotary_tables,
+    unpatchify_video,
+)
+from tmdjax.quant import compute_dtype
+
+WAN_1_3B: dict[str, Any] = {
+    "name": "video_dit",
+    "patch_size": (1, 2, 2),
+    "heads": 12,
+    "head_dim": 128,
+    "depth": 30,
+    "mlp_width": 8960,
+    "out_channels": 16,
+    "text_width": 4096,
+}
+"""Spec of the Wan 2.1 text-to-video network with 1.3 B parameters, 16 channels in."""
+
+WAN_14B: dict[str, Any] = WAN_1_3B | {"heads": 40, "depth": 40, "mlp_width": 13824}
+"""Spec of the Wan 2.1 text-to-video network with 14 B parameters, 16 channels in."""
+
+
+class VideoDiT(nn.Module):
+    """Velocity network ``(x, t, cond) -> velocity`` for videos.
+
+    Each block attends to all positions of the video (rotary positions along frames,
+    rows and columns), then to the text, then has an MLP; the time modulates and gates
+    the first and the last. The block parameters are stacked on a leading layer axis
+    (``params['blocks']``, every leaf [depth, ...]) and run by one ``lax.scan``. The
+    last projection starts at zero, so that the first velocity is zero.
+
+    The condition is float [batch, length, text_width], states of a text encoder whose
+    rows past the true length are zero. There is no mask: zero rows are looked at too,
+    as in the published networks, so keep to one length (theirs is 512).
+
+    The time embedding, norms, tables and gated additions are in float32 under every
+    recipe.
+
+    Attributes:
+        patch_size: (frames, rows, columns) of a patch.
+        heads: attention heads.
+        head_dim: width of a head, even; the network is ``heads * head_dim`` wide.
+        depth: number of blocks.
+        mlp_width: width of the MLP.
+        out_channels: channels of the velocity; None means those of x.
+        text_width: width of the condition.
+        frequency_dim: width of the sinusoids of the time, even.
+        cross_attention_norm: whether a layer norm with scale and bias stands before
+            the cross-attention.
+        rope_length: most patches along an axis.
+        epsilon: of every norm.
+        recipe: GEMM recipe of every dense layer but those of the time.
+        remat: recompute each block in the backward pass.
+        attention_implementation: see :func:`tmdjax.models.attention.attention`.
+        time_scale: what t in [0, 1] is multiplied by before its sinusoids.
+
+    References:
+        arXiv 2503.20314, section 4.2, and its code.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    heads: int = 12
+    head_dim: int = 128
+    depth: int = 30
+    mlp_width: int = 8960
+    out_channels: int | None = None
+    text_width: int = 4096
+    frequency_dim: int = 256
+    cross_attention_norm: bool = True
+    rope_length: int = 1024
+    epsilon: float = 1e-6
+    recipe: str = "fp32"
+    remat: bool = True
+    attention_implementation: str = "auto"
+    time_scale: float = 1000.0
+
+    def __post_init__(self):
+        for name in ("heads", "head_dim", "depth", "mlp_width", "text_width"):
+            check_count(name, getattr(self, name))
+        for name in ("frequency_dim", "rope_length"):
+            check_count(name, getattr(self, name))
+        if self.out_channels is not None:
+            check_count("out_channels", self.out_channels)
+        if not isinstance(self.patch_size, tuple) or len(self.patch_size) != 3:
+            raise ValueError(
+                f"patch_size={self.patch_size!r} must be a tuple of three sizes, "
+                f"(frames, rows, columns)."
+            )
+        for size in self.patch_size:
+            check_count("patch_size", size)
+        check_head_dim(self.head_dim)
+        check_range("epsilon", self.epsilon, 0, open_low=True)
+        check_choice(
+            "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
+        )
+        compute_dtype(self.recipe)
+        super().__post_init__()
+
+    @property
+    def width(self) -> int:
+        """Features of a position."""
+        return self.heads * self.head_dim
+
+    def setup(self):
+        """Declares the layers."""
+        self.patch_embedding = Dense(self.width, self.recipe, kernel_init=XAVIER)
+        # In float32: what the time changes is small, and there is one row a sample.
+        self.time_embedding = TimeEmbedding(
+            self.width, self.frequency_dim, self.time_scale
+        )
+        self.time_projection = Dense(6 * self.width, kernel_init=XAVIER)
+        self.text_embedding = TextEmbedding(self.width, self.recipe)
+        self.stack = self.param("blocks", self._init_stack)
+        self.final = VideoOutput(self.epsilon, self.recipe)
+
+    def _block(self) -> VideoBlock:
+        return VideoBlock(
+            self.heads,
+            self.mlp_width,
+            self.cross_attention_norm,
+            self.epsilon,
+            self.recipe,
+            self.attention_implementation,
+            parent=None,
+        )
+
+    def _init_stack(self, key: Array) -> Any:
+        """One block's parameters, drawn ``depth`` times: leaves [depth, ...]."""
+        h = jnp.zeros((1, 1, self.width), compute_dtype(self.recipe))
+        cos, sin = rotary_tables((1, 1, 1), self.head_dim)
+        modulation = jnp.zeros((1, 6, self.width))
+        c = {"modulation": modulation, "text": h, "cos": cos, "sin": sin}
+        block = self._block()
+        keys = jax.random.split(key, self.depth)
+        return jax.vmap(lambda k: block.init(k, h, c)["params"])(keys)
+
+    def __call__(
+        self, x: Float[Array, "batch frame height width channel"], t: Any, cond: Any
+    ) -> Float[Array, "batch frame height width out_channel"]:
+        """Velocity of x at time t.
+
+        Args:
+            x: videos [batch, frame, height, width, channel]; patch_size divides them.
+            t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
+            cond: float [batch, length, text_width], see the class.
+
+        Returns:
+            float32 [batch, frame, height, width, out_channels].
+        """
+        h, c = self.embed(x, t, cond)
+        h, _ = self.blocks(h, c)
+        return self.output(h, c, x.shape[1:4])
+
+    def embed(
+        self, x: Float[Array, "batch frame height width channel"], t: Any, cond: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """Hidden state and condition that the blocks run on.
+
+        Args:
+            x: videos [batch, frame, height, width, channel].
+            t: [batch] or a scalar, in [0, 1].
+            cond: float [batch, length, text_width], see the class.
+
+        Returns:
+            h [batch, position, width] in the compute dtype, and c, a dict of
+            'time' float32 [batch, width], 'modulation' float32 [batch, 6, width],
+            'text' [batch, length, width] in the compute dtype, 'cos' and 'sin'
+            float32 [position, head_dim / 2].
+
+        Raises:
+            ValueError: sizes that patch_size does not divide, or with more than
+                rope_length patches along an axis; a (concrete) time outside [0, 1]
+                or an array of integers for it; a condition of another batch or width.
+        """
+        h = self.embed_patches(x)
+        batch, *size, _ = x.shape
+        time, modulation = self.embed_time(expand_time(_floating(t), batch))
+        text = self.embed_text(cond)
+        if text.shape[0] != batch:
+            raise ValueError(
+                f"cond has shape {cond.shape}; its leading axis must be the batch of "
+                f"x, {batch}."
+            )
+        cos, sin = rotary_tables(self._grid(size), self.head_dim)
+        c = {"time": time, "modulation": modulation, "text": text}
+        return h, c | {"cos": cos, "sin": sin}
+
+    def embed_patches(
+        self, x: Float[Array, "batch frame height width channel"]
+    ) -> Float[Array, "batch position width"]:
+        """Hidden state of a video: its patches through one dense layer.
+
+        Raises:
+            ValueError: sizes that patch_size does not divide, or with more than
+                rope_length patches along an axis.
+        """
+        patches = patchify_video(x, self.patch_size)
+        self._grid(x.shape[1:4])
+        return self.patch_embedding(patches).astype(compute_dtype(self.recipe))
+
+    def embed_time(self, t: Any) -> tuple[Array, Array]:
+        """Embedding of the time, and what modulates the blocks before their tables.
+
+        Args:
+            t: [batch] in [0, 1]; a scalar is a batch of one.
+
+        Returns:
+            float32 [batch, width], and float32 [batch, 6, width] in the order shift,
+            scale, gate of the self-attention, shift, scale, gate of the MLP.
+
+        Raises:
+            ValueError: a (concrete) time outside [0, 1], or an array of integers.
+        """
+        shape = jnp.shape(_floating(t))
+        time = self.time_embedding(expand_time(t, shape[0] if shape else 1))
+        modulation = self.time_projection(nn.silu(time))
+        return time, modulation.reshape(-1, 6, self.width)
+
+    def embed_text(self, cond: Any) -> Float[Array, "batch length width"]:
+        """Text states in the width of the network.
+
+        Args:
+            cond: float [batch, length, text_width], see the class.
+
+        Raises:
+            ValueError: another number of axes, width or kind of number.
+        """
+        shape = jnp.shape(cond)
+        if (
+            len(shape) != 3
+            or shape[2] != self.text_width
+            or not jnp.issubdtype(cond.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"cond is {getattr(cond, 'dtype', type(cond).__name__)}{list(shape)}; "
+                f"give the states of the text encoder, floating numbers [batch, "
+                f"length, text_width] = [batch, length, {self.text_width}], zero past "
+                f"the true length."
+            )
+        return self.text_embedding(cond)
+
+    def blocks(
+        self,
+        h: Float[Array, "batch position width"],
+        c: Mapping[str, Any],
+        start: int = 0,
+        stop: int | None = None,
+        taps: Sequence[int] = (),
+        skip: Sequence[int] = (),
+    ) -> tuple[Array, dict[int, Array]]:
+        """Runs the blocks ``start .. stop - 1``, see :mod:`tmdjax.models.stack`.
+
+        Args:
+            h: hidden state [batch, position, width].
+            c: condition from :meth:`embed`.
+            start: first layer, static.
+            stop: one past the last layer, static; None means ``depth``.
+            taps: layers whose output is returned, static.
+            skip: layers left out (the identity stands for them), static.
+
+        Returns:
+            h after the last layer, and ``{layer: output of that layer}`` for taps.
+
+        Raises:
+            ValueError: an index out of range, or a layer both tapped and skipped.
+            TypeError: an index that is not a static integer.
+        """
+        block = self._block()
+        return run_stack(
+            lambda params, h: block.apply({"params": params}, h, c),
+            self.stack,
+            h,
+            depth=self.depth,
+            start=start,
+            stop=stop,
+            taps=taps,
+            skip=skip,
+            remat=self.remat,
+        )
+
+    def output(
+        self,
+        h: Float[Array, "batch position width"],
+        c: Mapping[str, Any],
+        size: Sequence[int],
+    ) -> Float[Array, "batch frame height width out_channel"]:
+        """Velocity from the last hidden state.
+
+        Args:
+            h: hidden state [batch, position, width].
+            c: condition from :meth:`embed`; 'time' is read.
+            size: (frames, height, width) of the video.
+
+        Returns:
+            float32 [batch, frame, height, width, out_channels].
+
+        Raises:
+            ValueError: the positions do not fill a video of that size.
+        """
+        frames, rows, columns = self.patch_size
+        volume = frames * rows * columns
+        channels = self.out_channels
+        if channels is None:
+            kernel = self.variables["params"]["patch_embedding"]["kernel"]
+            channels = kernel.shape[0] // volume
+        y = self.final(h, c["time"], volume * channels)
+        return unpatchify_video(y.astype(jnp.float32), self.patch_size, size)
+
+    def _grid(self, size: Sequence[int]) -> Size:
+        grid = patch_grid(size, self.patch_size)
+        if max(grid) > self.rope_length:
+            raise ValueError(
+                f"a video of {' x '.join(map(str, size))} (frames x height x width) "
+                f"has {max(grid)} patches along an axis, more than "
+                f"rope_length={self.rope_length}."
+            )
+        return grid
+
+
+def _floating(t: Any) -> Any:
+    if hasattr(t, "dtype") and not jnp.issubdtype(t.dtype, jnp.floating):
+        raise ValueError(
+            f"t has dtype {t.dtype}; times are in [0, 1], 1 noise and 0 data, in "
+            f"floating numbers. The network multiplies them by time_scale itself."
+        )
+    return t
