@@ -62,6 +62,35 @@ def shifted_grid(steps: int, shift: float) -> Grid:
     return shift_time(uniform_grid(steps), shift)
 
 
+def truncated_grid(steps: int, shift: float, start: float = 0.999) -> Grid:
+    """Knots start, shift(i start / steps), ..., 0: few steps from just below noise.
+
+    Only the knots between are shifted. Networks pretrained on t <= start are thus
+    never evaluated beyond it.
+
+    Args:
+        steps: at least 1.
+        shift: at least 1, see :func:`shift_time`.
+        start: the first knot, in (0, 1].
+
+    Returns:
+        steps + 1 float64 times from exactly start to exactly 0.
+
+    Raises:
+        ValueError: steps < 1, shift < 1, start outside (0, 1], or a shift so large
+            that the first knots do not decrease.
+
+    References:
+        arXiv 2601.09881, appendix A; footnote 2 for start.
+    """
+    check_count("steps", steps)
+    check_range("shift", shift, 1)
+    check_range("start", start, 0, 1, open_low=True)
+    grid = shift_time(np.arange(steps, -1, -1) / steps * start, shift)
+    grid[0] = start
+    return custom_grid(grid)
+
+
 def edm_grid(
     steps: int, *, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0
 ) -> Grid:
