@@ -110,4 +110,3 @@ def denoising_loss(prediction: Data, x: Data) -> PerExample:
     check_same_shape("prediction", prediction, "x", x)
     error = prediction - jax.lax.stop_gradient(x)
     return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
-

@@ -92,8 +92,8 @@ def total_derivative(
     check_choice("derivative", derivative, DERIVATIVES)
     check_same_shape("v", v, "y", y)
     if derivative == "jvp":
-        along = lambda y, s: average_velocity(y, s, r)
-        return jax.jvp(along, (y, s), (v, jnp.ones_like(s)))[1]
+        ones, zeros = jnp.ones_like(s), jnp.zeros_like(r)
+        return jax.jvp(average_velocity, (y, s, r), (v, ones, zeros))[1]
     check_range("delta", delta, 0, open_low=True)
     low, high = time_range
     above = jnp.where(s + delta <= high, s + delta, s)
@@ -143,7 +143,7 @@ def meanflow_error(
 
 
 def normalised_loss(squared_error: PerExample, constant: float) -> PerExample:
-    """e / (sg(e) + c): each example's gradient is scaled by its own error.
+    """E / (sg(e) + c): each example's gradient is scaled by its own error.
 
     Args:
         squared_error: [batch], summed over event dimensions.

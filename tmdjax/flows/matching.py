@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from tmdjax.core import prng
 from tmdjax.core.checks import check_range, check_same_shape, check_time
+from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, SampleKeys, Time
-from tmdjax.flows.grids import shift_time
+from tmdjax.flows.grids import custom_grid, shift_time
 from tmdjax.flows.guidance import drop_condition
 from tmdjax.flows.paths import conditional_velocity, interpolate
 
@@ -46,6 +47,46 @@ def discrete_time(times: Any) -> TimeSampler:
 def shifted_time(sampler: TimeSampler, shift: float) -> TimeSampler:
     """Another sampler's times under :func:`~tmdjax.flows.shift_time`."""
     return lambda keys: shift_time(sampler(keys), shift)
+
+
+def ranged_time(shift: float, low: float = 0.001, high: float = 0.999) -> TimeSampler:
+    """T uniform on [low, high], then shifted, then clipped to [low, high].
+
+    Raises:
+        ValueError: shift < 1, or no 0 <= low < high <= 1.
+    """
+    check_range("shift", shift, 1)
+    check_range("time_range[0]", low, 0, high, open_high=True)
+    check_range("time_range[1]", high, low, 1)
+
+    def sample(keys: SampleKeys) -> Time:
+        t = shift_time(low + (high - low) * prng.uniform(keys), shift)
+        return jnp.clip(t, low, high)
+
+    return sample
+
+
+def noised_start(x_data: Data, keys: SampleKeys, times: Any) -> tuple[Data, Time, Data]:
+    """Noised data at the start of a random step of a grid: where few steps begin.
+
+    At the first time of the grid the state is t x_noise, without data: there a
+    sampler starts from noise alone.
+
+    Args:
+        x_data: [batch, *event].
+        keys: [batch].
+        times: a grid, decreasing to 0; its last time is no start.
+
+    Returns:
+        x_t, t [batch], and the noise.
+    """
+    keys = jax.vmap(jax.random.split)(keys)
+    times = custom_grid(times)
+    t = discrete_time(times[:-1])(keys[:, 0])
+    noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
+    weight = jnp.where(t >= jnp.float32(times[0]), 0.0, 1 - t)
+    x_t = time_like(weight, x_data) * x_data + time_like(t, x_data) * noise
+    return x_t, t, noise
 
 
 def flow_matching_loss(

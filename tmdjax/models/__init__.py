@@ -14,7 +14,9 @@ from tmdjax.models.decoder_cache import (
     prefill,
 )
 from tmdjax.models.decoder_config import DecoderConfig
+from tmdjax.models.discriminator import VideoDiscriminator, default_taps
 from tmdjax.models.dit import DiT
+from tmdjax.models.flow_map_dit import SplitDiT, TwoTimeDiT
 from tmdjax.models.gguf_decoder import load_gguf
 from tmdjax.models.hf_files import (
     load_adapters,
@@ -63,17 +65,21 @@ __all__ = [
     "Dense",
     "DiT",
     "ObservationFeatures",
+    "SplitDiT",
     "TextDiT",
     "TextEncoder",
     "TimeEmbedding",
+    "TwoTimeDiT",
     "UNet",
     "VelocityMLP",
     "VideoDiT",
+    "VideoDiscriminator",
     "attention",
     "build",
     "cache_bytes",
     "chunked_token_log_probs",
     "decode",
+    "default_taps",
     "entropy_of",
     "functional",
     "fuse_projections",

@@ -15,7 +15,9 @@ from tmdjax.core.types import ApplyFn, Params
 from tmdjax.models.classifier import Classifier
 from tmdjax.models.control import ControlMLP, ControlVelocity
 from tmdjax.models.decoder import Decoder
+from tmdjax.models.discriminator import VideoDiscriminator
 from tmdjax.models.dit import DiT
+from tmdjax.models.flow_map_dit import SplitDiT, TwoTimeDiT
 from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.text_dit import TextDiT
 from tmdjax.models.unet import UNet
@@ -26,6 +28,9 @@ MODELS.register("control_mlp")(ControlMLP)
 MODELS.register("control_velocity")(ControlVelocity)
 MODELS.register("decoder")(Decoder)
 MODELS.register("dit")(DiT)
+MODELS.register("split_dit")(SplitDiT)
+MODELS.register("two_time_dit")(TwoTimeDiT)
+MODELS.register("video_discriminator")(VideoDiscriminator)
 MODELS.register("text_dit")(TextDiT)
 MODELS.register("mlp")(VelocityMLP)
 MODELS.register("unet")(UNet)
@@ -57,9 +62,7 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
         )
     kind = MODELS[spec["name"]]
     given = {  # a spec that was JSON has lists for tuples
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in spec.items()
-        if key != "name"
+        key: _attribute(value) for key, value in spec.items() if key != "name"
     }
     fields = {
         field.name: field
@@ -84,10 +87,17 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     return kind(**given)
 
 
+def _attribute(value: Any) -> Any:
+    if isinstance(value, Mapping) and value.get("name") in MODELS:
+        return build(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
 def spec_of(module: nn.Module) -> dict[str, Any]:
     """The spec from which :func:`build` makes an equal module.
 
-    An attribute that is a dataclass stands in it as a dict.
+    An attribute that is a module stands in it as its spec, one that is another
+    dataclass as a dict.
 
     Raises:
         ValueError: its class is not in ``MODELS``.
@@ -102,7 +112,9 @@ def spec_of(module: nn.Module) -> dict[str, Any]:
     spec: dict[str, Any] = {"name": names[0]}
     for name in attributes:
         value: Any = getattr(module, name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, nn.Module):
+            value = spec_of(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         spec[name] = value
     return spec

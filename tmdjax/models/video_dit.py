@@ -1,5 +1,6 @@
 """Video diffusion transformer conditioned on text, in the layout of Wan 2.1."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -173,6 +174,43 @@ class VideoDiT(nn.Module):
         h, c = self.embed(x, t, cond)
         h, _ = self.blocks(h, c)
         return self.output(h, c, x.shape[1:4])
+
+    def velocity_and_features(
+        self,
+        x: Float[Array, "batch frame height width channel"],
+        t: Any,
+        cond: Any,
+        taps: Sequence[int] = (),
+        skip: Sequence[int] = (),
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The velocity, and outputs of some blocks as videos.
+
+        Args:
+            x: as for the call.
+            t: as for the call.
+            cond: as for the call.
+            taps: layers whose output is wanted, static.
+            skip: layers left out, static.
+
+        Returns:
+            The velocity, and for each tap, in the order given, [batch, frame, height,
+            width, width of the network / volume of a patch] in the compute dtype.
+
+        Raises:
+            ValueError: features that a patch's volume does not divide, and what
+                :meth:`blocks` refuses.
+        """
+        volume = math.prod(self.patch_size)
+        if taps and self.width % volume:
+            raise ValueError(
+                f"a network of width {self.width} cannot spread its features over "
+                f"patches of {volume}; choose a width that {volume} divides."
+            )
+        h, c = self.embed(x, t, cond)
+        h, tapped = self.blocks(h, c, taps=taps, skip=skip)
+        size = x.shape[1:4]
+        features = (unpatchify_video(tapped[i], self.patch_size, size) for i in taps)
+        return self.output(h, c, size), tuple(features)
 
     def embed(
         self, x: Float[Array, "batch frame height width channel"], t: Any, cond: Any

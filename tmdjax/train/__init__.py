@@ -1,6 +1,14 @@
 """Training: state and update, optimiser, checkpoints, sharding, supervised loop."""
 
 from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
+from tmdjax.train.distillation import (
+    Distillation,
+    DistillationConfig,
+    DistillationState,
+    Networks,
+    compile_cycle,
+    create_distillation_state,
+)
 from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.fine_tuning import FineTuned, fine_tune
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -8,6 +16,7 @@ from tmdjax.train.sharding import (
     DECODER_RULES,
     batch_sharding,
     fsdp_shardings,
+    jit_on_mesh,
     jit_train_step,
     make_mesh,
     replicated,
@@ -32,19 +41,26 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DataIterator",
+    "Distillation",
+    "DistillationConfig",
+    "DistillationState",
     "FineTuned",
     "FitResult",
+    "Networks",
     "NoData",
     "NonFiniteError",
     "OptimizerConfig",
     "Restored",
     "TrainState",
     "batch_sharding",
+    "compile_cycle",
+    "create_distillation_state",
     "create_state",
     "ema_update",
     "fine_tune",
     "fit",
     "fsdp_shardings",
+    "jit_on_mesh",
     "jit_train_step",
     "load_model",
     "make_mesh",

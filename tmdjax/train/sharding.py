@@ -131,21 +131,46 @@ def jit_train_step(
         The jitted step (state donated), the state placed on the mesh, and the
         function that places a batch.
     """
+    if constants is None:
+        jitted, put, place = jit_on_mesh(step, state, mesh, rules=rules)
+        return jitted, put(state)[0], place
+    jitted, put, place = jit_on_mesh(step, state, mesh, constants, rules=rules)
+    state, constants = put(state, constants)
+
+    def with_constants(state: PyTree, batch: PyTree, key: Any) -> Any:
+        return jitted(state, batch, key, constants)
+
+    return with_constants, state, place
+
+
+def jit_on_mesh(
+    step: Any, state: PyTree, mesh: Mesh, *others: PyTree, rules: Rules = ()
+) -> tuple[Any, Any, Any]:
+    """Compiles ``step(state, batch, key, *others) -> (state, metrics)`` for a mesh.
+
+    Args:
+        step: the step.
+        state: arrays or shape structs like its first argument, donated.
+        mesh: from :func:`make_mesh`.
+        *others: arrays or shape structs like the arguments after the key.
+        rules: cuts by path, see :func:`fsdp_shardings`.
+
+    Returns:
+        The jitted step; ``put(state, *others)``, which places (the first of) them; and
+        the function that places a batch.
+    """
     shardings = fsdp_shardings(state, mesh, rules=rules)
+    placed = tuple(fsdp_shardings(other, mesh, rules=rules) for other in others)
     by_batch = batch_sharding(mesh)
-    inputs = (shardings, by_batch, replicated(mesh))
-    if constants is not None:
-        inputs = (*inputs, fsdp_shardings(constants, mesh, rules=rules))
-        constants = jax.device_put(constants, inputs[-1])
     jitted = jax.jit(
         step,
-        in_shardings=inputs,
+        in_shardings=(shardings, by_batch, replicated(mesh), *placed),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
-    def with_constants(state: PyTree, batch: PyTree, key: Any) -> Any:
-        return jitted(state, batch, key, constants)
+    def put(*trees: PyTree) -> tuple[PyTree, ...]:
+        return tuple(map(jax.device_put, trees, (shardings, *placed)))
 
     def place(batch: PyTree) -> PyTree:
         size = jax.tree.leaves(batch)[0].shape[0]
@@ -157,5 +182,4 @@ def jit_train_step(
             )
         return jax.device_put(batch, by_batch)
 
-    compiled = jitted if constants is None else with_constants
-    return compiled, jax.device_put(state, shardings), place
+    return jitted, put, place

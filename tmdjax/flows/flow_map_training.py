@@ -1,0 +1,146 @@
+"""Training of flow maps from data: who jumps, who drops its condition, to which target.
+
+References:
+    MeanFlow, arXiv 2505.13447, algorithm 1 and sec. 4.2.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.conventions import time_like
+from tmdjax.core.types import Array, Bool, Cond, Data, PerExample, SampleKeys, Time
+from tmdjax.flows.flow_maps import (
+    DERIVATIVES,
+    AverageVelocity,
+    meanflow_error,
+    normalised_loss,
+)
+from tmdjax.flows.matching import TimeSampler, ranged_time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMapConfig:
+    """Settings of a flow map's loss.
+
+    Attributes:
+        map_rate: of examples that learn a jump, r < s; the others learn r = s, which
+            is flow matching.
+        guidance: scale of the guidance in the velocity target; 1 is none.
+        drop_rate: of examples trained under the null condition, with r = s and
+            without guidance.
+        shift: of the times, >= 1.
+        time_range: of the times, before and after the shift.
+        derivative: 'jvp' or 'difference', see :func:`tmdjax.flows.total_derivative`.
+        delta: of the difference.
+        loss_constant: c of the normalised loss over the number of elements.
+    """
+
+    map_rate: float = 0.25
+    guidance: float = 1.0
+    drop_rate: float = 0.1
+    shift: float = 3.0
+    time_range: tuple[float, float] = (0.001, 0.999)
+    derivative: str = "jvp"
+    delta: float = 5e-3
+    loss_constant: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("drop_rate", self.drop_rate, 0, 1)
+        check_range("map_rate", self.map_rate, 0, 1)
+        if self.drop_rate + self.map_rate > 1:
+            raise ValueError(
+                f"drop_rate={self.drop_rate} and map_rate={self.map_rate} are shares "
+                f"of one batch; together they must not exceed 1."
+            )
+        check_range("guidance", self.guidance, 0)
+        self.times()
+        check_choice("derivative", self.derivative, DERIVATIVES)
+        check_range("delta", self.delta, 0, open_low=True)
+        check_range("loss_constant", self.loss_constant, 0, open_low=True)
+
+    def times(self) -> TimeSampler:
+        """Draws times: uniform on time_range, shifted, clipped to it."""
+        return ranged_time(self.shift, *self.time_range)
+
+
+def draw_roles(
+    keys: SampleKeys, config: FlowMapConfig
+) -> tuple[Bool[Array, "batch"], Bool[Array, "batch"]]:
+    """Which examples drop their condition, and which jump; never both."""
+    z = prng.uniform(keys)
+    drops = z < config.drop_rate
+    return drops, ~drops & (z < config.drop_rate + config.map_rate)
+
+
+def guided_target(
+    velocity: Callable[[Cond], Data],
+    v: Data,
+    cond: Cond,
+    drops: Bool[Array, "batch"],
+    null_cond: Cond,
+    config: FlowMapConfig,
+) -> tuple[Cond, Data]:
+    """The condition and the velocity that an example is trained with.
+
+    v_null + guidance (v - v_null) under its own condition; v itself under the null
+    condition, where that is dropped.
+
+    Args:
+        velocity: the network's own velocity at the example's state under a condition;
+            no gradient flows through it.
+        v: conditional velocity of the path [batch, *event].
+        cond: pytree of [batch, ...], or None.
+        drops: [batch].
+        null_cond: a pytree like a row of the condition.
+        config: settings.
+
+    Raises:
+        ValueError: guidance or dropping without null_cond.
+    """
+    if null_cond is None:
+        if config.guidance != 1 or config.drop_rate:
+            raise ValueError(
+                f"guidance={config.guidance} and drop_rate={config.drop_rate} need "
+                f"null_cond, the negative condition; give it, or set guidance=1 and "
+                f"drop_rate=0."
+            )
+        return cond, v
+    null = jax.tree.map(
+        lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond
+    )
+    if config.guidance != 1:
+        negative = jax.lax.stop_gradient(velocity(null))
+        guided = negative + config.guidance * (v - negative)
+        v = jnp.where(time_like(drops, v), v, guided)
+    mixed = jax.tree.map(lambda n, c: jnp.where(time_like(drops, c), n, c), null, cond)
+    return mixed, v
+
+
+def flow_map_loss(
+    average_velocity: AverageVelocity,
+    y: Data,
+    s: Time,
+    r: Time,
+    v: Data,
+    config: FlowMapConfig,
+) -> tuple[PerExample, dict[str, Array]]:
+    """The normalised error of the MeanFlow identity, [batch] in [0, 1), and metrics."""
+    error, _ = meanflow_error(
+        average_velocity,
+        y,
+        s,
+        r,
+        v,
+        derivative=config.derivative,
+        delta=config.delta,
+        time_range=config.time_range,
+    )
+    count = math.prod(y.shape[1:])
+    loss = normalised_loss(error, config.loss_constant * count)
+    return loss, {"squared_error": error / count}

@@ -1,0 +1,97 @@
+"""Discriminator heads on the features of a frozen video network."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tmdjax.core.checks import check_count
+from tmdjax.core.types import Array, Float
+
+_KERNELS = ((3, 4, 4), (3, 4, 4), (3, 3, 3), (3, 3, 3))
+_STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+_SLOPE = 0.2
+
+
+def default_taps(depth: int) -> tuple[int, ...]:
+    """Layers at half, three quarters and the end: (15, 22, 29) of 30."""
+    return tuple(sorted({depth // 2, 3 * depth // 4, depth - 1}))
+
+
+def smallest_size() -> tuple[int, int, int]:
+    """Frames, height and width below which the convolutions leave nothing."""
+    size = [1, 1, 1]
+    for kernel, stride in zip(reversed(_KERNELS), reversed(_STRIDES)):
+        size = [max(1, (n - 1) * s + k - 2) for n, k, s in zip(size, kernel, stride)]
+    return size[0], size[1], size[2]
+
+
+def _groups(features: int) -> int:
+    """Groups of a norm: the largest divisor up to 32, a quarter if there are few."""
+    if features <= 32:
+        return max(1, features // 4)
+    return next(n for n in range(32, 0, -1) if features % n == 0)
+
+
+class _Head(nn.Module):
+    """Four strided convolutions, the mean over positions, two dense layers."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for index, width in enumerate(self.widths):
+            x = nn.Conv(
+                width,
+                _KERNELS[index],
+                _STRIDES[index],
+                padding=[(1, 1)] * 3,
+                name=f"convolution_{index}",
+            )(x)
+            x = nn.GroupNorm(_groups(width), name=f"norm_{index}")(x)
+            x = nn.leaky_relu(x, _SLOPE)
+        x = jnp.mean(x, (1, 2, 3))
+        x = nn.leaky_relu(nn.Dense(self.widths[-1], name="hidden")(x), _SLOPE)
+        return nn.Dense(1, name="out")(x)[:, 0]
+
+
+class VideoDiscriminator(nn.Module):
+    """One convolutional head a feature, ``features -> logits``, in float32.
+
+    Attributes:
+        width: channels of the first convolution; the others have 2, 4 and 4 times as
+            many.
+
+    References:
+        Kernels and strides as arXiv 2601.09881, appendix A.3 ('Conv3D'); its widths
+        are not stated.
+    """
+
+    width: int = 64
+
+    def __post_init__(self):
+        check_count("width", self.width)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, features: Sequence[Float[Array, "batch frame height width channel"]]
+    ) -> Float[Array, "batch head"]:
+        """Maps feature videos to one logit each.
+
+        Raises:
+            ValueError: no feature, or a video too small for four strided convolutions.
+        """
+        if not features:
+            raise ValueError("the discriminator needs features; tap some layers.")
+        widths = tuple(self.width * factor for factor in (1, 2, 4, 4))
+        least, logits = smallest_size(), []
+        for index, feature in enumerate(features):
+            if any(size < low for size, low in zip(feature.shape[1:4], least)):
+                raise ValueError(
+                    f"features of {feature.shape[1:4]} (frames, height, width) are too "
+                    f"small for four strided convolutions; at least {least}."
+                )
+            head = _Head(widths, name=f"head_{index}")
+            logits.append(head(feature.astype(jnp.float32)))
+        return jnp.stack(logits, -1)

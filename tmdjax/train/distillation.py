@@ -1,0 +1,448 @@
+"""Distillation by distribution matching: a generator, its critic, a frozen teacher.
+
+One cycle updates the generator once and the critic (fake score and discriminator
+heads) several times. What differs between methods is how the generator makes a sample
+from a batch; that is an argument. Two jitted steps, so that the two optimisers stay
+apart and each compiles alone.
+
+References:
+    DMD2, arXiv 2405.14867; the variant for videos, arXiv 2601.09881, sec. 2.2 and
+    appendix A.3.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tmdjax import flows
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array, Cond, Params, PyTree
+from tmdjax.train.sharding import Rules, jit_on_mesh, make_mesh
+from tmdjax.train.state import TrainState, create_state, make_train_step
+
+FEATURES = ("teacher", "critic")
+
+Generate = Callable[[Params, Any, Any], Array]
+"""``generate(params, batch, keys) -> x [batch, *event]``, differentiable."""
+
+Scorer = Callable[..., tuple[Array, tuple[Array, ...]]]
+"""``(params, x, t, cond) -> (velocity, features)``; features of the network, or ()."""
+
+_GENERATOR, _CRITIC = 0, 1
+
+
+class Networks(NamedTuple):
+    """What judges the generator.
+
+    Attributes:
+        teacher: scorer of the frozen teacher under the condition, without guidance.
+        critic: scorer of the fake score.
+        discriminator: ``(params, features) -> logits [batch, head]``, or None.
+        negative: ``(params, x, t, cond) -> velocity`` of the teacher under the
+            negative condition, such as with a layer skipped; None is the teacher's.
+    """
+
+    teacher: Scorer
+    critic: Scorer
+    discriminator: Callable[[Params, Any], Array] | None = None
+    negative: Callable[..., Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Settings of a cycle.
+
+    Attributes:
+        guidance: scale of the teacher's classifier-free guidance; 1 is none.
+        critic_updates: of the critic for one of the generator.
+        shift: of the noise levels tau at which scores are compared, >= 1.
+        time_range: tau's range, before and after the shift.
+        normalisation: see :func:`tmdjax.flows.distribution_matching_loss`.
+        adversarial_weight: of the generator's adversarial loss; 0 is none.
+        features: whose features the discriminator reads, 'teacher' or 'critic'.
+        same_noise: noise real and generated samples by the same tau and noise.
+        r1_weight: of the approximate R1 penalty; 0 is none.
+        r1_std: noise on real samples for that penalty.
+    """
+
+    guidance: float = 5.0
+    critic_updates: int = 4
+    shift: float = 5.0
+    time_range: tuple[float, float] = (0.001, 0.999)
+    normalisation: str = "distance"
+    adversarial_weight: float = 0.03
+    features: str = "teacher"
+    same_noise: bool = True
+    r1_weight: float = 0.0
+    r1_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("guidance", self.guidance, 0)
+        check_count("critic_updates", self.critic_updates)
+        self.noise_levels()
+        check_choice("normalisation", self.normalisation, flows.NORMALISATIONS)
+        check_range("adversarial_weight", self.adversarial_weight, 0)
+        check_choice("features", self.features, FEATURES)
+        check_range("r1_weight", self.r1_weight, 0)
+        check_range("r1_std", self.r1_std, 0, open_low=True)
+
+    def noise_levels(self) -> flows.TimeSampler:
+        """Draws tau."""
+        return flows.ranged_time(self.shift, *self.time_range)
+
+    @property
+    def batches(self) -> int:
+        """Batches a cycle: one for the generator, one for each critic update."""
+        return 1 + self.critic_updates
+
+
+@struct.dataclass
+class DistillationState:
+    """Generator and critic, each with its optimiser; counts are of cycles and updates.
+
+    Attributes:
+        generator: its train state.
+        critic: train state of ``{'score': ..., 'discriminator': ...}``.
+    """
+
+    generator: TrainState
+    critic: TrainState
+
+    @property
+    def step(self) -> Any:
+        """Cycles done."""
+        return self.generator.step
+
+    @property
+    def skipped(self) -> Any:
+        """Updates of either that were not finite."""
+        return self.generator.skipped + self.critic.skipped
+
+    @property
+    def skipped_in_a_row(self) -> Any:
+        """Consecutive ones, of the worse of the two."""
+        return jnp.maximum(
+            self.generator.skipped_in_a_row, self.critic.skipped_in_a_row
+        )
+
+
+class Distillation:
+    """The losses of one method, per example, as pure functions.
+
+    Args:
+        generate: makes samples from a batch; keys [batch].
+        networks: what judges them.
+        config: settings.
+        null_cond: condition of the guidance's negative pass, a pytree like a row of
+            the batch's condition.
+
+    Raises:
+        ValueError: guidance without a negative condition; an adversarial weight without
+            a discriminator.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        networks: Networks,
+        config: DistillationConfig,
+        null_cond: Cond = None,
+    ):
+        if config.guidance != 1 and null_cond is None:
+            raise ValueError(
+                f"guidance={config.guidance} needs null_cond, the negative condition; "
+                f"give it, or set guidance=1."
+            )
+        if config.adversarial_weight and networks.discriminator is None:
+            raise ValueError(
+                f"adversarial_weight={config.adversarial_weight} needs a "
+                f"discriminator; give one, or set adversarial_weight=0."
+            )
+        self.generate, self.networks = generate, networks
+        self.config, self.null_cond = config, null_cond
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator to train."""
+        return self.config.adversarial_weight > 0
+
+    def noised(self, x: Array, keys: Any) -> tuple[Array, Array]:
+        """X at a random noise level, and the level [batch]."""
+        keys = _split(keys, 2)
+        tau = self.config.noise_levels()(keys[:, 0])
+        noise = prng.normal(keys[:, 1], x.shape[1:])
+        return flows.interpolate(x, noise, tau), tau
+
+    def generator_loss(
+        self, params: Params, batch: Any, keys: Any, critic: Params, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        """Distribution matching and adversarial loss of the generator.
+
+        Args:
+            params: of the generator.
+            batch: {'x_data': ..., 'cond': ...}, rows [batch, ...].
+            keys: [batch].
+            critic: parameters of the critic.
+            frozen: parameters of the teacher.
+        """
+        config, networks = self.config, self.networks
+        keys = _split(prng.fold_in(keys, _GENERATOR), 2)
+        x = self.generate(params, batch, keys[:, 0])
+        x_tau, tau = self.noised(x, keys[:, 1])
+        cond = batch.get("cond")
+        velocity, features = networks.teacher(frozen, x_tau, tau, cond)
+        at = jax.lax.stop_gradient(x_tau)
+        guided = jax.lax.stop_gradient(velocity)
+        if config.guidance != 1:
+            null = _like(self.null_cond, cond)
+            negative = self._negative(frozen, at, tau, null)
+            guided = negative + config.guidance * (guided - negative)
+        fake, critic_features = networks.critic(critic["score"], x_tau, tau, cond)
+        predict = functools.partial(flows.convert, source="velocity", target="data")
+        loss, metrics = flows.distribution_matching_loss(
+            x,
+            jax.lax.stop_gradient(predict(guided, x=at, t=tau)),
+            jax.lax.stop_gradient(predict(fake, x=at, t=tau)),
+            normalisation=config.normalisation,
+        )
+        metrics |= {"matching_loss": loss}
+        if self.adversarial:
+            shown = features if config.features == "teacher" else critic_features
+            assert networks.discriminator is not None
+            logits = networks.discriminator(critic["discriminator"], shown)
+            adversarial = flows.generator_loss(logits)
+            loss = loss + config.adversarial_weight * adversarial
+            metrics |= {"adversarial_loss": adversarial}
+        return loss, metrics
+
+    def _negative(self, frozen: Params, x: Array, tau: Array, null: Any) -> Array:
+        if self.networks.negative is not None:
+            return self.networks.negative(frozen, x, tau, null)
+        return self.networks.teacher(frozen, x, tau, null)[0]
+
+    def critic_loss(
+        self, params: Params, batch: Any, keys: Any, generator: Params, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        """Denoising loss of the fake score, and the discriminator's.
+
+        Args:
+            params: {'score': ..., 'discriminator': ...}.
+            batch: as for the generator.
+            keys: [batch].
+            generator: parameters of the generator.
+            frozen: parameters of the teacher.
+        """
+        config, networks = self.config, self.networks
+        keys = _split(prng.fold_in(keys, _CRITIC), 4)
+        x = jax.lax.stop_gradient(self.generate(generator, batch, keys[:, 0]))
+        x_tau, tau = self.noised(x, keys[:, 1])
+        cond = batch.get("cond")
+        fake, fake_features = networks.critic(params["score"], x_tau, tau, cond)
+        prediction = flows.convert(fake, "velocity", "data", x_tau, tau)
+        loss = flows.denoising_loss(prediction, x)
+        metrics = {"score_loss": loss}
+        if not self.adversarial:
+            return loss, metrics
+        real_keys = keys[:, 1] if config.same_noise else keys[:, 2]
+        real_tau, level = self.noised(batch["x_data"], real_keys)
+
+        def logits(x: Array, t: Array, known: Any = None) -> Array:
+            if config.features == "teacher":
+                _, known = networks.teacher(frozen, x, t, cond)
+            elif known is None:
+                _, known = networks.critic(params["score"], x, t, cond)
+            assert networks.discriminator is not None
+            known = jax.lax.stop_gradient(known)
+            return networks.discriminator(params["discriminator"], known)
+
+        on_fake, on_real = logits(x_tau, tau, fake_features), logits(real_tau, level)
+        adversarial = flows.discriminator_loss(on_fake, on_real)
+        metrics |= {
+            "discriminator_loss": adversarial,
+            "logit_fake": jnp.mean(on_fake, -1),
+            "logit_real": jnp.mean(on_real, -1),
+        }
+        if config.r1_weight:
+            noise = prng.normal(keys[:, 3], real_tau.shape[1:])
+            near = logits(real_tau + config.r1_std * noise, level)
+            penalty = flows.approximate_r1(on_real, near)
+            adversarial = adversarial + config.r1_weight * penalty
+            metrics |= {"r1": penalty}
+        return loss + adversarial, metrics
+
+    def report(self, state: Any, parts: Any, key: Any) -> str:
+        """What was not finite, and the noise levels of the generator's batch.
+
+        Args:
+            state: :class:`DistillationState`.
+            parts: the batches of a cycle.
+            key: of the cycle, with its number folded in.
+        """
+        bad = [
+            name
+            for name in ("generator", "critic")
+            if int(getattr(state, name).skipped_in_a_row)
+        ]
+        size = jax.tree.leaves(parts[0])[0].shape[0]
+        keys = prng.fold_in(prng.sample_keys(key, size), _GENERATOR)
+        _, tau = self.noised(jnp.zeros((size, 1)), _split(keys, 2)[:, 1])
+        return (
+            f"not finite: {', '.join(bad)}; noise levels of the generator's batch: "
+            f"{[round(float(level), 4) for level in tau]}"
+        )
+
+
+def create_distillation_state(
+    generator: Params,
+    critic: Mapping[str, Any],
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    *,
+    ema: bool = False,
+) -> DistillationState:
+    """The state before the first cycle.
+
+    Args:
+        generator: its parameters.
+        critic: {'score': parameters, usually the teacher's, 'discriminator': ...}.
+        optimizers: of generator and critic.
+        ema: keep averaged parameters of the generator.
+    """
+    return DistillationState(
+        create_state(generator, optimizers[0], ema=ema),
+        create_state(critic, optimizers[1]),
+    )
+
+
+def make_steps(
+    method: Distillation,
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    *,
+    ema_decay: float | None = None,
+    microbatches: int = 1,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The updates of generator and critic, to be jitted.
+
+    Args:
+        method: losses.
+        optimizers: of generator and critic.
+        ema_decay: of the generator's average; None keeps none.
+        microbatches: parts of a batch, see :func:`tmdjax.train.make_train_step`.
+
+    Returns:
+        ``generator_step(state, batch, key, critic, frozen)`` and ``critic_step(state,
+        batch, key, generator, frozen)``, each on its own :class:`TrainState`.
+    """
+
+    def step_of(loss: Any, rule: Any, decay: float | None) -> Any:
+        def step(
+            state: TrainState, batch: Any, key: Any, other: Any, frozen: Any
+        ) -> Any:
+            update = make_train_step(
+                lambda params, part, keys: loss(params, part, keys, other, frozen),
+                rule,
+                ema_decay=decay,
+                microbatches=microbatches,
+                unroll=True,
+            )
+            return update(state, batch, key)
+
+        return step
+
+    return (
+        step_of(method.generator_loss, optimizers[0], ema_decay),
+        step_of(method.critic_loss, optimizers[1], None),
+    )
+
+
+def compile_cycle(
+    method: Distillation,
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    state: DistillationState,
+    frozen: PyTree,
+    *,
+    mesh: Any = None,
+    rules: Rules = (),
+    ema_decay: float | None = None,
+    microbatches: int = 1,
+) -> tuple[Callable[..., Any], DistillationState, Callable[[Any], Any]]:
+    """One cycle as ``(state, parts, key) -> (state, metrics)``; do not jit it again.
+
+    Its updates are dispatched without waiting for the device.
+
+    Args:
+        method: losses.
+        optimizers: of generator and critic.
+        state: the initial state.
+        frozen: parameters of the teacher.
+        mesh: of devices; None is all of them, data parallel.
+        rules: cuts by path, see :func:`tmdjax.train.fsdp_shardings`.
+        ema_decay: see :func:`make_steps`.
+        microbatches: likewise.
+
+    Returns:
+        The cycle, the state placed on the mesh, and the function that cuts a batch of
+        ``config.batches`` batches in a row (the generator's, then the critic's) into
+        placed parts. Metrics: those of the generator, the critic's last ones under
+        'critic/', and 'skipped', 1 where an update of either was not finite.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    steps = make_steps(
+        method, optimizers, ema_decay=ema_decay, microbatches=microbatches
+    )
+    update_generator, place_generator, place = jit_on_mesh(
+        steps[0], state.generator, mesh, state.critic.params, frozen, rules=rules
+    )
+    update_critic, place_critic, _ = jit_on_mesh(
+        steps[1], state.critic, mesh, state.generator.params, frozen, rules=rules
+    )
+    generator, _, frozen = place_generator(state.generator, state.critic.params, frozen)
+    critic = place_critic(state.critic)[0]
+
+    def cycle(state: DistillationState, parts: Any, key: Any) -> Any:
+        generator, metrics = update_generator(
+            state.generator, parts[0], key, state.critic.params, frozen
+        )
+        critic, skipped, found = state.critic, metrics["skipped"], {}
+        for part in parts[1:]:
+            critic, found = update_critic(critic, part, key, generator.params, frozen)
+            skipped = jnp.maximum(skipped, found["skipped"])
+        metrics |= {f"critic/{name}": value for name, value in found.items()}
+        return DistillationState(generator, critic), metrics | {"skipped": skipped}
+
+    count = method.config.batches
+
+    def cut(batch: Any) -> tuple[Any, ...]:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if size % count:
+            raise ValueError(
+                f"a cycle takes {count} batches, but {size} rows were given; choose a "
+                f"multiple of {count}."
+            )
+        starts = range(0, size, size // count)
+        parts = (slice(start, start + size // count) for start in starts)
+        return tuple(place(_rows(batch, part)) for part in parts)
+
+    return cycle, DistillationState(generator, critic), cut
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], batch)
+
+
+def _split(keys: Any, count: int) -> Any:
+    """[batch] keys -> [batch, count]."""
+    return jax.vmap(lambda key: jax.random.split(key, count))(keys)
+
+
+def _like(null: Any, cond: Any) -> Any:
+    """A null condition, repeated for a batch."""
+    return jax.tree.map(
+        lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null
+    )
