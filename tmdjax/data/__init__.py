@@ -1,6 +1,6 @@
 """Data sources, procedural sets, and batches that resume exactly."""
 
-from tmdjax.data import captioned_shapes, captions, procedural
+from tmdjax.data import captioned_shapes, captions, moving_sprites, procedural
 from tmdjax.data.dataset import Dataset
 from tmdjax.data.pipeline import (
     Batches,
@@ -24,6 +24,7 @@ __all__ = [
     "captions",
     "in_memory",
     "load",
+    "moving_sprites",
     "procedural",
     "write_array_record",
 ]

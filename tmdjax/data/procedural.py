@@ -343,24 +343,31 @@ def make_dataset(
     """
     check_range("train_count", train_count, 1)
     check_range("test_count", test_count, 1)
-    jitted = jax.jit(sampler)
-    root = jax.random.key(seed)
-
-    def split(index: int, count: int) -> dict[str, np.ndarray]:
-        key = fold_in(root, index)
-        parts = [
-            jax.device_get(jitted(sample_keys(key, _CHUNK, start)))
-            for start in range(0, count, _CHUNK)
-        ]
-        return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
-
+    jitted, root = jax.jit(sampler), jax.random.key(seed)
     return Dataset(
         name=name,
-        train=split(0, train_count),
-        test=split(1, test_count),
+        train=draw(jitted, fold_in(root, 0), train_count),
+        test=draw(jitted, fold_in(root, 1), test_count),
         num_classes=num_classes,
         meta=meta,
     )
+
+
+def draw(sampler: Sampler, key: Key[Array, ""], count: int) -> dict[str, np.ndarray]:
+    """Samples on the host, ``count`` of them, made in chunks of one size.
+
+    A larger count extends the samples without changing them.
+
+    Args:
+        sampler: ``keys[batch] -> {name: [batch, ...]}``, jitted.
+        key: root of the samples' keys.
+        count: samples, >= 1.
+    """
+    parts = [
+        jax.device_get(sampler(sample_keys(key, _CHUNK, start)))
+        for start in range(0, count, _CHUNK)
+    ]
+    return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
 
 
 def load_sprites(

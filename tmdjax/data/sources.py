@@ -29,6 +29,8 @@ from tmdjax.data import (
     digits,
     fashion_mnist,
     mnist,
+    moving_digits,
+    moving_sprites,
     procedural,
     rendered_text,
     tfds_images,
@@ -257,6 +259,37 @@ def tfds_source(
     )
 
 
+def _load_moving_digits(
+    files: Mapping[str, Path],
+    *,
+    digits: str = "digits",
+    train_count: int = 8192,
+    test_count: int = 1024,
+    seed: int = 0,
+    frames: int = 8,
+    size: int = 16,
+) -> Dataset:
+    """Videos of :func:`tmdjax.data.moving_digits.make_moving_digits`.
+
+    Args:
+        files: none.
+        digits: the source of the digits: 'digits', or 'mnist' where it is present.
+        train_count: see there, as for the rest.
+        test_count: test videos.
+        seed: of the motions.
+        frames: of a video.
+        size: height and width.
+    """
+    return moving_digits.make_moving_digits(
+        load(digits),
+        train_count=train_count,
+        test_count=test_count,
+        seed=seed,
+        frames=frames,
+        size=size,
+    )
+
+
 for _source in (
     Source(
         name="digits",
@@ -322,6 +355,20 @@ for _source in (
         "captioned_shapes",
         "one to three kinds of coloured shapes with captions, by specification",
         captioned_shapes.load_captioned_shapes,
+    ),
+    _built_in(
+        "moving_sprites",
+        "videos of a coloured sprite that moves, with a prompt of words",
+        moving_sprites.load_moving_sprites,
+    ),
+    Source(
+        name="moving_digits",
+        package="scikit-learn",
+        install="pip install 'tmdjax[demo]'",
+        licence="BSD-3-Clause",
+        description="videos of a handwritten digit that bounces on black",
+        loader=_load_moving_digits,
+        present=lambda: bool(python_package("sklearn")),
     ),
     _built_in(
         "checkerboard", "2-D points on eight squares", procedural.load_checkerboard

@@ -1,0 +1,93 @@
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from tmdjax.core.prng import sample_keys
+from tmdjax.data import load
+from tmdjax.data.moving_digits import moving_digits
+
+KEYS = sample_keys(jax.random.key(1), 256)
+# Three digits of one level each, 2 x 3 pixels.
+IMAGES = np.broadcast_to(
+    np.array([0.0, 0.5, 1.0], np.float32)[:, None, None, None], (3, 2, 3, 1)
+)
+LABELS = np.array([7, 8, 9], np.int32)
+
+
+@pytest.fixture(scope="module")
+def videos():
+    draw = jax.jit(lambda k: moving_digits(k, IMAGES, LABELS, frames=9, size=6))
+    return jax.device_get(draw(KEYS))
+
+
+def test_a_digit_stays_whole_and_keeps_its_label(videos):
+    video, label = videos["video"], videos["label"]
+    assert video.shape == (256, 9, 6, 6, 1) and label.dtype == np.int32
+    shown = video > -1
+    assert (shown.sum((2, 3, 4)) == 6).all()
+    level = {7: 0.0, 8: 0.5, 9: 1.0}
+    for one, mask, number in zip(video, shown, label):
+        assert (one[mask] == level[int(number)]).all()
+        assert (mask.any(2).sum(1) == 2).all() and (mask.any(1).sum(1) == 3).all()
+    assert set(label) == {7, 8, 9}
+
+
+def test_a_digit_bounces_at_constant_speed(videos):
+    shown = videos["video"][..., 0] > -1
+    rows, columns = shown.any(3).argmax(2), shown.any(2).argmax(2)
+    velocities = set()
+    for track, room in ((rows, 4), (columns, 3)):
+        assert track.min() == 0 and track.max() == room
+        for places in track:
+            # An independent walk: one pixel at a time, turning at the walls.
+            candidates = []
+            for speed in (-2, -1, 0, 1, 2):
+                place, sign, walk = int(places[0]), np.sign(speed), [int(places[0])]
+                for _ in range(8):
+                    for _ in range(abs(speed)):
+                        if not 0 <= place + sign <= room:
+                            sign = -sign
+                        place += sign
+                    walk.append(place)
+                candidates.append(walk)
+            assert places.tolist() in candidates
+            velocities.add(candidates.index(places.tolist()) - 2)
+    assert velocities == {-2, -1, 0, 1, 2}
+    moves = (np.diff(rows) != 0).any(1) | (np.diff(columns) != 0).any(1)
+    assert moves.all()
+
+
+def test_a_sample_depends_on_its_key_alone(videos):
+    part = moving_digits(KEYS[9:11], IMAGES, LABELS, frames=9, size=6)
+    np.testing.assert_array_equal(part["video"], videos["video"][9:11])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="scikit-learn is absent"
+)
+def test_the_source_shows_the_digits_of_its_split():
+    data = load("moving_digits", train_count=12, test_count=6, frames=3, size=10)
+    assert data.train["video"].shape == (12, 3, 10, 10, 1)
+    assert data.num_classes == 10 and data.meta["digits"] == "digits"
+    digits = load("digits")
+    for split in ("train", "test"):
+        arrays, known = getattr(data, split), getattr(digits, split)
+        for video, label in zip(arrays["video"], arrays["label"]):
+            windows = np.lib.stride_tricks.sliding_window_view(
+                video[0, ..., 0], (8, 8)
+            ).reshape(-1, 1, 8, 8)
+            images = known["image"][known["label"] == label][..., 0]
+            assert (windows == images).all((2, 3)).any()
+
+
+def test_bad_input(as_shipped):
+    with pytest.raises(ValueError, match=r"size=3 is outside \(3, inf\]"):
+        moving_digits(KEYS, IMAGES, LABELS, size=3)
+    with pytest.raises(ValueError, match="labels has shape"):
+        moving_digits(KEYS, IMAGES, LABELS[:2])
+    with pytest.raises(TypeError, match="frames=1.5"):
+        moving_digits(KEYS, IMAGES, LABELS, frames=1.5)
+    with pytest.raises(ValueError, match="unknown data source 'digit'"):
+        load("moving_digits", digits="digit")

@@ -1,0 +1,315 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from tmdjax.core.prng import sample_keys
+from tmdjax.data import load, moving_sprites
+from tmdjax.data.moving_sprites import (
+    SCALES,
+    bank,
+    parse_prompt,
+    prompt_factors,
+    prompt_index,
+    prompt_words,
+    text_embedding,
+)
+from tmdjax.rewards import sprite_scenes
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+KEYS = sample_keys(jax.random.key(0), 512)
+
+# Drawn by hand.
+SPRITES = {
+    ("square", 5): ["####.", "####.", "####.", "####.", "....."],
+    ("plus", 5): ["..#..", "..#..", "#####", "..#..", "..#.."],
+    ("ring", 5): ["#####", "#...#", "#...#", "#...#", "#####"],
+    ("square", 6): ["#####."] * 5 + ["......"],
+    ("plus", 6): ["..##.."] * 2 + ["######"] * 2 + ["..##.."] * 2,
+    ("ring", 6): ["######", *["#....#"] * 4, "######"],
+}
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+
+
+@functools.cache
+def sampled(scale, count=512, **options):
+    sampler = functools.partial(moving_sprites.moving_sprites, scale=scale, **options)
+    return jax.device_get(jax.jit(sampler)(KEYS[:count]))
+
+
+def sprite(name, box):
+    return np.array([[c == "#" for c in line] for line in SPRITES[name, box]])
+
+
+def ground_of(video):
+    return np.median(video, axis=(1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("box", [5, 6])
+def test_templates_are_those_drawn_by_hand(box):
+    for mask, name in zip(sprite_scenes.templates(box), sprite_scenes.SHAPES):
+        np.testing.assert_array_equal(mask, sprite(name, box))
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "large"])
+def test_arrays_of_a_batch(scale):
+    samples, settings = sampled(scale), SCALES[scale]
+    assert samples["video"].shape == (512, *settings.event_shape)
+    assert samples["video"].dtype == np.float32
+    assert np.abs(samples["video"]).max() == 1
+    assert samples["prompt"].dtype == samples["start"].dtype == np.int32
+    assert samples["start"].shape == (512, 2)
+    assert samples["prompt"].min() >= 0
+    assert samples["prompt"].max() < settings.num_prompts
+
+
+def test_a_small_video_is_what_its_prompt_says_pixel_by_pixel():
+    samples = sampled("small")
+    for i in range(128):
+        colour, shape, motion = prompt_words(int(samples["prompt"][i]), "small")
+        video = samples["video"][i]
+        ground = ground_of(video)
+        assert (ground == ground.flat[0]).all() and abs(ground.flat[0]) <= 0.3
+        expected = np.broadcast_to(ground, video.shape).copy()
+        for frame in range(6):
+            y, x = samples["start"][i] + frame * np.array(STEPS[motion])
+            assert 0 <= y <= 7 and 0 <= x <= 7
+            window = expected[frame, y : y + 5, x : x + 5]
+            window[sprite(shape, 5)] = sprite_scenes.COLOURS[colour]
+        np.testing.assert_array_equal(video, expected)
+
+
+def test_a_large_video_is_what_its_prompt_says():
+    samples = sampled("large")
+    factors = prompt_factors(samples["prompt"], "large")
+    colours, shapes = [*sprite_scenes.COLOURS.values()], sprite_scenes.SHAPES
+    gaits = [*sprite_scenes.GAITS.values()]
+    pairs = 0
+    for i in range(256):
+        video = samples["video"][i]
+        value = {name: int(array[i]) for name, array in factors.items()}
+        ground = ground_of(video)
+        named = np.array([*sprite_scenes.GROUNDS.values()])[value["ground"]]
+        assert np.ptp(ground - named) < 1e-6 and np.abs(ground - named).max() <= 0.1001
+        # Where the first sprite is, by its colour.
+        mask = (video == np.float32(colours[value["colour"]])).all(-1)
+        y, x = samples["start"][i]
+        template = sprite(shapes[value["shape"]], 6)
+        np.testing.assert_array_equal(mask[0, y : y + 6, x : x + 6], template)
+        assert (mask.sum((1, 2)) == template.sum()).all()
+        rows, columns = mask.any(2).argmax(1), mask.any(1).argmax(1)
+        step = np.diff(np.stack([rows, columns], 1), axis=0)
+        direction = np.array([*STEPS.values()])[value["motion"]]
+        speed, bounces = gaits[value["gait"]]
+        np.testing.assert_array_equal(step[:4], np.tile(direction * speed, (4, 1)))
+        along = step @ direction
+        assert ((along < 0).sum() >= 3) if bounces else (along == speed).all()
+        assert (step @ direction[::-1] == 0).all()
+        # What is left is the second sprite, or ground.
+        rest = (video != ground).any(-1) & ~mask
+        if value["second_colour"] < 0:
+            assert not rest.any()
+            continue
+        pairs += 1
+        second = (video == np.float32(colours[value["second_colour"]])).all(-1)
+        np.testing.assert_array_equal(rest, second)
+        count = sprite(shapes[value["second_shape"]], 6).sum()
+        assert (second.sum((1, 2)) == count).all()
+        assert (second.any(1).argmax(1) >= columns + 7).all()
+        # They move as one.
+        np.testing.assert_array_equal(
+            np.diff(second.any(1).argmax(1)), np.diff(columns)
+        )
+    assert pairs > 200
+
+
+def test_prompts_and_starts_are_uniform():
+    samples = sampled("small")
+    assert stats.chisquare(np.bincount(samples["prompt"], minlength=48)).pvalue > 1e-3
+    prompts = jnp.full(512, parse_prompt(("blue", "plus", "right"), "small"))
+    one = sampled_prompt(prompts)
+    places = one["start"][:, 0] * 3 + one["start"][:, 1]
+    assert places.min() == 0 and places.max() == 23
+    assert stats.chisquare(np.bincount(places, minlength=24)).pvalue > 1e-3
+    level = one["video"][:, 0, 0, 0, 0]
+    assert stats.kstest(level / 0.6 + 0.5, "uniform").pvalue > 1e-3
+
+
+def sampled_prompt(prompts):
+    sampler = functools.partial(moving_sprites.moving_sprites, scale="small")
+    return jax.device_get(jax.jit(sampler)(KEYS, prompts=prompts))
+
+
+def test_given_prompts_are_shown():
+    prompts = jnp.arange(512) % 48
+    samples = sampled_prompt(prompts)
+    np.testing.assert_array_equal(samples["prompt"], prompts)
+    factors = prompt_factors(np.asarray(prompts), "small")
+    found = samples["video"].max(-1) == 1  # a sprite's brightest channel
+    colours = np.array([*sprite_scenes.COLOURS.values()])[factors["colour"]]
+    for video, mask, colour in zip(samples["video"], found, colours):
+        assert (video[mask] == colour).all()
+
+
+@pytest.mark.parametrize("scale", ["small", "large"])
+def test_a_sample_depends_on_its_key_alone(scale):
+    whole = sampled(scale)
+    part = moving_sprites.moving_sprites(KEYS[100:103], scale=scale)
+    for name, array in part.items():
+        np.testing.assert_array_equal(array, whole[name][100:103])
+
+
+def test_the_bank_holds_every_video_once():
+    videos = bank("small")
+    assert videos.shape == (48, 120, 6, 12, 12, 3) and videos.dtype == np.float32
+    assert len({video.tobytes() for video in videos.reshape(5760, -1)}) == 5760
+    samples = sampled("small", levels=5)
+    levels = np.unique(np.median(samples["video"], axis=(1, 2, 3)))
+    np.testing.assert_allclose(levels, [-0.3, -0.15, 0, 0.15, 0.3], atol=1e-7)
+    for video, prompt in zip(samples["video"][:64], samples["prompt"]):
+        same = (videos[prompt] == video).all((1, 2, 3, 4))
+        assert same.sum() == 1
+
+
+def test_a_tiny_bank():
+    assert bank("tiny", levels=2).shape == (8, 18 * 2, 4, 8, 8, 3)
+
+
+@pytest.mark.parametrize("scale, count", [("tiny", 8), ("small", 48), ("large", 5760)])
+def test_prompts_factors_and_words_are_one_to_one(scale, count):
+    assert SCALES[scale].num_prompts == count
+    prompts = np.arange(count, dtype=np.int32)
+    factors = prompt_factors(prompts, scale)
+    np.testing.assert_array_equal(prompt_index(factors, scale), prompts)
+    assert len({*zip(*(array.tolist() for array in factors.values()))}) == count
+    assert (factors["second_colour"] != factors["colour"]).all()
+    for prompt in range(0, count, 7):
+        words = prompt_words(prompt, scale)
+        assert len(words) == SCALES[scale].length
+        assert parse_prompt(words, scale) == prompt
+
+
+def test_words_say_what_the_factors_say():
+    prompt = prompt_index(
+        {
+            "colour": np.array([0]),
+            "shape": np.array([2]),
+            "motion": np.array([3]),
+            "gait": np.array([2]),
+            "ground": np.array([1]),
+            "second_colour": np.array([3]),
+            "second_shape": np.array([0]),
+        },
+        "large",
+    )
+    assert prompt_words(int(prompt[0]), "large") == (
+        "red", "ring", "down", "fast bouncing", "dark", "left of", "yellow", "square",
+    )  # fmt: skip
+    assert prompt_words(48, "small") == ("", "", "")
+    assert prompt_words(0, "large")[5:] == ("alone", "-", "-")
+
+
+def test_factors_are_jittable():
+    prompts = jnp.arange(0, 5760, 111)
+    traced = jax.jit(lambda p: prompt_factors(p, "large"))(prompts)
+    expected = prompt_factors(np.asarray(prompts), "large")
+    for name in expected:
+        np.testing.assert_array_equal(traced[name], expected[name])
+    again = jax.jit(lambda f: prompt_index(f, "large"))(traced)
+    np.testing.assert_array_equal(again, prompts)
+
+
+def test_text_embeddings():
+    text = np.asarray(text_embedding(jnp.arange(49), "small"))
+    assert text.shape == (49, 3, 32) and text.dtype == np.float32
+    null, text = text[48], text[:48]
+    # 4 + 3 + 4 words, told apart, of unit variance.
+    words = np.unique(text.reshape(-1, 32), axis=0)
+    assert len(words) == 11
+    assert 0.8 < words.std() < 1.2 and abs(words.mean()) < 0.2
+    assert (null[0] == null[1]).all() and (null[0] == null[2]).all()
+    assert (np.abs(words - null[0]).max(1) > 0.5).all()
+    factors = prompt_factors(np.arange(48), "small")
+    same = factors["colour"][:, None] == factors["colour"][None]
+    np.testing.assert_array_equal((text[:, None, 0] == text[None, :, 0]).all(-1), same)
+    jitted = jax.jit(lambda p: text_embedding(p, "small"))(jnp.array([3, 48]))
+    np.testing.assert_array_equal(jitted, np.stack([text[3], null]))
+
+
+def test_scales_share_words_and_places_tell_them_apart():
+    small = text_embedding(jnp.array([0]), "small")
+    large = text_embedding(jnp.array([5759]), "large")[0]
+    again = text_embedding(jnp.array([0]), "large")[0]
+    np.testing.assert_array_equal(again[:3], small[0])
+    words = prompt_words(5759, "large")
+    assert words[1] == words[7] == "ring"
+    assert np.abs(large[1] - large[7]).max() > 0.5
+
+
+def test_the_source():
+    data = load("moving_sprites", train_count=20, test_count=5, seed=3, scale="tiny")
+    assert data.train["video"].shape == (20, 4, 8, 8, 3)
+    assert data.test["prompt"].shape == (5,) and data.num_classes == 8
+    np.testing.assert_array_equal(data.train["label"], data.train["prompt"])
+    assert data.meta["scale"] == "tiny"
+    more = load("moving_sprites", train_count=30, test_count=5, seed=3, scale="tiny")
+    np.testing.assert_array_equal(more.train["video"][:20], data.train["video"])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: sampled("smal"), ValueError, "scale='smal' is not one of"),
+        (lambda: sampled("small", levels=1), ValueError, "levels=1 must be at least 2"),
+        (
+            lambda: moving_sprites.moving_sprites(
+                KEYS[:2], prompts=np.array([0, 48], np.int32)
+            ),
+            ValueError,
+            r"prompts\[1\] = 48 is outside \[0, 47\].*null prompt",
+        ),
+        (
+            lambda: moving_sprites.moving_sprites(KEYS[:2], prompts=np.zeros(2)),
+            TypeError,
+            "float64; give int32",
+        ),
+        (
+            lambda: moving_sprites.moving_sprites(np.zeros((2, 2), np.uint32)),
+            TypeError,
+            "typed key",
+        ),
+        (lambda: bank("large"), ValueError, "5760 prompts .*'small'"),
+        (lambda: parse_prompt(("red", "disc", "up"), "small"), ValueError, "no prompt"),
+        (lambda: text_embedding(np.array([49])), ValueError, r"outside \[0, 48\]"),
+        (
+            lambda: prompt_index({"colour": np.array([0])}, "small"),
+            ValueError,
+            "give colour, shape and motion",
+        ),
+        (
+            lambda: prompt_index(
+                dict.fromkeys(("colour", "shape", "motion"), np.array([4])), "small"
+            ),
+            ValueError,
+            r"colour has the value 4, outside \[0, 3\]",
+        ),
+        (
+            lambda: prompt_index(
+                dict.fromkeys(
+                    ("colour", "shape", "motion", "second_colour", "second_shape"),
+                    np.array([1]),
+                ),
+                "large",
+            ),
+            ValueError,
+            "both sprites have one colour",
+        ),
+    ],
+)
+def test_bad_input(call, error, message, as_shipped):
+    with pytest.raises(error, match=message):
+        call()
