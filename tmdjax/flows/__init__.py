@@ -9,6 +9,7 @@ from tmdjax.flows.distribution_matching import (
     distribution_matching_loss,
     generator_loss,
 )
+from tmdjax.flows.empirical import empirical_flow
 from tmdjax.flows.flow_map_training import (
     FlowMapConfig,
     draw_roles,
@@ -153,6 +154,7 @@ __all__ = [
     "draw_roles",
     "drop_condition",
     "edm_grid",
+    "empirical_flow",
     "endpoints",
     "find_partial",
     "fine_knots",

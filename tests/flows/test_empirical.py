@@ -1,0 +1,180 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from tmdjax import flows
+from tmdjax.core.prng import normal, sample_keys
+from tmdjax.data import moving_sprites
+from tmdjax.flows.empirical import empirical_flow
+from tmdjax.rewards.moving_sprites import check
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+RNG = np.random.default_rng(0)
+BANK = RNG.uniform(-1, 1, (3, 5, 2, 4)).astype(np.float32) + np.float32(0.5)
+X = RNG.standard_normal((7, 2, 4)).astype(np.float32)
+T = np.array([1.0, 0.7, 0.4, 0.2, 0.1, 0.9, 0.3], np.float32)
+COND = np.array([0, 1, 2, 3, 0, 3, 1], np.int32)
+
+
+def brute_force(x, t, samples):
+    """The velocity of one point in float64, sample by sample."""
+    x, samples = np.float64(x).ravel(), np.float64(samples).reshape(-1, 8)
+    distances = [np.sum((x - (1 - t) * one) ** 2) for one in samples]
+    weights = softmax(-np.array(distances) / (2 * t**2))
+    return ((x - weights @ samples) / t).reshape(2, 4)
+
+
+def expected(x, t, cond):
+    groups = [*BANK, BANK]
+    return np.stack(
+        [brute_force(a, float(b), groups[c]) for a, b, c in zip(x, t, cond)]
+    )
+
+
+def test_velocity_is_that_of_brute_force():
+    velocity = empirical_flow(BANK)
+    result = jax.jit(velocity)(X, T, COND)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected(X, T, COND), rtol=1e-4, atol=1e-5)
+    everything = velocity(jnp.asarray(X), jnp.asarray(T))
+    null = np.full(7, 3, np.int32)
+    np.testing.assert_allclose(everything, expected(X, T, null), rtol=1e-4, atol=1e-5)
+
+
+def test_float64_follows_the_state(x64):
+    velocity = empirical_flow(BANK)
+    result = velocity(jnp.float64(X), jnp.asarray(T), jnp.asarray(COND))
+    assert result.dtype == jnp.float64
+    np.testing.assert_allclose(result, expected(X, T, COND), rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_the_limit_of_a_gaussian_mixture(x64):
+    vectors = jnp.float64(X).reshape(7, 8)
+    times = jnp.float64(T)
+    points = np.float64(BANK[1]).reshape(5, 8)
+    mixture = flows.gaussian_mixture(np.full(5, 0.2), points, np.full(5, 1e-5))
+    velocity = empirical_flow(jnp.asarray(points)[None])
+    np.testing.assert_allclose(
+        velocity(vectors, times), mixture.velocity(vectors, times), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_at_time_one_it_is_noise_minus_the_mean():
+    velocity = empirical_flow(BANK)
+    result = velocity(jnp.asarray(X), jnp.ones(7), jnp.asarray(COND))
+    means = np.concatenate([BANK.mean(1), BANK.mean((0, 1))[None]])
+    np.testing.assert_allclose(result, X - means[COND], atol=2e-6)
+
+
+def test_near_time_zero_it_is_finite_and_points_away_from_the_sample():
+    velocity = jax.jit(empirical_flow(BANK))
+    samples, noise = BANK[COND % 3, 2], X
+    for t in (1e-2, 1e-3):
+        x = (1 - t) * samples + t * noise
+        v = velocity(x, np.full(7, t, np.float32), COND)
+        # The posterior is the sample that x came from; rounding of x counts 1 / t.
+        np.testing.assert_allclose(v, noise - samples, atol=1e-6 / t)
+    for t in (0.0, 1e-8, 1e-5):
+        times = np.full(7, t, np.float32)
+        assert np.isfinite(velocity(X, times, COND)).all()
+        assert np.abs(velocity(samples, times, COND)).max() < 0.01
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    velocity = empirical_flow(BANK)
+    whole = velocity(jnp.asarray(X), jnp.asarray(T), jnp.asarray(COND))
+    for i in range(7):
+        one = velocity(*(jnp.asarray(a[i : i + 1]) for a in (X, T, COND)))
+        np.testing.assert_allclose(one[0], whole[i], rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_is_that_of_finite_differences(x64):
+    velocity = empirical_flow(jnp.float64(BANK))
+    rng = np.random.default_rng(1)
+    x, t, cond = jnp.float64(X), jnp.float64(T), jnp.asarray(COND)
+    dx, dt = jnp.asarray(rng.normal(size=X.shape)), jnp.asarray(rng.normal(size=7))
+    _, tangent = jax.jvp(lambda a, b: velocity(a, b, cond), (x, t), (dx, dt))
+    h = 1e-6
+    later = velocity(x + h * dx, t + h * dt, cond)
+    earlier = velocity(x - h * dx, t - h * dt, cond)
+    np.testing.assert_allclose(tangent, (later - earlier) / (2 * h), rtol=1e-5)
+    pulled = jax.grad(lambda a: jnp.sum(velocity(a, t, cond) * dx))(x)
+    _, pushed = jax.jvp(lambda a: velocity(a, t, cond), (x,), (dx,))
+    np.testing.assert_allclose(jnp.sum(pulled * dx), jnp.sum(pushed * dx), rtol=1e-8)
+
+
+def test_the_bank_is_an_argument_of_the_compiled_program(count_compiles):
+    @jax.jit
+    def run(velocity, x, t, cond):
+        return velocity(x, t, cond)
+
+    guided = flows.classifier_free_guidance(empirical_flow(BANK), 2.0, np.int32(3))
+    first = flows.as_pytree(guided)
+    assert sum(leaf.size for leaf in jax.tree.leaves(first)) >= BANK.size
+    run(first, X, T, COND).block_until_ready()
+    other = flows.classifier_free_guidance(empirical_flow(BANK[::-1]), 2.0, np.int32(3))
+    other = flows.as_pytree(other)
+    with count_compiles() as compiled:
+        v = run(other, X, T, COND)
+    assert not compiled
+    conditional = expected(X, T, np.where(COND < 3, 2 - COND, 3))
+    null = expected(X, T, np.full(7, 3))
+    np.testing.assert_allclose(v, 2 * conditional - null, rtol=1e-3, atol=1e-4)
+
+
+def adherence(steps, count):
+    bank = moving_sprites.bank()
+    keys = sample_keys(jax.random.key(5), count)
+    noise = normal(keys, bank.shape[2:])
+    prompts = jnp.arange(count, dtype=jnp.int32) * 5 % 48
+    grid = flows.shifted_grid(steps, 3.0)
+    videos = flows.endpoints(empirical_flow(bank), noise, grid, prompts)
+    return check(np.asarray(videos), np.asarray(prompts))["all"].mean()
+
+
+def test_four_steps_follow_every_prompt_and_one_none():
+    """Section 5 of the sheet, two rows of its table."""
+    assert adherence(4, 48) == 1
+    assert adherence(1, 48) == 0
+
+
+@pytest.mark.slow
+def test_adherence_by_number_of_steps():
+    """Section 5 of the sheet: 100 % at 50, 16, 8 and 4 Euler steps, 85 % at 2."""
+    rates = {steps: adherence(steps, 240) for steps in (50, 16, 8, 4, 2, 1)}
+    # Three standard errors of two proportions.
+    assert abs(rates.pop(2) - 0.85) < 0.1
+    assert rates == {50: 1, 16: 1, 8: 1, 4: 1, 1: 0}
+
+
+@pytest.mark.parametrize(
+    "bank, message",
+    [
+        (np.zeros((3, 4)), r"shape \(3, 4\); give \[group, n, \*event\]"),
+        (np.zeros((3, 0, 4)), "at least one sample"),
+        (np.full((1, 1, 1), np.nan), "bank has 1 non-finite"),
+    ],
+)
+def test_bad_banks(bank, message, as_shipped):
+    with pytest.raises(ValueError, match=message):
+        empirical_flow(bank)
+
+
+@pytest.mark.parametrize(
+    "x, cond, message",
+    [
+        (np.zeros((2, 4, 2)), None, r"shape \(2, 4, 2\); .* \[batch, 2, 4\]"),
+        (np.zeros((2, 2, 4)), np.array([0, 4]), "groups are 0 to 2, and 3 stands"),
+        (np.zeros((2, 2, 4)), np.zeros(3, int), "leading axis must be the batch, 2"),
+        (np.zeros((2, 2, 4)), np.zeros(2), "give one int32 a sample"),
+    ],
+)
+def test_bad_calls(x, cond, message, as_shipped):
+    velocity = functools.partial(empirical_flow(BANK), t=jnp.ones(2))
+    with pytest.raises(ValueError, match=message):
+        velocity(jnp.asarray(x, jnp.float32), cond=cond)
