@@ -1,0 +1,223 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from scipy import signal, stats
+
+from tmdjax.core.prng import sample_keys
+from tmdjax.data import moving_sprites
+from tmdjax.metrics import (
+    bootstrap_interval,
+    conv3d_layers,
+    frechet_distance,
+    frechet_label,
+    position_entropy,
+    random_conv3d,
+    sliced_wasserstein,
+    video_features,
+)
+from tmdjax.rewards.moving_sprites import recognise
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@functools.cache
+def sprites(seed, count=512):
+    draw = jax.jit(moving_sprites.moving_sprites)
+    return jax.device_get(draw(sample_keys(jax.random.key(seed), count)))
+
+
+def scipy_layer(videos, layer, stride):
+    """Convolution of one video by scipy, then stride, bias and rectifier."""
+    kernel, bias = np.float64(layer["kernel"]), np.float64(layer["bias"])
+    outputs = []
+    for out in range(kernel.shape[-1]):
+        total = 0.0
+        for channel in range(kernel.shape[3]):
+            full = signal.correlate(
+                np.float64(videos[..., channel]), kernel[..., channel, out], "same"
+            )
+            total = total + full
+        outputs.append(total + bias[out])
+    # With an even length and stride 2, 'SAME' pads at the end alone: middles start
+    # at place 1, else at 0.
+    sizes = zip(videos.shape, stride)
+    steps = (slice(int(s == 2 and n % 2 == 0), None, s) for n, s in sizes)
+    x = np.stack(outputs, -1)[tuple(steps)]
+    return np.where(x > 0, x, 0.2 * x)
+
+
+def test_layers_are_scipys_convolutions():
+    params = random_conv3d(3)
+    video = np.random.default_rng(0).uniform(-1, 1, (1, 6, 8, 7, 3)).astype(np.float32)
+    outputs = conv3d_layers(params, jax.numpy.asarray(video))
+    assert [x.shape for x in outputs] == [
+        (1, 6, 4, 4, 16), (1, 3, 2, 2, 32), (1, 2, 1, 1, 64),
+    ]  # fmt: skip
+    x = video[0]
+    for i, stride in enumerate([(1, 2, 2), (2, 2, 2), (2, 2, 2)]):
+        x = scipy_layer(x, params[f"layer_{i}"], stride)
+        np.testing.assert_allclose(outputs[i][0], x, atol=1e-5)
+    means = [x.mean((1, 2, 3)) for x in outputs]
+    np.testing.assert_allclose(
+        video_features(video, params), np.concatenate(means, 1), atol=1e-6
+    )
+
+
+def test_features_do_not_depend_on_the_batch():
+    videos = sprites(0, 20)["video"]
+    whole = video_features(videos)
+    assert whole.shape == (20, 112) and whole.dtype == np.float32
+    np.testing.assert_allclose(video_features(videos, batch_size=8), whole, atol=1e-6)
+    other = video_features(videos, random_conv3d(1))
+    assert np.abs(other - whole).max() > 0.1
+    assert frechet_label("conv3d", random_conv3d(0)) == frechet_label(
+        "conv3d", random_conv3d(0)
+    )
+
+
+def test_distances_rise_with_the_damage_from_the_floor_of_real_videos():
+    real, again = sprites(0)["video"], sprites(1)["video"]
+    noise = np.random.default_rng(0).standard_normal(real.shape).astype(np.float32)
+    damaged = {
+        "floor": again,
+        "noise 0.1": again + 0.1 * noise,
+        "noise 0.3": again + 0.3 * noise,
+        "still": np.repeat(again[:, :1], 6, axis=1),
+        "one colour": again[:, ..., [0, 0, 0]],
+    }
+    reference = video_features(real)
+    for distance in (frechet_distance, sliced_wasserstein):
+        found = {k: distance(video_features(v), reference) for k, v in damaged.items()}
+        floor = found.pop("floor")
+        assert min(found.values()) > 1.1 * floor, found
+        assert found["noise 0.3"] > 2 * max(found["noise 0.1"], floor), found
+        assert found["one colour"] > 2 * floor, found
+    # What a mean over channels and places sees of motion, the covariances see best.
+    still, floor = (
+        frechet_distance(video_features(damaged[k]), reference)
+        for k in ("still", "floor")
+    )
+    assert still > 2 * floor
+
+
+def test_bad_videos(as_shipped):
+    with pytest.raises(ValueError, match=r"shape \(2, 6, 12, 12\); give \[n, frame"):
+        video_features(np.zeros((2, 6, 12, 12)))
+    with pytest.raises(ValueError, match="videos has 1 non-finite"):
+        video_features(np.full((1, 1, 1, 1, 1), np.nan))
+    with pytest.raises(ValueError, match=r"height, width, 3\]"):
+        conv3d_layers(random_conv3d(), jax.numpy.zeros((1, 2, 4, 4, 1)))
+
+
+def test_entropy_of_known_histograms():
+    four = np.array([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(3, axis=0)
+    one = np.tile([2.5, 7.0], (12, 1))
+    assert position_entropy(four, np.zeros(12, int)) == pytest.approx(np.log(4))
+    assert position_entropy(one, np.zeros(12, int)) == 0
+    both, groups = np.concatenate([four, one]), np.repeat([5, 9], 12)
+    assert position_entropy(both, groups) == pytest.approx(np.log(4) / 2)
+    # Positions that are apart given the group, not over all groups.
+    assert position_entropy(four, np.repeat([0, 1, 2, 3], 3)) == 0
+    skewed = np.array([[0.0]] * 3 + [[1.0]])
+    expected = stats.entropy([0.75, 0.25])
+    assert position_entropy(skewed, np.zeros(4, int)) == pytest.approx(expected)
+    corrected = position_entropy(skewed, np.zeros(4, int), correct_bias=True)
+    assert corrected == pytest.approx(expected + 1 / 8)
+
+
+def test_entropy_bins_and_rows_without_a_position():
+    # Middles of whole and half pixels, with noise below a quarter of a pixel.
+    places = np.array([[0.5], [1.5], [2.5], [0.5], [1.5], [2.5]])
+    noise = np.array([0.2, -0.2, 0.1, -0.2, 0.2, -0.1])[:, None]
+    groups = np.zeros(6, int)
+    for shift in (0.0, 0.5):
+        entropy = position_entropy(places + shift + noise, groups)
+        assert entropy == pytest.approx(np.log(3))
+    assert position_entropy(places, groups, cell=10) == 0
+    lost = np.where(np.arange(6)[:, None] < 3, places, np.nan)
+    assert position_entropy(lost, groups) == pytest.approx(np.log(3))
+    # A group in which nothing was found has no variety.
+    assert position_entropy(lost, groups + (np.arange(6) >= 3)) == pytest.approx(
+        np.log(3) / 2
+    )
+
+
+def test_entropy_of_starts_sees_mode_collapse():
+    prompts = np.zeros(512, np.int32)
+    keys = sample_keys(jax.random.key(2), 512)
+    draw = jax.jit(functools.partial(moving_sprites.moving_sprites, scale="small"))
+    videos = jax.device_get(draw(keys, prompts=prompts)["video"])
+    starts = recognise(videos)["start"]
+    # 24 places, equally likely.
+    assert position_entropy(starts, prompts, correct_bias=True) == pytest.approx(
+        np.log(24), abs=0.02
+    )
+    assert position_entropy(np.repeat(starts[:1], 512, 0), prompts) == 0
+
+
+def test_bad_positions(as_shipped):
+    with pytest.raises(ValueError, match=r"positions have shape \(3,\)"):
+        position_entropy(np.zeros(3), np.zeros(3, int))
+    with pytest.raises(ValueError, match="leading axis must be the batch, 2"):
+        position_entropy(np.zeros((3, 2)), np.zeros(2, int))
+    with pytest.raises(ValueError, match=r"cell=0 is outside \(0, inf"):
+        position_entropy(np.zeros((3, 2)), np.zeros(3, int), cell=0)
+
+
+def test_bootstrap_of_a_mean_is_the_normal_interval():
+    x = np.random.default_rng(3).standard_normal(400)
+    value, low, high = bootstrap_interval(np.mean, x, resamples=4000)
+    half = 1.96 * x.std() / 20
+    assert value == x.mean()
+    np.testing.assert_allclose((low, high), (value - half, value + half), atol=0.006)
+
+
+def test_bootstrap_of_a_mean_is_scipys():
+    x = np.random.default_rng(4).exponential(size=300)
+    ours = bootstrap_interval(np.mean, x, level=0.9, resamples=4000)
+    theirs = stats.bootstrap(
+        (x,), np.mean, confidence_level=0.9, method="percentile", n_resamples=4000,
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    np.testing.assert_allclose(ours[1:], theirs, atol=0.006)
+
+
+def test_bootstrap_of_a_distance_holds_its_value_and_its_spread():
+    """Means of two sets: the distance of far sets has the spread of a difference."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(0, 1, (300, 1)), rng.normal(3, 2, (500, 1))
+
+    def distance(a, b):
+        return abs(a.mean() - b.mean())
+
+    value, low, high = bootstrap_interval(distance, x, y, resamples=2000)
+    assert low < value < high
+    expected = 2 * 1.96 * np.sqrt(x.var() / 300 + y.var() / 500)
+    assert high - low == pytest.approx(expected, rel=0.06)
+    # Sets of one law: redrawn distances are larger, and the value stays inside.
+    same = rng.normal(size=(2, 200, 3))
+    value, low, high = bootstrap_interval(sliced_wasserstein, *same, resamples=50)
+    assert low < value < high
+
+
+def test_bootstrap_is_a_function_of_its_seed():
+    x = np.arange(10.0)
+    first = bootstrap_interval(np.mean, x, resamples=20, seed=1)
+    assert first == bootstrap_interval(np.mean, x, resamples=20, seed=1)
+    assert first != bootstrap_interval(np.mean, x, resamples=20, seed=2)
+    assert bootstrap_interval(np.mean, np.ones(9)) == (1.0, 1.0, 1.0)
+
+
+def test_bad_bootstraps(as_shipped):
+    with pytest.raises(ValueError, match=r"shapes \[\]; give one set"):
+        bootstrap_interval(np.mean)
+    with pytest.raises(ValueError, match=r"shapes \[\(0,\)\]"):
+        bootstrap_interval(np.mean, [])
+    with pytest.raises(ValueError, match="resamples=1 must be at least 2"):
+        bootstrap_interval(np.mean, [1.0], resamples=1)
+    with pytest.raises(ValueError, match=r"level=1 is outside"):
+        bootstrap_interval(np.mean, [1.0], level=1)
+    with pytest.raises(ValueError, match="the statistic.*non-finite"):
+        bootstrap_interval(np.mean, [np.nan, 1.0])
