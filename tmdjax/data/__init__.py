@@ -11,6 +11,7 @@ from tmdjax.data.pipeline import (
 )
 from tmdjax.data.procedural import MIXTURE
 from tmdjax.data.sources import SOURCES, Source, load
+from tmdjax.data.video_files import video_batches
 
 __all__ = [
     "MIXTURE",
@@ -26,5 +27,6 @@ __all__ = [
     "load",
     "moving_sprites",
     "procedural",
+    "video_batches",
     "write_array_record",
 ]

@@ -17,8 +17,8 @@ class Dataset:
         name: as in the registry of sources.
         train: arrays by name, all [n, ...]: 'image' float32 in [-1, 1]
             [n, height, width, channel], 'video' [n, frame, height, width, channel]
-            of the same range, or 'point' float32 [n, dim]; 'label' int32 [n] in
-            [0, num_classes).
+            of the same range (or uint8: ``video_files``), or 'point' float32
+            [n, dim]; 'label' int32 [n] in [0, num_classes).
         test: the same names for the held-out samples.
         num_classes: how many labels there are.
         meta: what else a report should say (class names, options).

@@ -34,6 +34,7 @@ from tmdjax.data import (
     procedural,
     rendered_text,
     tfds_images,
+    video_files,
 )
 from tmdjax.data.dataset import Dataset
 
@@ -380,6 +381,11 @@ for _source in (
         "rendered_text",
         "one word of 3 to 6 capital letters on a plain ground",
         rendered_text.load_rendered_text,
+    ),
+    _built_in(
+        "video_files",
+        "videos of your own: uint8 tensors in a folder, with texts or labels",
+        video_files.load_video_files,
     ),
 ):
     SOURCES.register(_source.name)(_source)

@@ -1,0 +1,193 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax.data import array_record, load, video_batches, write_array_record
+from tmdjax.data.video_files import decode_video, open_videos, to_float, to_uint8
+
+VIDEO = np.random.default_rng(0).integers(0, 256, (9, 4, 6, 8, 3), np.uint8)
+TEXT = np.random.default_rng(1).standard_normal((9, 3, 5)).astype(np.float16)
+LABEL = np.arange(9) % 3
+PROMPTS = [["b cat", "a dog", "c cow"][i % 3] for i in range(9)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    np.save(tmp_path / "video.npy", VIDEO)
+    np.save(tmp_path / "text.npy", TEXT)
+    np.save(tmp_path / "label.npy", LABEL)
+    return tmp_path
+
+
+@pytest.fixture
+def records(tmp_path):
+    for name, rows in (("b", range(5, 9)), ("a", range(5))):
+        examples = ({"video": VIDEO[i], "label": LABEL[i]} for i in rows)
+        write_array_record(tmp_path / f"{name}.array_record", examples)
+    return tmp_path
+
+
+def test_bytes_and_floats():
+    every = np.arange(256, dtype=np.uint8)
+    floats = to_float(every)
+    assert floats.dtype == np.float32 and floats[0] == -1 and floats[-1] == 1
+    np.testing.assert_allclose(np.diff(floats), 2 / 255, rtol=1e-4)
+    np.testing.assert_array_equal(to_uint8(floats), every)
+    np.testing.assert_array_equal(to_uint8([-3.0, 3.0, 0.0]), [0, 255, 128])
+    np.testing.assert_allclose(to_float(jnp.asarray(every)), floats, atol=1e-7)
+
+
+def test_a_folder_by_name(folder):
+    data = load("video_files", folder=folder, frames=4, size=(6, 8), test_count=2)
+    np.testing.assert_array_equal(data.train["video"], VIDEO[:7])
+    np.testing.assert_array_equal(data.test["video"], VIDEO[7:])
+    assert data.train["video"].dtype == np.uint8
+    np.testing.assert_array_equal(data.test["text"], TEXT[7:].astype(np.float32))
+    assert data.train["label"].dtype == np.int32 and data.num_classes == 3
+    assert data.meta == {"folder": str(folder)}
+
+
+def test_the_videos_stay_on_disk(folder):
+    arrays, _ = open_videos(folder)
+    assert isinstance(arrays["video"], np.memmap)
+    data = load("video_files", folder=folder, train_count=3)
+    assert isinstance(data.train["video"], np.memmap)
+    assert len(data.train["video"]) == 3
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_batches_are_floats_of_their_rows(folder, threads):
+    data = load("video_files", folder=folder, test_count=1)
+    batches = video_batches(data.train, 4, seed=2, threads=threads)
+    seen = []
+    for _ in range(2):
+        batch = next(batches)
+        rows = [
+            int(np.flatnonzero((VIDEO == to_uint8(video)).all((1, 2, 3, 4)))[0])
+            for video in batch["video"]
+        ]
+        seen += rows
+        assert batch["video"].dtype == np.float32
+        np.testing.assert_allclose(batch["video"], VIDEO[rows] / 127.5 - 1, atol=1e-6)
+        np.testing.assert_array_equal(batch["label"], LABEL[rows])
+        np.testing.assert_array_equal(batch["text"], TEXT[rows].astype(np.float32))
+    assert sorted(seen) == [*range(8)]
+    batches.close()
+
+
+def test_batches_resume_and_refuse_other_videos(folder):
+    arrays, _ = open_videos(folder)
+    first = video_batches(arrays, 2, threads=0)
+    next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    again = video_batches(arrays, 2, threads=0)
+    again.set_state(state)
+    np.testing.assert_array_equal(next(again)["video"], next(first)["video"])
+    changed = dict(arrays, video=np.array(arrays["video"]))
+    changed["video"][-1, 0, 0, 0, 0] ^= 1
+    with pytest.raises(ValueError, match="another pipeline: data was"):
+        video_batches(changed, 2).set_state(state)
+
+
+def test_prompts_become_labels(folder):
+    (folder / "label.npy").unlink()
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    data = load("video_files", folder=folder, test_count=2)
+    assert data.meta["class_names"] == ("a dog", "b cat", "c cow")
+    names = [data.meta["class_names"][i] for i in data.train["label"]]
+    assert names == PROMPTS[:7] == [*data.meta["train_prompts"]]
+    assert data.meta["test_prompts"] == tuple(PROMPTS[7:])
+
+
+def test_prompts_beside_labels(folder):
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    data = load("video_files", folder=folder)
+    assert data.meta["class_names"] == ("b cat", "a dog", "c cow")
+    (folder / "prompts.json").write_text(json.dumps([str(i) for i in range(9)]))
+    assert "class_names" not in load("video_files", folder=folder).meta
+
+
+def test_videos_alone_have_one_class(folder):
+    (folder / "label.npy").unlink()
+    (folder / "text.npy").unlink()
+    data = load("video_files", folder=folder)
+    assert set(data.train) == {"video", "label"} and data.num_classes == 1
+
+
+def test_array_record_files(records):
+    data = load("video_files", folder=records, size=None, frames=4)
+    np.testing.assert_array_equal(data.train["video"], VIDEO[:8])
+    np.testing.assert_array_equal(data.train["label"], LABEL[:8])
+    paths = sorted(records.glob("*.array_record"))
+    lazy = array_record(paths, 9, shuffle=False, decode=decode_video, threads=0)
+    np.testing.assert_allclose(next(lazy)["video"], VIDEO / 127.5 - 1, atol=1e-6)
+
+
+def write(folder, **arrays):
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+@pytest.mark.parametrize(
+    "arrays, options, message",
+    [
+        ({}, {"frames": 5}, "are 4 x 6 x 8 .* but 5 x any x any is asked for"),
+        ({}, {"size": 6}, "any x 6 x 6 is asked for"),
+        ({}, {"test_count": 9}, r"test_count=9 is outside \[1, 8\]"),
+        ({}, {"train_count": 9}, r"train_count=9 is outside \[1, 8\]"),
+        ({"video": VIDEO[0]}, {}, r"shape \(4, 6, 8, 3\); they need \[n, frame"),
+        ({"video": VIDEO[..., :2]}, {}, "1 or 3 channels"),
+        ({"video": VIDEO / 255}, {}, "dtype float64; they need uint8"),
+        ({"label": LABEL[:3]}, {}, "label of .* leading axis must be the batch, 9"),
+        ({"label": LABEL / 2}, {}, "dtype float64; they need integers"),
+        ({"label": LABEL - 1}, {}, "least label of .*=-1 is outside"),
+        ({"text": TEXT[:, 0]}, {}, r"shape \(9, 5\) .* floats \[n, word, width\]"),
+        ({"text": TEXT[:3]}, {}, "text of .* leading axis must be the batch, 9"),
+        ({"text": np.full((9, 1, 1), np.nan)}, {}, "9 non-finite .*Encode the prompts"),
+        ({"video": np.array([{}])}, {}, "damaged or no array of numbers"),
+    ],
+)
+def test_bad_folders(folder, arrays, options, message):
+    write(folder, **arrays)
+    with pytest.raises(ValueError, match=message):
+        load("video_files", folder=folder, **options)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[", "prompts.json is damaged"),
+        ('{"a": 1}', "a list of texts"),
+        ('["a"]', "1 texts for 9 videos"),
+    ],
+)
+def test_bad_prompts(folder, text, message):
+    (folder / "prompts.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load("video_files", folder=folder)
+
+
+def test_missing_and_damaged_files(folder, tmp_path):
+    with pytest.raises(ValueError, match="needs folder="):
+        load("video_files")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load("video_files", folder=folder / "none")
+    (folder / "video.npy").write_bytes((folder / "video.npy").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"video\.npy is damaged"):
+        load("video_files", folder=folder)
+    (folder / "video.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither video\.npy nor"):
+        load("video_files", folder=folder)
+    (folder / "a.array_record").write_bytes(b"no records")
+    with pytest.raises(ValueError, match=r"a\.array_record of .* damaged"):
+        load("video_files", folder=folder)
+
+
+def test_records_that_are_no_videos(tmp_path):
+    write_array_record(tmp_path / "a.array_record", [{"image": VIDEO[0]}])
+    with pytest.raises(ValueError, match=r"hold \['image'\], no 'video'"):
+        load("video_files", folder=tmp_path)
+    with pytest.raises(ValueError, match="dtype float64; give uint8"):
+        video_batches({"video": VIDEO / 255}, 2)

@@ -1,0 +1,336 @@
+"""Videos of your own, as uint8 tensors in a folder; floats are made a batch at a time.
+
+A folder holds either
+
+- ``video.npy``: uint8 [n, frame, height, width, channel], read through a memory map;
+  beside it, each optional, ``text.npy`` (floats [n, word, width], what the text
+  encoder made of the prompts), ``label.npy`` (integers [n]) and ``prompts.json`` (a
+  list of n texts);
+- or one or more ``*.array_record`` files of ``data.write_array_record``, each example
+  with 'video' [frame, height, width, channel] and, if any, 'text' and 'label'; and
+  ``prompts.json`` as above. They are read whole, as uint8; to read them a batch at a
+  time give their paths to ``data.array_record`` with ``decode=decode_video``.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from tmdjax.core.checks import check_batch, check_count, check_finite, check_range
+from tmdjax.core.trees import content_hash
+from tmdjax.data.dataset import Dataset
+from tmdjax.data.pipeline import Batch, Batches, BatchPlan, decode_example
+
+_RECORDS = "*.array_record"
+_CHUNK = 64
+
+
+def to_float(video: Any) -> Any:
+    """Bytes 0..255 as float32 in [-1, 1]. Jittable; numpy in, numpy out."""
+    return video.astype(np.float32) / np.float32(127.5) - 1
+
+
+def to_uint8(video: Any) -> np.ndarray:
+    """Floats in [-1, 1], clipped, as the nearest bytes: inverse of :func:`to_float`."""
+    levels = (np.clip(np.asarray(video, np.float32), -1, 1) + 1) * 127.5
+    return np.rint(levels).astype(np.uint8)
+
+
+def decode_video(record: bytes) -> Batch:
+    """One record of a video as arrays, the video as float32 in [-1, 1]."""
+    example = decode_example(record)
+    return {**example, "video": to_float(example["video"])}
+
+
+def open_videos(
+    folder: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    size: int | tuple[int, int] | None = None,
+) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Opens a folder of videos; see the module for its layout.
+
+    Args:
+        folder: that holds the files.
+        frames: of a video, checked; None takes any.
+        size: height and width (one number for both), checked; None takes any.
+
+    Returns:
+        Arrays 'video' uint8 [n, frame, height, width, channel] (a memory map where it
+        comes from ``video.npy``), 'text' float32 [n, word, width] if there is one, and
+        'label' int32 [n]: as given, else the number of the prompt among the sorted
+        distinct prompts, else 0. And the prompts, or None.
+
+    Raises:
+        FileNotFoundError: no such folder, or no videos in it.
+        ValueError: a damaged file, other axes, dtypes, lengths, frames or sizes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; check folder=.")
+    records = sorted(folder.glob(_RECORDS))
+    if (folder / "video.npy").is_file():
+        names = [
+            n for n in ("video", "text", "label") if (folder / f"{n}.npy").exists()
+        ]
+        arrays = {name: _open(folder / f"{name}.npy") for name in names}
+    elif records:
+        arrays = _read_records(records)
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds neither video.npy nor {_RECORDS}; write one with np.save "
+            f"or data.write_array_record."
+        )
+    video = arrays["video"]
+    if video.ndim != 5 or video.shape[-1] not in (1, 3) or 0 in video.shape:
+        raise ValueError(
+            f"the videos of {folder} have shape {video.shape}; they need [n, frame, "
+            f"height, width, channel] with 1 or 3 channels."
+        )
+    if video.dtype != np.uint8:
+        raise ValueError(
+            f"the videos of {folder} are of dtype {video.dtype}; they need uint8 "
+            f"(video_files.to_uint8 converts floats in [-1, 1])."
+        )
+    _check_size(folder, video.shape[1:4], frames, size)
+    prompts = _prompts(folder, len(video))
+    return _conditions(folder, arrays, prompts), prompts
+
+
+def _open(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged or no array of numbers ({error}). Write it again with "
+            f"np.save."
+        ) from error
+
+
+def _read_records(paths: list[Path]) -> dict[str, np.ndarray]:
+    try:
+        source: Any = grain.sources.ArrayRecordDataSource([str(p) for p in paths])
+        arrays: dict[str, np.ndarray] = {}
+        for start in range(0, len(source), _CHUNK):
+            rows = range(start, min(start + _CHUNK, len(source)))
+            for row, record in zip(rows, source.__getitems__([*rows])):
+                for name, value in decode_example(record).items():
+                    if not row:
+                        shape = (len(source), *np.shape(value))
+                        arrays[name] = np.empty(shape, np.asarray(value).dtype)
+                    arrays[name][row] = value
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the records {', '.join(p.name for p in paths)} of {paths[0].parent} are "
+            f"damaged or differ in their layout ({error!r}). Write them again with "
+            f"data.write_array_record."
+        ) from error
+    if "video" not in arrays:
+        raise ValueError(
+            f"the records of {paths[0].parent} hold {sorted(arrays)}, no 'video'."
+        )
+    return arrays
+
+
+def _check_size(
+    folder: Path,
+    shape: tuple[int, ...],
+    frames: int | None,
+    size: int | tuple[int, int] | None,
+) -> None:
+    wanted = (
+        frames,
+        *((size, size) if size is None or isinstance(size, int) else size),
+    )
+    if any(w is not None and w != s for w, s in zip(wanted, shape)):
+        text = " x ".join("any" if w is None else str(w) for w in wanted)
+        raise ValueError(
+            f"the videos of {folder} are {' x '.join(map(str, shape))} (frames, "
+            f"height, width), but {text} is asked for; resize the videos, or change "
+            f"frames= and size=."
+        )
+
+
+def _prompts(folder: Path, count: int) -> list[str] | None:
+    path = folder / "prompts.json"
+    if not path.is_file():
+        return None
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"{path} must hold a list of texts, one a video.")
+    if len(prompts) != count:
+        raise ValueError(f"{path} has {len(prompts)} texts for {count} videos.")
+    return prompts
+
+
+def _conditions(
+    folder: Path, arrays: Mapping[str, np.ndarray], prompts: list[str] | None
+) -> dict[str, np.ndarray]:
+    """Video, text and label, checked."""
+    video = arrays["video"]
+    checked = {"video": video}
+    if "text" in arrays:
+        text = arrays["text"]
+        check_batch(f"text of {folder}", text, len(video))
+        if text.ndim != 3 or not np.issubdtype(text.dtype, np.floating):
+            raise ValueError(
+                f"the text of {folder} has shape {text.shape} and dtype {text.dtype}; "
+                f"it needs floats [n, word, width]."
+            )
+        checked["text"] = text.astype(np.float32)
+        check_finite(checked["text"], f"text of {folder}", "Encode the prompts again.")
+    if "label" in arrays:
+        label = np.asarray(arrays["label"])
+        check_batch(f"label of {folder}", label, len(video))
+        if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
+            raise ValueError(
+                f"the labels of {folder} have shape {label.shape} and dtype "
+                f"{label.dtype}; they need integers [n]."
+            )
+        check_range(f"least label of {folder}", int(label.min()), 0, 2**31 - 1)
+    elif prompts is not None:
+        label = np.unique(prompts, return_inverse=True)[1]
+    else:
+        label = np.zeros(len(video), np.int32)
+    checked["label"] = label.astype(np.int32)
+    return checked
+
+
+def video_batches(
+    arrays: Mapping[str, np.ndarray],
+    batch_size: int,
+    seed: int = 0,
+    *,
+    shuffle: bool = True,
+    drop_remainder: bool = True,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    threads: int = 1,
+) -> Batches:
+    """Endless batches of videos; only those of a batch are read and made floats.
+
+    The fingerprint of a state covers the shape of the videos, the first and the last
+    of them, and the other arrays whole.
+
+    Args:
+        arrays: a split of :func:`load_video_files`, or what :func:`open_videos` gave.
+        batch_size: see ``data.BatchPlan``, as for the rest.
+        seed: of the shuffle.
+        shuffle: a new order every epoch.
+        drop_remainder: leave out an epoch's incomplete batch.
+        shard_index: of this process.
+        shard_count: number of processes.
+        threads: that read ahead, two batches each; 0 reads when asked.
+
+    Returns:
+        Iterator over 'video' float32 in [-1, 1] [batch, frame, height, width, channel]
+        and the other arrays' rows.
+
+    Raises:
+        ValueError: arrays of different length, videos that are not uint8, or a bad
+            plan.
+    """
+    video = arrays["video"]
+    if video.dtype != np.uint8:
+        raise ValueError(
+            f"the videos are of dtype {video.dtype}; give uint8, or use data.in_memory "
+            f"for floats."
+        )
+    for name, array in arrays.items():
+        check_batch(f"arrays[{name!r}]", array, len(video))
+    plan = BatchPlan(
+        count=len(video),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        drop_remainder=drop_remainder,
+        shard_index=shard_index,
+        shard_count=shard_count,
+    )
+
+    def gather(indices: np.ndarray) -> Batch:
+        rows = {name: np.asarray(array[indices]) for name, array in arrays.items()}
+        return {**rows, "video": to_float(rows["video"])}
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256(repr(video.shape).encode())
+        digest.update(video[[0, -1]].tobytes())
+        rest = {name: array for name, array in arrays.items() if name != "video"}
+        digest.update(content_hash(rest).encode())
+        return digest.hexdigest()
+
+    return Batches(plan, gather, fingerprint, threads=threads)
+
+
+def load_video_files(
+    files: Mapping[str, Path],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    frames: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    train_count: int | None = None,
+    test_count: int = 1,
+) -> Dataset:
+    """Opens a folder of videos as a data set; see the module for its layout.
+
+    The last videos are held out: write them in random order. The videos stay uint8,
+    and on disk where they are memory-mapped: :func:`video_batches` makes floats of a
+    batch, :func:`to_float` of anything.
+
+    Args:
+        files: none.
+        folder: that holds the files.
+        frames: of a video, checked.
+        size: height and width (one number for both), checked.
+        train_count: the first so many; None for all that are not held out.
+        test_count: the last so many.
+
+    Returns:
+        'video' uint8 [n, frame, height, width, channel], 'label' int32 [n], and 'text'
+        float32 [n, word, width] if the folder has one. ``meta`` has 'folder', and
+        'train_prompts' and 'test_prompts' where there are texts ('class_names' too,
+        where each label has one text).
+
+    Raises:
+        FileNotFoundError: no such folder, or no videos in it.
+        ValueError: no folder given; counts that do not fit; or as
+            :func:`open_videos`.
+    """
+    if folder is None:
+        raise ValueError(
+            "data source 'video_files' needs folder=, the folder with video.npy or "
+            "*.array_record files."
+        )
+    arrays, prompts = open_videos(folder, frames=frames, size=size)
+    count = len(arrays["video"])
+    test_count = check_count("test_count", test_count)
+    check_range("test_count", test_count, 1, count - 1)
+    rest = count - test_count
+    train_count = check_count(
+        "train_count", rest if train_count is None else train_count
+    )
+    check_range("train_count", train_count, 1, rest)
+    meta: dict[str, Any] = {"folder": str(folder)}
+    if prompts is not None:
+        meta["train_prompts"] = tuple(prompts[:train_count])
+        meta["test_prompts"] = tuple(prompts[rest:])
+        # One text a label and one label a text: the texts name the classes.
+        pairs = {*zip(arrays["label"].tolist(), prompts)}
+        if [i for i, _ in sorted(pairs)] == [*range(len({*prompts}))]:
+            meta["class_names"] = tuple(text for _, text in sorted(pairs))
+    return Dataset(
+        name="video_files",
+        train={name: array[:train_count] for name, array in arrays.items()},
+        test={name: array[rest:] for name, array in arrays.items()},
+        num_classes=int(arrays["label"].max()) + 1,
+        meta=meta,
+    )
