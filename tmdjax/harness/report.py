@@ -243,7 +243,7 @@ def write_report(
         command: what to type to get this page again.
         environment: versions, device and so on, by name.
         tables: (caption, rows) each.
-        figures: (caption, PNG or HTML page) each; None (a figure left out) is said
+        figures: (caption, PNG, GIF or HTML page) each; None (a figure left out) is said
             in its place.
         claims: judged claims, as in a summary.
 
@@ -341,9 +341,10 @@ def _html_figure(caption: str, picture: str | os.PathLike[str] | None) -> str:
             f'<figure><iframe title="{caption}" srcdoc="{page}"></iframe>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
+    kind = "gif" if Path(picture).suffix == ".gif" else "png"
     data = base64.b64encode(Path(picture).read_bytes()).decode()
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{caption}" src="data:image/{kind};base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

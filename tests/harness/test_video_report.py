@@ -1,0 +1,164 @@
+import base64
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmdjax.harness.report import write_report
+from tmdjax.harness.video_report import animation, video_strips
+
+RNG = np.random.default_rng(0)
+# Levels that are bytes exactly, so that pictures can be compared.
+BYTES = RNG.integers(0, 256, (3, 4, 2, 5, 3), np.uint8)
+VIDEOS = BYTES / 127.5 - 1
+
+
+def sheet(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def frames_of(path):
+    with Image.open(path) as picture:
+        frames = []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            frames.append(np.asarray(picture.convert("RGB")))
+        return np.stack(frames), picture.info
+
+
+def test_a_row_is_a_video_with_its_frames_side_by_side(tmp_path):
+    path = video_strips(VIDEOS, tmp_path / "a" / "strips.png", scale=2)
+    grid = sheet(path)
+    assert grid.shape == (3 * 4 + 2 * 2, 4 * 10 + 3 * 2, 3)
+    big = BYTES.repeat(2, 2).repeat(2, 3)
+    for row in range(3):
+        for frame in range(4):
+            y, x = row * 6, frame * 12
+            np.testing.assert_array_equal(grid[y : y + 4, x : x + 10], big[row, frame])
+    assert (grid[4:6] == 255).all() and (grid[:, 10:12] == 255).all()
+    fewer = sheet(video_strips(VIDEOS, tmp_path / "few.png", scale=2, every=3))
+    np.testing.assert_array_equal(fewer[:4, 12:22], big[0, 3])
+    assert fewer.shape[1] == 22
+
+
+def test_models_stand_beside_each_other_under_their_names(tmp_path):
+    models = {"teacher": VIDEOS, "a student of two steps": -VIDEOS}
+    bare = sheet(video_strips(VIDEOS, tmp_path / "bare.png", scale=8))
+    labels = ["red square", "up", ""]
+    path = video_strips(models, tmp_path / "both.png", row_labels=labels, scale=8)
+    grid = sheet(path)
+    top = grid.shape[0] - bare.shape[0]
+    dark = (grid < 128).all(-1)
+    # Find the first strip: it is the only place where the bare sheet fits.
+    places = [
+        x
+        for x in range(grid.shape[1] - bare.shape[1] + 1)
+        if (grid[top:, x : x + bare.shape[1]] == bare).all()
+    ]
+    assert len(places) == 1 and top > 0
+    left, right = places[0], places[0] + bare.shape[1]
+    assert dark[:top, left:right].any() and dark[:top, right:].any()
+    step = bare.shape[0] // 3
+    assert dark[top : top + step, :left].any()
+    assert not dark[top + 2 * step + 4 :, :left].any()
+    other = sheet(video_strips(-VIDEOS, tmp_path / "other.png", scale=8))
+    beyond = grid[top:, right + 10 : right + 10 + other.shape[1]]
+    np.testing.assert_array_equal(beyond, other)
+
+
+def test_an_animation_plays_every_frame_in_its_colours(tmp_path):
+    videos = VIDEOS.copy()
+    videos[:2] = np.rint(videos[:2])  # few colours: kept exactly
+    videos[2] = 1
+    path = animation(videos, tmp_path / "a" / "grid.gif", columns=2, scale=3, fps=5)
+    frames, info = frames_of(path)
+    assert frames.shape == (4, 2 * 6 + 2, 2 * 15 + 2, 3)
+    assert info["duration"] == 200 and info["loop"] == 0
+    exact = np.rint((videos + 1) * 127.5).astype(np.uint8).repeat(3, 2).repeat(3, 3)
+    np.testing.assert_array_equal(frames[:, :6, :15], exact[0])
+    np.testing.assert_array_equal(frames[:, :6, 17:], exact[1])
+    assert (frames[:, 8:] == 255).all()  # white video, no fourth one
+
+
+def test_an_animation_of_many_colours_is_close(tmp_path):
+    smooth = np.linspace(-1, 1, 40)
+    videos = np.stack(
+        np.broadcast_arrays(
+            smooth[:, None], smooth[None], np.linspace(-1, 1, 3)[:, None, None]
+        ),
+        -1,
+    )[None]
+    frames, _ = frames_of(animation(videos, tmp_path / "many.gif", scale=1))
+    exact = np.rint((videos[0] + 1) * 127.5)
+    assert frames.shape == exact.shape
+    assert np.abs(frames - exact).mean() < 16
+
+
+def test_animations_show_models_with_labels(tmp_path):
+    flat = np.sign(VIDEOS)
+    models = {"t": flat, "s": -flat}
+    path = animation(models, tmp_path / "m.gif", row_labels=["a", "b", "c"], scale=8)
+    frames, _ = frames_of(path)
+    bare, _ = frames_of(animation(flat, tmp_path / "b.gif", scale=8))
+    assert len(frames) == len(bare) == 4
+    top = frames.shape[1] - bare.shape[1]
+    width = bare.shape[2]
+    lefts = [
+        x
+        for x in range(frames.shape[2] - width + 1)
+        if (frames[:, top:, x : x + width] == bare).all()
+    ]
+    assert len(lefts) == 1
+    student = frames[:, top:, -width:]
+    inside = (slice(None), slice(0, 16))
+    np.testing.assert_array_equal(student[inside], 255 - bare[inside])
+
+
+def test_grey_videos(tmp_path):
+    grey = VIDEOS[..., :1]
+    grid = sheet(video_strips(grey, tmp_path / "grey.png", scale=1))
+    np.testing.assert_array_equal(grid[:2, :5], BYTES[0, 0, ..., [0, 0, 0]].transpose(1, 2, 0))  # fmt: skip
+    assert len(frames_of(animation(grey, tmp_path / "grey.gif"))[0]) == 4
+
+
+def test_a_report_embeds_an_animation_as_one(tmp_path):
+    path = animation(VIDEOS, tmp_path / "a.gif")
+    page = write_report(
+        tmp_path / "report.html",
+        title="t",
+        command="c",
+        environment={},
+        figures=[("moving", path)],
+    ).read_text()
+    data = base64.b64encode(path.read_bytes()).decode()
+    assert f"data:image/gif;base64,{data}" in page
+
+
+@pytest.mark.parametrize(
+    "videos, options, message",
+    [
+        (VIDEOS[0], {}, r"videos has shape \(4, 2, 5, 3\); give \[n, frame"),
+        (VIDEOS[:0], {}, "n >= 1"),
+        (VIDEOS[..., :2], {}, "1 or 3 channels"),
+        ({}, {}, "videos is empty"),
+        ({"a": VIDEOS, "b": VIDEOS[:2]}, {}, r"videos\['b'\] has shape .* same number"),
+        ({"a": VIDEOS * np.nan}, {}, r"videos\['a'\] has 360 non-finite"),
+        (VIDEOS, {"row_labels": ["a"]}, "1 row labels for 3 rows"),
+        (VIDEOS, {"scale": 0}, "scale=0 must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("write", [video_strips, animation])
+def test_bad_input(tmp_path, write, videos, options, message):
+    with pytest.raises(ValueError, match=message):
+        write(videos, tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_options(tmp_path):
+    with pytest.raises(ValueError, match="every=0"):
+        video_strips(VIDEOS, tmp_path / "x.png", every=0)
+    with pytest.raises(ValueError, match="columns=0"):
+        animation(VIDEOS, tmp_path / "x.gif", columns=0)
+    with pytest.raises(ValueError, match=r"fps=0 is outside \(0, 50\]"):
+        animation(VIDEOS, tmp_path / "x.gif", fps=0)

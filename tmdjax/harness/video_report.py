@@ -1,0 +1,213 @@
+"""Videos to look at: contact sheets (PNG) and animations (GIF), models side by side."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tmdjax.core.checks import check_count, check_finite, check_range
+
+_GAP = 2  # pixels between frames and rows
+_MODEL_GAP = 10  # between models
+_WHITE = 255
+_MOST_COLOURS = 256  # of a GIF
+_NO_SHADES = "1"  # text in plain black: colours are scarce in a GIF
+
+
+def video_strips(
+    videos: Mapping[str, Any] | Any,
+    path: str | os.PathLike[str],
+    *,
+    row_labels: Sequence[str] = (),
+    scale: int = 4,
+    every: int = 1,
+) -> Path:
+    """Writes a contact sheet: a row a video, its frames side by side.
+
+    Args:
+        videos: [n, frame, height, width, 1 or 3], values in [-1, 1] (clipped); or such
+            arrays, all of one shape, by the name that is written above: row i shows
+            video i of each, beside each other.
+        path: the PNG to write; folders are made.
+        row_labels: one text a video, such as its prompt, drawn to its left.
+        scale: how many pixels wide a pixel becomes (nearest neighbour).
+        every: shows each so-many-th frame, from the first.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another shape, shapes that differ, no video, NaN or infinity, scale
+            or every below 1, or as many labels as there are not videos.
+    """
+    check_count("every", every)
+    blocks = _pixels(videos, scale)
+    # Frames become columns of the cell.
+    sheets = {name: _beside(block[:, ::every]) for name, block in blocks.items()}
+    canvas = _sheet({name: sheet[None] for name, sheet in sheets.items()}, row_labels)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(canvas[0]).save(path, format="PNG")
+    return path
+
+
+def animation(
+    videos: Mapping[str, Any] | Any,
+    path: str | os.PathLike[str],
+    *,
+    row_labels: Sequence[str] = (),
+    columns: int = 1,
+    scale: int = 4,
+    fps: float = 4.0,
+) -> Path:
+    """Writes videos that play at once, for ever, as a GIF.
+
+    Up to 256 colours are kept exactly; of more, the nearest of a common palette are
+    shown. A frame that equals the one before is stored as a longer one.
+
+    Args:
+        videos: see :func:`video_strips`; models stand beside each other.
+        path: the GIF to write; folders are made.
+        row_labels: one text a row, drawn to its left.
+        columns: videos of one model beside each other.
+        scale: how many pixels wide a pixel becomes (nearest neighbour).
+        fps: frames a second, in (0, 50]; the format has steps of 10 ms.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: as :func:`video_strips`, columns below 1, or fps out of range.
+    """
+    check_count("columns", columns)
+    check_range("fps", fps, 0, 50, open_low=True)
+    blocks = {}
+    for name, block in _pixels(videos, scale).items():
+        blank = np.full_like(block[:1], _WHITE)
+        rows = math.ceil(len(block) / columns)
+        padded = np.concatenate([block, *[blank] * (rows * columns - len(block))])
+        # [row, column, frame, ...] to [frame, row, column, ...]
+        grid = padded.reshape(rows, columns, *block.shape[1:])
+        blocks[name] = np.stack([_beside(grid[:, :, i]) for i in range(block.shape[1])])
+    frames = _in_one_palette(_sheet(blocks, row_labels))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=max(2, round(100 / fps)) * 10,
+        loop=0,
+        optimize=False,
+    )
+    return path
+
+
+def _pixels(videos: Mapping[str, Any] | Any, scale: int) -> dict[str, np.ndarray]:
+    """Enlarged RGB bytes [n, frame, height, width, 3] by model."""
+    check_count("scale", scale)
+    named = dict(videos) if isinstance(videos, Mapping) else {"": videos}
+    if not named:
+        raise ValueError("videos is empty; give at least one array.")
+    blocks: dict[str, np.ndarray] = {}
+    shape = None
+    for name, given in named.items():
+        array = np.asarray(given, np.float32)
+        what = f"videos[{name!r}]" if name else "videos"
+        if array.ndim != 5 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+            raise ValueError(
+                f"{what} has shape {array.shape}; give [n, frame, height, width, "
+                f"channel] with n >= 1 and 1 or 3 channels."
+            )
+        shape = shape or array.shape
+        if array.shape != shape:
+            raise ValueError(
+                f"{what} has shape {array.shape} but the first has {shape}; models "
+                f"beside each other need the same number and size of videos."
+            )
+        check_finite(array, what)
+        levels = np.rint((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8)
+        levels = levels.repeat(scale, axis=2).repeat(scale, axis=3)
+        blocks[name] = np.broadcast_to(levels, (*levels.shape[:-1], 3))
+    return blocks
+
+
+def _beside(images: np.ndarray) -> np.ndarray:
+    """[row, column, height, width, 3] as one picture a row, [row, height, w, 3]."""
+    rows, columns, height, width, _ = images.shape
+    step = width + _GAP
+    strip = np.full((rows, height, columns * step - _GAP, 3), _WHITE, np.uint8)
+    for column in range(columns):
+        strip[:, :, column * step : column * step + width] = images[:, column]
+    return strip
+
+
+def _sheet(blocks: Mapping[str, np.ndarray], row_labels: Sequence[str]) -> np.ndarray:
+    """Blocks [frame, row, height, width, 3] beside each other, with their labels.
+
+    Returns:
+        uint8 [frame, height, width, 3].
+    """
+    frames, rows, height, width, _ = next(iter(blocks.values())).shape
+    if row_labels and len(row_labels) != rows:
+        raise ValueError(
+            f"{len(row_labels)} row labels for {rows} rows; give one each."
+        )
+    font: Any = ImageFont.load_default()
+    top = max(_text_size(font, name)[1] for name in blocks)
+    labels = [_text_size(font, label) for label in row_labels]
+    left = max((width for width, _ in labels), default=0)
+    step = max([height + _GAP, *(tall for _, tall in labels)])
+    places, end = {}, left
+    for name in blocks:
+        places[name] = end
+        end += max(width, _text_size(font, name)[0]) + _MODEL_GAP
+    size = (end - _MODEL_GAP, top + rows * step - _GAP)
+
+    paper = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(paper)
+    draw.fontmode = _NO_SHADES
+    for name, x in places.items():
+        draw.text((x, 0), name, fill="black", font=font)
+    for row, label in enumerate(row_labels):
+        draw.text((0, top + row * step), label, fill="black", font=font)
+    canvas = np.repeat(np.asarray(paper)[None], frames, axis=0)
+    for name, block in blocks.items():
+        x = places[name]
+        for row in range(rows):
+            y = top + row * step
+            canvas[:, y : y + height, x : x + width] = block[:, row]
+    return canvas
+
+
+def _text_size(font: Any, text: str) -> tuple[int, int]:
+    """Width and height that a text takes, with a gap; nothing for no text."""
+    if not text:
+        return 0, 0
+    _, _, right, bottom = font.getbbox(text, mode=_NO_SHADES)
+    return math.ceil(right) + _GAP, math.ceil(bottom) + _GAP
+
+
+def _in_one_palette(frames: np.ndarray) -> list[Image.Image]:
+    """Frames [frame, height, width, 3] as pictures that share one palette."""
+    packed = frames.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    colours, index = np.unique(packed, return_inverse=True)
+    if len(colours) <= _MOST_COLOURS:
+        channels = [(colours >> shift) & 255 for shift in (16, 8, 0)]
+        palette = np.stack(channels, 1).astype(np.uint8).ravel().tolist()
+        index = index.astype(np.uint8)
+    else:
+        tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
+        reduced = tall.quantize(_MOST_COLOURS, dither=Image.Dither.NONE)
+        palette, index = reduced.getpalette() or [], np.asarray(reduced)
+    pictures = []
+    for one in index.reshape(frames.shape[:3]):
+        picture = Image.fromarray(np.ascontiguousarray(one))
+        picture.putpalette(palette)
+        pictures.append(picture)
+    return pictures
