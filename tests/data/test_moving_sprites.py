@@ -18,6 +18,7 @@ from tmdjax.data.moving_sprites import (
     text_embedding,
 )
 from tmdjax.rewards import sprite_scenes
+from tmdjax.rewards.moving_sprites import check
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -258,6 +259,33 @@ def test_the_source():
     assert data.meta["scale"] == "tiny"
     more = load("moving_sprites", train_count=30, test_count=5, seed=3, scale="tiny")
     np.testing.assert_array_equal(more.train["video"][:20], data.train["video"])
+
+
+def test_a_scale_of_ones_own():
+    scale = sprite_scenes.Scale(name="wide", frames=9, size=16, box=5, gaits=2)
+    assert scale.num_prompts == 96 and scale.length == 4
+    samples = moving_sprites.moving_sprites(KEYS[:32], scale=scale)
+    videos, prompts = jax.device_get((samples["video"], samples["prompt"]))
+    assert check(videos, prompts, scale)["all"].all()
+    assert "slow bouncing" in prompt_words(95, scale)
+    single = sprite_scenes.Scale(name="s", frames=4, size=9, box=4, colours=1)
+    assert bank(single, levels=2).shape[:2] == (12, 3 * 6 * 2)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"colours": 5}, r"colours=5 is outside \[1, 4\]"),
+        ({"frames": 9}, "5 wide that move 8 pixels in 9 frames need a size of 13"),
+        ({"pairs": True}, "14 wide that move 5 pixels in 6 frames need a size of 19"),
+        ({"gaits": 2}, "to bounce takes 9 frames and 4 pixels"),
+        ({"level": 0.5}, r"level=0.5 is outside \[0, 0.3\]"),
+    ],
+)
+def test_scales_that_do_not_fit(options, message):
+    given = {"name": "mine", "frames": 6, "size": 12, "box": 5} | options
+    with pytest.raises(ValueError, match=message):
+        sprite_scenes.Scale(**given)
 
 
 @pytest.mark.parametrize(

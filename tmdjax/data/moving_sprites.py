@@ -25,8 +25,10 @@ from tmdjax.data.procedural import make_dataset
 from tmdjax.rewards.sprite_scenes import (
     COLOURS,
     GAITS,
+    GAPS,
     GROUNDS,
     LEAD,
+    LIFT,
     MOTIONS,
     SCALES,
     Scale,
@@ -62,10 +64,6 @@ LEVELS = 5
 TEXT_WIDTH = 32
 """Numbers that stand for a word."""
 
-# How far right of the first sprite the second stands, beyond the box, and how far up
-# or down, in pixels.
-_GAPS = (1, 4)
-_LIFT = 2
 _EMBEDDING_SEED = 2601_09881
 
 
@@ -161,8 +159,8 @@ def _places(
     """Where the box starts, and the second sprite's offset from the first."""
     offset = jnp.zeros(2, jnp.int32)
     if scale.pairs:
-        low = jnp.array([-_LIFT, scale.box + _GAPS[0]])
-        high = jnp.array([_LIFT, scale.box + _GAPS[1]])
+        low = jnp.array([-LIFT, scale.box + GAPS[0]])
+        high = jnp.array([LIFT, scale.box + GAPS[1]])
         drawn = jax.random.randint(jax.random.fold_in(key, 2), (2,), low, high + 1)
         offset = jnp.where(factors["second_colour"] >= 0, drawn, 0).astype(jnp.int32)
     first, last = _starts(factors, offset, scale)

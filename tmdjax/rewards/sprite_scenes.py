@@ -14,7 +14,7 @@ from typing import Any
 import jax.core
 import numpy as np
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_count, check_range
 
 COLOURS = {
     "red": (1.0, -1.0, -1.0),
@@ -49,12 +49,19 @@ LEAD = 4
 _NO_WORD = "-"
 
 
+GAPS = (1, 4)
+"""Fewest and most pixels between the boxes of two sprites."""
+
+LIFT = 2
+"""Most pixels that the second sprite stands higher or lower than the first."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Size of the videos and what varies in them.
+    """Size of the videos and what varies in them; any that fits may be made.
 
     Attributes:
-        name: in ``SCALES``.
+        name: in ``SCALES``, or your own.
         frames: of a video.
         size: height and width in pixels.
         box: side of the square that holds a sprite.
@@ -66,6 +73,10 @@ class Scale:
         pairs: whether a second sprite, of another colour, may stand right of the
             first; they move as one.
         level: the ground's grey level is off its colour by U[-level, level].
+
+    Raises:
+        ValueError: more of something than its table has; or a way that does not fit
+            into the image.
     """
 
     name: str
@@ -79,6 +90,36 @@ class Scale:
     grounds: int = 1
     pairs: bool = False
     level: float = 0.3
+
+    def __post_init__(self) -> None:
+        tables = {
+            "colours": COLOURS,
+            "shapes": SHAPES,
+            "motions": MOTIONS,
+            "gaits": GAITS,
+            "grounds": GROUNDS,
+        }
+        for name, table in tables.items():
+            check_count(name, getattr(self, name))
+            check_range(name, getattr(self, name), 1, len(table))
+        check_count("frames", self.frames, 2)
+        check_count("box", self.box, 3)
+        check_range("level", self.level, 0, 0.3)
+        width = 2 * self.box + GAPS[1] if self.pairs else self.box
+        room, steps = self.size - width, self.frames - 1
+        if room < steps:
+            raise ValueError(
+                f"scale {self.name!r}: sprites {width} wide that move {steps} pixels "
+                f"in {self.frames} frames need a size of {width + steps}, got "
+                f"{self.size}."
+            )
+        fastest = max(speed for speed, _ in [*GAITS.values()][: self.gaits])
+        if self.gaits > 1 and (steps < 2 * LEAD or room < LEAD * fastest):
+            raise ValueError(
+                f"scale {self.name!r}: to bounce takes {2 * LEAD + 1} frames and "
+                f"{LEAD * fastest} pixels beside the sprites, which are {width} wide; "
+                f"got {self.frames} frames and a size of {self.size}."
+            )
 
     @property
     def radices(self) -> dict[str, int]:
