@@ -7,7 +7,8 @@ import pytest
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import moving_sprites as data
 from tmdjax.rewards.moving_sprites import check, recognise
-from tmdjax.rewards.sprite_scenes import SCALES, prompt_factors, prompt_index
+from tmdjax.rewards.sprite_prompts import prompt_factors, prompt_index
+from tmdjax.rewards.sprite_scenes import SCALES
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

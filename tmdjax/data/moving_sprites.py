@@ -1,8 +1,9 @@
 """Videos of coloured sprites that move over a flat ground, with their prompts.
 
 Rendering is pixel exact: every pixel has a sprite's colour or the ground's. What may
-be shown, and what the prompts say, is in :mod:`tmdjax.rewards.sprite_scenes`;
-:mod:`tmdjax.rewards.moving_sprites` checks a video against its prompt.
+be shown is in :mod:`tmdjax.rewards.sprite_scenes`, what prompts say in
+:mod:`tmdjax.rewards.sprite_prompts`; :mod:`tmdjax.rewards.moving_sprites` checks a
+video against its prompt.
 
 At the small scale a video is 6 x 12 x 12 and shows one sprite that moves straight at
 1 pixel a frame: 48 prompts, 24 starts each. With five grey levels the set is finite
@@ -22,6 +23,14 @@ from tmdjax.core.prng import check_key
 from tmdjax.core.types import Array, ArrayLike, Float, Int, Key, SampleKeys
 from tmdjax.data.dataset import Dataset
 from tmdjax.data.procedural import make_dataset
+from tmdjax.rewards.sprite_prompts import (
+    check_prompts,
+    parse_prompt,
+    prompt_factors,
+    prompt_index,
+    prompt_words,
+    word_ids,
+)
 from tmdjax.rewards.sprite_scenes import (
     COLOURS,
     GAITS,
@@ -32,14 +41,8 @@ from tmdjax.rewards.sprite_scenes import (
     MOTIONS,
     SCALES,
     Scale,
-    check_prompts,
     get_scale,
-    parse_prompt,
-    prompt_factors,
-    prompt_index,
-    prompt_words,
     templates,
-    word_ids,
 )
 
 __all__ = [

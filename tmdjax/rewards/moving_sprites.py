@@ -13,6 +13,7 @@ import numpy as np
 
 from tmdjax.core.checks import check_batch
 from tmdjax.core.types import ArrayLike, Bool, Float, Int
+from tmdjax.rewards.sprite_prompts import check_prompts, prompt_factors
 from tmdjax.rewards.sprite_scenes import (
     COLOURS,
     GAITS,
@@ -20,9 +21,7 @@ from tmdjax.rewards.sprite_scenes import (
     LEAD,
     MOTIONS,
     Scale,
-    check_prompts,
     get_scale,
-    prompt_factors,
     templates,
 )
 
