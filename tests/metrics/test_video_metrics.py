@@ -77,7 +77,7 @@ def test_features_do_not_depend_on_the_batch():
     )
 
 
-def test_distances_rise_with_the_damage_from_the_floor_of_real_videos():
+def test_distances_rise_from_the_floor_of_real_videos_with_the_damage(optimised):
     real, again = sprites(0)["video"], sprites(1)["video"]
     noise = np.random.default_rng(0).standard_normal(real.shape).astype(np.float32)
     damaged = {
