@@ -16,6 +16,11 @@ from tmdjax.core.types import Params
 from tmdjax.models.build import init_params
 from tmdjax.models.decoder import Decoder
 from tmdjax.models.decoder_config import DecoderConfig
+from tmdjax.models.hf_checkpoints import (
+    Leaf,
+    params_from_tensors,
+    tensors_from_params,
+)
 
 _TOP = {
     "embedding": "model.embed_tokens.weight",
@@ -81,15 +86,20 @@ def _names(path: str, layers: int) -> list[str]:
     return [name.format(layer=layer) for layer in range(layers)]
 
 
-def _expected(
-    config: DecoderConfig,
-) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
-    """Path, names and the shape of one tensor, of every leaf."""
-    for path, leaf in flatten(param_shapes(config)).items():
-        shape = leaf.shape if path in _TOP else leaf.shape[1:]
-        if path.endswith("/kernel"):
-            shape = shape[::-1]
-        yield path, _names(path, config.num_layers), shape
+def _leaves(config: DecoderConfig) -> Iterator[Leaf]:
+    for path, struct in flatten(param_shapes(config)).items():
+        stacked = path not in _TOP
+        shape = struct.shape[1:] if stacked else struct.shape
+        kernel = path.endswith("/kernel")
+        turn = np.transpose if kernel else np.asarray
+        yield Leaf(
+            path=path,
+            names=_names(path, config.num_layers),
+            shape=shape[::-1] if kernel else shape,
+            stacked=stacked,
+            read=turn,
+            write=turn,
+        )
 
 
 def params_from_hf(
@@ -110,43 +120,13 @@ def params_from_hf(
         ValueError: tensors that are missing, not expected or of another shape, all
             of them by name.
     """
-    expected = list(_expected(config))
-    shapes = {name: shape for _, names, shape in expected for name in names}
-    problems = [
-        f"{name} is missing, expected {list(shape)}"
-        for name, shape in shapes.items()
-        if name not in tensors
-    ]
-    for name, tensor in tensors.items():
-        if name in shapes:
-            if tuple(tensor.shape) != shapes[name]:
-                problems.append(
-                    f"{name} has shape {list(tensor.shape)}, expected "
-                    f"{list(shapes[name])}"
-                )
-        elif not _redundant(config, name, tensors):
-            problems.append(f"{name} {list(tensor.shape)} is not expected")
-    if problems:
-        raise ValueError(
-            f"{len(problems)} tensor(s) do not fit a {config.model_type} decoder of "
-            f"{config.num_layers} layers: {'; '.join(sorted(problems))}. Take the "
-            f"config.json that came with the weights."
-        )
-    params: dict[str, Any] = {}
-    for path, names, shape in expected:
-        stacked = path not in _TOP
-        kind = tensors[names[0]].dtype if dtype is None else dtype
-        turned = shape[::-1] if path.endswith("/kernel") else shape
-        leaf = np.empty((len(names), *turned), kind)
-        for row, name in zip(leaf, names):
-            tensor = np.asarray(tensors[name])
-            row[...] = tensor.T if path.endswith("/kernel") else tensor
-        *parents, last = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf if stacked else leaf[0]
-    return params
+    return params_from_tensors(
+        _leaves(config),
+        tensors,
+        lambda leaf: dtype,
+        f"a {config.model_type} decoder of {config.num_layers} layers",
+        lambda name: _redundant(config, name, tensors),
+    )
 
 
 def _redundant(config: DecoderConfig, name: str, tensors: Mapping[str, Any]) -> bool:
@@ -167,20 +147,4 @@ def params_to_hf(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]
     Raises:
         ValueError: leaves that are missing, not expected or of another shape.
     """
-    leaves = flatten(params)
-    want = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
-    have = {path: tuple(np.shape(leaf)) for path, leaf in leaves.items()}
-    if want != have:
-        wrong = sorted(path for path in want | have if want.get(path) != have.get(path))
-        listed = (f"{path}: {have.get(path)}, not {want.get(path)}" for path in wrong)
-        raise ValueError(
-            f"these are not the parameters of that decoder: {'; '.join(listed)}."
-        )
-    tensors = {}
-    for path, names, _ in _expected(config):
-        leaf = np.asarray(leaves[path])
-        rows = [leaf] if path in _TOP else leaf
-        for name, row in zip(names, rows):
-            turned = row.T if path.endswith("/kernel") else row
-            tensors[name] = np.ascontiguousarray(turned)
-    return tensors
+    return tensors_from_params(_leaves(config), param_shapes(config), params, "decoder")

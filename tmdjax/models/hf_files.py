@@ -1,7 +1,5 @@
 """Decoders and their adapters as folders in the Hugging Face layout."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_count
-from tmdjax.core.files import write_atomically
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.decoder_config import DecoderConfig
+from tmdjax.models.hf_checkpoints import (
+    Folder,
+    read_json,
+    read_weights,
+    write_json,
+    write_weights,
+)
 from tmdjax.models.hf_decoder import (
     hf_module,
     param_shapes,
@@ -22,10 +25,7 @@ from tmdjax.models.hf_decoder import (
 )
 from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
 
-Folder = str | os.PathLike[str]
-
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_STEM = "model"
 _ADAPTER = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -64,8 +64,8 @@ def load_decoder(
             missing, not expected or of another shape, all by name.
     """
     folder = Path(folder)
-    config = DecoderConfig.from_hf(_read_json(folder / "config.json"), **options)
-    return config, params_from_hf(config, _read_weights(folder), dtype)
+    config = DecoderConfig.from_hf(read_json(folder / "config.json"), **options)
+    return config, params_from_hf(config, read_weights(folder, _STEM), dtype)
 
 
 def save_decoder(
@@ -94,35 +94,14 @@ def save_decoder(
         OSError: a file cannot be written.
     """
     folder = Path(folder)
-    check_count("max_shard_bytes", max_shard_bytes)
     settings = config.to_hf() | dict(extra or {})
     dtype = jnp.dtype(config.dtype)
     tensors = {
         name: tensor.astype(dtype, copy=False)
         for name, tensor in params_to_hf(config, params).items()
     }
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    for old in (*folder.glob("model*.safetensors"), folder / _INDEX):
-        old.unlink(missing_ok=True)
-    if len(shards) == 1:
-        write_safetensors(folder / _WEIGHTS, tensors)
-    else:
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / file, shard)
-            weight_map |= dict.fromkeys(shard, file)
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / _INDEX, index)
-    _write_json(folder / "config.json", settings)
+    write_weights(folder, _STEM, tensors, max_shard_bytes)
+    write_json(folder / "config.json", settings)
 
 
 def load_adapters(
@@ -144,7 +123,7 @@ def load_adapters(
             file; tensors missing, not expected or of another shape, by name.
     """
     folder = Path(folder)
-    settings = _read_json(folder / _ADAPTER_CONFIG)
+    settings = read_json(folder / _ADAPTER_CONFIG)
     for key, values in _PLAIN.items():
         if key in settings and settings[key] not in values:
             raise ValueError(
@@ -258,48 +237,4 @@ def save_adapters(
         "inference_mode": True,
     }
     write_safetensors(folder / _ADAPTER, tensors)
-    _write_json(folder / _ADAPTER_CONFIG, settings)
-
-
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    if (folder / _WEIGHTS).exists():
-        return read_safetensors(folder / _WEIGHTS)
-    if not (folder / _INDEX).exists():
-        raise FileNotFoundError(
-            f"{folder} has neither {_WEIGHTS} nor {_INDEX}; give the folder of a "
-            f"checkpoint in the safetensors format."
-        )
-    weight_map = _read_json(folder / _INDEX)["weight_map"]
-    tensors: dict[str, np.ndarray] = {}
-    for file in sorted(set(weight_map.values())):
-        names = [name for name, where in weight_map.items() if where == file]
-        if not (folder / file).exists():
-            raise FileNotFoundError(
-                f"{folder / file} is absent; {_INDEX} puts {len(names)} tensors into "
-                f"it, {names[0]} the first. Copy it beside the others."
-            )
-        found = read_safetensors(folder / file)
-        lost = [name for name in names if name not in found]
-        if lost:
-            raise ValueError(
-                f"{folder / file} lacks {', '.join(lost)}, which {_INDEX} puts into "
-                f"it. Copy both again."
-            )
-        tensors |= found
-    return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is absent; give the folder of a checkpoint in the Hugging Face "
-            f"layout."
-        )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_json(folder / _ADAPTER_CONFIG, settings)
