@@ -24,6 +24,7 @@ from tmdjax.models.hf_files import (
     save_adapters,
     save_decoder,
 )
+from tmdjax.models.hf_video_dit import load_video_dit, save_video_dit
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
@@ -89,6 +90,7 @@ __all__ = [
     "load_adapters",
     "load_decoder",
     "load_gguf",
+    "load_video_dit",
     "log_prob_of",
     "lora",
     "null_condition",
@@ -100,6 +102,7 @@ __all__ = [
     "rotary_tables",
     "save_adapters",
     "save_decoder",
+    "save_video_dit",
     "spec_of",
     "timestep_embedding",
     "token_entropies",

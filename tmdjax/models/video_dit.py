@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from tmdjax.core.checks import check_choice, check_count, check_range
@@ -112,6 +113,11 @@ class VideoDiT(nn.Module):
             )
         for size in self.patch_size:
             check_count("patch_size", size)
+        if self.frequency_dim % 2:
+            raise ValueError(
+                f"frequency_dim={self.frequency_dim} must be even: half cosines, half "
+                f"sines."
+            )
         check_head_dim(self.head_dim)
         check_range("epsilon", self.epsilon, 0, open_low=True)
         check_choice(
@@ -248,7 +254,7 @@ class VideoDiT(nn.Module):
 
     def embed_patches(
         self, x: Float[Array, "batch frame height width channel"]
-    ) -> Float[Array, "batch position width"]:
+    ) -> Float[Array, "batch position hidden"]:
         """Hidden state of a video: its patches through one dense layer.
 
         Raises:
@@ -272,12 +278,12 @@ class VideoDiT(nn.Module):
         Raises:
             ValueError: a (concrete) time outside [0, 1], or an array of integers.
         """
-        shape = jnp.shape(_floating(t))
+        shape = np.shape(_floating(t))
         time = self.time_embedding(expand_time(t, shape[0] if shape else 1))
         modulation = self.time_projection(nn.silu(time))
         return time, modulation.reshape(-1, 6, self.width)
 
-    def embed_text(self, cond: Any) -> Float[Array, "batch length width"]:
+    def embed_text(self, cond: Any) -> Float[Array, "batch length hidden"]:
         """Text states in the width of the network.
 
         Args:
@@ -286,7 +292,7 @@ class VideoDiT(nn.Module):
         Raises:
             ValueError: another number of axes, width or kind of number.
         """
-        shape = jnp.shape(cond)
+        shape = np.shape(cond)
         if (
             len(shape) != 3
             or shape[2] != self.text_width
@@ -302,7 +308,7 @@ class VideoDiT(nn.Module):
 
     def blocks(
         self,
-        h: Float[Array, "batch position width"],
+        h: Float[Array, "batch position hidden"],
         c: Mapping[str, Any],
         start: int = 0,
         stop: int | None = None,
@@ -341,7 +347,7 @@ class VideoDiT(nn.Module):
 
     def output(
         self,
-        h: Float[Array, "batch position width"],
+        h: Float[Array, "batch position hidden"],
         c: Mapping[str, Any],
         size: Sequence[int],
     ) -> Float[Array, "batch frame height width out_channel"]:
