@@ -47,6 +47,46 @@ def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
+VIDEO = """
+import jax, jax.numpy as jnp, numpy as np
+from tmdjax import models, train
+from tmdjax.core.trees import flatten
+
+module = models.VideoDiT(heads=2, head_dim=8, depth=2, mlp_width=24, text_width=6, frequency_dim=8)
+rng = np.random.default_rng(0)
+inputs = [rng.normal(size=s).astype(np.float32) for s in ((4, 2, 4, 4, 2), (4, 5, 6))]
+inputs.insert(1, np.linspace(0, 1, 4, dtype=np.float32))
+params = models.init_params(module, jax.random.key(0), *inputs)
+params = jax.tree.map(lambda p: p + 0.2 * rng.normal(size=p.shape).astype(np.float32), params)
+
+def run(mesh):
+    placed = jax.device_put(params, train.fsdp_shardings(params, mesh, 1, train.VIDEO_DIT_RULES))
+    video = jax.jit(models.functional(module))(placed, *jax.device_put(inputs, train.batch_sharding(mesh)))
+    return np.asarray(video), flatten(placed)
+
+want, _ = run(train.make_mesh(devices=jax.devices()[:1]))
+assert np.abs(want).max() > 0.1
+video, placed = run(train.make_mesh(2, 2, 2))
+np.testing.assert_allclose(video, want, atol=1e-5)
+for path, cut in {
+    "attention/query/kernel": (1, 2, 2), "cross_attention/value/kernel": (1, 2, 2),
+    "attention/out/kernel": (1, 2, 2), "mlp_in/kernel": (1, 2, 2), "mlp_out/kernel": (1, 2, 2),
+    "attention/key_norm/scale": (1, 2), "attention/key/bias": (1, 2), "mlp_in/bias": (1, 2),
+}.items():
+    leaf = placed["blocks/" + path]
+    shard = leaf.addressable_shards[0].data.shape
+    assert tuple(a // b for a, b in zip(leaf.shape, shard)) == cut, path
+    axes = dict(zip(leaf.sharding.spec[1:], range(2)))
+    if path.endswith("kernel"):  # cut by the outputs on the way in, by the inputs on the way out
+        assert axes["tensor"] == (0 if "out/" in path else 1), path
+print("same")
+"""
+
+
+def test_video_transformer_on_eight_devices_equals_one(run_python):
+    assert run_python(VIDEO, devices=8).strip().endswith("same")
+
+
 def test_batch_that_does_not_divide(run_python):
     code = """
 import jax, numpy as np

@@ -14,6 +14,7 @@ from tmdjax.train.fine_tuning import FineTuned, fine_tune
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tmdjax.train.sharding import (
     DECODER_RULES,
+    VIDEO_DIT_RULES,
     batch_sharding,
     fsdp_shardings,
     jit_on_mesh,
@@ -38,6 +39,7 @@ from tmdjax.train.supervised import (
 
 __all__ = [
     "DECODER_RULES",
+    "VIDEO_DIT_RULES",
     "CheckpointError",
     "Checkpoints",
     "DataIterator",

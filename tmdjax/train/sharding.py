@@ -16,17 +16,32 @@ AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 """Regular expressions of paths, and mesh axes for the last axes of a leaf."""
 
-DECODER_RULES: Rules = (
-    # Products cut by their outputs, then products cut by their inputs: one sum over
-    # 'tensor' ends an attention, and one an MLP.
+# Products cut by their outputs, then products cut by their inputs: one sum over
+# 'tensor' ends an attention, and one an MLP.
+_ATTENTION_RULES: Rules = (
     (r"attention/(query|key|value|qkv)/kernel$", ("fsdp", "tensor")),
     (r"attention/(query|key|value|qkv)/bias$", ("tensor",)),
+    (r"attention/out/kernel$", ("tensor", "fsdp")),
+)
+
+DECODER_RULES: Rules = (
+    *_ATTENTION_RULES,
     (r"mlp/(gate|up|gate_up)/kernel$", ("fsdp", "tensor")),
-    (r"(attention/out|mlp/down)/kernel$", ("tensor", "fsdp")),
+    (r"mlp/down/kernel$", ("tensor", "fsdp")),
     (r"(^|/)head/kernel$", ("fsdp", "tensor")),
     (r"(^|/)embedding$", ("tensor", "fsdp")),
 )
 """Of :class:`tmdjax.models.Decoder`, its averages and optimiser moments."""
+
+VIDEO_DIT_RULES: Rules = (
+    *_ATTENTION_RULES,
+    # Queries and keys are normed over all heads: a sum of squares over 'tensor'.
+    (r"attention/(query|key)_norm/scale$", ("tensor",)),
+    (r"blocks/mlp_in/kernel$", ("fsdp", "tensor")),
+    (r"blocks/mlp_in/bias$", ("tensor",)),
+    (r"blocks/mlp_out/kernel$", ("tensor", "fsdp")),
+)
+"""Of :class:`tmdjax.models.VideoDiT`, its averages and optimiser moments."""
 
 
 def make_mesh(
