@@ -57,7 +57,7 @@ def make_tensors(module: models.VideoDiT, channels: int) -> dict[str, np.ndarray
     """Random weights under the rival's names, float32; nothing starts at 0 or 1."""
     rng = np.random.default_rng(0)
     tensors = {}
-    for leaf in hf_video_dit._leaves(module, channels):
+    for leaf in hf_video_dit.checkpoint_leaves(module, channels):
         for name in leaf.names:
             draw = rng.standard_normal(leaf.shape, np.float32)
             if leaf.path.endswith("kernel"):

@@ -20,7 +20,7 @@ from tmdjax.models import (
     save_video_dit,
 )
 from tmdjax.models.hf_video_dit import (
-    _leaves,
+    checkpoint_leaves,
     params_from_hf_video,
     params_to_hf_video,
     video_dit_from_hf,
@@ -109,7 +109,7 @@ def test_all_tensors_of_the_published_sizes(name, spec, count):
         want |= {f"blocks.{layer}.{k}": v for k, v in stored["block"].items()}
     got = {
         tensor: list(leaf.shape)
-        for leaf in _leaves(build(spec), 16)
+        for leaf in checkpoint_leaves(build(spec), 16)
         for tensor in leaf.names
     }
     assert len(got) == count

@@ -211,6 +211,22 @@ def test_remat_changes_neither_value_nor_gradient(stir):
     )
 
 
+def test_derivative_along_a_path_equals_finite_differences(optimised, stir):
+    """Forward mode, as a flow map needs it, with the blocks recomputed or not."""
+    params, (x, t, cond) = stir(initial(), 0.1), draw()
+    dx = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+
+    def velocity(step):
+        return functional(small(time_scale=10.0))(
+            params, x + step * dx, 0.5 * t + 0.1 + step, cond
+        )
+
+    _, slope = jax.jit(lambda: jax.jvp(velocity, (0.0,), (1.0,)))()
+    plus, minus = (jax.jit(velocity)(step) for step in (1e-2, -1e-2))
+    want = (plus - minus) / 2e-2
+    assert np.linalg.norm(slope - want) < 5e-3 * np.linalg.norm(want)
+
+
 def test_bfloat16_recipe_stays_close(optimised, stir):
     params, inputs = stir(initial(), 0.1), draw()
     exact = jitted(small())(params, *inputs)

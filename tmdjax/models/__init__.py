@@ -46,7 +46,7 @@ from tmdjax.models.token_log_probs import (
 )
 from tmdjax.models.unet import UNet
 from tmdjax.models.video_dit import WAN_1_3B, WAN_14B, VideoDiT
-from tmdjax.models.video_dit_layers import (
+from tmdjax.models.video_patches import (
     patchify_video,
     rotary_tables,
     unpatchify_video,

@@ -170,7 +170,7 @@ def params_from_hf_video(
         return dtype
 
     network = f"a video transformer of {module.depth} layers, {module.width} wide"
-    leaves = _leaves(module, in_channels)
+    leaves = checkpoint_leaves(module, in_channels)
     return params_from_tensors(leaves, tensors, dtype_of, network)
 
 
@@ -182,7 +182,7 @@ def params_to_hf_video(module: VideoDiT, params: Params) -> dict[str, np.ndarray
     """
     channels = in_channels_of(module, params)
     shapes = _shapes(module, channels)
-    leaves = _leaves(module, channels)
+    leaves = checkpoint_leaves(module, channels)
     return tensors_from_params(leaves, shapes, params, "video transformer")
 
 
@@ -273,7 +273,8 @@ def _shapes(module: VideoDiT, in_channels: int) -> dict[str, Any]:
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0), *inputs))
 
 
-def _leaves(module: VideoDiT, in_channels: int) -> Iterator[Leaf]:
+def checkpoint_leaves(module: VideoDiT, in_channels: int) -> Iterator[Leaf]:
+    """Every parameter, and the tensors of a checkpoint that hold it."""
     for path, struct in flatten(_shapes(module, in_channels)).items():
         stacked = path.startswith("blocks/")
         shape = struct.shape[1:] if stacked else struct.shape

@@ -17,10 +17,12 @@ from tmdjax.models.layers import Dense, TimeEmbedding
 from tmdjax.models.stack import run_stack
 from tmdjax.models.video_dit_layers import (
     XAVIER,
-    Size,
     TextEmbedding,
     VideoBlock,
     VideoOutput,
+)
+from tmdjax.models.video_patches import (
+    Size,
     check_head_dim,
     patch_grid,
     patchify_video,
