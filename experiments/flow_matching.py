@@ -244,24 +244,30 @@ def describe_training(config: Config) -> dict[str, Any]:
     for group in ("train", "features"):
         for name in COUNTS[group]:
             check_count(f"{group}.{name}", config[group][name])
-    batch = (config.train.batch_size, *config.data.shape)
-    state, _ = jax.eval_shape(
-        functools.partial(_one_update, config),
-        jax.random.key(0),
-        {
-            "image": jax.ShapeDtypeStruct(batch, jnp.float32),
-            "label": jax.ShapeDtypeStruct(batch[:1], jnp.int32),
-        },
-    )
+    step, shapes, _ = planned(config)["update"]
+    state, _ = jax.eval_shape(step, *shapes)
     return {
         "parameters": trees.count(state.params),
         "train state, GB": trees.nbytes(state) / 1e9,
-        "batch, GB": 4 * float(np.prod(batch)) / 1e9,
+        "batch, GB": trees.nbytes(shapes[1]["image"]) / 1e9,
         "updates": config.train.steps,
         "images seen": config.train.steps * config.train.batch_size,
     }
 
 
-def _one_update(config: Config, key: Any, batch: Any) -> Any:
-    state, step, _ = training(config, key)
-    return step(state, batch, key)
+def planned(config: Config) -> dict[str, tuple[Any, tuple[Any, ...], int]]:
+    """The update, the shapes of its arguments, and which it may write over."""
+    made = {}
+
+    def initial(key: Any) -> Any:
+        state, made["step"], _ = training(config, key)
+        return state
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(initial, key)
+    size = config.train.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, *config.data.shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    return {"update": (made["step"], (state, batch, key), 0)}

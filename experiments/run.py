@@ -12,7 +12,7 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from tmdjax.core.registry import suggestion
@@ -21,10 +21,11 @@ from tmdjax.harness.config import load_module
 from tmdjax.harness.report import text_table
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors are one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
         raise ConfigError(message)
 
 
@@ -52,7 +53,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line, but for --config.a.b=value."""
-    flags = _Parser(prog="experiments.run", description=__doc__, allow_abbrev=False)
+    flags = Parser(prog="experiments.run", description=__doc__, allow_abbrev=False)
     flags.add_argument("--config", help="configs/<system>.py:<tier>")
     flags.add_argument("--workdir", type=pathlib.Path, help="default runs/SYSTEM-TIER")
     flags.add_argument("--cache", type=pathlib.Path, help="default WORKDIR/../stages")
@@ -70,33 +71,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses and runs; returns the exit status."""
-    overrides = [a.removeprefix("--config.") for a in arguments if _is_override(a)]
-    rest = [a for a in arguments if not _is_override(a)]
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(
-                f"--config.{override} has no value; write --config.{override}=<value>."
-            )
-    flags, unknown = parser().parse_known_args(rest)
-    if unknown:
-        known = [o for a in parser()._actions for o in a.option_strings]
-        name = unknown[0].partition("=")[0]
-        raise ConfigError(f"unknown argument {name!r}.{suggestion(name, known)}")
+    flags, overrides = parse(parser(), arguments)
     if flags.list:
         print(text_table(listing()))
         return 0
     if not flags.config:
         raise ConfigError("give --config=configs/<system>.py:<tier>, or --list.")
     config: Any = load_config(flags.config, overrides)
-    try:
-        experiment = importlib.import_module(f"experiments.{config.system}")
-    except ModuleNotFoundError as error:
-        if error.name != f"experiments.{config.system}":
-            raise
-        raise ConfigError(
-            f"system {config.system!r} of {flags.config} has no "
-            f"experiments/{config.system}.py."
-        ) from None
+    experiment = find_experiment(config, flags.config)
     options = Options(
         command=command(flags, overrides),
         tier=flags.config.partition(":")[2],
@@ -114,6 +96,58 @@ def main(arguments: Sequence[str]) -> int:
         dry_run(experiment, config, options)
         return 0
     return run(experiment, config, options).code
+
+
+def parse(
+    flags: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and what --config.a.b=value changes.
+
+    Raises:
+        ConfigError: an unknown argument, or an override without a value.
+    """
+    overrides = [a.removeprefix("--config.") for a in arguments if _is_override(a)]
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"--config.{override} has no value; write --config.{override}=<value>."
+            )
+    rest = [a for a in arguments if not _is_override(a)]
+    found, unknown = flags.parse_known_args(rest)
+    if unknown:
+        known = [o for a in flags._actions for o in a.option_strings]
+        name = unknown[0].partition("=")[0]
+        raise ConfigError(f"unknown argument {name!r}.{suggestion(name, known)}")
+    return found, overrides
+
+
+def find_experiment(config: Any, path: str) -> Any:
+    """The module of a config's system.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return importlib.import_module(f"experiments.{config.system}")
+    except ModuleNotFoundError as error:
+        if error.name != f"experiments.{config.system}":
+            raise
+        raise ConfigError(
+            f"system {config.system!r} of {path} has no experiments/{config.system}.py."
+        ) from None
+
+
+def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Runs a command on the process's arguments; errors are one line."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its faults are raised
+    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
+    try:
+        sys.exit(main(arguments))
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as fault:
+        if "--traceback" in sys.argv:
+            raise
+        sys.exit(f"{type(fault).__name__}: {fault}\n(--traceback shows where)")
 
 
 def _is_override(argument: str) -> bool:
@@ -148,12 +182,4 @@ def listing() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its faults are raised
-    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
-    try:
-        sys.exit(main(arguments))
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as fault:
-        if "--traceback" in sys.argv:
-            raise
-        sys.exit(f"{type(fault).__name__}: {fault}\n(--traceback shows where)")
+    exit_with(main)

@@ -8,9 +8,9 @@ An experiment is a module (or any object) with
 
 and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent), and
 ``measures(config)``, the metrics that its units will have, named as in a summary:
-claims about others are then refused before the run. A unit is one arm under one seed;
-shards share the units out. ``PAIRING = "vmapped"`` says that a stage trains all seeds
-side by side.
+claims about others are then refused before the run. ``planned(config)`` names steps for
+``experiments.plan``. A unit is one arm under one seed; shards share the units out.
+``PAIRING = "vmapped"`` says that a stage trains all seeds side by side.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tmdjax.core.checks import check_choice
 from tmdjax.core.types import Array, Bool, Float, Int
+from tmdjax.models.planned_attention import is_planned, planned_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
@@ -21,15 +22,19 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
         masked: whether a mask is given. cuDNN takes it as a bias, whose gradient
             needs even sequence lengths.
         device: a ``jax.Device``; None means the one that jax puts arrays on,
-            ``jax.config.jax_default_device`` where that is set.
+            ``jax.config.jax_default_device`` where that is set, or the one that is
+            planned for (``fused_attention_planned``).
 
     Returns:
         'cudnn' or 'xla'.
     """
-    device = _default_device() if device is None else device
     head_dim = q.shape[-1]
+    if device is None and is_planned():
+        fused = True
+    else:
+        fused = _has_fused_attention(_default_device() if device is None else device)
     fits = (
-        _has_fused_attention(device)
+        fused
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim <= 128
         and head_dim % 8 == 0
@@ -100,6 +105,8 @@ def attention(
         mask = _expand_mask(mask, q, k)
     if implementation == "auto":
         implementation = select_implementation(q, k, masked=mask is not None)
+    if implementation == "cudnn" and is_planned():
+        return planned_attention(q, k, v, causal)
     if implementation == "cudnn" and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     exact = q.dtype == jnp.float32

@@ -1,6 +1,7 @@
-"""Training: state and update, optimiser, checkpoints, sharding, supervised loop."""
+"""Training: state, update, optimiser, checkpoints, sharding, planner, loop."""
 
 from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
+from tmdjax.train.devices import DEVICES, Device, get_device
 from tmdjax.train.distillation import (
     Distillation,
     DistillationConfig,
@@ -11,10 +12,13 @@ from tmdjax.train.distillation import (
 )
 from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.fine_tuning import FineTuned, fine_tune
+from tmdjax.train.mesh_search import check_fits, smallest_mesh
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from tmdjax.train.planner import Plan, plan
 from tmdjax.train.sharding import (
     DECODER_RULES,
     VIDEO_DIT_RULES,
+    abstract_mesh,
     batch_sharding,
     fsdp_shardings,
     jit_on_mesh,
@@ -39,10 +43,12 @@ from tmdjax.train.supervised import (
 
 __all__ = [
     "DECODER_RULES",
+    "DEVICES",
     "VIDEO_DIT_RULES",
     "CheckpointError",
     "Checkpoints",
     "DataIterator",
+    "Device",
     "Distillation",
     "DistillationConfig",
     "DistillationState",
@@ -52,9 +58,12 @@ __all__ = [
     "NoData",
     "NonFiniteError",
     "OptimizerConfig",
+    "Plan",
     "Restored",
     "TrainState",
+    "abstract_mesh",
     "batch_sharding",
+    "check_fits",
     "compile_cycle",
     "create_distillation_state",
     "create_state",
@@ -62,6 +71,7 @@ __all__ = [
     "fine_tune",
     "fit",
     "fsdp_shardings",
+    "get_device",
     "jit_on_mesh",
     "jit_train_step",
     "load_model",
@@ -71,6 +81,8 @@ __all__ = [
     "make_train_step",
     "model_meta",
     "nonfinite_report",
+    "plan",
     "replicated",
     "save_model",
+    "smallest_mesh",
 ]

@@ -6,8 +6,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
+from tmdjax.core.checks import check_count
 from tmdjax.core.trees import map_with_path
 from tmdjax.core.types import PyTree
 
@@ -73,18 +80,34 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of devices that need not be there, to plan with.
+
+    Args:
+        data: replicas.
+        fsdp: over how many devices parameters are cut.
+        tensor: over how many devices single products are cut.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        check_count(name, size)
+    return AbstractMesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches are cut along their first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """One whole copy a device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def fsdp_shardings(
-    tree: PyTree, mesh: Mesh, min_size: int = 2**14, rules: Rules = ()
+    tree: PyTree, mesh: Mesh | AbstractMesh, min_size: int = 2**14, rules: Rules = ()
 ) -> PyTree:
     """Cuts each large leaf along its longest divisible axis over 'fsdp'.
 
@@ -93,7 +116,7 @@ def fsdp_shardings(
 
     Args:
         tree: arrays or shape structs.
-        mesh: from :func:`make_mesh`.
+        mesh: from :func:`make_mesh` or :func:`abstract_mesh`.
         min_size: leaves with fewer scalars are replicated.
         rules: cuts by path that take precedence, such as ``DECODER_RULES``; the first
             that matches counts. A mesh axis that does not divide is left out.
