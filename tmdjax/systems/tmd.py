@@ -120,7 +120,8 @@ class Plan:
     @classmethod
     def from_dict(cls, plan: Mapping[str, Any]) -> "Plan":
         """The inverse of :meth:`to_dict`."""
-        return cls(**plan)
+        times = {name: tuple(plan[name]) for name in ("outer_times", "inner_times")}
+        return cls(**{**plan, **times})
 
 
 def make_plan(

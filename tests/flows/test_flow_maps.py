@@ -1,0 +1,248 @@
+"""Flow maps: the MeanFlow identity, its derivative, its loss (TMD sheet, section 6)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import flows
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+MU, S = 0.7, 0.5
+
+
+def std(s):
+    return jnp.sqrt((1 - s) ** 2 * S**2 + s**2)
+
+
+def velocity(y, s):
+    """Of the path between N(MU, S^2) and N(0, 1), in closed form."""
+    slope = (s - (1 - s) * S**2) / std(s) ** 2
+    return -MU + slope * (y - (1 - s) * MU)
+
+
+def average(y, s, r):
+    """Of the exact map, which keeps the number of standard deviations; v at r = s."""
+    end = (1 - r) * MU + std(r) / std(s) * (y - (1 - s) * MU)
+    gap = jnp.where(s > r, s - r, 1.0)
+    return jnp.where(s > r, (y - end) / gap, velocity(y, s))
+
+
+@pytest.fixture
+def states(x64):
+    keys = jax.random.split(jax.random.key(0), 3)
+    y = jax.random.uniform(keys[0], (200,), jnp.float64, -1.5, 1.5)
+    s = jax.random.uniform(keys[1], (200,), jnp.float64, 0.4, 0.9)
+    r = s * jax.random.uniform(keys[2], (200,), jnp.float64, 0.0, 0.9)
+    return y, s, r
+
+
+@pytest.mark.parametrize(
+    "options, tolerance", [({}, 1e-6), ({"derivative": "difference"}, 1e-4)]
+)
+def test_4_identity_holds_for_the_exact_map(states, options, tolerance):
+    y, s, r = states
+    slope = flows.total_derivative(average, y, s, r, velocity(y, s), **options)
+    residual = average(y, s, r) + (s - r) * slope - velocity(y, s)
+    assert jnp.abs(residual).max() < tolerance
+
+
+def test_4_identity_fails_with_the_printed_sign(states):
+    """With f = y + (s - r) u the map's u is the negative one, which has no identity."""
+    y, s, r = states
+
+    def printed(y, s, r):
+        return -average(y, s, r)
+
+    slope = flows.total_derivative(printed, y, s, r, velocity(y, s))
+    residual = printed(y, s, r) + (s - r) * slope - velocity(y, s)
+    assert jnp.abs(residual).mean() > 0.5
+
+
+def differences(states, delta, **options):
+    y, s, r = states
+    v = velocity(y, s)
+    exact = flows.total_derivative(average, y, s, r, v)
+    near = flows.total_derivative(
+        average, y, s, r, v, derivative="difference", delta=delta, **options
+    )
+    return jnp.abs(near - exact)
+
+
+def test_5_difference_is_second_order_inside(states):
+    coarse, fine = (differences(states, d).max() for d in (5e-3, 2.5e-3))
+    assert 3.5 < coarse / fine < 4.5
+
+
+@pytest.mark.parametrize("time_range", [(0.001, 0.0), (1.0, 0.999)])
+def test_5_difference_is_first_order_at_a_barred_side(states, time_range):
+    coarse, fine = (
+        differences(states, d, time_range=time_range).max() for d in (5e-3, 2.5e-3)
+    )
+    assert 1.7 < coarse / fine < 2.3
+
+
+def test_5_both_sides_barred_gives_zero(states):
+    y, s, r = states
+    slope = flows.total_derivative(
+        average, y, s, r, y, derivative="difference", time_range=(1.0, 0.0)
+    )
+    np.testing.assert_array_equal(slope, 0)
+
+
+def test_difference_never_reaches_r(x64):
+    """The lower side is barred where it would pass r, so u is only asked for r < s."""
+    seen = []
+
+    def watched(y, s, r):
+        seen.append(np.asarray(s - r))
+        return y * s
+
+    s = jnp.array([0.5, 0.5, 0.5])
+    r = jnp.array([0.5, 0.4975, 0.2])
+    y = jnp.ones(3)
+    flows.total_derivative(watched, y, s, r, y, derivative="difference")
+    assert min(gap.min() for gap in seen) >= 0
+
+
+def test_map_composes(states):
+    y, s, r = states
+    half = (s + r) / 2
+    once = flows.apply_map(average, y, s, r)
+    twice = flows.apply_map(average, flows.apply_map(average, y, s, half), half, r)
+    np.testing.assert_allclose(once, twice, atol=1e-12)
+
+
+def test_6_rows_without_a_jump_are_flow_matching(states):
+    """Gradient of the normalised loss = that of |u - v|^2 over its own size."""
+    y, s, _ = states
+    y = y[:, None]
+    target = jnp.cos(y) + 3
+
+    def u(a, y, s, r):
+        return a * y + s[:, None]
+
+    def loss(a):
+        error, _ = flows.meanflow_error(
+            functools.partial(u, a), y, s, s, target, derivative="difference"
+        )
+        return flows.normalised_loss(error, 2.0).sum()
+
+    a = 1.3
+    residual = a * y + s[:, None] - target
+    weight = 1 / (jnp.square(residual) + 2.0)
+    expected = jnp.sum(2 * residual * y * weight)
+    np.testing.assert_allclose(jax.grad(loss)(a), expected, rtol=1e-6)
+
+
+def test_the_target_carries_no_gradient(states):
+    y, s, r = states
+
+    def u(a):
+        return lambda y, s, r: a * y * s[:, None]
+
+    found = jax.grad(
+        lambda a: flows.meanflow_error(u(a), y[:, None], s, r, y[:, None])[0].sum()
+    )(1.0)
+    y, s, r = y[:, None], s[:, None], r[:, None]
+    target = y - (s - r) * (y * s + y)  # du/ds along v = y, at a = 1
+    np.testing.assert_allclose(found, jnp.sum(2 * (y * s - target) * y * s), rtol=1e-6)
+
+
+def test_11_normalised_loss_lies_below_one():
+    errors = jnp.array([0.0, 1e-9, 1.0, 1e9])
+    loss = flows.normalised_loss(errors, 3.0)
+    assert (loss >= 0).all() and (loss <= 1).all() and loss[2] == 0.25
+
+
+def test_floor_to_grid():
+    grid = flows.truncated_grid(2, 10.0)
+    s = jnp.array([0.999, 0.95, float(grid[1]), 0.5, 0.001])
+    found = flows.floor_to_grid(s, grid)
+    np.testing.assert_allclose(found, [0.999, grid[1], grid[1], 0, 0], rtol=1e-6)
+    assert (found <= s).all()
+
+
+def test_1_few_step_grids():
+    for steps, shift, expected in (
+        (2, 10.0, (0.999, 0.908, 0)),
+        (4, 5.0, (0.999, 0.937, 0.833, 0.624, 0)),
+        (4, 10.0, (0.999, 0.967, 0.908, 0.769, 0)),
+    ):
+        grid = flows.truncated_grid(steps, shift)
+        np.testing.assert_allclose(grid, expected, atol=1.1e-3)
+        assert grid[-1] == 0 and grid[0] == 0.999 and (np.diff(grid) < 0).all()
+
+
+def test_1_shifts_compose():
+    t = np.linspace(0, 1, 11)
+    assert flows.shift_time(1.0, 7.0) == 1 and flows.shift_time(0.0, 7.0) == 0
+    np.testing.assert_array_equal(flows.shift_time(t, 1.0), t)
+    np.testing.assert_allclose(
+        flows.shift_time(flows.shift_time(t, 2.0), 5.0), flows.shift_time(t, 10.0)
+    )
+    np.testing.assert_allclose(flows.shift_time(flows.shift_time(t, 4.0), 0.25), t)
+    assert (np.diff(flows.shift_time(t, 5.0)) > 0).all()
+
+
+KEYS = jax.random.split(jax.random.key(0), 20_000)
+
+
+def test_roles_have_their_shares_and_never_meet():
+    config = flows.FlowMapConfig(drop_rate=0.1, map_rate=0.25)
+    drops, jumps = flows.draw_roles(KEYS, config)
+    assert abs(drops.mean() - 0.1) < 0.01 and abs(jumps.mean() - 0.25) < 0.01
+    assert not (drops & jumps).any()
+
+
+def test_13_guidance_of_one_is_none_and_dropped_rows_are_not_guided():
+    v, drops = jnp.ones((2, 3)), jnp.array([True, False])
+    cond, null = jnp.array([[1.0], [2.0]]), jnp.zeros(1)
+    target = functools.partial(
+        flows.guided_target, lambda cond: 0.5 * jnp.ones((2, 3)), v, cond, drops, null
+    )
+    mixed, found = target(flows.FlowMapConfig(guidance=1.0))
+    np.testing.assert_array_equal(found, v)
+    np.testing.assert_array_equal(mixed, [[0.0], [2.0]])
+    _, found = target(flows.FlowMapConfig(guidance=3.0))
+    np.testing.assert_allclose(found, [[1.0] * 3, [0.5 + 3 * 0.5] * 3])
+
+
+def test_ranged_times():
+    times = flows.ranged_time(5.0, 0.001, 0.999)(KEYS)
+    assert times.min() >= 0.001 and times.max() <= np.float32(0.999)
+    u = np.linspace(0.001, 0.999, 100_001)
+    assert abs(times.mean() - flows.shift_time(u, 5.0).mean()) < 0.01
+
+
+def test_noised_start_uses_no_data_at_the_first_time():
+    x = jnp.full((2000, 2), 1e3)
+    x_t, t, noise = flows.noised_start(x, KEYS[:2000], (0.999, 0.9, 0.0))
+    first = t > 0.95
+    assert 0.45 < first.mean() < 0.55
+    np.testing.assert_allclose(x_t[first], 0.999 * noise[first], rtol=1e-6)
+    np.testing.assert_allclose(x_t[~first], 100 + 0.9 * noise[~first], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: flows.apply_map(average, jnp.ones(2), jnp.full(2, 0.2), jnp.full(2, 0.5)), r"2 row\(s\) have r > s"),
+        (lambda: flows.apply_map(average, jnp.ones(2), jnp.full(2, 500.0), jnp.zeros(2)), r"outside \[0, 1\]"),
+        (lambda: flows.truncated_grid(0, 5.0), "steps=0 must be at least 1"),
+        (lambda: flows.truncated_grid(2, 0.5), "shift=0.5"),
+        (lambda: flows.truncated_grid(2, 5.0, 1.5), "start=1.5"),
+        (lambda: flows.floor_to_grid(jnp.ones(1), (1.0, 0.5)), "end at 0"),
+        (lambda: flows.FlowMapConfig(derivative="central"), "derivative='central'"),
+        (lambda: flows.FlowMapConfig(drop_rate=0.9, map_rate=0.2), "together they must not exceed 1"),
+        (lambda: flows.FlowMapConfig(loss_constant=0.0), "loss_constant=0"),
+        (lambda: flows.ranged_time(0.5), "shift=0.5"),
+        (lambda: flows.guided_target(None, jnp.ones(1), None, jnp.ones(1, bool), None, flows.FlowMapConfig(guidance=3.0)), "need null_cond"),
+    ],
+)  # fmt: skip
+def test_bad_inputs(call, message, as_shipped):
+    with pytest.raises(ValueError, match=message):
+        call()
