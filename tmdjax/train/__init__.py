@@ -2,13 +2,12 @@
 
 from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
 from tmdjax.train.devices import DEVICES, Device, get_device
-from tmdjax.train.distillation import (
-    Distillation,
-    DistillationConfig,
+from tmdjax.train.distillation import Distillation, DistillationConfig, Networks
+from tmdjax.train.distillation_cycle import (
     DistillationState,
-    Networks,
     compile_cycle,
     create_distillation_state,
+    make_steps,
 )
 from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.fine_tuning import FineTuned, fine_tune
@@ -78,6 +77,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_schedule",
+    "make_steps",
     "make_train_step",
     "model_meta",
     "nonfinite_report",

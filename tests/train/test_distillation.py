@@ -1,0 +1,264 @@
+"""The distillation cycle (TMD sheet, section 6: 9, 12, 13, 14), on Gaussians."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmdjax import flows, train
+from tmdjax.core import prng
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+TEACHER = flows.gaussian_mixture([1.0], [[0.7, -0.3]], [0.5])
+
+
+def teacher(params, x, t, cond):
+    """Exact for one Gaussian; the condition shifts it, its features are its input."""
+    shift = 0 if cond is None else cond
+    velocity = TEACHER.velocity(x - (1 - t)[:, None] * shift, t) - shift
+    return params["scale"] * velocity, (x,)
+
+
+def score(params, x, t, cond):
+    h = jnp.concatenate([x, t[:, None]], -1)
+    h = jnp.tanh(h @ params["a"])
+    return h @ params["b"], (h,)
+
+
+def generate(params, batch, keys):
+    noise = prng.normal(keys, (2,))
+    return noise * params["std"] + params["mean"]
+
+
+def discriminator(params, features):
+    return features[0] @ params["w"]
+
+
+FROZEN = {"scale": jnp.ones(())}
+GENERATOR = {"mean": jnp.array([-1.0, 1.0]), "std": jnp.ones(2)}
+CRITIC = {
+    "score": {
+        "a": jax.random.normal(jax.random.key(0), (3, 32)),
+        "b": 0.1 * jax.random.normal(jax.random.key(1), (32, 2)),
+    },
+    "discriminator": {"w": jnp.zeros((2, 1))},
+}
+NETWORKS = train.Networks(teacher, score, discriminator)
+PLAIN = train.DistillationConfig(guidance=1.0, shift=1.0)
+KEYS = jax.random.split(jax.random.key(3), 16)
+BATCH = {"x_data": 0.5 * jax.random.normal(jax.random.key(4), (16, 2))}
+RULES = tuple(
+    train.make_optimizer(train.OptimizerConfig(name="adam", learning_rate=rate))
+    for rate in (1e-2, 2e-2)
+)
+
+
+def method(config=PLAIN, networks=NETWORKS, null_cond=None):
+    return train.Distillation(generate, networks, config, null_cond)
+
+
+def test_9_the_generators_loss_reaches_the_generator_alone():
+    losses = method()
+    grads = jax.grad(
+        lambda g, c, f: losses.generator_loss(g, BATCH, KEYS, c, f)[0].sum(), (0, 1, 2)
+    )(GENERATOR, CRITIC, FROZEN)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[0]))
+    for leaf in jax.tree.leaves(grads[1]["score"]):
+        np.testing.assert_array_equal(leaf, 0)
+    # what the step differentiates is the generator: make_train_step sees only it
+
+
+def test_9_the_critics_loss_reaches_the_critic_alone():
+    losses = method()
+    grads = jax.grad(
+        lambda c, g, f: losses.critic_loss(c, BATCH, KEYS, g, f)[0].sum(), (0, 1, 2)
+    )(CRITIC, GENERATOR, FROZEN)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[0]))
+    for leaf in jax.tree.leaves(grads[1:]):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+def test_13_guidance_of_one_costs_and_changes_nothing():
+    called = []
+
+    def counting(params, x, t, cond):
+        called.append(cond)
+        return teacher(params, x, t, cond)
+
+    cond = jnp.ones((16, 2))
+    batch = {**BATCH, "cond": cond}
+    networks = NETWORKS._replace(teacher=counting)
+    null = np.zeros(2, np.float32)
+    plain = method(PLAIN, networks, null).generator_loss(
+        GENERATOR, batch, KEYS, CRITIC, FROZEN
+    )[0]
+    assert len(called) == 1
+    import dataclasses
+
+    nearly = dataclasses.replace(PLAIN, guidance=1.0 + 1e-7)
+    guided = method(nearly, networks, null).generator_loss(
+        GENERATOR, batch, KEYS, CRITIC, FROZEN
+    )[0]
+    assert len(called) == 3
+    np.testing.assert_allclose(guided, plain, rtol=1e-4)
+
+
+def test_guidance_is_that_of_the_predictions_of_data():
+    """g_c + (w - 1) (g_c - g_neg): a shift of 1 becomes one of w."""
+    cond, null = jnp.full((16, 2), 0.4), np.zeros(2, np.float32)
+    config = train.DistillationConfig(guidance=3.0, shift=1.0, adversarial_weight=0.0)
+    batch = {**BATCH, "cond": cond}
+    found, _ = method(config, null_cond=null).generator_loss(
+        GENERATOR, batch, KEYS, CRITIC, FROZEN
+    )
+    keys = jax.vmap(lambda k: jax.random.split(k, 2))(prng.fold_in(KEYS, 0))
+    x = generate(GENERATOR, batch, keys[:, 0])
+    keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys[:, 1])
+    tau = flows.ranged_time(1.0)(keys[:, 0])
+    x_tau = flows.interpolate(x, prng.normal(keys[:, 1], (2,)), tau)
+    at = tau[:, None]
+    data = [x_tau - at * teacher(FROZEN, x_tau, tau, c)[0] for c in (cond, 0 * cond)]
+    critic = x_tau - at * score(CRITIC["score"], x_tau, tau, cond)[0]
+    guided = data[0] + 2.0 * (data[0] - data[1])
+    expected, _ = flows.distribution_matching_loss(x, guided, critic)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_14_real_and_fake_share_their_noise():
+    seen = []
+
+    def watching(params, features):
+        seen.append(features[0])
+        return discriminator(params, features)
+
+    config = train.DistillationConfig(guidance=1.0)
+    networks = NETWORKS._replace(discriminator=watching)
+    # real data that are the generator's own samples: then both inputs are equal
+    keys = jax.vmap(lambda k: jax.random.split(k, 4))(prng.fold_in(KEYS, 1))
+    own = {"x_data": generate(GENERATOR, None, keys[:, 0])}
+    losses = method(config, networks)
+    _, metrics = losses.critic_loss(CRITIC, own, KEYS, GENERATOR, FROZEN)
+    np.testing.assert_allclose(*seen, atol=1e-6)
+    np.testing.assert_allclose(metrics["discriminator_loss"], 2 * np.log(2), rtol=1e-5)
+    seen.clear()
+    config = train.DistillationConfig(guidance=1.0, same_noise=False, r1_weight=0.1)
+    losses = method(config, networks)
+    _, metrics = losses.critic_loss(CRITIC, own, KEYS, GENERATOR, FROZEN)
+    assert np.abs(seen[0] - seen[1]).min() > 0 and len(seen) == 3
+    np.testing.assert_array_equal(metrics["r1"], 0)  # D is 0 everywhere
+
+
+def test_features_of_the_critic():
+    config = train.DistillationConfig(guidance=1.0, features="critic")
+    critic = {**CRITIC, "discriminator": {"w": jnp.ones((32, 1))}}
+    losses = method(config)
+    loss, _ = losses.generator_loss(GENERATOR, BATCH, KEYS, critic, FROZEN)
+    other, _ = losses.critic_loss(critic, BATCH, KEYS, GENERATOR, FROZEN)
+    assert loss.shape == other.shape == (16,)
+
+
+@functools.cache
+def cycle(config=PLAIN):
+    losses = method(config)
+    state = train.create_distillation_state(GENERATOR, CRITIC, RULES, ema=True)
+    return train.compile_cycle(losses, RULES, state, FROZEN, ema_decay=0.99)
+
+
+def data(seed, batches):
+    key = jax.random.key(seed)
+    sample = TEACHER.sample(key, 16 * batches)
+    return {"x_data": np.asarray(sample)}
+
+
+def test_12_twenty_updates_of_a_hundred_are_the_students():
+    step, state, place = cycle()
+    state = jax.tree.map(jnp.array, state)
+    assert PLAIN.batches == 5
+    for i in range(20):
+        state, metrics = step(state, place(data(i, 5)), jax.random.key(7))
+    assert int(state.generator.step) == 20 and int(state.critic.step) == 80
+    assert metrics["skipped"] == 0 and "critic/score_loss" in metrics
+
+
+def test_12_each_update_leaves_the_other_alone():
+    steps = train.make_steps(method(), RULES)
+    state = train.create_distillation_state(GENERATOR, CRITIC, RULES)
+    key = jax.random.key(0)
+    generator, _ = jax.jit(steps[0])(state.generator, BATCH, key, CRITIC, FROZEN)
+    critic, _ = jax.jit(steps[1])(state.critic, BATCH, key, GENERATOR, FROZEN)
+    assert jax.tree.structure(generator.opt_state) != jax.tree.structure(
+        critic.opt_state
+    )
+    assert int(generator.step) == int(critic.step) == 1
+    for before, after in ((GENERATOR, generator.params), (CRITIC, critic.params)):
+        assert any(
+            (np.asarray(a) != b).any()
+            for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))
+        )
+
+
+def test_a_gaussian_is_distilled(count_compiles):
+    """The generator ends at the teacher's mean and spread, without a compilation more."""
+    config = train.DistillationConfig(guidance=1.0, shift=1.0, adversarial_weight=0.0)
+    step, state, place = cycle(config)
+    state = jax.tree.map(jnp.array, state)
+    state, _ = step(state, place(data(0, 5)), jax.random.key(7))
+    state, _ = step(state, place(data(0, 5)), jax.random.key(7))
+    with count_compiles() as compiled:
+        for _ in range(1000):
+            state, _ = step(state, place(data(0, 5)), jax.random.key(7))
+    assert not compiled
+    found = state.generator.eval_params
+    np.testing.assert_allclose(found["mean"], [0.7, -0.3], atol=0.15)
+    np.testing.assert_allclose(np.abs(found["std"]), 0.5, atol=0.2)
+
+
+def test_updates_that_are_not_finite_are_skipped_and_reported():
+    step, state, place = cycle()
+    state = jax.tree.map(jnp.array, state)
+    broken = state.replace(
+        generator=state.generator.replace(
+            params={**state.generator.params, "mean": jnp.full(2, jnp.nan)}
+        )
+    )
+    parts = place(data(0, 5))
+    after, metrics = step(broken, parts, jax.random.key(7))
+    assert metrics["skipped"] == 1 and int(after.skipped) == 5
+    assert int(after.skipped_in_a_row) == 4
+    text = method().report(after, parts, jax.random.fold_in(jax.random.key(7), 0))
+    assert (
+        text.startswith("not finite: generator, critic; noise levels") and "0." in text
+    )
+
+
+def test_the_cycle_takes_whole_cycles(as_shipped):
+    _, _, place = cycle()
+    with pytest.raises(ValueError, match="a cycle takes 5 batches, but 16 rows"):
+        place({"x_data": np.zeros((16, 2), np.float32)})
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: method(train.DistillationConfig()), "needs null_cond"),
+        (
+            lambda: method(PLAIN, train.Networks(teacher, score)),
+            "needs a discriminator",
+        ),
+        (lambda: train.DistillationConfig(critic_updates=0), "critic_updates=0"),
+        (lambda: train.DistillationConfig(shift=0.1), "shift=0.1"),
+        (lambda: train.DistillationConfig(normalisation="sum"), "normalisation='sum'"),
+        (lambda: train.DistillationConfig(features="fake"), "features='fake'"),
+        (lambda: train.DistillationConfig(time_range=(0.9, 0.1)), "time_range"),
+        (
+            lambda: train.DistillationConfig(adversarial_weight=-1.0),
+            "adversarial_weight=-1",
+        ),
+    ],
+)
+def test_bad_inputs(call, message, as_shipped):
+    with pytest.raises(ValueError, match=message):
+        call()
