@@ -11,6 +11,36 @@ from tmdjax import flows, train
 from tmdjax.core.types import ApplyFn, Params
 
 
+def pair_loss(
+    params: Params,
+    apply_fn: ApplyFn,
+    batch: Mapping[str, Any],
+    keys: Any,
+    time_sampler: flows.TimeSampler | None = None,
+) -> Any:
+    """Flow matching along the line of each pair, per example; see :func:`straighten`.
+
+    Args:
+        params: of the network.
+        apply_fn: ``(params, x, t, cond) -> v``.
+        batch: 'x_noise' and 'x_data' [batch, *event], and 'cond' if there is one.
+        keys: [batch].
+        time_sampler: None is uniform.
+
+    Returns:
+        loss [batch] and metrics [batch].
+    """
+    return flows.flow_matching_loss(
+        params,
+        apply_fn,
+        batch["x_data"],
+        keys,
+        batch.get("cond"),
+        x_noise=batch["x_noise"],
+        time_sampler=time_sampler,
+    )
+
+
 def straighten(
     params: Params,
     apply_fn: ApplyFn,
@@ -39,15 +69,7 @@ def straighten(
         sampler = flows.discrete_time(flows.uniform_grid(steps_distilled)[:-1])
 
     def loss(params: Params, batch: Any, keys: Any, apply_fn: ApplyFn) -> Any:
-        return flows.flow_matching_loss(
-            params,
-            apply_fn,
-            batch["x_data"],
-            keys,
-            batch.get("cond"),
-            x_noise=batch["x_noise"],
-            time_sampler=sampler,
-        )
+        return pair_loss(params, apply_fn, batch, keys, sampler)
 
     constants = flows.as_pytree(apply_fn)
     return train.fine_tune(params, loss, pairs, constants=constants, **options)
