@@ -130,7 +130,7 @@ def train_teacher(config: Config, context: StageContext) -> StageResult:
             batch["x_data"],
             keys,
             batch["cond"],
-            time_sampler=flows.ranged_time(settings.shift),
+            time_sampler=flows.logit_normal_time(settings.time_mean),
             null_cond=null_prompt(config),
             drop_rate=settings.drop_rate,
         )
@@ -184,10 +184,9 @@ def judges(config: Config, params: Any) -> tuple[train.Networks, Any, Any]:
     frozen, teacher = jax.tree.map(jnp.asarray, params), scorer
     if config.teacher.exact:
         frozen = flows.as_pytree(exact_velocity(config))
-        reader = metrics.random_conv3d(1)
 
         def teacher(params: Any, x: Any, t: Any, cond: Any) -> Any:
-            return params(x, t, cond), metrics.conv3d_layers(reader, x)[:1]
+            return params(x, t, cond), ()
 
     critic = {"score": jax.tree.map(jnp.asarray, params)}
     if not settings.adversarial_weight:
@@ -196,7 +195,12 @@ def judges(config: Config, params: Any) -> tuple[train.Networks, Any, Any]:
     scale = scale_of(config)
     x = jnp.zeros((1, *scale.event_shape))
     cond = jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(lambda f: teacher(f, x, jnp.ones(1), cond)[1], frozen)
+    reader, owner = (
+        (teacher, frozen)
+        if settings.features == "teacher"
+        else (scorer, critic["score"])
+    )
+    shapes = jax.eval_shape(lambda p: reader(p, x, jnp.ones(1), cond)[1], owner)
     example = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     critic["discriminator"] = jax.jit(discriminator.init)(key, example)["params"]
     read = models.functional(discriminator)

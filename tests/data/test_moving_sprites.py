@@ -177,7 +177,7 @@ def test_the_bank_holds_every_video_once():
 
 
 def test_a_tiny_bank():
-    assert bank("tiny", levels=2).shape == (8, 18 * 2, 4, 8, 8, 3)
+    assert bank("tiny", levels=2).shape == (8, 4 * 2, 4, 6, 6, 3)
 
 
 @pytest.mark.parametrize("scale, count", [("tiny", 8), ("small", 48), ("large", 5760)])
@@ -253,7 +253,7 @@ def test_scales_share_words_and_places_tell_them_apart():
 
 def test_the_source():
     data = load("moving_sprites", train_count=20, test_count=5, seed=3, scale="tiny")
-    assert data.train["video"].shape == (20, 4, 8, 8, 3)
+    assert data.train["video"].shape == (20, 4, 6, 6, 3)
     assert data.test["prompt"].shape == (5,) and data.num_classes == 8
     np.testing.assert_array_equal(data.train["label"], data.train["prompt"])
     assert data.meta["scale"] == "tiny"

@@ -146,7 +146,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(name="tiny", frames=4, size=8, box=3, colours=2, shapes=2, motions=2),
+    "tiny": Scale(name="tiny", frames=4, size=6, box=3, colours=2, shapes=2, motions=2),
     "small": Scale(name="small", frames=6, size=12, box=5),
     "large": Scale(
         name="large",
