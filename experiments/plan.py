@@ -5,7 +5,8 @@
 
 An experiment has them planned by a function ``planned(config)``, which returns
 ``{name: (step, shapes of its arguments, donated arguments)}``: the second argument of a
-step is its batch. The exit status is 1 if a step does not fit the device.
+step is its batch. It may name ``RULES`` by which parameters are cut. The exit status is
+1 if a step does not fit the device.
 """
 
 import argparse
@@ -56,7 +57,12 @@ def main(arguments: Sequence[str]) -> int:
     status = 0
     for name, (step, shapes, donated) in experiment.planned(config).items():
         found = train.plan(
-            step, *shapes, donate_argnums=donated, mesh=flags.mesh, device=device
+            step,
+            *shapes,
+            donate_argnums=donated,
+            mesh=flags.mesh,
+            rules=getattr(experiment, "RULES", ()),
+            device=device,
         )
         print(f"\n{name}\n{text_table(found.rows(device))}")
         try:

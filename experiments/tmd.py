@@ -30,6 +30,7 @@ from tmdjax.systems import dmd2, meanflow, reflow, tmd
 Config = Any
 KINDS = ("teacher", "tmd", "dmd2", "kstep", "meanflow")
 REPORT_ARMS = True
+RULES = train.VIDEO_DIT_RULES
 SHOWN = 8
 GROUPS = ("student", "pretrain", "distill", "pairs")
 """Groups of settings that an arm may change."""
@@ -124,7 +125,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     if kind == "tmd" and config.pretrain.steps:
         add("pretrain", pretrain, last, pretrain=plain["pretrain"], **student)
         last = "pretrain"
-    if kind in ("tmd", "dmd2"):
+    if kind in ("tmd", "dmd2") and config.distill.cycles:
         before = dict.fromkeys(("teacher", last))
         add("distill", distill, *before, distill=plain["distill"], **student, **exact)
         last = "distill"
@@ -253,9 +254,8 @@ def fit_pairs(config: Config, context: StageContext) -> StageResult:
     return fit_simple(config, context, loss, params, pairs, config.pairs)
 
 
-def distillation(config: Config, params: Any) -> tuple[Any, Any, Any]:
-    """The method, what it holds frozen, and the critic at first."""
-    networks, frozen, critic = tasks.judges(config, params)
+def distillation(config: Config) -> train.Distillation:
+    """Generator, judges and settings of an arm."""
     settings = to_plain(config.distill)
     names = (
         "guidance",
@@ -272,25 +272,18 @@ def distillation(config: Config, params: Any) -> tuple[Any, Any, Any]:
         generate = functools.partial(tmd.generate, apply_fn, plan)
     else:
         generate = functools.partial(dmd2.generate, apply_fn, times_of(config))
-    method = train.Distillation(
+    return train.Distillation(
         generate,
-        networks,
+        tasks.judges(config),
         train.DistillationConfig(**{name: settings[name] for name in names}),
         tasks.null_prompt(config),
     )
-    return method, frozen, critic
 
 
-def distill(config: Config, context: StageContext) -> StageResult:
-    """Stage 2: distribution matching against the guided teacher."""
+def optimizers(config: Config) -> tuple[Any, Any]:
+    """Of generator and critic."""
     settings = config.distill
-    teacher = context.inputs["teacher"].outputs["params"]
-    method, frozen, critic = distillation(config, teacher)
-    _, _, params = initial_student(config, context)
-    for name in ("pretrain", "fit"):
-        if name in context.inputs:
-            params = context.inputs[name].outputs["params"]
-    rules = (
+    return (
         tasks.optimizer(settings, settings.cycles, clip_norm=10.0),
         tasks.optimizer(
             settings,
@@ -298,9 +291,28 @@ def distill(config: Config, context: StageContext) -> StageResult:
             learning_rate=settings.critic_learning_rate,
         ),
     )
-    state = train.create_distillation_state(params, critic, rules, ema=True)
+
+
+def distill(config: Config, context: StageContext) -> StageResult:
+    """Stage 2: distribution matching against the guided teacher."""
+    settings = config.distill
+    teacher = context.inputs["teacher"].outputs["params"]
+    method, optimisers = distillation(config), optimizers(config)
+    _, _, params = initial_student(config, context)
+    for name in ("pretrain", "fit"):
+        if name in context.inputs:
+            params = context.inputs[name].outputs["params"]
+    critic = tasks.first_critic(config, teacher)
+    frozen = tasks.frozen_teacher(config, teacher)
+    state = train.create_distillation_state(params, critic, optimisers, ema=True)
     cycle, state, place = train.compile_cycle(
-        method, rules, state, frozen, ema_decay=settings.ema_decay
+        method,
+        optimisers,
+        state,
+        frozen,
+        rules=RULES,
+        ema_decay=settings.ema_decay,
+        microbatches=settings.microbatches,
     )
     state = context.fit(
         state,
@@ -479,6 +491,53 @@ def report(
     return shown
 
 
+def planned(config: Config) -> dict[str, tuple[Any, tuple[Any, ...], int]]:
+    """The updates of the first TMD arm: step, shapes of its arguments, donated ones."""
+    arm = next(a for a in arms(config) if config.arms[a].kind == "tmd")
+    config = of_arm(config, arm)
+    method, rules = distillation(config), optimizers(config)
+    module = models.build(student_spec(config))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def initial(key: Any) -> Any:
+        params = tasks.initial_params(config, module, key)
+        critic = tasks.first_critic(config, params["shared"])
+        state = train.create_distillation_state(params, critic, rules, ema=True)
+        kept = jnp.bfloat16 if config.model.recipe == "bf16" else jnp.float32
+        return state, jax.tree.map(lambda leaf: leaf.astype(kept), params["shared"])
+
+    state, frozen = jax.eval_shape(initial, key)
+    if config.teacher.exact:
+        frozen = tasks.frozen_teacher(config, None)
+    size = config.distill.batch_size
+    x, text = tasks.example(config)
+    cond = (text.shape[1:], jnp.float32)
+    if tasks.has_prompts(config):
+        cond = ((), jnp.int32)
+    batch = {
+        "x_data": jax.ShapeDtypeStruct((size, *x.shape[1:]), jnp.float32),
+        "cond": jax.ShapeDtypeStruct((size, *cond[0]), cond[1]),
+    }
+    steps = train.make_steps(
+        method,
+        rules,
+        ema_decay=config.distill.ema_decay,
+        microbatches=config.distill.microbatches,
+    )
+    return {
+        "generator update": (
+            steps[0],
+            (state.generator, batch, key, state.critic.params, frozen),
+            0,
+        ),
+        "critic update": (
+            steps[1],
+            (state.critic, batch, key, state.generator.params, frozen),
+            0,
+        ),
+    }
+
+
 def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds every arm, so that what cannot work is refused."""
     rows: dict[str, Any] = {}
@@ -501,4 +560,30 @@ def describe(config: Config) -> dict[str, Any]:
             rows[f"{arm}: effective NFE"] = round(plan_of(settings).nfe, 3)
         if settings.student.kind == "dmd2":
             rows[f"{arm}: NFE"] = settings.student.outer
-    return rows
+    return rows | check_memory(config)
+
+
+def check_memory(config: Config) -> dict[str, Any]:
+    """What a device holds on the config's mesh.
+
+    Raises:
+        ValueError: it does not fit; the smallest mesh that does is named.
+    """
+    if not config.mesh:
+        return {}
+    found: dict[str, Any] = {}
+    mesh = train.abstract_mesh(**to_plain(config.mesh))
+    for name, (step, shapes, donated) in planned(config).items():
+        plan = train.plan(
+            step,
+            *shapes,
+            donate_argnums=donated,
+            mesh=mesh,
+            rules=RULES,
+            device=config.device,
+        )
+        train.check_fits(plan, config.device)
+        found[f"{name}: GB a {config.device}"] = round(plan.total / 1e9, 1)
+        flops = sum(plan.flops.values())
+        found[f"{name}: PFLOP a {config.device}"] = round(flops / 1e15, 2)
+    return found

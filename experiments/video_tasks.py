@@ -33,6 +33,10 @@ MEASURES = (
 """What :func:`measure` finds of a set of videos."""
 
 
+LATENTS, TEXT = (21, 60, 104, 16), (512, 4096)
+"""Shapes of the paper's latents (81 frames of 480 x 832) and text states."""
+
+
 def scale_of(config: Config) -> moving_sprites.Scale:
     """What the videos may show."""
     return moving_sprites.get_scale(config.data.scale)
@@ -50,7 +54,17 @@ def _load(scale: str, levels: int, train_count: int, test_count: int) -> data.Da
 
 
 def load(config: Config) -> data.Dataset:
-    """The data set."""
+    """The data set.
+
+    Raises:
+        ValueError: the latents of the paper, which nobody has published.
+    """
+    if not has_prompts(config):
+        raise ValueError(
+            "the paper's latents and text states are not published: this tier is "
+            "planned (--dry_run, experiments.plan), not run. Train on your own by "
+            "train.Distillation and tmd.generate, see docs/tmd.md."
+        )
     return _load(**to_plain(config.data))
 
 
@@ -62,15 +76,36 @@ def rows(config: Config) -> dict[str, np.ndarray]:
 
 def null_prompt(config: Config) -> Any:
     """The prompt that stands for none."""
+    if not has_prompts(config):
+        return np.zeros(TEXT, np.float32)
     return np.int32(scale_of(config).num_prompts)
+
+
+def has_prompts(config: Config) -> bool:
+    """Whether conditions are numbers of prompts (else states of a text encoder)."""
+    return config.data.scale != "latents"
+
+
+def event_shape(config: Config) -> tuple[int, ...]:
+    """(frame, height, width, channel) of a video."""
+    return scale_of(config).event_shape if has_prompts(config) else LATENTS
+
+
+def example(config: Config) -> tuple[Any, Any]:
+    """Shapes of a video and its text, a batch of one."""
+    text = TEXT
+    if has_prompts(config):
+        text = (scale_of(config).length, moving_sprites.TEXT_WIDTH)
+    x = jax.ShapeDtypeStruct((1, *event_shape(config)), jnp.float32)
+    return x, jax.ShapeDtypeStruct((1, *text), jnp.float32)
 
 
 def network_spec(config: Config) -> dict[str, Any]:
     """The teacher's network."""
     return {
         "name": "video_dit",
-        "out_channels": 3,
-        "text_width": moving_sprites.TEXT_WIDTH,
+        "out_channels": event_shape(config)[-1],
+        "text_width": example(config)[1].shape[-1],
         **to_plain(config.model),
     }
 
@@ -80,7 +115,10 @@ def on_prompts(config: Config, module: Any) -> Any:
 
     The condition is the last input, but for the methods that take none.
     """
-    apply_fn, scale = models.functional(module), scale_of(config)
+    apply_fn = models.functional(module)
+    if not has_prompts(config):
+        return apply_fn
+    scale = scale_of(config)
 
     def on_prompt(params: Any, *inputs: Any, **options: Any) -> Any:
         if options.get("method") != "head":
@@ -93,9 +131,7 @@ def on_prompts(config: Config, module: Any) -> Any:
 
 def initial_params(config: Config, module: Any, key: Any, times: int = 1) -> Any:
     """Parameters of a network of so many times."""
-    scale = scale_of(config)
-    x = jnp.zeros((1, *scale.event_shape))
-    text = jnp.zeros((1, scale.length, moving_sprites.TEXT_WIDTH))
+    x, text = example(config)
     return models.init_params(module, key, x, *[jnp.zeros(1)] * times, text)
 
 
@@ -171,9 +207,9 @@ def teacher_velocity(config: Config, params: Any, guidance: float) -> Any:
     return flows.classifier_free_guidance(velocity, guidance, null_prompt(config))
 
 
-def judges(config: Config, params: Any) -> tuple[train.Networks, Any, Any]:
-    """What judges a student: networks, what they hold frozen, and the first critic."""
-    settings, key = config.distill, jax.random.key(0)
+def judges(config: Config) -> train.Networks:
+    """What judges a student."""
+    settings = config.distill
     module = models.build(network_spec(config))
     apply_fn = on_prompts(config, module)
     taps = models.default_taps(module.depth) if settings.adversarial_weight else ()
@@ -181,30 +217,47 @@ def judges(config: Config, params: Any) -> tuple[train.Networks, Any, Any]:
     def scorer(params: Any, x: Any, t: Any, cond: Any) -> Any:
         return apply_fn(params, x, t, cond, method="velocity_and_features", taps=taps)
 
-    frozen, teacher = jax.tree.map(jnp.asarray, params), scorer
+    def exact(flow: Any, x: Any, t: Any, cond: Any) -> Any:
+        return flow(x, t, cond), ()
+
+    read = None
+    if settings.adversarial_weight:
+        read = models.functional(
+            models.VideoDiscriminator(settings.discriminator_width)
+        )
+    teacher = exact if config.teacher.exact else scorer
+    return train.Networks(teacher, scorer, read)
+
+
+def frozen_teacher(config: Config, params: Any) -> Any:
+    """What the teacher's function takes: its parameters, or all videos."""
     if config.teacher.exact:
-        frozen = flows.as_pytree(exact_velocity(config))
+        return flows.as_pytree(exact_velocity(config))
+    return jax.tree.map(jnp.asarray, params)
 
-        def teacher(params: Any, x: Any, t: Any, cond: Any) -> Any:
-            return params(x, t, cond), ()
 
+def first_critic(config: Config, params: Any) -> dict[str, Any]:
+    """The critic's parameters: the teacher's, and a new discriminator."""
     critic = {"score": jax.tree.map(jnp.asarray, params)}
+    settings = config.distill
     if not settings.adversarial_weight:
-        return train.Networks(teacher, scorer), frozen, critic
+        return critic
+    x, text = example(config)
+    module = models.build(network_spec(config))
+    features = jax.eval_shape(
+        functools.partial(
+            models.functional(module),
+            method="velocity_and_features",
+            taps=models.default_taps(module.depth),
+        ),
+        params,
+        x,
+        jnp.ones(1),
+        text,
+    )[1]
     discriminator = models.VideoDiscriminator(settings.discriminator_width)
-    scale = scale_of(config)
-    x = jnp.zeros((1, *scale.event_shape))
-    cond = jnp.zeros(1, jnp.int32)
-    reader, owner = (
-        (teacher, frozen)
-        if settings.features == "teacher"
-        else (scorer, critic["score"])
-    )
-    shapes = jax.eval_shape(lambda p: reader(p, x, jnp.ones(1), cond)[1], owner)
-    example = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    critic["discriminator"] = jax.jit(discriminator.init)(key, example)["params"]
-    read = models.functional(discriminator)
-    return train.Networks(teacher, scorer, read), frozen, critic
+    key = jax.random.key(0)
+    return {**critic, "discriminator": models.init_params(discriminator, key, features)}
 
 
 def prompts(config: Config) -> np.ndarray:
