@@ -504,3 +504,26 @@ def test_cuts_of_reshapes(old, new, cut, expected):
 def test_a_mesh_axis_divides_one_axis():
     assert axis_cuts.merge([(BATCH, ()), ((), ("fsdp",))]) == (BATCH, ())
     assert axis_cuts.merge([((), ("tensor",)), (BATCH, ())]) == (BATCH, ("tensor",))
+
+
+def test_gradients_of_a_stack_run_in_parts_are_cut_like_it():
+    """Layers taken by number gather their gradients from zeros of the whole stack."""
+    from tmdjax.models.stack import run_stack
+
+    def step(params, x):
+        def loss(params):
+            h, _ = run_stack(
+                lambda p, h: jnp.tanh(h @ p), params, x, depth=12, taps=(7,)
+            )
+            return jnp.sum(h)
+
+        return params - jax.grad(loss)(params)
+
+    params = jax.ShapeDtypeStruct((12, 256, 256), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    found = train.plan(
+        step, params, x, donate_argnums=0, mesh=train.abstract_mesh(fsdp=8)
+    )
+    assert found.arguments < 12 * 256 * 256 * 4 / 7
+    # a gathered layer, its gradient and an eighth of the stack's, twice
+    assert found.temporary < 6 * 256 * 256 * 4

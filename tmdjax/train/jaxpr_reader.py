@@ -37,17 +37,33 @@ def read(jaxpr: Any, cuts: Sequence[Cut], mesh: Mapping[str, int]) -> Program:
         for v, cut in zip(jaxpr.jaxpr.invars, cuts)
         if cut and "data" in cut[0]
     }
-    reader = _Reader(mesh, samples)
+    # A gradient, gathered up layer by layer from zeros, has its parameter's shape: the
+    # compiler cuts it as the update needs it.
+    stacks = {
+        tuple(v.aval.shape): cut
+        for v, cut in zip(jaxpr.jaxpr.invars, cuts)
+        if len(cut) >= _STACKED and any(cut) and not axis_cuts.is_batch(cut)
+    }
+    reader = _Reader(mesh, samples, stacks)
     consts = [axis_cuts.uncut(len(v.aval.shape)) for v in jaxpr.jaxpr.constvars]
     return reader.program(jaxpr.jaxpr, [*cuts, *consts])
+
+
+_STACKED = 3  # axes of a stack of matrices
 
 
 class _Reader:
     """Follows one jaxpr; bodies of loops get readers of their own."""
 
-    def __init__(self, mesh: Mapping[str, int], samples: Mapping[int, tuple[str, ...]]):
+    def __init__(
+        self,
+        mesh: Mapping[str, int],
+        samples: Mapping[int, tuple[str, ...]],
+        stacks: Mapping[tuple[int, ...], Cut],
+    ):
         self.mesh = mesh
         self.samples = samples
+        self.stacks = stacks
         self.values: list[Value] = []
         self.operations: list[Operation] = []
 
@@ -112,7 +128,8 @@ class _Reader:
                 *done.cuts[0][1:],
             )
         outputs = [
-            self.value(v.aval, cut) for v, cut in zip(equation.outvars, done.cuts)
+            self.value(v.aval, cut if any(cut) else self.stacks.get(v.aval.shape, cut))
+            for v, cut in zip(equation.outvars, done.cuts)
         ]
         self.operations.append(
             Operation(
@@ -133,7 +150,7 @@ class _Reader:
         """A body of its own; its constants are inputs last."""
         inner = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
         consts = [axis_cuts.uncut(len(v.aval.shape)) for v in inner.constvars]
-        return _Reader(self.mesh, self.samples).program(inner, [*cuts, *consts])
+        return _Reader(self.mesh, self.samples, self.stacks).program(inner, [*cuts, *consts])
 
     def scan(
         self, params: Mapping[str, Any], inputs: list[int], results: Sequence[Any]
