@@ -150,7 +150,9 @@ class _Reader:
         """A body of its own; its constants are inputs last."""
         inner = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
         consts = [axis_cuts.uncut(len(v.aval.shape)) for v in inner.constvars]
-        return _Reader(self.mesh, self.samples, self.stacks).program(inner, [*cuts, *consts])
+        return _Reader(self.mesh, self.samples, self.stacks).program(
+            inner, [*cuts, *consts]
+        )
 
     def scan(
         self, params: Mapping[str, Any], inputs: list[int], results: Sequence[Any]
