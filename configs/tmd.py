@@ -8,7 +8,7 @@
 smoke  4 x 6 x 6 videos, judged by their exact flow: mechanics.
 cpu    the same videos, a trained teacher: do students of two steps beat it at two?
 gpu    16 x 32 x 32 videos, 12 blocks: the claims C1 to C7 and the ablations.
-paper  Wan 2.1 of 1.3 B: sizes and what a device needs.
+paper  Wan 2.1 of 1.3 B and 14 B: sizes and what a device needs.
 """
 
 from typing import Any
@@ -128,7 +128,8 @@ def get_config(tier: str) -> ConfigDict:
             "dmd2_one": {"kind": "dmd2", "outer": 1},
         }
     )
-    config.mesh = ConfigDict()  # planned for, where it names axes
+    config.planned = ("tmd",)  # arms whose updates experiments.plan takes
+    config.mesh = ConfigDict()  # --dry_run plans them on it, where it names axes
     config.device = "h100"
     if tier == "smoke":
         config.arms = ConfigDict(
@@ -219,7 +220,7 @@ def _enlarge(config: Any) -> None:
 
 
 def _publish(config: Any) -> None:
-    """The published scale, 1.3 B; mesh and device are those it is planned for."""
+    """The published scales; mesh and device are those they are planned for."""
     config.data.scale = "latents"
     config.model.update(
         patch_size=(1, 2, 2), heads=12, head_dim=128, depth=30, mlp_width=8960
@@ -240,7 +241,20 @@ def _publish(config: Any) -> None:
         guidance=5.0,
         discriminator_width=128,
     )
-    config.arms = ConfigDict({"tmd": {"kind": "tmd"}, "dmd2": {"kind": "dmd2"}})
+    large = {
+        "inner": 4,
+        "model": {"heads": 40, "depth": 40, "mlp_width": 13_824},
+        "pretrain": {"learning_rate": 1e-5, "loss_constant": 1e-5},
+        "distill": {"cycles": 200},
+    }
+    config.arms = ConfigDict(
+        {
+            "tmd": {"kind": "tmd"},
+            "dmd2": {"kind": "dmd2"},
+            "tmd_large": {"kind": "tmd", **large},
+        }
+    )
+    config.planned = ("tmd", "tmd_large")
     config.mesh = ConfigDict({"data": 1, "fsdp": 64, "tensor": 1})
 
 

@@ -1,0 +1,112 @@
+"""Samples of video models: how each is drawn and measured, and what it costs."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import video_students as students
+from experiments import video_tasks as tasks
+from tmdjax import flows, models, train
+from tmdjax.core import prng
+from tmdjax.harness import StageContext, StageResult
+from tmdjax.systems import dmd2, meanflow, tmd
+
+Config = Any
+SHOWN = 8
+
+
+def samplers(config: Config, params: Any) -> dict[str, tuple[Any, float]]:
+    """How an arm is sampled, ``(noise, prompts, keys) -> videos``, and its NFE.
+
+    By name; the arm's own way has the name ''.
+    """
+    kind, settings = config.student.kind, config.student
+    if kind == "teacher":
+        velocity = tasks.teacher_velocity(config, params, config.distill.guidance)
+        calls = 1 if config.distill.guidance == 1 else 2
+
+        def walk(steps: int) -> Any:
+            grid = flows.shifted_grid(steps, config.teacher.sample_shift)
+            return lambda noise, asked, keys: flows.endpoints(
+                velocity, noise, grid, asked
+            )
+
+        return {
+            f"steps{k}." if k != config.sample.teacher_steps[0] else "": (
+                walk(k),
+                float(k * calls),
+            )
+            for k in config.sample.teacher_steps
+        }
+    apply_fn = tasks.on_prompts(config, models.build(students.student_spec(config)))
+    if kind == "tmd":
+
+        def tmd_walk(inner: int) -> Any:
+            plan = students.plan_of(config, inner)
+            return (
+                lambda noise, asked, keys: tmd.sample(
+                    apply_fn, params, noise, asked, keys, plan
+                ),
+                plan.nfe,
+            )
+
+        found = {"": tmd_walk(settings.inner)}
+        if settings.inner > 1:
+            found["inner1."] = tmd_walk(1)
+        return found
+    rule = meanflow if kind == "meanflow" else dmd2
+
+    def few(noise: Any, asked: Any, keys: Any) -> Any:
+        return rule.sample(apply_fn, params, noise, asked, students.times_of(config))
+
+    return {"": (few, float(settings.outer))}
+
+
+def sample(config: Config, context: StageContext, arm: str) -> StageResult:
+    """Samples every way of an arm, and measures each."""
+    params = jax.tree.map(jnp.asarray, students.trained(context.inputs))
+    noise, keys = tasks.noise_of(config, context.key)
+    asked = jnp.asarray(tasks.prompts(config))
+    found: dict[str, float] = {}
+    shown: dict[str, Any] = {}
+    for name, (draw, nfe) in samplers(config, params).items():
+        videos = jax.block_until_ready(draw(noise, asked, keys))
+        began = time.perf_counter()
+        jax.block_until_ready(draw(noise, asked, keys))
+        found[f"{name}seconds"] = time.perf_counter() - began
+        found[f"{name}nfe"] = nfe
+        videos = np.asarray(videos)
+        measured = tasks.measure(config, videos, np.asarray(asked))
+        found |= {f"{name}{what}": value for what, value in measured.items()}
+        shown[f"videos{len(shown)}"] = videos[:SHOWN]
+    found |= cost(config, params)
+    return StageResult({"shown": shown}, found, meta={"arm": arm})
+
+
+def cost(config: Config, params: Any) -> dict[str, float]:
+    """Operations of a TMD student over those that its NFE says, by the planner."""
+    if config.student.kind != "tmd":
+        return {}
+    scale = tasks.scale_of(config)
+    x = jax.ShapeDtypeStruct((1, *scale.event_shape), jnp.float32)
+    asked = jax.ShapeDtypeStruct((1,), jnp.int32)
+    keys = jax.eval_shape(lambda: prng.sample_keys(jax.random.key(0), 1))
+    module = models.build(students.student_spec(config))
+    apply_fn = tasks.on_prompts(config, module)
+    plan = students.plan_of(config)
+    student = train.plan(
+        lambda p, x, c, k: tmd.sample(apply_fn, p, x, c, k, plan),
+        params,
+        x,
+        asked,
+        keys,
+    )
+    alone = tasks.on_prompts(config, module.shared)
+    whole = train.plan(
+        lambda p, x, c: alone(p, x, jnp.full(1, 0.5), c), params["shared"], x, asked
+    )
+    ratio = sum(student.flops.values()) / sum(whole.flops.values())
+    return {"cost": ratio, "cost_over_nfe": ratio / plan.nfe}
