@@ -62,7 +62,8 @@ def test_smoke_measures_what_claims_may_be_about(smoke):
         assert 0 <= found[f"{arm}/goal_entropy"] <= 1
     assert found["ppo/reward_last"] > found["ppo/reward_first"]
     assert found["policyflow/first_ratio_error"] == 0
-    assert found["ppo/first_ratio_error"] < 1e-6
+    # a few units in the last place of log-probs near 3, by the processor
+    assert found["ppo/first_ratio_error"] < 3e-6
     assert len(policyflow.summary_rows(config, found)) == 2
     for name in ("paths", "reward"):
         assert len(list((smoke / "figures").glob(f"*{name}.png"))) == 2

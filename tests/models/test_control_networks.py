@@ -40,7 +40,7 @@ def test_what_the_observation_adds_is_computed_apart():
     np.testing.assert_array_equal(whole, parts)
     one = apply_fn(params, ACTIONS, t[2:3], embedded, method="velocity")
     same = apply_fn(params, ACTIONS, jnp.full(5, t[2]), embedded, method="velocity")
-    np.testing.assert_allclose(one, same, rtol=1e-6)
+    np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6)
     # times by the angles 1, 2, 4, 8 of FPO
     kernel = params["from_time"]["kernel"]
     angles = np.asarray(t)[:, None] * 2.0 ** np.arange(4)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
-from tmdjax.core.types import Array, Cond, Params
+from tmdjax.core.types import Array, Cond, Params, PyTree
 
 FEATURES = ("teacher", "critic")
 
@@ -146,7 +146,7 @@ class Distillation:
         return flows.interpolate(x, noise, tau), tau
 
     def generator_loss(
-        self, params: Params, batch: Any, keys: Any, critic: Params, frozen: Params
+        self, params: Params, batch: Any, keys: Any, critic: Params, frozen: PyTree
     ) -> tuple[Array, dict[str, Array]]:
         """Distribution matching and adversarial loss of the generator.
 
@@ -187,13 +187,13 @@ class Distillation:
             metrics |= {"adversarial_loss": adversarial}
         return loss, metrics
 
-    def _negative(self, frozen: Params, x: Array, tau: Array, null: Any) -> Array:
+    def _negative(self, frozen: PyTree, x: Array, tau: Array, null: Any) -> Array:
         if self.networks.negative is not None:
             return self.networks.negative(frozen, x, tau, null)
         return self.networks.teacher(frozen, x, tau, null)[0]
 
     def critic_loss(
-        self, params: Params, batch: Any, keys: Any, generator: Params, frozen: Params
+        self, params: Params, batch: Any, keys: Any, generator: Params, frozen: PyTree
     ) -> tuple[Array, dict[str, Array]]:
         """Denoising loss of the fake score, and the discriminator's.
 
