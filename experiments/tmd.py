@@ -117,6 +117,7 @@ def measures(config: Config) -> set[str]:
         settings, names = of_arm(config, arm), [""]
         if settings.student.kind == "teacher":
             names += [f"steps{k}." for k in config.sample.teacher_steps[1:]]
+            found |= {f"{arm}/real.{measure}" for measure in tasks.MEASURES}
         if settings.student.kind == "tmd":
             names += ["inner1."] if settings.student.inner > 1 else []
             found |= {f"{arm}/cost", f"{arm}/cost_over_nfe"}
@@ -127,7 +128,13 @@ def measures(config: Config) -> set[str]:
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table of students, from the metrics of a record."""
-    rows = []
+    rows = [
+        {"student": "real videos"}
+        | {
+            what.replace("_", " "): found.get(f"teacher/real.{what}")
+            for what in ("nfe", *tasks.MEASURES, "seconds")
+        }
+    ]
     for arm in arms(config):
         for name in ("", *(f"steps{k}." for k in config.sample.teacher_steps[1:])):
             if f"{arm}/{name}nfe" in found:
@@ -154,7 +161,7 @@ def report(
     asked = tasks.prompts(config)[: samples.SHOWN]
     scale = tasks.scale_of(config)
     labels = [" ".join(prompt_words(int(p), scale)) for p in asked]
-    names = [n.removesuffix("adherence") for n in found if n.endswith("adherence")]
+    names = [n[:-9] for n in found if n in ("adherence",) or n.endswith(".adherence")]
     videos = results["sample"].outputs["shown"]
     blocks = {n or "own steps": videos[f"videos{i}"] for i, n in enumerate(names)}
     arm = results["sample"].meta["arm"]
@@ -171,6 +178,7 @@ def describe(config: Config) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for group, name in (
         ("sample", "count"),
+        ("sample", "per_prompt"),
         ("distill", "cycles"),
         ("teacher", "steps"),
     ):

@@ -28,7 +28,7 @@ def updates(config: Config) -> dict[str, Step]:
     def initial(key: Any) -> Any:
         params = tasks.initial_params(config, module, key)
         teacher = params["shared"] if config.student.kind == "tmd" else params
-        critic = tasks.first_critic(config, teacher)
+        critic = tasks.first_critic(config, teacher, key)
         state = train.create_distillation_state(params, critic, rules, ema=True)
         kept = jnp.bfloat16 if config.model.recipe == "bf16" else jnp.float32
         return state, jax.tree.map(lambda leaf: leaf.astype(kept), teacher)

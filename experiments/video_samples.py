@@ -12,6 +12,7 @@ from experiments import video_tasks as tasks
 from tmdjax import flows, models, train
 from tmdjax.core import prng
 from tmdjax.harness import StageContext, StageResult
+from tmdjax.models.flow_map_dit import GATE_SCALE
 from tmdjax.systems import dmd2, meanflow, tmd
 
 Config = Any
@@ -82,6 +83,11 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
         measured = tasks.measure(config, videos, np.asarray(asked))
         found |= {f"{name}{what}": value for what, value in measured.items()}
         shown[f"videos{len(shown)}"] = videos[:SHOWN]
+    if config.student.kind == "teacher":  # what any distance is at least
+        real = tasks.real_videos(config, tasks.prompts(config), draw=1)
+        measured = tasks.measure(config, real, np.asarray(asked))
+        found |= {f"real.{what}": value for what, value in measured.items()}
+        shown[f"videos{len(shown)}"] = real[:SHOWN]
     found |= cost(config, params)
     return StageResult({"shown": shown}, found, meta={"arm": arm})
 
@@ -109,4 +115,7 @@ def cost(config: Config, params: Any) -> dict[str, float]:
         lambda p, x, c: alone(p, x, jnp.full(1, 0.5), c), params["shared"], x, asked
     )
     ratio = sum(student.flops.values()) / sum(whole.flops.values())
-    return {"cost": ratio, "cost_over_nfe": ratio / plan.nfe}
+    found = {"cost": ratio, "cost_over_nfe": ratio / plan.nfe}
+    if config.student.fusion == "gated" and hasattr(params["joint"]["gate"], "item"):
+        found["gate"] = GATE_SCALE * params["joint"]["gate"].item()
+    return found

@@ -234,7 +234,7 @@ def distill(config: Config, context: StageContext) -> StageResult:
     _, _, params = initial_student(config, context)
     if context.inputs.keys() > {"teacher"}:
         params = trained(context.inputs)
-    critic = tasks.first_critic(config, teacher)
+    critic = tasks.first_critic(config, teacher, context.key)
     frozen = tasks.frozen_teacher(config, teacher)
     state = train.create_distillation_state(params, critic, optimisers, ema=True)
     cycle, state, place = train.compile_cycle(

@@ -184,12 +184,40 @@ def train_teacher(config: Config, context: StageContext) -> StageResult:
         place=place,
         log_every=settings.log_every,
     )
+    found = teacher_adherence(config, state.eval_params)
+    if found < settings.gate:
+        raise ValueError(
+            f"the teacher's videos show what was asked for in {found:.1%} of cases, "
+            f"below teacher.gate={settings.gate}: students of it would say little. "
+            f"Train longer (teacher.steps), or lower the gate."
+        )
     return StageResult(
         {"params": state.eval_params},
-        {"parameters": trees.count(params), "skipped_updates": state.skipped},
+        {
+            "parameters": trees.count(params),
+            "skipped_updates": state.skipped,
+            "trained_adherence": found,
+        },
         model=network_spec(config),
         meta={"scale": config.data.scale},
     )
+
+
+def teacher_adherence(config: Config, params: Any, steps: int = 50) -> float:
+    """Share of the network's guided videos that show what was asked for."""
+    module = models.build(network_spec(config))
+    velocity = flows.classifier_free_guidance(
+        functools.partial(on_prompts(config, module), params),
+        config.teacher.guidance,
+        null_prompt(config),
+    )
+    asked = _spread(config, 256, 256)
+    keys = prng.sample_keys(jax.random.key(7000), len(asked))
+    noise = prng.normal(keys, event_shape(config))
+    grid = flows.shifted_grid(steps, config.teacher.sample_shift)
+    videos = flows.endpoints(velocity, noise, grid, jnp.asarray(asked))
+    right = checker.check(np.asarray(videos), asked, scale_of(config))
+    return float(np.mean(right["all"]))
 
 
 def exact_velocity(config: Config) -> Any:
@@ -233,10 +261,11 @@ def frozen_teacher(config: Config, params: Any) -> Any:
     """What the teacher's function takes: its parameters, or all videos."""
     if config.teacher.exact:
         return flows.as_pytree(exact_velocity(config))
-    return jax.tree.map(jnp.asarray, params)
+    kept = jnp.bfloat16 if config.model.recipe == "bf16" else jnp.float32
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kept), params)
 
 
-def first_critic(config: Config, params: Any) -> dict[str, Any]:
+def first_critic(config: Config, params: Any, key: Any) -> dict[str, Any]:
     """The critic's parameters: the teacher's, and a new discriminator."""
     critic = {"score": jax.tree.map(jnp.asarray, params)}
     settings = config.distill
@@ -256,31 +285,60 @@ def first_critic(config: Config, params: Any) -> dict[str, Any]:
         text,
     )[1]
     discriminator = models.VideoDiscriminator(settings.discriminator_width)
-    key = jax.random.key(0)
     return {**critic, "discriminator": models.init_params(discriminator, key, features)}
 
 
 def prompts(config: Config) -> np.ndarray:
-    """What is asked for: every prompt equally often."""
-    return np.arange(config.sample.count, dtype=np.int32) % null_prompt(config)
+    """What is asked for: 'sample.per_prompt' videos of each of as many prompts as fit.
+
+    The prompts are chosen at random, the same in every arm and seed.
+    """
+    settings = config.sample
+    return _spread(config, settings.count, settings.count // settings.per_prompt)
+
+
+def _spread(config: Config, count: int, distinct: int) -> np.ndarray:
+    """So many videos of so many prompts."""
+    order = np.random.default_rng(0).permutation(int(null_prompt(config)))
+    return np.resize(order[: max(1, distinct)].astype(np.int32), count)
+
+
+@functools.lru_cache(maxsize=4)
+def _real(scale: str, levels: int, asked: tuple[int, ...], draw: int) -> np.ndarray:
+    keys = prng.sample_keys(jax.random.key(draw), len(asked))
+    found = moving_sprites.moving_sprites(
+        keys, scale=scale, levels=levels, prompts=np.asarray(asked, np.int32)
+    )
+    return np.asarray(found["video"])
+
+
+def real_videos(config: Config, asked: Any, draw: int = 0) -> np.ndarray:
+    """Videos that show what is asked for, of a key that no training set has."""
+    asked = tuple(np.asarray(asked).tolist())
+    return _real(config.data.scale, config.data.levels, asked, 7001 + draw)
 
 
 def measure(config: Config, videos: Any, asked: Any) -> dict[str, float]:
-    """Adherence to the prompts, distances to held-out videos, and diversity."""
-    scale, held_out = scale_of(config), load(config).test["video"]
+    """Adherence to the prompts, distances to real videos of them, and diversity.
+
+    The entropy of start positions is that of videos which show what was asked for: a
+    noisy one starts anywhere.
+    """
+    scale, reference = scale_of(config), real_videos(config, asked)
     right = checker.check(videos, asked, scale)
     found = {k: float(np.mean(v)) for k, v in right.items() if k in MEASURES}
     features = metrics.video_features(videos)
-    reference = metrics.video_features(held_out)
+    of_real = metrics.video_features(reference)
     distance = functools.partial(
         metrics.sliced_wasserstein, projections=config.sample.projections
     )
-    start = checker.recognise(videos, scale)["start"]
+    start = np.asarray(checker.recognise(videos, scale)["start"], np.float64)
+    start = np.where(right["all"][:, None], start, np.nan)
     return found | {
         "adherence": float(np.mean(right["all"])),
-        "sliced_wasserstein": distance(videos, held_out),
-        "feature_wasserstein": distance(features, reference),
-        "frechet": metrics.frechet_distance(features, reference),
+        "sliced_wasserstein": distance(videos, reference),
+        "feature_wasserstein": distance(features, of_real),
+        "frechet": metrics.frechet_distance(features, of_real),
         "start_entropy": metrics.position_entropy(start, np.asarray(asked)),
     }
 

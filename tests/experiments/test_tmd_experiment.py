@@ -235,7 +235,7 @@ params = tasks.initial_params(config, module, jax.random.key(0))
 teacher = jax.tree.map(np.asarray, params["shared"])
 
 def run(mesh):
-    critic = tasks.first_critic(config, teacher)
+    critic = tasks.first_critic(config, teacher, jax.random.key(0))
     state = train.create_distillation_state(params, critic, rules, ema=True)
     cycle, state, cut = train.compile_cycle(
         method, rules, state, tasks.frozen_teacher(config, teacher), mesh=mesh,
