@@ -1,7 +1,7 @@
-"""A forward of the video transformer, beside that of diffusers.
+"""A forward of the video transformer beside that of diffusers, and a student's sample.
 
     python -m benchmarks.video [--json=PATH]
-    python -m benchmarks.video --depth=2 --heads=2 --grid 2 8 8 --recipe=fp32
+    python -m benchmarks.video --depth=2 --heads=2 --grid 2 8 8 --recipe=fp32 --head=1
 
 The network is Wan 2.1's of 1.3 B parameters (random weights, the same in both), the
 video 21 x 60 x 104 latents of 16 channels: 32,760 positions, 512 of text. The rival
@@ -9,6 +9,10 @@ video 21 x 60 x 104 latents of 16 channels: 32,760 positions, 512 of text. The r
 torch.compile, with PyTorch's scaled dot-product attention; eager where it does not
 compile. The outputs are compared first. Both run in turn, in random order, in one
 process; a ratio is the median over repeats of ours over the rival's in the same repeat.
+
+A TMD student of the same network (2 outer steps, 2 inner ones, the last --head blocks)
+is timed against its effective evaluations, 2 (1 + H / L) forwards in the same repeat.
+What it takes beyond them are fusion and embeddings, whose operations the planner counts.
 
 Memory, weights included, inputs held: the peak of each library's own allocator over one
 forward where the device tells (its first calls, with compilation and autotuning, do not
@@ -31,9 +35,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
-from tmdjax import models
-from tmdjax.core import trees
+from tmdjax import models, train
+from tmdjax.core import prng, trees
 from tmdjax.models import hf_video_dit
+from tmdjax.systems import tmd
 
 # Of the difference of outputs, over the norm of one of them.
 _TOLERANCES = {"fp32": 1e-4, "bf16": 0.05}
@@ -204,6 +209,60 @@ class Diffusers:
         return self.torch.cuda.max_memory_allocated()
 
 
+class Student:
+    """Samples of a TMD student, compiled, and as many forwards as its NFE says."""
+
+    def __init__(self, module: models.VideoDiT, ours: Ours, given: Any):
+        network = models.SplitDiT(module, head_blocks=given.head)
+        apply_fn = models.functional(network)
+        params, x, t, text = ours.arguments
+        shapes = jax.eval_shape(
+            lambda key: models.init_params(network, key, x, t, text),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
+        dtype = jax.tree.leaves(params["blocks"])[0].dtype
+        # What is new in a student changes no time by its values.
+        new = {
+            name: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), part)
+            for name, part in shapes.items()
+            if name != "shared"
+        }
+        plan = tmd.make_plan(2, 2, given.head, module.depth)
+        keys = prng.sample_keys(jax.random.key(0), given.batch)
+        self.arguments = ({**new, "shared": params}, x, text, keys)
+        self.forward, self.evaluations = ours, plan.nfe
+        sample = jax.jit(lambda p, x, c, k: tmd.sample(apply_fn, p, x, c, k, plan))
+        self.compiled: Any = sample.lower(*self.arguments).compile()
+        student = train.plan(sample, *self.arguments, device=given.plan_device)
+        whole = train.plan(
+            models.functional(module), *ours.arguments, device=given.plan_device
+        )
+        count = [sum(found.flops.values()) for found in (student, whole)]
+        self.operations = count[0] / (plan.nfe * count[1])
+
+    def __call__(self) -> Seconds:
+        """Seconds of a sample."""
+        return {"student": timed(lambda: self.compiled(*self.arguments))[0]}
+
+    def expected(self) -> Seconds:
+        """Seconds of a forward times the effective evaluations."""
+        return {"student": self.evaluations * self.forward()["forward"]}
+
+    def rows(self, repeats: int) -> list[Row]:
+        """Its time, and its operations, over those that its NFE says."""
+        found = in_turn({"ours": self, "rival": self.expected}, repeats)
+        goal = {"student": 1.02}
+        what = f"NFE {self.evaluations:.3g}"
+        counted: Row = {
+            "what": f"{what}: student, operations",
+            "unit": "",
+            "ours": self.operations,
+            "rival": 1.0,
+            "ratio": self.operations,
+        }
+        return [*compare(what, found["ours"], found["rival"], goal), counted]
+
+
 def check(ours: Ours, rival: Diffusers, recipe: str) -> float:
     """The difference of both outputs over the norm of the rival's.
 
@@ -270,7 +329,11 @@ def measure(given: Any) -> tuple[list[Row], dict[str, Any]]:
     }
     if "rival" in forward:
         speed["rival"] = count / forward["rival"] / 1e12
-    return [*rows, speed, *memory_rows(ours, peak, rival)], notes
+    rows += [speed, *memory_rows(ours, peak, rival)]
+    del rival
+    if given.head:
+        rows += Student(module, ours, given).rows(given.repeats)
+    return rows, notes
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -288,6 +351,10 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     )
     flags.add_argument("--text-length", type=int, default=512)
     flags.add_argument("--text-width", type=int, default=4096)
+    flags.add_argument("--head", type=int, default=5, help="H of a student; 0: none")
+    flags.add_argument(
+        "--plan-device", default="h100", help="whose kernels are counted"
+    )
     flags.add_argument("--batch", type=int, default=1)
     flags.add_argument("--recipe", choices=sorted(_TOLERANCES), default="bf16")
     flags.add_argument("--attention", default="auto", help="implementation of ours")

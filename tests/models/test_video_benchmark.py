@@ -8,7 +8,7 @@ from benchmarks import video as benchmark
 
 SMALL = (
     "--depth=1 --heads=2 --head-dim=8 --mlp-width=16 --grid 1 4 4 --channels=2 "
-    "--text-length=4 --text-width=8 --recipe=fp32 --repeats=2"
+    "--text-length=4 --text-width=8 --recipe=fp32 --repeats=2 --head=0"
 ).split()
 
 
@@ -34,6 +34,16 @@ def test_operations_are_those_of_the_compiled_products(optimised):
     text = 2 * 4 * (8 * 64 + 64**2)
     least = benchmark.operations(module, given)
     assert least < counted - time - text < 1.3 * least
+
+
+def test_student_is_held_against_its_evaluations():
+    flags = "--no-torch --depth=12 --head=2 --grid 2 16 16 --heads=4 --plan-device=a100"
+    given = benchmark.parse([*SMALL, *flags.split()])
+    rows = {row["what"]: row for row in benchmark.measure(given)[0]}
+    assert rows["NFE 2.33: student"]["goal"] == 1.02
+    assert rows["NFE 2.33: student"]["ratio"] > 0
+    # beyond its evaluations: fusion, both patch embeddings and outputs
+    assert 1 < rows["NFE 2.33: student, operations"]["ratio"] < 1.2
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16"])
