@@ -114,6 +114,20 @@ def fit_simple(
     )
 
 
+def derivative_function(config: Config) -> Any:
+    """The student's network as du/ds is taken of it; None is the network itself.
+
+    In 16 bits attention may be fused, which has no forward mode, and differences drown.
+    """
+    if config.model.recipe == "fp32":
+        return None
+    spec = student_spec(config)
+    shared = {**spec["shared"], "attention_implementation": "xla"}
+    if config.pretrain.derivative == "difference":
+        shared["recipe"] = "fp32"
+    return tasks.on_prompts(config, models.build({**spec, "shared": shared}))
+
+
 def map_config(config: Config) -> flows.FlowMapConfig:
     """Settings of flow-map losses."""
     settings = to_plain(config.pretrain)
@@ -132,10 +146,20 @@ def pretrain(config: Config, context: StageContext) -> StageResult:
     """Stage 1 of TMD: the head learns to jump along the inner flow."""
     _, apply_fn, params = initial_student(config, context)
     plan, settings = plan_of(config), map_config(config)
+    moving = derivative_function(config)
 
     def loss(params: Any, batch: Any, keys: Any) -> Any:
         null = tasks.null_prompt(config)
-        return tmd.pretraining_loss(params, apply_fn, batch, keys, plan, settings, null)
+        return tmd.pretraining_loss(
+            params,
+            apply_fn,
+            batch,
+            keys,
+            plan,
+            settings,
+            null,
+            derivative_apply_fn=moving,
+        )
 
     rows = tasks.rows(config)
     return fit_simple(config, context, loss, params, rows, config.pretrain)
@@ -144,11 +168,13 @@ def pretrain(config: Config, context: StageContext) -> StageResult:
 def fit_meanflow(config: Config, context: StageContext) -> StageResult:
     """MeanFlow from the teacher's weights, on the data."""
     _, apply_fn, params = initial_student(config, context)
-    settings = map_config(config)
+    settings, moving = map_config(config), derivative_function(config)
 
     def loss(params: Any, batch: Any, keys: Any) -> Any:
         null = tasks.null_prompt(config)
-        return meanflow.meanflow_loss(params, apply_fn, batch, keys, settings, null)
+        return meanflow.meanflow_loss(
+            params, apply_fn, batch, keys, settings, null, derivative_apply_fn=moving
+        )
 
     rows = tasks.rows(config)
     return fit_simple(config, context, loss, params, rows, config.pretrain)

@@ -246,3 +246,51 @@ def test_noised_start_uses_no_data_at_the_first_time():
 def test_bad_inputs(call, message, as_shipped):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("derivative", flows.DERIVATIVES)
+def test_derivative_of_serves_du_ds_alone(states, derivative):
+    y, s, r = states
+    v = velocity(y, s)
+    config = flows.FlowMapConfig(derivative=derivative)
+
+    def shifted(y, s, r):
+        return average(y, s, r) + 5.0
+
+    def doubled(y, s, r):
+        return 2 * average(y, s, r)
+
+    rows = (y[:, None], s, r, v[:, None])
+    columns = lambda u: lambda y, s, r: u(y, s[:, None], r[:, None])  # noqa: E731
+    plain, u = flows.meanflow_error(columns(average), *rows, derivative=derivative)
+    same, _ = flows.meanflow_error(
+        columns(average), *rows, derivative=derivative, derivative_of=columns(shifted)
+    )
+    np.testing.assert_allclose(same, plain, atol=1e-9)
+    slope = flows.total_derivative(average, y, s, r, v, derivative=derivative)
+    other, _ = flows.meanflow_error(
+        columns(average), *rows, derivative=derivative, derivative_of=columns(doubled)
+    )
+    expected = jnp.square(u[:, 0] - v + 2 * (s - r) * slope)
+    np.testing.assert_allclose(other, expected, atol=1e-9)
+    _, metrics = flows.flow_map_loss(
+        columns(average), *rows, config, derivative_of=columns(doubled)
+    )
+    np.testing.assert_allclose(metrics["squared_error"], other, atol=1e-12)
+
+
+def test_jvp_without_forward_mode_names_the_remedy(as_shipped):
+    @jax.custom_vjp
+    def fused(y):
+        return y
+
+    fused.defvjp(lambda y: (y, None), lambda _, g: (g,))
+    y, s = jnp.ones((2, 1)), jnp.full(2, 0.5)
+    with pytest.raises(ValueError, match=r"derivative_apply_fn.*'xla'.*'difference'"):
+        flows.total_derivative(lambda y, s, r: fused(y), y, s, 0 * s, y)
+
+    def broken(y, s, r):
+        raise TypeError("of the network's own")
+
+    with pytest.raises(TypeError, match="own"):
+        flows.total_derivative(broken, y, s, 0 * s, y)

@@ -129,14 +129,30 @@ def flow_map_loss(
     r: Time,
     v: Data,
     config: FlowMapConfig,
+    *,
+    derivative_of: AverageVelocity | None = None,
 ) -> tuple[PerExample, dict[str, Array]]:
-    """The normalised error of the MeanFlow identity, [batch] in [0, 1), and metrics."""
+    """The normalised error of the MeanFlow identity, [batch] in [0, 1), and metrics.
+
+    Args:
+        average_velocity: ``u(y, s, r)`` of the network that is trained.
+        y: states [batch, *event].
+        s: times [batch].
+        r: times [batch], at most s.
+        v: velocity at (y, s) [batch, *event].
+        config: settings.
+        derivative_of: u as du/ds alone evaluates it; None is average_velocity.
+
+    Raises:
+        ValueError: what :func:`tmdjax.flows.meanflow_error` refuses.
+    """
     error, _ = meanflow_error(
         average_velocity,
         y,
         s,
         r,
         v,
+        derivative_of=derivative_of,
         derivative=config.derivative,
         delta=config.delta,
         time_range=config.time_range,

@@ -29,6 +29,9 @@ AverageVelocity = Callable[[Any, Any, Any], Any]
 
 DERIVATIVES = ("jvp", "difference")
 
+# what jax says of an operation that jvp cannot pass
+_NO_FORWARD_MODE = ("Differentiation rule for", "forward-mode")
+
 
 def check_order(s: Any, r: Any) -> None:
     """Raises ValueError where concrete times are outside [0, 1] or r > s."""
@@ -78,12 +81,16 @@ def total_derivative(
             O(delta^2), and one-sided, O(delta), where a side is barred: above
             the upper end of time_range, below its lower end, or at or below r. Where
             both sides are barred it is 0. Evaluate u in float32: in 16 bits the
-            difference drowns.
+            difference drowns (:func:`meanflow_error` takes u for it apart).
         delta: step of the difference, > 0.
         time_range: times at which the network may be evaluated.
 
     Returns:
         [batch, *event].
+
+    Raises:
+        ValueError: an unknown derivative; delta not above 0; 'jvp' of a network that
+            has no forward mode.
 
     References:
         MeanFlow, arXiv 2505.13447, eq. 8 (jvp); central differences: arXiv
@@ -93,7 +100,17 @@ def total_derivative(
     check_same_shape("v", v, "y", y)
     if derivative == "jvp":
         ones, zeros = jnp.ones_like(s), jnp.zeros_like(r)
-        return jax.jvp(average_velocity, (y, s, r), (v, ones, zeros))[1]
+        try:
+            return jax.jvp(average_velocity, (y, s, r), (v, ones, zeros))[1]
+        except (NotImplementedError, TypeError) as error:
+            if not any(text in str(error) for text in _NO_FORWARD_MODE):
+                raise
+            raise ValueError(
+                f"derivative='jvp' needs forward mode, and this network holds an "
+                f"operation without it, as fused attention is ({error}). Give the loss "
+                f"a derivative_apply_fn: the same network with "
+                f"attention_implementation='xla'. Or set derivative='difference'."
+            ) from error
     check_range("delta", delta, 0, open_low=True)
     low, high = time_range
     above = jnp.where(s + delta <= high, s + delta, s)
@@ -111,6 +128,8 @@ def meanflow_error(
     s: Time,
     r: Time,
     v: Data,
+    *,
+    derivative_of: AverageVelocity | None = None,
     **options: Any,
 ) -> tuple[PerExample, Data]:
     """Squared distance of u to the target of the MeanFlow identity, summed over events.
@@ -124,20 +143,24 @@ def meanflow_error(
         s: times [batch].
         r: times [batch], at most s.
         v: velocity at (y, s) [batch, *event]: conditional, marginal, or guided.
+        derivative_of: u as du/ds alone evaluates it, say in float32; None is
+            average_velocity.
         **options: of :func:`total_derivative`.
 
     Returns:
         Squared error [batch] and u [batch, *event].
 
     Raises:
-        ValueError: concrete times outside [0, 1], or r > s.
+        ValueError: concrete times outside [0, 1], or r > s; what
+            :func:`total_derivative` refuses.
 
     References:
         MeanFlow, arXiv 2505.13447, eq. 9 and 10.
     """
     check_order(s, r)
     u = average_velocity(y, s, r)
-    slope = total_derivative(average_velocity, y, s, r, v, **options)
+    moving = average_velocity if derivative_of is None else derivative_of
+    slope = total_derivative(moving, y, s, r, v, **options)
     target = jax.lax.stop_gradient(v - time_like(s - r, y) * slope)
     return jnp.sum(jnp.square(u - target), axis=tuple(range(1, u.ndim))), u
 

@@ -23,6 +23,8 @@ def meanflow_loss(
     keys: Any,
     config: flows.FlowMapConfig,
     null_cond: Cond = None,
+    *,
+    derivative_apply_fn: ApplyFn | None = None,
 ) -> tuple[PerExample, dict[str, Array]]:
     """The normalised loss of the MeanFlow identity, per example.
 
@@ -33,12 +35,16 @@ def meanflow_loss(
         keys: [batch].
         config: settings.
         null_cond: the null condition, a pytree like a row of the condition.
+        derivative_apply_fn: the network as the total derivative evaluates it, on the
+            same parameters: attention 'xla' for 'jvp', float32 for 'difference'.
+            None is apply_fn.
 
     Returns:
         loss [batch] in [0, 1), and metrics [batch].
 
     Raises:
-        ValueError: guidance or dropping without null_cond.
+        ValueError: guidance or dropping without null_cond; 'jvp' of a network without
+            forward mode.
 
     References:
         arXiv 2505.13447, algorithm 1.
@@ -60,9 +66,14 @@ def meanflow_loss(
         null_cond,
         config,
     )
-    return flows.flow_map_loss(
-        lambda x, t, r: apply_fn(params, x, t, r, cond), x_t, t, r, v, config
-    )
+
+    def velocity(apply_fn: ApplyFn, params: Params) -> flows.AverageVelocity:
+        return lambda x, t, r: apply_fn(params, x, t, r, cond)
+
+    u, derivative_of = velocity(apply_fn, params), None
+    if derivative_apply_fn is not None:
+        derivative_of = velocity(derivative_apply_fn, frozen)
+    return flows.flow_map_loss(u, x_t, t, r, v, config, derivative_of=derivative_of)
 
 
 def sample(

@@ -233,6 +233,8 @@ def pretraining_loss(
     plan: Plan,
     config: flows.FlowMapConfig = PRETRAINING,
     null_cond: Cond = None,
+    *,
+    derivative_apply_fn: ApplyFn | None = None,
 ) -> tuple[PerExample, dict[str, Array]]:
     """Transition matching MeanFlow: regression of the head along the inner flow.
 
@@ -246,12 +248,17 @@ def pretraining_loss(
         plan: of the student.
         config: settings.
         null_cond: the negative condition, a pytree like a row of the condition.
+        derivative_apply_fn: the network as the total derivative evaluates it, on the
+            same parameters: attention 'xla' for 'jvp', float32 for 'difference'. Its
+            head alone runs, on the features of apply_fn's backbone, which are constant
+            along the path, in float32. None is apply_fn.
 
     Returns:
         loss [batch] in [0, 1), and metrics [batch].
 
     Raises:
-        ValueError: guidance or dropping without null_cond.
+        ValueError: guidance or dropping without null_cond; 'jvp' of a network without
+            forward mode.
 
     References:
         arXiv 2601.09881, sec. 3.1 and appendix A.2.
@@ -266,21 +273,41 @@ def pretraining_loss(
     x_t, y = flows.interpolate(x_data, noise, t), noise - x_data
     y_s = flows.interpolate(y, y1, s)
 
-    def velocity(params: Params, cond: Cond) -> flows.AverageVelocity:
+    def features_of(params: Params, cond: Cond) -> Any:
+        return apply_fn(params, x_t, t, cond, method="backbone")
+
+    def velocity(
+        apply_fn: ApplyFn, params: Params, features: Any
+    ) -> flows.AverageVelocity:
         network = functools.partial(apply_fn, params)
-        features = network(x_t, t, cond, method="backbone")
         return average_velocity(network, features, y1, plan.average)
 
     frozen = jax.lax.stop_gradient(params)
     cond, v = flows.guided_target(
-        lambda cond: velocity(frozen, cond)(y_s, s, s),
+        lambda cond: velocity(apply_fn, frozen, features_of(frozen, cond))(y_s, s, s),
         flows.conditional_velocity(y, y1),
         batch.get("cond"),
         drops,
         null_cond,
         config,
     )
-    return flows.flow_map_loss(velocity(params, cond), y_s, s, r, v, config)
+    features = features_of(params, cond)
+    u, derivative_of = velocity(apply_fn, params, features), None
+    if derivative_apply_fn is not None:
+        constant = _in_float32(jax.lax.stop_gradient(features))
+        derivative_of = velocity(derivative_apply_fn, frozen, constant)
+    return flows.flow_map_loss(u, y_s, s, r, v, config, derivative_of=derivative_of)
+
+
+def _in_float32(features: Any) -> Any:
+    """The features in at least float32, whose dtype a head's blocks carry on."""
+
+    def widened(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(widened, features)
 
 
 def sample(
