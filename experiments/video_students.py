@@ -82,7 +82,8 @@ def initial_student(config: Config, context: StageContext) -> tuple[Any, Any, An
         return module, apply_fn, teacher
     times = 2 if config.student.kind == "meanflow" else 1
     params = tasks.initial_params(config, module, context.key, times)
-    return module, apply_fn, {**params, "shared": teacher}
+    own = models.build(tasks.network_spec(config))
+    return module, apply_fn, models.student_from_teacher(module, params, own, teacher)
 
 
 def fit_simple(

@@ -411,6 +411,19 @@ def test_bad_inputs(as_shipped, change, message):
         )
 
 
+@pytest.mark.parametrize("tap", [4, -1])
+def test_taps_are_layers(as_shipped, tap):
+    message = rf"taps holds \[{tap}\]; a network of depth=4 has the layers 0..3"
+    with pytest.raises(ValueError, match=message):
+        functional(small())(
+            initial(), *draw(), method="velocity_and_features", taps=(1, tap)
+        )
+    with pytest.raises(TypeError, match="integer"):
+        functional(small())(
+            initial(), *draw(), method="velocity_and_features", taps=(1.5,)
+        )
+
+
 def test_integer_times_are_refused_under_jit(as_shipped):
     apply_fn = jitted(small(), "embed_time")
     with pytest.raises(ValueError, match="t has dtype int32"):

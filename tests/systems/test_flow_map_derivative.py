@@ -25,7 +25,8 @@ SHARED = {
     "mlp_width": 40,
     "text_width": 8,
     "frequency_dim": 16,
-    "time_scale": 10.0,
+    "time_scale": 4.0,
+    "remat": False,
 }
 EVENT = (2, 4, 4, 3)
 TEXT = jax.random.normal(jax.random.key(9), (4, 4, 8))
@@ -35,8 +36,9 @@ PLAN = tmd.make_plan(2, 2, 1, 2)
 JUMPS = flows.FlowMapConfig(map_rate=1.0, drop_rate=0.0)
 
 
-def network(system, recipe="fp32", attention="xla"):
+def network(system, recipe="fp32", attention="xla", **options):
     shared = {**SHARED, "recipe": recipe, "attention_implementation": attention}
+    shared |= options
     if system == "meanflow":
         return models.build({"name": "two_time_dit", "shared": shared})
     spec = {"name": "split_dit", "shared": shared, "head_blocks": 1}
@@ -75,8 +77,9 @@ def gradient(loss):
     return jax.grad(lambda params: loss(params, BATCH, KEYS)[0].sum())
 
 
-@pytest.mark.parametrize("derivative", flows.DERIVATIVES)
-@pytest.mark.parametrize("system", ["tmd", "meanflow"])
+@pytest.mark.parametrize(
+    "system, derivative", [("tmd", "jvp"), ("tmd", "difference"), ("meanflow", "jvp")]
+)
 def test_clone_of_a_float32_network_changes_nothing(system, derivative):
     """Nor does any gradient pass through it."""
     module, clone = network(system, attention="auto"), network(system)
@@ -176,7 +179,7 @@ def test_differences_drown_in_bfloat16_but_not_with_the_clone(system):
 
     assert np.sqrt(np.square(exact).mean()) > 0.1
     assert error(slopes(system, full, "difference")) < 0.01
-    assert error(slopes(system, half, "difference", full)) < 0.04
+    assert error(slopes(system, half, "difference", full)) < 0.02
     assert error(slopes(system, half, "difference")) > 0.1
 
 
@@ -203,14 +206,13 @@ def traceable_cudnn(monkeypatch):
 def test_fused_attention_needs_another_network_for_the_derivative(
     system, traceable_cudnn
 ):
-    fused = network(system, "bf16", "cudnn")
+    fused = network(system, "bf16", "cudnn", remat=True)
     params = parameters(system)
     with pytest.raises(ValueError, match=r"'xla'.*derivative='difference'"):
         jax.make_jaxpr(gradient(make_loss(system, fused, "jvp")))(params)
     for derivative, clone in (
-        ("jvp", network(system, "bf16")),
-        ("jvp", network(system)),
-        ("difference", network(system)),
+        ("jvp", network(system, "bf16", remat=True)),
+        ("difference", network(system, remat=True)),
     ):
         loss = make_loss(system, fused, derivative, clone)
         exported = jax.export.export(

@@ -16,7 +16,7 @@ from tmdjax.models.decoder_cache import (
 from tmdjax.models.decoder_config import DecoderConfig
 from tmdjax.models.discriminator import VideoDiscriminator, default_taps
 from tmdjax.models.dit import DiT
-from tmdjax.models.flow_map_dit import SplitDiT, TwoTimeDiT
+from tmdjax.models.flow_map_dit import SplitDiT, TwoTimeDiT, student_from_teacher
 from tmdjax.models.gguf_decoder import load_gguf
 from tmdjax.models.hf_files import (
     load_adapters,
@@ -104,6 +104,7 @@ __all__ = [
     "save_decoder",
     "save_video_dit",
     "spec_of",
+    "student_from_teacher",
     "timestep_embedding",
     "token_entropies",
     "token_log_probs",

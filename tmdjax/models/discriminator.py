@@ -14,8 +14,16 @@ _SLOPE = 0.2
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
-    """Layers at half, three quarters and the end: (15, 22, 29) of 30."""
-    return tuple(sorted({depth // 2, 3 * depth // 4, depth - 1}))
+    """The last layer, and those a quarter and half of the depth before it.
+
+    The published sets, (15, 22, 29) of 30 and (19, 29, 39) of 40. A network of fewer
+    than four layers has fewer taps: the first is left out unless it is the last.
+
+    Raises:
+        ValueError: depth below 1.
+    """
+    check_count("depth", depth)
+    return tuple(range(depth - 1, 0, -max(1, depth // 4))[:3][::-1]) or (0,)
 
 
 def smallest_size() -> tuple[int, int, int]:
@@ -27,10 +35,9 @@ def smallest_size() -> tuple[int, int, int]:
 
 
 def _groups(features: int) -> int:
-    """Groups of a norm: the largest divisor up to 32, a quarter if there are few."""
-    if features <= 32:
-        return max(1, features // 4)
-    return next(n for n in range(32, 0, -1) if features % n == 0)
+    """Groups of a norm: the largest divisor up to 32, or to a quarter of few."""
+    most = 32 if features > 32 else max(1, features // 4)
+    return next(n for n in range(most, 0, -1) if features % n == 0)
 
 
 class _Head(nn.Module):

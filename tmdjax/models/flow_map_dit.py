@@ -4,17 +4,23 @@ Both keep a pretrained network whole under the name ``shared``, so its parameter
 and come out without renaming.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core import trees
+from tmdjax.core.checks import check_choice, check_count, check_time
 from tmdjax.core.conventions import expand_time
-from tmdjax.core.types import Array, Data, Float
+from tmdjax.core.types import Array, Data, Float, Params
+from tmdjax.flows.flow_maps import check_order
 from tmdjax.models.layers import Dense, layer_norm, timestep_embedding
-from tmdjax.models.video_dit import VideoDiT
+from tmdjax.models.video_dit import VideoDiT, floating_time
 from tmdjax.quant import compute_dtype
 
 FUSIONS = ("gated", "concat")
@@ -24,6 +30,9 @@ GATE_SCALE = 10.0
 
 Features = Mapping[str, Any]
 """What a backbone hands to its head: 'hidden', and the condition's text and tables."""
+
+# what a VideoDiT computes does not hang on these, up to rounding
+_FREE = ("name", "parent", "recipe", "remat", "attention_implementation")
 
 _ZEROS = nn.initializers.zeros
 
@@ -132,6 +141,22 @@ def _jump_condition(
     }
 
 
+def _expand_times(late: Any, early: Any, batch: int, name: str) -> tuple[Array, Array]:
+    """Both times of a jump as [batch], ``name`` that of the late one."""
+    for time, called in ((late, name), (early, "r")):
+        # before anything is cast, or integers would pass
+        check_time(floating_time(time, called), called)
+    expanded = expand_time(late, batch), expand_time(early, batch)
+    # as given: under jit a number is concrete, and its expansion is not
+    check_order(*(_float32(time) for time in (late, early)))
+    return expanded
+
+
+def _float32(time: Any) -> Any:
+    """A concrete time, rounded as its expansion is: equal times stay equal."""
+    return time if isinstance(time, jax.core.Tracer) else np.asarray(time, np.float32)
+
+
 class TwoTimeDiT(nn.Module):
     """A whole video DiT as average velocity ``(x, t, r, cond) -> u``.
 
@@ -146,8 +171,22 @@ class TwoTimeDiT(nn.Module):
         self.interval = _interval(self.shared)
 
     def __call__(self, x: Data, t: Any, r: Any, cond: Any) -> Data:
-        """u(x, t, r), float32 like x; t and r [batch] or scalars in [0, 1], r <= t."""
-        t, r = expand_time(t, x.shape[0]), expand_time(r, x.shape[0])
+        """The average velocity from t down to r.
+
+        Args:
+            x: video [batch, frame, height, width, channel].
+            t: [batch] or a scalar, in [0, 1]; the s of a flow map.
+            r: likewise, r <= t.
+            cond: text, see :class:`VideoDiT`.
+
+        Returns:
+            float32 video like x.
+
+        Raises:
+            ValueError: an array of integers for a time; concrete times outside [0, 1]
+                or with r > t; what :meth:`VideoDiT.embed` refuses.
+        """
+        t, r = _expand_times(t, r, x.shape[0], "t")
         h, condition = self.shared.embed(x, t, cond)
         condition = _jump_condition(self.shared, self.interval, condition, t, r)
         h, _ = self.shared.blocks(h, condition)
@@ -167,7 +206,8 @@ class SplitDiT(nn.Module):
         head_blocks: H, the blocks of the head, in [1, depth - 1].
         fusion: 'gated' or 'concat', see :class:`Fusion`.
         fusion_width: of the MLP in the fusion; None means that of the blocks.
-        initial_gate: of the gated fusion.
+        initial_gate: a of the gated fusion at the start; the parameter 'joint/gate' is
+            a / GATE_SCALE.
 
     References:
         Transition Matching Distillation, arXiv 2601.09881, sec. 3.1.
@@ -205,7 +245,7 @@ class SplitDiT(nn.Module):
 
     def __call__(self, x: Data, t: Any, cond: Any) -> Data:
         """The head's answer to y = x at s = t, r = 0; it makes all parameters."""
-        t = expand_time(t, x.shape[0])
+        t = expand_time(floating_time(t), x.shape[0])
         return self.head(x, t, jnp.zeros_like(t), self.backbone(x, t, cond))
 
     def backbone(self, x: Data, t: Any, cond: Any) -> dict[str, Any]:
@@ -218,6 +258,9 @@ class SplitDiT(nn.Module):
 
         Returns:
             :data:`Features` for :meth:`head`.
+
+        Raises:
+            ValueError: what :meth:`VideoDiT.embed` refuses.
         """
         h, condition = self.shared.embed(x, t, cond)
         stop = self.shared.depth - self.head_blocks
@@ -236,8 +279,12 @@ class SplitDiT(nn.Module):
 
         Returns:
             float32 video like x.
+
+        Raises:
+            ValueError: an array of integers for a time; concrete times outside [0, 1]
+                or with r > s; sizes that patch_size does not divide.
         """
-        s, r = expand_time(s, y.shape[0]), expand_time(r, y.shape[0])
+        s, r = _expand_times(s, r, y.shape[0], "s")
         q = self.shared.embed_patches(y)
         _, modulation = self.shared.embed_time(s)
         h = self.joint(features["hidden"], q, modulation)
@@ -247,6 +294,79 @@ class SplitDiT(nn.Module):
         start = self.shared.depth - self.head_blocks
         h, _ = self.shared.blocks(h, condition, start=start)
         return self.shared.output(h, condition, y.shape[1:4])
+
+
+def student_from_teacher(
+    student: SplitDiT | TwoTimeDiT,
+    params: Params,
+    teacher: VideoDiT,
+    teacher_params: Params,
+) -> dict[str, Any]:
+    """The student's parameters with 'shared' taken from its teacher.
+
+    Shapes alone do not tell 3 heads of 8 from 2 of 12, so the attributes of the two
+    networks are compared as well; recipe, remat and attention_implementation may
+    differ.
+
+    Args:
+        student: the student's module, unbound.
+        params: its parameters, freshly drawn; under 'shared' their shapes do.
+        teacher: the teacher's module, unbound.
+        teacher_params: its parameters.
+
+    Returns:
+        ``{**params, 'shared': teacher_params}``, nothing copied or cast.
+
+    Raises:
+        TypeError: a module of another class.
+        ValueError: networks whose attributes differ, or parameters of other names or
+            shapes; the differences are listed.
+    """
+    if not isinstance(student, SplitDiT | TwoTimeDiT):
+        raise TypeError(
+            f"student is of type {type(student).__name__}; give a SplitDiT or a "
+            f"TwoTimeDiT."
+        )
+    if not isinstance(teacher, VideoDiT):
+        raise TypeError(
+            f"teacher is of type {type(teacher).__name__}; give a VideoDiT, what "
+            f"stands under 'shared' in the student."
+        )
+    names = [field.name for field in dataclasses.fields(teacher)]  # pyright: ignore[reportArgumentType]
+    pairs = {n: (getattr(student.shared, n), getattr(teacher, n)) for n in names}
+    _refuse_differences(
+        {n: pair for n, pair in pairs.items() if n not in _FREE and pair[0] != pair[1]},
+        "networks",
+        "Build the student on the teacher's attributes.",
+    )
+    if "shared" not in params:
+        raise ValueError(
+            f"params holds {sorted(params)}; a student's hold 'shared' beside what is "
+            f"new in it. Draw them by init_params(student, ...)."
+        )
+    mine, theirs = (
+        {name: np.shape(leaf) for name, leaf in trees.flatten(tree).items()}
+        for tree in (params["shared"], teacher_params)
+    )
+    pairs = {n: (mine.get(n), theirs.get(n)) for n in sorted({*mine, *theirs})}
+    _refuse_differences(
+        {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        "parameters (shapes, None where there is none)",
+        "Draw the student's with inputs of as many channels as the teacher's.",
+    )
+    return {**params, "shared": teacher_params}
+
+
+def _refuse_differences(
+    pairs: Mapping[str, tuple[Any, Any]], what: str, remedy: str
+) -> None:
+    if pairs:
+        shown = [f"{n}: {mine}, {theirs}" for n, (mine, theirs) in pairs.items()]
+        more = f"; {len(shown) - 8} more" if len(shown) > 8 else ""
+        raise ValueError(
+            f"the {what} of student and teacher differ in (student's value, teacher's "
+            f"value) {'; '.join(shown[:8])}{more}. {remedy}"
+        )
 
 
 def _interval(shared: VideoDiT) -> IntervalEmbedding:

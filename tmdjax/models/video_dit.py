@@ -1,6 +1,7 @@
 """Video diffusion transformer conditioned on text, in the layout of Wan 2.1."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -205,9 +206,16 @@ class VideoDiT(nn.Module):
             width, width of the network / volume of a patch] in the compute dtype.
 
         Raises:
-            ValueError: features that a patch's volume does not divide, and what
-                :meth:`blocks` refuses.
+            ValueError: a tap that is no layer, features that a patch's volume does not
+                divide, and what :meth:`blocks` refuses.
+            TypeError: an index that is not a static integer.
         """
+        outside = [i for i in map(operator.index, taps) if not 0 <= i < self.depth]
+        if outside:
+            raise ValueError(
+                f"taps holds {outside}; a network of depth={self.depth} has the layers "
+                f"0..{self.depth - 1}, and negative indices are not read."
+            )
         volume = math.prod(self.patch_size)
         if taps and self.width % volume:
             raise ValueError(
@@ -243,7 +251,7 @@ class VideoDiT(nn.Module):
         """
         h = self.embed_patches(x)
         batch, *size, _ = x.shape
-        time, modulation = self.embed_time(expand_time(_floating(t), batch))
+        time, modulation = self.embed_time(expand_time(floating_time(t), batch))
         text = self.embed_text(cond)
         if text.shape[0] != batch:
             raise ValueError(
@@ -280,7 +288,7 @@ class VideoDiT(nn.Module):
         Raises:
             ValueError: a (concrete) time outside [0, 1], or an array of integers.
         """
-        shape = np.shape(_floating(t))
+        shape = np.shape(floating_time(t))
         time = self.time_embedding(expand_time(t, shape[0] if shape else 1))
         modulation = self.time_projection(nn.silu(time))
         return time, modulation.reshape(-1, 6, self.width)
@@ -386,10 +394,11 @@ class VideoDiT(nn.Module):
         return grid
 
 
-def _floating(t: Any) -> Any:
+def floating_time(t: Any, name: str = "t") -> Any:
+    """Returns t; raises ValueError for an array of integers, traced ones too."""
     if hasattr(t, "dtype") and not jnp.issubdtype(t.dtype, jnp.floating):
         raise ValueError(
-            f"t has dtype {t.dtype}; times are in [0, 1], 1 noise and 0 data, in "
+            f"{name} has dtype {t.dtype}; times are in [0, 1], 1 noise and 0 data, in "
             f"floating numbers. The network multiplies them by time_scale itself."
         )
     return t
