@@ -127,7 +127,9 @@ def shaped(shape, dtype):
     [
         ("bfloat16", 64, 16, False, "gpu", "cudnn"),
         ("float16", 128, 16, True, "gpu", "cudnn"),
-        ("bfloat16", 64, 15, False, "gpu", "cudnn"),
+        ("bfloat16", 64, 15, False, "gpu", "xla"),  # its gradient has no kernel
+        ("bfloat16", 64, 1, False, "gpu", "cudnn"),
+        ("bfloat16", 64, 1, True, "gpu", "xla"),
         ("bfloat16", 64, 15, True, "gpu", "xla"),
         ("float32", 64, 16, False, "gpu", "xla"),
         ("bfloat16", 20, 16, False, "gpu", "xla"),

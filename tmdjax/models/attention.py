@@ -19,8 +19,9 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
     Args:
         q: queries [batch, position, heads, head_dim], an array or shape struct.
         k: keys [batch, position, heads, head_dim].
-        masked: whether a mask is given. cuDNN takes it as a bias, whose gradient
-            needs even sequence lengths.
+        masked: whether a mask is given; cuDNN takes it as a bias. Its gradient needs
+            even sequence lengths, with a bias or without; a single query is decoding,
+            which has none.
         device: a ``jax.Device``; None means the one that jax puts arrays on,
             ``jax.config.jax_default_device`` where that is set, or the one that is
             planned for (``fused_attention_planned``).
@@ -28,7 +29,7 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
     Returns:
         'cudnn' or 'xla'.
     """
-    head_dim = q.shape[-1]
+    head_dim, single = q.shape[-1], q.shape[1] == 1 and not masked
     if device is None and is_planned():
         fused = True
     else:
@@ -38,7 +39,7 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim <= 128
         and head_dim % 8 == 0
-        and not (masked and (q.shape[1] % 2 or k.shape[1] % 2))
+        and (single or not (q.shape[1] % 2 or k.shape[1] % 2))
     )
     return "cudnn" if fits else "xla"
 
@@ -82,7 +83,7 @@ def attention(
             under 'xla' and undefined under 'cudnn'.
         key_lengths: int32 [batch], at least 1: only keys 0 .. length - 1 of a row
             are looked at. The same as a mask of [batch, key], but cuDNN takes it
-            without a bias, so lengths of any parity and single queries run there.
+            without a bias, so single queries and odd lengths run forward there.
         causal: position i looks at positions <= i only.
         implementation: 'auto', 'xla' or 'cudnn' (CUDA of compute capability 8.0
             or more, 16-bit); 'auto' is :func:`select_implementation`.
