@@ -12,7 +12,7 @@ process; a ratio is the median over repeats of ours over the rival's in the same
 
 A TMD student of the same network (2 outer steps, 2 inner ones, the last --head blocks)
 is timed against its effective evaluations, 2 (1 + H / L) forwards in the same repeat.
-What it takes beyond them are fusion and embeddings, whose operations the planner counts.
+What it takes beyond them are fusion and embeddings; the planner counts their FLOPs.
 
 Memory, weights included, inputs held: the peak of each library's own allocator over one
 forward where the device tells (its first calls, with compilation and autotuning, do not
