@@ -75,14 +75,14 @@ def trained(inputs: Mapping[str, StageResult]) -> Any:
 
 def initial_student(config: Config, context: StageContext) -> tuple[Any, Any, Any]:
     """Network, function and parameters of a student that starts from the teacher."""
-    module = models.build(student_spec(config))
+    module: Any = models.build(student_spec(config))
     apply_fn = tasks.on_prompts(config, module)
     teacher = context.inputs["teacher"].outputs["params"]
     if config.student.kind in ("dmd2", "kstep"):
         return module, apply_fn, teacher
     times = 2 if config.student.kind == "meanflow" else 1
     params = tasks.initial_params(config, module, context.key, times)
-    own = models.build(tasks.network_spec(config))
+    own: Any = models.build(tasks.network_spec(config))
     return module, apply_fn, models.student_from_teacher(module, params, own, teacher)
 
 

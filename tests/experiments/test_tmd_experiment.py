@@ -50,36 +50,33 @@ ONE = {"tmd": {"kind": "tmd"}}
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The exact teacher, an adversary on the critic's features, and both students."""
+    """The exact teacher, an adversary on the critic's features, and a student."""
     workdir = tmp_path_factory.mktemp("tmd") / "run"
-    kinds = {name: {"kind": name} for name in ("teacher", "tmd", "dmd2")}
+    kinds = {name: {"kind": name} for name in ("teacher", "tmd")}
     assert ran(tiny(kinds), workdir).code == 0
     return workdir, tiny(kinds)
 
 
+@pytest.mark.slow
 def test_smoke_measures_what_claims_may_be_about(smoke):
     workdir, config = smoke
     found = summary_of(workdir)["metrics"]
     assert tmd.measures(config) <= found.keys()
     # the exact teacher is right, in steps enough
     assert found["teacher/adherence"] == 1 > found["teacher/steps2.adherence"]
-    for arm in ("tmd", "dmd2"):
-        assert found[f"{arm}/distill.skipped_updates"] == 0
+    assert found["tmd/distill.skipped_updates"] == 0
     assert found["tmd/nfe"] == pytest.approx(2 * (1 + 1 / 3))
-    assert found["tmd/inner1.nfe"] == found["dmd2/nfe"] == 2
+    assert found["tmd/inner1.nfe"] == 2
+    assert found["teacher/real.adherence"] == 1
+    assert found["teacher/real.frechet"] < found["tmd/frechet"]
     for what in ("frames.png", "videos.gif"):
-        assert (workdir / "figures" / "tmd" / "seed0" / f"tmd-{what}").exists() or list(
-            (workdir / "figures").rglob(f"*tmd-{what}")
-        )
+        assert list((workdir / "figures").rglob(f"*tmd-{what}"))
     rows = tmd.summary_rows(config, found)
-    assert [row["student"] for row in rows] == [
-        "teacher",
-        "teacher steps2",
-        "tmd",
-        "dmd2",
-    ]
+    students = ["real videos", "teacher", "teacher steps2", "tmd"]
+    assert [row["student"] for row in rows] == students
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_effective_evaluations(smoke):
     """C7: what NFE leaves out here is a fusion a head, and two embeddings."""
     found = summary_of(smoke[0])["metrics"]
@@ -93,6 +90,7 @@ def test_operations_are_those_of_the_effective_evaluations(smoke):
     assert 1 < video_samples.cost(config, params)["cost_over_nfe"] < 1.12
 
 
+@pytest.mark.slow
 def test_a_finished_student_loads_with_its_plan(smoke):
     workdir, _ = smoke
     apply_fn, params, meta = tmdjax.load(workdir, arm="tmd")
@@ -110,6 +108,7 @@ def test_a_finished_student_loads_with_its_plan(smoke):
 
 
 KINDS = {
+    "dmd2": {"kind": "dmd2"},
     "kstep": {"kind": "kstep"},
     "meanflow": {"kind": "meanflow"},
     "warm": {"kind": "dmd2", "outer": 1, "warm_up": True},
@@ -194,15 +193,16 @@ def steps_of(*changes):
     }
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_updates_lower_for_accelerators(platform):
+def test_updates_lower_for_accelerators():
+    both = ("cuda", "tpu")
     for step, arguments in steps_of().values():
-        exported = jax.export.export(jax.jit(step), platforms=[platform])(*arguments)
-        assert exported.platforms == (platform,)
+        exported = jax.export.export(jax.jit(step), platforms=both)(*arguments)
+        assert exported.platforms == both
 
 
+@pytest.mark.slow
 def test_plans_are_what_the_compiler_takes(optimised):
-    """Bytes of both updates; nothing here is rematerialised, so within 35 %."""
+    """Bytes of both updates, of networks too small for the bound of large ones."""
     for name, (step, arguments) in steps_of("model.remat=True").items():
         plan = train.plan(step, *arguments, donate_argnums=0)
         stats = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
@@ -290,7 +290,9 @@ def test_sigkill_in_the_middle_of_the_distillation(killed_and_resumed):
 
 
 def test_paper_tier_is_wan():
-    config = load_config(f"{CONFIG}:paper", ["mesh={}"])
+    config = load_config(f"{CONFIG}:paper")
+    with config.unlocked():
+        config.mesh = {}
     described = tmd.describe(config)
     # arXiv 2601.09881, table 7, on the parameters of Wan 2.1
     assert described["dmd2: parameters"] == 1_418_996_800
@@ -298,6 +300,7 @@ def test_paper_tier_is_wan():
     assert described["tmd_large: effective NFE"] == 2.75
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_is_refused():
     config = load_config(f"{CONFIG}:paper")
     with config.unlocked():
@@ -322,7 +325,7 @@ def arm(**given):
         (lambda: arm(distill={"cycle": 1}), "arms.x.distill.cycle changes no setting"),
         (lambda: arm(pretrain={"steps": 0}, distill={"cycles": 0}), "trains no student"),
         (lambda: tiny(ONE, "sample.count=0"), "sample.count=0"),
-        (lambda: tiny(ONE, "model.patch_size=(3,2,2)"), "4.*3"),
+        (lambda: tiny(ONE, "model.patch_size=(3,2,2)"), "does not divide a video of 4"),
     ],
 )  # fmt: skip
 def test_bad_inputs(make, message):
@@ -339,6 +342,7 @@ def test_nobody_has_the_papers_latents():
         tasks.load(config)
 
 
+@pytest.mark.slow
 def test_warm_up_with_two_steps_is_warned_of(tmp_path):
     config = tiny({"x": {"kind": "dmd2", "outer": 2, "warm_up": True}})
     with pytest.warns(UserWarning, match=r"83.79 with it and 84.39 without"):
