@@ -408,3 +408,71 @@ def test_plans_travel_with_a_model(recwarn):
 def test_bad_inputs(call, message, as_shipped):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def recording(calls):
+    """A network of one number that notes what it is asked."""
+
+    def network(params, *inputs, method="whole"):
+        calls.append((method, inputs))
+        return inputs[0] if method == "backbone" else params["a"] * inputs[0]
+
+    return network
+
+
+ROWS = {"x_data": NOISE[:600], "cond": jnp.ones((600, 1))}
+
+
+def test_pretraining_asks_at_the_times_of_the_plan():
+    calls, plan = [], plan_of(2, 4)
+    config = flows.FlowMapConfig(
+        map_rate=0.6, guidance=3.0, drop_rate=0.1, derivative="difference"
+    )
+    tmd.pretraining_loss(
+        {"a": jnp.float32(0.5)},
+        recording(calls),
+        ROWS,
+        KEYS[:600],
+        plan,
+        config,
+        np.zeros(1),
+    )
+    starts = np.unique(calls[0][1][1])[::-1]
+    np.testing.assert_array_equal(starts, np.float32(plan.outer_times[:-1]))
+    (_, s, r, _), (_, same_s, end, _) = [i for m, i in calls if m == "head"][:2]
+    # guidance is that of the velocity, not of a jump
+    np.testing.assert_array_equal(s, r)
+    np.testing.assert_array_equal(s, same_s)
+    s, end = np.asarray(s), np.asarray(end)
+    jumps = end < s
+    assert 0.5 < jumps.mean() < 0.7
+    inner = np.float32(plan.inner_times)[::-1]
+    np.testing.assert_array_equal(
+        end[jumps], inner[np.searchsorted(inner, s[jumps], side="right") - 1]
+    )
+
+
+def test_meanflow_jumps_as_often_as_it_is_told():
+    calls = []
+    config = flows.FlowMapConfig(
+        map_rate=0.4, guidance=1.0, drop_rate=0.0, derivative="difference"
+    )
+    meanflow.meanflow_loss(
+        {"a": jnp.float32(0.5)}, recording(calls), ROWS, KEYS[:600], config, np.zeros(1)
+    )
+    _, (_, t, r, _) = calls[0]
+    assert 0.34 < float(jnp.mean(r < t)) < 0.46 and (r <= t).all()
+
+
+def test_renoised_states_lie_on_the_path():
+    """The second network answers with its state, so that is what comes out."""
+
+    def apply_fn(params, x, t, cond):
+        return jnp.where(t > 0.95, (x - 0.3) / 0.999, 0.0 * x)
+
+    times = np.array([0.999, 0.6, 0.0])
+    x = dmd2.sample(
+        lambda p, x, t, c: apply_fn(p, x, t[:, None], c),
+        {}, NOISE, None, times, transfer="renoise", keys=KEYS,
+    )  # fmt: skip
+    np.testing.assert_allclose(moments(x), (0.4 * 0.3, 0.6**2), atol=5e-3)

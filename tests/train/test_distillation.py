@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tmdjax import flows, train
@@ -183,21 +184,100 @@ def test_12_twenty_updates_of_a_hundred_are_the_students():
     assert metrics["skipped"] == 0 and "critic/score_loss" in metrics
 
 
-def test_12_each_update_leaves_the_other_alone():
-    steps = train.make_steps(method(), RULES)
-    state = train.create_distillation_state(GENERATOR, CRITIC, RULES)
-    key = jax.random.key(0)
-    generator, _ = jax.jit(steps[0])(state.generator, BATCH, key, CRITIC, FROZEN)
-    critic, _ = jax.jit(steps[1])(state.critic, BATCH, key, GENERATOR, FROZEN)
-    assert jax.tree.structure(generator.opt_state) != jax.tree.structure(
-        critic.opt_state
-    )
-    assert int(generator.step) == int(critic.step) == 1
-    for before, after in ((GENERATOR, generator.params), (CRITIC, critic.params)):
-        assert any(
-            (np.asarray(a) != b).any()
-            for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))
+NULL = np.zeros(2, np.float32)
+LOUD = {**CRITIC, "discriminator": {"w": jnp.array([[0.7], [-0.4]])}}
+"""A critic whose discriminator says something."""
+
+
+@pytest.mark.parametrize("still", ["generator", "critic"])
+def test_12_each_update_leaves_the_other_alone(still):
+    """A whole cycle in which one of the two learns at rate 0."""
+    rates = [0.0 if still == name else 0.1 for name in ("generator", "critic")]
+    rules = tuple(optax.sgd(rate) for rate in rates)
+    losses = method(train.DistillationConfig(guidance=3.0), null_cond=NULL)
+    state = train.create_distillation_state(GENERATOR, LOUD, rules)
+    frozen = jax.tree.map(np.array, FROZEN)
+    step, state, place = train.compile_cycle(losses, rules, state, FROZEN)
+    batch = {**data(0, 5), "cond": np.full((80, 2), 0.4, np.float32)}
+    state, metrics = step(state, place(batch), jax.random.key(7))
+    assert metrics["adversarial_loss"] > 0 and metrics["skipped"] == 0
+    for name, before in (("generator", GENERATOR), ("critic", LOUD)):
+        after = getattr(state, name).params
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+            assert (np.asarray(a) == b).all() == (name == still)
+    np.testing.assert_array_equal(FROZEN["scale"], frozen["scale"])
+
+
+def test_9_the_adversarial_gradient_passes_the_frozen_teacher(x64):
+    """Where teacher and critic agree it is the only one; against differences."""
+    networks = NETWORKS._replace(critic=lambda p, x, t, c: teacher(FROZEN, x, t, c))
+    losses = method(train.DistillationConfig(guidance=1.0), networks)
+
+    def total(mean):
+        generator = {**GENERATOR, "mean": mean}
+        return losses.generator_loss(generator, BATCH, KEYS, LOUD, FROZEN)[0].sum()
+
+    mean = jnp.array([-1.0, 1.0])
+    slope = jax.grad(total)(mean)
+    for i in range(2):
+        step = jnp.zeros(2).at[i].set(1e-3)
+        expected = (total(mean + step) - total(mean - step)) / 2e-3
+        assert abs(expected) > 1e-3
+        np.testing.assert_allclose(slope[i], expected, rtol=2e-2)
+
+
+def test_negative_pass_of_its_own():
+    """Guided by another network than the teacher's: as if that were one teacher."""
+
+    def negative(params, x, t, cond):
+        return teacher(params, x, t, cond)[0] + 0.5
+
+    def guided(params, x, t, cond):
+        velocity, features = teacher(params, x, t, cond)
+        less = negative(params, x, t, 0 * cond)
+        return 3.0 * velocity - 2.0 * less, features
+
+    batch = {**BATCH, "cond": jnp.full((16, 2), 0.4)}
+    found, expected = (
+        method(
+            train.DistillationConfig(guidance=scale, adversarial_weight=0.0),
+            NETWORKS._replace(**networks),
+            NULL,
+        ).generator_loss(GENERATOR, batch, KEYS, CRITIC, FROZEN)[0]
+        for scale, networks in (
+            (3.0, {"negative": negative}),
+            (1.0, {"teacher": guided}),
         )
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_r1_of_a_linear_discriminator():
+    """E (D(x) - D(x + sigma z))^2 = sigma^2 |w|^2."""
+    config = train.DistillationConfig(guidance=1.0, r1_weight=0.1, r1_std=0.2)
+    keys = jax.random.split(jax.random.key(5), 4000)
+    batch = {"x_data": jnp.zeros((4000, 2))}
+    _, metrics = method(config).critic_loss(LOUD, batch, keys, GENERATOR, FROZEN)
+    expected = 0.2**2 * (0.7**2 + 0.4**2)
+    assert float(metrics["r1"].mean()) == pytest.approx(expected, rel=0.1)
+
+
+def test_levels_that_are_reported_are_those_of_the_update():
+    seen = []
+
+    def watching(params, x, t, cond):
+        jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
+        return teacher(params, x, t, cond)
+
+    losses = method(PLAIN, NETWORKS._replace(teacher=watching))
+    steps = train.make_steps(losses, RULES)
+    state = train.create_distillation_state(GENERATOR, CRITIC, RULES)
+    key = jax.random.key(7)
+    jax.jit(steps[0])(state.generator, BATCH, key, CRITIC, FROZEN)
+    jax.effects_barrier()
+    text = losses.report(state, [BATCH], jax.random.fold_in(key, 0))
+    told = [float(x) for x in text.partition("[")[2].rstrip("]").split(",")]
+    np.testing.assert_allclose(told, seen[0], atol=1e-4)
 
 
 def test_a_gaussian_is_distilled(count_compiles):
