@@ -201,6 +201,7 @@ def test_12_each_update_leaves_the_other_alone(still):
     batch = {**data(0, 5), "cond": np.full((80, 2), 0.4, np.float32)}
     state, metrics = step(state, place(batch), jax.random.key(7))
     assert metrics["adversarial_loss"] > 0 and metrics["skipped"] == 0
+    assert metrics["weight_max"] > metrics["weight"] > 0  # a mean beside its worst
     for name, before in (("generator", GENERATOR), ("critic", LOUD)):
         after = getattr(state, name).params
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):

@@ -177,7 +177,7 @@ class Distillation:
             jax.lax.stop_gradient(predict(fake, x=at, t=tau)),
             normalisation=config.normalisation,
         )
-        metrics |= {"matching_loss": loss}
+        metrics |= {"matching_loss": loss, "weight_max": metrics["weight"]}
         if self.adversarial:
             shown = features if config.features == "teacher" else critic_features
             assert networks.discriminator is not None

@@ -88,7 +88,7 @@ def make_steps(
         batch, key, generator, frozen)``, each on its own :class:`TrainState`.
     """
 
-    def step_of(loss: Any, rule: Any, decay: float | None) -> Any:
+    def step_of(loss: Any, rule: Any, decay: float | None, **options: Any) -> Any:
         def step(
             state: TrainState, batch: Any, key: Any, other: Any, frozen: Any
         ) -> Any:
@@ -98,13 +98,19 @@ def make_steps(
                 ema_decay=decay,
                 microbatches=microbatches,
                 unroll=True,
+                **options,
             )
             return update(state, batch, key)
 
         return step
 
     return (
-        step_of(method.generator_loss, optimizers[0], ema_decay),
+        step_of(
+            method.generator_loss,
+            optimizers[0],
+            ema_decay,
+            reductions={"weight_max": jnp.max},
+        ),
         step_of(method.critic_loss, optimizers[1], None),
     )
 
