@@ -43,9 +43,13 @@ def smoke(tmp_path_factory):
 
 # smokes are run, and BOSS's large tiers are looked at in their own tests
 OTHERS = [s for s in ALL_TIERS if ":smoke" not in s and "boss.py" not in s]
+LONG = ("configs/tmd.py:paper",)  # four networks of 14 B are planned
 
 
-@pytest.mark.parametrize("spec", OTHERS)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s in LONG)) for s in OTHERS],
+)
 def test_every_tier_of_every_config_builds(spec, capsys):
     assert spec.rpartition(":")[2] in ("smoke", "cpu", "gpu", "paper")
     if spec.endswith("flow_grpo.py:gpu"):  # its words are read
