@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tmdjax import flows
 from tmdjax.core import prng
@@ -31,6 +32,11 @@ Scorer = Callable[..., tuple[Array, tuple[Array, ...]]]
 """``(params, x, t, cond) -> (velocity, features)``; features of the network, or ()."""
 
 _GENERATOR, _CRITIC = 0, 1
+_KEYS = (2, 4)
+"""Keys that each of these losses draws for a row: the second is of the noise."""
+
+_UPDATES = 2**31 - 1
+"""Folds into a cycle's key for the critic's updates; no row has this number."""
 
 
 class Networks(NamedTuple):
@@ -158,7 +164,7 @@ class Distillation:
             frozen: parameters of the teacher.
         """
         config, networks = self.config, self.networks
-        keys = _split(prng.fold_in(keys, _GENERATOR), 2)
+        keys = _split(prng.fold_in(keys, _GENERATOR), _KEYS[_GENERATOR])
         x = self.generate(params, batch, keys[:, 0])
         x_tau, tau = self.noised(x, keys[:, 1])
         cond = batch.get("cond")
@@ -205,7 +211,7 @@ class Distillation:
             frozen: parameters of the teacher.
         """
         config, networks = self.config, self.networks
-        keys = _split(prng.fold_in(keys, _CRITIC), 4)
+        keys = _split(prng.fold_in(keys, _CRITIC), _KEYS[_CRITIC])
         x = jax.lax.stop_gradient(self.generate(generator, batch, keys[:, 0]))
         x_tau, tau = self.noised(x, keys[:, 1])
         cond = batch.get("cond")
@@ -242,26 +248,46 @@ class Distillation:
             metrics |= {"r1": penalty}
         return loss + adversarial, metrics
 
-    def report(self, state: Any, parts: Any, key: Any) -> str:
-        """What was not finite, and the noise levels of the generator's batch.
+    def critic_key(self, key: Any) -> Any:
+        """What the critic's update folds its own number into, from its cycle's key."""
+        return jax.random.fold_in(key, _UPDATES)
+
+    def report(self, state: Any, parts: Any, key: Any, frozen: PyTree = None) -> str:
+        """Which network's last update was not finite, and its samples' noise levels.
 
         Args:
             state: of the cycle.
             parts: the batches of a cycle.
             key: of the cycle, with its number folded in.
+            frozen: parameters of the teacher, to tell the rows whose loss is not finite
+                from the others; None lists all rows.
         """
-        bad = [
-            name
-            for name in ("generator", "critic")
-            if int(getattr(state, name).skipped_in_a_row)
-        ]
-        size = jax.tree.leaves(parts[0])[0].shape[0]
-        keys = prng.fold_in(prng.sample_keys(key, size), _GENERATOR)
-        _, tau = self.noised(jnp.zeros((size, 1)), _split(keys, 2)[:, 1])
-        return (
-            f"not finite: {', '.join(bad)}; noise levels of the generator's batch: "
-            f"{[round(float(level), 4) for level in tau]}"
-        )
+        generator, critic = state.generator, state.critic
+        found = []
+        if int(generator.skipped_in_a_row):
+            loss = self.generator_loss
+            args = (generator.params, parts[0], key, critic.params, frozen)
+            found.append(f"generator, {self._levels(_GENERATOR, loss, *args)}")
+        if int(critic.skipped_in_a_row):
+            key = jax.random.fold_in(self.critic_key(key), critic.step - 1)
+            loss = self.critic_loss
+            args = (critic.params, parts[-1], key, generator.params, frozen)
+            found.append(f"critic, {self._levels(_CRITIC, loss, *args)}")
+        return f"not finite: {'; '.join(found)}"
+
+    def _levels(
+        self, role: int, loss: Any, params: Any, batch: Any, key: Any, *others: Any
+    ) -> str:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        keys = prng.sample_keys(key, size)
+        of_samples = _split(prng.fold_in(keys, role), _KEYS[role])[:, 1]
+        levels = np.asarray(self.noised(jnp.zeros((size, 1)), of_samples)[1])
+        bad = np.zeros(size, bool)
+        if others[-1] is not None:
+            bad = ~np.isfinite(jax.jit(loss)(params, batch, keys, *others)[0])
+        rows = f"rows {np.flatnonzero(bad).tolist()}" if bad.any() else "all rows"
+        listed = levels[bad] if bad.any() else levels
+        return f"{rows} at noise levels {[round(float(x), 4) for x in listed]}"
 
 
 def _split(keys: Any, count: int) -> Any:

@@ -85,22 +85,28 @@ def make_steps(
 
     Returns:
         ``generator_step(state, batch, key, critic, frozen)`` and ``critic_step(state,
-        batch, key, generator, frozen)``, each on its own :class:`TrainState`.
+        batch, key, generator, frozen)``, each on its own :class:`TrainState`. Both
+        take the key of the run.
     """
 
-    def step_of(loss: Any, rule: Any, decay: float | None, **options: Any) -> Any:
+    def critic_key(key: Any, step: Any) -> Any:
+        cycle = step // method.config.critic_updates
+        return method.critic_key(jax.random.fold_in(key, cycle))
+
+    def step_of(
+        loss: Any, rule: Any, key_of: Callable[..., Any] | None = None, **options: Any
+    ) -> Any:
         def step(
             state: TrainState, batch: Any, key: Any, other: Any, frozen: Any
         ) -> Any:
             update = make_train_step(
                 lambda params, part, keys: loss(params, part, keys, other, frozen),
                 rule,
-                ema_decay=decay,
                 microbatches=microbatches,
                 unroll=True,
                 **options,
             )
-            return update(state, batch, key)
+            return update(state, batch, key_of(key, state.step) if key_of else key)
 
         return step
 
@@ -108,10 +114,10 @@ def make_steps(
         step_of(
             method.generator_loss,
             optimizers[0],
-            ema_decay,
+            ema_decay=ema_decay,
             reductions={"weight_max": jnp.max},
         ),
-        step_of(method.critic_loss, optimizers[1], None),
+        step_of(method.critic_loss, optimizers[1], critic_key),
     )
 
 
