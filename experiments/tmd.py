@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from experiments import video_measures as measuring
 from experiments import video_memory as memory
 from experiments import video_samples as samples
 from experiments import video_students as students
@@ -117,11 +118,11 @@ def measures(config: Config) -> set[str]:
         settings, names = of_arm(config, arm), [""]
         if settings.student.kind == "teacher":
             names += [f"steps{k}." for k in config.sample.teacher_steps[1:]]
-            found |= {f"{arm}/real.{measure}" for measure in tasks.MEASURES}
+            found |= {f"{arm}/real.{measure}" for measure in measuring.MEASURES}
         if settings.student.kind == "tmd":
             names += ["inner1."] if settings.student.inner > 1 else []
             found |= {f"{arm}/cost", f"{arm}/cost_over_nfe"}
-        what = (*tasks.MEASURES, "seconds", "nfe")
+        what = (*measuring.MEASURES, "seconds", "nfe")
         found |= {f"{arm}/{name}{measure}" for name in names for measure in what}
     return found
 
@@ -132,7 +133,7 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
         {"student": "real videos"}
         | {
             what.replace("_", " "): found.get(f"teacher/real.{what}")
-            for what in ("nfe", *tasks.MEASURES, "seconds")
+            for what in ("nfe", *measuring.MEASURES, "seconds")
         }
     ]
     for arm in arms(config):
@@ -142,7 +143,7 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
                     {"student": f"{arm} {name.rstrip('.')}".strip()}
                     | {
                         what.replace("_", " "): found.get(f"{arm}/{name}{what}")
-                        for what in ("nfe", *tasks.MEASURES, "seconds")
+                        for what in ("nfe", *measuring.MEASURES, "seconds")
                     }
                 )
     return rows

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import video_measures as measuring
 from experiments import video_students as students
 from experiments import video_tasks as tasks
 from tmdjax import flows, models, train
@@ -80,12 +81,12 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
         found[f"{name}seconds"] = time.perf_counter() - began
         found[f"{name}nfe"] = nfe
         videos = np.asarray(videos)
-        measured = tasks.measure(config, videos, np.asarray(asked))
+        measured = measuring.measure(config, videos, np.asarray(asked))
         found |= {f"{name}{what}": value for what, value in measured.items()}
         shown[f"videos{len(shown)}"] = videos[:SHOWN]
     if config.student.kind == "teacher":  # what any distance is at least
-        real = tasks.real_videos(config, tasks.prompts(config), draw=1)
-        measured = tasks.measure(config, real, np.asarray(asked))
+        real = measuring.real_videos(config, tasks.prompts(config), draw=1)
+        measured = measuring.measure(config, real, np.asarray(asked))
         found |= {f"real.{what}": value for what, value in measured.items()}
         shown[f"videos{len(shown)}"] = real[:SHOWN]
     found |= cost(config, params)

@@ -284,7 +284,7 @@ def distill(config: Config, context: StageContext) -> StageResult:
         num_steps=settings.cycles,
         place=place,
         log_every=settings.log_every,
-        diagnose=method.report,
+        diagnose=functools.partial(method.report, frozen=frozen),
     )
     return StageResult(
         {"params": state.generator.eval_params},

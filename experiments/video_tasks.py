@@ -1,4 +1,4 @@
-"""Shared by video experiments: moving sprites, their teacher, and how students compare.
+"""Shared by video experiments: moving sprites, their prompts and their teacher.
 
 Every network is conditioned on the number of a prompt; what it reads are the prompt's
 words. The teacher is a trained network, or the exact flow of all videos of a prompt;
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax import data, flows, metrics, models, train
+from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.data import moving_sprites
 from tmdjax.harness import StageContext, StageResult
@@ -20,19 +20,6 @@ from tmdjax.harness.config import to_plain
 from tmdjax.rewards import moving_sprites as checker
 
 Config = Any
-MEASURES = (
-    "adherence",
-    "colour",
-    "shape",
-    "motion",
-    "sliced_wasserstein",
-    "feature_wasserstein",
-    "frechet",
-    "start_entropy",
-)
-"""What :func:`measure` finds of a set of videos."""
-
-
 LATENTS, TEXT = (21, 60, 104, 16), (512, 4096)
 """Shapes of the paper's latents (81 frames of 480 x 832) and text states."""
 
@@ -301,46 +288,6 @@ def _spread(config: Config, count: int, distinct: int) -> np.ndarray:
     """So many videos of so many prompts."""
     order = np.random.default_rng(0).permutation(int(null_prompt(config)))
     return np.resize(order[: max(1, distinct)].astype(np.int32), count)
-
-
-@functools.lru_cache(maxsize=4)
-def _real(scale: str, levels: int, asked: tuple[int, ...], draw: int) -> np.ndarray:
-    keys = prng.sample_keys(jax.random.key(draw), len(asked))
-    found = moving_sprites.moving_sprites(
-        keys, scale=scale, levels=levels, prompts=np.asarray(asked, np.int32)
-    )
-    return np.asarray(found["video"])
-
-
-def real_videos(config: Config, asked: Any, draw: int = 0) -> np.ndarray:
-    """Videos that show what is asked for, of a key that no training set has."""
-    asked = tuple(np.asarray(asked).tolist())
-    return _real(config.data.scale, config.data.levels, asked, 7001 + draw)
-
-
-def measure(config: Config, videos: Any, asked: Any) -> dict[str, float]:
-    """Adherence to the prompts, distances to real videos of them, and diversity.
-
-    The entropy of start positions is that of videos which show what was asked for: a
-    noisy one starts anywhere.
-    """
-    scale, reference = scale_of(config), real_videos(config, asked)
-    right = checker.check(videos, asked, scale)
-    found = {k: float(np.mean(v)) for k, v in right.items() if k in MEASURES}
-    features = metrics.video_features(videos)
-    of_real = metrics.video_features(reference)
-    distance = functools.partial(
-        metrics.sliced_wasserstein, projections=config.sample.projections
-    )
-    start = np.asarray(checker.recognise(videos, scale)["start"], np.float64)
-    start = np.where(right["all"][:, None], start, np.nan)
-    return found | {
-        "adherence": float(np.mean(right["all"])),
-        "sliced_wasserstein": distance(videos, reference),
-        "feature_wasserstein": distance(features, of_real),
-        "frechet": metrics.frechet_distance(features, of_real),
-        "start_entropy": metrics.position_entropy(start, np.asarray(asked)),
-    }
 
 
 def noise_of(config: Config, key: Any) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.export
 import jaxtyping
 import pytest
 
@@ -149,3 +150,22 @@ def count_compiles():
             monitoring.unregister_event_duration_listener(listener)
 
     return counting
+
+
+@pytest.fixture
+def traceable_cudnn(monkeypatch):
+    """Fused attention can be traced where no CUDA device is."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for name, answer in (
+        ("check_cudnn_version", 91100),
+        ("check_compute_capability", True),
+        ("is_cuda_compute_capability_equal", False),
+    ):
+        if not hasattr(fused, name):
+            pytest.skip(f"jax no longer has {name}")
+        monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
+    return [
+        jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{kind}{way}")
+        for kind in ("Softmax", "ScaleBiasSoftmax")
+        for way in ("", "Backward")
+    ]

@@ -116,6 +116,17 @@ def test_map_composes(states):
     np.testing.assert_allclose(once, twice, atol=1e-12)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_exact_jumps_along_any_grid_keep_the_number_of_deviations(x64, remat):
+    y = jax.random.normal(jax.random.key(3), (50,), jnp.float64)
+    walk = functools.partial(flows.map_endpoints, average, remat=remat)
+    for grid in ([1.0, 0.0], [1.0, 0.7, 0.2, 0.0]):
+        end, slope = jax.jvp(lambda y: walk(y, jnp.array(grid)), (y,), (y,))
+        np.testing.assert_allclose(end, MU + S * y, atol=1e-12)
+        np.testing.assert_allclose(slope, S * y, atol=1e-12)
+    assert (walk(y, jnp.array([0.4])) == y).all()
+
+
 def test_6_rows_without_a_jump_are_flow_matching(states):
     """Gradient of the normalised loss = that of |u - v|^2 over its own size."""
     y, s, _ = states

@@ -416,25 +416,6 @@ def test_student_refuses_other_parameters(as_shipped):
         models.student_from_teacher(student, params, student, params)
 
 
-@pytest.fixture
-def traceable_cudnn(monkeypatch):
-    """Fused attention can be traced where no CUDA device is."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    for name, answer in (
-        ("check_cudnn_version", 91100),
-        ("check_compute_capability", True),
-        ("is_cuda_compute_capability_equal", False),
-    ):
-        if not hasattr(fused, name):
-            pytest.skip(f"jax no longer has {name}")
-        monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
-    return [
-        jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{kind}{way}")
-        for kind in ("Softmax", "ScaleBiasSoftmax")
-        for way in ("", "Backward")
-    ]
-
-
 @pytest.mark.parametrize("method", ["backbone", "head"])
 def test_fused_attention_lowers_for_cuda(method, traceable_cudnn):
     # jax 0.10 takes even lengths alone in the gradient of fused attention

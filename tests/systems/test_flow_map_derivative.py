@@ -183,25 +183,6 @@ def test_differences_drown_in_bfloat16_but_not_with_the_clone(system):
     assert error(slopes(system, half, "difference")) > 0.1
 
 
-@pytest.fixture
-def traceable_cudnn(monkeypatch):
-    """Fused attention can be traced where no CUDA device is."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    for name, answer in (
-        ("check_cudnn_version", 91100),
-        ("check_compute_capability", True),
-        ("is_cuda_compute_capability_equal", False),
-    ):
-        if not hasattr(fused, name):
-            pytest.skip(f"jax no longer has {name}")
-        monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
-    return [
-        jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{kind}{way}")
-        for kind in ("Softmax", "ScaleBiasSoftmax")
-        for way in ("", "Backward")
-    ]
-
-
 @pytest.mark.parametrize("system", ["tmd", "meanflow"])
 def test_fused_attention_needs_another_network_for_the_derivative(
     system, traceable_cudnn

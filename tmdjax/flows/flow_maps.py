@@ -57,6 +57,29 @@ def apply_map(average_velocity: AverageVelocity, y: Data, s: Time, r: Time) -> D
     return y - time_like(s - r, y) * average_velocity(y, s, r)
 
 
+def map_endpoints(
+    average_velocity: AverageVelocity, y: Data, times: Array, *, remat: bool = False
+) -> Data:
+    """Jumps along a grid, from times[0] to times[-1].
+
+    Args:
+        average_velocity: ``u(y, s, r)``.
+        y: states at times[0], [batch, *event].
+        times: decreasing, [steps + 1].
+        remat: keep the activations of one jump at a time for the backward pass.
+
+    Returns:
+        [batch, *event].
+    """
+
+    def jump(y: Data, pair: Any) -> tuple[Data, None]:
+        s, r = (jnp.broadcast_to(time, y.shape[:1]) for time in pair)
+        return apply_map(average_velocity, y, s, r), None
+
+    jump = jax.checkpoint(jump, prevent_cse=False) if remat else jump
+    return jax.lax.scan(jump, y, (times[:-1], times[1:]))[0]
+
+
 def total_derivative(
     average_velocity: AverageVelocity,
     y: Data,

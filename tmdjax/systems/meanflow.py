@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from tmdjax import flows
 from tmdjax.core import prng
-from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Grid, Params, PerExample
 
 
@@ -98,8 +97,4 @@ def sample(
 
 @jax.jit
 def _sample(network: Any, x: Data, cond: Any, times: Array) -> Data:
-    def step(x: Data, pair: Any) -> tuple[Data, None]:
-        t, r = (jnp.broadcast_to(time, x.shape[:1]) for time in pair)
-        return x - time_like(t - r, x) * network(x, t, r, cond), None
-
-    return jax.lax.scan(step, x, (times[:-1], times[1:]))[0]
+    return flows.map_endpoints(lambda x, t, r: network(x, t, r, cond), x, times)

@@ -182,16 +182,10 @@ def average_velocity(
 def inner_flow(network: Network, features: Any, y1: Data, plan: Plan) -> Data:
     """The transition y [batch, *event] that the head makes of noise y1, in N steps."""
     u = average_velocity(network, features, y1, plan.average)
-    sign = 1.0 if plan.sign == "plus" else -1.0
     times = jnp.asarray(plan.inner_times, jnp.float32)
-
-    def step(y: Data, pair: Any) -> tuple[Data, None]:
-        s, r = (jnp.broadcast_to(time, y.shape[:1]) for time in pair)
-        return y + sign * time_like(s - r, y) * u(y, s, r), None
-
-    # one head's activations at a time in the backward pass
-    step = jax.checkpoint(step, prevent_cse=False)
-    return jax.lax.scan(step, y1, (times[:-1], times[1:]))[0]
+    if plan.sign == "plus":
+        return flows.map_endpoints(lambda *state: -u(*state), y1, times, remat=True)
+    return flows.map_endpoints(u, y1, times, remat=True)
 
 
 def generate(
