@@ -1,6 +1,13 @@
 """Flows: paths, grids, solvers with log-probs, guidance, matching losses."""
 
 from tmdjax.flows.adaptive import AdaptiveSolution, rk45
+from tmdjax.flows.coupling import (
+    Coupling,
+    entropic_coupling,
+    optimal_coupling,
+    transport_cost,
+    transport_plan,
+)
 from tmdjax.flows.distribution_matching import (
     NORMALISATIONS,
     approximate_r1,
@@ -124,6 +131,7 @@ __all__ = [
     "AdaptiveSolution",
     "AverageVelocity",
     "CoefficientTable",
+    "Coupling",
     "FlowMapConfig",
     "GaussianMixture",
     "Metric",
@@ -157,6 +165,7 @@ __all__ = [
     "edm_grid",
     "empirical_flow",
     "endpoints",
+    "entropic_coupling",
     "find_partial",
     "fine_knots",
     "fitting_batch",
@@ -180,6 +189,7 @@ __all__ = [
     "noise_excess",
     "noised_start",
     "normalised_loss",
+    "optimal_coupling",
     "path_cost",
     "periodic_windows",
     "ranged_time",
@@ -198,6 +208,8 @@ __all__ = [
     "total_derivative",
     "transition_kl",
     "transition_mean",
+    "transport_cost",
+    "transport_plan",
     "tree_rollout",
     "truncated_grid",
     "uniform_grid",

@@ -10,6 +10,7 @@ from tmdjax.core import prng
 from tmdjax.core.checks import check_range, check_same_shape, check_time
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, SampleKeys, Time
+from tmdjax.flows.coupling import Coupling
 from tmdjax.flows.grids import custom_grid, shift_time
 from tmdjax.flows.guidance import drop_condition
 from tmdjax.flows.paths import conditional_velocity, interpolate
@@ -97,6 +98,7 @@ def flow_matching_loss(
     cond: Cond = None,
     *,
     x_noise: Data | None = None,
+    coupling: Coupling | None = None,
     time_sampler: TimeSampler | None = None,
     null_cond: Cond = None,
     drop_rate: float = 0.0,
@@ -111,6 +113,8 @@ def flow_matching_loss(
         cond: conditions of the batch, or None.
         x_noise: [batch, *event], the noise that belongs to each sample; drawn
             independently if None. Pairs made by a sampler give reflow.
+        coupling: says which noise goes with which sample of the batch, such as
+            :func:`~tmdjax.flows.optimal_coupling`; None leaves them as they are.
         time_sampler: keys -> t [batch]; uniform if None.
         null_cond: the condition that stands for "none".
         drop_rate: how often a sample's condition is replaced by null_cond.
@@ -131,6 +135,8 @@ def flow_matching_loss(
     if x_noise is None:
         x_noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
     check_same_shape("x_noise", x_noise, "x_data", x_data)
+    if coupling is not None:
+        x_noise = coupling(x_data, x_noise, keys[:, 1])
     if drop_rate:
         if cond is None or null_cond is None:
             raise ValueError(

@@ -36,6 +36,7 @@ from tmdjax.models.layers import (
     unpatchify,
 )
 from tmdjax.models.mlp import VelocityMLP
+from tmdjax.models.nnx_modules import from_nnx
 from tmdjax.models.text_dit import TextDiT, TextEncoder, null_condition
 from tmdjax.models.token_log_probs import (
     chunked_token_log_probs,
@@ -82,6 +83,7 @@ __all__ = [
     "decode",
     "default_taps",
     "entropy_of",
+    "from_nnx",
     "functional",
     "fuse_projections",
     "init_cache",

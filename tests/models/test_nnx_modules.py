@@ -1,0 +1,130 @@
+"""Modules of flax.nnx under the contract of this project."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from tmdjax import flows, models, train
+from tmdjax.core import prng
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+class Velocity(nnx.Module):
+    """A small network with what makes nnx hard: lists, dropout, a shared layer."""
+
+    def __init__(self, rngs, rate=0.0):
+        self.first = nnx.Linear(3, 16, rngs=rngs)
+        self.middle = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(2)])
+        self.again = self.middle[0]
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.last = nnx.Linear(16, 2, rngs=rngs)
+
+    def __call__(self, x, t, cond=None):
+        h = nnx.silu(self.first(jnp.concatenate([x, t[:, None]], -1)))
+        for layer in (*self.middle, self.again):
+            h = nnx.silu(self.dropout(layer(h)))
+        return self.last(h)
+
+
+class Normalised(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+X, T = jnp.linspace(-1, 1, 10).reshape(5, 2), jnp.full(5, 0.3)
+
+
+def test_equals_the_module_and_leaves_it_alone():
+    module = Velocity(nnx.Rngs(0), rate=0.5)
+    apply_fn, params = models.from_nnx(module)
+    assert len(jax.tree.leaves(params)) == 2 * 4  # a shared layer stands once
+    assert params["middle"]["1"]["kernel"].shape == (16, 16)
+    module.eval()
+    np.testing.assert_array_equal(apply_fn(params, X, T), module(X, T))
+    changed = jax.tree.map(lambda leaf: leaf + 1, params)
+    assert (apply_fn(changed, X, T) != module(X, T)).all()
+    np.testing.assert_array_equal(apply_fn(params, X, T), module(X, T))
+
+
+def test_parameters_may_be_donated():
+    module = Velocity(nnx.Rngs(0))
+    _, params = models.from_nnx(module)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    assert np.isfinite(module(X, T)).all()
+
+
+def test_dropout_follows_the_key():
+    apply_fn, params = models.from_nnx(Velocity(nnx.Rngs(0), rate=0.5))
+    one, again, other = (
+        apply_fn(params, X, T, key=jax.random.key(seed)) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any() and (one != apply_fn(params, X, T)).any()
+
+
+def test_gradients_are_those_of_nnx():
+    module = Velocity(nnx.Rngs(3))
+    apply_fn, params = models.from_nnx(module)
+    ours = jax.jit(jax.grad(lambda p: jnp.square(apply_fn(p, X, T)).sum()))(params)
+    theirs = nnx.grad(lambda m: jnp.square(m(X, T)).sum())(module)
+    np.testing.assert_allclose(
+        ours["again"]["kernel"], theirs["again"]["kernel"][...], rtol=1e-5
+    )
+
+
+def test_trains_and_samples_as_any_network(count_compiles):
+    apply_fn, params = models.from_nnx(Velocity(nnx.Rngs(0)))
+
+    def loss(params, batch, keys):
+        return flows.flow_matching_loss(params, apply_fn, batch, keys)
+
+    rule = train.make_optimizer(train.OptimizerConfig(learning_rate=1e-2))
+    step = jax.jit(train.make_train_step(loss, rule), donate_argnums=0)
+    state = train.create_state(params, rule)
+    batch = 0.1 * jax.random.normal(jax.random.key(1), (64, 2)) + 2
+    losses = []
+    for i in range(30):
+        if i == 2:
+            with count_compiles() as compiled:
+                state, metrics = step(state, batch, jax.random.key(i))
+            assert not compiled
+        else:
+            state, metrics = step(state, batch, jax.random.key(i))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+    noise = prng.normal(prng.sample_keys(jax.random.key(0), 16), (2,))
+    x = flows.endpoints(
+        lambda x, t, cond: apply_fn(state.params, x, t, cond),
+        noise,
+        flows.uniform_grid(8),
+        None,
+    )
+    assert x.shape == (16, 2) and np.isfinite(x).all()
+
+
+def test_running_statistics_stay():
+    module = Normalised(nnx.Rngs(0))
+    module(X + 5)  # moves them
+    apply_fn, params = models.from_nnx(module)
+    module.eval()
+    np.testing.assert_array_equal(apply_fn(params, X), module(X))
+    with pytest.raises(ValueError, match="norm/mean, norm/var would be updated"):
+        apply_fn(params, X, key=jax.random.key(0))
+
+
+def test_bad_inputs(as_shipped):
+    with pytest.raises(TypeError, match="module is of type Dense; give an instance"):
+        models.from_nnx(nn.Dense(3))
+    apply_fn, params = models.from_nnx(Velocity(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="params have the structure"):
+        apply_fn({"first": params["first"]}, X, T)
+    with pytest.raises(TypeError, match="key must be a typed key"):
+        apply_fn(params, X, T, key=jax.random.PRNGKey(0))
