@@ -33,7 +33,7 @@ from tmdjax.data import (
     moving_sprites,
     procedural,
     rendered_text,
-    tfds_images,
+    tfds_sets,
     video_files,
 )
 from tmdjax.data.dataset import Dataset
@@ -201,24 +201,22 @@ def tfds_source(
     *,
     licence: str,
     description: str,
-    image_key: str = "image",
-    label_key: str | None = None,
+    keys: Mapping[str, str] | None = None,
     test_split: str | None = None,
     test_count: int | None = None,
     manual: str = "",
 ) -> Source:
-    """A source that reads images which TensorFlow Datasets prepared on local disk.
+    """A source that reads a set which TensorFlow Datasets prepared on local disk.
 
     Its loader has the options ``data_dir``, ``train_count``, ``test_count`` and
-    ``memory_limit_gb`` of :func:`tmdjax.data.tfds_images.load_tfds_images`.
+    ``memory_limit_gb`` of :func:`tmdjax.data.tfds_sets.load_tfds`.
 
     Args:
         name: in the registry.
         builder: TFDS's name, such as 'celeb_a_hq/256'.
         licence: of the images.
         description: one line.
-        image_key: TFDS's name of the images.
-        label_key: TFDS's name of the class; None for one class.
+        keys: {name of an array: TFDS's name of the feature}; None takes all.
         test_split: TFDS's name of the test split; None holds out the end of 'train'.
         test_count: default of the option; needed where there is no test split.
         manual: file that TFDS does not fetch by itself; '' if there is none.
@@ -233,11 +231,10 @@ def tfds_source(
         test_count: int | None = default_test_count,
         memory_limit_gb: float = 8.0,
     ) -> Dataset:
-        return tfds_images.load_tfds_images(
+        return tfds_sets.load_tfds(
             name,
             builder,
-            image_key=image_key,
-            label_key=label_key,
+            keys=keys,
             test_split=test_split,
             manual=manual,
             data_dir=data_dir,
@@ -251,12 +248,55 @@ def tfds_source(
         package="tensorflow-datasets",
         install=(
             f"pip install 'tmdjax[tfds]'; to prepare the files: "
-            f"{tfds_images.how_to_prepare(builder, manual=manual)}"
+            f"{tfds_sets.how_to_prepare(builder, manual=manual)}"
         ),
         licence=licence,
         description=description,
         loader=loader,
-        present=functools.partial(tfds_images.is_present, builder),
+        present=functools.partial(tfds_sets.is_present, builder),
+    )
+
+
+def _load_tfds(
+    files: Mapping[str, Path],
+    *,
+    builder: str | None = None,
+    keys: Mapping[str, str] | None = None,
+    test_split: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_count: int | None = None,
+    test_count: int | None = None,
+    memory_limit_gb: float = 8.0,
+) -> Dataset:
+    """Any set that is prepared on disk, see :func:`tmdjax.data.tfds_sets.load_tfds`.
+
+    Args:
+        files: none.
+        builder: TFDS's name of the set; there is no default.
+        keys: see there, as for the rest.
+        test_split: None holds out the last test_count samples of 'train'.
+        data_dir: folder with all prepared sets.
+        train_count: the first so many.
+        test_count: how many to test on.
+        memory_limit_gb: bytes / 1e9 of all arrays.
+
+    Raises:
+        ValueError: no builder.
+    """
+    if builder is None:
+        raise ValueError(
+            "data source 'tfds' needs builder=, the name of a prepared set, such as "
+            "'my_set' or 'my_set/config:1.0.0'."
+        )
+    return tfds_sets.load_tfds(
+        builder,
+        builder,
+        keys=keys,
+        test_split=test_split,
+        data_dir=data_dir,
+        train_count=train_count,
+        test_count=test_count,
+        memory_limit_gb=memory_limit_gb,
     )
 
 
@@ -334,6 +374,7 @@ for _source in (
     tfds_source(
         "celeb_a_hq",
         "celeb_a_hq/256",
+        keys={"image": "image"},
         licence="non-commercial research (CelebA)",
         description="30,000 photographs of faces, 256x256 RGB, one class",
         test_count=2000,
@@ -341,6 +382,16 @@ for _source in (
             "data256x256.tar (made as "
             "https://github.com/tkarras/progressive_growing_of_gans says)"
         ),
+    ),
+    Source(
+        name="tfds",
+        package="tensorflow-datasets",
+        install="pip install 'tmdjax[tfds]'; a set of your own: "
+        "python -m tmdjax.data.convert --help",
+        licence="that of the set",
+        description="any set on disk that TensorFlow Datasets could read, by builder=",
+        loader=_load_tfds,
+        present=lambda: bool(python_package("tensorflow_datasets")),
     ),
     _built_in(
         "sprites",

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tmdjax.data import SOURCES, check, load, tfds_images
+from tmdjax.data import SOURCES, check, load, tfds_sets
 from tmdjax.data.sources import tfds_source
 
 needs_tfds = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_datasets") is None,
     reason="tensorflow-datasets is absent (pip install 'tmdjax[tfds]')",
 )
+LABELLED = {"image": "image", "label": "label"}
 PREPARE = (
     "pip install tensorflow-datasets tensorflow && tfds build celeb_a_hq/256 "
     "--file_format=array_record"
@@ -121,6 +122,7 @@ class TestPrepared:
         np.testing.assert_array_equal(as_bytes(data.train["image"]), images[:9])
         np.testing.assert_array_equal(as_bytes(data.test["image"]), images[9:])
         for arrays, count in ((data.train, 9), (data.test, 3)):
+            assert arrays.keys() == {"image", "label"}
             assert arrays["image"].dtype == np.float32
             assert arrays["label"].dtype == np.int32
             np.testing.assert_array_equal(arrays["label"], np.zeros(count))
@@ -182,7 +184,7 @@ class TestPrepared:
         images = {"train": pixels(5), "test": pixels(4, seed=1)}
         labels = {"train": [2, 0, 1, 1, 2], "test": [0, 2, 2, 1]}
         write_set(tmp_path, images, name="shapes", config="", labels=labels)
-        register(label_key="label", test_split="test")
+        register(keys=LABELLED, test_split="test")
         data = load("shapes", data_dir=tmp_path)
         for split in ("train", "test"):
             arrays = getattr(data, split)
@@ -203,7 +205,7 @@ class TestPrepared:
         np.testing.assert_array_equal(
             as_bytes(newest.train["image"]), pixels(2, seed=10)[:1]
         )
-        pinned = tfds_images.load_tfds_images(
+        pinned = tfds_sets.load_tfds(
             "shapes", "shapes:1.9.0", data_dir=tmp_path, test_count=1
         )
         np.testing.assert_array_equal(
@@ -216,7 +218,7 @@ class TestPrepared:
         # An image takes 4 * 8 * 8 * 3 = 768 bytes: 7 of them fit.
         with pytest.raises(ValueError) as error:
             load("celeb_a_hq", memory_limit_gb=5.5e-6, **options)
-        assert "9 + 3 images of [8, 8, 3] take 9,216 bytes" in str(error.value)
+        assert "9 + 3 samples of [8, 8, 3] float32 take 9,216 bytes" in str(error.value)
         assert "Give train_count=4, or a higher memory_limit_gb=" in str(error.value)
         with pytest.raises(ValueError, match="take 6,144 bytes"):
             load("celeb_a_hq", memory_limit_gb=5.5e-6, train_count=5, **options)
@@ -228,9 +230,15 @@ class TestPrepared:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"image_key": "imag"}, "image_key='imag' is not one of 'image'"),
-            ({"label_key": "lable"}, "label_key='lable' .* Did you mean 'label'"),
-            ({"label_key": "image"}, "label_key='image' is not one of 'label'"),
+            (
+                {"keys": {"image": "imag"}},
+                r"keys\['image'\]='imag' is no feature .* Did you mean 'image'",
+            ),
+            (
+                {"keys": {"label": "image"}},
+                r"keys\['label'\]='image' is of kind Image; 'label' stands for classes",
+            ),
+            ({"keys": {}}, r"keys=\{\} asks for no feature"),
             ({"test_split": "tests"}, "split='tests' is not one of 'train', 'test'"),
         ],
     )
@@ -246,7 +254,7 @@ class TestPrepared:
         images = {"train": pixels(2), "test": pixels(2)}
         labels = {"train": [0, 1], "test": [-1, -1]}
         write_set(tmp_path, images, name="shapes", config="", labels=labels)
-        register(label_key="label", test_split="test")
+        register(keys=LABELLED, test_split="test")
         with pytest.raises(ValueError, match="of the split 'test' have no label"):
             load("shapes", data_dir=tmp_path)
 
@@ -307,6 +315,174 @@ class TestPrepared:
         assert out.strip() == "(2, 8, 8, 3)"
 
 
+def write_features(root, features, rows, name="mixed"):
+    """A set of any features, by TFDS itself."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+
+    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features(tfds.features)),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate(rows)
+
+    Written.name = name
+    Written(data_dir=root, file_format="array_record").download_and_prepare()
+    return root / name / "1.0.0"
+
+
+@needs_tfds
+class TestFeatures:
+    def test_numbers_texts_and_classes(self, tmp_path):
+        rng = np.random.default_rng(0)
+        rows = [
+            {
+                "clip": rng.integers(0, 256, (2, 4, 4, 1), dtype=np.uint8),
+                "state": rng.normal(size=3).astype(np.float64),
+                "packed": rng.normal(size=(2, 2)).astype(np.float32),
+                "count": int(i - 2),
+                "flag": bool(i % 2),
+                "caption": "né " * i,
+                "style": ["plain", "bold"][i % 2],
+            }
+            for i in range(6)
+        ]
+        write_features(
+            tmp_path,
+            lambda f: {
+                "clip": f.Tensor(shape=(2, 4, 4, 1), dtype=np.uint8),
+                "state": f.Tensor(shape=(3,), dtype=np.float64),
+                "packed": f.Tensor(shape=(2, 2), dtype=np.float32, encoding="zlib"),
+                "count": f.Scalar(np.int64),
+                "flag": f.Scalar(np.bool_),
+                "caption": f.Text(),
+                "style": f.ClassLabel(names=["plain", "bold"]),
+            },
+            rows,
+        )
+        options = {"builder": "mixed", "data_dir": tmp_path, "test_count": 2}
+        found = load("tfds", **options)
+        for key, dtype in (
+            ("clip", np.uint8),
+            ("state", np.float32),
+            ("packed", np.float32),
+            ("count", np.int32),
+            ("flag", np.bool_),
+        ):
+            expected = np.stack([row[key] for row in rows[:4]]).astype(dtype)
+            assert found.train[key].dtype == dtype
+            np.testing.assert_array_equal(found.train[key], expected)
+        assert found.train["caption"].shape == (4, len(("né " * 3).encode()))
+        texts = tfds_sets.decode_texts(found.test["caption"])
+        assert texts == [row["caption"] for row in rows[4:]]
+        assert found.num_classes == 1 and (found.train["label"] == 0).all()
+        keys = {"video": "clip", "label": "style"}
+        found = load("tfds", keys=keys, **options)
+        assert found.train.keys() == keys.keys() and found.num_classes == 2
+        np.testing.assert_array_equal(found.train["label"], [0, 1, 0, 1])
+        assert found.meta["class_names"] == ("plain", "bold")
+
+    def test_integers_that_do_not_fit_are_refused(self, tmp_path):
+        rows = [{"n": 1}, {"n": 2**40}, {"n": 3}]
+        write_features(tmp_path, lambda f: {"n": f.Scalar(np.int64)}, rows)
+        with pytest.raises(ValueError, match="'n' of sample 1 does not fit int32"):
+            load("tfds", builder="mixed", data_dir=tmp_path, test_count=1)
+
+    @pytest.mark.parametrize(
+        ("feature", "value", "message"),
+        [
+            (
+                lambda f: f.Sequence(np.int32),
+                [1, 2],
+                "feature 'odd' .* is of kind Sequence, which needs",
+            ),
+            (
+                lambda f: {"inner": f.Text()},
+                {"inner": "x"},
+                "is of kind FeaturesDict.*Leave it out: give keys= of n",
+            ),
+            (
+                lambda f: f.Tensor(shape=(None,), dtype=np.int32),
+                np.zeros(2, np.int32),
+                r"'odd' .* has shape \(None,\) and dtype int32; only numbers",
+            ),
+        ],
+    )
+    def test_other_features_are_refused_by_name(
+        self, tmp_path, feature, value, message
+    ):
+        write_features(
+            tmp_path,
+            lambda f: {"n": f.Scalar(np.int32), "odd": feature(f)},
+            [{"n": i, "odd": value} for i in range(3)],
+        )
+        options = {"builder": "mixed", "data_dir": tmp_path, "test_count": 1}
+        with pytest.raises(ValueError, match=message):
+            load("tfds", **options)
+        found = load("tfds", keys={"n": "n"}, **options)
+        np.testing.assert_array_equal(found.train["n"], [0, 1])
+
+    @pytest.mark.skipif(
+        importlib.util.find_spec("tensorflow") is not None, reason="tensorflow is here"
+    )
+    def test_a_feature_that_needs_tensorflow_is_named(self, tmp_path):
+        rows = [{"n": i} for i in range(3)]
+        folder = write_features(tmp_path, lambda f: {"n": f.Scalar(np.int32)}, rows)
+        path = folder / "features.json"
+        features = json.loads(path.read_text())
+        features["featuresDict"]["features"]["sound"] = {
+            "pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio",
+            "audio": {
+                "shape": {"dimensions": ["-1"]},
+                "dtype": "int64",
+                "sampleRate": "16000",
+                "encoding": "none",
+            },
+        }
+        path.write_text(json.dumps(features))
+        options = {"builder": "mixed", "data_dir": tmp_path, "test_count": 1}
+        with pytest.raises(
+            ValueError, match="'sound' .* is of kind Audio, which needs"
+        ):
+            load("tfds", **options)
+        with pytest.raises(
+            ValueError, match=r"without the package tensorflow: it has sound \(Audio\)"
+        ):
+            load("tfds", keys={"n": "n"}, **options)
+
+    def test_a_set_without_a_name(self):
+        with pytest.raises(ValueError, match="'tfds' needs builder="):
+            load("tfds")
+
+    def test_damaged_metadata(self, tmp_path):
+        rows = [{"n": i} for i in range(3)]
+        folder = write_features(tmp_path, lambda f: {"n": f.Scalar(np.int32)}, rows)
+        (folder / "features.json").write_text("[]")
+        with pytest.raises(ValueError, match="features.json is damaged or no dict"):
+            load("tfds", builder="mixed", data_dir=tmp_path, test_count=1)
+
+
+def test_texts_as_bytes():
+    texts = ["", "a b", "zoë"]
+    rows = tfds_sets.encode_texts(texts)
+    assert rows.shape == (3, 4) and tfds_sets.decode_texts(rows) == texts
+    assert tfds_sets.encode_texts(texts, 7).shape == (3, 7)
+    for bad in (["toolong"], ["a\0b"]):
+        with pytest.raises(ValueError, match="must have at most length=4 and no NUL"):
+            tfds_sets.encode_texts(bad, 4)
+
+
 def test_a_set_that_is_not_prepared_names_folder_and_command(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load("celeb_a_hq", data_dir=tmp_path / "my data")
@@ -324,12 +500,12 @@ def test_a_folder_without_all_metadata_is_not_prepared(tmp_path):
     folder.mkdir(parents=True)
     (tmp_path / "celeb_a_hq/256/notes.of.mine").mkdir()
     (folder / "dataset_info.json").write_text("{}")
-    assert tfds_images.find_prepared("celeb_a_hq/256", tmp_path) is None
+    assert tfds_sets.find_prepared("celeb_a_hq/256", tmp_path) is None
     (folder / "features.json").write_text("{}")
-    assert tfds_images.find_prepared("celeb_a_hq/256", tmp_path) == folder
-    assert tfds_images.find_prepared("celeb_a_hq/256:2.0.0", tmp_path) == folder
-    assert tfds_images.find_prepared("celeb_a_hq/256:1.0.0", tmp_path) is None
-    assert tfds_images.find_prepared("celeb_a_hq", tmp_path) is None
+    assert tfds_sets.find_prepared("celeb_a_hq/256", tmp_path) == folder
+    assert tfds_sets.find_prepared("celeb_a_hq/256:2.0.0", tmp_path) == folder
+    assert tfds_sets.find_prepared("celeb_a_hq/256:1.0.0", tmp_path) is None
+    assert tfds_sets.find_prepared("celeb_a_hq", tmp_path) is None
 
 
 def test_absent_package_names_the_extra(tmp_path, monkeypatch):
@@ -345,7 +521,7 @@ def test_absent_package_names_the_extra(tmp_path, monkeypatch):
 @pytest.mark.parametrize("builder", ["", "a/b/c", "set:1.0", "../set", "Set/x:"])
 def test_builder_names(builder):
     with pytest.raises(ValueError, match="is not a name of TFDS; give 'set'"):
-        tfds_images.find_prepared(builder)
+        tfds_sets.find_prepared(builder)
 
 
 def test_options_are_known_by_name(as_shipped):

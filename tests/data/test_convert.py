@@ -1,0 +1,232 @@
+"""Folders of images and files of arrays become sets that load by name."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmdjax import data
+from tmdjax.data import convert, tfds_sets
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow_datasets") is None,
+    reason="tensorflow-datasets is absent (pip install 'tmdjax[tfds]')",
+)
+
+
+def write_images(folder, count=6, size=(8, 8), classes=("cat", "dog"), captions=False):
+    """Images whose red value is their number; returns it by file."""
+    for i in range(count):
+        place = folder / classes[i % len(classes)] if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((*size, 3), np.uint8)
+        pixels[..., 0] = i
+        pixels[..., 2] = 200
+        Image.fromarray(pixels).save(place / f"picture{i}.png")
+        if captions:
+            (place / f"picture{i}.txt").write_text(f"number {i}\n")
+
+
+def loaded(root, name="mine", test_count=1):
+    return data.load("tfds", builder=name, data_dir=root, test_count=test_count)
+
+
+def red(images):
+    return np.rint((images[..., 0, 0, 0] + 1) * 127.5).astype(int)
+
+
+def test_classes_and_captions_stay_with_their_images(tmp_path, capsys):
+    write_images(tmp_path / "in", captions=True)
+    out = tmp_path / "out"
+    arguments = ["images", str(tmp_path / "in"), "--name=mine", f"--data_dir={out}"]
+    assert convert.main(arguments) == 0
+    assert "wrote 6 samples of image, label, text" in capsys.readouterr().out
+    found = loaded(out)
+    numbers = red(found.train["image"])
+    assert found.meta["class_names"] == ("cat", "dog")
+    np.testing.assert_array_equal(found.train["label"], numbers % 2)
+    texts = tfds_sets.decode_texts(found.train["text"])
+    assert texts == [f"number {i}" for i in numbers]
+    both = [*numbers, *red(found.test["image"])]
+    assert sorted(both) == [*range(6)] and both != [*range(6)]  # a random order
+    again = convert.write_tfds(
+        "again", convert.image_columns(tmp_path / "in"), data_dir=out
+    )
+    assert again == out / "again/1.0.0"
+    np.testing.assert_array_equal(red(loaded(out, "again").train["image"]), numbers)
+
+
+def test_size_crops_the_middle_square(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = 255
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"in/{i}.png")
+    columns = convert.image_columns(tmp_path / "in", size=5, channels=1)
+    convert.write_tfds("mine", columns, data_dir=tmp_path)
+    found = loaded(tmp_path)
+    assert found.train["image"].shape == (1, 5, 5, 1)
+    assert (found.train["image"] == 1).all() and found.num_classes == 1
+
+
+def test_arrays_of_files(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "video": rng.integers(0, 256, (5, 3, 4, 4, 1), dtype=np.uint8),
+        "image": rng.integers(0, 256, (5, 6, 6, 1), dtype=np.uint8),
+        "label": np.array([2, 0, 1, 0, 2]),
+        "depth": rng.normal(size=(5, 2)),
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "text.json").write_text(json.dumps(["a", "b", "c", "d", "ee"]))
+    paths = [*tmp_path.glob("*.npy"), tmp_path / "text.json"]
+    convert.write_tfds("mine", convert.array_columns(paths), data_dir=tmp_path)
+    found = loaded(tmp_path, test_count=2)
+    rows = [
+        "abcd".index(t) if t != "ee" else 4
+        for t in tfds_sets.decode_texts(found.train["text"])
+    ]
+    np.testing.assert_array_equal(found.train["video"], arrays["video"][rows])
+    np.testing.assert_array_equal(found.train["label"], arrays["label"][rows])
+    np.testing.assert_array_equal(
+        found.train["depth"], arrays["depth"][rows].astype(np.float32)
+    )
+    levels = np.rint((found.train["image"] + 1) * 127.5)
+    np.testing.assert_array_equal(levels, arrays["image"][rows])
+    batch = next(data.video_batches(found.train, 2))
+    assert batch["video"].dtype == np.float32 and batch["video"].min() >= -1
+
+
+def test_a_converted_set_trains_without_tensorflow(tmp_path, run_python):
+    """From files to 20 updates of a network, in one process."""
+    write_images(tmp_path / "in", count=40)
+    out = run_python(
+        f"""
+import sys
+import jax
+from tmdjax import data, flows, models, train
+from tmdjax.data import convert
+
+jax.config.update("jax_disable_most_optimizations", True)
+convert.main(["images", {str(tmp_path / "in")!r}, "--name=mine", {f"--data_dir={tmp_path}"!r}])
+found = data.load("tfds", builder="mine", data_dir={str(tmp_path)!r}, test_count=8)
+module = models.build({{"name": "dit", "patch_size": 4, "hidden": 16, "depth": 1,
+                        "heads": 2, "num_classes": found.num_classes}})
+apply_fn = models.functional(module)
+
+def loss(params, batch, keys):
+    return flows.flow_matching_loss(params, apply_fn, batch["image"], keys, batch["label"])
+
+batches = data.in_memory(found.train, 16)
+first = next(batches)
+params = models.init_params(module, jax.random.key(0), first["image"], first["label"] * 1.0, first["label"])
+rule = train.make_optimizer(train.OptimizerConfig(learning_rate=3e-3))
+step = jax.jit(train.make_train_step(loss, rule))
+losses = []
+result = train.fit(train.create_state(params, rule), step, batches, key=jax.random.key(1),
+                   num_steps=20, log_every=1, on_metrics=lambda i, m: losses.append(float(m["loss"])))
+assert int(result.state.step) == 20 and losses[-1] < losses[0], losses
+assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
+print("trained")
+"""
+    )
+    assert out.splitlines()[-1] == "trained"
+
+
+def test_an_existing_set_is_not_overwritten(tmp_path):
+    write_images(tmp_path / "in")
+    columns = convert.image_columns(tmp_path / "in")
+    folder = convert.write_tfds("mine", columns, data_dir=tmp_path)
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir())
+    with pytest.raises(FileExistsError, match="mine/1.0.0 is there; give another"):
+        convert.write_tfds("mine", columns, data_dir=tmp_path)
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
+    convert.write_tfds("mine", columns, data_dir=tmp_path, version="1.1.0")
+    assert loaded(tmp_path).meta["tfds"] == "mine:1.1.0"
+
+
+def damaged(folder):
+    (folder / "broken.png").write_bytes(b"no image")
+
+
+def mixed(folder):
+    write_images(folder)
+    write_images(folder, count=1, classes=())
+
+
+def half_captioned(folder):
+    write_images(folder, count=2, classes=())
+    (folder / "picture0.txt").write_text("x")
+
+
+def two_sizes(folder):
+    write_images(folder, count=1, classes=())
+    write_images(folder / "more", count=1, size=(4, 8), classes=("cat",))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "holds no images"),
+        (damaged, "broken.png is no image"),
+        (mixed, "holds images both in folders"),
+        (half_captioned, "1 of 2 images have a caption, .*picture1.png has none"),
+    ],
+)
+def test_bad_folders(tmp_path, make, message):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(ValueError, match=message):
+        convert.image_columns(folder)
+
+
+def test_two_sizes_leave_no_set_behind(tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder, count=1, classes=("cat",))
+    write_images(folder, count=2, size=(4, 8), classes=("dog", "dog"))
+    columns = convert.image_columns(folder)
+    with pytest.raises(Exception, match=r"is 4 x 8, .* 8 x 8 \(height x width\); give"):
+        convert.write_tfds("mine", columns, data_dir=tmp_path)
+    assert tfds_sets.find_prepared("mine", tmp_path) is None
+    with pytest.raises(ValueError, match=r"channels=2 must be one of 1, 3, 4"):
+        convert.image_columns(folder, channels=2)
+    with pytest.raises(ValueError, match="size=0 must be at least 1"):
+        convert.image_columns(folder, size=0)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.npy": np.zeros((2, 3)), "b.npy": np.zeros(3)}, "b has 3 samples, a has 2"),
+        ({"a.npy": np.array(["x"])}, "shape .1,. and dtype <U1; give numbers"),
+        ({"label.npy": np.array([-1, 2])}, r"must hold integers \[n\] from 0"),
+        ({"text.json": [1, 2]}, "must hold a list of texts"),
+        ({"text.json": None}, "text.json is no array of numbers or JSON"),
+        ({"a.npy": np.zeros(2), "x/a.npy": np.zeros(2)}, "two files are called 'a'"),
+    ],
+)
+def test_bad_files(tmp_path, files, message):
+    for name, value in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if value is None:
+            path.write_text("{")
+        elif isinstance(value, list):
+            path.write_text(json.dumps(value))
+        else:
+            np.save(path, value)
+    with pytest.raises(ValueError, match=message):
+        convert.array_columns([tmp_path / name for name in files])
+
+
+@pytest.mark.parametrize("name", ["My Set", "../x", ""])
+def test_bad_names(tmp_path, name):
+    write_images(tmp_path / "in")
+    with pytest.raises(ValueError, match="is not a name of TFDS"):
+        convert.write_tfds(
+            name, convert.image_columns(tmp_path / "in"), data_dir=tmp_path
+        )

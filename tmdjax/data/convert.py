@@ -1,0 +1,324 @@
+"""Images in folders and arrays in files, as a set that ``data.load`` reads by name.
+
+    python -m tmdjax.data.convert images FOLDER --name=my_set [--size=64]
+    python -m tmdjax.data.convert arrays video.npy label.npy text.json --name=my_set
+
+writes array_record files in the layout of TensorFlow Datasets, without TensorFlow,
+below ``--data_dir`` (by default where TFDS looks), to be read by ``data.load("tfds",
+builder="my_set", test_count=100)``.
+
+``images``: every PNG, JPEG, WebP or BMP file below the folder. Where the folder has
+folders, these are the classes. A text beside an image, NAME.txt for NAME.png, is its
+caption. ``--size`` crops the middle square and resizes it; without it all images must
+have one size. ``arrays``: arrays whose first axis is the sample, each under the name
+of its file: uint8 [n, height, width, channel] called 'image' is stored as PNG, integers
+[n] called 'label' as classes, a .json list of texts as texts, everything else (a video
+as uint8 [n, frame, height, width, channel]) as it is.
+
+Samples are written in a random order, the same every time, so that the last ones can be
+held out.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from tmdjax.core.checks import check_batch, check_count
+from tmdjax.data import tfds_sets
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Column(NamedTuple):
+    """One feature of all samples.
+
+    Attributes:
+        kind: 'Image', 'ClassLabel', 'Text' or 'Tensor'.
+        count: number of samples.
+        read: number of a sample -> its value: PNG bytes, a class, a text, or an array.
+        shape: of an Image or Tensor.
+        dtype: of a Tensor.
+        names: of the classes.
+    """
+
+    kind: str
+    count: int
+    read: Callable[[int], Any]
+    shape: tuple[int, ...] = ()
+    dtype: Any = np.uint8
+    names: tuple[str, ...] = ()
+
+
+def image_columns(
+    folder: Path, *, size: int | None = None, channels: int = 3
+) -> dict[str, Column]:
+    """Images, classes and captions of a folder.
+
+    Args:
+        folder: see the module.
+        size: of the square that each image becomes; None leaves them as they are.
+        channels: 1 (grey), 3 or 4 (with transparency).
+
+    Raises:
+        ValueError: no such folder, no images, images without caption among such with
+            one, or a size or channels out of range.
+    """
+    if size is not None:
+        check_count("size", size)
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ValueError(
+            f"channels={channels} must be one of {', '.join(map(str, modes))}."
+        )
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+
+    def decoded(i: int) -> Image.Image:
+        try:
+            with Image.open(paths[i]) as file:
+                image = file.convert(modes[channels])
+        except OSError as error:
+            raise ValueError(f"{paths[i]} is no image ({error}).") from error
+        if size is None:
+            return image
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        square = image.crop((left, top, left + side, top + side))
+        return square.resize((size, size), Image.Resampling.LANCZOS)
+
+    width, height = decoded(0).size
+
+    def encoded(i: int) -> bytes:
+        image = decoded(i)
+        if image.size != (width, height):
+            raise ValueError(
+                f"{paths[i]} is {image.size[1]} x {image.size[0]}, {paths[0]} "
+                f"{height} x {width} (height x width); give --size."
+            )
+        return _png(image)
+
+    shape = (height, width, channels)
+    found = {"image": Column("Image", len(paths), encoded, shape)}
+    classes = [p.relative_to(folder).parts[0] for p in paths if p.parent != folder]
+    if classes:
+        if len(classes) != len(paths):
+            raise ValueError(
+                f"{folder} holds images both in folders (classes) and beside them; "
+                f"move these into a folder too."
+            )
+        names = tuple(sorted({*classes}))
+        label = Column("ClassLabel", len(paths), lambda i: classes[i], names=names)
+        found["label"] = label
+    texts = [p.with_suffix(".txt") for p in paths]
+    has = [t.is_file() for t in texts]
+    if any(has):
+        if not all(has):
+            raise ValueError(
+                f"{sum(has)} of {len(has)} images have a caption, "
+                f"{paths[has.index(False)]} has none; write the others, or move the "
+                f"texts away."
+            )
+        found["text"] = Column(
+            "Text", len(paths), lambda i: texts[i].read_text("utf-8").strip()
+        )
+    return found
+
+
+def array_columns(paths: Sequence[Path]) -> dict[str, Column]:
+    """Arrays of files, by the names of the files; .npy files are memory-mapped.
+
+    Raises:
+        ValueError: a file that is no array or list of texts, two of one name, arrays of
+            different length, or values that cannot be stored.
+    """
+    found: dict[str, Column] = {}
+    for path in paths:
+        if path.stem in found:
+            raise ValueError(f"two files are called {path.stem!r}; rename one.")
+        found[path.stem] = _column(path.stem, _load(path), path)
+    count = next(iter(found.values())).count
+    for name, column in found.items():
+        if column.count != count:
+            raise ValueError(
+                f"{name} has {column.count} samples, {next(iter(found))} has {count}; "
+                f"all need as many."
+            )
+    return found
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text("utf-8"))
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no array of numbers or JSON ({error}).") from error
+
+
+def _column(name: str, values: Any, path: Path) -> Column:
+    if isinstance(values, list):
+        if not values or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{path} must hold a list of texts, at least one.")
+        return Column("Text", len(values), values.__getitem__)
+    if not values.ndim or not len(values) or values.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{path} has shape {values.shape} and dtype {values.dtype}; give numbers "
+            f"[n, ...], n at least 1."
+        )
+    shape, dtype = values.shape[1:], values.dtype
+    if name == "label":
+        if shape or dtype.kind not in "iu" or values.min() < 0:
+            raise ValueError(f"{path} must hold integers [n] from 0, one class each.")
+        names = tuple(str(i) for i in range(int(values.max()) + 1))
+        return Column("ClassLabel", len(values), lambda i: int(values[i]), names=names)
+    if (
+        name == "image"
+        and dtype == np.uint8
+        and len(shape) == 3
+        and shape[2] in (1, 3, 4)
+    ):
+
+        def encoded(i: int) -> bytes:
+            pixels = np.asarray(values[i])
+            return _png(Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels))
+
+        return Column("Image", len(values), encoded, shape)
+    return Column("Tensor", len(values), lambda i: np.asarray(values[i]), shape, dtype)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tfds(
+    name: str,
+    columns: Mapping[str, Column],
+    *,
+    data_dir: Path | None = None,
+    version: str = "1.0.0",
+    seed: int = 0,
+) -> Path:
+    """Writes a set with the one split 'train'.
+
+    Args:
+        name: lower-case letters, digits and underscores.
+        columns: by name, all of one length.
+        data_dir: folder with all prepared sets, see
+            :func:`tmdjax.data.tfds_sets.data_folder`.
+        version: 'major.minor.patch'.
+        seed: of the order.
+
+    Returns:
+        The folder of the set.
+
+    Raises:
+        FileExistsError: there is a set of that name and version.
+        ImportError: tensorflow-datasets is not installed.
+        ValueError: a bad name or version, or columns of different length.
+    """
+    root = tfds_sets.data_folder(data_dir)
+    folder = root / name / version
+    if tfds_sets.find_prepared(f"{name}:{version}", root) or folder.exists():
+        raise FileExistsError(
+            f"{folder} is there; give another --name or --version, or delete it."
+        )
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"writing a set needs the package tensorflow-datasets ({error}). Run: pip "
+            f"install 'tmdjax[tfds]'"
+        ) from error
+    count = next(iter(columns.values())).count
+    for key, column in columns.items():
+        check_batch(f"columns[{key!r}]", np.empty(column.count), count)
+    order = np.random.default_rng(seed).permutation(count)
+    features = {key: _feature(tfds.features, c) for key, c in columns.items()}
+
+    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
+        VERSION = tfds.core.Version(version)
+        code_path = None  # no checksums of downloads stand beside this code
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,  # in the order given: `order` is random
+            )
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Any:
+            for place, row in enumerate(order.tolist()):
+                yield place, {k: _value(c, row) for k, c in columns.items()}
+
+    Written.name = name
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+        Written(data_dir=root, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def _feature(features: Any, column: Column) -> Any:
+    if column.kind == "Image":
+        return features.Image(shape=column.shape, encoding_format="png")
+    if column.kind == "ClassLabel":
+        return features.ClassLabel(names=column.names)
+    if column.kind == "Text":
+        return features.Text()
+    return features.Tensor(shape=column.shape, dtype=np.dtype(column.dtype))
+
+
+def _value(column: Column, row: int) -> Any:
+    value = column.read(row)
+    return io.BytesIO(value) if column.kind == "Image" else value
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses and converts; returns the exit status."""
+    flags = argparse.ArgumentParser(
+        prog="tmdjax.data.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = flags.add_subparsers(dest="kind", required=True)
+    images, arrays = kinds.add_parser("images"), kinds.add_parser("arrays")
+    images.add_argument("folder", type=Path)
+    images.add_argument("--size", type=int, help="height and width")
+    images.add_argument("--channels", type=int, default=3, help="1, 3 or 4")
+    arrays.add_argument("files", type=Path, nargs="+", help=".npy or .json")
+    for each in (images, arrays):
+        each.add_argument("--name", required=True, help="of the set")
+        each.add_argument("--version", default="1.0.0")
+        each.add_argument("--data_dir", type=Path, help="default: where TFDS looks")
+    given = flags.parse_args(arguments)
+    if given.kind == "images":
+        columns = image_columns(given.folder, size=given.size, channels=given.channels)
+    else:
+        columns = array_columns(given.files)
+    folder = write_tfds(
+        given.name, columns, data_dir=given.data_dir, version=given.version
+    )
+    count = next(iter(columns.values())).count
+    print(f"wrote {count} samples of {', '.join(columns)} to {folder}")
+    print(f'read them by data.load("tfds", builder="{given.name}", test_count=...)')
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError, ImportError) as fault:
+        sys.exit(f"{type(fault).__name__}: {fault}")
