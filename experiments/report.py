@@ -1,13 +1,16 @@
-"""Joins shards and renders results.
+"""Joins shards, compares runs and renders results.
 
     python -m experiments.report --merge runs/a runs/b [--record]
+    python -m experiments.report --compare runs/a runs/b:arm [--metrics loss ...]
     python -m experiments.report --render
 
 ``--merge`` takes workdirs (or their summary.json) of one config and device kind,
 judges the claims on all seeds together and prints them; ``--record`` writes
-results/<system>/<tier>.json. ``--render`` writes RESULTS.md, and in README.md and
-docs/*.md what stands between ``<!-- table: system:tier -->`` (or ``claims:``) and
-``<!-- end -->``, from results/ alone.
+results/<system>/<tier>.json. ``--compare`` takes any runs or records, or single arms
+of them, and sets each against the first on the seeds both have: difference, its
+interval and the paired t test, adjusted for all rows. ``--render`` writes RESULTS.md,
+and in README.md and docs/*.md what stands between ``<!-- table: system:tier -->`` (or
+``claims:``) and ``<!-- end -->``, from results/ alone.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from collections.abc import Sequence
 
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import ledger, load_config
+from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.harness.config import from_plain
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.runner import render_results
@@ -60,6 +64,16 @@ def pages(root: pathlib.Path) -> list[pathlib.Path]:
     return [root / "README.md", *sorted(root.glob("docs/*.md"))]
 
 
+def comparison(runs: Sequence[str], metrics: Sequence[str]) -> str:
+    """The table of runs against the first, and a line of what to mind."""
+    found = [read_run(run) for run in runs]
+    text = text_table(comparison_rows(found, metrics))
+    devices = sorted({run.device for run in found})
+    if len(devices) > 1:
+        text += f"\n\nRan on different devices: {'; '.join(devices)}."
+    return text
+
+
 def main(arguments: Sequence[str]) -> int:
     """Parses and runs; returns the exit status."""
     flags = argparse.ArgumentParser(
@@ -68,12 +82,16 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flags.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="WORKDIR")
+    flags.add_argument("--compare", nargs="+", metavar="RUN[:ARM]")
+    flags.add_argument("--metrics", nargs="+", default=(), help="to compare; all")
     flags.add_argument("--record", action="store_true")
     flags.add_argument("--render", action="store_true")
     flags.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
     given = flags.parse_args(arguments)
-    if not given.merge and not given.render:
-        flags.error("give --merge WORKDIR... or --render")
+    if not (given.merge or given.compare or given.render):
+        flags.error("give --merge WORKDIR..., --compare RUN... or --render")
+    if given.compare:
+        print(comparison(given.compare, given.metrics))
     if given.merge:
         paths = [p / "summary.json" if p.is_dir() else p for p in given.merge]
         merged = ledger.merge([from_plain(json.loads(p.read_text())) for p in paths])

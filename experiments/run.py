@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from tmdjax.core.checks import check_count
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, Options, dry_run, load_config, run
 from tmdjax.harness.config import load_module
 from tmdjax.harness.report import text_table
+from tmdjax.harness.writers import WRITERS
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--fresh", action="store_true", help="discard what there is")
     flags.add_argument("--record", action="store_true", help="write results/")
     flags.add_argument("--tensorboard", action="store_true", help="event files too")
+    flags.add_argument("--wandb", action="store_true", help="Weights & Biases too")
+    flags.add_argument(
+        "--profile", type=int, default=0, nargs="?", const=5, metavar="STEPS",
+        help="trace so many steps (5) of every training loop that runs",
+    )  # fmt: skip
     flags.add_argument("--dry_run", action="store_true", help="sizes and stages only")
     flags.add_argument("--list", action="store_true", help="what there is to run")
     return flags
@@ -77,9 +84,24 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if not flags.config:
         raise ConfigError("give --config=configs/<system>.py:<tier>, or --list.")
+    if flags.dry_run:
+        config: Any = load_config(flags.config, overrides)
+        experiment = find_experiment(config, flags.config)
+        dry_run(experiment, config, options_of(flags, overrides))
+        return 0
+    return execute(flags, overrides)
+
+
+def execute(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Runs the experiment of parsed flags; returns the exit status."""
     config: Any = load_config(flags.config, overrides)
     experiment = find_experiment(config, flags.config)
-    options = Options(
+    return run(experiment, config, options_of(flags, overrides)).code
+
+
+def options_of(flags: argparse.Namespace, overrides: Sequence[str]) -> Options:
+    """How to run, from parsed flags."""
+    return Options(
         command=command(flags, overrides),
         tier=flags.config.partition(":")[2],
         workdir=flags.workdir,
@@ -90,12 +112,9 @@ def main(arguments: Sequence[str]) -> int:
         fresh=flags.fresh,
         max_seconds=flags.max_seconds,
         record=flags.record,
-        tensorboard=flags.tensorboard,
+        writers=tuple(name for name in WRITERS if getattr(flags, name)),
+        profiled_steps=check_count("--profile", flags.profile, 0),
     )
-    if flags.dry_run:
-        dry_run(experiment, config, options)
-        return 0
-    return run(experiment, config, options).code
 
 
 def parse(

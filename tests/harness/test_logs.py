@@ -22,6 +22,7 @@ from tmdjax.harness.logs import (
     without_timings,
     write_csv,
 )
+from tmdjax.harness.writers import open_writers
 
 ROWS = [
     (1, {"loss": 0.1, "time/step": 2.0}),
@@ -178,7 +179,7 @@ def test_csv_columns_are_the_union_in_order_of_appearance(tmp_path):
 def test_tensorboard_absent_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match="pip install tensorboardX"):
-        MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
+        open_writers(["tensorboard"], tmp_path, "run")
 
 
 def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkeypatch):
@@ -199,7 +200,8 @@ def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkey
 
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    with MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True) as log:
+    writers = open_writers(["tensorboard"], tmp_path, "run")
+    with MetricsLog(tmp_path / "metrics.jsonl", writers=writers) as log:
         log.append(4, {"loss": 0.5, "note": "x"})
         log.truncate(3)
     folder = str(tmp_path)
@@ -211,6 +213,55 @@ def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkey
         ("open", {"logdir": folder, "purge_step": 4}),
         ("close",),
     ]
+
+
+def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Started:
+        def __init__(self, **options):
+            calls.append(("init", options))
+
+        def define_metric(self, *arguments, **options):
+            calls.append(("define", *arguments, options))
+
+        def log(self, values):
+            calls.append(("log", values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    identities = iter(["first", "second"])
+    util = types.SimpleNamespace(generate_id=lambda: next(identities))
+    module = types.SimpleNamespace(init=Started, util=util)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    path = tmp_path / "a" / "metrics.jsonl"
+    for step in (4, 5):  # a run that was stopped, and its going on
+        writers = open_writers(["wandb"], path.parent, "train-1")
+        with MetricsLog(path, writers=writers) as log:
+            log.truncate(4)
+            log.append(step, {"loss": 0.5})
+    open_writers(["wandb"], tmp_path / "b", "train-2")
+    starts = [call[1] for call in calls if call[0] == "init"]
+    assert [s["id"] for s in starts] == ["first", "first", "second"]
+    assert {s["project"] for s in starts} == {"tmdjax"}
+    assert [s["name"] for s in starts] == ["train-1", "train-1", "train-2"]
+    assert {s["resume"] for s in starts} == {"allow"}
+    assert [c[1] for c in calls if c[0] == "log"] == [
+        {"step": 4, "loss": 0.5},
+        {"step": 5, "loss": 0.5},
+    ]
+    assert ("define", "*", {"step_metric": "step"}) in calls
+    assert sum(call[0] == "finish" for call in calls) == 2
+
+
+def test_writers_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="--wandb needs wandb: pip install wandb"):
+        open_writers(["wandb"], tmp_path, "run")
+    with pytest.raises(ValueError, match="'tensorbord' is not one of.*Did you mean"):
+        open_writers(["tensorbord"], tmp_path, "run")
 
 
 class Clock:

@@ -19,6 +19,7 @@ from rich.table import Table
 from tmdjax.core.files import write_atomically
 from tmdjax.harness.config import from_plain, to_plain
 from tmdjax.harness.report import format_value
+from tmdjax.harness.writers import Writer
 
 TIME_PREFIX = "time/"
 """Columns that hold timings start so; two equal runs may differ in them."""
@@ -67,16 +68,15 @@ class MetricsLog:
 
     Args:
         path: the file; folders are made, an existing file is continued.
-        tensorboard: also write event files beside it, through tensorboardX.
+        writers: take every row too; they are closed with the log.
 
     Raises:
-        ImportError: ``tensorboard`` without tensorboardX installed.
         ValueError: the file holds a broken line before its last.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, tensorboard: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, writers: Sequence[Writer] = ()):
         self.path = Path(path)
-        self._events = _event_writer(self.path.parent) if tensorboard else None
+        self._writers = tuple(writers)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         if _is_torn(self.path):
@@ -107,23 +107,16 @@ class MetricsLog:
                 f"cannot write {self.path}: {error.strerror or error}. Free space or "
                 f"mend permissions, then run the same command to go on."
             ) from error
-        if self._events is not None:
-            for name, value in values.items():
-                add = (
-                    self._events.add_text
-                    if _is_text(value)
-                    else self._events.add_scalar
-                )
-                add(name, value, step)
+        for writer in self._writers:
+            writer.write(int(step), values)
 
     def truncate(self, step: int) -> None:
         """Drops the rows beyond a step, which a resumed run writes again."""
         self._file.close()
         self._rewrite(row for row in _parse_lines(self.path) if row["step"] <= step)
         self._file = self.path.open("ab")
-        if self._events is not None:
-            self._events.close()
-            self._events = _event_writer(self.path.parent, purge_step=step + 1)
+        for writer in self._writers:
+            writer.rewind(step)
 
     def rows(self) -> list[Row]:
         """All rows written so far."""
@@ -132,8 +125,8 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the files; appending ends here."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for writer in self._writers:
+            writer.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -269,10 +262,6 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _is_ready(value: Any) -> bool:
     """Whether a value can be read without waiting for a device."""
     if value is None:
@@ -330,13 +319,3 @@ def _is_torn(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
-
-
-def _event_writer(folder: Path, **options: Any) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard=True needs tensorboardX: pip install tensorboardX."
-        ) from error
-    return SummaryWriter(logdir=str(folder), **options)

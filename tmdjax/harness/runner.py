@@ -91,7 +91,8 @@ class Options:
         max_seconds: checkpoint and leave after this long.
         record: write results/<system>/<tier>.json, its figures and RESULTS.md.
         results: the folder of records.
-        tensorboard: also write event files.
+        writers: 'tensorboard' and 'wandb' take the metrics too.
+        profiled_steps: of every training loop, traced into the stage's folder.
     """
 
     command: str
@@ -105,7 +106,8 @@ class Options:
     max_seconds: float | None = None
     record: bool = False
     results: pathlib.Path = pathlib.Path("results")
-    tensorboard: bool = False
+    writers: tuple[str, ...] = ()
+    profiled_steps: int = 0
 
 
 class Outcome(NamedTuple):
@@ -151,7 +153,9 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
     for arm in _arms(experiment, config):
         select(experiment.stages(config, arm), options.stage)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
-        cache = StageCache(cache_root, stopper.should_stop, options.tensorboard)
+        cache = StageCache(
+            cache_root, stopper.should_stop, options.writers, options.profiled_steps
+        )
         if options.fresh:
             _discard(experiment, config, options, workdir, cache)
         _claim_workdir(workdir, config, options)

@@ -21,6 +21,8 @@ from tmdjax import train
 from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
 from tmdjax.harness.logs import MetricsLog, Progress, read_rows
+from tmdjax.harness.profile import ProfiledStep
+from tmdjax.harness.writers import open_writers
 
 logger = logging.getLogger("tmdjax")
 
@@ -28,6 +30,8 @@ _RESULT = "result"
 _CHECKPOINTS = "checkpoints"
 _METRICS = "metrics.jsonl"
 _ELAPSED = "elapsed"
+PROFILE = "profile"
+"""Folder of a stage's traces."""
 
 
 class Paused(Exception):
@@ -72,7 +76,8 @@ class StageContext:
         inputs: Mapping[str, StageResult],
         directory: pathlib.Path,
         should_stop: Callable[[], bool],
-        tensorboard: bool = False,
+        writers: Sequence[str] = (),
+        profiled_steps: int = 0,
     ):
         self.name = name
         self.seed = seed
@@ -80,7 +85,8 @@ class StageContext:
         self.inputs = inputs
         self.directory = directory
         self._should_stop = should_stop
-        self._tensorboard = tensorboard
+        self._writers = writers
+        self._profiled_steps = profiled_steps
         self._fitted = False
         self._began = time.monotonic()
         self._earlier = _read_seconds(directory / _ELAPSED)
@@ -135,9 +141,12 @@ class StageContext:
         checkpoints = train.Checkpoints(
             self.directory / _CHECKPOINTS, best=None if score is None else "min"
         )
+        title, traces = self.directory.name, self.directory / PROFILE
+        writers = open_writers(self._writers, self.directory, title)
         with (
-            MetricsLog(self.directory / _METRICS, tensorboard=self._tensorboard) as log,
+            MetricsLog(self.directory / _METRICS, writers=writers) as log,
             Progress(self.name, num_steps) as progress,
+            ProfiledStep(step_fn, traces, self._profiled_steps) as step_fn,
         ):
             clock = _Clock()
 
@@ -278,18 +287,20 @@ class StageCache:
     Args:
         root: folder of all cached stages.
         should_stop: asked at logs; True pauses the running stage.
-        tensorboard: also write event files beside the metrics.
+        writers: names of ``writers.WRITERS`` that take the metrics too.
+        profiled_steps: of every training loop, traced.
     """
 
     def __init__(
         self,
         root: pathlib.Path,
         should_stop: Callable[[], bool] = lambda: False,
-        tensorboard: bool = False,
+        writers: Sequence[str] = (),
+        profiled_steps: int = 0,
     ):
         self.root = root
         self._should_stop = should_stop
-        self._tensorboard = tensorboard
+        self._writers, self._profiled_steps = tuple(writers), profiled_steps
 
     def folder(self, name: str, stage_hash: str) -> pathlib.Path:
         """Where a stage's files are."""
@@ -347,7 +358,8 @@ class StageCache:
                 {name: inputs[name] for name in stage.parents},
                 folder,
                 self._should_stop,
-                self._tensorboard,
+                self._writers,
+                self._profiled_steps,
             )
             try:
                 result = stage.run(context)

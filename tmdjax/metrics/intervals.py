@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from tmdjax.core.checks import check_choice, check_count, check_finite, check_range
 
@@ -91,6 +91,61 @@ def paired_interval(
     if low is None or high is None:
         return Interval(math.exp(value), None, None)
     return Interval(math.exp(value), math.exp(low), math.exp(high))
+
+
+def paired_p_value(
+    ours: Sequence[float] | Any, baseline: Sequence[float] | Any
+) -> float | None:
+    """Two-sided p-value of Student's paired t test.
+
+    Args:
+        ours: one number a seed, [n].
+        baseline: the same seeds of the other arm, [n].
+
+    Returns:
+        In [0, 1]; None for one seed, or where all differences are equal, so that
+        their spread is unknown or nothing.
+
+    Raises:
+        ValueError: unequal lengths, or a non-finite value.
+
+    References:
+        Student 1908, "The probable error of a mean".
+    """
+    difference = paired_interval(ours, baseline, "difference")
+    x = _per_seed(ours, "ours") - _per_seed(baseline, "baseline")
+    if x.size == 1 or np.ptp(x) == 0:
+        return None
+    t = abs(difference.value) / (float(x.std(ddof=1)) / x.size**0.5)
+    return float(2 * stdtr(x.size - 1, -t))
+
+
+def adjusted_p_values(p_values: Sequence[float] | Any) -> list[float]:
+    """Holm's adjustment for several tests.
+
+    Where those below a level are rejected, the chance that any of them is a false
+    rejection stays below that level.
+
+    Args:
+        p_values: each in [0, 1], in any order.
+
+    Returns:
+        In the given order, each at least the given one, at most 1.
+
+    Raises:
+        ValueError: one outside [0, 1].
+
+    References:
+        Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    for p in p_values:
+        check_range("p-value", p, 0, 1)
+    order = np.argsort(p_values, kind="stable")
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * float(p_values[i])))
+        adjusted[i] = highest
+    return adjusted
 
 
 def bootstrap_interval(

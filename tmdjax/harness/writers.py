@@ -1,0 +1,131 @@
+"""Where metrics go besides the files of a run: TensorBoard, Weights & Biases."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from tmdjax.core.checks import check_choice
+
+WRITERS = ("tensorboard", "wandb")
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Takes the rows of a log as they are written."""
+
+    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+        """One row."""
+
+    def rewind(self, step: int) -> None:
+        """Rows beyond a step will be written again."""
+
+    def close(self) -> None:
+        """No more rows."""
+
+
+class TensorBoard:
+    """Event files in a folder, through tensorboardX.
+
+    Args:
+        folder: of the event files.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._folder = Path(folder)
+        self._events = self._open()
+
+    def _open(self, **options: Any) -> Any:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "--tensorboard needs tensorboardX: pip install tensorboardX."
+            ) from error
+        return SummaryWriter(logdir=str(self._folder), **options)
+
+    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+        """One row."""
+        for name, value in values.items():
+            is_text = isinstance(value, str)
+            add = self._events.add_text if is_text else self._events.add_scalar
+            add(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Hides the events beyond a step."""
+        self._events.close()
+        self._events = self._open(purge_step=step + 1)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
+
+
+class WandB:
+    """A run of Weights & Biases; one folder is one run, which goes on by itself.
+
+    The project is $WANDB_PROJECT or 'tmdjax'; $WANDB_MODE=offline writes local files
+    alone. Rows carry their own 'step', so those that a resumed run writes again do no
+    harm: they are equal.
+
+    Args:
+        folder: of the run's files.
+        name: shown for the run, and with the folder its identity.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], name: str):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("--wandb needs wandb: pip install wandb.") from error
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "wandb_id"
+        identity = known.read_text() if known.exists() else wandb.util.generate_id()
+        known.write_text(identity)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tmdjax"),
+            dir=str(folder),
+            id=identity,
+            name=name,
+            resume="allow",
+            reinit="create_new",
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+        """One row."""
+        self._run.log({"step": step, **values})
+
+    def rewind(self, step: int) -> None:
+        """Nothing to do: see the class."""
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def open_writers(names: Sequence[str], folder: Path, title: str) -> list[Writer]:
+    """The writers of a log, by name.
+
+    Args:
+        names: of ``WRITERS``.
+        folder: of the log.
+        title: of the log, where one is shown.
+
+    Raises:
+        ImportError: a package is not installed.
+        ValueError: an unknown name.
+    """
+    opened: list[Writer] = []
+    for name in names:
+        check_choice("writer", name, WRITERS)
+        made = TensorBoard(folder) if name == "tensorboard" else WandB(folder, title)
+        opened.append(made)
+    return opened
