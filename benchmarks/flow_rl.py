@@ -403,7 +403,7 @@ class OneAtATime:
 
 
 class Torch:
-    """The rival of :mod:`benchmarks.torch_dit`; eager where it does not compile."""
+    """:class:`benchmarks.torch_dance_grpo.Rival`; eager where it does not compile."""
 
     def __init__(self, problem: Problem):
         import torch
@@ -441,13 +441,13 @@ class Torch:
 
 
 def make_torch(problem: Problem, compiled: bool) -> Any:
-    """A :class:`benchmarks.torch_dit.Rival` that does as :class:`Ours` does."""
-    from benchmarks import torch_dit
+    """A :class:`benchmarks.torch_dance_grpo.Rival` that does as :class:`Ours` does."""
+    from benchmarks import torch_dance_grpo
 
     method, objective, updates = dance_grpo(problem)
     stored, trained = trained_steps(method)
     settings = problem.config.rl
-    return torch_dit.Rival(
+    return torch_dance_grpo.Rival(
         problem.network,
         problem.params,
         method,

@@ -168,14 +168,16 @@ def test_torch_computes_the_same(problem):
 
 
 def test_torch_that_computes_something_else_is_refused(problem, monkeypatch):
-    torch_dit = pytest.importorskip("benchmarks.torch_dit", reason="needs PyTorch")
-    convert = torch_dit.convert
+    torch_dance_grpo = pytest.importorskip(
+        "benchmarks.torch_dance_grpo", reason="needs PyTorch"
+    )
+    convert = torch_dance_grpo.convert
 
     def other(params):
         found = convert(params)
         return found | {"null_token": found["null_token"] + 0.1}
 
-    monkeypatch.setattr(torch_dit, "convert", other)
+    monkeypatch.setattr(torch_dance_grpo, "convert", other)
     with pytest.raises(AssertionError, match="differs from ours by"):
         benchmark.check_torch(problem)
 
@@ -190,10 +192,10 @@ def test_torch_learns_and_refuses_other_methods(problem):
     assert torch.isfinite(rival.network.patch_embedding.weight).all()
     assert not torch.equal(before, rival.network.patch_embedding.weight)
     method = dataclasses.replace(rival.method, scale="batch")
-    from benchmarks import torch_dit
+    from benchmarks import torch_dance_grpo
 
     with pytest.raises(ValueError, match="only DanceGRPO"):
-        torch_dit.Rival(
+        torch_dance_grpo.Rival(
             problem.network, problem.params, method, None, method.plan(0)[0], 2, 2,
             problem.batch, updates=1, microbatches=1, learning_rate=1e-3,
             weight_decay=0.0, clip_norm=1.0, compiled=False,
