@@ -2,6 +2,7 @@
 #   make demo      few-step digits: search step sizes, straighten (table, report)
 #   make test      the default test suite
 #   make lint      format, lint, types
+#   make docs      the documentation, checked, into build/site
 #   make nightly   notebooks, peer-library comparisons, long runs
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -15,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint $$($(BIN)/python -c 'import sys; print("constraints/py311.txt" \
 	if sys.version_info < (3, 12) else "constraints/py312.txt")')
 
-.PHONY: demo test lint nightly clean
+.PHONY: demo test lint docs nightly clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m experiments.run --config=configs/boss.py:cpu
@@ -28,14 +29,19 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 
+docs: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 nightly: $(VENV)/oracle.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or nightly"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -p no:xdist --nbmake \
+		--nbmake-timeout=900 colabs -m ""
 
 $(VENV)/%.installed: pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "tmdjax needs Python 3.11, 3.12 or 3.13; \
 	none was found (set PYTHON=...)."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(INSTALL) --editable '.[$(if $(filter oracle,$*),dev$(comma)oracle,$*)]'
+	$(INSTALL) --editable '.[$(if $(filter oracle,$*),dev$(comma)oracle$(comma)notebooks,$*)]'
 	touch $@
 
 comma := ,

@@ -15,10 +15,10 @@ class Dataset:
 
     Attributes:
         name: as in the registry of sources.
-        train: arrays by name, all [n, ...]: 'image' float32 in [-1, 1]
-            [n, height, width, channel], 'video' [n, frame, height, width, channel]
-            of the same range (or uint8: ``video_files``), or 'point' float32
-            [n, dim]; 'label' int32 [n] in [0, num_classes).
+        train: arrays by name, all [n, ...]: 'image' [n, height, width, channel],
+            float32 in [-1, 1], 'video' [n, frame, height, width, channel] of the same
+            range (or uint8: ``video_files``), or 'point' [n, dim], float32; 'label'
+            int32 [n], in [0, num_classes).
         test: the same names for the held-out samples.
         num_classes: how many labels there are.
         meta: what else a report should say (class names, options).

@@ -232,8 +232,8 @@ def video_batches(
         threads: that read ahead, two batches each; 0 reads when asked.
 
     Returns:
-        Iterator over 'video' float32 in [-1, 1] [batch, frame, height, width, channel]
-        and the other arrays' rows.
+        Iterator over 'video' [batch, frame, height, width, channel], float32 in
+        [-1, 1], and the other arrays' rows.
 
     Raises:
         ValueError: arrays of different length, videos that are not uint8, or a bad
