@@ -154,7 +154,7 @@ def count_compiles():
 
 @pytest.fixture
 def traceable_cudnn(monkeypatch):
-    """Fused attention can be traced where no CUDA device is."""
+    """Fused attention can be traced without a CUDA device; checks to switch off."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     for name, answer in (
         ("check_cudnn_version", 91100),

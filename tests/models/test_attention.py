@@ -161,16 +161,7 @@ def test_auto_follows_the_default_device(monkeypatch, by_name):
 
 
 @pytest.mark.parametrize("masked", [False, True, "lengths"])
-def test_cudnn_lowers_for_cuda(monkeypatch, masked):
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    for name, answer in (
-        ("check_cudnn_version", 91100),
-        ("check_compute_capability", True),
-        ("is_cuda_compute_capability_equal", False),
-    ):
-        if not hasattr(fused, name):
-            pytest.skip(f"jax no longer has {name}")
-        monkeypatch.setattr(fused, name, lambda *_, answer=answer: answer)
+def test_cudnn_lowers_for_cuda(traceable_cudnn, masked):
     q = shaped((2, 16, 4, 64), "bfloat16")
     options = {}
     if masked == "lengths":
@@ -185,11 +176,7 @@ def test_cudnn_lowers_for_cuda(monkeypatch, masked):
     exported = jax.export.export(
         jax.jit(jax.grad(loss)),
         platforms=["cuda"],
-        disabled_checks=[
-            jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmha{kind}{way}")
-            for kind in ("Softmax", "ScaleBiasSoftmax")
-            for way in ("", "Backward")
-        ],
+        disabled_checks=traceable_cudnn,
     )(q, q, q)
     assert "__cudnn$fmha" in exported.mlir_module()
 

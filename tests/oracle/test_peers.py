@@ -81,3 +81,20 @@ def test_frechet_distance_against_bures_of_ott():
 
     theirs = costs.Bures(4)(packed(x), packed(y))
     np.testing.assert_allclose(metrics.frechet_distance(x, y), theirs, rtol=1e-2)
+
+
+def test_transport_plan_against_ott(x64):
+    pytest.importorskip("ott", reason="needs tmdjax[oracle]")
+    from ott.geometry import geometry
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import sinkhorn
+
+    keys = jax.random.split(jax.random.key(0))
+    x, y = (jax.random.normal(key, (24, 3), jnp.float64) for key in keys)
+    cost = flows.transport_cost(2 * x + 1, y)
+    ours = flows.transport_plan(cost, regularisation=0.1, iterations=3000)
+    problem = linear_problem.LinearProblem(
+        geometry.Geometry(cost, epsilon=0.1 * cost.mean())
+    )
+    theirs = sinkhorn.Sinkhorn(threshold=1e-12, max_iterations=20_000)(problem)
+    np.testing.assert_allclose(ours, theirs.matrix, rtol=1e-6, atol=1e-12)
