@@ -35,7 +35,7 @@ docs: $(VENV)/docs.installed
 nightly: $(VENV)/oracle.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or nightly"
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -p no:xdist --nbmake \
-		--nbmake-timeout=900 colabs -m ""
+		--nbmake-timeout=900 --timeout=1800 colabs -m ""
 
 $(VENV)/%.installed: pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "tmdjax needs Python 3.11, 3.12 or 3.13; \

@@ -20,9 +20,13 @@
 
 # %%
 try:
-    import tmdjax
+    import matplotlib, sklearn, tmdjax
 except ImportError:
-    # %pip install --quiet "tmdjax[demo]"
+    import pathlib
+
+    # a checkout of tmdjax if the notebook lies in one, else the package
+    SOURCE = ".." if pathlib.Path("../pyproject.toml").exists() else "tmdjax"
+    # %pip install --quiet "{SOURCE}[demo]"
     import tmdjax
 
 import itertools

@@ -23,4 +23,4 @@ def test_cells_are_those_of_the_script(script):
     written, shown = ([(c.cell_type, c.source) for c in n.cells] for n in pair)
     assert written == shown
     install = next(source for kind, source in written if kind == "code")
-    assert install.startswith("try:\n    import tmdjax\nexcept ImportError:")
+    assert install.startswith("try:\n    import matplotlib, sklearn, tmdjax\nexcept")

@@ -21,13 +21,16 @@ __version__ = "0.1.0"
 _SUBPACKAGES = (
     "core",
     "data",
+    "envs",
     "flows",
+    "generation",
     "harness",
     "metrics",
     "models",
     "quant",
     "rewards",
     "rl",
+    "runtime",
     "systems",
     "train",
 )

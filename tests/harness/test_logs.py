@@ -178,7 +178,9 @@ def test_csv_columns_are_the_union_in_order_of_appearance(tmp_path):
 
 def test_tensorboard_absent_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match="pip install tensorboardX"):
+    with pytest.raises(
+        ImportError, match=r"needs tensorboardX: pip install 'tmdjax\[logging\]'"
+    ):
         open_writers(["tensorboard"], tmp_path, "run")
 
 
@@ -258,7 +260,9 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
 
 def test_writers_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="--wandb needs wandb: pip install wandb"):
+    with pytest.raises(
+        ImportError, match=r"--wandb needs wandb: pip install 'tmdjax\[logging\]'"
+    ):
         open_writers(["wandb"], tmp_path, "run")
     with pytest.raises(ValueError, match="'tensorbord' is not one of.*Did you mean"):
         open_writers(["tensorbord"], tmp_path, "run")

@@ -43,7 +43,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "--tensorboard needs tensorboardX: pip install tensorboardX."
+                "--tensorboard needs tensorboardX: pip install 'tmdjax[logging]'."
             ) from error
         return SummaryWriter(logdir=str(self._folder), **options)
 
@@ -83,7 +83,9 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("--wandb needs wandb: pip install wandb.") from error
+            raise ImportError(
+                "--wandb needs wandb: pip install 'tmdjax[logging]'."
+            ) from error
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "wandb_id"
