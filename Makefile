@@ -30,7 +30,7 @@ lint: $(VENV)/dev.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 
 docs: $(VENV)/docs.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 nightly: $(VENV)/oracle.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or nightly"

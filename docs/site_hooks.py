@@ -16,7 +16,8 @@ def on_files(files: Any, config: Any) -> Any:
     for page, source in _COPIES.items():
         text = (_ROOT / source).read_text()
         files.append(File.generated(config, page, content=text))
-    for picture in sorted((_ROOT / "results").rglob("*.png")):
+    results = sorted((_ROOT / "results").rglob("*.*"))
+    for picture in (path for path in results if path.suffix in (".png", ".gif")):
         place = picture.relative_to(_ROOT).as_posix()
         files.append(File.generated(config, place, abs_src_path=str(picture)))
     for package in sorted((_ROOT / "tmdjax").glob("*/__init__.py")):

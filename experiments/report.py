@@ -64,6 +64,17 @@ def pages(root: pathlib.Path) -> list[pathlib.Path]:
     return [root / "README.md", *sorted(root.glob("docs/*.md"))]
 
 
+def copy_figures(workdirs: Sequence[pathlib.Path], record: pathlib.Path) -> None:
+    """Puts the figures of shards beside a record, each from the first that has it."""
+    figures: dict[str, pathlib.Path] = {}
+    for workdir in workdirs:
+        for path in sorted((workdir / "figures").glob("*")):
+            figures.setdefault(path.name, path)
+    for name, path in figures.items():
+        target = record.with_name(f"{record.stem}-{name}")
+        write_atomically(target, path.read_bytes())
+
+
 def comparison(runs: Sequence[str], metrics: Sequence[str]) -> str:
     """The table of runs against the first, and a line of what to mind."""
     found = [read_run(run) for run in runs]
@@ -97,7 +108,9 @@ def main(arguments: Sequence[str]) -> int:
         merged = ledger.merge([from_plain(json.loads(p.read_text())) for p in paths])
         print(text_table([claim_row(claim) for claim in merged["claims"]]))
         if given.record:
-            print(f"recorded {ledger.write_record(given.results, merged)}")
+            record = ledger.write_record(given.results, merged)
+            copy_figures(given.merge, record)
+            print(f"recorded {record}")
     if given.render or given.record:
         render_results(given.results)
         for page in pages(given.results.parent):

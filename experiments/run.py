@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from tmdjax.core.checks import check_count
 from tmdjax.core.registry import suggestion
-from tmdjax.harness import ConfigError, Options, dry_run, load_config, run
+from tmdjax.harness import ConfigError, Options, Outcome, dry_run, load_config, run
 from tmdjax.harness.config import load_module
 from tmdjax.harness.report import text_table
 from tmdjax.harness.writers import WRITERS
@@ -89,14 +89,14 @@ def main(arguments: Sequence[str]) -> int:
         experiment = find_experiment(config, flags.config)
         dry_run(experiment, config, options_of(flags, overrides))
         return 0
-    return execute(flags, overrides)
+    return execute(flags, overrides).code
 
 
-def execute(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Runs the experiment of parsed flags; returns the exit status."""
+def execute(flags: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
+    """Runs the experiment of parsed flags."""
     config: Any = load_config(flags.config, overrides)
     experiment = find_experiment(config, flags.config)
-    return run(experiment, config, options_of(flags, overrides)).code
+    return run(experiment, config, options_of(flags, overrides))
 
 
 def options_of(flags: argparse.Namespace, overrides: Sequence[str]) -> Options:

@@ -4,23 +4,26 @@
         --sweep.optimizer.learning_rate=3e-4,1e-3 --metrics euler8.frechet
 
 ``--sweep.a.b=v,w`` gives the values of a setting (semicolons where a value holds a
-comma); ``--config.a.b=v`` and all other flags are those of experiments.run and serve
-every run. A run's folder is named after its values, below ``--workdir``; stages that do
-not depend on them are made once. Seeds are trained side by side where a system does so.
-A sweep that was stopped goes on when the same command is given again. Values are chosen
-on the metrics of the same seeds here: judge claims on seeds that were not used for it.
+comma); ``--config.a.b=v``, ``--seeds``, ``--stage``, ``--max_seconds`` (of the whole
+sweep), ``--dry_run`` and the loggers are those of experiments.run. A run's folder is
+named after its values, below ``--workdir``; stages that do not depend on them are made
+once. Seeds are trained side by side where a system does so. A sweep that was stopped
+goes on when the same command is given again. Values are chosen on the metrics of the
+same seeds here: judge claims on seeds that were not used for it.
 """
 
 import dataclasses
 import itertools
 import pathlib
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from experiments import run
 from tmdjax.core.files import write_atomically
-from tmdjax.harness import ConfigError, load_config
+from tmdjax.core.registry import suggestion
+from tmdjax.harness import ConfigError, check_run, dry_run, load_config
 from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.harness.report import text_table
 
@@ -58,32 +61,77 @@ def main(arguments: Sequence[str]) -> int:
     given, overrides = run.parse(flags, rest)
     if not given.config:
         raise ConfigError("give --config=configs/<system>.py:<tier>.")
-    if given.record:
+    _refuse(given)
+    names = [folder(point) for point in points]
+    if len(set(names)) < len(names) or len(names) < 2:
         raise ConfigError(
-            "--record takes one config, as it stands; record the chosen one by "
-            "experiments.run."
+            f"the runs would be called {', '.join(names)}; give two or more values, "
+            f"whose letters, digits and .=+- differ."
         )
-    for point in points:  # bad settings fail before anything runs
-        config: Any = load_config(given.config, [*overrides, *point])
-        run.find_experiment(config, given.config).describe(config)
-    tier = given.config.partition(":")[2]
-    root = given.workdir or pathlib.Path("runs") / f"{config.system}-{tier}-sweep"
+    root, configs = _check(given, overrides, points)
     given.cache = given.cache or root / "stages"
-    for number, point in enumerate(points, start=1):
+    deadline = None
+    if given.max_seconds is not None:
+        deadline = time.monotonic() + given.max_seconds
+    for number, (point, name) in enumerate(zip(points, names), start=1):
         print(f"\n[{number}/{len(points)}] {' '.join(point)}", flush=True)
-        given.workdir = root / folder(point)
-        code = run.execute(given, [*overrides, *point])
-        if code or not (given.workdir / "summary.json").exists():
-            return code
-    if given.stage is None and given.shard[1] == 1:
+        given.workdir = root / name
+        if given.dry_run:
+            experiment = run.find_experiment(configs[0], given.config)
+            options = run.options_of(given, [*overrides, *point])
+            dry_run(experiment, configs[number - 1], options)
+            continue
+        if deadline is not None:
+            given.max_seconds = max(0.0, deadline - time.monotonic())
+        outcome = run.execute(given, [*overrides, *point])
+        if not outcome.finished:
+            print("the sweep is not finished; the same command goes on from here.")
+            return outcome.code
+    if given.stage is None and not given.dry_run:
         found = [
-            dataclasses.replace(read_run(str(root / folder(point))), name=folder(point))
-            for point in points
+            dataclasses.replace(read_run(str(root / name)), name=name) for name in names
         ]
         text = text_table(comparison_rows(found, given.metrics))
         print(f"\n{text}")
         write_atomically(root / "sweep.txt", f"{text}\n".encode())
     return 0
+
+
+def _refuse(given: Any) -> None:
+    """Raises ConfigError for flags that would not mean what they say."""
+    for flag, remedy in (
+        ("record", "record the chosen config by experiments.run"),
+        ("list", "use experiments.run"),
+        ("fresh", "delete the folder of the sweep, or choose another --workdir"),
+    ):
+        if getattr(given, flag):
+            raise ConfigError(f"--{flag} does not go with a sweep; {remedy}.")
+    if given.shard[1] > 1:
+        raise ConfigError(
+            "--shard does not go with a sweep; give each machine some of the values, "
+            "and join them by experiments.report --compare."
+        )
+
+
+def _check(
+    given: Any, overrides: Sequence[str], points: Sequence[Sequence[str]]
+) -> tuple[pathlib.Path, list[Any]]:
+    """Bad settings, claims and metrics fail here, before anything runs."""
+    configs: list[Any] = [load_config(given.config, [*overrides, *p]) for p in points]
+    experiment = run.find_experiment(configs[0], given.config)
+    tier = given.config.partition(":")[2]
+    root = given.workdir or pathlib.Path("runs") / f"{configs[0].system}-{tier}-sweep"
+    for config in configs:
+        check_run(experiment, config, run.options_of(given, overrides))
+        if hasattr(experiment, "measures"):
+            measured = experiment.measures(config)
+            for metric in given.metrics:
+                if metric not in measured:
+                    raise ConfigError(
+                        f"--metrics: {metric!r} is not measured by every run."
+                        f"{suggestion(metric, measured)}"
+                    )
+    return root, configs
 
 
 def folder(point: Sequence[str]) -> str:

@@ -71,6 +71,43 @@ def test_size_crops_the_middle_square(tmp_path):
     assert (found.train["image"] == 1).all() and found.num_classes == 1
 
 
+def test_phones_hidden_folders_links_and_numbers(tmp_path):
+    folder = tmp_path / "in"
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, :4] = 255  # left half; turned by orientation 6 it is the upper one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("2", "10"):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(folder / name / "a.png", exif=exif)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.fromarray(pixels).save(elsewhere / "b.png", exif=exif)
+    (folder / "11").symlink_to(elsewhere)
+    (folder / "11" / "round").symlink_to(folder)
+    (folder / ".ipynb_checkpoints").mkdir()
+    Image.fromarray(pixels).save(folder / ".ipynb_checkpoints" / "a.png")
+    convert.write_tfds("mine", convert.image_columns(folder), data_dir=tmp_path)
+    found = loaded(tmp_path)
+    assert found.meta["class_names"] == ("2", "10", "11")
+    images = found.train["image"]
+    assert images.shape == (2, 8, 4, 3)
+    assert (images[:, :4] == 1).all() and (images[:, 4:] == -1).all()
+
+
+def test_grey_images_as_arrays(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 4), dtype=np.uint8)
+    np.save(tmp_path / "image.npy", images)
+    np.save(tmp_path / "odd.npy", np.arange(3, dtype=">i4"))
+    columns = convert.array_columns([tmp_path / "image.npy", tmp_path / "odd.npy"])
+    convert.write_tfds("mine", columns, data_dir=tmp_path)
+    found = loaded(tmp_path)
+    rows = found.train["odd"]
+    assert found.train["image"].shape == (2, 5, 4, 1)
+    levels = np.rint((found.train["image"][..., 0] + 1) * 127.5)
+    np.testing.assert_array_equal(levels, images[rows])
+
+
 def test_arrays_of_files(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
@@ -167,9 +204,20 @@ def two_sizes(folder):
     write_images(folder / "more", count=1, size=(4, 8), classes=("cat",))
 
 
+def sixteen_bits(folder):
+    pixels = np.arange(16, dtype=np.uint16).reshape(4, 4) * 1000
+    Image.fromarray(pixels).save(folder / "deep.png")
+
+
+def transparent(folder):
+    Image.new("RGBA", (4, 4), (1, 2, 3, 100)).save(folder / "clear.png")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (sixteen_bits, "deep.png has more than 8 bits"),
+        (transparent, "clear.png has transparent pixels; give --channels=4"),
         (lambda folder: None, "holds no images"),
         (damaged, "broken.png is no image"),
         (mixed, "holds images both in folders"),
@@ -205,6 +253,13 @@ def test_two_sizes_leave_no_set_behind(tmp_path):
         ({"a.npy": np.array(["x"])}, "shape .1,. and dtype <U1; give numbers"),
         ({"label.npy": np.array([-1, 2])}, r"must hold integers \[n\] from 0"),
         ({"text.json": [1, 2]}, "must hold a list of texts"),
+        ({"text.json": ["a", "b\0"]}, "and no NUL"),
+        ({"text.json": {"a": 1}}, "holds no single array and no list"),
+        ({"label.json": ["a"]}, "label.json holds texts; classes are integers"),
+        ({"image.npy": np.zeros((2, 3, 3))}, "an 'image' is uint8"),
+        ({"image.npy": np.zeros((2, 3, 3, 2), np.uint8)}, "an 'image' is uint8"),
+        ({"image.npy": np.zeros(3, np.uint8)}, "an 'image' is uint8"),
+        ({"a.npz": {"x": np.zeros(2)}}, "holds no single array"),
         ({"text.json": None}, "text.json is no array of numbers or JSON"),
         ({"a.npy": np.zeros(2), "x/a.npy": np.zeros(2)}, "two files are called 'a'"),
     ],
@@ -215,7 +270,9 @@ def test_bad_files(tmp_path, files, message):
         path.parent.mkdir(exist_ok=True)
         if value is None:
             path.write_text("{")
-        elif isinstance(value, list):
+        elif path.suffix == ".npz":
+            np.savez(path, **value)
+        elif isinstance(value, list | dict):
             path.write_text(json.dumps(value))
         else:
             np.save(path, value)
@@ -223,10 +280,10 @@ def test_bad_files(tmp_path, files, message):
         convert.array_columns([tmp_path / name for name in files])
 
 
-@pytest.mark.parametrize("name", ["My Set", "../x", ""])
+@pytest.mark.parametrize("name", ["My Set", "../x", "", "my/set", "my_set:1"])
 def test_bad_names(tmp_path, name):
     write_images(tmp_path / "in")
-    with pytest.raises(ValueError, match="is not a name of TFDS"):
+    with pytest.raises(ValueError, match="must be like 'my_set'"):
         convert.write_tfds(
             name, convert.image_columns(tmp_path / "in"), data_dir=tmp_path
         )

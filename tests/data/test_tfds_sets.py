@@ -240,6 +240,7 @@ class TestPrepared:
             ),
             ({"keys": {}}, r"keys=\{\} asks for no feature"),
             ({"test_split": "tests"}, "split='tests' is not one of 'train', 'test'"),
+            ({"test_split": "train"}, "test_split='train' would test on what trains"),
         ],
     )
     def test_names_that_the_set_lacks(self, tmp_path, register, fields, message):
@@ -383,7 +384,9 @@ class TestFeatures:
             expected = np.stack([row[key] for row in rows[:4]]).astype(dtype)
             assert found.train[key].dtype == dtype
             np.testing.assert_array_equal(found.train[key], expected)
-        assert found.train["caption"].shape == (4, len(("né " * 3).encode()))
+        longest = len(("né " * 5).encode())  # of both splits
+        assert found.train["caption"].shape == (4, longest)
+        assert found.test["caption"].shape == (2, longest)
         texts = tfds_sets.decode_texts(found.test["caption"])
         assert texts == [row["caption"] for row in rows[4:]]
         assert found.num_classes == 1 and (found.train["label"] == 0).all()

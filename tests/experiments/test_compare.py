@@ -10,7 +10,7 @@ import scipy.stats
 
 from experiments import report, sweep
 from experiments import run as run_command
-from tmdjax.harness import ConfigError, ledger
+from tmdjax.harness import ConfigError, Outcome, ledger
 from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.metrics.intervals import adjusted_p_values, paired_p_value
 
@@ -56,6 +56,7 @@ def test_p_values_are_those_of_scipy():
         assert paired_p_value(a, b) == paired_p_value(b, a)
     assert paired_p_value([1.0], [2.0]) is None
     assert paired_p_value([1.0, 2.0], [0.0, 1.0]) is None
+    assert paired_p_value([0.3, 0.6], [0.1, 0.4]) is None  # equal up to rounding
     with pytest.raises(ValueError, match="2 seed"):
         paired_p_value([1.0, 2.0], [1.0])
 
@@ -163,7 +164,7 @@ def executed(monkeypatch):
         calls.append((flags.workdir, flags.cache, tuple(overrides)))
         values = [rate, 2 * rate, 4 * rate]
         write_run(flags.workdir, {"main": seeds_of(values)})
-        return 0
+        return Outcome(0, {})
 
     monkeypatch.setattr(run_command, "execute", execute)
     return calls
@@ -198,10 +199,33 @@ def test_a_sweep_runs_every_combination_and_compares(tmp_path, executed, capsys)
 
 
 def test_a_sweep_that_is_stopped_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_command, "execute", lambda flags, overrides: 143)
+    for code in (143, 0):  # by a signal, or because the time was up
+        calls = []
+
+        def execute(flags, overrides, calls=calls, code=code):
+            calls.append(flags.max_seconds)
+            write_run(flags.workdir, {"main": seeds_of([1.0])})  # of fewer seeds
+            return Outcome(code, {}, finished=False)
+
+        monkeypatch.setattr(run_command, "execute", execute)
+        arguments = [CONFIG, f"--workdir={tmp_path}", "--sweep.train.drop_rate=0.0,0.1"]
+        assert sweep.main([*arguments, "--max_seconds=9"]) == code
+        assert len(calls) == 1 and 8 < calls[0] <= 9
+        assert not (tmp_path / "sweep.txt").exists()
+
+
+def test_stages_and_sizes_of_a_sweep(tmp_path, monkeypatch, capsys):
+    calls = []
     arguments = [CONFIG, f"--workdir={tmp_path}", "--sweep.train.drop_rate=0.0,0.1"]
-    assert sweep.main(arguments) == 143
-    assert not (tmp_path / "sweep.txt").exists()
+    monkeypatch.setattr(
+        run_command,
+        "execute",
+        lambda flags, overrides: calls.append(flags.stage) or Outcome(0, None),
+    )
+    assert sweep.main([*arguments, "--stage=train"]) == 0
+    assert calls == ["train", "train"] and not (tmp_path / "sweep.txt").exists()
+    assert sweep.main([*arguments, "--dry_run"]) == 0
+    assert len(calls) == 2 and capsys.readouterr().out.count("to run") == 8
 
 
 @pytest.mark.parametrize(
@@ -212,7 +236,23 @@ def test_a_sweep_that_is_stopped_says_so(tmp_path, monkeypatch):
         ([CONFIG, "--sweep.train.steps=3,3"], "is not like --sweep.a.b=v,w"),
         ([CONFIG, "--sweep.a=1,2", "--sweep.a=3,4"], "--sweep.a stands twice"),
         (["--sweep.a=1,2"], "give --config="),
-        ([CONFIG, "--record", "--sweep.train.steps=3,4"], "--record takes one config"),
+        ([CONFIG, "--record", "--sweep.train.steps=3,4"], "--record does not go with"),
+        ([CONFIG, "--fresh", "--sweep.train.steps=3,4"], "--fresh does not go with"),
+        ([CONFIG, "--list", "--sweep.train.steps=3,4"], "--list does not go with"),
+        (
+            [CONFIG, "--shard=0/2", "--sweep.train.steps=3,4"],
+            "--shard does not go with",
+        ),
+        ([CONFIG, "--sweep.train.steps=3"], "give two or more values"),
+        ([CONFIG, "--sweep.train.steps=(3 4);(3,4)"], "whose letters, digits"),
+        (
+            [CONFIG, "--metrics", "euler9.x", "--sweep.train.drop_rate=0.0,0.1"],
+            "not measured by",
+        ),
+        (
+            [CONFIG, "--stage=tain", "--sweep.train.drop_rate=0.0,0.1"],
+            "no stage 'tain'",
+        ),
         ([CONFIG, "--sweep.train.stepz=3,4"], "stepz"),
         ([CONFIG, "--sweep.train.batch_size=8,-1"], "batch_size"),
     ],

@@ -181,7 +181,7 @@ def test_tensorboard_absent_names_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match=r"needs tensorboardX: pip install 'tmdjax\[logging\]'"
     ):
-        open_writers(["tensorboard"], tmp_path, "run")
+        open_writers(["tensorboard"], tmp_path, "run", {})
 
 
 def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkey
 
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    writers = open_writers(["tensorboard"], tmp_path, "run")
+    writers = open_writers(["tensorboard"], tmp_path, "run", {})
     with MetricsLog(tmp_path / "metrics.jsonl", writers=writers) as log:
         log.append(4, {"loss": 0.5, "note": "x"})
         log.truncate(3)
@@ -230,23 +230,22 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
         def log(self, values):
             calls.append(("log", values))
 
-        def finish(self):
-            calls.append(("finish",))
+        def finish(self, exit_code):
+            calls.append(("finish", exit_code))
 
-    identities = iter(["first", "second"])
-    util = types.SimpleNamespace(generate_id=lambda: next(identities))
-    module = types.SimpleNamespace(init=Started, util=util)
+    module = types.SimpleNamespace(init=Started)
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     path = tmp_path / "a" / "metrics.jsonl"
     for step in (4, 5):  # a run that was stopped, and its going on
-        writers = open_writers(["wandb"], path.parent, "train-1")
+        writers = open_writers(["wandb"], path.parent, "train-1", {"lr": 0.1})
         with MetricsLog(path, writers=writers) as log:
             log.truncate(4)
             log.append(step, {"loss": 0.5})
-    open_writers(["wandb"], tmp_path / "b", "train-2")
+    open_writers(["wandb"], tmp_path / "b", "train-2", {})
     starts = [call[1] for call in calls if call[0] == "init"]
-    assert [s["id"] for s in starts] == ["first", "first", "second"]
+    first, again, other = (s["id"] for s in starts)
+    assert first == again != other and starts[0]["config"] == {"lr": 0.1}
     assert {s["project"] for s in starts} == {"tmdjax"}
     assert [s["name"] for s in starts] == ["train-1", "train-1", "train-2"]
     assert {s["resume"] for s in starts} == {"allow"}
@@ -255,7 +254,11 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
         {"step": 5, "loss": 0.5},
     ]
     assert ("define", "*", {"step_metric": "step"}) in calls
-    assert sum(call[0] == "finish" for call in calls) == 2
+    assert [call[1] for call in calls if call[0] == "finish"] == [0, 0]
+    with pytest.raises(ZeroDivisionError):
+        with MetricsLog(path, writers=open_writers(["wandb"], path.parent, "x", {})):
+            raise ZeroDivisionError
+    assert calls[-1] == ("finish", 1)
 
 
 def test_writers_by_name(tmp_path, monkeypatch):
@@ -263,9 +266,9 @@ def test_writers_by_name(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match=r"--wandb needs wandb: pip install 'tmdjax\[logging\]'"
     ):
-        open_writers(["wandb"], tmp_path, "run")
+        open_writers(["wandb"], tmp_path, "run", {})
     with pytest.raises(ValueError, match="'tensorbord' is not one of.*Did you mean"):
-        open_writers(["tensorbord"], tmp_path, "run")
+        open_writers(["tensorbord"], tmp_path, "run", {})
 
 
 class Clock:

@@ -70,6 +70,39 @@ def test_dropout_follows_the_key():
     assert (one != other).any() and (one != apply_fn(params, X, T)).any()
 
 
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(2, 2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(self.linear(x))
+
+
+class Stacked(nnx.Module):
+    """Layers of which each parameter, and each random stream, has a leading axis."""
+
+    def __init__(self, rngs):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(Layer, in_axes=0, out_axes=0))
+        self.layers = make(rngs)
+
+    def __call__(self, x):
+        step = nnx.scan(
+            lambda h, layer: layer(h), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
+        return step(x, self.layers)
+
+
+def test_stacked_layers_drop_out_by_the_key():
+    apply_fn, params = models.from_nnx(Stacked(nnx.Rngs(0)))
+    assert params["layers"]["linear"]["kernel"].shape == (3, 2, 2)
+    one, again, other = (
+        apply_fn(params, X, key=jax.random.key(seed)) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any() and (one != apply_fn(params, X)).any()
+
+
 def test_gradients_are_those_of_nnx():
     module = Velocity(nnx.Rngs(3))
     apply_fn, params = models.from_nnx(module)
@@ -115,7 +148,12 @@ def test_running_statistics_stay():
     module(X + 5)  # moves them
     apply_fn, params = models.from_nnx(module)
     module.eval()
-    np.testing.assert_array_equal(apply_fn(params, X), module(X))
+    expected = module(X)
+    np.testing.assert_array_equal(apply_fn(params, X), expected)
+    module.train()
+    module(X - 9)  # the module goes its own way
+    assert (module(X) != expected).any()
+    np.testing.assert_array_equal(apply_fn(params, X), expected)
     with pytest.raises(ValueError, match="norm/mean, norm/var would be updated"):
         apply_fn(params, X, key=jax.random.key(0))
 

@@ -7,13 +7,16 @@ writes array_record files in the layout of TensorFlow Datasets, without TensorFl
 below ``--data_dir`` (by default where TFDS looks), to be read by ``data.load("tfds",
 builder="my_set", test_count=100)``.
 
-``images``: every PNG, JPEG, WebP or BMP file below the folder. Where the folder has
-folders, these are the classes. A text beside an image, NAME.txt for NAME.png, is its
-caption. ``--size`` crops the middle square and resizes it; without it all images must
-have one size. ``arrays``: arrays whose first axis is the sample, each under the name
-of its file: uint8 [n, height, width, channel] called 'image' is stored as PNG, integers
-[n] called 'label' as classes, a .json list of texts as texts, everything else (a video
-as uint8 [n, frame, height, width, channel]) as it is.
+``images``: every PNG, JPEG, WebP or BMP file below the folder, hidden ones left out,
+turned as its camera says. Where the folder has folders, these are the classes, in
+alphabetical order (numbers in theirs). A text beside an image, NAME.txt for NAME.png,
+is its caption. ``--size`` crops the middle square and resizes it; without it all images
+must have one size.
+
+``arrays``: arrays whose first axis is the sample, each under the name of its file:
+uint8 [n, height, width, channel] called 'image' is stored as PNG, integers [n] called 'label'
+as classes, a .json list of texts as texts, everything else (a video as uint8 [n, frame,
+height, width, channel]) as it is.
 
 Samples are written in a random order, the same every time, so that the last ones can be
 held out.
@@ -23,13 +26,15 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tmdjax.core.checks import check_batch, check_count
 from tmdjax.data import tfds_sets
@@ -78,14 +83,16 @@ def image_columns(
         raise ValueError(
             f"channels={channels} must be one of {', '.join(map(str, modes))}."
         )
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = [p for p in _files(folder) if p.suffix.lower() in SUFFIXES]
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
 
     def decoded(i: int) -> Image.Image:
         try:
             with Image.open(paths[i]) as file:
-                image = file.convert(modes[channels])
+                upright = ImageOps.exif_transpose(file)
+                _check_mode(paths[i], upright, channels)
+                image = upright.convert(modes[channels])
         except OSError as error:
             raise ValueError(f"{paths[i]} is no image ({error}).") from error
         if size is None:
@@ -115,7 +122,8 @@ def image_columns(
                 f"{folder} holds images both in folders (classes) and beside them; "
                 f"move these into a folder too."
             )
-        names = tuple(sorted({*classes}))
+        numbers = all(name.isdecimal() for name in classes)
+        names = tuple(sorted({*classes}, key=lambda n: (int(n), n) if numbers else n))
         label = Column("ClassLabel", len(paths), lambda i: classes[i], names=names)
         found["label"] = label
     texts = [p.with_suffix(".txt") for p in paths]
@@ -131,6 +139,36 @@ def image_columns(
             "Text", len(paths), lambda i: texts[i].read_text("utf-8").strip()
         )
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, through links too, but nothing hidden; sorted."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        hidden = (".", "__MACOSX")
+        folders[:] = [name for name in folders if not name.startswith(hidden)]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def _check_mode(path: Path, image: Image.Image, channels: int) -> None:
+    """Raises ValueError for what 8 bits in so many channels cannot show."""
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(
+            f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to "
+            f"8, or give it as an array."
+        )
+    if channels != 4 and image.has_transparency_data:
+        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise ValueError(
+                f"{path} has transparent pixels; give --channels=4, or put it on a "
+                f"background."
+            )
 
 
 def array_columns(paths: Sequence[Path]) -> dict[str, Column]:
@@ -165,34 +203,47 @@ def _load(path: Path) -> Any:
 
 
 def _column(name: str, values: Any, path: Path) -> Column:
+    if not isinstance(values, list | np.ndarray):
+        raise ValueError(f"{path} holds no single array and no list of texts.")
     if isinstance(values, list):
+        if name == "label":
+            raise ValueError(
+                f"{path} holds texts; classes are integers in label.npy, and texts "
+                f"have another name."
+            )
         if not values or not all(isinstance(value, str) for value in values):
             raise ValueError(f"{path} must hold a list of texts, at least one.")
+        tfds_sets.encode_texts(values)  # refuses what could not be read again
         return Column("Text", len(values), values.__getitem__)
     if not values.ndim or not len(values) or values.dtype.kind not in "biuf":
         raise ValueError(
             f"{path} has shape {values.shape} and dtype {values.dtype}; give numbers "
             f"[n, ...], n at least 1."
         )
-    shape, dtype = values.shape[1:], values.dtype
+    shape, dtype = values.shape[1:], values.dtype.newbyteorder("=")
     if name == "label":
         if shape or dtype.kind not in "iu" or values.min() < 0:
             raise ValueError(f"{path} must hold integers [n] from 0, one class each.")
         names = tuple(str(i) for i in range(int(values.max()) + 1))
         return Column("ClassLabel", len(values), lambda i: int(values[i]), names=names)
-    if (
-        name == "image"
-        and dtype == np.uint8
-        and len(shape) == 3
-        and shape[2] in (1, 3, 4)
-    ):
+    if name == "image" and dtype == np.uint8 and len(shape) == 2:
+        values, shape = values[..., None], (*shape, 1)
+    if name == "image" and dtype == np.uint8 and shape[2:] in ((1,), (3,), (4,)):
 
         def encoded(i: int) -> bytes:
             pixels = np.asarray(values[i])
             return _png(Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels))
 
         return Column("Image", len(values), encoded, shape)
-    return Column("Tensor", len(values), lambda i: np.asarray(values[i]), shape, dtype)
+    if name == "image":
+        raise ValueError(
+            f"{path} has shape {values.shape} and dtype {dtype}; an 'image' is uint8 "
+            f"[n, height, width] or [n, height, width, 1, 3 or 4]. Give other arrays "
+            f"another name."
+        )
+    return Column(
+        "Tensor", len(values), lambda i: np.asarray(values[i], dtype), shape, dtype
+    )
 
 
 def _png(image: Image.Image) -> bytes:
@@ -227,6 +278,13 @@ def write_tfds(
         ImportError: tensorflow-datasets is not installed.
         ValueError: a bad name or version, or columns of different length.
     """
+    if not re.fullmatch(r"[a-z]\w*", name) or not re.fullmatch(
+        r"\d+\.\d+\.\d+", version
+    ):
+        raise ValueError(
+            f"name={name!r} and version={version!r} must be like 'my_set' (lower-case "
+            f"letters, digits, underscores) and '1.0.0'."
+        )
     root = tfds_sets.data_folder(data_dir)
     folder = root / name / version
     if tfds_sets.find_prepared(f"{name}:{version}", root) or folder.exists():
@@ -313,7 +371,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     count = next(iter(columns.values())).count
     print(f"wrote {count} samples of {', '.join(columns)} to {folder}")
-    print(f'read them by data.load("tfds", builder="{given.name}", test_count=...)')
+    place = f', data_dir="{given.data_dir}"' if given.data_dir else ""
+    print(
+        f'read it by data.load("tfds", builder="{given.name}"{place}, test_count=...)'
+    )
     return 0
 
 

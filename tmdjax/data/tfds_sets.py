@@ -129,10 +129,10 @@ def load_tfds(
 
     Returns:
         By name: images float32 [n, height, width, channel], their bytes 0..255 mapped
-        to [-1, 1]; classes int32 [n]; texts as uint8 [n, longest], UTF-8 with zeros
-        behind it (:func:`decode_texts`); tensors as stored, but for 64-bit numbers,
-        which become 32-bit. 'label' stands for the classes of the set; where ``keys``
-        names none, it is 0 everywhere.
+        to [-1, 1]; classes int32 [n]; texts as uint8 [n, longest of all], UTF-8 with
+        zeros behind it (:func:`decode_texts`); tensors as stored, but for 64-bit
+        numbers, which become 32-bit. 'label' stands for the classes of the set; where
+        ``keys`` names none, it is 0 everywhere.
 
     Raises:
         FileNotFoundError: the set is not prepared in that folder.
@@ -165,6 +165,11 @@ def load_tfds(
         ours: _column(name, folder, theirs, features[theirs])
         for ours, theirs in keys.items()
     }
+    if test_split == "train":
+        raise ValueError(
+            "test_split='train' would test on what trains; leave test_split out, and "
+            "the last test_count= samples of 'train' are held out."
+        )
     for split in filter(None, ("train", test_split)):
         check_choice("split", split, splits)
 
@@ -194,7 +199,7 @@ def load_tfds(
             f"--out_file_format=array_record"
         ) from error
 
-    def read(split: str, rows: range) -> dict[str, np.ndarray]:
+    def read(split: str, rows: range) -> dict[str, Any]:
         try:
             arrays = _read(sources[split], rows, keys, columns)
         except ImportError as error:
@@ -222,10 +227,15 @@ def load_tfds(
     meta: dict[str, Any] = {"tfds": f"{_parse(builder)[0]}:{folder.name}"}
     if classes is not None:
         meta["class_names"] = tuple(classes.names)
+    train = read("train", range(train_count))
+    test = read(test_split or "train", range(test_start, test_start + test_count))
+    for key in (key for key in keys if columns[key].shape is None):
+        both = encode_texts([*train[key], *test[key]])  # of one length
+        train[key], test[key] = both[:train_count], both[train_count:]
     return Dataset(
         name=name,
-        train=read("train", range(train_count)),
-        test=read(test_split or "train", range(test_start, test_start + test_count)),
+        train=train,
+        test=test,
         num_classes=1 if classes is None else classes.num_classes,
         meta=meta,
     )
@@ -362,8 +372,8 @@ def _read(
     rows: range,
     keys: Mapping[str, str],
     columns: Mapping[str, _Column],
-) -> dict[str, np.ndarray]:
-    """Decodes rows, a chunk at a time, into arrays that exist once."""
+) -> dict[str, Any]:
+    """Decodes rows, a chunk at a time, into arrays that exist once; texts as a list."""
     arrays = {
         name: np.empty((len(rows), *column.shape), column.dtype)
         for name, column in columns.items()
@@ -393,7 +403,7 @@ def _read(
         if column.is_image:
             arrays[name] /= 127.5
             arrays[name] -= 1
-    found = {n: encode_texts(texts[n]) if n in texts else arrays[n] for n in columns}
+    found = {name: texts.get(name, arrays.get(name)) for name in columns}
     return {"label": np.zeros(len(rows), np.int32)} | found
 
 

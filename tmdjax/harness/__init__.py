@@ -2,7 +2,7 @@
 
 from tmdjax.harness.config import ConfigError, load_config
 from tmdjax.harness.load import load
-from tmdjax.harness.runner import Options, Outcome, Report, dry_run, run
+from tmdjax.harness.runner import Options, Outcome, Report, check_run, dry_run, run
 from tmdjax.harness.stages import Paused, Stage, StageContext, StageResult
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Stage",
     "StageContext",
     "StageResult",
+    "check_run",
     "dry_run",
     "load",
     "load_config",

@@ -122,17 +122,17 @@ class MetricsLog:
         """All rows written so far."""
         return read_rows(self.path)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the files; appending ends here."""
         self._file.close()
         for writer in self._writers:
-            writer.close()
+            writer.close(failed)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        self.close(failed=kind is not None)
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
         write_atomically(self.path, b"".join(_line(row) for row in rows))

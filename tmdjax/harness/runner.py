@@ -116,10 +116,12 @@ class Outcome(NamedTuple):
     Attributes:
         code: exit status: 0, or 128 + signal.
         summary: of all units in the workdir; None if nothing finished.
+        finished: whether every unit was run, and nobody asked to stop meanwhile.
     """
 
     code: int
     summary: dict[str, Any] | None
+    finished: bool = True
 
 
 def run(experiment: Any, config: Any, options: Options) -> Outcome:
@@ -143,15 +145,7 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
             "--record takes a whole run; leave --stage out, and join shards with "
             "python -m experiments.report --merge WORKDIRS --record."
         )
-    claims = [
-        ledger.Claim(id=name, **fields)
-        for name, fields in to_plain(config.get("claims", {})).items()
-    ]
-    # impossible settings and stage names fail here, before anything is compiled
-    experiment.describe(config)
-    _check_claims(experiment, config, claims)
-    for arm in _arms(experiment, config):
-        select(experiment.stages(config, arm), options.stage)
+    claims = check_run(experiment, config, options)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
         cache = StageCache(
             cache_root, stopper.should_stop, options.writers, options.profiled_steps
@@ -182,7 +176,8 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
         if shown is None or options.stage is not None or not done:
             for _, path in shown.figures if shown else []:
                 print(f"wrote {path}")
-            return Outcome(0 if finished else stopper.code, None)
+            code = 0 if finished else stopper.code
+            return Outcome(code, None, finished and not stopper.should_stop())
         summary = _summarise(experiment, config, options, done, claims)
         _write_json(workdir / "summary.json", summary)
         _show(config, options, workdir, summary, shown)
@@ -194,7 +189,26 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
                     write_atomically(copy, figure.read_bytes())
             render_results(options.results)
             print(f"recorded {path}")
-        return Outcome(0 if finished else stopper.code, summary)
+        code = 0 if finished else stopper.code
+        return Outcome(code, summary, finished and not stopper.should_stop())
+
+
+def check_run(experiment: Any, config: Any, options: Options) -> list[ledger.Claim]:
+    """Refuses what cannot work before anything is compiled; returns the claims.
+
+    Raises:
+        ConfigError: a claim about what is not measured.
+        ValueError: impossible settings, or an unknown stage.
+    """
+    claims = [
+        ledger.Claim(id=name, **fields)
+        for name, fields in to_plain(config.get("claims", {})).items()
+    ]
+    experiment.describe(config)
+    _check_claims(experiment, config, claims)
+    for arm in _arms(experiment, config):
+        select(experiment.stages(config, arm), options.stage)
+    return claims
 
 
 def dry_run(experiment: Any, config: Any, options: Options) -> None:

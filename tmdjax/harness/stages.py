@@ -78,6 +78,7 @@ class StageContext:
         should_stop: Callable[[], bool],
         writers: Sequence[str] = (),
         profiled_steps: int = 0,
+        settings: Mapping[str, Any] | None = None,
     ):
         self.name = name
         self.seed = seed
@@ -87,6 +88,7 @@ class StageContext:
         self._should_stop = should_stop
         self._writers = writers
         self._profiled_steps = profiled_steps
+        self._settings = {**(settings or {}), "seed": seed}
         self._fitted = False
         self._began = time.monotonic()
         self._earlier = _read_seconds(directory / _ELAPSED)
@@ -142,7 +144,7 @@ class StageContext:
             self.directory / _CHECKPOINTS, best=None if score is None else "min"
         )
         title, traces = self.directory.name, self.directory / PROFILE
-        writers = open_writers(self._writers, self.directory, title)
+        writers = open_writers(self._writers, self.directory, title, self._settings)
         with (
             MetricsLog(self.directory / _METRICS, writers=writers) as log,
             Progress(self.name, num_steps) as progress,
@@ -176,6 +178,9 @@ class StageContext:
                 score=score,
                 **options,
             )
+            if self._profiled_steps:
+                what = f"trace in {traces}" if traces.exists() else "too short to trace"
+                progress.say(f"[{self.name}] {what}")
         if not result.finished:
             raise Paused(f"{self.name} before its last step, {num_steps}")
         skipped = int(getattr(result.state, "skipped", 0))
@@ -349,6 +354,8 @@ class StageCache:
         store = train.Checkpoints(folder / _RESULT, keep_last=1)
         restored = store.restore()
         cached = restored is not None
+        if cached and self._profiled_steps:
+            logger.warning("[%s] is cached: nothing to trace", stage.name)
         if not cached:
             if self._should_stop():
                 raise Paused(f"before {stage.name}")
@@ -360,6 +367,7 @@ class StageCache:
                 self._should_stop,
                 self._writers,
                 self._profiled_steps,
+                stage.config,
             )
             try:
                 result = stage.run(context)

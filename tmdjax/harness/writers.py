@@ -1,6 +1,7 @@
 """Where metrics go besides the files of a run: TensorBoard, Weights & Biases."""
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,8 +21,8 @@ class Writer(Protocol):
     def rewind(self, step: int) -> None:
         """Rows beyond a step will be written again."""
 
-    def close(self) -> None:
-        """No more rows."""
+    def close(self, failed: bool = False) -> None:
+        """No more rows; failed says that an error ended them."""
 
 
 class TensorBoard:
@@ -59,7 +60,7 @@ class TensorBoard:
         self._events.close()
         self._events = self._open(purge_step=step + 1)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the file."""
         self._events.close()
 
@@ -73,13 +74,16 @@ class WandB:
 
     Args:
         folder: of the run's files.
-        name: shown for the run, and with the folder its identity.
+        name: shown for the run.
+        settings: shown with it.
 
     Raises:
         ImportError: wandb is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], name: str):
+    def __init__(
+        self, folder: str | os.PathLike[str], name: str, settings: Mapping[str, Any]
+    ):
         try:
             import wandb
         except ImportError as error:
@@ -89,13 +93,14 @@ class WandB:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "wandb_id"
-        identity = known.read_text() if known.exists() else wandb.util.generate_id()
+        identity = known.read_text() if known.exists() else uuid.uuid4().hex[:12]
         known.write_text(identity)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tmdjax"),
             dir=str(folder),
             id=identity,
             name=name,
+            config=dict(settings),
             resume="allow",
             reinit="create_new",
         )
@@ -108,18 +113,21 @@ class WandB:
     def rewind(self, step: int) -> None:
         """Nothing to do: see the class."""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Ends the run."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
 
-def open_writers(names: Sequence[str], folder: Path, title: str) -> list[Writer]:
+def open_writers(
+    names: Sequence[str], folder: Path, title: str, settings: Mapping[str, Any]
+) -> list[Writer]:
     """The writers of a log, by name.
 
     Args:
         names: of ``WRITERS``.
         folder: of the log.
         title: of the log, where one is shown.
+        settings: of what is logged, where they are shown.
 
     Raises:
         ImportError: a package is not installed.
@@ -128,6 +136,8 @@ def open_writers(names: Sequence[str], folder: Path, title: str) -> list[Writer]
     opened: list[Writer] = []
     for name in names:
         check_choice("writer", name, WRITERS)
-        made = TensorBoard(folder) if name == "tensorboard" else WandB(folder, title)
-        opened.append(made)
+        if name == "tensorboard":
+            opened.append(TensorBoard(folder))
+        else:
+            opened.append(WandB(folder, title, settings))
     return opened

@@ -103,8 +103,8 @@ def paired_p_value(
         baseline: the same seeds of the other arm, [n].
 
     Returns:
-        In [0, 1]; None for one seed, or where all differences are equal, so that
-        their spread is unknown or nothing.
+        In [0, 1]; None for one seed, or where all differences are equal (up to
+        rounding), so that their spread is unknown or nothing.
 
     Raises:
         ValueError: unequal lengths, or a non-finite value.
@@ -113,8 +113,10 @@ def paired_p_value(
         Student 1908, "The probable error of a mean".
     """
     difference = paired_interval(ours, baseline, "difference")
-    x = _per_seed(ours, "ours") - _per_seed(baseline, "baseline")
-    if x.size == 1 or np.ptp(x) == 0:
+    a, b = _per_seed(ours, "ours"), _per_seed(baseline, "baseline")
+    x = a - b
+    rounding = 8 * np.finfo(np.float64).eps * max(np.abs(a).max(), np.abs(b).max())
+    if x.size == 1 or np.ptp(x) <= rounding:
         return None
     t = abs(difference.value) / (float(x.std(ddof=1)) / x.size**0.5)
     return float(2 * stdtr(x.size - 1, -t))

@@ -44,6 +44,7 @@ def from_nnx(module: Any) -> tuple[ApplyFn, Params]:
             f"nnx.Module (a linen module is a function by models.functional)."
         )
     graph, weights, rest = nnx.split(module, nnx.Param, ...)
+    rest = jax.tree.map(jnp.asarray, rest)  # no longer the module's own variables
     paths = [path for path, _ in nnx.to_flat_state(weights)]
     params: Params = {}
     for path, variable in nnx.to_flat_state(weights):
@@ -82,7 +83,8 @@ def from_nnx(module: Any) -> tuple[ApplyFn, Params]:
             made.eval()
         else:
             made.train()
-            nnx.reseed(made, **_streams(nnx, made, key))
+            # a stream of stacked layers holds a key a layer
+            nnx.reseed(made, policy="match_shape", **_streams(nnx, made, key))
         return made(*inputs, **options)
 
     return apply_fn, params
