@@ -6,24 +6,24 @@
 
 The rival is a scan of the same network over the same batches and times that keeps
 nothing. The search keeps states and velocities, makes the cost matrix and solves the
-dynamic programme for every budget. Both run in turn, in one process, compiled before.
+dynamic programme for every budget. Both run in turn, in random order, in one process,
+compiled before; the ratio is the search over its network calls.
 """
 
 import argparse
 import functools
-import json
+import os
+import pathlib
 import resource
-import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.contest import compare, conclude, in_turn, timed
 from tmdjax import flows, models
 from tmdjax.core import prng
-from tmdjax.harness.environment import device_name
 from tmdjax.systems import boss
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Prints one JSON line."""
+    """Prints the table; writes it as JSON."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--model", default="dit", choices=NETWORKS)
     flags.add_argument("--side", type=int, default=8)
@@ -48,7 +48,9 @@ def main() -> None:
     flags.add_argument("--knots", type=int, default=100)
     flags.add_argument("--memory_limit_gb", type=float, default=2.0)
     flags.add_argument("--repeats", type=int, default=5)
+    flags.add_argument("--json", type=pathlib.Path)
     given = flags.parse_args()
+    load = os.getloadavg()[0]
     shape = (given.side, given.side, given.channels)
     limit = given.memory_limit_gb * 1e9
     each = flows.cost_memory(shape, given.knots)
@@ -73,16 +75,13 @@ def main() -> None:
 
         return jax.lax.scan(call, x, times[:-1])[0]
 
-    def network_alone() -> float:
-        start = time.perf_counter()
+    def network_alone() -> None:
         for first in range(0, given.samples, batch):
             rows = np.arange(first, first + batch) % given.samples
             noise = prng.normal(keys[rows], shape)
             calls(flows.as_pytree(velocity), noise, labels[rows]).block_until_ready()
-        return time.perf_counter() - start
 
-    def search() -> float:
-        start = time.perf_counter()
+    def search() -> None:
         boss.search(
             velocity,
             keys,
@@ -92,30 +91,24 @@ def main() -> None:
             knots=given.knots,
             memory_limit=limit,
         )
-        return time.perf_counter() - start
 
-    network_alone(), search()  # compiles
-    pairs = [(network_alone(), search()) for _ in range(given.repeats)]
-    ratios = [whole / alone for alone, whole in pairs]
-    print(
-        json.dumps(
-            {
-                "benchmark": "boss_search",
-                "model": given.model,
-                "shape": shape,
-                "samples": given.samples,
-                "knots": given.knots,
-                "device": device_name(),
-                "network_s": min(alone for alone, _ in pairs),
-                "search_s": min(whole for _, whole in pairs),
-                "ratio_median": statistics.median(ratios),
-                "ratios": ratios,
-                "trajectories_at_a_time": batch,
-                "estimated_gb": batch * each / 1e9,
-                "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                / 1e6,
-            }
-        )
+    contenders = {"ours": search, "calls": network_alone}
+    found = in_turn(
+        {n: lambda fn=fn: {"seconds": timed(fn)[0]} for n, fn in contenders.items()},
+        given.repeats,
+    )
+    conclude(
+        "boss_search",
+        compare("search over its network calls", found["ours"], found["calls"]),
+        load,
+        given.json,
+        model=given.model,
+        shape=shape,
+        samples=given.samples,
+        knots=given.knots,
+        trajectories_at_a_time=batch,
+        estimated_gb=batch * each / 1e9,
+        peak_host_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     )
 
 

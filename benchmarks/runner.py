@@ -2,34 +2,34 @@
 
     python -m benchmarks.runner [--config=configs/flow_matching.py:cpu] [--steps=100]
 
-Both run the same compiled step on the same data iterator's batches, in turn, in one
-process; the bare loop takes its batches from memory. The runner's share holds data,
-logs, progress and checkpoints.
+Both run the same compiled step on the same data iterator's batches, in turn, in random
+order, in one process; the bare loop takes its batches from memory. The runner's share
+holds data, logs, progress and checkpoints; the ratio is the runner over the bare loop.
 """
 
 import argparse
-import json
+import os
 import pathlib
-import statistics
 import tempfile
-import time
 from typing import Any
 
 import jax
 
+from benchmarks.contest import compare, conclude, in_turn, timed
 from experiments import flow_matching, image_quality
 from tmdjax import data, train
 from tmdjax.harness import StageContext, load_config
-from tmdjax.harness.environment import device_name
 
 
 def main() -> None:
-    """Prints one JSON line."""
+    """Prints the table; writes it as JSON."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--config", default="configs/flow_matching.py:cpu")
     flags.add_argument("--steps", type=int, default=100)
     flags.add_argument("--repeats", type=int, default=3)
+    flags.add_argument("--json", type=pathlib.Path)
     given = flags.parse_args()
+    load = os.getloadavg()[0]
     config: Any = load_config(given.config)
     dataset = image_quality.load_data(config)
     key = jax.random.key(0)
@@ -44,46 +44,36 @@ def main() -> None:
     state, metrics = step(state, batches[0], key)  # compiles
     jax.block_until_ready(metrics)
 
-    def bare() -> float:
-        state = jax.device_put(initial)
-        start = time.perf_counter()
-        metrics = None
+    def bare() -> Any:
+        state, metrics = jax.device_put(initial), None
         for i in range(given.steps):
             state, metrics = step(state, batches[i % len(batches)], key)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - start
+        return state, metrics
 
-    def runner() -> float:
+    def runner() -> Any:
         with tempfile.TemporaryDirectory() as folder:
             context = StageContext("train", 0, {}, pathlib.Path(folder), lambda: False)
-            state = jax.device_put(initial)
-            start = time.perf_counter()
-            state = context.fit(
-                state,
+            return context.fit(
+                jax.device_put(initial),
                 step,
                 iterator(),
                 num_steps=given.steps,
                 place=place,
                 log_every=config.train.log_every,
             )
-            jax.block_until_ready(state)
-            return time.perf_counter() - start
 
-    times = [(bare(), runner()) for _ in range(given.repeats)]
-    ratios = [with_runner / alone for alone, with_runner in times]
-    print(
-        json.dumps(
-            {
-                "benchmark": "runner",
-                "config": given.config,
-                "steps": given.steps,
-                "device": device_name(),
-                "bare_ms_per_step": 1e3 * min(t for t, _ in times) / given.steps,
-                "runner_ms_per_step": 1e3 * min(t for _, t in times) / given.steps,
-                "ratio_median": statistics.median(ratios),
-                "ratios": ratios,
-            }
-        )
+    contenders = {"ours": runner, "bare": bare}
+    found = in_turn(
+        {n: lambda fn=fn: {"seconds": timed(fn)[0]} for n, fn in contenders.items()},
+        given.repeats,
+    )
+    conclude(
+        "runner",
+        compare(f"{given.steps} steps", found["ours"], found["bare"]),
+        load,
+        given.json,
+        config=given.config,
+        steps=given.steps,
     )
 
 

@@ -14,9 +14,9 @@ is its caption. ``--size`` crops the middle square and resizes it; without it al
 must have one size.
 
 ``arrays``: arrays whose first axis is the sample, each under the name of its file:
-uint8 [n, height, width, channel] called 'image' is stored as PNG, integers [n] called 'label'
-as classes, a .json list of texts as texts, everything else (a video as uint8 [n, frame,
-height, width, channel]) as it is.
+uint8 [n, height, width, channel] called 'image' is stored as PNG, integers [n] called
+'label' as classes, a .json list of texts as texts, everything else as it is (a video as
+uint8 [n, frame, height, width, channel]).
 
 Samples are written in a random order, the same every time, so that the last ones can be
 held out.
