@@ -212,6 +212,7 @@ def measure(given: Any, batch: int) -> tuple[list[Row], dict[str, Any]]:
             except RuntimeError as error:
                 facts[f"left out: {name}"] = str(error)
                 continue
+            facts["torch"] = rival.torch.__version__
             facts[f"error.{name}"] = check_equal(samples, rival.sample(), given.recipe)
             contenders[name] = rival
     times = in_turn(contenders, given.repeats)
