@@ -93,7 +93,7 @@ def moving_sprites(
             them uniformly.
 
     Returns:
-        'video' float32 in [-1, 1] [batch, frame, height, width, 3]; 'prompt' int32
+        'video' [batch, frame, height, width, 3], float32 in [-1, 1]; 'prompt' int32
         [batch]; 'start' int32 [batch, 2], row and column of the first sprite's box in
         the first frame.
 

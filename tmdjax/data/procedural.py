@@ -129,7 +129,7 @@ def sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
         size: height and width, at least 8.
 
     Returns:
-        'image' float32 in [-1, 1] [batch, size, size, 3]; 'label' int32 [batch].
+        'image' [batch, size, size, 3], float32 in [-1, 1]; 'label' int32 [batch].
 
     Raises:
         TypeError: raw keys.
@@ -174,7 +174,7 @@ def sparse_sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
         size: height and width, at least 16: below, shapes cannot be told apart.
 
     Returns:
-        'image' float32 in [-1, 1] [batch, size, size, 3]; 'label' int32 [batch].
+        'image' [batch, size, size, 3], float32 in [-1, 1]; 'label' int32 [batch].
 
     Raises:
         TypeError: raw keys.

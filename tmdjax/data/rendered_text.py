@@ -236,7 +236,7 @@ def load_rendered_text(
     an image.
 
     Returns:
-        'image' float32 in [-1, 1] [n, size, size, 3]; 'label' int32 [n], the word's
+        'image' [n, size, size, 3], float32 in [-1, 1]; 'label' int32 [n], the word's
         length - 3; 'ids' int32 [n, 6] and 'mask' bool [n, 6] as of :func:`encode`.
 
     Raises:
