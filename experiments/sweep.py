@@ -1,6 +1,6 @@
-"""Runs an experiment once for every combination of values, and compares the runs.
+r"""Runs an experiment once for every combination of values, and compares the runs.
 
-    python -m experiments.sweep --config=configs/flow_matching.py:cpu --seeds=0..2
+    python -m experiments.sweep --config=configs/flow_matching.py:cpu --seeds=0..2 \
         --sweep.optimizer.learning_rate=3e-4,1e-3 --metrics euler8.frechet
 
 ``--sweep.a.b=v,w`` gives the values of a setting (semicolons where a value holds a
