@@ -84,14 +84,15 @@ def test_phones_hidden_folders_links_and_numbers(tmp_path):
     elsewhere.mkdir()
     Image.fromarray(pixels).save(elsewhere / "b.png", exif=exif)
     (folder / "11").symlink_to(elsewhere)
+    (folder / "12").symlink_to(elsewhere)  # the same pictures, another class
     (folder / "11" / "round").symlink_to(folder)
     (folder / ".ipynb_checkpoints").mkdir()
     Image.fromarray(pixels).save(folder / ".ipynb_checkpoints" / "a.png")
     convert.write_tfds("mine", convert.image_columns(folder), data_dir=tmp_path)
     found = loaded(tmp_path)
-    assert found.meta["class_names"] == ("2", "10", "11")
+    assert found.meta["class_names"] == ("2", "10", "11", "12")
     images = found.train["image"]
-    assert images.shape == (2, 8, 4, 3)
+    assert images.shape == (3, 8, 4, 3)
     assert (images[:, :4] == 1).all() and (images[:, 4:] == -1).all()
 
 

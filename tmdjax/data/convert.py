@@ -143,13 +143,11 @@ def image_columns(
 
 def _files(folder: Path) -> list[Path]:
     """All files below a folder, through links too, but nothing hidden; sorted."""
-    found, seen = [], set()
+    found = []
     for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link back to a folder above
-            folders.clear()
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
+            folders.clear()  # a link back to a folder above
             continue
-        seen.add(real)
         hidden = (".", "__MACOSX")
         folders[:] = [name for name in folders if not name.startswith(hidden)]
         found += [Path(place, name) for name in files if not name.startswith(".")]
