@@ -10,8 +10,6 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint $$($(BIN)/python -c 'import sys; print("constraints/py311.txt" \
 	if sys.version_info < (3, 12) else "constraints/py312.txt")')

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from tmdjax.core import compilation_cache
 from tmdjax.core.checks import check_count
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, Options, Outcome, dry_run, load_config, run
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def execute(flags: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
     """Runs the experiment of parsed flags."""
+    compilation_cache.enable()
     config: Any = load_config(flags.config, overrides)
     experiment = find_experiment(config, flags.config)
     return run(experiment, config, options_of(flags, overrides))

@@ -1,4 +1,9 @@
-"""Shared fixtures: a CPU with no surprises, and simulated devices on demand."""
+"""Shared fixtures: a CPU with no surprises, and simulated devices on demand.
+
+Most of a test is compiling, so the suite runs on a compiler without optimisations:
+a third of the time. What looks at rounding, memory or the compiled program itself
+stands in ``tests/optimised`` and runs in processes of its own, as users compile.
+"""
 
 import json
 import os
@@ -8,7 +13,15 @@ import subprocess
 import sys
 import time
 
+OPTIMISED = any("optimised" in argument for argument in sys.argv[1:])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# in the environment, so that workers and scripts that a test starts inherit it
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if OPTIMISED else "1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
+    FLAG = "--xla_cpu_use_fusion_emitters=false"
+    if FLAG not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+    collect_ignore = ["optimised"]
 
 import jax
 import jax.export
@@ -19,7 +32,17 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 jaxtyping.install_import_hook("tmdjax", "typecheck.check")
 
+from tmdjax.core import compilation_cache
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache.enable())
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_threefry_partitionable", True)
+
+
+def pytest_configure(config):
+    from price import Price
+
+    config.pluginmanager.register(Price())
 
 
 @pytest.fixture
@@ -38,42 +61,18 @@ def as_shipped():
 
 
 @pytest.fixture
-def quick_compiles():
-    """Half the compile time for tests of wiring, whose networks are tiny."""
-
-
-@pytest.fixture
-def optimised():
-    """The compiler as users have it, in modules that use ``quick_compiles``.
-
-    For tests of rounding or memory.
-    """
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """Sets the compiler before any fixture runs, module-wide ones too.
-
-    What was compiled the other way is forgotten: a program kept from another
-    test would round differently from the same one in a fresh process.
-    """
-    names = item.fixturenames
-    quick = "quick_compiles" in names and "optimised" not in names
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
-        jax.clear_caches()
-
-
-@pytest.fixture
 def run_python():
     """Runs a script in a fresh interpreter; returns its standard output."""
 
     def run(code: str, *, devices: int = 1, timeout: float = 240, check: bool = True):
         env = dict(os.environ)
         env["JAX_PLATFORMS"] = "cpu"
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        if devices > 1:  # layouts are compared, in one process
-            env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        env["XLA_FLAGS"] = " ".join(
+            [
+                env.get("XLA_FLAGS", ""),
+                f"--xla_force_host_platform_device_count={devices}",
+            ]
+        )
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=env,

@@ -23,7 +23,6 @@ def test_python_blocks_run(capsys):
     assert namespace["x"].shape == (1024, 2)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     "page",
     [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent.name != "api"],

@@ -12,8 +12,6 @@ from tmdjax.data import captioned_shapes, captions, load
 from tmdjax.data.captioned_shapes import TAGS, capacity, prompts
 from tmdjax.rewards import shapes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 COUNT = 384
 sample_specs = jax.jit(captioned_shapes.sample_specs, static_argnames=("tags", "size"))
 check = jax.jit(shapes.check)

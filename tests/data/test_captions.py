@@ -9,8 +9,6 @@ from tmdjax.data import captioned_shapes, captions
 from tmdjax.rewards import shapes
 from tmdjax.rewards.shapes import TAGS
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 NAMES = ("count", "colour", "shape", "relation", "tag")
 
 

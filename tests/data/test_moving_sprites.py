@@ -20,8 +20,6 @@ from tmdjax.data.moving_sprites import (
 from tmdjax.rewards import sprite_scenes
 from tmdjax.rewards.moving_sprites import check
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEYS = sample_keys(jax.random.key(0), 512)
 
 # Drawn by hand.

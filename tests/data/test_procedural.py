@@ -11,8 +11,6 @@ from tmdjax import flows
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import MIXTURE, load, procedural
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEYS = sample_keys(jax.random.key(0), 256)
 SAMPLERS = {
     "sprites": functools.partial(procedural.sprites, size=8),

@@ -10,8 +10,6 @@ from tmdjax.core.prng import sample_keys
 from tmdjax.data import load, rendered_text
 from tmdjax.rewards import ocr
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEYS = sample_keys(jax.random.key(0), 512)
 LUMA = np.array([0.299, 0.587, 0.114])
 

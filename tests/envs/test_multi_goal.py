@@ -5,8 +5,6 @@ import pytest
 
 from tmdjax import envs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MULTI = envs.MultiGoal()
 
 

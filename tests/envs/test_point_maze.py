@@ -8,8 +8,6 @@ import pytest
 from tmdjax import envs
 from tmdjax.envs.point_maze import PointMazeState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MAZE = envs.PointMaze()
 
 

@@ -6,8 +6,6 @@ import pytest
 from tmdjax import envs
 from tmdjax.envs.push import PushState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PUSH = envs.Push()
 
 

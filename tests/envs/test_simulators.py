@@ -11,8 +11,6 @@ from flax import struct
 from tmdjax import envs
 from tmdjax.envs import simulators
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @struct.dataclass
 class State:

@@ -9,8 +9,6 @@ import pytest
 
 from tmdjax import envs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @dataclasses.dataclass(frozen=True)
 class Counter:

@@ -12,8 +12,6 @@ import tmdjax
 from experiments import alignment, alignment_tasks, branchgrpo, flow_grpo, run
 from tmdjax.harness import load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BRANCH = "--config=configs/branchgrpo.py:smoke"
 TINY_SHAPES = (
     "task.prompts=8 task.held_out=2 model.hidden=32 model.depth=1 model.heads=2 "

@@ -11,8 +11,6 @@ import tmdjax
 from experiments import control, control_tasks, policyflow, run
 from tmdjax.harness import load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = (
     "train.envs=8 train.unroll=8 train.iterations=4 train.iterations_per_call=2 "
     "train.epochs=2 train.minibatches=2 train.critic_hidden=(16,16) evaluate.agents=20"

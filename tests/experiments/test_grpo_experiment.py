@@ -14,8 +14,6 @@ from experiments import language_tasks as tasks
 from tmdjax.data import text_tasks
 from tmdjax.harness import load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = (
     "sft.pairs=64 sft.steps=4 sft.look_every=2 sft.problems=4 rl.iterations=2 "
     "judge.problems=4 judge.samples=2"

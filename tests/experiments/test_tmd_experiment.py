@@ -17,8 +17,6 @@ from tmdjax.data import moving_sprites
 from tmdjax.harness import load_config
 from tmdjax.systems import tmd as system
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = "configs/tmd.py"
 TINY = (
     "model.depth=3 model.heads=2 data.train_count=128 "
@@ -201,7 +199,7 @@ def test_updates_lower_for_accelerators():
 
 
 @pytest.mark.slow
-def test_plans_are_what_the_compiler_takes(optimised):
+def test_plans_are_what_the_compiler_takes():
     """Bytes of both updates, of networks too small for the bound of large ones."""
     for name, (step, arguments) in steps_of("model.remat=True").items():
         plan = train.plan(step, *arguments, donate_argnums=0)

@@ -7,8 +7,6 @@ import pytest
 
 from tmdjax import flows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_linear_flow_to_its_exponential():
     x = jnp.array([[1.0, -2.0], [0.5, 3.0]])

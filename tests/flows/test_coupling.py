@@ -11,8 +11,6 @@ import scipy.optimize
 from tmdjax import flows
 from tmdjax.core import prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def batch(count, event=(3, 2), seed=0):
     x, z = (

@@ -7,8 +7,6 @@ import pytest
 
 from tmdjax import flows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHAPE = (4, 3, 5)
 
 

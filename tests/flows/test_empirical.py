@@ -12,8 +12,6 @@ from tmdjax.data import moving_sprites
 from tmdjax.flows.empirical import empirical_flow
 from tmdjax.rewards.moving_sprites import check
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RNG = np.random.default_rng(0)
 BANK = RNG.uniform(-1, 1, (3, 5, 2, 4)).astype(np.float32) + np.float32(0.5)
 X = RNG.standard_normal((7, 2, 4)).astype(np.float32)

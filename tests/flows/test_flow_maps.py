@@ -9,8 +9,6 @@ import pytest
 
 from tmdjax import flows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MU, S = 0.7, 0.5
 
 

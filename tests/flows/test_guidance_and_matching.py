@@ -9,8 +9,6 @@ import pytest
 from tmdjax import flows
 from tmdjax.core import conventions, prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def affine(x, t, cond):
     return x * t[:, None] + cond[:, None]

@@ -7,8 +7,6 @@ import pytest
 
 from tmdjax import flows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture
 def path(x64):

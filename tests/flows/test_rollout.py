@@ -8,8 +8,6 @@ from scipy.integrate import solve_ivp
 from tmdjax import flows
 from tmdjax.core import prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MIXTURE = flows.gaussian_mixture([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [0.5, 0.8])
 
 

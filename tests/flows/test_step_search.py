@@ -11,8 +11,6 @@ import pytest
 from tmdjax import flows
 from tmdjax.core import conventions, prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def keys(count, seed=0):
     return prng.sample_keys(jax.random.key(seed), count)

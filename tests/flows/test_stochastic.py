@@ -12,8 +12,6 @@ import scipy.stats
 from tmdjax import flows
 from tmdjax.core import conventions, prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MEAN, STD = 1.5, 0.5
 STOCHASTIC = ("flow_grpo", "dance_grpo", "flow_cps")
 

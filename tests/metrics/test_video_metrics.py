@@ -19,8 +19,6 @@ from tmdjax.metrics import (
 )
 from tmdjax.rewards.moving_sprites import recognise
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @functools.cache
 def sprites(seed, count=512):
@@ -77,7 +75,7 @@ def test_features_do_not_depend_on_the_batch():
     )
 
 
-def test_distances_rise_from_the_floor_of_real_videos_with_the_damage(optimised):
+def test_distances_rise_from_the_floor_of_real_videos_with_the_damage():
     real, again = sprites(0)["video"], sprites(1)["video"]
     noise = np.random.default_rng(0).standard_normal(real.shape).astype(np.float32)
     damaged = {

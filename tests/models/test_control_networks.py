@@ -5,8 +5,6 @@ import pytest
 
 from tmdjax import models
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 OBSERVED = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 ACTIONS = jnp.asarray(np.random.default_rng(1).normal(size=(5, 2)), jnp.float32)
 

@@ -22,8 +22,6 @@ from tmdjax.models import (
 )
 from tmdjax.models.hf_decoder import params_from_hf
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "decoder.npz"
 CASES = (
     "llama_grouped_tied",

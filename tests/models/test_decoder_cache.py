@@ -21,8 +21,6 @@ from tmdjax.models import (
     prefill,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LENGTH, SLOTS = 12, 3
 SIZES = dict(
     vocab_size=13,
@@ -162,7 +160,7 @@ def test_cache_bytes():
     assert cache_bytes(NORMED, 10**6, 10**6) == 3 * 10**12 * 2 * 6 * 2 * 4
 
 
-def test_the_cache_is_updated_in_place(optimised):
+def test_the_cache_is_updated_in_place():
     params = draw_params(NORMED)
     slots, length = 8, 256
 

@@ -12,8 +12,6 @@ from tmdjax.core import trees
 from tmdjax.models import DiT, functional, init_params
 from tmdjax.models.dit import _Block
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH, HEIGHT, WIDTH, CHANNEL = 3, 8, 4, 2
 CONDITIONED = ("class", "tokens")
 KINDS = ("unconditional", *CONDITIONED)
@@ -209,7 +207,7 @@ def test_skip_equals_removing_the_layers(stacked):
     close([tapped[0], tapped[3]], want[:2], atol=1e-5)
 
 
-def test_a_part_of_the_stack_copies_no_weights(optimised):
+def test_a_part_of_the_stack_copies_no_weights():
     """Compiled memory: the slice of the weights would be the largest buffer."""
     module = small("unconditional", hidden=64, depth=6, mlp_ratio=4.0)
     x, t = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32), jnp.float32(0.5)
@@ -375,7 +373,7 @@ def test_remat_recomputes_the_blocks(equations):
 
 
 @pytest.mark.parametrize("kind", CONDITIONED)
-def test_bfloat16_recipe_stays_close(optimised, kind, stir):
+def test_bfloat16_recipe_stays_close(kind, stir):
     params, inputs = stir(initial(kind), 0.1), draw(kind)
     exact = jitted(small(kind))(params, *inputs)
     module = small(kind, recipe="bf16")
@@ -387,7 +385,7 @@ def test_bfloat16_recipe_stays_close(optimised, kind, stir):
 
 
 @pytest.mark.slow
-def test_bfloat16_gradients_over_many_rows(optimised, stir):
+def test_bfloat16_gradients_over_many_rows(stir):
     """4096 rows a sum: a bfloat16 sum over them stalls (half of it was lost)."""
     module = DiT(patch_size=1, hidden=8, depth=1, heads=1, mlp_ratio=1.0)
     rng = np.random.default_rng(0)

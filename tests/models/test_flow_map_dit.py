@@ -12,8 +12,6 @@ from tmdjax import models
 from tmdjax.core import trees
 from tmdjax.models.flow_map_dit import GATE_SCALE, Fusion
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHARED = {
     "name": "video_dit",
     "patch_size": (1, 2, 2),

@@ -23,8 +23,6 @@ from tmdjax.models import (
 from tmdjax.models.hf_decoder import params_from_hf, params_to_hf
 from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "decoder.npz"
 CASE = "qwen2_grouped_untied"
 OLD = dict(

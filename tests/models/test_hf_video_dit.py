@@ -28,8 +28,6 @@ from tmdjax.models.hf_video_dit import (
 )
 from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 CASES = ("wan", "wide_patches")
 STEM = "diffusion_pytorch_model"
@@ -74,7 +72,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_input_gradient_equal_diffusers(optimised, case):
+def test_forward_and_input_gradient_equal_diffusers(case):
     values, _ = golden(case)
     module, params = network(case)
     params = jax.tree.map(jnp.asarray, params)

@@ -11,8 +11,6 @@ from flax import linen as nn
 from tmdjax.core import trees
 from tmdjax.models import Dense, DiT, functional, init_params, lora
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 DIT = DiT(patch_size=2, hidden=8, depth=3, heads=2, mlp_ratio=2.0)
 TARGETS = ["attention/(query|value)", "mlp_in"]
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32)
@@ -70,7 +68,7 @@ def test_an_adapter_depends_on_key_and_path_alone(base):
     assert np.any(few != query["kernel"]["a"])
 
 
-def test_start_and_off_equal_the_base_bit_for_bit(optimised, base):
+def test_start_and_off_equal_the_base_bit_for_bit(base):
     apply_fn = functional(DIT)
     want = jax.jit(apply_fn)(base, X, T)
     assert np.abs(want).max() > 0.1

@@ -10,8 +10,6 @@ from flax import nnx
 from tmdjax import flows, models, train
 from tmdjax.core import prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class Velocity(nnx.Module):
     """A small network with what makes nnx hard: lists, dropout, a shared layer."""

@@ -21,8 +21,6 @@ from tmdjax.models import (
     null_condition,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH, LENGTH, WORDS = 3, 5, 11
 SPEC = dict(
     vocabulary=WORDS,
@@ -220,7 +218,7 @@ def test_shapes_and_dtypes(recipe):
     assert encoded["mask"].shape == (BATCH, LENGTH) and encoded["mask"].dtype == bool
 
 
-def test_bfloat16_recipe_stays_close(optimised, stir):
+def test_bfloat16_recipe_stays_close(stir):
     params, cond = stir(initial_encoder(), 0.2), texts()
     exact = jitted(encoder())(params, cond)["tokens"]
     rough = jitted(encoder(recipe="bf16"))(params, cond)["tokens"]

@@ -21,8 +21,6 @@ from tmdjax.models import (
     token_log_probs,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH, LENGTH, VOCAB, HIDDEN = 2, 8, 11, 6
 
 

@@ -12,8 +12,6 @@ from tmdjax.core import trees
 from tmdjax.models import UNet, build, functional, init_params, timestep_embedding
 from tmdjax.models.unet import _Convolution
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH, HEIGHT, WIDTH, CHANNEL = 3, 8, 4, 2
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2)
 
@@ -342,7 +340,7 @@ def test_convolutions_are_unrolled_and_recomputed_once(equations):
 
 
 @pytest.mark.slow
-def test_bfloat16_recipe_stays_close(optimised, stir):
+def test_bfloat16_recipe_stays_close(stir):
     params, inputs = stir(initial(), 0.1), draw()
     exact = jitted(small())(params, *inputs)
     rough = jitted(small(recipe="bf16"))(params, *inputs)
@@ -369,7 +367,7 @@ def test_products_run_in_the_compute_dtype(recipe, dtype, precise):
         assert ("HIGHEST" in str(equation.params["precision"])) is precise
 
 
-def test_bfloat16_gradients_over_many_pixels(optimised):
+def test_bfloat16_gradients_over_many_pixels():
     """4096 pixels a sum: a bfloat16 sum over them stalls at 256."""
     module = _Convolution(4, "bf16")
     x = jnp.ones((16, 16, 16, 2))

@@ -22,7 +22,7 @@ def test_ours_alone_is_measured_and_written(tmp_path, capsys):
     assert found["positions"] == 4 and "forward" in capsys.readouterr().out
 
 
-def test_operations_are_those_of_the_compiled_products(optimised):
+def test_operations_are_those_of_the_compiled_products():
     """XLA counts norms and activations too: a little more than the products."""
     given = benchmark.parse(
         [*SMALL, "--no-torch", "--heads=8", "--grid", "2", "8", "8"]

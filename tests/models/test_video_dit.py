@@ -23,8 +23,6 @@ from tmdjax.models import (
     unpatchify_video,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH, SIZE, CHANNEL, LENGTH = 3, (2, 4, 6), 2, 5
 
 
@@ -211,7 +209,7 @@ def test_remat_changes_neither_value_nor_gradient(stir):
     )
 
 
-def test_derivative_along_a_path_equals_finite_differences(optimised, stir):
+def test_derivative_along_a_path_equals_finite_differences(stir):
     """Forward mode, as a flow map needs it, with the blocks recomputed or not."""
     params, (x, t, cond) = stir(initial(), 0.1), draw()
     dx = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
@@ -227,7 +225,7 @@ def test_derivative_along_a_path_equals_finite_differences(optimised, stir):
     assert np.linalg.norm(slope - want) < 5e-3 * np.linalg.norm(want)
 
 
-def test_bfloat16_recipe_stays_close(optimised, stir):
+def test_bfloat16_recipe_stays_close(stir):
     params, inputs = stir(initial(), 0.1), draw()
     exact = jitted(small())(params, *inputs)
     module = small(recipe="bf16")

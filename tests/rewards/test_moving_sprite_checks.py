@@ -10,8 +10,6 @@ from tmdjax.rewards.moving_sprites import check, recognise
 from tmdjax.rewards.sprite_prompts import prompt_factors, prompt_index
 from tmdjax.rewards.sprite_scenes import SCALES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEYS = sample_keys(jax.random.key(0), 512)
 
 

@@ -10,8 +10,6 @@ from tmdjax.core.prng import sample_keys
 from tmdjax.data import captioned_shapes
 from tmdjax.rewards import shapes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 COLOURS, SHAPES, RELATIONS = [*shapes.COLOURS], shapes.SHAPES, shapes.RELATIONS
 PALETTE = np.array([*shapes.COLOURS.values()], np.float32)
 

@@ -7,8 +7,6 @@ import pytest
 
 from tmdjax import rl
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GROUP = np.array([0, 1, 0, 2, 1, 0, 2, 1])
 REWARDS = np.array([1.0, 0.5, 3.0, -2.0, 0.25, 8.0, 2.0, 0.75], np.float32)
 SETTINGS = list(

@@ -5,8 +5,6 @@ import pytest
 
 from tmdjax import rl
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def drawn(seed, time=7, env=5):
     rng = np.random.default_rng(seed)

@@ -8,8 +8,6 @@ import pytest
 
 from tmdjax import rl
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RNG = np.random.default_rng(0)
 SHAPE = (4, 5)
 BEHAVIOUR = RNG.normal(-2, 0.5, SHAPE).astype(np.float32)

@@ -14,8 +14,6 @@ from tmdjax.runtime import lm_rl
 from tmdjax.runtime.lm_rl import LMState, Prompt, Settings
 from tmdjax.systems import grpo
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = jax.random.key(0)
 CONFIG = models.DecoderConfig(
     vocab_size=11,

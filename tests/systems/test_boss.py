@@ -20,8 +20,6 @@ from tmdjax.core import prng
 from tmdjax.models import lora
 from tmdjax.systems import boss, reflow
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FLOW = flows.gaussian_mixture(**data.MIXTURE)
 BUDGETS = (2, 4, 6)
 

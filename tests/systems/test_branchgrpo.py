@@ -15,8 +15,6 @@ from tmdjax.core import prng
 from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
 SPLITS = (0, 2, 4)
 Trees = functools.partial(

@@ -7,8 +7,6 @@ from tmdjax import data, flows, models, rl, train
 from tmdjax.systems import flow_grpo
 from tmdjax.train import flow_rl
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
 NET = models.build({"name": "mlp", "hidden": 16, "depth": 2})
 APPLY = models.functional(NET)

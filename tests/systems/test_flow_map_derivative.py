@@ -14,8 +14,6 @@ from tmdjax.core import trees
 from tmdjax.flows import flow_maps
 from tmdjax.systems import meanflow, tmd
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHARED = {
     "name": "video_dit",
     "patch_size": (1, 2, 2),

@@ -7,8 +7,6 @@ from tmdjax.core import prng
 from tmdjax.systems.fpo import FPO
 from tmdjax.train import on_policy
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH = 32
 KEYS = prng.sample_keys(jax.random.key(7), BATCH)
 

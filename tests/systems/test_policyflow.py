@@ -19,8 +19,6 @@ from tmdjax.systems.policyflow import (
 )
 from tmdjax.train.on_policy import Samples
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH = 64
 KEYS = prng.sample_keys(jax.random.key(7), BATCH)
 COEFFICIENTS = {
@@ -53,7 +51,7 @@ def nudged(params, size=0.05, seed=3):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("times", [1, 3])
-def test_1_equal_parameters_give_a_ratio_of_one_bit_for_bit(path, times, optimised):
+def test_1_equal_parameters_give_a_ratio_of_one_bit_for_bit(path, times):
     method, params, samples = made(path, times=times)
     loss = jax.jit(method.loss)
     for i in range(3):

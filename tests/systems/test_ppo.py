@@ -8,8 +8,6 @@ from tmdjax.core import prng
 from tmdjax.systems.ppo import GaussianPolicy
 from tmdjax.train.on_policy import Samples
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BATCH = 40
 KEYS = prng.sample_keys(jax.random.key(7), BATCH)
 COEFFICIENTS = {"clip_range": 0.2, "entropy_coefficient": 0.01}

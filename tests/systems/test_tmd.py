@@ -11,8 +11,6 @@ from tmdjax import flows, models
 from tmdjax.core import prng, trees
 from tmdjax.systems import dmd2, meanflow, tmd
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MU, VARIANCE = 0.7, 0.25
 
 

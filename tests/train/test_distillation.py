@@ -13,8 +13,6 @@ import pytest
 from tmdjax import flows, train
 from tmdjax.core import prng
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TEACHER = flows.gaussian_mixture([1.0], [[0.7, -0.3]], [0.5])
 
 

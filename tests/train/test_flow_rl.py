@@ -12,8 +12,6 @@ from tmdjax.rewards import host
 from tmdjax.systems import flow_grpo
 from tmdjax.train import flow_rl
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = jax.random.key(3)
 SHIFTS = {"shift": jnp.asarray([[0.0, 0.0], [0.5, -0.5], [-1.0, 0.3], [0.2, 0.9]])}
 

@@ -14,8 +14,6 @@ from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.harness import load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = (
     "model.hidden=8", "model.depth=1", "model.heads=2", "task.size=4", "rl.prompts=2",
     "rollout.steps=3",

@@ -17,8 +17,6 @@ from tmdjax.systems.ppo import GaussianPolicy
 from tmdjax.train import NonFiniteError, on_policy
 from tmdjax.train.on_policy import Settings, check, jit_iterations, make_trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = jax.random.key(0)
 METHODS = {
     "ppo": GaussianPolicy(hidden=(16,), entropy_coefficient=0.0, initial_std=0.5),
