@@ -26,7 +26,7 @@ from tmdjax.harness import ledger, load_config
 from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.harness.config import from_plain
 from tmdjax.harness.report import claim_row, text_table
-from tmdjax.harness.runner import render_results
+from tmdjax.harness.results_page import markdown_table, write_results
 
 _MARKED = re.compile(r"<!-- (table|claims): (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
 
@@ -48,7 +48,7 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
             rows = experiment.summary_rows(config, record["metrics"])
         lines = [
             f"<!-- {kind}: {system}:{tier} -->",
-            *ledger.markdown_table(rows),
+            *markdown_table(rows),
             "",
             f"Means over seeds {', '.join(map(str, record['seeds']))} on "
             f"{record['device']}: `{record['command']} --record`",
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
             copy_figures(given.merge, record)
             print(f"recorded {record}")
     if given.render or given.record:
-        render_results(given.results)
+        write_results(given.results)
         for page in pages(given.results.parent):
             if page.exists():
                 filled = fill_tables(page.read_text(), given.results)

@@ -21,6 +21,7 @@ from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, Options, Outcome, dry_run, load_config, run
 from tmdjax.harness.config import load_module
 from tmdjax.harness.report import text_table
+from tmdjax.harness.results_page import verdict_counts
 from tmdjax.harness.writers import WRITERS
 
 
@@ -191,7 +192,7 @@ def listing() -> list[dict[str, Any]]:
             verdicts = "-"
             if record.exists():
                 claims = json.loads(record.read_text())["claims"]
-                verdicts = ", ".join(f"{c['id']} {c['verdict']}" for c in claims)
+                verdicts = verdict_counts(claims)
             rows.append(
                 {
                     "config": f"{path.as_posix()}:{tier}",

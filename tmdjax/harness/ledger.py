@@ -2,8 +2,8 @@
 
 A run ends in a *summary*: its units (one arm under one seed each), their means and
 the judged claims. Shards of one run merge into the summary of the whole. A recorded
-summary is ``results/<system>/<tier>.json``, and RESULTS.md is rendered from these
-files alone.
+summary is ``results/<system>/<tier>.json``; :mod:`tmdjax.harness.results_page` renders
+these files.
 """
 
 import dataclasses
@@ -19,8 +19,6 @@ from tmdjax.core.checks import check_choice
 from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness.config import from_plain, to_plain
-from tmdjax.harness.logs import format_duration
-from tmdjax.harness.report import claim_row, format_value
 from tmdjax.metrics.intervals import paired_interval, t_interval
 
 STATISTICS = ("ratio", "difference", "exact", "report")
@@ -349,26 +347,7 @@ def read_records(results_dir: str | os.PathLike[str]) -> list[Summary]:
                 f"records are written by --record, never moved by hand."
             )
         records.append(record)
-    return sorted(records, key=_order)
-
-
-def render(records: Iterable[Summary], pending_text: str = "") -> str:
-    """RESULTS.md: a section a system, a table a tier; the same text in any order.
-
-    Args:
-        records: as read by :func:`read_records`.
-        pending_text: Markdown about what still waits for its device; may be empty.
-    """
-    lines = ["# Results", "", "Rendered from results/*.json; do not edit."]
-    system = None
-    for record in sorted(records, key=_order):
-        if record["system"] != system:
-            system = record["system"]
-            lines += ["", f"## {system}"]
-        lines += ["", f"### {record['tier']}", "", *_render_record(record)]
-    if pending_text.strip():
-        lines += ["", "## Pending", "", pending_text.strip()]
-    return "\n".join(lines) + "\n"
+    return sorted(records, key=order)
 
 
 def _column(
@@ -566,51 +545,7 @@ def _and_baseline(claim: Mapping[str, Any]) -> str:
     return f" and {claim['baseline_metric']!r}" if claim["baseline_metric"] else ""
 
 
-def _order(record: Summary) -> tuple[str, int, str]:
+def order(record: Summary) -> tuple[str, int, str]:
+    """Sorts records by system, then from smoke to paper."""
     tier = record["tier"]
     return record["system"], (*TIERS, tier).index(tier), tier
-
-
-def _render_record(record: Summary) -> list[str]:
-    seeds = ", ".join(map(str, record["seeds"]))
-    peak = record["peak_memory_gb"]
-    lines = [
-        f"On {record['device']}, {format_duration(record['wall_s'])}, "
-        f"peak memory {'-' if peak is None else f'{format_value(peak)} GB'}, "
-        f"seeds {seeds}, commit {record['commit']}:",
-        "",
-        "```",
-        record["command"],
-        "```",
-    ]
-    if record["claims"]:
-        rows = [
-            claim_row(claim) | {"device": record["device"]}
-            for claim in record["claims"]
-        ]
-        lines += ["", *markdown_table(rows)]
-    if record["metrics"]:
-        per_seed = _metrics_by_seed(record["units"])
-        rows = [
-            {
-                "metric": name,
-                "mean over seeds": value,
-                "seeds": sum(name in metrics for metrics in per_seed.values()),
-            }
-            for name, value in sorted(record["metrics"].items())
-        ]
-        lines += ["", *markdown_table(rows)]
-    return lines
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a Markdown table; the first row's keys head it."""
-    header = list(rows[0])
-    rule = f"|{'---|' * len(header)}"
-    return [_markdown_row(header), rule, *(_markdown_row(r.values()) for r in rows)]
-
-
-def _markdown_row(cells: Iterable[Any]) -> str:
-    texts = (" ".join(format_value(cell).split()) for cell in cells)
-    escaped = (text.replace("|", "\\|") for text in texts)
-    return f"| {' | '.join(escaped)} |"

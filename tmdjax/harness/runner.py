@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from tmdjax import train
 from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
-from tmdjax.harness import environment, ledger, report
+from tmdjax.harness import environment, ledger, report, results_page
 from tmdjax.harness.config import (
     ConfigError,
     config_hash,
@@ -187,7 +187,7 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
                 if figure is not None:
                     copy = path.with_name(f"{path.stem}-{figure.name}")
                     write_atomically(copy, figure.read_bytes())
-            render_results(options.results)
+            results_page.write_results(options.results)
             print(f"recorded {path}")
         code = 0 if finished else stopper.code
         return Outcome(code, summary, finished and not stopper.should_stop())
@@ -238,14 +238,6 @@ def dry_run(experiment: Any, config: Any, options: Options) -> None:
     print()
     print(report.text_table(rows))
 
-
-def render_results(results: pathlib.Path) -> None:
-    """Writes RESULTS.md beside the results folder from its records alone."""
-    pending = results / "PENDING.md"
-    text = ledger.render(
-        ledger.read_records(results), pending.read_text() if pending.exists() else ""
-    )
-    write_atomically(results.parent / "RESULTS.md", text.encode())
 
 
 def _places(config: Any, options: Options) -> tuple[pathlib.Path, pathlib.Path]:

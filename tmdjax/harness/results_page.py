@@ -1,0 +1,189 @@
+"""RESULTS.md: one page on what was claimed, what came out, and what it was run on.
+
+It is rendered from the records (``results/<system>/<tier>.json``), a sentence and a
+picture for each of them (``results/findings.toml``, written by hand, without figures)
+and the benchmarks (``benchmarks/results/*.json``). Metrics stay in the records and in
+the report of a run.
+"""
+
+import json
+import os
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tmdjax.core.files import write_atomically
+from tmdjax.harness import ledger
+from tmdjax.harness.ledger import Summary
+from tmdjax.harness.logs import format_duration
+from tmdjax.harness.report import claim_row, format_value
+
+Findings = Mapping[str, Mapping[str, Mapping[str, str]]]
+"""By system and tier: 'finding', a sentence, and 'picture', a file beside the record."""
+
+NO_GPU = (
+    "**No GPU result is recorded yet.** Every claim below was judged on two CPU cores, "
+    "at a size that fits them; the gpu tiers are ready to run and have not been run."
+)
+
+
+def write_results(results: str | os.PathLike[str]) -> Path:
+    """Writes RESULTS.md beside the folder of records.
+
+    Args:
+        results: of records; ``benchmarks/results`` is looked for beside it.
+
+    Raises:
+        ValueError: a file that is not a record, a findings file that is not TOML, or a
+            picture that is not there.
+    """
+    results = Path(results)
+    text = render(
+        ledger.read_records(results),
+        read_findings(results),
+        read_benchmarks(results.parent / "benchmarks" / "results"),
+    )
+    path = results.parent / "RESULTS.md"
+    write_atomically(path, text.encode())
+    return path
+
+
+def read_findings(results: str | os.PathLike[str]) -> Findings:
+    """The sentences and pictures of ``<results>/findings.toml``; none where absent.
+
+    Raises:
+        ValueError: it is not TOML, or names a picture that is not there.
+    """
+    path = Path(results, "findings.toml")
+    if not path.exists():
+        return {}
+    try:
+        findings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}.") from error
+    for system, tiers in findings.items():
+        for tier, found in tiers.items():
+            picture = found.get("picture")
+            if picture and not Path(results, system, picture).exists():
+                raise ValueError(
+                    f"{path} shows {picture!r} for {system}.{tier}, which is not in "
+                    f"{Path(results, system)}; name a figure that is there."
+                )
+    return findings
+
+
+def read_benchmarks(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What ``benchmarks.contest.conclude`` wrote, by file name."""
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def render(
+    records: Iterable[Summary],
+    findings: Findings | None = None,
+    benchmarks: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The page; the same text in any order of records.
+
+    Args:
+        records: as read by :func:`tmdjax.harness.ledger.read_records`.
+        findings: see :data:`Findings`.
+        benchmarks: as read by :func:`read_benchmarks`.
+    """
+    records = sorted(records, key=ledger.order)
+    lines = ["# Results", ""]
+    lines += ["Rendered by `python -m experiments.report --render`; do not edit."]
+    if all(record["device"].startswith("cpu") for record in records):
+        lines += ["", NO_GPU]
+    if records:
+        lines += ["", *markdown_table([_overview(record) for record in records])]
+    for record in records:
+        found = (findings or {}).get(record["system"], {}).get(record["tier"], {})
+        lines += ["", f"## {record['system']}, {record['tier']} tier", ""]
+        lines += _section(record, found)
+    if benchmarks:
+        lines += ["", "## Benchmarks", ""]
+        lines += [
+            "Medians over repeats in one process; a ratio is ours over the rival's in "
+            "the same repeat, so that below 1 is faster or smaller.",
+            "",
+            *markdown_table([r for each in benchmarks for r in _benchmark_rows(each)]),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def verdict_counts(claims: Iterable[Mapping[str, Any]]) -> str:
+    """'5 reproduced, 1 inconclusive', most frequent first; '' where there is none."""
+    counts = Counter(claim["verdict"] for claim in claims)
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table; the first row's keys head it."""
+    header = list(rows[0])
+    rule = f"|{'---|' * len(header)}"
+    return [_markdown_row(header), rule, *(_markdown_row(r.values()) for r in rows)]
+
+
+def _overview(record: Summary) -> dict[str, Any]:
+    title = f"{record['system']}, {record['tier']} tier"
+    anchor = title.replace(",", "").replace(" ", "-").lower()
+    return {
+        "system": f"[{record['system']}](#{anchor})",
+        "tier": record["tier"],
+        "verdicts": verdict_counts(record["claims"]) or "no claims",
+        "seeds": len(record["seeds"]),
+        "device": record["device"],
+        "took": format_duration(record["wall_s"]),
+    }
+
+
+def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
+    system, tier = record["system"], record["tier"]
+    lines = [found["finding"], ""] if found.get("finding") else []
+    if found.get("picture"):
+        lines += [f"![{system}, {tier} tier](results/{system}/{found['picture']})", ""]
+    peak = record["peak_memory_gb"]
+    memory = "" if peak is None else f", peak memory {format_value(peak)} GB"
+    lines += [
+        f"On {record['device']}, seeds {', '.join(map(str, record['seeds']))}, "
+        f"{format_duration(record['wall_s'])}{memory}, commit {record['commit']}; every "
+        f"metric is in [{tier}.json](results/{system}/{tier}.json):",
+        "",
+        "```",
+        record["command"],
+        "```",
+    ]
+    if record["claims"]:
+        lines += ["", *markdown_table([claim_row(c) for c in record["claims"]])]
+    return lines
+
+
+def _benchmark_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for row in found["rows"]:
+        quartiles = " .. ".join(format_value(x) for x in row.get("quartiles", ()))
+        ours, rival = (
+            None if row.get(name) is None else f"{format_value(row[name])} {row['unit']}"
+            for name in ("ours", "rival")
+        )
+        rows.append(
+            {
+                "benchmark": found["benchmark"],
+                "what": row["what"],
+                "ours": ours,
+                "rival": rival,
+                "ratio": row.get("ratio"),
+                "quartiles": quartiles or None,
+                "goal": row.get("goal"),
+                "device": found["device"],
+            }
+        )
+    return rows
+
+
+def _markdown_row(cells: Iterable[Any]) -> str:
+    texts = (" ".join(format_value(cell).split()) for cell in cells)
+    escaped = (text.replace("|", "\\|") for text in texts)
+    return f"| {' | '.join(escaped)} |"
