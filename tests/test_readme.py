@@ -48,10 +48,14 @@ def test_tables_are_those_of_the_records():
             assert (page.parent / picture).exists(), picture
 
 
-def test_results_page_is_rendered():
-    from tmdjax.harness import ledger
+def test_results_page_is_rendered(tmp_path):
+    from tmdjax.harness import ledger, results_page
 
-    results = ROOT / "results"
-    pending = (results / "PENDING.md").read_text()
-    rendered = ledger.render(ledger.read_records(results), pending)
+    records = ledger.read_records(ROOT / "results")
+    findings = results_page.read_findings(ROOT / "results")
+    benchmarks = results_page.read_benchmarks(ROOT / "benchmarks" / "results")
+    rendered = results_page.render(records, findings, benchmarks)
     assert (ROOT / "RESULTS.md").read_text() == rendered
+    for record in records:  # each says what was found, in words
+        found = findings[record["system"]][record["tier"]]
+        assert found["finding"].endswith(".") and found["picture"]

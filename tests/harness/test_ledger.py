@@ -16,7 +16,6 @@ from tmdjax.harness.ledger import (
     judge,
     merge,
     read_records,
-    render,
     summary,
     with_seeds,
     write_record,
@@ -513,33 +512,3 @@ def test_records_made_by_hand_are_refused(tmp_path, name, text, message):
     with pytest.raises(ValueError) as caught:
         read_records(tmp_path)
     assert message in str(caught.value)
-
-
-# --- RESULTS.md -----------------------------------------------------------------
-
-
-def test_rendering_is_deterministic_and_escapes_cells():
-    records = [
-        summarise(tier="gpu", claims=[claim(statement="a | b\nc"), *CLAIMS[1:]]),
-        summarise(system="appo", tier="smoke", claims=()),
-        summarise(tier="cpu", units=[*UNITS[:9], unit("uniform", 9, {"w2": 1.0})]),
-    ]
-    text = render(records, "- boss gpu: 8 minutes\n")
-    assert text == render(records[::-1], "- boss gpu: 8 minutes")
-    headings = [line for line in text.splitlines() if line.startswith("#")]
-    assert headings == [
-        "# Results", "## appo", "### smoke", "## boss", "### cpu", "### gpu", "## Pending"
-    ]  # fmt: skip
-    assert "Rendered from results/*.json; do not edit." in text
-    assert text.endswith("\n\n## Pending\n\n- boss gpu: 8 minutes\n")
-    assert r"a \| b c" in text
-    assert records[0]["command"] in text
-    tables = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [line.replace(r"\|", "").count("|") - 1 for line in tables]
-    assert set(cells) == {9, 3}
-    (row,) = [line for line in tables if "a \\|" in line]
-    for shown in ("B1", "1.5x", "> 0", "[1, 1]", "reproduced", "5", "NVIDIA H100"):
-        assert f"| {shown} |" in row
-    assert "| boss/w2 | 0.4567 | 5 |" in tables
-    assert "Pending" not in render(records, " ")
-    assert render([]) == "# Results\n\nRendered from results/*.json; do not edit.\n"

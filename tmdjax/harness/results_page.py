@@ -76,7 +76,9 @@ def read_findings(results: str | os.PathLike[str]) -> Findings:
 
 def read_benchmarks(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """What ``benchmarks.contest.conclude`` wrote, by file name."""
-    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    return [
+        json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))
+    ]
 
 
 def render(
@@ -148,8 +150,8 @@ def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
     memory = "" if peak is None else f", peak memory {format_value(peak)} GB"
     lines += [
         f"On {record['device']}, seeds {', '.join(map(str, record['seeds']))}, "
-        f"{format_duration(record['wall_s'])}{memory}, commit {record['commit']}; every "
-        f"metric is in [{tier}.json](results/{system}/{tier}.json):",
+        f"{format_duration(record['wall_s'])}{memory}, commit {record['commit']}; "
+        f"every metric is in [{tier}.json](results/{system}/{tier}.json):",
         "",
         "```",
         record["command"],
@@ -165,7 +167,9 @@ def _benchmark_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in found["rows"]:
         quartiles = " .. ".join(format_value(x) for x in row.get("quartiles", ()))
         ours, rival = (
-            None if row.get(name) is None else f"{format_value(row[name])} {row['unit']}"
+            None
+            if row.get(name) is None
+            else f"{format_value(row[name])} {row['unit']}"
             for name in ("ours", "rival")
         )
         rows.append(

@@ -239,7 +239,6 @@ def dry_run(experiment: Any, config: Any, options: Options) -> None:
     print(report.text_table(rows))
 
 
-
 def _places(config: Any, options: Options) -> tuple[pathlib.Path, pathlib.Path]:
     """The workdir and the folder of cached stages."""
     name = f"{config.system}-{options.tier}"

@@ -1,0 +1,86 @@
+"""RESULTS.md: what stands on it, and that nothing stands on it that no file says."""
+
+import pytest
+
+from tmdjax.harness import ledger, results_page
+
+CLAIM = ledger.Claim(
+    id="B1",
+    statement="a | b\nc",
+    published="1.5x",
+    statistic="difference",
+    direction="greater",
+    threshold=0.0,
+    ours="loss",
+)
+
+
+def record(system="boss", tier="cpu", device="cpu, 2 cores", claims=(CLAIM,)):
+    units = [
+        {
+            "arm": "main", "seed": seed, "metrics": {"loss": 1.0 + 0.1 * seed, "w": 7.5},
+            "wall_s": 30.0, "peak_memory_gb": 1.25, "device": device,
+            "commit": "abc", "versions": {}, "labels": {},
+        }
+        for seed in range(5)
+    ]  # fmt: skip
+    return ledger.summary(
+        system=system,
+        tier=tier,
+        command=f"python -m experiments.run --config=configs/{system}.py:{tier}",
+        config_hash="0",
+        units=units,
+        claims=claims,
+    )
+
+
+def test_page_holds_claims_findings_and_commands_but_no_metrics():
+    records = [record(), record("appo", claims=()), record(tier="smoke")]
+    findings = {"boss": {"cpu": {"finding": "It works.", "picture": "cpu-a.png"}}}
+    text = results_page.render(records, findings)
+    assert text == results_page.render(records[::-1], findings)
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == [
+        "# Results", "## appo, cpu tier", "## boss, smoke tier", "## boss, cpu tier"
+    ]  # fmt: skip
+    assert "It works.\n\n![boss, cpu tier](results/boss/cpu-a.png)" in text
+    assert f"{records[0]['command']}\n" in text and "peak memory 1.25 GB" in text
+    rows = [line for line in text.splitlines() if "a \\| b c" in line]
+    assert len(rows) == 2
+    for shown in ("B1", "1.5x", "> 0", "1.2", "reproduced", "5"):
+        assert f"| {shown} |" in rows[0]
+    assert "7.5" not in text  # metrics stay in the record
+    for row in text.splitlines():
+        if row.startswith("|"):
+            assert row.replace("\\|", "").count("|") - 1 in (6, 8)
+    assert "| [appo](#appo-cpu-tier) | cpu | no claims | 5 |" in text
+
+
+def test_page_says_that_no_gpu_was_seen_until_one_was():
+    assert results_page.NO_GPU in results_page.render([record()])
+    seen = results_page.render([record(), record(tier="gpu", device="NVIDIA H100, 1")])
+    assert results_page.NO_GPU not in seen
+
+
+def test_benchmarks_are_ratios_against_their_rival():
+    row = {"what": "x / y", "unit": "s", "ours": 1.0, "rival": 2.0, "ratio": 0.51,
+           "quartiles": [0.5, 0.52], "goal": 1.0}  # fmt: skip
+    alone = {"what": "memory", "unit": "GB", "ours": 3.0}
+    found = {"benchmark": "sampler", "device": "cpu, 2 cores", "rows": [row, alone]}
+    text = results_page.render([], benchmarks=[found])
+    cells = "| sampler | x / y | 1 s | 2 s | 0.51 | 0.5 .. 0.52 | 1 | cpu, 2 cores |"
+    assert cells in text
+    assert "| sampler | memory | 3 GB | - | - | - | - | cpu, 2 cores |" in text
+
+
+def test_page_is_written_beside_the_records(tmp_path):
+    results = tmp_path / "results"
+    ledger.write_record(results, record())
+    written = results_page.write_results(results)
+    assert written.read_text() == results_page.render([record()])
+    (results / "findings.toml").write_text('[boss.cpu]\npicture = "gone.png"\n')
+    with pytest.raises(ValueError, match="shows 'gone.png' for boss.cpu, which is not"):
+        results_page.write_results(results)
+    (results / "findings.toml").write_text("[boss")
+    with pytest.raises(ValueError, match="findings.toml is not TOML"):
+        results_page.read_findings(results)
