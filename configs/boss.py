@@ -26,7 +26,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 COST = {
     "smoke": "30 s on 2 cores",
     "cpu": "7 min a seed on 2 cores",
-    "gpu": "meant for 8 min an arm and seed on one H100; not measured yet",
+    "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
 
@@ -91,20 +91,18 @@ def get_config(tier: str) -> ConfigDict:
         config.model = ConfigDict(
             {"name": "unet", "width": 64, "blocks": 2, "recipe": "bf16"}
         )
-        config.train.update(
-            steps=15_000, batch_size=256, ema_decay=0.9995, log_every=500
-        )
-        config.optimizer.update(learning_rate=3e-4, warmup_steps=1000)
-        config.features.update(steps=3000, width=32, feature_dim=128)
+        config.train.update(steps=8000, batch_size=256, ema_decay=0.999, log_every=500)
+        config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
+        config.features.update(steps=2000, width=32, feature_dim=128)
         config.straighten.update(
-            noises=4000,
-            steps=2000,
+            noises=2000,
+            steps=1000,
             batch_size=128,
             learning_rate=2e-4,
-            warmup_steps=500,
+            warmup_steps=250,
             log_every=200,
         )
-        config.sample.count = 5000
+        config.sample.count = 2000
         config.claims = ConfigDict({**claims("fashion"), **claims("sprites")})
     elif tier == "paper":
         config.data.update(name="celeb_a_hq", shape=(256, 256, 3), num_classes=1)

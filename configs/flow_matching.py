@@ -19,7 +19,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 COST = {
     "smoke": "30 s on 2 cores",
     "cpu": "4 min a seed on 2 cores",
-    "gpu": "meant for 8 min a seed on one H100; not measured yet",
+    "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
 

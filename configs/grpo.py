@@ -24,7 +24,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 COST = {
     "smoke": "30 s on 2 cores",
     "cpu": "24 min on 2 busy cores, 5 seeds",
-    "gpu": "meant for 8 min a seed on one H100; not measured yet",
+    "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
 
@@ -78,12 +78,12 @@ def get_config(tier: str) -> ConfigDict:
     )
     config.rl = ConfigDict(
         {
-            "iterations": {"smoke": 3, "cpu": 100}.get(tier, 200),
-            "prompts": {"smoke": 4, "cpu": 16}.get(tier, 48),
+            "iterations": {"smoke": 3, "cpu": 100, "gpu": 100}.get(tier, 200),
+            "prompts": {"smoke": 4, "cpu": 16, "gpu": 32}.get(tier, 48),
             "samples": {"smoke": 4, "cpu": 8}.get(tier, 8),
             "max_new_tokens": {"smoke": 32, "cpu": 34}.get(tier, 130),
             "length": {"smoke": 48, "cpu": 48}.get(tier, 176),
-            "slots": {"smoke": 16, "cpu": 64}.get(tier, 384),
+            "slots": {"smoke": 16, "cpu": 64, "gpu": 256}.get(tier, 384),
             "chunk": 8,
             "microbatch": {"smoke": 8, "cpu": 32}.get(tier, 64),
             "minibatches": 1 if small else 2,
@@ -129,6 +129,10 @@ def get_config(tier: str) -> ConfigDict:
                     "rl": SMOLLM2,
                 }
             )
+    if tier == "gpu":
+        for name, arm in config.arms.items():
+            if name.startswith("smollm2"):
+                arm.rl.update(iterations=60, prompts=16, slots=128)
     if tier == "paper":
         config.arms.qwen_gsm8k = ConfigDict(
             {

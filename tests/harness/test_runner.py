@@ -375,6 +375,19 @@ def test_unwritable_workdir(tmp_path):
         )
 
 
+def test_ablations_run_under_one_seed(tmp_path):
+    calls = []
+    config = make_config()
+    config.one_seed_arms = ("other",)
+    experiment = make_experiment(calls, arms=("main", "other"))
+    outcome = harness.run(experiment, config, options(tmp_path, seeds=(3, 4)))
+    units = {(unit["arm"], unit["seed"]) for unit in outcome.summary["units"]}
+    assert units == {("main", 3), ("main", 4), ("other", 3)}
+    config.one_seed_arms = ("othr",)
+    with pytest.raises(ValueError, match="Did you mean 'other'"):
+        harness.run(experiment, config, options(tmp_path, fresh=True))
+
+
 def test_bad_shards_and_stage_lists(tmp_path):
     with pytest.raises(harness.ConfigError, match="only 1 units"):
         harness.run(make_experiment(), make_config(), options(tmp_path, shard=(0, 2)))

@@ -21,7 +21,7 @@ from tmdjax.harness.logs import format_duration
 from tmdjax.harness.report import claim_row, format_value
 
 Findings = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""By system and tier: 'finding', a sentence, and 'picture', a file beside the record."""
+"""By system and tier: "finding", a sentence, and "picture", a file beside it."""
 
 NO_GPU = (
     "**No GPU result is recorded yet.** Every claim below was judged on two CPU cores, "
@@ -99,6 +99,11 @@ def render(
     if all(record["device"].startswith("cpu") for record in records):
         lines += ["", NO_GPU]
     if records:
+        lines += [
+            "",
+            "A unit is one arm under one seed; stages that units share count in each, so "
+            "a run takes less than the sum.",
+        ]
         lines += ["", *markdown_table([_overview(record) for record in records])]
     for record in records:
         found = (findings or {}).get(record["system"], {}).get(record["tier"], {})
@@ -137,7 +142,7 @@ def _overview(record: Summary) -> dict[str, Any]:
         "verdicts": verdict_counts(record["claims"]) or "no claims",
         "seeds": len(record["seeds"]),
         "device": record["device"],
-        "took": format_duration(record["wall_s"]),
+        "time, summed over units": format_duration(record["wall_s"]),
     }
 
 

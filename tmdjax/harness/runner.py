@@ -10,12 +10,13 @@ and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent)
 ``measures(config)``, the metrics that its units will have, named as in a summary:
 claims about others are then refused before the run. ``planned(config)`` names steps for
 ``experiments.plan``. A unit is one arm under one seed; shards share the units out.
-``PAIRING = "vmapped"`` says that a stage trains all seeds side by side.
+``PAIRING = "vmapped"`` says that a stage trains all seeds side by side. Arms that the
+config names in ``one_seed_arms`` (ablations) run under the first seed alone, and claims
+about them are 'reported'.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tmdjax import train
+from tmdjax.core.checks import check_choice
 from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import environment, ledger, report, results_page
@@ -273,8 +275,16 @@ def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, in
             f"--shard={index}/{count}: the index must be in [0, {count})."
         )
     arms = _arms(experiment, config)
+    alone = tuple(config.get("one_seed_arms", ()))
+    for arm in alone:
+        check_choice("one_seed_arms", arm, arms)
+    units = [
+        (arm, seed)
+        for arm in arms
+        for seed in (options.seeds[:1] if arm in alone else options.seeds)
+    ]
     together = getattr(experiment, "PAIRING", "separate") == "vmapped"
-    what, size = "units (arms x seeds)", len(arms) * len(options.seeds)
+    what, size = "units (arms x seeds)", len(units)
     if together:  # all seeds of an arm are one training, and stay in one shard
         what, size = "arms, whose seeds are trained together", len(arms)
     if count > size:
@@ -283,8 +293,8 @@ def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, in
             f"many shards."
         )
     if together:
-        return list(itertools.product(arms[index::count], options.seeds))
-    return list(itertools.product(arms, options.seeds))[index::count]
+        return [unit for unit in units if unit[0] in arms[index::count]]
+    return units[index::count]
 
 
 class _Stopper:
