@@ -101,8 +101,8 @@ def render(
     if records:
         lines += [
             "",
-            "A unit is one arm under one seed; stages that units share count in each, so "
-            "a run takes less than the sum.",
+            "A unit is one arm under one seed; stages that units share count in each, "
+            "so that a run takes less than the sum.",
         ]
         lines += ["", *markdown_table([_overview(record) for record in records])]
     for record in records:
