@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from tmdjax.core.files import write_atomically
 from tmdjax.harness.environment import device_name, versions
 
 Seconds = Mapping[str, float]
@@ -90,6 +93,19 @@ def show(rows: Sequence[Row], title: str) -> None:
     rich.console.Console(width=120).print(table)
 
 
+def verdict(row: Row) -> str:
+    """'met', 'missed' or, without a goal, 'told'.
+
+    A ratio (the figure itself, where there is no rival) is to be at most the goal, or,
+    in a row whose 'better' is 'greater', at least.
+    """
+    value, goal = row.get("ratio", row.get("ours")), row.get("goal")
+    if goal is None or value is None:
+        return "told"
+    met = value >= goal if row.get("better") == "greater" else value <= goal
+    return "met" if met else "missed"
+
+
 def conclude(
     name: str,
     rows: Sequence[Row],
@@ -106,17 +122,41 @@ def conclude(
         path: of the JSON file, or None.
         **facts: what else belongs to it, such as sizes and parts left out.
     """
-    found = {
-        "benchmark": name,
-        "device": device_name(),
-        "versions": versions(),
-        "load_before_after": [load, os.getloadavg()[0]],
-        **facts,
-        "rows": rows,
-    }
+    found = write(name, rows, load, path, **facts)
     show(rows, f"{name}, {found['device']}")
     for key, value in found.items():
         if key not in ("rows", "versions"):
             print(f"{key}: {value}")
+
+
+def write(
+    name: str,
+    rows: Sequence[Row],
+    load: float,
+    path: pathlib.Path | None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Writes the table and what it was measured on as JSON; returns them.
+
+    Args:
+        name: of the benchmark.
+        rows: of the table.
+        load: of the machine before.
+        path: of the JSON file, or None.
+        **facts: what else belongs to it, such as sizes and parts left out.
+    """
+    found = {
+        "benchmark": name,
+        "command": shlex.join(
+            ["python", "-m", f"benchmarks.{name}"]
+            + [a for a in sys.argv[1:] if not a.startswith("--json")]
+        ),
+        "device": device_name(),
+        "versions": versions(),
+        "load_before_after": [load, os.getloadavg()[0]],
+        **facts,
+        "rows": [row | {"verdict": verdict(row)} for row in rows],
+    }
     if path:
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+    return found

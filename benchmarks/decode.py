@@ -213,6 +213,7 @@ def rows_of(
             "unit": "",
             "ours": ours.bytes_a_step() / bandwidth() / step,
             "goal": GOALS.get(name),
+            "better": "greater",
         },
     ]
     refilled = ours.refilled()

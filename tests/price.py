@@ -21,12 +21,12 @@ _compiled = 0  # in this process
 _traced = 0.0
 
 
-def _count(event: str, duration: float, **_) -> None:
+def _count(event: str, duration_secs: float, **_) -> None:
     global _compiled, _traced
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled += 1
     elif event.startswith("/jax/core/compile/"):
-        _traced += duration
+        _traced += duration_secs
 
 
 def _cpu_seconds() -> float:

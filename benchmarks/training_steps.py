@@ -1,0 +1,204 @@
+"""A few training steps of every system, by its own experiment.
+
+    python -m benchmarks.training_steps [--tier=gpu] [--systems boss tmd] [--json=PATH]
+
+Do they run, and how fast? The stages of one arm run as in an experiment, on the
+networks and batches of the tier, but every training loop ends after three steps. Told
+of each loop: seconds of a step (the faster of the later two), programs compiled after
+the first step (none should be), and for RL the first ratio error, which says whether a
+rollout's log-probs are those of the update.
+"""
+
+import argparse
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+
+from benchmarks.contest import Row, conclude, write
+from experiments.run import find_experiment
+from tmdjax.core import compilation_cache
+from tmdjax.harness import StageContext, load_config
+
+STEPS = 3
+RATIO_ERRORS = {"first_ratio_error": 1e-4, "ratio_error": 1e-4}
+"""Names under which RL tells it, and the most it may be in float32 on any device."""
+
+
+class Case(NamedTuple):
+    """One arm of a system, up to the training that is its own.
+
+    Attributes:
+        arm: of the gpu tier; the smoke tier has its first arm looked at.
+        stage: the last one that runs.
+        smoke_stage: the same in the smoke tier, if another.
+        changes: of the gpu tier's config, where preparing would take long.
+    """
+
+    arm: str
+    stage: str
+    changes: tuple[str, ...] = ()
+    smoke_stage: str | None = None
+
+
+CASES = {
+    "flow_matching": Case("main", "train", ("data.options.train_count=1024",)),
+    "boss": Case(
+        "sprites", "train", ("arms.sprites.options.train_count=1024",), "straighten2"
+    ),
+    "flow_grpo": Case("flow_grpo", "align", ("train.images=1024",)),
+    "branchgrpo": Case("branch", "align", ("train.images=1024",)),
+    "policyflow": Case(
+        "policyflow", "train", ("train.iterations=3", "train.iterations_per_call=1")
+    ),
+    "grpo": Case("chain_sum", "rl", ("sft.pairs=512", "sft.look_every=1000")),
+    "tmd": Case(
+        "tmd",
+        "distill",
+        ("data.train_count=512", "data.test_count=64", "teacher.gate=0.0"),
+    ),
+}
+
+
+class _Seen(Exception):
+    """The last training loop was looked at."""
+
+
+class FewSteps(StageContext):
+    """A stage's context whose training loops end after a few steps, and are timed."""
+
+    def __init__(self, *arguments: Any, last: bool, loops: dict[str, dict], **options):
+        super().__init__(*arguments, **options)
+        self._last, self._loops = last, loops
+
+    def fit(
+        self, state: Any, step_fn: Any, data: Any, *, place: Any = None, **options: Any
+    ) -> Any:
+        """The state after ``STEPS`` steps."""
+        seconds, compiled, rows = [], [], []
+
+        def listen(event: str, duration_secs: float, **_: Any) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled[-1] += 1
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for step in range(STEPS):
+                key = jax.random.fold_in(self.key, step)
+                batch = next(data)
+                batch = place(batch) if place else batch
+                jax.block_until_ready((batch, key))
+                compiled.append(0)
+                start = time.perf_counter()
+                state, metrics = step_fn(state, batch, key)
+                jax.block_until_ready((state, metrics))
+                seconds.append(time.perf_counter() - start)
+                rows.append({k: float(v) for k, v in metrics.items() if not np.ndim(v)})
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        self._loops[self.name] = {
+            "first": seconds[0],
+            "later": min(seconds[1:]),
+            "compiled": sum(compiled[1:]),
+            "metrics": rows[0],
+        }
+        if self._last:
+            raise _Seen
+        return state
+
+
+def loops_of(system: str, tier: str, folder: pathlib.Path) -> dict[str, dict]:
+    """What was seen of each training loop up to the case's stage, by stage."""
+    case = CASES[system]
+    changes = case.changes if tier == "gpu" else ()
+    config: Any = load_config(f"configs/{system}.py:{tier}", changes)
+    experiment = find_experiment(config, system)
+    arms = experiment.arms(config) if hasattr(experiment, "arms") else ("main",)
+    arm = case.arm if case.arm in arms else arms[0]
+    loops: dict[str, dict] = {}
+    results: dict[str, Any] = {}
+    stages = {stage.name: stage for stage in experiment.stages(config, arm)}
+    last = (tier == "smoke" and case.smoke_stage) or case.stage
+    names = [last]  # and what it stands on
+    for name in reversed(list(stages)):
+        if any(name in stages[other].parents for other in names):
+            names.insert(0, name)
+    for name in names:
+        stage = stages[name]
+        context = FewSteps(
+            name,
+            0,
+            {parent: results[parent] for parent in stage.parents},
+            folder / name,
+            lambda: False,
+            last=name == last,
+            loops=loops,
+        )
+        (folder / name).mkdir(parents=True)
+        try:
+            results[name] = stage.run(context)
+        except _Seen:
+            pass
+    return loops
+
+
+def rows_of(system: str, loops: dict[str, dict]) -> list[Row]:
+    """Rows of the table."""
+    rows: list[Row] = []
+    for stage, seen in loops.items():
+        what = f"{system}, {stage}"
+        rows.append({"what": f"{what}: step", "unit": "s", "ours": seen["later"]})
+        rows.append(
+            {
+                "what": f"{what}: programs compiled after the first step",
+                "unit": "",
+                "ours": float(seen["compiled"]),
+                "goal": 0.0,
+            }
+        )
+        for name, most in RATIO_ERRORS.items():
+            if name in seen["metrics"]:
+                error = seen["metrics"][name]
+                told = {"what": f"{what}: first ratio error", "unit": "", "ours": error}
+                rows.append({**told, "goal": most})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table; writes it as JSON after every system."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--tier", default="gpu", choices=("gpu", "smoke"))
+    flags.add_argument("--systems", nargs="+", choices=CASES, default=list(CASES))
+    flags.add_argument("--json", type=pathlib.Path, help="also written there")
+    given = flags.parse_args(arguments)
+    compilation_cache.enable()
+    load, facts = os.getloadavg()[0], {}
+    rows: list[Row] = []
+    told = {"name": "training_steps", "load": load, "tier": given.tier}
+    for system in given.systems:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                loops = loops_of(system, given.tier, pathlib.Path(folder))
+            except Exception as error:  # one system's fault hides no other's figures
+                facts[f"failed: {system}"] = f"{type(error).__name__}: {error}"[:400]
+                continue
+        facts[f"first step, s: {system}"] = {k: v["first"] for k, v in loops.items()}
+        rows += rows_of(system, loops)
+        write(rows=rows, path=given.json, **told, **facts)
+        jax.clear_caches()
+    conclude(rows=rows, path=given.json, **told, **facts)
+    if any(name.startswith("failed") for name in facts):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
