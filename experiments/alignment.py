@@ -347,14 +347,16 @@ def describe(config: Config) -> dict[str, Any]:
             f"{config.rl.chunks}; choose a divisor."
         )
     rows: dict[str, Any] = {"iterations": config.rl.iterations}
-    built: dict[str, tasks.Task] = {}
+    key = jax.random.key(0)
+    built: dict[str, tuple[tasks.Task, Any]] = {}
     for arm in arms(config):
         own = of_arm(config, arm)
         base = json.dumps({k: to_plain(own[k]) for k in BASE})
         policy = tasks.policy if base not in built else _linear_policy
         if base not in built:
-            built[base] = tasks.build(own)
-        task, name = built[base], own.task.name
+            params = jax.eval_shape(functools.partial(tasks.initial, own), key)
+            built[base] = tasks.build(own), params
+        (task, params), name = built[base], own.task.name
         method, _, _ = setup(config, arm, task.event_shape)
         stored = method.memory(config.rl.prompts) / 1e9
         if stored > config.rl.memory_limit_gb:
@@ -363,7 +365,7 @@ def describe(config: Config) -> dict[str, Any]:
                 f"rl.memory_limit_gb={config.rl.memory_limit_gb}; draw fewer prompts, "
                 f"train fewer steps (a window, or fewer splits), or raise the limit."
             )
-        params = _trace(own, arm, task, policy)
+        _trace(own, arm, task, params, policy)
         rows[f"{name}: parameters"] = trees.count(params)
         if name != "mixture":
             rows[f"{name}: pretraining updates"] = own.train.steps
@@ -381,8 +383,10 @@ def _linear_policy(config: Config, params: Any, key: Any) -> Any:
     return {"scale": jnp.ones(())}, linear, lambda trained: trained
 
 
-def _trace(config: Config, arm: str, task: tasks.Task, policy: Any) -> Any:
-    """Shapes of the base's parameters; one iteration is traced, nothing allocated."""
+def _trace(
+    config: Config, arm: str, task: tasks.Task, params: Any, policy: Any
+) -> None:
+    """Traces one iteration from the shapes of a base's parameters."""
     available = len(next(iter(task.prompts.values())))
     if config.rl.prompts > available:
         raise ValueError(
@@ -403,7 +407,4 @@ def _trace(config: Config, arm: str, task: tasks.Task, policy: Any) -> Any:
             state, params, batch, (record,), rewards, key, zero, table, plan
         )
 
-    key = jax.random.key(0)
-    params = jax.eval_shape(functools.partial(tasks.initial, config), key)
-    jax.eval_shape(once, params, key)
-    return params
+    jax.eval_shape(once, params, jax.random.key(0))

@@ -7,6 +7,7 @@ against their prompts and compared with held-out videos.
 """
 
 import functools
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -181,18 +182,23 @@ def describe(config: Config) -> dict[str, Any]:
         ("sample", "count"),
         ("sample", "per_prompt"),
         ("distill", "cycles"),
-        ("teacher", "steps"),
     ):
         check_count(f"{group}.{name}", config[group][name])
+    # beside the exact teacher its network is only where students start
+    check_count("teacher.steps", config.teacher.steps, int(not config.teacher.exact))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    counted: dict[str, int] = {}  # many arms share a network
     for arm in arms(config):
         settings = of_arm(config, arm)
-        module = models.build(students.student_spec(settings))
-        times = 2 if settings.student.kind == "meanflow" else 1
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        params = jax.eval_shape(
-            functools.partial(tasks.initial_params, settings, module, times=times), key
-        )
-        rows[f"{arm}: parameters"] = trees.count(params)
+        spec = students.student_spec(settings)
+        network = json.dumps(spec, sort_keys=True)
+        if network not in counted:
+            times = 2 if settings.student.kind == "meanflow" else 1
+            initial = functools.partial(
+                tasks.initial_params, settings, models.build(spec), times=times
+            )
+            counted[network] = trees.count(jax.eval_shape(initial, key))
+        rows[f"{arm}: parameters"] = counted[network]
         if settings.student.kind == "tmd":
             rows[f"{arm}: effective NFE"] = round(students.plan_of(settings).nfe, 3)
         if settings.student.kind == "dmd2":

@@ -141,9 +141,18 @@ def optimizer(settings: Config, steps: int, **options: Any) -> Any:
 
 
 def train_teacher(config: Config, context: StageContext) -> StageResult:
-    """Flow matching on the data, conditions dropped at times."""
+    """Flow matching on the data, conditions dropped at times.
+
+    Beside the exact teacher it may take no steps: students start from what is drawn.
+    """
     settings = config.teacher
     module = models.build(network_spec(config))
+    params = initial_params(config, module, context.key)
+    model: dict[str, Any] = {"model": network_spec(config)}
+    model["meta"] = {"scale": config.data.scale}
+    if not settings.steps:
+        found = {"parameters": trees.count(params), "skipped_updates": 0.0}
+        return StageResult({"params": params}, found, **model)
     apply_fn = on_prompts(config, module)
 
     def loss(params: Any, batch: Any, keys: Any) -> Any:
@@ -160,7 +169,6 @@ def train_teacher(config: Config, context: StageContext) -> StageResult:
 
     rule = optimizer(settings, settings.steps)
     step = train.make_train_step(loss, rule, ema_decay=settings.ema_decay)
-    params = initial_params(config, module, context.key)
     state = train.create_state(params, rule, ema=True)
     step, state, place = train.jit_train_step(step, state, train.make_mesh())
     state = context.fit(
@@ -185,8 +193,7 @@ def train_teacher(config: Config, context: StageContext) -> StageResult:
             "skipped_updates": state.skipped,
             "trained_adherence": found,
         },
-        model=network_spec(config),
-        meta={"scale": config.data.scale},
+        **model,
     )
 
 

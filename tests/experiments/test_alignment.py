@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import tmdjax
-from experiments import alignment, alignment_tasks, branchgrpo, flow_grpo, run
+from experiments import alignment, alignment_tasks, flow_grpo, run
 from tmdjax.harness import load_config
 
-BRANCH = "--config=configs/branchgrpo.py:smoke"
 TINY_SHAPES = (
     "task.prompts=8 task.held_out=2 model.hidden=32 model.depth=1 model.heads=2 "
     "model.text_width=16 model.patch_size=4 train.steps=8 train.images=64 "
@@ -22,13 +21,6 @@ TINY_SHAPES = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("branch") / "run"
-    assert run.main([BRANCH, f"--workdir={workdir}"]) == 0
-    return workdir
-
-
 def skip_without_a_reader():
     if not all(map(importlib.util.find_spec, ("onnxruntime", "rapidocr_onnxruntime"))):
         pytest.skip("pip install 'tmdjax[ocr]'")
@@ -36,29 +28,6 @@ def skip_without_a_reader():
 
 def summary_of(workdir):
     return json.loads((workdir / "summary.json").read_text())
-
-
-def test_smoke_measures_what_claims_may_be_about(smoke):
-    config = load_config("configs/branchgrpo.py:smoke")
-    found = summary_of(smoke)["metrics"]
-    assert branchgrpo.measures(config) <= found.keys()
-    assert all(np.isfinite(value) for value in found.values())
-    for arm in alignment.arms(config):
-        assert found[f"{arm}/first_ratio_error"] <= 1e-6
-        assert found[f"{arm}/skipped_updates"] == 0
-        assert found[f"{arm}/reward_gain"] > 0
-        assert found[f"{arm}/gain.held_out.score"] > 0
-    assert found["branch/network_calls_per_sample"] == 4.625
-    assert found["dance/network_calls_per_sample"] == 8
-    rows = branchgrpo.summary_rows(config, found)
-    assert {row["method"] for row in rows} == set(alignment.arms(config))
-
-
-def test_a_finished_run_is_taken_up_again(smoke, capsys):
-    before = summary_of(smoke)["metrics"]
-    assert run.main([BRANCH, f"--workdir={smoke}"]) == 0
-    assert "cached" in capsys.readouterr().out
-    assert summary_of(smoke)["metrics"] == before
 
 
 def shapes_config(*changes, arm="flow_grpo"):

@@ -1,8 +1,6 @@
 """Runs side by side, against scipy."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -265,12 +263,3 @@ def test_bad_sweeps_run_nothing(arguments, message, executed, as_shipped):
 
 def test_values_with_commas():
     assert sweep.grid(["--sweep.a=(1,2);(3,4)"]) == [("a=(1,2)",), ("a=(3,4)",)]
-
-
-def test_one_line_at_the_shell():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep", CONFIG],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 2

@@ -1,122 +1,26 @@
 """The flow-matching experiment, its configs and the command line."""
 
 import functools
-import glob
 import json
 import os
-import pathlib
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tmdjax
 from experiments import flow_matching, image_quality, run
 from experiments import report as report_command
 from tmdjax import data, flows, models, train
 from tmdjax.harness import ConfigError, load_config
-from tmdjax.harness.config import load_module
 from tmdjax.harness.logs import read_rows, without_timings
 
 CONFIG = "configs/flow_matching.py"
 SMOKE = f"--config={CONFIG}:smoke"
-
-ALL_TIERS = [
-    f"{path}:{tier}"
-    for path in sorted(glob.glob("configs/*.py"))
-    for tier in load_module(pathlib.Path(path)).TIERS
-]
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A finished smoke run."""
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    assert run.main([SMOKE, f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-# smokes are run, and BOSS's large tiers are looked at in their own tests
-OTHERS = [s for s in ALL_TIERS if ":smoke" not in s and "boss.py" not in s]
-LONG = ("configs/tmd.py:paper",)  # four networks of 14 B are planned
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [pytest.param(s, marks=[pytest.mark.slow] * (s in LONG)) for s in OTHERS],
-)
-def test_every_tier_of_every_config_builds(spec, capsys):
-    assert spec.rpartition(":")[2] in ("smoke", "cpu", "gpu", "paper")
-    if spec.endswith("flow_grpo.py:gpu"):  # its words are read
-        pytest.importorskip("onnxruntime", reason="needs tmdjax[ocr]")
-    run.main([f"--config={spec}", "--dry_run", "--workdir=/nonexistent/run"])
-    shown = capsys.readouterr().out
-    assert "parameters" in shown and "to run" in shown
-    trained_by_rl = "flow_grpo" in spec or "branchgrpo" in spec
-    assert ("stored states, GB" in shown) == trained_by_rl
-
-
-def test_paper_tier_is_dit_xl():
-    described = flow_matching.describe(load_config(f"{CONFIG}:paper"))
-    # arXiv 2212.09748, table 4: 675 M (theirs also predicts variances)
-    assert abs(described["parameters"] / 675e6 - 1) < 0.002
-
-
-def test_cpu_tier_is_small():
-    assert flow_matching.describe(load_config(f"{CONFIG}:cpu"))["parameters"] <= 2e6
-
-
-def test_smoke_leaves_report_figures_and_rows(smoke):
-    for name in ("report.html", "summary.json", "figures/samples.png"):
-        assert (smoke / name).stat().st_size > 1000
-    summary = json.loads((smoke / "summary.json").read_text())
-    assert summary["command"] == f"python -m experiments.run {SMOKE}"
-    assert summary["labels"]["frechet"].startswith("FD-sprites@")
-    metrics = summary["metrics"]
-    # training has begun to work: nearer to the data than noise is
-    assert (
-        metrics["euler4.sliced_wasserstein"] < metrics["untrained.sliced_wasserstein"]
-    )
-    assert metrics["real.sliced_wasserstein"] < metrics["euler4.sliced_wasserstein"]
-    rows = read_rows(smoke / "metrics.jsonl")
-    assert {row["stage"] for row in rows} == {"features", "train"}
-
-
-def test_claims_are_about_what_is_measured(smoke, tmp_path):
-    config = load_config(f"{CONFIG}:smoke")
-    measured = json.loads((smoke / "summary.json").read_text())["metrics"]
-    assert flow_matching.measures(config) <= measured.keys()
-    command = [f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"]
-    with pytest.raises(ConfigError, match="claim 'F4' is about 'heun8.frechet'"):
-        run.main([*command, "--config.sample.heun_nfe=(4,6,16)"])
-
-
-def test_finished_run_loads_and_samples(smoke):
-    apply_fn, params, meta = tmdjax.load(smoke)
-    assert meta["config"]["system"] == "flow_matching"
-    labels = jnp.arange(4)
-    noise = jax.random.normal(jax.random.key(0), (4, *meta["config"]["data"]["shape"]))
-    x = flows.rollout(
-        None,
-        functools.partial(apply_fn, params),
-        noise,
-        flows.make_table("ode", flows.uniform_grid(2)),
-        labels,
-        store=False,
-    )
-    assert x.shape == noise.shape and np.isfinite(x).all()
-
-
-def test_sample_stage_of_a_finished_run(smoke, capsys):
-    (smoke / "figures" / "samples.png").unlink()
-    assert run.main([SMOKE, f"--workdir={smoke}", "--stage=sample"]) == 0
-    assert (smoke / "figures" / "samples.png").exists()
-    assert "samples.png" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +31,8 @@ def two_seeds(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_same_seed_same_numbers_other_seed_others(smoke, two_seeds):
+def test_same_seed_same_numbers_other_seed_others(smoke_of, two_seeds):
+    smoke = smoke_of("flow_matching")
     units = [
         json.loads((w / "units" / f"main-seed{s}.json").read_text())["unit"]["metrics"]
         for w, s in ((smoke, 0), (two_seeds, 0), (two_seeds, 1))
@@ -168,28 +73,21 @@ def test_shards_merge_to_the_whole(two_seeds, tmp_path, capsys):
     assert "flow_matching" in (tmp_path / "RESULTS.md").read_text()
 
 
-def smoke_config(**train_changes):
-    config = load_config(f"{CONFIG}:smoke")
+@pytest.fixture(scope="module")
+def training():
+    """An update of a network of one block, and the shapes that it takes."""
+    config = load_config(f"{CONFIG}:smoke", ["model.depth=1", "model.recipe=bf16"])
     with config.unlocked():
-        config.train.update(train_changes)
-    return config
+        config.model.attention_implementation = "xla"
+    return config, *flow_matching.planned(config)["update"][:2]
 
 
-def abstract_training(config):
+def test_an_update_compiles_once(training, count_compiles):
+    config, _, (_, shapes, _) = training
     state, step, _ = flow_matching.training(config, jax.random.key(0))
-    batch = {
-        "image": jnp.zeros((config.train.batch_size, *config.data.shape)),
-        "label": jnp.zeros(config.train.batch_size, jnp.int32),
-    }
-    return state, step, batch
-
-
-def test_hot_functions_compile_once(count_compiles):
-    config = smoke_config()
-    state, step, batch = abstract_training(config)
     step, state, place = train.jit_train_step(step, state, train.make_mesh())
-    batches = data.in_memory(jax.tree.map(np.asarray, batch), 16)
-    key = jax.random.key(0)
+    batch = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    batches, key = data.in_memory(batch, config.train.batch_size), jax.random.key(0)
     state, _ = step(state, place(next(batches)), key)
     with count_compiles() as compiled:
         for _ in range(4):
@@ -197,19 +95,11 @@ def test_hot_functions_compile_once(count_compiles):
     assert not compiled
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
-def test_lowers_for_accelerators(platform, recipe):
-    config = smoke_config()
-    with config.unlocked():
-        config.model.attention_implementation = "xla"
-        config.model.recipe = recipe
-    state, step, batch = abstract_training(config)
-    exported = jax.export.export(
-        jax.jit(lambda s, b, k: step(s, b, jax.random.wrap_key_data(k))),
-        platforms=[platform],
-    )(state, batch, jax.random.key_data(jax.random.key(0)))
-    assert exported.platforms == (platform,)
+def test_training_and_sampling_lower_for_accelerators(training):
+    config, step, (state, batch, key) = training
+    both = ("cuda", "tpu")
+    exported = jax.export.export(jax.jit(step), platforms=both)(state, batch, key)
+    assert exported.platforms == both
     module = models.build(flow_matching.model_spec(config))
     apply_fn = models.functional(module)
     table = flows.make_table("ode", flows.uniform_grid(4))
@@ -222,7 +112,7 @@ def test_lowers_for_accelerators(platform, recipe):
             None, velocity, noise, table, labels, method="heun", store=False
         )
 
-    exported = jax.export.export(jax.jit(sample), platforms=[platform])(
+    exported = jax.export.export(jax.jit(sample), platforms=both)(
         state.params, batch["image"], batch["label"]
     )
     assert exported.out_avals[0].shape == batch["image"].shape
@@ -304,7 +194,7 @@ def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
     assert a["metrics"] == b["metrics"]
 
 
-def test_nan_in_the_data_stops_before_training(tmp_path, monkeypatch):
+def test_nan_in_the_data_stops_before_training():
     loaded = data.load("sprites", size=8, train_count=64, test_count=64)
     loaded.train["image"][3, 1, 2, 0] = np.nan
     with pytest.raises(ValueError, match=r"train\['image'\].*index \(3, 1, 2, 0\)"):
@@ -373,21 +263,25 @@ def test_impossible_settings(override, message, tmp_path, as_shipped):
         run.main([SMOKE, f"--config.{override}", f"--workdir={tmp_path / 'run'}"])
 
 
-def test_one_line_at_the_shell():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.run", SMOKE, "--config.train.stps=1"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr.count("\n") <= 2 and "train.steps" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "command, arguments, what",
+    [
+        ("run", [SMOKE, "--config.train.stps=1"], "train.steps"),
+        ("sweep", [SMOKE], "give --sweep.a.b=v,w"),
+    ],
+)
+def test_one_line_at_the_shell(command, arguments, what, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(f"experiments/{command}.py", run_name="__main__")
+    said = stopped.value.code  # printed to stderr; the status is then 1
+    assert said.count("\n") == 1 and what in said and "Traceback" not in said
 
 
-def test_list_names_every_tier(capsys):
-    assert run.main(["--list"]) == 0
-    out = capsys.readouterr().out
-    assert all(spec in out for spec in ALL_TIERS)
+def test_a_claim_about_what_is_not_measured_stops_at_once(tmp_path):
+    command = [f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="claim 'F4' is about 'heun8.frechet'"):
+        run.main([*command, "--config.sample.heun_nfe=(4,6,16)"])
 
 
 def test_real_set_has_the_classes_asked_for():

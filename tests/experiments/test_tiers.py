@@ -1,0 +1,89 @@
+"""Every tier of every config: it builds, and it claims only what it measures."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from experiments import run
+from tmdjax.harness import load_config
+from tmdjax.harness.config import load_module
+
+TIERS = [
+    f"{path}:{tier}"
+    for path in sorted(pathlib.Path("configs").glob("*.py"))
+    for tier in load_module(path).TIERS
+]
+# smokes are run by .ci/run; these take seconds to trace
+DEAR = (
+    "branchgrpo.py:paper",
+    "boss.py:gpu",
+    "boss.py:paper",
+    "policyflow.py:paper",
+    "tmd.py:paper",
+)
+BUILT = [
+    pytest.param(spec, marks=[pytest.mark.nightly] * spec.endswith(DEAR))
+    for spec in TIERS
+    if not spec.endswith(":smoke")
+]
+SIZES = {
+    # arXiv 2212.09748, table 4: 675 M (theirs also predicts variances)
+    "flow_matching.py:paper": {"parameters": (0.998 * 675e6, 1.002 * 675e6)},
+    "flow_matching.py:cpu": {"parameters": (1e6, 2e6)},
+    # the 256 x 256 network of the reference has 65.6 M parameters
+    "boss.py:paper": {"parameters": (59e6, 72e6), "search, GB": (0, 4)},
+    "boss.py:gpu": {f"{a}/parameters": (5e6, 20e6) for a in ("fashion", "sprites")},
+}
+
+
+@pytest.mark.parametrize("spec", BUILT)
+def test_it_builds(spec):
+    if spec.endswith("flow_grpo.py:gpu"):  # its words are read
+        pytest.importorskip("onnxruntime", reason="needs tmdjax[ocr]")
+    config = load_config(spec)
+    experiment = run.find_experiment(config, spec)
+    sizes = experiment.describe(config)
+    assert any("parameters" in name for name in sizes)
+    if config.system in ("flow_grpo", "branchgrpo"):
+        assert any("stored states, GB" in name for name in sizes)
+    for name, (low, high) in SIZES.get(pathlib.Path(spec).name, {}).items():
+        assert low <= sizes[name] <= high, name
+
+
+@pytest.mark.parametrize("spec", TIERS)
+def test_it_claims_only_what_it_measures(spec):
+    assert spec.rpartition(":")[2] in ("smoke", "cpu", "gpu", "paper")
+    config = load_config(spec)
+    experiment = importlib.import_module(f"experiments.{config.system}")
+    claims = config.get("claims", {}).values()
+    about = {name for c in claims for name in (c.ours, c.baseline) if name}
+    assert about <= experiment.measures(config)
+    for arm in experiment.arms(config) if hasattr(experiment, "arms") else ("main",):
+        stages = experiment.stages(config, arm)
+        names = [stage.name for stage in stages]
+        assert len(set(names)) == len(names)
+        for i, stage in enumerate(stages):
+            assert set(stage.parents) <= set(names[:i])
+
+
+def test_the_list_names_every_tier(capsys):
+    assert run.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(spec in out for spec in TIERS)
+
+
+def test_a_dry_run_shows_sizes_and_stages(capsys):
+    spec = "--config=configs/flow_matching.py:cpu"
+    assert run.main([spec, "--dry_run", "--workdir=/nonexistent/run"]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters" in shown and "to run" in shown
+
+
+def test_large_tiers_of_boss_have_two_arms_with_their_own_claims():
+    config = load_config("configs/boss.py:gpu")
+    experiment = importlib.import_module("experiments.boss")
+    assert experiment.arms(config) == ("fashion", "sprites")
+    assert {name.partition("-")[0] for name in config.claims} == set(
+        "O1 O2a O2b O2c O3a O3b O4a O4b O4c O5".split()
+    )
