@@ -1,9 +1,9 @@
 # Every target makes .venv itself, from any Python >= 3.11, under constraints/.
 #   make demo      few-step digits: search step sizes, straighten (table, report)
-#   make test      the default test suite
+#   make test      the default test suite; PYTEST_ARGUMENTS="FILES -k ..." runs a part
 #   make lint      format, lint, types
 #   make docs      the documentation, checked, into build/site
-#   make nightly   notebooks, peer-library comparisons, long runs
+#   make nightly   long runs, peer libraries, notebooks, planted faults
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	>/dev/null 2>&1 && echo $$p && break; done)
@@ -19,8 +19,14 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m experiments.run --config=configs/boss.py:cpu
 
+# files stay whole, and the dearest start first (tests/price.py)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# these compile as users do, in a process of their own; see tests/conftest.py
+OPTIMISED := $(wildcard tests/optimised)
+
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGUMENTS)
+	$(PYTEST) $(PYTEST_ARGUMENTS)
+	$(if $(PYTEST_ARGUMENTS),,$(if $(OPTIMISED),$(PYTEST) $(OPTIMISED)))
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .
@@ -31,7 +37,9 @@ docs: $(VENV)/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 nightly: $(VENV)/oracle.installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or nightly"
+	$(PYTEST) -m "slow or nightly"
+	$(if $(OPTIMISED),$(PYTEST) $(OPTIMISED) -m "slow or nightly" || test $$? -eq 5)
+	$(BIN)/python tests/mutations.py
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -p no:xdist --nbmake \
 		--nbmake-timeout=900 --timeout=1800 colabs -m ""
 

@@ -1,11 +1,13 @@
 """What each test file costs: CPU seconds (children included) and compilations.
 
 Loaded by ``tests/conftest.py``; the ten dearest files are shown after every run, and
-``TMDJAX_PRICE=path`` writes all of them as JSON.
+``TMDJAX_PRICE=path`` writes all of them as JSON, beside the files that the path already
+names. ``TMDJAX_PRICE=tests/prices.json make test`` renews what workers are ordered by.
 """
 
 import json
 import os
+import pathlib
 import resource
 from collections import defaultdict
 
@@ -15,6 +17,9 @@ import pytest
 CLEAR_AFTER = (
     4000  # programs: every one holds memory maps, of which a process has 65,530
 )
+
+PRICES = pathlib.Path(__file__).with_name("prices.json")
+BYTES_A_SECOND = 800  # of a file that has no price yet: a large one may be dear
 
 _PRICE = "price"
 _compiled = 0  # in this process
@@ -45,6 +50,19 @@ class Price:
         self.marked = (_cpu_seconds(), 0)
         self.cleared = 0
         self.files = defaultdict(lambda: [0.0, 0, 0])
+
+    def pytest_collection_modifyitems(self, config, items):
+        """Workers take the dearest files first: a dear one at the end has no company."""
+        if not hasattr(config, "workerinput"):
+            return
+        known = json.loads(PRICES.read_text())
+
+        def dearest_first(item):
+            name = item.nodeid.partition("::")[0]
+            size = item.path.stat().st_size
+            return -known.get(name, [size / BYTES_A_SECOND])[0], name
+
+        items.sort(key=dearest_first)
 
     def pytest_collection_finish(self):
         self.marked = (_cpu_seconds(), _compiled)
@@ -78,10 +96,20 @@ class Price:
         if not rows:
             return
         if path := os.environ.get("TMDJAX_PRICE"):
-            with open(path, "w") as file:
-                json.dump(dict(rows), file, indent=0)
+            _write(pathlib.Path(path), dict(rows))
         cpu, compiled, tests = (sum(r[i] for _, r in rows) for i in range(3))
         terminalreporter.section("price: CPU seconds, compilations, tests")
         for name, (seconds, programs, count) in rows[:10]:
             terminalreporter.line(f"{seconds:8.1f} {programs:6d} {count:5d}  {name}")
         terminalreporter.line(f"{cpu:8.1f} {compiled:6d} {tests:5d}  all files")
+
+
+def _write(path, rows):
+    """A line a file; those of an earlier run stay while their file is there."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows = {name: row for name, row in before.items() if os.path.exists(name)} | rows
+    lines = [
+        f"{json.dumps(name)}: [{cpu:.1f}, {compiled}, {count}]"
+        for name, (cpu, compiled, count) in sorted(rows.items())
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
