@@ -1,26 +1,32 @@
-"""TMD: the invariants of its sheet, section 6, by number."""
+"""TMD: the invariants of its sheet, section 6, by number; DMD2 and MeanFlow beside it."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
-from tmdjax import flows, models
+from tmdjax import flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.systems import dmd2, meanflow, tmd
 
 MU, VARIANCE = 0.7, 0.25
+KEYS = jax.random.split(jax.random.key(0), 100_000)
+NOISE = prng.normal(jax.random.split(jax.random.key(1), 100_000), (1,))
 
 
-def gaussian(x, t, cond=None, *, method):
-    """The exact backbone for data N(MU, VARIANCE): the law of y given x_t."""
-    assert method == "backbone"
-    total = (1 - t) ** 2 * VARIANCE + t**2
-    slope = (t - (1 - t) * VARIANCE) / total
-    mean = -MU + slope[:, None] * (x - (1 - t)[:, None] * MU)
-    return {"mean": mean, "variance": (VARIANCE / total)[:, None]}
+def moments(x):
+    return float(x.mean()), float(x.var())
+
+
+def plan_of(outer=2, inner=2, **options):
+    return tmd.make_plan(outer, inner, 1, 4, **options)
+
+
+# A network that knows everything: data N(MU, VARIANCE) ---------------------------------
 
 
 def jump(y, s, r, law):
@@ -30,59 +36,43 @@ def jump(y, s, r, law):
     return (1 - r) * law["mean"] + spread(r) / spread(s) * (y - (1 - s) * law["mean"])
 
 
-def exact(average, y1=None):
-    """Backbone and head that know everything; 'y1' needs the rollout's own noise."""
-
-    def network(*inputs, method):
-        if method == "backbone":
-            return gaussian(*inputs, method=method)
-        y, s, r, law = inputs
-        average_velocity = (y - jump(y, s, r, law)) / (s - r)[:, None]
-        return (
-            y1 - average_velocity
-            if average == "y1"
-            else y - s[:, None] * average_velocity
-        )
-
-    return network
-
-
-def plan_of(outer=2, inner=2, **options):
-    return tmd.make_plan(outer, inner, 1, 4, **options)
-
-
-KEYS = jax.random.split(jax.random.key(0), 100_000)
-NOISE = prng.normal(jax.random.split(jax.random.key(1), 100_000), (1,))
-
-
-def moments(x):
-    return float(x.mean()), float(x.var())
+def exact(params, *inputs, method, y1=None):
+    """The law of y given x_t; its map, for 'ys', or for 'y1' if told the noise y1."""
+    if method == "backbone":
+        x, t, _ = inputs
+        total = (1 - t) ** 2 * VARIANCE + t**2
+        slope = (t - (1 - t) * VARIANCE) / total
+        mean = -MU + slope[:, None] * (x - (1 - t)[:, None] * MU)
+        return {"mean": mean, "variance": (VARIANCE / total)[:, None]}
+    y, s, r, law = inputs
+    average = (y - jump(y, s, r, law)) / (s - r)[:, None]
+    return y - s[:, None] * average if y1 is None else y1 - average
 
 
 @pytest.mark.parametrize("outer, inner", [(1, 1), (2, 2), (4, 4)])
 def test_3_sampler_returns_the_data_with_the_exact_head(outer, inner):
     plan = plan_of(outer, inner, average="ys")
-    apply_fn = lambda params, *inputs, method: exact("ys")(*inputs, method=method)  # noqa: E731
-    x = tmd.sample(apply_fn, {}, NOISE, None, KEYS, plan)
+    x = tmd.sample(exact, {}, NOISE, None, KEYS, plan)
     np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def walk(plan):
-    """The sampler's steps with a head that is told its y1."""
+    """The sampler's steps with a head that is told its y1, as 'y1' needs."""
     x = plan.outer_times[0] * NOISE
     for i, (t, t_next) in enumerate(zip(plan.outer_times, plan.outer_times[1:])):
         y1 = prng.normal(prng.fold_in(KEYS, i), (1,))
-        network = exact(plan.average, y1)
-        law = network(x, jnp.full(len(x), t), method="backbone")
+        told = y1 if plan.average == "y1" else None
+        network = functools.partial(exact, {}, y1=told)
+        law = network(x, jnp.full(len(x), t), None, method="backbone")
         x = x - (t - t_next) * tmd.inner_flow(network, law, y1, plan)
     return x
 
 
-@pytest.mark.parametrize("average", tmd.AVERAGES)
 @pytest.mark.parametrize("outer, inner", [(1, 2), (2, 1), (2, 2)])
-def test_3_both_averages_with_the_exact_head(outer, inner, average):
-    plan = plan_of(outer, inner, average=average)
-    np.testing.assert_allclose(moments(walk(plan)), (MU, VARIANCE), atol=5e-3)
+def test_3_the_rollouts_own_noise_with_the_exact_head(outer, inner):
+    x = walk(plan_of(outer, inner, average="y1"))
+    np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)
@@ -91,19 +81,394 @@ def test_3_the_printed_sign_fails(average):
     assert abs(mean - MU) > 0.5 and variance > 4 * VARIANCE
 
 
-def outputs(form):
-    plan = plan_of(2, 2, average="ys", output=form)
-    apply_fn = lambda params, *inputs, method: exact("ys")(*inputs, method=method)  # noqa: E731
-    x_data = MU + VARIANCE**0.5 * NOISE
-    return tmd.generate(apply_fn, plan, {}, {"x_data": x_data}, KEYS), x_data, plan
-
-
-def test_3_training_samples_have_the_data_law_and_the_printed_form_has_not():
-    state, _x_data, _plan = outputs("state")
-    np.testing.assert_allclose(moments(state), (MU, VARIANCE), atol=5e-3)
+@pytest.mark.parametrize(
     # the printed form: 0.25 at t = 1 and 0.305 at t = 0.908, in equal shares
-    _, variance = moments(outputs("noise")[0])
-    assert variance == pytest.approx((0.25 + 0.305) / 2, abs=6e-3)
+    "output, variance",
+    [("state", VARIANCE), ("noise", (0.25 + 0.305) / 2)],
+)
+def test_3_training_samples_have_the_data_law_and_the_printed_form_has_not(
+    output, variance
+):
+    plan = plan_of(2, 2, average="ys", output=output)
+    generate = jax.jit(functools.partial(tmd.generate, exact, plan, {}))
+    x = generate({"x_data": MU + VARIANCE**0.5 * NOISE}, KEYS)
+    np.testing.assert_allclose(moments(x), (MU, variance), atol=6e-3)
+
+
+def test_16_deterministic_transfer():
+    """With the exact prediction the states stay on a straight line to it."""
+    times = flows.truncated_grid(4, 5.0)
+    noise, target = NOISE[:4], jnp.full((4, 1), 0.3)
+    velocity = lambda x, t, cond: (x - target) / t[:, None]  # noqa: E731
+    found = dmd2.sample(lambda params, *at: velocity(*at), {}, noise, None, times)
+    np.testing.assert_allclose(found, target, atol=1e-6)
+    table = flows.make_table("ode", times)
+    states = flows.rollout(None, velocity, noise, table, None).states
+    line = np.asarray(target) + times[:, None, None] / times[0] * (noise - target)
+    np.testing.assert_allclose(states, line, atol=1e-6)
+
+
+def test_dmd2_generates_the_posterior_mean():
+    flow = flows.gaussian_mixture([1.0], [[MU]], [VARIANCE**0.5])
+    apply_fn = lambda params, x, t, cond: flow.velocity(x, t)  # noqa: E731
+    times = flows.truncated_grid(2, 10.0)
+    generate = jax.jit(functools.partial(dmd2.generate, apply_fn, times, {}))
+    mean, variance = moments(generate({"x_data": MU + VARIANCE**0.5 * NOISE}, KEYS))
+    assert abs(mean - MU) < 5e-3 and variance < 0.1 * VARIANCE
+
+
+def test_renoised_states_lie_on_the_path():
+    """The second network answers with its state, so that is what comes out."""
+
+    def apply_fn(params, x, t, cond):
+        return jnp.where(t[:, None] > 0.95, (x - 0.3) / 0.999, 0.0 * x)
+
+    times = np.array([0.999, 0.6, 0.0])
+    x, y = (
+        dmd2.sample(apply_fn, {}, NOISE, None, times, transfer="renoise", keys=keys)
+        for keys in (KEYS, KEYS[::-1])
+    )
+    np.testing.assert_allclose(moments(x), (0.4 * 0.3, 0.6**2), atol=5e-3)
+    assert np.abs(np.asarray(x) - y).mean() > 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_meanflow_reaches_the_data_with_the_exact_map(steps):
+    spread = lambda t: jnp.sqrt((1 - t) ** 2 * VARIANCE + t**2)[:, None]  # noqa: E731
+
+    def apply_fn(params, x, t, r, cond):
+        scaled = (x - (1 - t)[:, None] * MU) / spread(t)
+        return (x - (1 - r)[:, None] * MU - spread(r) * scaled) / (t - r)[:, None]
+
+    x = meanflow.sample(apply_fn, {}, NOISE, None, flows.truncated_grid(steps, 5.0))
+    np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
+
+
+# A network of four numbers --------------------------------------------------------------
+
+TOY = {"backbone": np.float32(0.8), "head": np.float32([0.7, -0.4, 0.3])}
+DATA = np.random.default_rng(5).normal(size=(2000, 3)).astype(np.float32)
+ROWS = {"x_data": jnp.asarray(DATA)}
+ROW_KEYS = KEYS[:2000]
+
+
+def toy(params, *inputs, method):
+    """A backbone of one number and a head of three."""
+    if method == "backbone":
+        x, t, cond = inputs
+        hidden = jnp.tanh(params["backbone"] * x + t[:, None])
+        return hidden if cond is None else hidden + cond
+    y, s, r, features = inputs
+    a, b, c = params["head"]
+    return jnp.tanh(a * y + b * features) + c * (s - 0.5 * r)[:, None]
+
+
+def toy_average(params, x, t, r, cond):
+    a, b, c = params["head"]
+    u = jnp.tanh(params["backbone"] * a * x + c * t[:, None]) + b * r[:, None]
+    return u if cond is None else u + cond
+
+
+LOSSES = {
+    "tmd": (toy, lambda *a, **k: tmd.pretraining_loss(*a[:4], PLAN, *a[4:], **k)),
+    "meanflow": (toy_average, meanflow.meanflow_loss),
+}
+PLAN = plan_of()
+
+
+def asked_by(system, config, rows=ROWS, null_cond=None, plan=PLAN):
+    """The loss, its gradient, and all that the network is asked, in one program."""
+    network, loss_of = LOSSES[system]
+    if system == "tmd":
+        loss_of = lambda *a, **k: tmd.pretraining_loss(*a[:4], plan, *a[4:], **k)  # noqa: E731
+
+    def run(params, keys):
+        asked = []
+
+        def spying(params, *inputs, **method):
+            asked.append((method.get("method", "whole"), inputs))
+            return network(params, *inputs, **method)
+
+        loss, _ = loss_of(params, spying, rows, keys, config, null_cond)
+        names[:] = [name for name, _ in asked]
+        return loss, [inputs for _, inputs in asked]
+
+    def gradient(params, keys):
+        total = lambda p: loss_of(p, network, rows, keys, config, null_cond)[0].sum()  # noqa: E731
+        return jax.grad(total)(params)
+
+    names = []
+    keys = ROW_KEYS[: len(rows["x_data"])]
+    loss, inputs = jax.jit(run)(TOY, keys)
+    grads = jax.jit(gradient)(TOY, keys)
+    return np.asarray(loss), grads, list(zip(names, jax.tree.map(np.asarray, inputs)))
+
+
+NO_JUMPS = flows.FlowMapConfig(
+    map_rate=0.0,
+    guidance=1.0,
+    drop_rate=0.0,
+    loss_constant=0.5,
+    derivative="difference",
+)
+
+
+def check_regression(residual, value, found):
+    """Value and gradient of |residual|^2 over its own size, c = 0.5 an element."""
+
+    @jax.jit
+    def expected(params):
+        each = jnp.square(residual(params)).sum(1)
+        loss = lambda p: jnp.square(residual(p)).sum(1) / (each + 1.5)  # noqa: E731
+        return loss(params), jax.grad(lambda p: loss(p).sum())(params)
+
+    loss, grads = expected(TOY)
+    np.testing.assert_allclose(value, loss, rtol=1e-3)
+    for name in TOY:
+        np.testing.assert_allclose(found[name], grads[name], rtol=2e-3, atol=0.05)
+
+
+@pytest.mark.parametrize("average", tmd.AVERAGES)
+def test_6_rows_without_a_jump_regress_the_head_onto_the_transition(average):
+    """u = y1 - head and v = y1 - y: the head's target is y, also for the gradient."""
+    value, found, asked = asked_by("tmd", NO_JUMPS, plan=plan_of(average=average))
+    (x_t, t, _), (y_s, s, r, _) = (inputs for _, inputs in asked[:2])
+    np.testing.assert_array_equal(s, r)
+    noise = (x_t - (1 - t[:, None]) * DATA) / t[:, None]
+    y, inner = noise - DATA, s[:, None]
+    # both noises are standard normal, and independent
+    y1 = ((y_s - (1 - inner) * y) / inner)[s > 0.2]
+    for drawn in (noise, y1):
+        np.testing.assert_allclose(moments(drawn), (0, 1), atol=0.08)
+    assert abs(np.mean(noise[s > 0.2] * y1)) < 0.06
+
+    def residual(params):
+        features = toy(params, x_t, t, None, method="backbone")
+        answer = toy(params, y_s, s, r, features, method="head")
+        return (answer - y) / (1.0 if average == "y1" else inner)
+
+    check_regression(residual, value, found)
+
+
+def test_meanflow_without_a_jump_is_flow_matching():
+    value, found, asked = asked_by("meanflow", NO_JUMPS)
+    _, (x_t, t, r, _) = asked[0]
+    np.testing.assert_array_equal(t, r)
+    v = (x_t - DATA) / t[:, None]
+    np.testing.assert_allclose(moments((v + DATA)[t > 0.2]), (0, 1), atol=0.08)
+    check_regression(lambda p: toy_average(p, x_t, t, r, None) - v, value, found)
+
+
+CONDITIONED = {**ROWS, "cond": jnp.ones((2000, 1))}
+
+
+def test_pretraining_asks_at_the_times_of_the_plan():
+    plan = plan_of(2, 4)
+    config = flows.FlowMapConfig(
+        map_rate=0.6, guidance=3.0, drop_rate=0.1, derivative="difference"
+    )
+    loss, _, asked = asked_by("tmd", config, CONDITIONED, np.zeros(1), plan)
+    assert loss.shape == (2000,) and (loss >= 0).all() and (loss < 1).all()  # 11
+    null, trained = (inputs for name, inputs in asked if name == "backbone")
+    starts = np.unique(null[1])[::-1]
+    np.testing.assert_array_equal(starts, np.float32(plan.outer_times[:-1]))
+    assert (null[2] == 0).all() and 0.06 < (trained[2] == 0).mean() < 0.14
+    (_, s, r, _), (_, same_s, end, _) = [i for name, i in asked if name == "head"][:2]
+    # guidance is that of the velocity, not of a jump
+    np.testing.assert_array_equal(s, r)
+    np.testing.assert_array_equal(s, same_s)
+    jumps = end < s
+    assert 0.55 < jumps.mean() < 0.65
+    inner = np.float32(plan.inner_times)[::-1]
+    np.testing.assert_array_equal(
+        end[jumps], inner[np.searchsorted(inner, s[jumps], side="right") - 1]
+    )
+
+
+def test_meanflow_jumps_as_often_as_it_is_told():
+    config = flows.FlowMapConfig(
+        map_rate=0.4, guidance=2.0, drop_rate=0.0, derivative="difference"
+    )
+    loss, _, asked = asked_by("meanflow", config, CONDITIONED, np.zeros(1))
+    assert (loss >= 0).all() and (loss < 1).all()
+    (_, (_, t, same_t, null)), (_, (_, _, r, cond)) = asked[:2]
+    np.testing.assert_array_equal(t, same_t)
+    assert (null == 0).all() and (cond == 1).all()
+    assert 0.36 < np.mean(r < t) < 0.44 and (r <= t).all()
+
+
+@pytest.mark.parametrize("derivative", flows.DERIVATIVES)
+@pytest.mark.parametrize("system", LOSSES)
+def test_only_the_derivative_is_taken_of_another_network(system, derivative):
+    """The network itself changes nothing, nor does a gradient pass through it."""
+    network, loss_of = LOSSES[system]
+    config = flows.FlowMapConfig(map_rate=1.0, drop_rate=0.0, derivative=derivative)
+
+    @jax.jit
+    def gradients(params):
+        def total(params, other=None):
+            options = {"derivative_apply_fn": other}
+            return loss_of(params, network, ROWS, ROW_KEYS, config, **options)[0].sum()
+
+        doubled = lambda *inputs, **method: 2 * network(*inputs, **method)  # noqa: E731
+        return [jax.value_and_grad(total)(params, o) for o in (None, network, doubled)]
+
+    plain, same, other = gradients(TOY)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), plain, same)
+    assert abs(other[0] / plain[0] - 1) > 0.01
+
+
+@pytest.mark.parametrize("derivative", flows.DERIVATIVES)
+def test_backbone_runs_once_and_the_derivatives_head_in_float32(derivative):
+    calls = []
+
+    def network(name):
+        def half(params, *inputs, method):
+            if method == "head":
+                calls.append((name, method, str(inputs[-1]["hidden"].dtype)))
+                hidden = inputs[-1]["hidden"].astype(jnp.float32)
+                return toy(params, *inputs[:-1], hidden, method=method)
+            calls.append((name, method, "bfloat16"))
+            return {"hidden": toy(params, *inputs, method=method).astype(jnp.bfloat16)}
+
+        return half
+
+    config = flows.FlowMapConfig(map_rate=1.0, drop_rate=0.0, derivative=derivative)
+
+    def total(params):
+        other = {"derivative_apply_fn": network("derivative")}
+        return tmd.pretraining_loss(
+            params, network("trained"), ROWS, ROW_KEYS, PLAN, config, **other
+        )[0].sum()
+
+    jax.eval_shape(jax.grad(total), TOY)
+    assert calls == [
+        ("trained", "backbone", "bfloat16"),
+        ("trained", "head", "bfloat16"),
+        *[("derivative", "head", "float32")] * (1 if derivative == "jvp" else 2),
+    ]
+
+
+def test_stage_one_and_sampling_compile_once(count_compiles):
+    rule = train.make_optimizer(train.OptimizerConfig())
+    config = flows.FlowMapConfig(drop_rate=0.0)
+    loss = lambda params, rows, keys: LOSSES["tmd"][1](params, toy, rows, keys, config)  # noqa: E731
+    step = jax.jit(train.make_train_step(loss, rule))
+    state, key = train.create_state(TOY, rule), jax.random.key(0)
+    state, first = step(state, ROWS, key)
+    draw = functools.partial(tmd.sample, toy, cond=None, keys=KEYS[:4], plan=PLAN)
+    x = draw(noise=ROWS["x_data"][:4], params=TOY)
+    with count_compiles() as compiled:
+        state, metrics = step(state, ROWS, key)
+        y = draw(noise=ROWS["x_data"][:4], params=state.params)
+    assert not compiled
+    assert int(state.step) == 2 and metrics["loss"] != first["loss"]
+    assert not np.array_equal(x, y)
+
+
+def test_7_one_inner_step_from_one_is_the_heads_answer():
+    network = functools.partial(toy, TOY)
+    y1, ones = ROWS["x_data"][:4], jnp.ones(4)
+    features = network(y1[::-1], 0.999 * ones, None, method="backbone")
+    one = tmd.inner_flow(network, features, y1, plan_of(1, 1, start=1.0))
+    head = network(y1, ones, 0 * ones, features, method="head")
+    np.testing.assert_allclose(one, head, atol=1e-6)
+
+
+def test_9_gradient_through_the_rollout_is_right(x64):
+    """Against finite differences, a head of two numbers."""
+    y1 = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2)))
+
+    @jax.jit
+    def total(theta):
+        def network(y, s, r, features, method):
+            return jnp.tanh(theta[0] * y + theta[1] * (s - r)[:, None])
+
+        return jnp.sum(jnp.sin(tmd.inner_flow(network, None, y1, plan_of(1, 4))))
+
+    theta = jnp.array([0.7, -0.4], jnp.float64)
+    jax.test_util.check_grads(total, (theta,), 1, ["rev"], rtol=1e-4)
+
+
+def test_9_gradient_of_the_rollout_reaches_backbone_and_head():
+    def total(params):
+        return jnp.square(tmd.generate(toy, PLAN, params, ROWS, ROW_KEYS)).mean()
+
+    grads = jax.jit(jax.grad(total))(TOY)
+    assert all((np.abs(leaf) > 1e-4).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_15_samples():
+    noise = ROWS["x_data"][:4]
+    draw = functools.partial(tmd.sample, toy, TOY, noise, None, plan=PLAN)
+    first, again, other = (
+        np.asarray(draw(keys)) for keys in (KEYS[:4], KEYS[:4], KEYS[4:8])
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).min(1).max() > 1e-4
+
+
+def test_15_one_step_uses_no_data():
+    generate = jax.jit(functools.partial(tmd.generate, toy, plan_of(1, 2), TOY))
+    x = ROWS["x_data"]
+    made = [np.asarray(generate({"x_data": x}, ROW_KEYS)) for x in (x, 100 + x)]
+    np.testing.assert_array_equal(*made)
+
+
+def test_plans_travel_with_a_model(recwarn):
+    assert tmd.Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+    draw = functools.partial(
+        tmd.sample, toy, TOY, ROWS["x_data"][:4], None, KEYS[:4],
+        trained_plan=PLAN.to_dict(),
+    )  # fmt: skip
+    draw(plan=PLAN)
+    assert not recwarn.list
+    with pytest.raises(ValueError, match=r"outer_times=.*allow_mismatch=True"):
+        draw(plan=plan_of(1, 2))
+    with pytest.raises(ValueError, match="head_blocks=2, trained with 1"):
+        draw(plan=tmd.make_plan(2, 2, 2, 4))
+    with pytest.warns(UserWarning, match="inner_times"):
+        draw(plan=plan_of(2, 1), allow_mismatch=True)
+
+
+# A video network ------------------------------------------------------------------------
+
+SPLIT = {
+    "name": "split_dit",
+    "shared": {
+        "name": "video_dit",
+        "patch_size": (1, 2, 2),
+        "heads": 2,
+        "head_dim": 12,
+        "depth": 4,
+        "mlp_width": 20,
+        "text_width": 8,
+        "frequency_dim": 16,
+        "remat": False,
+    },
+    "head_blocks": 1,
+    "fusion_width": 16,  # another than the blocks': not counted as one
+    "initial_gate": 0.3,
+}
+EVENT = (2, 4, 4, 3)
+RNG = np.random.default_rng(8)
+BATCH = {
+    "x_data": jnp.asarray(RNG.normal(size=(4, *EVENT)), jnp.float32),
+    "cond": jnp.asarray(RNG.normal(size=(4, 3, 8)), jnp.float32),
+}
+FEW = KEYS[:4]
+
+
+@pytest.fixture(scope="module")
+def student():
+    module = models.build(SPLIT)
+    t = jnp.full(4, 0.5)
+    inputs = (BATCH["x_data"], t, BATCH["cond"])
+    params = models.init_params(module, jax.random.key(1), *inputs)
+    params = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.05 * RNG.normal(size=leaf.shape)), params
+    )
+    return module, models.functional(module), params
 
 
 @pytest.mark.parametrize(
@@ -119,292 +484,67 @@ def test_2_effective_evaluations(numbers, expected):
     assert tmd.make_plan(outer, inner, head, depth).nfe == tmd.effective_nfe(*numbers)
 
 
-SPLIT = {
-    "name": "split_dit",
-    "shared": {
-        "name": "video_dit",
-        "patch_size": (1, 2, 2),
-        "heads": 2,
-        "head_dim": 12,
-        "depth": 4,
-        "mlp_width": 20,
-        "text_width": 8,
-        "frequency_dim": 16,
-    },
-    "head_blocks": 1,
-    "initial_gate": 0.3,
-}
-EVENT = (2, 4, 4, 3)
-TEXT = jax.random.normal(jax.random.key(9), (4, 3, 8))
-BATCH = {"x_data": jax.random.normal(jax.random.key(8), (4, *EVENT)), "cond": TEXT}
-FEW = KEYS[:4]
-NULL = np.zeros((3, 8), np.float32)
-
-
-@functools.cache
-def student(**options):
-    module = models.build({**SPLIT, **options})
-    x, t = BATCH["x_data"], jnp.full(4, 0.5)
-    params = models.init_params(module, jax.random.key(1), x, t, TEXT)
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(2), leaf.shape),
-        params,
-    )
-    return module, models.functional(module), params
-
-
-def block_calls(fn, *args):
+def block_calls(jaxpr, times=1):
     """How often a block runs: products with an MLP's first kernel, loops multiplied."""
     found = 0
-
-    def walk(jaxpr, times):
-        nonlocal found
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                found += times * (eqn.invars[1].aval.shape == (24, 20))
-            repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            for value in eqn.params.values():
-                for inner in value if isinstance(value, list | tuple) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        walk(inner, times * repeats)
-
-    walk(jax.make_jaxpr(fn)(*args).jaxpr, 1)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found += times * (eqn.invars[1].aval.shape == (24, 20))
+        repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found += block_calls(inner, times * repeats)
     return found
 
 
-@pytest.mark.parametrize("outer, inner", [(1, 1), (2, 2), (2, 4), (4, 1)])
-def test_2_blocks_that_run(outer, inner):
-    # a fusion of another width is not counted
-    _, apply_fn, params = student(fusion_width=16)
+@pytest.mark.parametrize("outer, inner", [(2, 4), (4, 1)])
+def test_2_blocks_that_run(student, outer, inner):
+    _, apply_fn, params = student
     plan = plan_of(outer, inner)
-    noise = jnp.zeros((4, *EVENT))
-    sample = lambda p: tmd.sample(apply_fn, p, noise, TEXT, FEW, plan)  # noqa: E731
-    assert block_calls(sample, params) == round(4 * plan.nfe)
+
+    def sample(params):
+        return tmd.sample(apply_fn, params, BATCH["x_data"], BATCH["cond"], FEW, plan)
+
+    calls = block_calls(jax.make_jaxpr(sample)(params).jaxpr)
+    assert calls == round(4 * plan.nfe)
 
 
-def small(params, *inputs, method):
-    """A backbone of one number and a head of three."""
-    if method == "backbone":
-        x, t, _ = inputs
-        return jnp.tanh(params["backbone"] * x + t[:, None])
-    y, s, _, features = inputs
-    a, b, c = params["head"]
-    return jnp.tanh(a * y + b * features) + c * s[:, None]
-
-
-@pytest.mark.parametrize("average", tmd.AVERAGES)
-def test_6_rows_without_a_jump_regress_the_head_onto_the_transition(average):
-    """u = y1 - head and v = y1 - y: the head's target is y, also for the gradient."""
-    params = {"backbone": jnp.float32(0.8), "head": jnp.array([0.7, -0.4, 0.3])}
-    batch = {"x_data": jax.random.normal(jax.random.key(5), (32, 3))}
-    config = flows.FlowMapConfig(
-        map_rate=0.0, guidance=1.0, drop_rate=0.0, loss_constant=0.5
-    )
-    asked = {}
-
-    def spying(params, *inputs, method):
-        asked.setdefault(method, inputs)
-        return small(params, *inputs, method=method)
-
-    plan, keys = plan_of(average=average), KEYS[:32]
-
-    def loss(params):
-        return tmd.pretraining_loss(params, spying, batch, keys, plan, config)[0]
-
-    found, value = jax.grad(lambda params: loss(params).sum())(params), loss(params)
-    (x_t, t, _), (y_s, s, r, _) = asked["backbone"], asked["head"]
-    np.testing.assert_array_equal(s, r)
-    # the noises that the loss drew
-    keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
-    noise, y1 = (prng.normal(keys[:, i], (3,)) for i in (3, 4))
-    y = noise - batch["x_data"]
-    np.testing.assert_allclose(x_t, flows.interpolate(batch["x_data"], noise, t))
-    np.testing.assert_allclose(y_s, flows.interpolate(y, y1, s))
-
-    def regression(params):
-        features = small(params, x_t, t, None, method="backbone")
-        error = jnp.square(small(params, y_s, s, r, features, method="head") - y)
-        return error.sum(1) / (1.0 if average == "y1" else s**2)
-
-    each = regression(params)
-    np.testing.assert_allclose(value, each / (each + 1.5), rtol=1e-4)
-    expected = jax.grad(lambda p: (regression(p) / (each + 1.5)).sum())(params)
-    for name in ("backbone", "head"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3)
-
-
-def test_7_one_inner_step_from_one_is_the_heads_answer():
-    _, apply_fn, params = student()
-    network = functools.partial(apply_fn, params)
-    t = jnp.full(4, 0.999)
-    features = network(BATCH["x_data"], t, TEXT, method="backbone")
-    y1 = prng.normal(FEW, EVENT)
-    one = tmd.inner_flow(network, features, y1, plan_of(1, 1, start=1.0))
-    head = network(y1, jnp.ones(4), jnp.zeros(4), features, method="head")
-    np.testing.assert_allclose(one, head, atol=1e-6)
-
-
-def test_7_first_student_step_is_a_step_of_the_teacher():
-    module, apply_fn, params = student(initial_gate=0.0)
+def test_7_first_student_step_is_a_step_of_the_teacher(student):
+    module, apply_fn, params = student
     params = {**params, "joint": {**params["joint"], "gate": jnp.zeros(())}}
-    params["interval"] = jax.tree.map(jnp.zeros_like, params["interval"])
-    plan, noise = plan_of(1, 1, average="ys"), prng.normal(FEW, EVENT)
-    found = tmd.sample(apply_fn, params, noise, TEXT, FEW, plan)
+    params["interval"] = jax.tree.map(np.zeros_like, params["interval"])
+    plan, noise, text = plan_of(1, 1, average="ys"), BATCH["x_data"], BATCH["cond"]
+    found = tmd.sample(apply_fn, params, noise, text, FEW, plan)
     teacher = functools.partial(models.functional(module.shared), params["shared"])
-    expected = flows.endpoints(teacher, 0.999 * noise, np.array(plan.outer_times), TEXT)
+    expected = flows.endpoints(teacher, 0.999 * noise, np.array(plan.outer_times), text)
     # the head's answer is the velocity; inside, y1 keeps the thousandth left of s
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def gradient_norms(grads):
-    return {
-        name: float(jnp.abs(leaf).max()) for name, leaf in trees.flatten(grads).items()
-    }
+def test_9_gradient_reaches_backbone_and_every_head_block(student):
+    _, apply_fn, params = student
+    config = flows.FlowMapConfig(map_rate=0.9, drop_rate=0.0)
 
+    def total(params):
+        # the target's derivative carries no gradient: any other will do
+        return tmd.pretraining_loss(
+            params, apply_fn, BATCH, FEW, PLAN, config,
+            derivative_apply_fn=lambda params, y, *rest, method: jnp.sin(y),
+        )[0].sum()  # fmt: skip
 
-@pytest.mark.parametrize("stage", ["pretraining", "rollout"])
-def test_9_gradient_reaches_backbone_and_every_head_block(stage):
-    _, apply_fn, params = student()
-
-    def loss(params):
-        if stage == "pretraining":
-            config = flows.FlowMapConfig(map_rate=0.9, drop_rate=0.0, guidance=3.0)
-            return tmd.pretraining_loss(
-                params, apply_fn, BATCH, FEW, plan_of(), config, NULL
-            )[0].sum()
-        return jnp.square(tmd.generate(apply_fn, plan_of(), params, BATCH, FEW)).sum()
-
-    grads = jax.grad(loss)(params)
+    grads = jax.tree.map(np.asarray, jax.jit(jax.grad(total))(params))
     for name, leaf in trees.flatten(grads["shared"]["blocks"]).items():
         if not name.endswith("key/bias"):
             assert (np.abs(leaf).reshape(4, -1).max(1) > 0).all(), name
-    norms = gradient_norms(grads)
+    grads = trees.flatten(grads)
     for name in (
         "shared/patch_embedding/kernel",
         "joint/gate",
         "interval/hidden/kernel",
     ):
-        assert norms[name] > 0, name
-
-
-def test_9_gradient_through_the_rollout_is_right(x64):
-    """Against finite differences, a head of two numbers."""
-    y1 = jax.random.normal(jax.random.key(3), (5, 2), jnp.float64)
-
-    def total(theta):
-        def network(y, s, r, features, method):
-            return jnp.tanh(theta[0] * y + theta[1] * (s - r)[:, None])
-
-        return jnp.sum(jnp.sin(tmd.inner_flow(network, None, y1, plan_of(1, 4))))
-
-    theta = jnp.array([0.7, -0.4], jnp.float64)
-    for i in range(2):
-        step = jnp.zeros(2).at[i].set(1e-5)
-        slope = (total(theta + step) - total(theta - step)) / 2e-5
-        np.testing.assert_allclose(jax.grad(total)(theta)[i], slope, rtol=1e-4)
-
-
-def test_11_loss_lies_in_zero_to_one():
-    _, apply_fn, params = student()
-    loss, _ = tmd.pretraining_loss(
-        params, apply_fn, BATCH, FEW, plan_of(), tmd.PRETRAINING, NULL
-    )
-    assert loss.shape == (4,) and (loss >= 0).all() and (loss < 1).all()
-
-
-def test_15_samples():
-    _, apply_fn, params = student()
-    noise = prng.normal(FEW, EVENT)
-    draw = functools.partial(tmd.sample, apply_fn, params, noise, TEXT, plan=plan_of())
-    np.testing.assert_array_equal(draw(FEW), draw(FEW))
-    assert np.abs(draw(FEW) - draw(KEYS[4:8])).max() > 1e-4
-
-
-def test_15_one_step_uses_no_data():
-    _, apply_fn, params = student()
-    made = [
-        tmd.generate(apply_fn, plan_of(1, 2), params, {**BATCH, "x_data": x}, FEW)
-        for x in (BATCH["x_data"], 100 + BATCH["x_data"])
-    ]
-    np.testing.assert_array_equal(*made)
-
-
-def test_16_deterministic_transfer():
-    """With the exact prediction the states stay on a straight line to it."""
-    times = flows.truncated_grid(4, 5.0)
-    x_data = jnp.full((4, 1), 0.3)
-    exact = lambda params, x, t, cond: (x - x_data) / t[:, None]  # noqa: E731
-    found = dmd2.sample(exact, {}, NOISE[:4], None, times)
-    np.testing.assert_allclose(found, x_data, atol=1e-6)
-    half = flows.rollout(
-        None,
-        functools.partial(exact, {}),
-        NOISE[:4],
-        flows.make_table("ode", times),
-        None,
-    )
-    line = x_data + times[:, None, None] / times[0] * (NOISE[:4] - x_data)
-    np.testing.assert_allclose(half.states, line, atol=1e-6)
-
-
-def test_dmd2_generates_and_renoises():
-    x_data = MU + VARIANCE**0.5 * NOISE
-    flow = flows.gaussian_mixture([1.0], [[MU]], [VARIANCE**0.5])
-    apply_fn = lambda params, x, t, cond: flow.velocity(x, t)  # noqa: E731
-    times = flows.truncated_grid(2, 10.0)
-    made = dmd2.generate(apply_fn, times, {}, {"x_data": x_data}, KEYS)
-    assert abs(moments(made)[0] - MU) < 5e-3  # the posterior mean
-    walked = [
-        dmd2.sample(apply_fn, {}, NOISE[:9], None, times, transfer="renoise", keys=k)
-        for k in (KEYS[:9], KEYS[9:18])
-    ]
-    assert np.abs(walked[0] - walked[1]).min() > 0
-
-
-def test_meanflow_reaches_the_data_with_the_exact_map():
-    spread = lambda t: jnp.sqrt((1 - t) ** 2 * VARIANCE + t**2)[:, None]  # noqa: E731
-
-    def apply_fn(params, x, t, r, cond):
-        scaled = (x - (1 - t)[:, None] * MU) / spread(t)
-        return (x - (1 - r)[:, None] * MU - spread(r) * scaled) / (t - r)[:, None]
-
-    for steps in (1, 3):
-        x = meanflow.sample(apply_fn, {}, NOISE, None, flows.truncated_grid(steps, 5.0))
-        np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
-
-
-def test_meanflow_loss_trains_a_network():
-    module = models.build({"name": "two_time_dit", "shared": SPLIT["shared"]})
-    apply_fn = models.functional(module)
-    t = jnp.full(4, 0.5)
-    params = models.init_params(module, jax.random.key(0), BATCH["x_data"], t, t, TEXT)
-    config = flows.FlowMapConfig(guidance=2.0)
-    step = jax.grad(
-        lambda p: meanflow.meanflow_loss(p, apply_fn, BATCH, FEW, config, NULL)[0].sum()
-    )
-    assert gradient_norms(step(params))["shared/final/projection/kernel"] > 0
-
-
-def test_plans_travel_with_a_model(recwarn):
-    plan = plan_of()
-    assert tmd.Plan.from_dict(plan.to_dict()) == plan
-    import json
-
-    assert tmd.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    _, apply_fn, params = student()
-    noise = prng.normal(FEW, EVENT)
-    draw = functools.partial(
-        tmd.sample, apply_fn, params, noise, TEXT, FEW, trained_plan=plan.to_dict()
-    )
-    draw(plan=plan)
-    assert not recwarn.list
-    with pytest.raises(ValueError, match=r"outer_times=.*allow_mismatch=True"):
-        draw(plan=plan_of(1, 2))
-    with pytest.raises(ValueError, match="head_blocks=2, trained with 1"):
-        draw(plan=tmd.make_plan(2, 2, 2, 4))
-    with pytest.warns(UserWarning, match="inner_times"):
-        draw(plan=plan_of(2, 1), allow_mismatch=True)
+        assert np.abs(grads[name]).max() > 0, name
 
 
 @pytest.mark.parametrize(
@@ -423,77 +563,9 @@ def test_plans_travel_with_a_model(recwarn):
         (lambda: tmd.effective_nfe(1, 0, 1, 4), "inner steps N=0"),
         (lambda: dmd2.sample(print, {}, NOISE, None, (1.0, 0.0), transfer="renoise"), "give keys"),
         (lambda: dmd2.sample(print, {}, NOISE, None, (1.0, 0.0), transfer="ode"), "transfer='ode'"),
-        (lambda: tmd.pretraining_loss({}, lambda *a, **k: None, BATCH, FEW, plan_of()), "need null_cond"),
+        (lambda: tmd.pretraining_loss({}, lambda *a, **k: None, BATCH, FEW, PLAN), "need null_cond"),
     ],
 )  # fmt: skip
 def test_bad_inputs(call, message, as_shipped):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def recording(calls):
-    """A network of one number that notes what it is asked."""
-
-    def network(params, *inputs, method="whole"):
-        calls.append((method, inputs))
-        return inputs[0] if method == "backbone" else params["a"] * inputs[0]
-
-    return network
-
-
-ROWS = {"x_data": NOISE[:600], "cond": jnp.ones((600, 1))}
-
-
-def test_pretraining_asks_at_the_times_of_the_plan():
-    calls, plan = [], plan_of(2, 4)
-    config = flows.FlowMapConfig(
-        map_rate=0.6, guidance=3.0, drop_rate=0.1, derivative="difference"
-    )
-    tmd.pretraining_loss(
-        {"a": jnp.float32(0.5)},
-        recording(calls),
-        ROWS,
-        KEYS[:600],
-        plan,
-        config,
-        np.zeros(1),
-    )
-    starts = np.unique(calls[0][1][1])[::-1]
-    np.testing.assert_array_equal(starts, np.float32(plan.outer_times[:-1]))
-    (_, s, r, _), (_, same_s, end, _) = [i for m, i in calls if m == "head"][:2]
-    # guidance is that of the velocity, not of a jump
-    np.testing.assert_array_equal(s, r)
-    np.testing.assert_array_equal(s, same_s)
-    s, end = np.asarray(s), np.asarray(end)
-    jumps = end < s
-    assert 0.5 < jumps.mean() < 0.7
-    inner = np.float32(plan.inner_times)[::-1]
-    np.testing.assert_array_equal(
-        end[jumps], inner[np.searchsorted(inner, s[jumps], side="right") - 1]
-    )
-
-
-def test_meanflow_jumps_as_often_as_it_is_told():
-    calls = []
-    config = flows.FlowMapConfig(
-        map_rate=0.4, guidance=1.0, drop_rate=0.0, derivative="difference"
-    )
-    meanflow.meanflow_loss(
-        {"a": jnp.float32(0.5)}, recording(calls), ROWS, KEYS[:600], config, np.zeros(1)
-    )
-    _, (_, t, r, _) = calls[0]
-    assert 0.34 < float(jnp.mean(r < t)) < 0.46 and (r <= t).all()
-
-
-def test_renoised_states_lie_on_the_path():
-    """The second network answers with its state, so that is what comes out."""
-
-    def apply_fn(params, x, t, cond):
-        return jnp.where(t > 0.95, (x - 0.3) / 0.999, 0.0 * x)
-
-    times = np.array([0.999, 0.6, 0.0])
-    x = dmd2.sample(
-        lambda p, x, t, c: apply_fn(p, x, t[:, None], c),
-        {}, NOISE, None, times, transfer="renoise", keys=KEYS,
-    )  # fmt: skip
-    np.testing.assert_allclose(moments(x), (0.4 * 0.3, 0.6**2), atol=5e-3)
