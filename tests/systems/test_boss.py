@@ -5,6 +5,7 @@ tests/flows/test_step_search.py.
 """
 
 import functools
+import itertools
 import json
 import logging
 import warnings
@@ -30,7 +31,7 @@ def keys(count, seed=0):
 
 @pytest.fixture(scope="module")
 def found():
-    return boss.search(FLOW.velocity, keys(60), (2,), BUDGETS, knots=40)
+    return bellman(budgets=BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,12 @@ def fine(found):
     return boss.fine_states(
         FLOW.velocity, keys(50, 1), (2,), found.schedules.values(), micro_batch=20
     )
+
+
+def bellman(velocity=FLOW.velocity, budgets=(4,), cond=None, **options):
+    """A search on 20 samples and knots: one program for all of them."""
+    options = {"knots": 20, **options}
+    return boss.search(velocity, keys(20), (2,), budgets, cond, **options)
 
 
 def mlp():
@@ -51,23 +58,31 @@ def mlp():
 # Search -------------------------------------------------------------------------------
 
 
-def test_search_joins_costs_and_paths(found):
-    costs = flows.local_error_costs(FLOW.velocity, keys(60), (2,), knots=40)
-    np.testing.assert_array_equal(found.costs, costs)
-    paths = flows.cheapest_paths(costs, 6)
-    assert tuple(found.schedules) == BUDGETS
-    for budget, schedule in found.schedules.items():
-        np.testing.assert_array_equal(schedule.index, paths.index[budget - 1])
-        assert schedule.cost == pytest.approx(paths.cost[budget - 1], rel=1e-12)
-        assert schedule.times[0] == 1 and schedule.times[-1] == 0
-        assert len(schedule.times) == budget + 1
-        uniform = np.rint(np.linspace(0, 40, budget + 1)).astype(int)
-        assert schedule.cost <= flows.path_cost(costs, uniform)
+def test_search_finds_what_is_best_on_a_linear_flow():
+    """Exact expectations give these widths, and all samples scale alike."""
+    growing = lambda x, t, cond: -3.0 * x  # noqa: E731
+    schedule = boss.search(growing, keys(4), (1,), (5,), knots=200).schedules[5]
+    np.testing.assert_array_equal(np.diff(schedule.index), [73, 45, 33, 27, 22])
 
 
-def test_one_number_means_all_budgets():
-    found = boss.search(FLOW.velocity, keys(5), (2,), 3, knots=8)
-    assert tuple(found.schedules) == (1, 2, 3)
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_search_minimises_the_weighted_sum_and_tells_the_plain_one(found, weight):
+    weighted = bellman(budgets=3, future_weight=weight)
+    assert tuple(weighted.schedules) == (1, 2, 3)  # one number means all budgets
+    costs = weighted.costs
+    np.testing.assert_array_equal(costs, found.costs)
+    paths = [(0, a, b, 20) for a, b in itertools.combinations(range(1, 20), 2)]
+    totals = [
+        sum(weight**i * costs[edge] for i, edge in enumerate(itertools.pairwise(path)))
+        for path in paths
+    ]
+    schedule = weighted.schedules[3]
+    assert tuple(schedule.index) == paths[np.argmin(totals)]
+    edges = itertools.pairwise(schedule.index)
+    assert schedule.cost == pytest.approx(sum(costs[edge] for edge in edges))
+    np.testing.assert_allclose(schedule.times, 1 - schedule.index / 20, atol=1e-15)
+    uniform = flows.path_cost(costs, flows.step_search.uniform_index(20, 3))
+    assert weight != 1 or schedule.cost <= uniform
 
 
 def test_guided_search_differs_and_is_labelled():
@@ -76,68 +91,47 @@ def test_guided_search_differs_and_is_labelled():
 
     cond = np.ones(20, np.float32)
     plain, guided = (
-        boss.search(
-            flows.classifier_free_guidance(conditional, scale, 0.0),
-            keys(20),
-            (2,),
-            (3,),
-            cond,
-            knots=20,
-        )
+        bellman(flows.classifier_free_guidance(conditional, scale, 0.0), cond=cond)
         for scale in (1.0, 3.0)
     )
     assert not np.allclose(plain.costs, guided.costs)
-    assert plain.schedules[3].guidance_scale == 1.0
-    assert guided.schedules[3].guidance_scale == 3.0
+    assert plain.schedules[4].guidance_scale == 1.0
+    assert guided.schedules[4].guidance_scale == 3.0
 
 
 def test_any_metric():
     def first_axis(estimate, target):
         return jnp.abs(estimate - target)[:, 0]
 
-    found = boss.search(
-        FLOW.velocity, keys(20), (2,), (2,), knots=10, metric=first_axis
-    )
-    knots = flows.fine_knots(10)
-    noise = prng.normal(keys(20), (2,))
-    states = flows.states_at(FLOW.velocity, noise, knots, np.arange(11))
-    v = FLOW.velocity(states[0], jnp.ones(20))
-    expected = np.abs(states[0] - 0.5 * v - states[5])[:, 0].mean()
-    assert found.costs[0, 5] == pytest.approx(float(expected), rel=1e-4)
+    found = bellman(metric=first_axis)
+    noise, knots = prng.normal(keys(20), (2,)), flows.fine_knots(20)
+    states = np.asarray(flows.states_at(FLOW.velocity, noise, knots, np.arange(21)))
+    v = np.asarray(jax.jit(FLOW.velocity)(noise, jnp.ones(20)))
+    expected = np.abs(states[0] - 0.5 * v - states[10])[:, 0].mean()
+    assert found.costs[0, 10] == pytest.approx(expected, rel=1e-4)
 
 
 def test_polish_never_ends_worse(found):
-    noise = prng.normal(keys(60), (2,))
-    reference = flows.endpoints(FLOW.velocity, noise, flows.fine_knots(40))
+    noise, knots = prng.normal(keys(20), (2,)), flows.fine_knots(20)
+    reference = flows.endpoints(FLOW.velocity, noise, knots)
+
+    def errors(grids):
+        return flows.terminal_errors(FLOW.velocity, noise, reference, grids).mean(1)
+
     for budget, schedule in found.schedules.items():
         polished = boss.polish_schedule(FLOW.velocity, noise, schedule, found.costs)
-        grids = [
-            g.times if isinstance(g, boss.Schedule) else g
-            for g in (polished, schedule, flows.uniform_grid(budget))
-        ]
-        errors = flows.terminal_errors(FLOW.velocity, noise, reference, grids).mean(1)
-        assert errors[0] <= errors[1:].min() * (1 + 1e-6)
+        starts = [schedule.times, flows.uniform_grid(budget)]
+        polished_error, *others = errors([polished.times, *starts])
+        assert polished_error <= min(others) * (1 + 1e-6)
         assert polished.cost >= schedule.cost - 1e-9  # the search had the optimum
-        assert polished.cost == pytest.approx(
-            flows.path_cost(found.costs, polished.index)
-        )
-    one_knot = boss.polish_schedule(
-        FLOW.velocity, noise, found.schedules[2], found.costs
-    )
-    grids = [flows.fine_knots(40)[[0, m, 40]] for m in range(1, 40)]
-    everywhere = flows.terminal_errors(FLOW.velocity, noise, reference, grids).mean(1)
-    m = one_knot.index[1] - 1
-    neighbours = everywhere[max(m - 1, 0) : m + 2]
-    assert everywhere[m] == neighbours.min()  # a local optimum of the true error
-
-
-def test_polish_as_an_option():
-    polished = boss.search(FLOW.velocity, keys(30), (2,), (3,), knots=20, polish=True)
-    plain = boss.search(FLOW.velocity, keys(30), (2,), (3,), knots=20)
-    expected = boss.polish_schedule(
-        FLOW.velocity, prng.normal(keys(30), (2,)), plain.schedules[3], plain.costs
-    )
-    np.testing.assert_array_equal(polished.schedules[3].index, expected.index)
+        cost = flows.path_cost(found.costs, polished.index)
+        assert polished.cost == pytest.approx(cost)
+        if budget == 2:  # a local optimum of the true error
+            everywhere = errors([knots[[0, m, 20]] for m in range(1, 20)])
+            m = polished.index[1] - 1
+            assert everywhere[m] == everywhere[max(m - 1, 0) : m + 2].min()
+    option = bellman(polish=True, budgets=(6,)).schedules[6]
+    np.testing.assert_array_equal(option.index, polished.index)
 
 
 # Cache --------------------------------------------------------------------------------
@@ -199,7 +193,8 @@ def test_cache_sees_a_model_that_differs_at_one_time_only(tmp_path):
 
 def test_chords_join_states_of_one_trajectory(found, fine):
     noise = prng.normal(keys(50, 1), (2,))
-    whole = flows.states_at(FLOW.velocity, noise, flows.fine_knots(40), np.arange(41))
+    knots = flows.fine_knots(20)
+    whole = np.asarray(flows.states_at(FLOW.velocity, noise, knots, np.arange(21)))
     for budget, schedule in found.schedules.items():
         chords = boss.chords(fine, schedule)
         assert len(chords["t"]) == 50 * budget
@@ -207,8 +202,8 @@ def test_chords_join_states_of_one_trajectory(found, fine):
             rows = slice(50 * i, 50 * (i + 1))
             np.testing.assert_allclose(chords["x"][rows], whole[j], atol=1e-5)
             np.testing.assert_allclose(chords["x_next"][rows], whole[k], atol=1e-5)
-            np.testing.assert_allclose(chords["t"][rows], 1 - j / 40, atol=1e-6)
-            np.testing.assert_allclose(chords["t_next"][rows], 1 - k / 40, atol=1e-6)
+            np.testing.assert_allclose(chords["t"][rows], 1 - j / 20, atol=1e-6)
+            np.testing.assert_allclose(chords["t_next"][rows], 1 - k / 20, atol=1e-6)
 
 
 def test_split_pools_chords_not_noises(found, fine):
@@ -261,19 +256,19 @@ def test_11_gradient_equals_finite_differences(found, fine, weight, x64):
 
 def test_11_one_step_is_reflow_at_pure_noise():
     apply_fn, params = mlp()
-    found = boss.search(FLOW.velocity, keys(10), (2,), (1,), knots=20)
-    fine = boss.fine_states(FLOW.velocity, keys(16, 2), (2,), found.schedules.values())
-    chords = boss.chords(fine, found.schedules[1])
-    straight, _ = boss.straightening_loss(params, apply_fn, chords)
-    lines, _ = flows.flow_matching_loss(
-        params,
-        apply_fn,
-        jnp.asarray(fine.states[-1]),
-        keys(16),
-        x_noise=jnp.asarray(fine.states[0]),
-        time_sampler=flows.discrete_time([1.0]),
-    )
-    np.testing.assert_allclose(straight, lines, rtol=1e-5)
+    rng = np.random.default_rng(2)
+    noise, ends = (jnp.asarray(rng.normal(size=(16, 2)), jnp.float32) for _ in "ab")
+    chords = {"x": noise, "x_next": ends, "t": jnp.ones(16), "t_next": jnp.zeros(16)}
+
+    @jax.jit
+    def both(params):
+        lines = flows.flow_matching_loss(
+            params, apply_fn, ends, keys(16), x_noise=noise,
+            time_sampler=flows.discrete_time([1.0]),
+        )  # fmt: skip
+        return boss.straightening_loss(params, apply_fn, chords)[0], lines[0]
+
+    np.testing.assert_allclose(*both(params), rtol=1e-5)
 
 
 def test_12_a_table_recovers_the_fine_states(found, fine):
@@ -308,16 +303,11 @@ def test_12_a_table_recovers_the_fine_states(found, fine):
 
 
 def test_13_all_knots_leave_the_teacher_as_it_is():
-    n = 20
-    found = boss.search(FLOW.velocity, keys(10), (2,), (n,), knots=n)
-    np.testing.assert_array_equal(found.schedules[n].index, np.arange(n + 1))
-    fine = boss.fine_states(FLOW.velocity, keys(10), (2,), found.schedules.values())
-    chords = boss.chords(fine, found.schedules[n])
-
-    def teacher(params, x, t, cond):
-        return FLOW.velocity(x, t)
-
-    loss, _ = boss.straightening_loss({}, teacher, chords)
+    schedule = bellman(budgets=(20,)).schedules[20]
+    np.testing.assert_array_equal(schedule.index, np.arange(21))
+    fine = boss.fine_states(FLOW.velocity, keys(20), (2,), [schedule])
+    teacher = lambda params, x, t, cond: FLOW.velocity(x, t)  # noqa: E731
+    loss, _ = boss.straightening_loss({}, teacher, boss.chords(fine, schedule))
     assert loss.max() < 1e-8
 
 
@@ -352,10 +342,7 @@ def test_13_network_time_is_remapped_once():
 
 @pytest.fixture(scope="module")
 def student():
-    apply_fn, _ = mlp()
-    module = models.build({"name": "mlp", "hidden": 32, "depth": 2})
-    shapes = (jnp.zeros((1, 2)), jnp.zeros(1), None)
-    params = models.init_params(module, jax.random.key(0), *shapes)
+    apply_fn, params = mlp()
 
     def corrected(params, x, t, cond=None):
         return FLOW.velocity(x, t) + apply_fn(params, x, t, None)
@@ -363,11 +350,12 @@ def student():
     return corrected, params
 
 
-def test_straightening_brings_few_steps_to_the_fine_samples(student):
+@pytest.fixture(scope="module")
+def straightened(found, student):
+    """Chords in two parts, and what straightening on the first made of the student."""
     apply_fn, params = student
-    found = boss.search(FLOW.velocity, keys(60), (2,), (3,), knots=40)
-    schedule = found.schedules[3]
-    fine = boss.fine_states(FLOW.velocity, keys(800, 1), (2,), [schedule])
+    schedule = found.schedules[4]
+    fine = boss.fine_states(FLOW.velocity, keys(500, 1), (2,), [schedule])
     training, held_out = boss.split(boss.chords(fine, schedule), jax.random.key(0))
     tuned = boss.straighten(
         params,
@@ -375,38 +363,40 @@ def test_straightening_brings_few_steps_to_the_fine_samples(student):
         training,
         schedule,
         key=jax.random.key(1),
-        steps=400,
+        steps=300,
         batch_size=128,
         optimizer=train.OptimizerConfig(name="adam", learning_rate=3e-3),
     )
-    before, after = (
-        float(boss.straightening_loss(p, apply_fn, held_out)[0].mean())
-        for p in (params, tuned.params)
-    )
-    assert after < 0.6 * before
+    return held_out, tuned
+
+
+def test_straightening_brings_few_steps_to_the_fine_samples(
+    found, student, straightened
+):
+    apply_fn, params = student
+    held_out, tuned = straightened
     noise = prng.normal(keys(300, 5), (2,))
-    reference = flows.endpoints(FLOW.velocity, noise, flows.fine_knots(40))
-    errors = [
-        float(
-            flows.squared_l2(
-                boss.sample(functools.partial(apply_fn, p), noise, schedule), reference
-            ).mean()
-        )
-        for p in (params, tuned.params)
-    ]
-    assert errors[1] < 0.6 * errors[0]
-    assert not np.allclose(
-        jax.tree.leaves(tuned.params)[0], jax.tree.leaves(tuned.raw_params)[0]
-    )
+    fine = np.asarray(flows.endpoints(FLOW.velocity, noise, flows.fine_knots(20)))
+    loss = jax.jit(lambda p: boss.straightening_loss(p, apply_fn, held_out)[0].mean())
+    errors = []
+    for p in (params, tuned.params):
+        velocity = functools.partial(apply_fn, p)
+        x = np.asarray(boss.sample(velocity, noise, found.schedules[4]))
+        errors.append((float(loss(p)), np.square(x - fine).sum(1).mean()))
+    assert (np.array(errors[1]) < 0.6 * np.array(errors[0])).all()
+    averaged, last = (jax.tree.leaves(p)[0] for p in (tuned.params, tuned.raw_params))
+    assert not np.allclose(averaged, last)
+    # what comes out carries its grid
+    velocity = tuned.velocity(apply_fn)
+    with pytest.raises(ValueError, match="straightened on the times"):
+        boss.sample(velocity, noise, found.schedules[6])
+    np.testing.assert_array_equal(boss.sample(velocity, noise), x)
 
 
-def test_straightening_by_lora_trains_adapters_alone(student):
+def test_straightening_by_lora_trains_adapters_alone(found, fine, student):
     corrected, params = student
-    targets = ["kernel"]
-    adapters = lora.init(jax.random.key(3), params, 2, targets)
+    adapters = lora.init(jax.random.key(3), params, 2, ["kernel"])
     adapted = lora.apply_fn(corrected, params, 2.0)
-    found = boss.search(FLOW.velocity, keys(20), (2,), (2,), knots=20)
-    fine = boss.fine_states(FLOW.velocity, keys(200, 1), (2,), found.schedules.values())
     chords = boss.chords(fine, found.schedules[2])
     tuned = boss.straighten(
         adapters,
@@ -414,46 +404,34 @@ def test_straightening_by_lora_trains_adapters_alone(student):
         chords,
         found.schedules[2],
         key=jax.random.key(1),
-        steps=100,
+        steps=50,
         batch_size=64,
     )
     assert jax.tree.structure(tuned.params) == jax.tree.structure(adapters)
-    before, after = (
-        float(boss.straightening_loss(p, adapted, chords)[0].mean())
-        for p in (adapters, tuned.params)
-    )
-    assert after < before
+    loss = jax.jit(lambda p: boss.straightening_loss(p, adapted, chords)[0].mean())
+    assert loss(tuned.params) < loss(adapters)
 
 
-@pytest.mark.parametrize("steps_distilled", [None, 3])
-def test_reflow_straightens_too(student, steps_distilled):
-    apply_fn, params = student
-    noise = prng.normal(keys(500), (2,))
-    x_data = flows.endpoints(FLOW.velocity, noise, flows.fine_knots(40))
-    pairs = {"x_noise": np.asarray(noise), "x_data": np.asarray(x_data)}
+@pytest.mark.parametrize("steps_distilled, learned", [(None, range(6)), (3, [1, 3, 5])])
+def test_reflow_regresses_onto_lines_at_its_times_alone(steps_distilled, learned):
+    """A table over six intervals of time, and pairs that are all one step apart."""
+    x = np.random.default_rng(0).normal(size=(500, 2)).astype(np.float32)
+
+    def table(params, x, t, cond):
+        return params["v"][jnp.clip(jnp.ceil(6 * t - 0.5), 1, 6).astype(int) - 1]
+
     tuned = reflow.straighten(
-        params,
-        apply_fn,
-        pairs,
+        {"v": jnp.zeros((6, 2))},
+        table,
+        {"x_noise": x + np.float32([0.3, -0.2]), "x_data": x},
         steps_distilled=steps_distilled,
         key=jax.random.key(0),
-        steps=300,
-        optimizer=train.OptimizerConfig(name="adam", learning_rate=3e-3),
+        steps=60,
+        optimizer=train.OptimizerConfig(name="adam", learning_rate=0.05),
     )
-    test = prng.normal(keys(200, 9), (2,))
-    reference = flows.endpoints(FLOW.velocity, test, flows.fine_knots(40))
-    errors = [
-        float(
-            flows.terminal_errors(
-                functools.partial(apply_fn, p),
-                test,
-                reference,
-                [flows.uniform_grid(3)],
-            ).mean()
-        )
-        for p in (params, tuned.params)
-    ]
-    assert errors[1] < errors[0]
+    expected = np.zeros((6, 2))
+    expected[list(learned)] = [0.3, -0.2]
+    np.testing.assert_allclose(tuned.raw_params["v"], expected, atol=0.02)
 
 
 def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_path):
@@ -470,7 +448,7 @@ def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_pa
                 key=jax.random.key(0),
                 num_steps=num_steps,
                 place=place,
-                log_every=5,
+                log_every=2,
                 checkpoints=train.Checkpoints(folder),
                 should_stop=lambda: asked.append(1) or len(asked) == stop_at,
             )
@@ -482,7 +460,7 @@ def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_pa
             chords,
             found.schedules[4],
             key=jax.random.key(0),
-            steps=20,
+            steps=10,
             batch_size=32,
             fit=fit,
         )
@@ -527,27 +505,6 @@ def test_another_grid_is_refused_unless_allowed(found):
     np.testing.assert_array_equal(x, flows.endpoints(FLOW.velocity, noise, other))
     with pytest.raises(ValueError, match="give a grid"):
         boss.sample(FLOW.velocity, noise)
-
-
-def test_straightening_hands_out_a_velocity_with_its_grid(found, fine, student):
-    apply_fn, params = student
-    schedule = found.schedules[4]
-    tuned = boss.straighten(
-        params,
-        apply_fn,
-        boss.chords(fine, schedule),
-        schedule,
-        key=jax.random.key(0),
-        steps=2,
-        batch_size=16,
-    )
-    velocity = tuned.velocity(apply_fn)
-    noise = prng.normal(keys(3), (2,))
-    with pytest.raises(ValueError, match="straightened on the times"):
-        boss.sample(velocity, noise, found.schedules[6])
-    np.testing.assert_array_equal(
-        boss.sample(velocity, noise), boss.sample(velocity, noise, schedule)
-    )
 
 
 def conditional(x, t, cond):
@@ -675,18 +632,18 @@ def test_stochastic_table_is_refused():
 
 
 def test_schedule_of_other_knots_is_refused(fine):
-    other = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=20).schedules[4]
-    with pytest.raises(ValueError, match=r"other knots \(20 steps.*than the fine.*40"):
+    other = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=10).schedules[4]
+    with pytest.raises(ValueError, match=r"other knots \(10 steps.*than the fine.*20"):
         boss.chords(fine, other)
-    edm = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=flows.edm_grid(40))
+    edm = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=flows.edm_grid(20))
     with pytest.raises(ValueError, match="hash"):
         boss.chords(fine, edm.schedules[4])
 
 
 def test_schedule_through_knots_not_kept_is_refused(found, fine):
     schedule = found.schedules[2]
-    skipped = np.setdiff1d(np.arange(41), fine.index)[0]
-    moved = boss.Schedule(np.array([0, skipped, 40]), schedule.knots, 0.0)
+    skipped = np.setdiff1d(np.arange(21), fine.index)[0]
+    moved = boss.Schedule(np.array([0, skipped, 20]), schedule.knots, 0.0)
     with pytest.raises(ValueError, match=f"passes knot {skipped}"):
         boss.chords(fine, moved)
 
@@ -747,8 +704,7 @@ def test_search_compiles_once_for_other_parameters(count_compiles):
     assert not compiled
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_cost_matrix_lowers_for_accelerators(platform):
+def test_cost_matrix_lowers_for_accelerators():
     from tmdjax.flows import step_search
 
     def costs(key_data):
@@ -763,7 +719,7 @@ def test_cost_matrix_lowers_for_accelerators(platform):
             "euler",
         )
 
-    exported = jax.export.export(jax.jit(costs), platforms=[platform])(
+    exported = jax.export.export(jax.jit(costs), platforms=["cuda", "tpu"])(
         jax.random.key_data(keys(4))
     )
     assert exported.out_avals[0].shape == (5, 6)
