@@ -97,29 +97,3 @@ def test_bad_inputs():
         alignment.describe(shapes_config("rl.updates=0"))
     with pytest.raises(ValueError, match="does not divide|do not divide"):
         alignment.describe(shapes_config("rl.prompts=4", "rl.chunks=3"))
-
-
-ONE_ARM = """
-import functools, pathlib, sys
-from experiments import branchgrpo, run
-from tmdjax import train
-from tmdjax.harness import load_config
-
-# as if iterations were slow: a checkpoint every half second
-train.fit = functools.partial(train.fit, checkpoint_seconds=(0.5, 0.5))
-config = load_config("configs/branchgrpo.py:smoke", ["rl.iterations=100"])
-with config.unlocked():
-    config.claims = {}
-    config.arms = {"branch_depth": config.arms.branch_depth}
-options = run.Options(command="test", tier="smoke", workdir=pathlib.Path(sys.argv[1]))
-sys.exit(run.run(branchgrpo, config, options).code)
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_in_the_middle_of_rl(killed_and_resumed):
-    """A run killed between two checkpoints ends as one that was left alone."""
-    found = killed_and_resumed(ONE_ARM, "stages/align-*/checkpoints/*/manifest.json")
-    clocks = ("branch_depth/seconds_per_iteration", "branch_depth/reward_at_time")
-    a, b = ({k: v for k, v in x.items() if k not in clocks} for x in found)
-    assert a == b and len(a) > 10

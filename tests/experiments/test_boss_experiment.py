@@ -2,11 +2,6 @@
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -57,36 +52,6 @@ def test_images_and_adapters_and_the_model_that_comes_out(tmp_path):
     assert x.shape == noise.shape and np.isfinite(x).all()
     with pytest.raises(ValueError, match="straightened on the times"):
         boss.sample(velocity, noise, flows.uniform_grid(3), labels)
-
-
-@pytest.mark.slow
-def test_sigkill_and_the_same_command(smoke_of, tmp_path):
-    workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "experiments.run", SMOKE, f"--workdir={workdir}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-    def start():
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-
-    process = start()
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "stages").glob("distill4-*")):  # in the middle of it
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(np.random.default_rng().uniform(0, 3))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    last = start()
-    out, _ = last.communicate(timeout=240)
-    assert last.returncode == 0, out
-    assert summary_of(workdir)["metrics"] == summary_of(smoke_of("boss"))["metrics"]
 
 
 EIGHT_DEVICES = """

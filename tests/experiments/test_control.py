@@ -102,34 +102,6 @@ def test_judging_multi_goal_by_a_policy_that_knows():
     assert np.isnan(shown["paths"][:, -1]).all()  # out of the square, and not shown
 
 
-ONE_ARM = """
-import functools, pathlib, sys
-from experiments import policyflow, run
-from tmdjax import train
-from tmdjax.harness import load_config
-
-train.fit = functools.partial(train.fit, checkpoint_seconds=(0.2, 0.2))
-config = load_config(
-    "configs/policyflow.py:smoke",
-    "train.envs=16 train.iterations=400 train.iterations_per_call=2".split(),
-)
-with config.unlocked():
-    config.arms = {"policyflow": config.arms.policyflow}
-options = run.Options(command="test", tier="smoke", workdir=pathlib.Path(sys.argv[1]))
-sys.exit(run.run(policyflow, config, options).code)
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_in_the_middle_of_training(killed_and_resumed):
-    found = killed_and_resumed(ONE_ARM, "stages/train-*/checkpoints/*/manifest.json")
-    a, b = (
-        {k: v for k, v in x.items() if not k.endswith("seconds_per_iteration")}
-        for x in found
-    )
-    assert a == b and len(a) > 8
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

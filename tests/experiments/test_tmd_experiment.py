@@ -194,30 +194,6 @@ def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
-KILLED = """
-import functools, pathlib, sys
-from experiments import run, tmd
-from tmdjax import train
-from tmdjax.harness import load_config
-from tmdjax.harness.stages import stage_hashes
-
-train.fit = functools.partial(train.fit, checkpoint_seconds=(0.2, 0.2))
-config = load_config("configs/tmd.py:smoke", [
-    "distill.cycles=40", "distill.adversarial_weight=0.03"])
-with config.unlocked():
-    config.arms = {"tmd": config.arms.tmd}
-options = run.Options(command="test", tier="smoke", workdir=pathlib.Path(sys.argv[1]))
-sys.exit(run.run(tmd, config, options).code)
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_in_the_middle_of_the_distillation(killed_and_resumed):
-    found = killed_and_resumed(KILLED, "stages/distill-*/checkpoints/*/manifest.json")
-    a, b = ({k: v for k, v in x.items() if not k.endswith("seconds")} for x in found)
-    assert a == b and len(a) > 8
-
-
 def test_paper_tier_is_wan():
     config = load_config(f"{CONFIG}:paper")
     with config.unlocked():
