@@ -216,28 +216,6 @@ def test_extra_must_be_json(tmp_path):
     assert checkpoints.restore().step == 1
 
 
-FROM_EIGHT = """
-import sys, jax, numpy as np
-from tmdjax import train
-mesh = train.make_mesh(2, 4)
-tree = {"w": np.arange(2**15, dtype=np.float32).reshape(256, 128), "b": np.ones(3)}
-placed = jax.device_put(tree, train.fsdp_shardings(tree, mesh))
-assert not placed["w"].sharding.is_fully_replicated
-train.Checkpoints(sys.argv[1]).save(1, placed)
-"""
-
-
-def test_eight_devices_write_and_one_reads(tmp_path, run_python):
-    run_python(
-        f"import sys; sys.argv = ['', {str(tmp_path)!r}]\n{FROM_EIGHT}", devices=8
-    )
-    found = train.Checkpoints(tmp_path).restore().tree
-    np.testing.assert_array_equal(found["w"].ravel(), np.arange(2**15))
-    like = {"w": jnp.zeros((256, 128)), "b": jnp.zeros(3)}
-    found = train.Checkpoints(tmp_path).restore(like=like).tree
-    np.testing.assert_array_equal(found["w"].ravel(), np.arange(2**15))
-
-
 def test_manifest_covers_every_file(tmp_path):
     train.Checkpoints(tmp_path).save(1, tree())
     folder = tmp_path / "step_0000000001"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from benchmarks import flow_rl as benchmark
 from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.harness import load_config
+
+pytestmark = pytest.mark.nightly
 
 TINY = (
     "model.hidden=8", "model.depth=1", "model.heads=2", "task.size=4", "rl.prompts=2",
@@ -45,7 +46,6 @@ def one(problem, setup):
         return benchmark.OneAtATime(problem)
 
 
-@pytest.mark.slow
 def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
     keys = prng.sample_keys(jax.random.key(5), 4)
     start = prng.normal(keys, problem.event_shape)
@@ -70,7 +70,6 @@ def test_one_at_a_time_starts_a_group_from_the_same_noise(one):
     assert (starts[0] != starts[2]).all()
 
 
-@pytest.mark.slow
 def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one):
     (_, record), rewards = ours.rollout(), np.asarray([0.0, 1.0, 3.0, -2.0], np.float32)
     ours.rewards = rewards
@@ -117,12 +116,6 @@ def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
     assert calls[:2] == ["a", "b"] and sorted(calls[2:]) == ["a"] * 3 + ["b"] * 3
 
 
-def test_timed_waits_for_the_host():
-    seconds, found = benchmark.timed(lambda: time.sleep(0.02) or 3)
-    assert seconds >= 0.02 and found == 3
-
-
-@pytest.mark.slow
 def test_memory_counts_the_states_of_chains(ours):
     stored, collect, learn = benchmark.memory_rows({"dance": ours})
     image = 4 * 4 * 4 * 3
