@@ -16,7 +16,7 @@ def test_mlp_is_that_of_numpy():
     for name in ("hidden_0", "hidden_1"):
         h = np.tanh(h @ params[name]["kernel"] + params[name]["bias"])
     expected = h @ params["out"]["kernel"] + params["out"]["bias"]
-    out = models.functional(net)(params, OBSERVED)
+    out = jax.jit(models.functional(net))(params, OBSERVED)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_outputs_start_small():
         params = models.init_params(
             net, jax.random.key(0), ACTIONS, jnp.ones(1), OBSERVED
         )
-        v = models.functional(net)(params, ACTIONS, jnp.ones(1), OBSERVED)
+        v = jax.jit(models.functional(net))(params, ACTIONS, jnp.ones(1), OBSERVED)
         assert low <= np.abs(v).max() <= high
 
 
@@ -68,7 +68,7 @@ def test_images_are_seen():
         jnp.uint8
     )
     params = models.init_params(net, jax.random.key(1), image)
-    apply_fn = models.functional(net)
+    apply_fn = jax.jit(models.functional(net))
     out = apply_fn(params, image)
     assert out.shape == (3, 1)
     moved = apply_fn(params, jnp.roll(image, 8, 2))

@@ -1,4 +1,7 @@
-"""DiT: zero start, block stack, conditions, precision, gradients, lowering."""
+"""DiT: a block by other layers, conditions, sizes, bad inputs.
+
+What it shares with every network stands in test_contract.py.
+"""
 
 import functools
 
@@ -10,15 +13,13 @@ from flax import linen as nn
 
 from tmdjax.core import trees
 from tmdjax.models import DiT, functional, init_params
-from tmdjax.models.dit import _Block
 
 BATCH, HEIGHT, WIDTH, CHANNEL = 3, 8, 4, 2
 CONDITIONED = ("class", "tokens")
-KINDS = ("unconditional", *CONDITIONED)
 
 
 def small(kind="class", **options):
-    options = dict(patch_size=2, hidden=16, depth=5, heads=2, mlp_ratio=2.0) | options
+    options = dict(patch_size=2, hidden=16, depth=3, heads=2, mlp_ratio=2.0) | options
     if kind == "class":
         options["num_classes"] = 4
     if kind == "tokens":
@@ -57,63 +58,19 @@ def jitted(module, method=None, **options):
     )
 
 
-@functools.cache
-def value_and_gradient(kind="class", **options):
-    """Of mean (v - target)^2 to the parameters."""
-    apply_fn = functional(small(kind, **options))
-    return jax.jit(
-        jax.value_and_grad(
-            lambda params, inputs, target: jnp.square(
-                apply_fn(params, *inputs) - target
-            ).mean()
-        )
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_output_starts_at_zero(kind):
-    v = jitted(small(kind))(initial(kind), *draw(kind))
-    assert v.shape == (BATCH, HEIGHT, WIDTH, CHANNEL) and v.dtype == jnp.float32
-    np.testing.assert_array_equal(v, 0.0)
-
-
-def test_blocks_start_as_the_identity():
-    h, c = jitted(small("tokens"), "embed")(initial("tokens"), *draw("tokens"))
-    assert np.abs(h).max() > 0.1
-    out, _ = jitted(small("tokens"), "blocks")(initial("tokens"), h, c)
-    np.testing.assert_array_equal(out, h)
-
-
-@pytest.mark.parametrize("kind", CONDITIONED)
-def test_gradients_reach_every_leaf_after_three_steps(kind):
-    inputs = draw(kind)
-    target = inputs[0][..., ::-1]
-
-    def step(params):
-        _, gradient = value_and_gradient(kind)(params, inputs, target)
-        return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient), gradient
-
-    params, first = step(initial(kind))
-    moving = {k for k, g in trees.flatten(first).items() if np.any(g)}
-    assert moving == {"final/projection/kernel", "final/projection/bias"}
-    for _ in range(3):
-        params, gradient = step(params)
-    # A key's bias shifts all scores of a query alike: softmax does not see it.
-    still = {
-        k
-        for k, g in trees.flatten(gradient).items()
-        if not np.abs(g).max() > 0 and not k.endswith("key/bias")
-    }
-    assert not still
-
-
 @pytest.mark.parametrize("kind", CONDITIONED)
 def test_block_equals_flax_layers(kind, stir):
     """The same block from flax's own norm, attention and dense layers."""
     module, params = small(kind), stir(initial(kind))
-    h, c = jitted(module, "embed")(params, *draw(kind))
-    got, _ = jitted(module, "blocks", start=2, stop=3)(params, h, c)
-    block = jax.tree.map(lambda leaf: leaf[2], params["blocks"])
+    apply_fn = functional(module)
+
+    @jax.jit
+    def ours(params):
+        h, c = apply_fn(params, *draw(kind), method="embed")
+        return h, c, apply_fn(params, h, c, method="blocks", start=1, stop=2)[0]
+
+    h, c, got = ours(params)
+    block = jax.tree.map(lambda leaf: np.asarray(leaf)[1], params["blocks"])
 
     def dense(name, x):
         return nn.Dense(block[name]["kernel"].shape[1]).apply(
@@ -154,109 +111,13 @@ def test_block_equals_flax_layers(kind, stir):
     close(got, jax.jit(peer)(h), atol=1e-5)
 
 
-@pytest.fixture
-def stacked(stir):
-    params, module = stir(initial("tokens")), small("tokens")
-    h, c = jitted(module, "embed")(params, *draw("tokens"))
-    return module, params, h, c
-
-
-one_block = jax.jit(_Block(2, 32, "fp32", "xla", parent=None).apply)
-
-
-def layer_by_layer(params, h, c, layers=range(5)):
-    """Outputs of the layers from a Python loop over single blocks."""
-    outputs = []
-    for layer in layers:
-        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-        h = one_block({"params": own}, h, c)
-        outputs.append(h)
-    return outputs
-
-
-def test_splitting_the_stack_changes_nothing(stacked):
-    module, params, h, c = stacked
-    whole, none = jitted(module, "blocks")(params, h, c)
-    assert none == {}
-    outputs = layer_by_layer(params, h, c)
-    close(whole, outputs[4], atol=1e-5)
-    assert np.abs(outputs[4] - outputs[3]).max() > 0.1
-    first, _ = jitted(module, "blocks", stop=2)(params, h, c)
-    close(first, outputs[1], atol=1e-5)
-    both, _ = jitted(module, "blocks", start=2)(params, first, c)
-    close(both, whole)
-    empty, _ = functional(module)(params, h, c, method="blocks", start=5)
-    np.testing.assert_array_equal(empty, h)
-
-
-def test_taps_equal_a_loop(stacked):
-    module, params, h, c = stacked
-    outputs = layer_by_layer(params, h, c)
-    last, tapped = jitted(module, "blocks", taps=(3, 0, 4))(params, h, c)
-    assert sorted(tapped) == [0, 3, 4]
-    close(tapped, {i: outputs[i] for i in tapped}, atol=1e-5)
-    close(last, outputs[4], atol=1e-5)
-    assert np.abs(outputs[3] - outputs[0]).max() > 0.1
-
-
-def test_skip_equals_removing_the_layers(stacked):
-    module, params, h, c = stacked
-    skipped, tapped = jitted(module, "blocks", skip=(1, 2), taps=(0, 3))(params, h, c)
-    want = layer_by_layer(params, h, c, layers=(0, 3, 4))
-    close(skipped, want[2], atol=1e-5)
-    close([tapped[0], tapped[3]], want[:2], atol=1e-5)
-
-
-def test_a_part_of_the_stack_copies_no_weights():
-    """Compiled memory: the slice of the weights would be the largest buffer."""
-    module = small("unconditional", hidden=64, depth=6, mlp_ratio=4.0)
-    x, t = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32), jnp.float32(0.5)
-    params = jax.eval_shape(lambda: init_params(module, jax.random.key(0), x, t))
-    h, c = jax.eval_shape(jitted(module, "embed"), params, x, t)
-
-    def temporary(stop):
-        def loss(params, h, c):
-            out, _ = functional(module)(params, h, c, method="blocks", stop=stop)
-            return jnp.square(out).mean()
-
-        lowered = jax.jit(jax.grad(loss)).lower(params, h, c)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    one_layer = trees.nbytes(params["blocks"]) / 6
-    assert temporary(5) < temporary(6) + 2 * one_layer
-
-
-def test_a_part_of_the_stack_has_the_gradient_of_the_whole(stacked):
-    module, params, h, c = stacked
-
-    def gradient(start):
-        def loss(params, h):
-            out, _ = functional(module)(params, h, c, method="blocks", start=start)
-            return jnp.square(out).mean()
-
-        return jax.jit(jax.grad(loss))
-
-    outputs = layer_by_layer(params, h, c)
-    whole = gradient(0)(params, h)["blocks"]
-    part = gradient(2)(params, outputs[1])["blocks"]
-    scale = {path: np.abs(leaf).max() for path, leaf in trees.flatten(whole).items()}
-    for path, leaf in trees.flatten(part).items():
-        np.testing.assert_array_equal(leaf[:2], 0.0)
-        np.testing.assert_allclose(
-            leaf[2:],
-            trees.flatten(whole)[path][2:],
-            rtol=1e-3,
-            atol=1e-4 * scale[path] + 1e-6,
-        )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(start=-1), "negative indices are not read"),
-        (dict(stop=6), "stop=6 must satisfy .* depth=5"),
-        (dict(start=3, stop=2), "start=3, stop=2"),
-        (dict(taps=(5,)), r"taps holds \[5\], outside the layers 0..4"),
+        (dict(stop=4), "stop=4 must satisfy .* depth=3"),
+        (dict(start=2, stop=1), "start=2, stop=1"),
+        (dict(taps=(3,)), r"taps holds \[3\], outside the layers 0..2"),
         (dict(stop=2, skip=(2,)), r"skip holds \[2\], outside the layers 0..1"),
         (dict(taps=(1,), skip=(1,)), r"layers \[1\] are both tapped and skipped"),
     ],
@@ -271,39 +132,6 @@ def test_indices_are_static(as_shipped):
     h, c = jnp.zeros((BATCH, 8, 16)), {"modulation": jnp.zeros((BATCH, 16))}
     with pytest.raises(TypeError):
         functional(small())(initial(), h, c, method="blocks", taps=(1.5,))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_samples_do_not_meet(kind, stir):
-    params, inputs = stir(initial(kind)), draw(kind)
-    apply_fn = jitted(small(kind))
-    whole = apply_fn(params, *inputs)
-    assert np.abs(whole).max() > 0.1
-    order = jnp.array([2, 0, 1])
-    shuffled = jax.tree.map(lambda leaf: leaf[order], inputs)
-    close(apply_fn(params, *shuffled), whole[order], atol=1e-5)
-
-    def one(inputs):
-        single = jax.tree.map(lambda leaf: leaf[None], inputs)
-        return functional(small(kind))(params, *single)[0]
-
-    close(jax.jit(jax.vmap(one))(inputs), whole, atol=1e-5)
-
-
-def test_a_scalar_time_is_broadcast(stir):
-    params, (x, _, cond) = stir(initial()), draw()
-    apply_fn = jitted(small())
-    close(apply_fn(params, x, 0.3, cond), apply_fn(params, x, jnp.full(3, 0.3), cond))
-
-
-def test_time_and_class_matter(stir):
-    params, (x, t, cond) = stir(initial()), draw()
-    apply_fn = jitted(small())
-    base = apply_fn(params, x, t, cond)
-    assert np.abs(apply_fn(params, x, t * 0.5, cond) - base).max() > 1e-3
-    assert (
-        np.abs(apply_fn(params, x, t, cond - 1 + 2 * (cond == 0)) - base).max() > 1e-3
-    )
 
 
 def test_null_class_is_no_condition(stir):
@@ -345,25 +173,16 @@ def test_parameters_do_not_depend_on_the_example_condition():
     jax.tree.map(np.testing.assert_array_equal, without, initial("tokens"))
 
 
-def test_remat_changes_neither_value_nor_gradient(stir):
-    kind = "tokens"
-    arguments = stir(initial(kind)), draw(kind), 0.0
-    with_value, with_grad = value_and_gradient(kind)(*arguments)
-    value, grad = value_and_gradient(kind, remat=False)(*arguments)
-    np.testing.assert_allclose(with_value, value, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7
-        ),
-        with_grad,
-        grad,
-    )
-
-
 def test_remat_recomputes_the_blocks(equations):
-    arguments = jax.eval_shape(lambda: (initial(), draw(), 0.0))
-    plain = equations(value_and_gradient(remat=False), *arguments)
-    rematted = equations(value_and_gradient(), *arguments)
+    arguments = jax.eval_shape(lambda: (initial(), *draw()))
+
+    def counted(remat):
+        apply_fn = functional(small(remat=remat))
+        return equations(
+            jax.grad(lambda p, *inputs: apply_fn(p, *inputs).sum()), *arguments
+        )
+
+    plain, rematted = counted(False), counted(True)
     assert not any("remat" in name or "checkpoint" in name for name in plain)
     assert any("remat" in name or "checkpoint" in name for name in rematted)
     # A block takes eight products forward (four projections, two of attention, two
@@ -372,16 +191,9 @@ def test_remat_recomputes_the_blocks(equations):
     assert plain["tanh"] == 1 and rematted["tanh"] == 2  # the gelu
 
 
-@pytest.mark.parametrize("kind", CONDITIONED)
-def test_bfloat16_recipe_stays_close(kind, stir):
-    params, inputs = stir(initial(kind), 0.1), draw(kind)
-    exact = jitted(small(kind))(params, *inputs)
-    module = small(kind, recipe="bf16")
-    rough = jitted(module)(params, *inputs)
-    assert rough.dtype == jnp.float32
-    assert jitted(module, "embed")(params, *inputs)[0].dtype == jnp.bfloat16
-    error = np.sqrt(np.square(rough - exact).mean() / np.square(exact).mean())
-    assert 1e-4 < error < 0.05
+def test_hidden_state_is_narrow_under_the_bfloat16_recipe():
+    embed = jitted(small(recipe="bf16"), "embed")
+    assert jax.eval_shape(embed, initial(), *draw())[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.slow
@@ -412,14 +224,6 @@ def test_bfloat16_gradients_over_many_rows(stir):
     assert max(errors.values()) > 1e-3
 
 
-def test_gradient_against_finite_differences(stir, check_slope):
-    silent = check_slope(
-        lambda p: value_and_gradient("tokens")(p, draw("tokens"), 1.0),
-        stir(initial("tokens")),
-    )
-    assert not silent
-
-
 def test_query_key_and_value_start_like_one_fused_kernel():
     """Xavier of [hidden, 3 hidden], as the published code draws them."""
     module = DiT(patch_size=1, hidden=96, depth=1, heads=2)
@@ -433,22 +237,6 @@ def test_query_key_and_value_start_like_one_fused_kernel():
     own = jax.nn.initializers.xavier_uniform()(jax.random.key(1), (96, 96))
     out = params["blocks"]["attention"]["out"]["kernel"]
     np.testing.assert_allclose(out.std(), own.std(), rtol=0.02)
-
-
-def test_forty_layers_are_one_program(equations):
-    inputs = draw()
-    counts = []
-    for depth in (2, 40):
-        module = small(depth=depth)
-        params = jax.eval_shape(
-            lambda module=module: init_params(module, jax.random.key(0), *inputs)
-        )
-
-        def loss(params, module=module):
-            return functional(module)(params, *inputs).sum()
-
-        counts.append(equations(jax.grad(loss), params).total())
-    assert counts[0] == counts[1] > 100
 
 
 def test_xl_2_has_the_published_size():
@@ -470,21 +258,6 @@ def test_xl_2_has_the_published_size():
     assert velocity.shape == (2, 32, 32, 4) and velocity.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kind", CONDITIONED)
-def test_training_gradient_lowers_for_cuda_and_tpu(kind):
-    module = small(kind, recipe="bf16", attention_implementation="xla")
-    apply_fn = functional(module)
-    params, inputs = jax.eval_shape(lambda: (initial(kind), draw(kind)))
-
-    def loss(params, *inputs):
-        return jnp.square(apply_fn(params, *inputs)).mean()
-
-    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])(
-        params, *inputs
-    )
-    assert exported.platforms == ("cuda", "tpu")
-
-
 def test_out_channels_and_sizes():
     module = small(out_channels=5)
     x, t, cond = draw()
@@ -499,7 +272,11 @@ def test_out_channels_and_sizes():
 
 def test_output_asks_for_the_size():
     h, c = jnp.zeros((BATCH, 4, 16)), {"modulation": jnp.zeros((BATCH, 16))}
-    output = functools.partial(functional(small()), initial(), h, c, method="output")
+
+    def output(**options):
+        apply_fn = functools.partial(functional(small()), method="output", **options)
+        return jax.eval_shape(apply_fn, initial(), h, c)
+
     # Four patches are a square as well as a strip: the caller says which.
     for size in ((4, 4), (2, 8)):
         assert output(size=size).shape == (BATCH, *size, CHANNEL)

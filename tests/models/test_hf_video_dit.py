@@ -179,6 +179,7 @@ def test_narrow_parameters_keep_the_time_in_float32(folder, tmp_path):
     assert kept["final"]["scale_shift_table"].dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.nightly
 def test_diffusers_reads_what_is_written(folder, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs tmdjax[parity]")
     torch = pytest.importorskip("torch", reason="needs tmdjax[parity]")

@@ -23,22 +23,12 @@ def initial(module=MODULE):
 
 
 def test_size_and_output():
-    v = functional(MODULE)(initial(), X, T, COND)
+    v = jax.jit(functional(MODULE))(initial(), X, T, COND)
     assert v.shape == X.shape and v.dtype == jnp.float32
     assert np.isfinite(v).all() and np.abs(v).max() > 1e-3
     time = 256 * 16 + 16 + 16 * 16 + 16
     body = 2 * 16 + 16 + 2 * (16 * 16 + 16) + 16 * 2 + 2
     assert trees.count(initial()) == time + 4 * 16 + body
-
-
-def test_samples_do_not_meet():
-    apply_fn = jax.jit(functional(MODULE))
-    whole = apply_fn(initial(), X, T, COND)
-    for i in range(4):
-        one = slice(i, i + 1)
-        np.testing.assert_allclose(
-            apply_fn(initial(), X[one], T[one], COND[one]), whole[one], atol=1e-6
-        )
 
 
 def test_no_condition_is_the_null_class():
@@ -50,21 +40,6 @@ def test_no_condition_is_the_null_class():
         apply_fn(initial(), X, 0.3, None),
         apply_fn(initial(), X, jnp.full(4, 0.3), None),
     )
-
-
-def test_bfloat16_recipe_stays_close(stir):
-    params = stir(initial())
-    exact = functional(MODULE)(params, X, T, COND)
-    rough = functional(MODULE.clone(recipe="bf16"))(params, X, T, COND)
-    assert rough.dtype == jnp.float32
-    error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.05
-
-
-def test_gradient_against_finite_differences(check_slope):
-    apply_fn = functional(MODULE)
-    loss = jax.value_and_grad(lambda p: jnp.square(apply_fn(p, X, T, COND) - 1).mean())
-    assert not check_slope(jax.jit(loss), initial())
 
 
 def test_spatial_derivative_against_finite_differences():

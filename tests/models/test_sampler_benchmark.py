@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import sampler as benchmark
 
+pytestmark = pytest.mark.nightly
+
 TINY = (
     "--recipe=fp32", "--hidden=16", "--depth=1", "--heads=2", "--steps=3", "--side=4",
     "--channels=2", "--repeats=1",

@@ -232,10 +232,6 @@ def test_out_channels(stir):
     assert jax.eval_shape(jitted(module), params, *draw()).shape == (BATCH, 4, 8, 3)
 
 
-def test_velocity_starts_at_zero():
-    np.testing.assert_array_equal(jitted(small())(initial(), *draw()), 0.0)
-
-
 def test_parameters_are_those_of_the_two_networks():
     """Counted by hand: dense layers [in, out] are in x out + out."""
     params = initial()
@@ -309,17 +305,6 @@ def test_text_matters_and_padding_does_not(stir):
     close(jitted(small())(params, x, t, cond | {"ids": other}), velocity)
 
 
-def test_samples_do_not_meet(stir):
-    params, inputs = stir(initial()), draw()
-    whole = jitted(small())(params, *inputs)
-
-    def one(inputs):
-        single = jax.tree.map(lambda leaf: leaf[None], inputs)
-        return functional(small())(params, *single)[0]
-
-    close(jax.jit(jax.vmap(one))(inputs), whole)
-
-
 def test_null_condition_is_no_text(stir):
     params, (x, t, cond) = stir(initial()), draw()
     apply_fn = jitted(small())
@@ -342,12 +327,10 @@ def test_null_condition_is_no_text(stir):
         close(apply_fn(params, x, t, dropped), without)
 
 
-def test_gradient_reaches_the_encoder(stir, check_slope):
+def test_gradient_reaches_the_words_that_stand_there(stir):
     cond = texts() | {"ids": jnp.arange(15).reshape(3, 5) % WORDS}
     inputs = (*draw()[:2], cond)
     params = stir(initial())
-    silent = check_slope(lambda p: value_and_gradient()(p, inputs), params)
-    assert not silent
     _, gradient = value_and_gradient()(params, inputs)
     # Words 7 and 9 stand in padding alone, the last two positions nowhere.
     words = np.abs(gradient["encoder"]["word_embedding"]).max(-1) > 0
@@ -356,28 +339,12 @@ def test_gradient_reaches_the_encoder(stir, check_slope):
     np.testing.assert_array_equal(positions, [True] * 5 + [False] * 2)
 
 
-def test_remat_changes_neither_value_nor_gradient(stir, equations):
-    arguments = stir(initial()), draw()
-    close(value_and_gradient()(*arguments), value_and_gradient(remat=False)(*arguments))
-    shapes = shaped(arguments)
+def test_remat_recomputes_both_stacks(equations):
+    shapes = shaped((initial(), draw()))
     plain = equations(value_and_gradient(remat=False), *shapes)
     rematted = equations(value_and_gradient(), *shapes)
     # The gelu of a block runs a second time, once a network.
     assert plain["tanh"] == 2 and rematted["tanh"] == 4
-
-
-def test_training_gradient_lowers_for_cuda_and_tpu():
-    module = small(recipe="bf16", attention_implementation="xla")
-    apply_fn = functional(module)
-    params, inputs = shaped((initial(), draw()))
-
-    def loss(params, *inputs):
-        return jnp.square(apply_fn(params, *inputs)).mean()
-
-    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])(
-        params, *inputs
-    )
-    assert exported.platforms == ("cuda", "tpu")
 
 
 def test_adapters_of_the_image_network_alone(stir):

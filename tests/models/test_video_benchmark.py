@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import video as benchmark
 
+pytestmark = pytest.mark.nightly
+
 SMALL = (
     "--depth=1 --heads=2 --head-dim=8 --mlp-width=16 --grid 1 4 4 --channels=2 "
     "--text-length=4 --text-width=8 --recipe=fp32 --repeats=2 --head=0"
