@@ -6,6 +6,7 @@ import pytest
 from tmdjax import envs
 
 MULTI = envs.MultiGoal()
+STEP = jax.jit(MULTI.step)
 
 
 def by_hand(p, v, a):
@@ -22,7 +23,7 @@ def by_hand(p, v, a):
 @pytest.mark.parametrize("action", [(0.3, -2.0), (9.0, -30.0)])
 def test_14_a_step_is_the_released_one(action):
     state, _ = MULTI.at((1.0, 2.0), (3.0, -1.0))
-    step = MULTI.step(state, jnp.array(action), None)
+    step = STEP(state, jnp.array(action), None)
     p, v, r = by_hand((1, 2), (3, -1), action)
     np.testing.assert_allclose(step.observation, [*p, *v], rtol=1e-6)
     np.testing.assert_allclose(step.reward, r, rtol=1e-5)
@@ -32,21 +33,21 @@ def test_14_a_step_is_the_released_one(action):
 def test_14_at_a_goal_at_rest():
     for goal in MULTI.goal_positions:
         state, _ = MULTI.at(goal)
-        step = MULTI.step(state, jnp.zeros(2), None)
+        step = STEP(state, jnp.zeros(2), None)
         np.testing.assert_allclose(step.reward, 0.2, rtol=1e-6)
 
 
 def test_14_fifty_one_steps_and_the_square():
     state, _ = MULTI.at((0.0, 0.0))
     for i in range(51):
-        step = MULTI.step(state, jnp.zeros(2), None)
+        step = STEP(state, jnp.zeros(2), None)
         assert bool(step.truncated) == (i == 50) and not step.terminated
         state = step.state
     # the position moves by the old velocity: out by that, back by this
     out, _ = MULTI.at((7.95, 0.0), (1.0, 0.0))
-    assert MULTI.step(out, jnp.array([-5.0, 0.0]), None).terminated
+    assert STEP(out, jnp.array([-5.0, 0.0]), None).terminated
     still, _ = MULTI.at((7.95, 0.0))
-    assert not MULTI.step(still, jnp.array([5.0, 0.0]), None).terminated
+    assert not STEP(still, jnp.array([5.0, 0.0]), None).terminated
 
 
 def test_starts():

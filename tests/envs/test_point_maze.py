@@ -9,6 +9,7 @@ from tmdjax import envs
 from tmdjax.envs.point_maze import PointMazeState
 
 MAZE = envs.PointMaze()
+STEP = jax.jit(MAZE.step)
 
 
 def state_at(position, velocity=(0.0, 0.0), goal=(0.0, 0.0)):
@@ -27,7 +28,7 @@ def test_15_free_flight_in_closed_form():
     r = 1 - 0.01 / 4.19879
     p = start[0]
     for n in range(1, 40):
-        state = MAZE.step(state, jnp.array([force, 0.0]), None).state
+        state = STEP(state, jnp.array([force, 0.0]), None).state
         v = 100 * force * (1 - r**n)
         p += 0.01 * v
         np.testing.assert_allclose(state.velocity[0], v, rtol=2e-5)
@@ -36,13 +37,13 @@ def test_15_free_flight_in_closed_form():
 
 def test_15_speed_is_clipped_before_the_push():
     state = state_at((-2.5, 2.5), (9.0, 0.0))
-    state = MAZE.step(state, jnp.array([1.0, 0.0]), None).state
+    state = STEP(state, jnp.array([1.0, 0.0]), None).state
     np.testing.assert_allclose(state.velocity[0], 5 + 0.01 * 95 / 4.19879, rtol=1e-6)
 
 
 def test_actions_are_clipped():
     a, b = (
-        MAZE.step(state_at((-2.5, 2.5)), jnp.array([f, 0.0]), None).state
+        STEP(state_at((-2.5, 2.5)), jnp.array([f, 0.0]), None).state
         for f in (1.0, 50.0)
     )
     np.testing.assert_array_equal(a.velocity, b.velocity)
@@ -58,7 +59,7 @@ def test_actions_are_clipped():
 def test_15_a_straight_run_ends_at_the_wall(direction, expected):
     state = state_at((-2.5, 2.5))
     for _ in range(100):
-        state = MAZE.step(state, jnp.array(direction), None).state
+        state = STEP(state, jnp.array(direction), None).state
     np.testing.assert_allclose(state.position, expected, atol=1e-5)
     np.testing.assert_allclose(state.velocity, 0, atol=1e-6)
 
@@ -73,7 +74,7 @@ def test_15_the_disc_overlaps_no_wall():
 
         def body(state, key):
             force = 2 * jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
-            state = MAZE.step(state, force, None).state
+            state = STEP(state, force, None).state
             return state, state.position
 
         return jax.lax.scan(body, state, jax.random.split(noise, 1000))[1]
@@ -111,12 +112,12 @@ def test_starts_goals_rewards_and_success():
     nearest = away.argmin(1)
     assert away.min(1).max() <= 0.2501 and set(nearest) == {0, 1, 2}
     near = state_at((2.5, 1.5), goal=(2.5, 1.2))
-    step = MAZE.step(near, jnp.zeros(2), None)
+    step = STEP(near, jnp.zeros(2), None)
     np.testing.assert_allclose(step.reward, np.exp(-0.3), rtol=1e-5)
     assert MAZE.success(near) and not MAZE.success(
         state_at((2.5, 1.5), goal=(2.5, 2.0))
     )
-    cut = MAZE.step(near.replace(steps=jnp.int32(599)), jnp.zeros(2), None)
+    cut = STEP(near.replace(steps=jnp.int32(599)), jnp.zeros(2), None)
     assert cut.truncated and not cut.terminated
 
 

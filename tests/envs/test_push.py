@@ -7,6 +7,7 @@ from tmdjax import envs
 from tmdjax.envs.push import PushState
 
 PUSH = envs.Push()
+STEP = jax.jit(PUSH.step)
 
 
 def state_at(pusher, thing, target):
@@ -16,7 +17,7 @@ def state_at(pusher, thing, target):
 
 def test_pushing_moves_the_object_along_the_line_of_centres():
     state = state_at((0.0, 0.0), (0.21, 0.0), (0.9, 0.9))
-    step = PUSH.step(state, jnp.array([1.0, 0.0]), None)
+    step = STEP(state, jnp.array([1.0, 0.0]), None)
     np.testing.assert_allclose(step.state.pusher, [0.08, 0], atol=1e-6)
     np.testing.assert_allclose(step.state.object, [0.28, 0], atol=1e-6)
     assert step.reward == 0 and not step.terminated
@@ -24,14 +25,14 @@ def test_pushing_moves_the_object_along_the_line_of_centres():
 
 def test_an_object_out_of_reach_stays():
     state = state_at((0.0, 0.0), (0.5, 0.0), (0.9, 0.9))
-    step = PUSH.step(state, jnp.array([-3.0, 1.0]), None)
+    step = STEP(state, jnp.array([-3.0, 1.0]), None)
     np.testing.assert_allclose(step.state.pusher, [-0.08, 0.08], atol=1e-6)
     np.testing.assert_array_equal(step.state.object, state.object)
 
 
 def test_reward_only_at_the_target():
     state = state_at((0.0, 0.0), (0.21, 0.0), (0.4, 0.0))
-    step = PUSH.step(state, jnp.array([1.0, 0.0]), None)
+    step = STEP(state, jnp.array([1.0, 0.0]), None)
     assert step.reward == 1 and step.terminated and PUSH.success(step.state)
 
 
@@ -43,7 +44,7 @@ def test_nothing_overlaps_or_leaves():
             action = jax.random.uniform(key, (2,), minval=-2.0, maxval=2.0)
             # towards the object, so that they do meet
             action = action + 3 * (state.object - state.pusher)
-            state = PUSH.step(state, action, None).state
+            state = STEP(state, action, None).state
             return state, state
 
         return jax.lax.scan(body, state, jax.random.split(key, 200))[1]
@@ -84,7 +85,7 @@ def test_a_scripted_policy_solves_it():
 
         def body(carry, _):
             state, seen, won = carry
-            step = PUSH.step(state, policy(seen), None)
+            step = STEP(state, policy(seen), None)
             return (step.state, step.observation, won | step.terminated), None
 
         return jax.lax.scan(body, (state, seen, False), None, length=60)[0][2]

@@ -39,12 +39,12 @@ class Counter:
 
 def walk(environment, steps, count=3, **options):
     vector = envs.Vector(environment, count, **options)
-    state = vector.reset(jax.random.key(0))
+    state, take = jax.jit(vector.reset)(jax.random.key(0)), jax.jit(vector.step)
     keys = jax.random.split(jax.random.key(1), (steps, count))
     seen = [np.asarray(state.observation)[:, 0]]
     taken = []
     for i in range(steps):
-        state, step = vector.step(state, jnp.zeros((count, 1)), keys[i])
+        state, step = take(state, np.zeros((count, 1), np.float32), keys[i])
         seen.append(np.asarray(state.observation)[:, 0])
         taken.append(jax.tree.map(np.asarray, step))
     return np.array(seen), taken

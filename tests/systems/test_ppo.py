@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +15,37 @@ KEYS = prng.sample_keys(jax.random.key(7), BATCH)
 COEFFICIENTS = {"clip_range": 0.2, "entropy_coefficient": 0.01}
 
 
+METHOD = GaussianPolicy(hidden=(16,), initial_std=0.5)
+
+
+@functools.cache
 def made():
-    method = GaussianPolicy(hidden=(16,), initial_std=0.5)
-    seen = jax.random.normal(jax.random.key(1), (BATCH, 3))
-    params = method.init(jax.random.key(0), seen[:1], 2)
-    action, record = method.act(params, seen, KEYS)
-    advantage = jax.random.normal(jax.random.key(2), (BATCH,))
-    return method, params, Samples(seen, record, advantage), action
+    """Parameters, samples and actions."""
+
+    @jax.jit
+    def begin(key):
+        seen = jax.random.normal(jax.random.key(1), (BATCH, 3))
+        params = METHOD.init(key, seen[:1], 2)
+        action, record = METHOD.act(params, seen, KEYS)
+        advantage = jax.random.normal(jax.random.key(2), (BATCH,))
+        return params, Samples(seen, record, advantage), action
+
+    return begin(jax.random.key(0))
+
+
+mean_and_log_std = jax.jit(METHOD.mean_and_log_std)
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, has_aux=True)
+def total(params, behaviour, samples, coefficients):
+    found = METHOD.loss(params, behaviour, samples, KEYS, coefficients)
+    return found[0].mean(), found
 
 
 def test_log_prob_is_scipys():
-    method, params, samples, action = made()
-    mean, log_std = method.mean_and_log_std(params, samples.observation)
+    params, samples, action = made()
+    mean, log_std = mean_and_log_std(params, samples.observation)
     std = np.exp(log_std)
     np.testing.assert_allclose(std, 0.5, rtol=1e-6)
     expected = scipy.stats.norm(mean, std).logpdf(action).sum(1)
@@ -32,10 +53,10 @@ def test_log_prob_is_scipys():
 
 
 def test_loss_by_hand():
-    method, params, samples, action = made()
+    params, samples, action = made()
     new = {**params, "log_std": params["log_std"] + 0.3}
-    loss, metrics = method.loss(new, params, samples, KEYS, COEFFICIENTS)
-    mean, log_std = method.mean_and_log_std(new, samples.observation)
+    (_, (loss, metrics)), _ = total(new, params, samples, COEFFICIENTS)
+    mean, log_std = mean_and_log_std(new, samples.observation)
     std = np.exp(log_std)
     density = scipy.stats.norm(mean, std).logpdf(action).sum(1)
     ratio = np.exp(density - samples.record["log_prob"])
@@ -49,23 +70,20 @@ def test_loss_by_hand():
 
 
 def test_gradient_is_the_policy_gradient_at_the_start():
-    method, params, samples, _ = made()
+    params, samples, _ = made()
 
-    def loss(p):
-        return method.loss(
-            p, params, samples, KEYS, {**COEFFICIENTS, "entropy_coefficient": 0.0}
-        )[0].mean()
+    without = {**COEFFICIENTS, "entropy_coefficient": 0.0}
+    _, slope = total(params, params, samples, without)
 
-    def log_prob(p):
-        mean, log_std = method.mean_and_log_std(p, samples.observation)
+    @jax.jit
+    @jax.grad
+    def expected(p):
+        mean, log_std = METHOD.mean_and_log_std(p, samples.observation)
         z = (samples.record["action"] - mean) / jnp.exp(log_std)
         density = jnp.sum(-0.5 * z**2 - log_std, -1)
         return -jnp.mean(samples.advantage * density)
 
-    for a, b in zip(
-        jax.tree.leaves(jax.grad(loss)(params)),
-        jax.tree.leaves(jax.grad(log_prob)(params)),
-    ):
+    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(expected(params))):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 

@@ -401,35 +401,19 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    "name, values, error, message",
     [
-        (
-            {"first_ratio_error": np.array([0, 1e-3])},
-            rl.RatioError,
-            "0.001 in the first",
-        ),
-        (
-            {"first_ratio_error": np.array([0, np.nan])},
-            rl.RatioError,
-            "nan in the first",
-        ),
-        ({"skipped_in_a_row": np.array([0, 3])}, NonFiniteError, "3 updates in a row"),
-        (
-            {"action_abs_max": np.array([1, 2e3])},
-            NonFiniteError,
-            "2000.* environment 1 ",
-        ),
-        (
-            {"action_abs_max": np.array([np.nan, 1])},
-            NonFiniteError,
-            "nan in environment 0",
-        ),
+        ("first_ratio_error", [0, 1e-3], rl.RatioError, "0.001 in the first"),
+        ("first_ratio_error", [0, np.nan], rl.RatioError, "nan in the first"),
+        ("skipped_in_a_row", [0, 3], NonFiniteError, "3 updates in a row"),
+        ("action_abs_max", [1, 2e3], NonFiniteError, "2000.* environment 1 "),
+        ("action_abs_max", [np.nan, 1], NonFiniteError, "nan in environment 0"),
     ],
 )
-def test_faults_stop_a_run(changes, error, message):
+def test_faults_stop_a_run(name, values, error, message):
     check(GOOD, TINY)
     with pytest.raises(error, match=message):
-        check(GOOD | changes, TINY)
+        check(GOOD | {name: np.array(values)}, TINY)
 
 
 def test_clipped_actions_are_warned_of():
