@@ -1,5 +1,7 @@
 """Distribution matching and adversarial losses (TMD sheet, section 6: 10, 14)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,10 @@ def arrays():
     return [jax.random.normal(key, SHAPE) for key in keys]
 
 
+@functools.partial(jax.jit, static_argnames="normalisation")
 def gradient(x, teacher, critic, **options):
-    return jax.grad(
-        lambda x: flows.distribution_matching_loss(x, teacher, critic, **options)[
-            0
-        ].mean()
-    )(x)
+    loss = flows.distribution_matching_loss
+    return jax.grad(lambda x: loss(x, teacher, critic, **options)[0].mean())(x)
 
 
 @pytest.mark.parametrize("normalisation", flows.NORMALISATIONS)
@@ -47,18 +47,18 @@ def test_10_scale_does_not_matter():
 
 def test_10_moves_the_student_towards_the_teacher():
     """Gaussians with exact scores: descent moves the mean the right way."""
-    student, teacher = 1.5, -0.5
-    keys = jax.random.split(jax.random.key(1), 2)
-    x = student + jax.random.normal(keys[0], (5000, 1))
-    t = jnp.full(5000, 0.6)
-    x_t = flows.interpolate(x, jax.random.normal(keys[1], x.shape), t)
-    predictions = [
-        flows.convert(
-            flows.gaussian_mixture([1.0], [[mean]], [1.0]).velocity(x_t, t),
-            "velocity", "data", x_t, t,
-        )
-        for mean in (teacher, student)
-    ]  # fmt: skip
+    rng, t = np.random.default_rng(1), jnp.full(5000, 0.6)
+    x, noise = (jnp.asarray(rng.normal(size=(5000, 1)), jnp.float32) for _ in "xn")
+    x = x + 1.5
+    x_t = flows.interpolate(x, noise, t)
+
+    @jax.jit
+    def predict(mean):
+        velocity = flows.gaussian_mixture([1.0], [[0.0]], [1.0]).velocity
+        v = velocity(x_t - (1 - t)[:, None] * mean, t) - mean
+        return flows.convert(v, "velocity", "data", x_t, t)
+
+    predictions = [predict(mean) for mean in (-0.5, 1.5)]  # of teacher and student
     assert gradient(x, *predictions).mean() > 0  # the mean goes down, to -0.5
     assert gradient(x, *predictions[::-1]).mean() < 0
 
@@ -98,7 +98,8 @@ def test_discriminator_wants_real_up_and_fake_down():
 
 def test_approximate_r1_is_the_gradient_penalty_of_a_linear_discriminator():
     weight, sigma = jnp.array([1.0, -2.0]), 0.1
-    x, z = (jax.random.normal(jax.random.key(i), (50_000, 2)) for i in (0, 1))
+    rng = np.random.default_rng(0)
+    x, z = (jnp.asarray(rng.normal(size=(50_000, 2)), jnp.float32) for _ in "xz")
     penalty = flows.approximate_r1(
         (x @ weight)[:, None], ((x + sigma * z) @ weight)[:, None]
     )

@@ -251,7 +251,9 @@ def test_11_gradient_equals_finite_differences(found, fine, weight, x64):
         values, _ = boss.straightening_loss(params, apply_fn, chords, weight=weight)
         return values.mean()
 
-    jax.test_util.check_grads(loss, (params,), order=1, modes=["rev"], rtol=1e-6)
+    jax.test_util.check_grads(
+        jax.jit(loss), (params,), order=1, modes=["rev"], rtol=1e-6
+    )
 
 
 def test_11_one_step_is_reflow_at_pure_noise():
@@ -609,15 +611,6 @@ def test_losses_refuse_another_shape(found, fine):
         flows.flow_matching_loss({}, narrow, jnp.zeros((3, 2)), keys(3))
 
 
-def test_chords_of_another_schedule_are_refused(found, fine, student):
-    apply_fn, params = student
-    chords = boss.chords(fine, found.schedules[6])
-    with pytest.raises(ValueError, match="which is not in the schedule"):
-        boss.straighten(
-            params, apply_fn, chords, found.schedules[2], key=jax.random.key(0)
-        )
-
-
 @pytest.mark.parametrize("budgets", [0, 101, (4, 200), -1])
 def test_budget_before_anything_else(budgets):
     with pytest.raises(ValueError, match=r"budget K=.* must be in \[1, K_max=100\]"):
@@ -653,41 +646,35 @@ def test_no_schedule():
         boss.fine_states(FLOW.velocity, keys(4), (2,), [])
 
 
-def test_chord_without_width(found, fine, student):
-    chords = boss.chords(fine, found.schedules[4])
-    chords["t_next"][7] = chords["t"][7]
+@pytest.mark.parametrize(
+    "searched, options, message",
+    [
+        (2, {}, "which is not in the schedule"),
+        (4, {"weight": "widht2"}, "weight='widht2'.*Did you mean 'width2'"),
+        (4, {"steps": 0}, "steps=0"),
+        (4, {"ema_half_life": 0.0}, "ema_half_life=0"),
+    ],
+)
+def test_bad_straightening(searched, options, message, found, fine, student):
     apply_fn, params = student
-    with pytest.raises(ValueError, match=r"chord 7 goes from.*Is a knot.*twice"):
-        boss.straighten(
-            params,
-            apply_fn,
-            chords,
-            found.schedules[4],
-            key=jax.random.key(0),
-            steps=1,
-        )
-    with pytest.raises(ValueError, match="chord 7"):
-        boss.split(chords, jax.random.key(0))
+    chords, schedule = boss.chords(fine, found.schedules[4]), found.schedules[searched]
+    options = {"key": jax.random.key(0), **options}
+    with pytest.raises(ValueError, match=message):
+        boss.straighten(params, apply_fn, chords, schedule, **options)
 
 
-def test_bad_settings(found, fine, student):
+def test_bad_chords_and_weights(found, fine, student):
     apply_fn, params = student
-    chords = boss.chords(fine, found.schedules[4])
-    key = jax.random.key(0)
-    with pytest.raises(ValueError, match="weight='widht2'.*Did you mean 'width2'"):
-        boss.straighten(
-            params, apply_fn, chords, found.schedules[4], key=key, weight="widht2"
-        )
-    with pytest.raises(ValueError, match="steps=0"):
-        boss.straighten(params, apply_fn, chords, found.schedules[4], key=key, steps=0)
-    with pytest.raises(ValueError, match="ema_half_life=0"):
-        boss.straighten(
-            params, apply_fn, chords, found.schedules[4], key=key, ema_half_life=0.0
-        )
+    chords, key = boss.chords(fine, found.schedules[4]), jax.random.key(0)
     with pytest.raises(ValueError, match="eval_fraction=1"):
         boss.split(chords, key, 1.0)
+    chords["t_next"][7] = chords["t"][7]
+    with pytest.raises(ValueError, match=r"chord 7 goes from.*Is a knot.*twice"):
+        boss.straighten(params, apply_fn, chords, found.schedules[4], key=key)
+    with pytest.raises(ValueError, match="chord 7"):
+        boss.split(chords, key)
     with pytest.raises(ValueError, match="future_weight=0"):
-        boss.search(FLOW.velocity, keys(2), (2,), 2, knots=4, future_weight=0.0)
+        bellman(never, future_weight=0.0)
 
 
 # Hot functions ------------------------------------------------------------------------
