@@ -78,7 +78,7 @@ class Ours:
 
     Attributes:
         compile_seconds: of the whole walk.
-        flops: of a sample of the batch, by the planner.
+        flops: of a sample of the batch, by its trace.
     """
 
     def __init__(self, module: models.DiT, params: Any, given: Any, batch: int):
@@ -101,8 +101,8 @@ class Ours:
         self.walk = jax.jit(walk).lower(self.params, self.noise).compile()
         self.compile_seconds = time.perf_counter() - start
         self.step = jax.jit(step, donate_argnums=1)
-        plan = train.plan(walk, self.params, self.noise)
-        self.flops = sum(plan.flops.values())
+        counted = train.count_flops(walk, self.params, self.noise)
+        self.flops = sum(counted.values())
 
     def sample(self) -> Any:
         """Samples [batch, height, width, channel]."""

@@ -1,4 +1,4 @@
-"""Memory, FLOPs and a roofline of an experiment's steps, before anything is compiled.
+"""Memory, FLOPs and a roofline of an experiment's steps, before a device is there.
 
     python -m experiments.plan --config=configs/flow_matching.py:paper --device=h100
     python -m experiments.plan --config=... --mesh=data=1,fsdp=8,tensor=1
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         except ValueError as refused:
             print(refused)
             status = 1
+    print(f"\n{train.NOT_TOLD}")
     return status
 
 

@@ -94,7 +94,7 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
 
 
 def cost(config: Config, params: Any) -> dict[str, float]:
-    """Operations of a TMD student over those that its NFE says, by the planner."""
+    """Operations of a TMD student over those that its NFE says, as their traces say."""
     if config.student.kind != "tmd":
         return {}
     scale = tasks.scale_of(config)
@@ -104,7 +104,7 @@ def cost(config: Config, params: Any) -> dict[str, float]:
     module = models.build(students.student_spec(config))
     apply_fn = tasks.on_prompts(config, module)
     plan = students.plan_of(config)
-    student = train.plan(
+    student = train.count_flops(
         lambda p, x, c, k: tmd.sample(apply_fn, p, x, c, k, plan),
         params,
         x,
@@ -112,10 +112,10 @@ def cost(config: Config, params: Any) -> dict[str, float]:
         keys,
     )
     alone = tasks.on_prompts(config, module.shared)
-    whole = train.plan(
+    whole = train.count_flops(
         lambda p, x, c: alone(p, x, jnp.full(1, 0.5), c), params["shared"], x, asked
     )
-    ratio = sum(student.flops.values()) / sum(whole.flops.values())
+    ratio = sum(student.values()) / sum(whole.values())
     found = {"cost": ratio, "cost_over_nfe": ratio / plan.nfe}
     if config.student.fusion == "gated" and hasattr(params["joint"]["gate"], "item"):
         found["gate"] = GATE_SCALE * params["joint"]["gate"].item()

@@ -123,7 +123,9 @@ def derivative_function(config: Config) -> Any:
     if config.model.recipe == "fp32":
         return None
     spec = student_spec(config)
-    shared = {**spec["shared"], "attention_implementation": "xla"}
+    # all scores of Wan's lengths fit no device
+    attention = "blocks" if config.data.scale == "latents" else "xla"
+    shared = {**spec["shared"], "attention_implementation": attention}
     if config.pretrain.derivative == "difference":
         shared["recipe"] = "fp32"
     return tasks.on_prompts(config, models.build({**spec, "shared": shared}))

@@ -1,33 +1,34 @@
 """The command that plans an experiment's steps."""
 
+import jax
 import pytest
 
 from experiments import flow_matching, plan
-from tmdjax import train
 from tmdjax.harness import ConfigError, load_config
+from tmdjax.train.flops import count_work
 
 PAPER = "--config=configs/flow_matching.py:paper"
 
 
 def test_flops_of_the_published_network():
-    step, shapes, donated = flow_matching.planned(load_config(PAPER[9:]))["update"]
-    found = train.plan(step, *shapes, donate_argnums=donated, device="h100")
+    step, shapes, _ = flow_matching.planned(load_config(PAPER[9:]))["update"]
     # DiT-XL/2 is 118.64 G multiply-adds an image (arXiv 2212.09748, table 4): forward,
     # twice backward, and once more for remat.
     published = 2 * 118.64e9 * 4 * 256
-    assert sum(found.flops.values()) == pytest.approx(published, rel=0.01)
-    # Float32 parameters, their average and two moments.
-    assert found.aliased == pytest.approx(4 * 4 * 675e6, rel=0.002)
+    found = count_work(jax.make_jaxpr(step)(*shapes)).flops
+    assert sum(found.values()) == pytest.approx(published, rel=0.01)
 
 
 def test_prints_what_is_described_and_planned(capsys):
-    assert plan.main([PAPER, "--mesh=fsdp=8", "--config.train.batch_size=512"]) == 0
+    assert plan.main([PAPER, "--mesh=fsdp=2", "--device=v5e"]) == 0
     out = capsys.readouterr().out
     assert "674816272" in out
-    assert "data=1 x fsdp=8 x tensor=1" in out
-    assert "memory of h100, GB" in out
+    assert "data=1 x fsdp=2 x tensor=1" in out
+    assert "memory of v5e, GB" in out
+    assert "cannot tell" in out
 
 
+@pytest.mark.nightly
 def test_what_does_not_fit(capsys):
     assert plan.main([PAPER, "--device=v5e"]) == 1
     out = capsys.readouterr().out

@@ -1,20 +1,45 @@
 """Scaled dot-product attention, the one function every network calls."""
 
 import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import xla_metadata
 
 from tmdjax.core.checks import check_choice
 from tmdjax.core.types import Array, Bool, Float, Int
-from tmdjax.models.planned_attention import is_planned, planned_attention
+from tmdjax.models.block_attention import BLOCK, block_attention
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "blocks")
+
+PLANNED_BLOCK = 64
+"""Queries and keys of a tile in plans: as small as those of fused kernels."""
+
+_PLANNED = contextvars.ContextVar("fused attention is planned", default=False)
+
+
+@contextlib.contextmanager
+def fused_attention_planned() -> Iterator[None]:
+    """What is traced inside is planned for a device with fused attention.
+
+    Where 'auto' would be 'cudnn' there, 'blocks' stands for it, which any device can
+    run. Such traces are cached apart from others.
+    """
+    token = _PLANNED.set(True)
+    try:
+        with xla_metadata.set_xla_metadata(planned="fused_attention"):
+            yield
+    finally:
+        _PLANNED.reset(token)
 
 
 def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -> str:
     """What 'auto' stands for: 'cudnn' where it can run, else 'xla'.
+
+    Under :func:`fused_attention_planned` 'blocks' takes the place of 'cudnn'.
 
     Args:
         q: queries [batch, position, heads, head_dim], an array or shape struct.
@@ -24,15 +49,15 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
             which has none.
         device: a ``jax.Device``; None means the one that jax puts arrays on,
             ``jax.config.jax_default_device`` where that is set, or the one that is
-            planned for (``fused_attention_planned``).
+            planned for.
 
     Returns:
-        'cudnn' or 'xla'.
+        'cudnn', 'xla' or, in plans, 'blocks'.
     """
     head_dim, single = q.shape[-1], q.shape[1] == 1 and not masked
-    if device is None and is_planned():
-        fused = True
-    else:
+    planned = device is None and _PLANNED.get()
+    fused = planned
+    if not planned:
         fused = _has_fused_attention(_default_device() if device is None else device)
     fits = (
         fused
@@ -41,7 +66,9 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
         and head_dim % 8 == 0
         and (single or not (q.shape[1] % 2 or k.shape[1] % 2))
     )
-    return "cudnn" if fits else "xla"
+    if not fits:
+        return "xla"
+    return "blocks" if planned else "cudnn"
 
 
 def _default_device() -> Any:
@@ -80,13 +107,15 @@ def attention(
         mask: bool, True where a query may look: [batch, key] for padding, or
             [batch, heads, query, key] with axes of length 1 broadcast. Every query
             needs one True: without, its output is the mean of all values
-            under 'xla' and undefined under 'cudnn'.
+            under 'xla' and 'blocks', and undefined under 'cudnn'.
         key_lengths: int32 [batch], at least 1: only keys 0 .. length - 1 of a row
             are looked at. The same as a mask of [batch, key], but cuDNN takes it
             without a bias, so single queries and odd lengths run forward there.
         causal: position i looks at positions <= i only.
-        implementation: 'auto', 'xla' or 'cudnn' (CUDA of compute capability 8.0
-            or more, 16-bit); 'auto' is :func:`select_implementation`.
+        implementation: 'auto', 'xla', 'cudnn' (CUDA of compute capability 8.0
+            or more, 16-bit) or 'blocks', which runs everywhere with memory linear in
+            the length, in reverse and forward mode; 'auto' is
+            :func:`select_implementation`.
 
     Returns:
         [batch, position, heads, head_dim] in the dtype of q.
@@ -106,8 +135,16 @@ def attention(
         mask = _expand_mask(mask, q, k)
     if implementation == "auto":
         implementation = select_implementation(q, k, masked=mask is not None)
-    if implementation == "cudnn" and is_planned():
-        return planned_attention(q, k, v, causal)
+    if implementation == "blocks":
+        return block_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            key_lengths=key_lengths,
+            causal=causal,
+            block=PLANNED_BLOCK if _PLANNED.get() else BLOCK,
+        )
     if implementation == "cudnn" and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     exact = q.dtype == jnp.float32

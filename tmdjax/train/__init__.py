@@ -11,9 +11,10 @@ from tmdjax.train.distillation_cycle import (
 )
 from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.fine_tuning import FineTuned, fine_tune
+from tmdjax.train.flops import count_flops
 from tmdjax.train.mesh_search import check_fits, smallest_mesh
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from tmdjax.train.planner import Plan, plan
+from tmdjax.train.planner import NOT_TOLD, Plan, plan
 from tmdjax.train.sharding import (
     DECODER_RULES,
     VIDEO_DIT_RULES,
@@ -43,6 +44,7 @@ from tmdjax.train.supervised import (
 __all__ = [
     "DECODER_RULES",
     "DEVICES",
+    "NOT_TOLD",
     "VIDEO_DIT_RULES",
     "CheckpointError",
     "Checkpoints",
@@ -64,6 +66,7 @@ __all__ = [
     "batch_sharding",
     "check_fits",
     "compile_cycle",
+    "count_flops",
     "create_distillation_state",
     "create_state",
     "ema_update",

@@ -20,8 +20,6 @@ class Device:
             counts as 'float32'.
         fused_attention: whether ``models.attention`` runs there without making scores
             (16-bit, head_dim <= 128).
-        copies_operands: whether products copy operands that lie in another order of
-            axes than they read; matrix units read any.
     """
 
     name: str
@@ -29,7 +27,6 @@ class Device:
     bandwidth: float
     peak: Mapping[str, float]
     fused_attention: bool = False
-    copies_operands: bool = False
 
     def __post_init__(self) -> None:
         for name in ("memory", "bandwidth"):

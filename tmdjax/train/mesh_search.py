@@ -5,7 +5,7 @@ from typing import Any
 
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.train.devices import Device, get_device
-from tmdjax.train.planner import AnyMesh, Plan, Traced, mesh_name
+from tmdjax.train.planner import Plan, Traced, mesh_name
 from tmdjax.train.sharding import Rules, abstract_mesh
 
 MARGIN = 0.1
@@ -24,9 +24,10 @@ def smallest_mesh(
 ) -> Plan:
     """The plan on the smallest mesh whose devices have room.
 
-    Numbers of devices are powers of two; among meshes of one number the first that
-    fits counts, in the order of least 'tensor' (1 without rules, at most 8), then of
-    least 'fsdp'.
+    Numbers of devices are powers of two, and all of them cut parameters ('fsdp') but
+    for the 'tensor' (1 without rules, at most 8) that a batch needs which does not
+    divide over so many. A mesh is not compiled for whose devices hold too much by its
+    arguments alone, or by their share of what a smaller one holds.
 
     Args:
         fn: see :func:`tmdjax.train.plan`.
@@ -42,9 +43,7 @@ def smallest_mesh(
         ValueError: no mesh of so many devices suffices.
     """
     traced = Traced(fn, args, donate_argnums, rules, batch_argnums, device)
-    return _search(
-        traced.plan, get_device(device), margin, max_devices, tensor=bool(rules)
-    )
+    return _search(traced, get_device(device), margin, max_devices)
 
 
 def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None:
@@ -61,9 +60,9 @@ def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None
     if plan.total <= room:
         return
     remedy = "Cut its arguments over more devices."
-    if plan.on is not None:
+    if plan.traced is not None:
         try:
-            found = _search(plan.on, device, margin, 1024, tensor=True)
+            found = _search(plan.traced, device, margin, 1024, plan)
         except ValueError as error:
             remedy = str(error)
         else:
@@ -79,39 +78,38 @@ def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None
 
 
 def _search(
-    on: Callable[[AnyMesh], Plan],
+    traced: Traced,
     device: Device,
     margin: float,
     max_devices: int,
-    *,
-    tensor: bool,
+    known: Plan | None = None,
 ) -> Plan:
     check_range("margin", margin, 0, 1, open_high=True)
     check_count("max_devices", max_devices)
     room = device.memory * (1 - margin)
-    least: Plan | None = None
     refused: ValueError | None = None
+    least: tuple[float, str] | None = None
     count = 1
     while count <= max_devices:
-        for cut in (1, 2, 4, 8) if tensor else (1,):
+        for cut in (1, 2, 4, 8) if traced.rules else (1,):
             if cut > count:
                 break
+            mesh = abstract_mesh(1, count // cut, cut)
             try:
-                smallest = on(abstract_mesh(1, count // cut, cut))
+                need = traced.held(mesh)
             except ValueError as error:  # the batch does not divide
                 refused = error
                 continue
-            if least is None or smallest.total < least.total:
-                least = smallest
-            if smallest.total > room:
-                continue
-            fsdp = 1  # as much 'data' as fits: fewer collectives
-            while fsdp < count // cut:
-                found = on(abstract_mesh(count // cut // fsdp, fsdp, cut))
-                if found.total <= room:
-                    return found
-                fsdp *= 2
-            return smallest
+            if known is not None:
+                need = max(need, known.total * known.devices / count)
+            if need <= room:
+                known = traced.plan(mesh)
+                need = known.total
+                if need <= room:
+                    return known
+            if least is None or need < least[0]:
+                least = need, mesh_name(mesh.shape)
+            break  # more devices before products are cut further
         count *= 2
     if least is None:
         assert refused is not None
@@ -119,6 +117,6 @@ def _search(
     limit = f" Of larger meshes: {refused}" if refused else ""
     raise ValueError(
         f"no mesh of up to {max_devices} x {device.name} holds the step: it needs "
-        f"{least.total / 1e9:.4g} GB a device on {mesh_name(least.mesh)}, and there "
+        f"at least {least[0] / 1e9:.4g} GB a device on {least[1]}, and there "
         f"are {room / 1e9:.4g} GB. Use microbatches, remat or a smaller batch.{limit}"
     )

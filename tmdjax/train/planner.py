@@ -1,27 +1,30 @@
-"""Bytes, FLOPs and a bound on the time of a step, without compiling or allocating it.
+"""Bytes, FLOPs and a bound on the time of a step, before a device of it is there.
 
-The step is traced, and the trace is walked: see :mod:`tmdjax.train.liveness` for which
-arrays are taken to exist and when, and :mod:`tmdjax.train.axis_cuts` for how they are
-divided over a mesh. Not counted: what the device's runtime keeps for itself, buffers of
-collectives, lost room between buffers (the ``margin`` of
-:mod:`tmdjax.train.mesh_search` stands for these), FLOPs other than
-of products, and the time of communication.
+Bytes are the compiler's: the step is compiled for simulated devices of a CPU, from
+shapes alone and in a process of its own (:mod:`tmdjax.train.compiled_memory`). FLOPs
+are counted in the trace (:mod:`tmdjax.train.flops`), and taken to be divided evenly.
+
+A CPU's compiler stands for that of an accelerator. What it cannot tell stands in
+:data:`NOT_TOLD`; the ``margin`` of :mod:`tmdjax.train.mesh_search` is there for it.
 """
 
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from tmdjax.core.types import PyTree
-from tmdjax.models.planned_attention import fused_attention_planned
-from tmdjax.train import axis_cuts, jaxpr_reader, liveness
+from tmdjax.models.attention import fused_attention_planned
+from tmdjax.train.compiled_memory import compile_memory
 from tmdjax.train.devices import Device, get_device
+from tmdjax.train.flops import count_work
 from tmdjax.train.sharding import (
     Rules,
     batch_sharding,
@@ -29,10 +32,14 @@ from tmdjax.train.sharding import (
     replicated,
 )
 
-SLACK = 1 / 6
-"""Temporary bytes on top of those counted, as a part of them: a compiler's order of
-operations and layouts are its own. Chosen on scanned networks with remat, whose totals
-the CPU's compiler then meets within 4 % (library kernels off) or 15 % (on)."""
+NOT_TOLD = (
+    "Bytes are those of XLA's CPU compiler, 16-bit arrays at their width. It cannot "
+    "tell what an accelerator's compiler fuses or orders otherwise, the scratch of its "
+    "kernels (fused attention is planned as attention in blocks, whose tile of scores "
+    "counts), buffers of collectives and what the runtime keeps; FLOPs are those of "
+    "products, divided evenly over devices, and the roofline knows no communication."
+)
+"""What a plan leaves open, printed with it."""
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -48,12 +55,11 @@ class Plan:
         temporary: most bytes alive at once besides.
         constants: bytes of arrays that the step closes over.
         flops: of products, by the dtype of their operands.
-        moved: bytes that products read and write, and arguments and outputs once: what
-            a compiler that fused all else into them could not avoid.
+        moved: bytes that products, or arguments and outputs, read and write at least.
         open_loops: loops of unknown length; their bodies count once.
         mesh: sizes of the mesh axes; empty is one device.
-        on: makes the plan of the same step on another mesh; None if its shardings
-            were given.
+        traced: the step, to be planned on another mesh; None if its shardings were
+            given.
     """
 
     arguments: int
@@ -65,20 +71,17 @@ class Plan:
     moved: float
     open_loops: int = 0
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    on: Callable[[AnyMesh], "Plan"] | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )
+    traced: "Traced | None" = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
-    def slack(self) -> int:
-        """Temporary bytes beyond those counted that a compiler takes, by SLACK."""
-        return round(SLACK * self.temporary)
+    def held(self) -> int:
+        """Bytes of arguments, results and constants."""
+        return self.arguments + self.outputs - self.aliased + self.constants
 
     @property
     def total(self) -> int:
-        """Most bytes in use at once, the slack included."""
-        held = self.arguments + self.outputs - self.aliased + self.constants
-        return held + self.temporary + self.slack
+        """Most bytes in use at once."""
+        return self.held + self.temporary
 
     @property
     def devices(self) -> int:
@@ -97,7 +100,6 @@ class Plan:
             ("outputs, GB", self.outputs / 1e9),
             ("of these donated, GB", self.aliased / 1e9),
             ("temporary, GB", self.temporary / 1e9),
-            ("slack, GB", self.slack / 1e9),
             ("constants, GB", self.constants / 1e9),
             ("total, GB", self.total / 1e9),
         ]
@@ -151,6 +153,7 @@ def plan(
         ValueError: unknown device, mesh and shardings both, a batch that the mesh
             does not divide, or what fn refuses.
         TypeError: a sharding that is no NamedSharding.
+        RuntimeError: the compiler refuses the step.
     """
     if mesh is not None and shardings is not None:
         raise ValueError(
@@ -173,31 +176,49 @@ class Traced:
         batch_argnums: Sequence[int],
         device: Device | str | None,
     ):
-        self.args, self.rules = args, rules
+        self.fn, self.args, self.rules = fn, args, rules
         self.batch_argnums = set(batch_argnums)
         if isinstance(donate_argnums, int):
             donate_argnums = (donate_argnums,)
-        self.donated = set(donate_argnums)
-        for argnum in self.donated:
+        for argnum in donate_argnums:
             if not 0 <= argnum < len(args):
                 raise ValueError(
                     f"donate_argnums has {argnum}, but there are {len(args)} arguments."
                 )
-        self.device = None if device is None else get_device(device)
-        fused = self.device is not None and self.device.fused_attention
-        with fused_attention_planned() if fused else contextlib.nullcontext():
-            self.jaxpr = jax.make_jaxpr(fn)(*args)
+        fused = device is not None and get_device(device).fused_attention
+        self.context = fused_attention_planned if fused else contextlib.nullcontext
+        leaves = [jax.tree.leaves(arg) for arg in args]
+        self.leaves = [_plain(leaf) for part in leaves for leaf in part]
+        self.donated = [
+            argnum in donate_argnums for argnum, part in enumerate(leaves) for _ in part
+        ]
+        with self.context():
+            jaxpr = jax.make_jaxpr(self.call)(*self.leaves)
+        self.results = jaxpr.out_avals
+        self.work = count_work(jaxpr)
         self.constants = sum(
             math.prod(np.shape(c)) * c.dtype.itemsize
-            for c in self.jaxpr.consts
+            for c in jaxpr.consts
             if hasattr(c, "dtype")
         )
+
+    def call(self, *leaves: Any) -> tuple[Any, ...]:
+        """The step from leaf to leaf; keys as the numbers that they hold."""
+        own, tree = jax.tree.flatten(self.args)
+        given = [
+            jax.random.wrap_key_data(leaf, impl=_key_impl(like))
+            if _is_key(like)
+            else leaf
+            for leaf, like in zip(leaves, own)
+        ]
+        results = jax.tree.leaves(self.fn(*tree.unflatten(given)))
+        return tuple(jax.random.key_data(r) if _is_key(r) else r for r in results)
 
     def shardings(self, mesh: AnyMesh | None, argnum: int) -> PyTree:
         """Of one argument."""
         arg = self.args[argnum]
         if mesh is None:
-            return jax.tree.map(lambda leaf: _own_sharding(leaf), arg)
+            return jax.tree.map(_own_sharding, arg)
         if argnum not in self.batch_argnums:
             return fsdp_shardings(arg, mesh, rules=self.rules)
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -213,56 +234,116 @@ class Traced:
             arg,
         )
 
-    def plan(
+    def cuts(
         self, mesh: AnyMesh | None, shardings: Sequence[PyTree] | None = None
-    ) -> Plan:
-        """The plan on one mesh."""
+    ) -> list[NamedSharding | None]:
+        """Of every leaf of the arguments."""
         if shardings is not None and len(shardings) != len(self.args):
             raise ValueError(
                 f"{len(shardings)} shardings are given for {len(self.args)} "
                 f"arguments; give one each, None for a copy a device."
             )
-        cuts: list[axis_cuts.Cut] = []
-        donated: list[bool] = []
-        sizes = dict(mesh.shape) if mesh is not None else {}
+        found: list[NamedSharding | None] = []
         for argnum, arg in enumerate(self.args):
             given = (
                 self.shardings(mesh, argnum)
                 if shardings is None
                 else _spread(shardings[argnum], arg)
             )
-            leaves, tree = jax.tree.flatten(arg)
-            for leaf, sharding in zip(leaves, tree.flatten_up_to(given)):
-                cuts.append(axis_cuts.from_sharding(sharding, np.shape(leaf)))
-                donated.append(argnum in self.donated)
-                if sharding is not None:
-                    sizes.update(sharding.mesh.shape)
-        steps = jaxpr_reader.read(self.jaxpr, cuts, sizes)
-        values = steps.values
-        alias = _aliases(self.jaxpr, donated)
-        outputs = aliased = 0
-        for place, index in enumerate(steps.outputs):
-            if place in alias:
-                nbytes = values[steps.inputs[alias[place]]].nbytes
-                aliased += nbytes
-            else:
-                nbytes = values[index].nbytes
-            outputs += nbytes
-        copies = self.device is None or self.device.copies_operands
-        cost = liveness.measure(steps, steps.outputs, copies=copies)
-        arguments = sum(values[i].nbytes for i in steps.inputs[: len(cuts)])
+            found += map(_abstract, jax.tree.structure(arg).flatten_up_to(given))
+        return found
+
+    def held(self, mesh: AnyMesh) -> int:
+        """Bytes of arguments on a device of a mesh: no plan on it takes less."""
+        return sum(map(_nbytes, self.leaves, self.cuts(mesh))) + self.constants
+
+    def plan(
+        self, mesh: AnyMesh | None, shardings: Sequence[PyTree] | None = None
+    ) -> Plan:
+        """The plan on one mesh."""
+        cuts = self.cuts(mesh, shardings)
+        sizes = dict(mesh.shape) if mesh is not None else {}
+        for cut in cuts:
+            sizes.update({} if cut is None else cut.mesh.shape)
+        devices = math.prod(sizes.values())
+        pairs = _aliases(self.leaves, self.results, self.donated)
+        placed = cuts
+        if devices > 1:  # None is one copy a device
+            whole = replicated(next(cut.mesh for cut in cuts if cut is not None))
+            placed = [whole if cut is None else cut for cut in cuts]
+        jitted = jax.jit(
+            lambda *leaves: self.call(*leaves),
+            in_shardings=tuple(placed) if devices > 1 else None,
+            out_shardings=tuple(
+                placed[pairs[k]] if devices > 1 and k in pairs else None
+                for k in range(len(self.results))
+            ),
+            donate_argnums=[k for k, given in enumerate(self.donated) if given],
+            keep_unused=True,
+        )
+        with self.context(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            exported = jax.export.export(jitted, platforms=("cpu",))(*self.leaves)
+        donated = sorted(pairs.values())
+        found = compile_memory(exported, donated, sizes if devices > 1 else {})
+        arguments = sum(map(_nbytes, self.leaves, cuts))
+        aliased = sum(_nbytes(self.leaves[k], cuts[k]) for k in donated)
+        outputs = max(aliased, found.outputs - _POINTER * len(self.results))
+        if devices == 1:
+            outputs = sum(_nbytes(result, None) for result in self.results)
         return Plan(
             arguments=arguments,
             outputs=outputs,
             aliased=aliased,
-            temporary=cost.temporary,
+            temporary=found.temporary,
             constants=self.constants,
-            flops=cost.flops,
-            moved=cost.moved + arguments + outputs,
-            open_loops=cost.open_loops,
+            flops={name: n / devices for name, n in self.work.flops.items()},
+            moved=max(self.work.moved / devices, arguments + outputs),
+            open_loops=self.work.open_loops,
             mesh=sizes,
-            on=self.plan if shardings is None else None,
+            traced=self if shardings is None else None,
         )
+
+
+_POINTER = 8  # of each output's address, which the compiler counts
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(like: Any) -> Any:
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return found[0]
+
+
+def _plain(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Its shape and dtype, without a sharding; of keys those of their numbers."""
+    if _is_key(leaf):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+
+
+def _abstract(sharding: Any) -> NamedSharding | None:
+    if sharding is None:
+        return None
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"a sharding of type {type(sharding).__name__} does not name mesh axes; "
+            f"give jax.sharding.NamedSharding."
+        )
+    mesh = sharding.mesh
+    mesh = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    return NamedSharding(mesh, sharding.spec)
+
+
+def _nbytes(leaf: Any, sharding: NamedSharding | None) -> int:
+    """On one device."""
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _own_sharding(leaf: Any) -> Any:
@@ -280,15 +361,17 @@ def _spread(prefix: PyTree, tree: PyTree) -> PyTree:
     )
 
 
-def _aliases(jaxpr: Any, donated: Sequence[bool]) -> dict[int, int]:
+def _aliases(
+    leaves: Sequence[Any], results: Sequence[Any], donated: Sequence[bool]
+) -> dict[int, int]:
     """Which output takes the room of which donated argument, as jax pairs them."""
     waiting: dict[Any, list[int]] = {}
-    for index, (aval, given) in enumerate(zip(jaxpr.in_avals, donated)):
+    for index, (leaf, given) in enumerate(zip(leaves, donated)):
         if given:
-            waiting.setdefault((aval.shape, aval.dtype), []).append(index)
+            waiting.setdefault((leaf.shape, leaf.dtype), []).append(index)
     found = {}
-    for place, aval in enumerate(jaxpr.out_avals):
-        free = waiting.get((aval.shape, aval.dtype))
+    for place, result in enumerate(results):
+        free = waiting.get((result.shape, result.dtype))
         if free:
             found[place] = free.pop(0)
     return found
