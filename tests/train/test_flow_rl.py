@@ -94,7 +94,8 @@ def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
     """Sum over transitions, each by the chain rule, in float64 (loop over edges)."""
     w, b = (np.asarray(PARAMS[name], np.float64) for name in "wb")
     steps, dims = len(grid) - 1, 2
-    rows = []
+    record, rows = jax.tree.map(np.asarray, record), []
+    shifts = np.asarray(SHIFTS["shift"], np.float64)
     for i in range(steps):
         t, h = grid[i], grid[i] - grid[i + 1]
         sigma = a * np.sqrt(t / (1 - (grid[1] if t == 1 else t)))
@@ -112,7 +113,7 @@ def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
         t, h, sigma, gain, std = rows[i]
         x = np.asarray(record.states[record.source[edge]], np.float64)
         y = np.asarray(record.states[record.target[edge]], np.float64)
-        shift = np.asarray(SHIFTS["shift"][record.prompt[edge]], np.float64)
+        shift = shifts[record.prompt[edge]]
         v, v_reference = x @ w + b + shift, 0.4 * x + shift
         mean = x * (1 - sigma**2 * h / (2 * t)) + gain * v
         log_prob = -((y - mean) ** 2) / (2 * std**2) - np.log(std)
@@ -622,31 +623,31 @@ def test_skipped_updates_are_counted_and_iterations_go_on():
 # -- bad inputs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"updates": 0}, "updates=0 must be at least 1"),
-        ({"microbatches": 0}, "microbatches=0 must be at least 1"),
-        ({"chunks": 0}, "chunks=0 must be at least 1"),
-        (
-            {"policy": flow_rl.Policy(affine), "objective": {"kl_coefficient": 0.1}},
-            "kl_coefficient=0.1 needs a reference policy",
-        ),
-        (
-            {"objective": {"reduction": "sum"}},
-            "objective reduces log-probs by 'sum', the method by 'mean'",
-        ),
-        ({"objective": {"clip_range": 0.0}}, r"clip_range low=0.0 is outside \(0, 1\]"),
-        ({"objective": {"clip_range": 1.5}}, r"clip_range low=1.5 is outside"),
-        ({"objective": {"kl_coefficient": -1.0}}, "kl_coefficient=-1.0 is outside"),
-        ({"objective": {"kl_kind": "k3"}}, "kl_kind='k3' is not one of"),
-        ({"objective": {"step_weight": "gain"}}, "step_weight='gain' is not one of"),
-        ({"objective": {"reduction": "max"}}, "reduction='max' is not one of"),
-    ],
-)
-def test_bad_settings(options, message):
-    with pytest.raises(ValueError, match=message):
-        make(**options)
+BAD_SETTINGS = [
+    ({"updates": 0}, "updates=0 must be at least 1"),
+    ({"microbatches": 0}, "microbatches=0 must be at least 1"),
+    ({"chunks": 0}, "chunks=0 must be at least 1"),
+    (
+        {"policy": flow_rl.Policy(affine), "objective": {"kl_coefficient": 0.1}},
+        "kl_coefficient=0.1 needs a reference policy",
+    ),
+    (
+        {"objective": {"reduction": "sum"}},
+        "objective reduces log-probs by 'sum', the method by 'mean'",
+    ),
+    ({"objective": {"clip_range": 0.0}}, r"clip_range low=0.0 is outside \(0, 1\]"),
+    ({"objective": {"clip_range": 1.5}}, r"clip_range low=1.5 is outside"),
+    ({"objective": {"kl_coefficient": -1.0}}, "kl_coefficient=-1.0 is outside"),
+    ({"objective": {"kl_kind": "k3"}}, "kl_kind='k3' is not one of"),
+    ({"objective": {"step_weight": "gain"}}, "step_weight='gain' is not one of"),
+    ({"objective": {"reduction": "max"}}, "reduction='max' is not one of"),
+]
+
+
+def test_bad_settings():
+    for options, message in BAD_SETTINGS:
+        with pytest.raises(ValueError, match=message):
+            make(**options)
 
 
 def test_a_clip_range_that_never_clips_warns():
@@ -654,17 +655,15 @@ def test_a_clip_range_that_never_clips_warns():
         flow_rl.Objective(clip_range=0.5)
 
 
-@pytest.mark.parametrize(
-    "batch, message",
-    [
+def test_bad_batches():
+    iteration = make(chunks=3)
+    for batch, message in (
         ({"prompt": np.arange(4)}, "4 prompts do not divide into chunks=3"),
         ({}, "the batch holds no arrays"),
         ({"a": np.arange(3), "b": np.arange(6)}, r"has shape \(6,\).*batch, 3"),
-    ],
-)
-def test_bad_batches(batch, message):
-    with pytest.raises(ValueError, match=message):
-        make(chunks=3)(fresh(), batch, KEY)
+    ):
+        with pytest.raises(ValueError, match=message):
+            iteration(fresh(), batch, KEY)
 
 
 def test_raw_keys_are_refused(as_shipped):
