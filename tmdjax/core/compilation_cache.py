@@ -6,12 +6,12 @@ at any time.
 """
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
 
 import jax
-import jaxlib
 
 
 def folder() -> pathlib.Path:
@@ -20,7 +20,8 @@ def folder() -> pathlib.Path:
     The processor is part of the name: compiled programs hold its instructions.
     """
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home, "tmdjax", f"{jaxlib.__version__}-{_processor()}")
+    version = importlib.metadata.version("jaxlib")
+    return pathlib.Path(home, "tmdjax", f"{version}-{_processor()}")
 
 
 def enable(path: str | os.PathLike[str] | None = None) -> pathlib.Path:

@@ -54,7 +54,8 @@ def count_work(jaxpr: Any) -> Work:
             work.add(body, params["length"] if name == "scan" else 1)
         if name in _TERMS:
             values = [v.aval for v in (*equation.invars, *equation.outvars)]
-            dtype = _ALGORITHMS.get(str(params["precision"]), values[0].dtype.name)
+            named = values[0].dtype.name
+            dtype = _ALGORITHMS.get(str(params["precision"])) or named
             count = 2.0 * values[-1].size * _TERMS[name](values, params)
             moved = sum(v.size * v.dtype.itemsize for v in values)
             work.add(Work({dtype: count}, 0.0 if tile else moved))
