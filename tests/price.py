@@ -14,9 +14,8 @@ from collections import defaultdict
 import jax
 import pytest
 
-CLEAR_AFTER = (
-    4000  # programs: every one holds memory maps, of which a process has 65,530
-)
+# programs: each holds memory, and some of the 65,530 maps a process may have
+CLEAR_AFTER = 2500
 
 PRICES = pathlib.Path(__file__).with_name("prices.json")
 BYTES_A_SECOND = 800  # of a file that has no price yet: a large one may be dear

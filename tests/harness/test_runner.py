@@ -319,7 +319,7 @@ def test_record_and_render(tmp_path):
     assert record["claims"][0]["verdict"] == "pilot"
     text = (tmp_path / "RESULTS.md").read_text()
     assert "training approaches the answer" in text
-    assert "1 pilot" in text and "(results/tiny/smoke.json)" in text
+    assert "1 pilot" in text and "`results/tiny/smoke.json`" in text
 
 
 def test_a_model_loads_from_the_workdir(tmp_path):

@@ -156,7 +156,7 @@ def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
     lines += [
         f"On {record['device']}, seeds {', '.join(map(str, record['seeds']))}, "
         f"{format_duration(record['wall_s'])}{memory}, commit {record['commit']}; "
-        f"every metric is in [{tier}.json](results/{system}/{tier}.json):",
+        f"every metric is in `results/{system}/{tier}.json`:",
         "",
         "```",
         record["command"],
