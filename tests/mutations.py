@@ -1,352 +1,549 @@
-"""Plants faults in a copy of the package, and tells which no test catches.
+"""Plants faults in a copy of the package and looks whether the tests see them.
 
-    python tests/mutations.py [--seed=0] [--each=5] [--only rl flows] [--json=PATH]
-    python tests/mutations.py --tree=OTHER_CHECKOUT     (faults and tests of that one)
+    python tests/mutations.py                 # the recorded faults again (nightly)
+    python tests/mutations.py --seed=3        # others
+    python tests/mutations.py --only flows --tree=../other --record=other
 
-A fault is one change to the syntax tree of one module: a sign, a comparison, an index,
-a constant, an axis, a mask or a stop_gradient. Which are planted is drawn by the seed,
-``--each`` a package. Every fault names the test files that should fail, which run with
-``-x`` and a limit; it is caught if they fail or run out of time. A site is named by
-file, kind, the text of its line and its number among equal ones, so that it is found
-again after other lines moved: ``--sites=RECORD.json`` plants those of an earlier record.
+A fault is one changed place of a module's syntax tree: a sign, a comparison, an index
+off by one, a dropped ``stop_gradient``, swapped axes, a dropped mask, a changed
+constant. It is planted in a copy of the tree, and the module's own test files
+(``TESTS``) run until the first failure. Without a fault they must pass, or the verdict
+would mean nothing. ``tests/mutations.json`` holds the faults drawn by seed 0, what
+became of them (a column of ``verdicts`` a tree, written by ``--record``), and for each
+that no test sees the reason why none should (``reason``); any other is an error.
+
+A place is known by file, function, kind and the text of its line, so that it is found
+again after edits elsewhere; one whose line has changed is reported as ``gone``.
 """
 
 import argparse
 import ast
-import contextlib
-import copy
+import collections
+import dataclasses
 import json
 import os
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-COPIED = ("tmdjax", "tests", "experiments", "configs", "benchmarks", "results")
-LIMIT = 300.0
-"""Seconds of one run: a fault may loop for ever."""
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECORD = ROOT / "tests" / "mutations.json"
+KINDS = (
+    "sign",
+    "comparison",
+    "off by one",
+    "stop_gradient",
+    "axes",
+    "mask",
+    "constant",
+)
+PACKAGES = (
+    *("rl", "flows", "models", "metrics", "rewards", "data", "envs", "train"),
+    *("generation", "runtime", "systems", "harness"),
+)
+COPIED = (
+    *("tmdjax", "tests", "configs", "experiments", "benchmarks", "results"),
+    *("colabs", "docs", "pyproject.toml", "README.md", "RESULTS.md", "mkdocs.yml"),
+)
 
-MODULES: dict[str, dict[str, str]] = {
-    "rl": {
-        "advantages": "rl/test_advantages.py",
-        "aggregation": "rl/test_aggregation.py",
-        "importance_weights": "rl/test_importance_weights.py",
-        "kl": "rl/test_kl_estimates.py",
-        "returns": "rl/test_returns.py",
-        "surrogates": "rl/test_surrogates.py",
-        "trees": "systems/test_branchgrpo.py",
-    },
-    "flows": {
-        "chords": "flows/test_step_search.py",
-        "coupling": "flows/test_coupling.py",
-        "distribution_matching": "flows/test_distribution_matching.py",
-        "flow_maps": "flows/test_flow_maps.py",
-        "grids": "flows/test_grids.py",
-        "guidance": "flows/test_guidance_and_matching.py",
-        "matching": "flows/test_guidance_and_matching.py",
-        "step_search": "flows/test_step_search.py",
-        "table": "flows/test_stochastic.py flows/test_rollout.py",
-        "rollout": "flows/test_rollout.py flows/test_stochastic.py",
-        "rescore": "flows/test_stochastic.py flows/test_rollout.py",
-    },
-    "models": {
-        "attention": "models/test_attention.py",
-        "decoder_layers": "models/test_decoder.py models/test_hf_decoder.py",
-        "decoder_cache": "models/test_decoder_cache.py",
-        "layers": "models/test_model_layers.py models/test_dit.py",
-        "lora": "models/test_lora.py",
-        "token_log_probs": "models/test_token_log_probs.py",
-        "video_dit_layers": "models/test_video_dit.py models/test_hf_video_dit.py",
-    },
-    "metrics": {
-        "frechet": "metrics/test_frechet.py",
-        "intervals": "metrics/test_intervals.py",
-        "precision_recall": "metrics/test_precision_recall.py",
-        "sliced_wasserstein": "metrics/test_sliced_wasserstein.py",
-        "video_features": "metrics/test_video_metrics.py",
-    },
-    "rewards": {
-        "expressions": "rewards/test_expressions.py",
-        "math": "rewards/test_math.py",
-        "moving_sprites": "rewards/test_moving_sprite_checks.py",
-        "shapes": "rewards/test_shapes.py",
-        "written_work": "rewards/test_written_work.py",
-    },
-    "data": {
-        "captions": "data/test_captions.py",
-        "moving_sprites": "data/test_moving_sprites.py",
-        "pipeline": "data/test_pipeline.py",
-        "procedural": "data/test_procedural.py",
-        "rendered_text": "data/test_rendered_text.py",
-    },
-    "envs": {
-        "base": "envs/test_vector.py",
-        "multi_goal": "envs/test_multi_goal.py",
-        "point_maze": "envs/test_point_maze.py",
-        "push": "envs/test_push.py",
-    },
-    "train": {
-        "checkpoint": "train/test_checkpoint.py",
-        "distillation": "train/test_distillation.py",
-        "flow_rl": "train/test_flow_rl.py",
-        "on_policy": "train/test_on_policy.py",
-        "optimizer": "train/test_state.py",
-        "state": "train/test_state.py",
-        "supervised": "train/test_supervised.py",
-    },
-    "generation": {
-        "byte_pairs": "generation/test_tokenizers.py",
-        "engine": "generation/test_engine.py",
-        "sampling": "generation/test_sampling.py",
-        "slots": "generation/test_engine.py",
-    },
-    "runtime": {"lm_rl": "runtime/test_lm_rl.py"},
-    "systems": {
-        "boss": "systems/test_boss.py",
-        "branchgrpo": "systems/test_branchgrpo.py",
-        "flow_grpo": "systems/test_flow_grpo.py",
-        "fpo": "systems/test_fpo.py",
-        "grpo": "systems/test_grpo.py",
-        "policyflow": "systems/test_policyflow.py",
-        "ppo": "systems/test_ppo.py",
-        "tmd": "systems/test_tmd.py",
-    },
-    "harness": {
-        "compare": "experiments/test_compare.py",
-        "config": "harness/test_config.py",
-        "ledger": "harness/test_ledger.py",
-        "logs": "harness/test_logs.py",
-        "report": "harness/test_report.py",
-        "runner": "harness/test_runner.py",
-    },
-}
-"""The test files that should fail, below ``tests/``, by package and module. A module's
-contract file (``models/test_contract.py``) runs too, where there is one."""
-CONTRACTS = {"models": "models/test_contract.py"}
-
-SWAPS: dict[type, type] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.Lt: ast.GtE,
-    ast.GtE: ast.Lt,
-    ast.Gt: ast.LtE,
-    ast.LtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
+# Module: what should fail, in the words of pytest's command line below tests/.
+# Several files: those that exist run. None: not drawn, for its tests are too dear.
+# A module that is not named has the file of its own name.
+TESTS = {
+    "data/check": "data/test_sources.py",
+    "data/dataset": "data/test_sources.py",
+    "data/fashion_mnist": "data/test_mnist.py",
+    "data/digits": "data/test_mnist.py data/test_sources.py",
+    "data/weights": "data/test_sources.py data/test_rendered_text.py",
+    "data/procedural": None,
+    "data/captioned_shapes": None,
+    "data/captions": None,
+    "data/text_tasks": "data/test_text_tasks.py data/test_countdown_task.py",
+    "envs/base": "envs/test_vector.py envs/test_push.py",
+    "envs/diagnostic": "envs/test_vector.py",
+    "envs/host": "envs/test_gymnasium.py",
+    "flows/chords": None,
+    "flows/windows": None,
+    "flows/step_search": None,
+    "flows/tree_rollout": None,
+    "flows/guidance": "flows/test_guidance_and_matching.py",
+    "flows/matching": "flows/test_guidance_and_matching.py",
+    "flows/mixture": "flows/test_paths.py flows/test_empirical.py",
+    "flows/transition": "flows/test_stochastic.py",
+    "flows/rescore": "flows/test_stochastic.py",
+    "flows/reference": "flows/test_step_search.py -k 'terminal or endpoints'",
+    "flows/table": "flows/test_rollout.py",
+    "flows/flow_map_training": "flows/test_flow_maps.py",
+    "generation/slots": "generation/test_engine.py",
+    "generation/chat": "generation/test_tokenizers.py",
+    "generation/byte_pairs": "generation/test_tokenizers.py",
+    "harness/stages": "harness/test_runner.py",
+    "harness/load": "harness/test_runner.py",
+    "harness/writers": "harness/test_logs.py",
+    "harness/compare": "experiments/test_compare.py",
+    "harness/environment": "harness/test_report.py harness/test_runner.py",
+    "harness/ledger": None,
+    "harness/results_page": None,
+    "metrics/diversity": "metrics/test_video_metrics.py metrics/test_frechet.py",
+    "metrics/video_features": "metrics/test_video_metrics.py",
+    "models/layers": "models/test_model_layers.py models/test_text_dit.py",
+    "models/stack": "models/test_model_layers.py",
+    "models/control": "models/test_control_networks.py",
+    "models/wrappers": "models/test_model_layers.py models/test_build.py",
+    "models/decoder_config": "models/test_hf_decoder.py",
+    "models/decoder_layers": "models/test_decoder.py",
+    "models/hf_files": "models/test_hf_decoder.py",
+    "models/hf_checkpoints": "models/test_hf_decoder.py",
+    "models/safetensors_files": "models/test_hf_decoder.py",
+    "models/video_patches": "models/test_video_dit.py -k 'rotary or distances or patches'",
+    "models/video_dit_layers": "models/test_hf_video_dit.py",
+    "models/dit": None,
+    "models/unet": None,
+    "models/text_dit": None,
+    "models/flow_map_dit": None,
+    "models/video_dit": None,
+    "models/discriminator": "models/test_flow_map_dit.py -k 'discriminator or taps'",
+    "models/planned_attention": None,
+    "models/block_attention": None,
+    "rewards/sprite_scenes": "rewards/test_moving_sprite_checks.py",
+    "rewards/sprite_prompts": "rewards/test_moving_sprite_checks.py",
+    "rewards/moving_sprites": "rewards/test_moving_sprite_checks.py",
+    "rewards/symbolic": "rewards/test_math.py",
+    "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",
+    "rewards/worker_process": "rewards/test_worker.py",
+    "rl/diagnostics": "rl/test_rl_diagnostics.py",
+    "rl/running_statistics": "rl/test_returns.py",
+    "rl/kl": "rl/test_kl_estimates.py",
+    "rl/gaussian": "rl/test_surrogates.py rl/test_kl_estimates.py",
+    "rl/trees": "rl/test_advantages.py",
+    "rl/curation": "rl/test_token_records.py",
+    "rl/ratios": "rl/test_surrogates.py",
+    "runtime/lm_rl": "runtime/test_lm_rl.py -k 'definition or packing or learns or tied "
+    "or penalised or clipped or bad or truncated or recomputed'",
+    "systems/boss": None,
+    "systems/branchgrpo": None,
+    "systems/tmd": None,
+    "systems/dmd2": "systems/test_tmd.py -k 'dmd2 or renoised'",
+    "systems/meanflow": "systems/test_tmd.py -k meanflow",
+    "systems/reflow": "systems/test_boss.py -k reflow",
+    "train/on_policy": None,
+    "train/flow_rl": None,
+    "train/distillation": None,
+    "train/distillation_cycle": None,
+    "train/fine_tuning": "train/test_supervised.py",
+    "train/export": None,
+    "train/optimizer": "train/test_state.py train/test_supervised.py",
+    **dict.fromkeys(
+        f"train/{name}"
+        for name in (
+            *("planner", "liveness", "propagation", "jaxpr_reader", "program"),
+            *("axis_cuts", "mesh_search", "devices", "compiled_memory", "flops"),
+        )
+    ),
 }
 
 
-class Site(NamedTuple):
-    """Where a fault is planted.
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place where one fault can be planted, and the fault."""
 
-    Attributes:
-        path: of the module, from the root of the tree.
-        kind: of the fault.
-        line: its text, without indentation.
-        number: among the sites of this kind on equal lines of the file.
-    """
-
-    path: str
+    file: str
+    function: str
     kind: str
     line: str
-    number: int
+    ordinal: int  # among equal ones of the same function
+    code: str
+    fault: str
+    number: int = dataclasses.field(compare=False, default=0)
+    span: tuple[int, int] = dataclasses.field(compare=False, default=(0, 0))
+
+    @property
+    def id(self) -> str:
+        where = self.file.removeprefix("tmdjax/").removesuffix(".py")
+        return f"{where}:{self.function}:{self.kind}:{self.ordinal}:{self.code}"
+
+    @property
+    def tests(self) -> str | None:
+        return tests_of(self.file)
 
 
-def faults_at(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """The kinds of fault that fit a node, and what stands there then."""
-    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-        changed = copy.copy(node)
-        changed.op = SWAPS[type(node.op)]()
-        yield "sign" if isinstance(node.op, ast.Add | ast.Sub) else "factor", changed
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        if not isinstance(node.operand, ast.Constant):
-            yield "sign", node.operand
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        changed = copy.copy(node)
-        changed.ops = [SWAPS[type(node.ops[0])](), *node.ops[1:]]
-        yield "comparison", changed
-    elif isinstance(node, ast.Constant) and type(node.value) is float and node.value:
-        yield "constant", ast.Constant(node.value * 1.5)
-    elif isinstance(node, ast.Subscript):
-        part = node.slice
-        if isinstance(part, ast.Slice) and (part.lower or part.upper):
-            changed = copy.deepcopy(node)
-            name = "lower" if part.lower else "upper"
-            more = ast.BinOp(getattr(part, name), ast.Add(), ast.Constant(1))
-            setattr(changed.slice, name, more)
-            yield "off by one", changed
-    elif isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        if name == "stop_gradient":
-            yield "stop_gradient", node.args[0]
+def tests_of(file: str) -> str | None:
+    """The test files of a module below ``tests/``, with a selection."""
+    module = file.removeprefix("tmdjax/").removesuffix(".py")
+    package, name = module.split("/", 1)
+    if module in TESTS:
+        return TESTS[module]
+    if "/" in name:
+        return TESTS[f"{package}/{name.split('/')[0]}"]
+    return f"{package}/test_{name}.py"
+
+
+class Sites(ast.NodeVisitor):
+    """All places of one module, outside of words, types and errors."""
+
+    def __init__(self, source: str, file: str):
+        self.source, self.file = source, file
+        self.lines = source.splitlines(keepends=True)
+        self.starts = [0]
+        for line in self.lines:
+            self.starts.append(self.starts[-1] + len(line))
+        self.function: list[str] = []
+        self.found: list[Site] = []
+        self.counts: collections.Counter = collections.Counter()
+        self.inside_index = 0
+        self.visit(ast.parse(source))
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        def at(row: int, column: int) -> int:
+            encoded = self.lines[row - 1].encode()[:column]
+            return self.starts[row - 1] + len(encoded.decode())
+
+        return (
+            at(node.lineno, node.col_offset),
+            at(node.end_lineno, node.end_col_offset),
+        )
+
+    def text(self, node: ast.AST) -> str:
+        start, end = self.span(node)
+        return self.source[start:end]
+
+    def add(self, kind: str, node: ast.AST, fault: str, span=None) -> None:
+        span = span or self.span(node)
+        code = self.source[slice(*span)]
+        line = self.lines[node.lineno - 1].strip()
+        key = (".".join(self.function), kind, line, code)
+        self.found.append(
+            Site(
+                self.file,
+                key[0],
+                kind,
+                line,
+                self.counts[key],
+                code,
+                fault,
+                node.lineno,
+                span,
+            )
+        )
+        self.counts[key] += 1
+
+    # -- what is left alone
+    def visit_Raise(self, node):
+        pass
+
+    visit_JoinedStr = visit_Assert = visit_Raise
+
+    def visit_AnnAssign(self, node):
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_FunctionDef(self, node):
+        self.function.append(node.name)
+        for default in [*node.args.defaults, *node.args.kw_defaults]:
+            if default is not None:
+                self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+        self.function.pop()
+
+    def visit_ClassDef(self, node):
+        self.function.append(node.name)
+        for statement in node.body:
+            self.visit(statement)
+        self.function.pop()
+
+    # -- the kinds
+    def operator(self, kind, node, left, right, old, new):
+        start, end = self.span(left)[1], self.span(right)[0]
+        gap = self.source[start:end]
+        if gap.count(old) == 1 and "#" not in gap:
+            self.add(kind, node, gap.replace(old, new), (start, end))
+
+    def visit_BinOp(self, node):
+        words = isinstance(node.left, ast.Constant | ast.JoinedStr) and not isinstance(
+            getattr(node.left, "value", 0), int | float
+        )
+        if isinstance(node.op, ast.Add) and not words:
+            self.operator("sign", node, node.left, node.right, "+", "-")
+        elif isinstance(node.op, ast.Sub):
+            self.operator("sign", node, node.left, node.right, "-", "+")
+        elif isinstance(node.op, ast.Mult):
+            for one, other in ((node.left, node.right), (node.right, node.left)):
+                if masking(self.text(one)):
+                    self.add("mask", node, f"({self.text(other)})")
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node):
+        if isinstance(node.op, ast.USub):
+            if isinstance(node.operand, ast.Constant):
+                self.number(node, -node.operand.value)
+                return
+            self.add("sign", node, f"({self.text(node.operand)})")
+        self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        swaps = {
+            ast.Lt: ("<", ">"),
+            ast.Gt: (">", "<"),
+            ast.LtE: ("<=", ">="),
+            ast.GtE: (">=", "<="),
+            ast.Eq: ("==", "!="),
+            ast.NotEq: ("!=", "=="),
+        }
+        if len(node.ops) == 1 and type(node.ops[0]) in swaps:
+            swap = swaps[type(node.ops[0])]
+            self.operator("comparison", node, node.left, node.comparators[0], *swap)
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node):
+        self.visit(node.value)
+        self.inside_index += 1
+        self.visit(node.slice)
+        self.inside_index -= 1
+
+    def visit_Call(self, node):
+        name = self.text(node.func).rsplit(".", 1)[-1]
+        if name == "stop_gradient" and len(node.args) == 1:
+            self.add("stop_gradient", node, f"({self.text(node.args[0])})")
+        if name in ("swapaxes", "moveaxis", "transpose") and node.args:
+            inner = node.args[0]
+            if isinstance(node.func, ast.Attribute) and self.text(
+                node.func.value
+            ) not in ("jnp", "np", "jax.numpy"):
+                inner = node.func.value
+            self.add("axes", node, f"({self.text(inner)})")
         if name == "where" and len(node.args) == 3:
-            yield "mask", node.args[1]
-        for i, keyword in enumerate(node.keywords):
-            axis = keyword.value
-            if keyword.arg == "axis" and isinstance(axis, ast.Constant):
-                if type(axis.value) is int:
-                    changed = copy.deepcopy(node)
-                    changed.keywords[i].value = ast.Constant(1 - axis.value)
-                    yield "axis", changed
+            self.add("mask", node, f"({self.text(node.args[1])})")
+        if masking(name) and len(node.args) > 1:
+            self.add("mask", node, f"({self.text(node.args[0])})")
+        for keyword in node.keywords:
+            value = self.text(keyword.value)
+            if keyword.arg in ("where", "mask") and value not in ("None", "True"):
+                self.add(
+                    "mask", keyword.value, "None" if keyword.arg == "mask" else "True"
+                )
+            swapped = {"-1": "0", "0": "-1", "1": "0", "-2": "-1", "2": "1"}
+            if keyword.arg in ("axis", "axes") and value in swapped:
+                self.add("axes", keyword.value, swapped[value])
+        self.visit(node.func)
+        index = name in ("range", "arange")
+        self.inside_index += index
+        for argument in node.args:
+            self.visit(argument)
+        self.inside_index -= index
+        for keyword in node.keywords:
+            if keyword.arg not in ("axis", "axes", "static_argnums", "where", "mask"):
+                self.visit(keyword.value)
+
+    def visit_Constant(self, node):
+        self.number(node, node.value)
+
+    def number(self, node, value):
+        if isinstance(value, bool):
+            self.add("constant", node, str(not value))
+        elif isinstance(value, int):
+            kind = "off by one" if self.inside_index else "constant"
+            self.add(kind, node, str(value + 1))
+        elif isinstance(value, float) and (value == 0 or abs(value) > 1e-3):
+            self.add("constant", node, str(1.5 * value or 0.5))
 
 
-def _visit(tree: ast.AST) -> Iterator[tuple[ast.AST, str, object]]:
-    """(parent, field, child) of code, in order; errors' texts and types are none."""
-    for field, value in ast.iter_fields(tree):
-        if field in ("annotation", "returns", "decorator_list"):
-            continue
-        for i, child in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(child, ast.Raise | ast.JoinedStr) or not isinstance(
-                child, ast.AST
-            ):
-                continue
-            yield tree, field, (child, i if isinstance(value, list) else None)
-            yield from _visit(child)
+def masking(text: str) -> bool:
+    """Whether a factor or function says by its name that it leaves something out."""
+    return any(word in text for word in ("mask", "valid", "alive", "keep"))
 
 
-def sites_of(root: pathlib.Path, path: str) -> dict[Site, str]:
-    """All sites of a module, and its source with that fault."""
-    source = (root / path).read_text()
-    lines, found, seen = source.splitlines(), {}, Counter()
-    tree = ast.parse(source)
-    for parent, field, (node, index) in list(_visit(tree)):
-        if not hasattr(node, "lineno"):
-            continue
-        for kind, changed in faults_at(node):
-            line = lines[node.lineno - 1].strip()
-            site = Site(path, kind, line, seen[kind, line])
-            seen[kind, line] += 1
-            values = getattr(parent, field)
-            if index is None:
-                setattr(parent, field, changed)
-            else:
-                values[index] = changed
-            found[site] = ast.unparse(ast.fix_missing_locations(copy.deepcopy(tree)))
-            if index is None:
-                setattr(parent, field, node)
-            else:
-                values[index] = node
+def candidates(tree: pathlib.Path, packages) -> dict[str, list[Site]]:
+    """All places, by package."""
+    found = {}
+    for package in packages:
+        found[package] = [
+            site
+            for path in sorted((tree / "tmdjax" / package).rglob("*.py"))
+            if path.name != "__init__.py" and tests_of(str(path.relative_to(tree)))
+            for site in Sites(path.read_text(), str(path.relative_to(tree))).found
+        ]
     return found
 
 
-def drawn(root: pathlib.Path, package: str, each: int, seed: int) -> dict[Site, str]:
-    """``each`` faults of a package, at most one a line, every kind as likely."""
+def draw(sites: list[Site], seed: int, count: int, package: str) -> list[Site]:
+    """Some places of one package: every kind in turn, no function twice."""
     rng = random.Random(f"{seed} {package}")
-    kinds: dict[str, list[tuple[Site, str]]] = {}
-    for module in MODULES[package]:
-        path = f"tmdjax/{package}/{module}.py"
-        for site, source in sites_of(root, path).items():
-            kinds.setdefault(site.kind, []).append((site, source))
-    chosen: dict[Site, str] = {}
-    while kinds and len(chosen) < each:
-        kind = rng.choice(sorted(kinds))
-        site, source = kinds[kind].pop(rng.randrange(len(kinds[kind])))
-        if not kinds[kind]:
-            del kinds[kind]
-        if all((s.path, s.line) != (site.path, site.line) for s in chosen):
-            chosen[site] = source
-    return chosen
+    drawn: list[Site] = []
+    kinds = [*KINDS]
+    rng.shuffle(kinds)
+    for turn in range(10 * count):
+        used = {(site.file, site.function) for site in drawn}
+        some = [
+            site
+            for site in sites
+            if site.kind == kinds[turn % len(kinds)]
+            and (site.file, site.function) not in used
+        ]
+        if some and len(drawn) < count:
+            # modules alike, however long: first a module, then a place
+            file = rng.choice(sorted({site.file for site in some}))
+            drawn.append(rng.choice([site for site in some if site.file == file]))
+    return drawn
 
 
-def tests_of(root: pathlib.Path, path: str) -> list[str]:
-    """The test files of a module that the tree has."""
-    package, module = pathlib.Path(path).with_suffix("").parts[1:]
-    names = [*MODULES[package][module].split(), CONTRACTS.get(package, "")]
-    files = [f"tests/{name}" for name in names if name]
-    return [name for name in files if (root / name).exists()]
+class Copy:
+    """A copy of the tree in which faults are planted and tests run."""
 
-
-@contextlib.contextmanager
-def copied(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A copy of what the tests need, in which faults are planted."""
-    with tempfile.TemporaryDirectory() as folder:
+    def __init__(self, tree: pathlib.Path, limit: float):
+        self.folder = tempfile.TemporaryDirectory(prefix="tmdjax-mutations-")
+        self.tree, self.limit = pathlib.Path(self.folder.name), limit
         for name in COPIED:
-            if (root / name).exists():
-                shutil.copytree(root / name, pathlib.Path(folder, name))
-        for name in ("pyproject.toml", "README.md", "RESULTS.md"):
-            shutil.copy(root / name, folder)
-        yield pathlib.Path(folder)
+            source = tree / name
+            if source.is_dir():
+                leave = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, self.tree / name, ignore=leave)
+            elif source.exists():
+                shutil.copy(source, self.tree / name)
+        self.clean: dict[str, str] = {}
 
-
-def outcome(tree: pathlib.Path, files: list[str]) -> tuple[str, str]:
-    """'caught', 'survived' or 'out of time', and the last line that the tests print."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", *files]
-    try:
-        done = subprocess.run(
+    def test(self, tests: str, limit: float | None = None) -> tuple[str, float]:
+        """Runs tests until the first failure: verdict and seconds."""
+        files, _, selection = tests.partition(" -k ")
+        files = [f"tests/{file}" for file in files.split()]
+        files = [file for file in files if (self.tree / file).exists()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *files]
+        if selection:
+            command += ["-k", selection.strip("'")]
+        began = time.monotonic()
+        process = subprocess.Popen(
             command,
-            cwd=tree,
-            capture_output=True,
+            cwd=self.tree,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMDJAX_PRICE": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=LIMIT,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return "out of time", ""
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    told = failed[0].partition(" - ")[0] if failed else (lines or [""])[-1]
-    if done.returncode in (0, 5):
-        return "survived", told
-    return "caught", told
+        try:
+            self.output, _ = process.communicate(timeout=limit or self.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return "timeout", time.monotonic() - began
+        # 0 passed; 1 a failure; 2 an error while tests are collected or imported
+        verdict = {0: "survived", 1: "caught", 2: "caught", 4: "caught"}
+        return verdict.get(process.returncode, "no tests"), time.monotonic() - began
+
+    def passes(self, tests: str) -> bool:
+        """Whether tests pass without a fault; looked at once."""
+        if tests not in self.clean:
+            verdict, seconds = self.test(tests, 600)
+            self.clean[tests] = verdict
+            print(f"  without a fault: {tests}: {verdict}, {seconds:.0f} s", flush=True)
+            if verdict != "survived":
+                print(self.output[-1500:])
+        return self.clean[tests] == "survived"
+
+    def judge(self, site: Site) -> tuple[str, float, str]:
+        """Plants one fault: verdict, seconds and the test that saw it."""
+        path = self.tree / site.file
+        if not path.exists():
+            return "gone", 0.0, ""
+        source = path.read_text()
+        again = [one for one in Sites(source, site.file).found if one == site]
+        if not again:
+            return "gone", 0.0, ""
+        if not self.passes(site.tests):
+            return "fails without it", 0.0, ""
+        start, end = again[0].span
+        try:
+            path.write_text(source[:start] + site.fault + source[end:])
+            verdict, seconds = self.test(site.tests)
+        finally:
+            path.write_text(source)
+        failed = [
+            line.split(" - ")[0].split("::", 1)[-1].split("tests/")[-1]
+            for line in getattr(self, "output", "").splitlines()
+            if line.startswith(("FAILED ", "ERROR "))
+        ]
+        return verdict, seconds, failed[0] if verdict == "caught" and failed else ""
+
+
+FIELDS = ("file", "function", "kind", "line", "ordinal", "code", "fault")
+
+
+def recorded(packages) -> list[Site]:
+    """The faults of the record."""
+    return [
+        Site(*(row[name] for name in FIELDS))
+        for row in json.loads(RECORD.read_text())["faults"]
+        if row["file"].split("/")[1] in packages
+    ]
+
+
+def merged(results: list[tuple[Site, str, str]], column: str) -> dict:
+    """The record with one column renewed; what else it says is kept."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    known = record.get("faults", [])
+    rows = {tuple(row[name] for name in FIELDS): row for row in known}
+    for site, verdict, test in results:
+        fields = tuple(getattr(site, name) for name in FIELDS)
+        row = rows.setdefault(fields, {**dict(zip(FIELDS, fields)), "verdicts": {}})
+        row["tests"] = site.tests
+        row["verdicts"][column] = f"{verdict}: {test}" if test else verdict
+    return {**record, "faults": list(rows.values())}
 
 
 def main() -> int:
-    """Plants, runs and reports; 1 if a fault survived that no reason is given for."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--each", type=int, default=5, help="faults a package")
-    flags.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
-    flags.add_argument("--tree", type=pathlib.Path, default=ROOT)
-    flags.add_argument("--sites", type=pathlib.Path, help="a record: its faults")
-    flags.add_argument("--json", type=pathlib.Path, help="the record to write")
-    given = flags.parse_args()
-    root = given.tree.resolve()
-    planted: dict[Site, str] = {}
-    reasons: dict[Site, str] = {}
-    if given.sites:
-        for row in json.loads(given.sites.read_text()):
-            site = Site(row["path"], row["kind"], row["line"], row["number"])
-            reasons[site] = row.get("reason", "")
-            if site.path.split("/")[1] in given.only:
-                planted[site] = sites_of(root, site.path).get(site, "")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, help="draws anew; default: the record's")
+    parser.add_argument("--each", type=int, default=5, help="faults in each package")
+    parser.add_argument("--only", nargs="+", choices=PACKAGES, default=PACKAGES)
+    parser.add_argument("--tree", type=pathlib.Path, default=ROOT)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds a run")
+    parser.add_argument("--record", metavar="COLUMN", help="keeps the verdicts")
+    parser.add_argument("--list", action="store_true", help="draws and runs nothing")
+    arguments = parser.parse_args()
+    if arguments.seed is None:
+        faults = recorded(arguments.only)
     else:
-        for package in given.only:
-            planted |= drawn(root, package, given.each, given.seed)
-    rows, unexplained = [], 0
-    with copied(root) as tree:
-        for site, source in planted.items():
-            began, files = time.monotonic(), tests_of(root, site.path)
-            if not source:
-                found, told = "gone", "the line stands in this tree no more"
-            else:
-                path, kept = tree / site.path, (tree / site.path).read_text()
-                path.write_text(source)
-                found, told = outcome(tree, files)
-                path.write_text(kept)
-            row = {**site._asdict(), "outcome": found, "told": told, "tests": files}
-            if reasons.get(site):
-                row["reason"] = reasons[site]
-            unexplained += found == "survived" and "reason" not in row
-            rows.append(row)
-            seconds = time.monotonic() - began
-            print(f"{found:11} {seconds:5.0f} s  {site.path}: {site.kind}: {site.line}")
-            sys.stdout.flush()
-            if given.json:
-                given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    counts = Counter(row["outcome"] for row in rows)
-    print(", ".join(f"{count} {name}" for name, count in counts.most_common()))
-    return int(unexplained > 0)
+        places = candidates(arguments.tree, arguments.only)
+        faults = [
+            site
+            for package in arguments.only
+            for site in draw(places[package], arguments.seed, arguments.each, package)
+        ]
+    if arguments.list:
+        for site in faults:
+            print(f"{site.file}:{site.number} [{site.kind}] {site.line}")
+            print(f"    {site.code!r} -> {site.fault!r}   ({site.tests})")
+        return 0
+    excused = {
+        tuple(row[name] for name in FIELDS)
+        for row in (json.loads(RECORD.read_text())["faults"] if RECORD.exists() else [])
+        if "reason" in row
+    }
+    copy, results = Copy(arguments.tree.resolve(), arguments.limit), []
+    for site in faults:
+        verdict, seconds, test = copy.judge(site)
+        results.append((site, verdict, test))
+        print(f"{verdict:9} {seconds:5.0f} s  {site.id}  {test}", flush=True)
+        if arguments.record:
+            text = json.dumps(merged(results, arguments.record), indent=1)
+            RECORD.write_text(text + "\n")
+    counts = collections.Counter(verdict for _, verdict, _ in results)
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    bad = [
+        (site, verdict)
+        for site, verdict, _ in results
+        if verdict not in ("caught", "timeout")
+        and tuple(getattr(site, name) for name in FIELDS) not in excused
+    ]
+    for site, verdict in bad:
+        print(f"{verdict}: {site.file}: {site.line}")
+        print(f"    {site.code!r} -> {site.fault!r}   (tests/{site.tests})")
+    return bool(bad)
 
 
 if __name__ == "__main__":

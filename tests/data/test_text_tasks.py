@@ -251,6 +251,14 @@ def test_tiers_and_operations_of_lists():
     assert problem.facts["rank"] <= 9
 
 
+def test_the_rank_is_asked_for_with_the_largest_alone():
+    for problem in draw(ListOperations(), 200):
+        digits = "".join(map(str, problem.facts["items"]))
+        asked = problem.facts["operation"] == "largest"
+        given = f"{problem.facts['rank']}:{digits}" if asked else digits
+        assert (":" in problem.prompt) == asked and given in problem.prompt
+
+
 def test_bad_options_of_lists():
     with pytest.raises(ValueError, match="operations is empty; give some of"):
         ListOperations(operations=())

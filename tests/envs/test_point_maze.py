@@ -114,6 +114,7 @@ def test_starts_goals_rewards_and_success():
     near = state_at((2.5, 1.5), goal=(2.5, 1.2))
     step = STEP(near, jnp.zeros(2), None)
     np.testing.assert_allclose(step.reward, np.exp(-0.3), rtol=1e-5)
+    assert not step.truncated
     assert MAZE.success(near) and not MAZE.success(
         state_at((2.5, 1.5), goal=(2.5, 2.0))
     )

@@ -127,3 +127,14 @@ def test_probes_are_environments():
     for name, probe in envs.PROBES.items():
         envs.check_environment(probe)
         assert np.isfinite(probe.optimum), name
+
+
+def test_delayed_pays_at_the_last_step_alone():
+    env, rewards = envs.PROBES["delayed"], []
+    step = jax.jit(env.step)
+    state, _ = env.reset(jax.random.key(0))
+    for action in (0.5, 9.0, 9.0):
+        transition = step(state, jnp.array([action]), None)
+        state = transition.state
+        rewards.append(float(transition.reward))
+    np.testing.assert_allclose(rewards, [0, 0, -((0.5 - 0.7) ** 2)], rtol=1e-6)

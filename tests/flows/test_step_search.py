@@ -470,6 +470,8 @@ def test_terminal_errors_are_distances_of_endpoints():
     grids = [flows.uniform_grid(4), flows.shifted_grid(4, 2.0)]
     found = flows.terminal_errors(FLOW.velocity, noise, reference, grids)
     assert found.shape == (2, 5)
+    parts = flows.terminal_errors(FLOW.velocity, noise, reference, grids, micro_batch=2)
+    np.testing.assert_allclose(parts, found, rtol=1e-5)
     for row, grid in zip(found, grids):
         x = np.asarray(flows.endpoints(FLOW.velocity, noise, grid))
         np.testing.assert_allclose(row, np.square(x - states[-1]).sum(-1), rtol=1e-4)

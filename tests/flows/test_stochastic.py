@@ -255,6 +255,25 @@ def test_8_gradients(x64, preset):
         np.testing.assert_allclose(found[entry], difference, rtol=1e-5, atol=1e-8)
 
 
+@jax.jit
+def gradients_of_states(x, x_next):
+    rows = flows.make_table("flow_grpo", flows.uniform_grid(5)).rows(
+        jnp.arange(4), x.dtype
+    )
+
+    def log_prob(x, x_next):
+        found = flows.score_transitions(lambda x, *_: -x, x, x_next, rows)
+        return found.log_prob.sum()
+
+    return jax.grad(log_prob, (0, 1))(x, x_next)
+
+
+def test_states_of_a_record_are_held_constant():
+    x, x_next = np.random.default_rng(2).normal(size=(2, 4, 3)).astype(np.float32)
+    for gradient in gradients_of_states(x, x_next):
+        np.testing.assert_array_equal(gradient, np.zeros((4, 3)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_9_kl_to_a_reference(reduction):
     table = flows.make_table("flow_grpo", flows.uniform_grid(5))

@@ -72,6 +72,8 @@ def test_characters():
     assert ids == [2, 4, 13, 5, 14, 6, 1, 0]
     assert tokenizer.decode(np.array(ids)) == "<bos>1+2=3<eos><pad>"
     assert tokenizer.special_id("<bos>") == 2
+    ends = CharTokenizer("<x", specials=["<x", "<x>"])  # no name hides a longer one
+    assert ends.encode("<x><x<") == [ends.special_id("<x>"), ends.special_id("<x"), 4]
     dollar = CharTokenizer("01$", eos="$")
     assert dollar.encode("10$") == [2, 1, 3] and dollar.eos_id == 3
     assert dollar.special_id("$") == 3

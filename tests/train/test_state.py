@@ -68,6 +68,18 @@ def test_microbatches_change_memory_not_maths(options):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
 
 
+def test_a_microbatch_is_its_share_of_the_batch():
+    (params, batch), sizes = problem(), set()
+
+    def loss(params, batch, keys):
+        sizes.add(len(batch["x"]))
+        return linear_loss(params, batch, keys)
+
+    step = train.make_train_step(loss, SGD, microbatches=2)
+    jax.eval_shape(step, train.create_state(params, SGD), batch, jax.random.key(1))
+    assert sizes == {8}
+
+
 def test_gradient_against_finite_differences(x64):
     params, batch = problem()
     params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p, np.float64)), params)

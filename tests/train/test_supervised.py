@@ -62,6 +62,11 @@ def test_windows():
     )
 
 
+def test_a_window_may_be_one_step():
+    _, rows = fit(num_steps=11)
+    assert [step for step, _ in rows] == [10, 11] and np.isfinite(rows[1][1]["loss"])
+
+
 def test_paused_and_resumed_equals_uninterrupted(tmp_path):
     whole, rows = fit()
     stops = iter([False, True])
