@@ -11,15 +11,39 @@ from tmdjax import flows
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import MIXTURE, load, procedural
 
-KEYS = sample_keys(jax.random.key(0), 256)
-SAMPLERS = {
-    "sprites": functools.partial(procedural.sprites, size=8),
-    "sparse_sprites": functools.partial(procedural.sparse_sprites, size=16),
+KEYS = sample_keys(jax.random.key(0), 512)
+POINT_KEYS = sample_keys(jax.random.key(1), 20_000)
+IMAGES = {
+    "sprites": procedural.sprites,
+    "sparse_sprites": procedural.sparse_sprites,
+    "sparse_sprites of 16": functools.partial(procedural.sparse_sprites, size=16),
+}
+POINTS = {
     "checkerboard": procedural.checkerboard,
     "two_moons": procedural.two_moons,
-    "rings": procedural.rings,
+    "two_moons without noise": functools.partial(procedural.two_moons, noise=0.0),
+    "rings": functools.partial(procedural.rings, noise=0.1),
+    "rings without noise": functools.partial(procedural.rings, noise=0.0),
     "mixture": procedural.mixture,
 }
+
+
+@jax.jit
+def draw_images(keys):
+    return {name: sampler(keys) for name, sampler in IMAGES.items()}
+
+
+@jax.jit
+def draw_points(keys):
+    return {name: sampler(keys) for name, sampler in POINTS.items()}
+
+
+@functools.cache
+def samples():
+    """A batch of every sampler, by its name."""
+    return jax.device_get(draw_images(KEYS) | draw_points(POINT_KEYS))
+
+
 # In units of the squared radius.
 AREAS = {
     "disc": np.pi,
@@ -76,62 +100,67 @@ def drawn(shape, centre, radius, size, scale=16):
     return fine.reshape(size, scale, size, scale).mean((1, 3))
 
 
-@pytest.mark.parametrize("shape", procedural.SHAPES)
-def test_masks_match_pillow(shape):
-    label = procedural.SHAPES.index(shape)
-    centre, radius, size = (13.3, 17.9), 10.4, 32
-    mask = procedural.shape_mask(
-        jnp.asarray(label), jnp.asarray(centre), jnp.asarray(radius), size
+@jax.jit
+def masks(centre, radius):
+    """Of every shape, in an image of 64 pixels."""
+    labels = jnp.arange(len(procedural.SHAPES))
+    return jax.vmap(procedural.shape_mask, (0, None, None, None))(
+        labels, centre, radius, 64
     )
-    error = np.abs(np.asarray(mask) - drawn(shape, centre, radius, size))
-    # Distance and coverage differ by a fraction of an edge pixel, and at corners.
-    assert error.max() < 0.45
-    assert error.mean() < 0.008
 
 
-@pytest.mark.parametrize(("shape", "area"), AREAS.items())
-def test_mask_area_is_the_shapes(shape, area):
-    label, radius = procedural.SHAPES.index(shape), 25.0
-    mask = procedural.shape_mask(
-        jnp.asarray(label), jnp.full(2, 32.0), jnp.asarray(radius), 64
-    )
-    assert float(mask.sum()) / radius**2 == pytest.approx(area, rel=0.01)
+def test_masks_match_pillow():
+    centre, radius = np.array([13.3, 17.9]), 10.4
+    for shape, mask in zip(procedural.SHAPES, np.asarray(masks(centre, radius))):
+        error = np.abs(mask - drawn(shape, centre, radius, 64))
+        # Distance and coverage differ by a fraction of an edge pixel, and at corners.
+        assert error.max() < 0.45, shape
+        assert error.mean() < 0.002, shape
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_depend_on_their_key_alone(name):
-    sampler = jax.jit(SAMPLERS[name])
-    whole = sampler(KEYS)
-    part = sampler(KEYS[100:103])
-    single = SAMPLERS[name](KEYS[101:102])
-    for key in whole:
-        np.testing.assert_allclose(whole[key][100:103], part[key], atol=1e-6)
-        np.testing.assert_allclose(whole[key][101], single[key][0], atol=1e-6)
-    assert whole["label"].dtype == jnp.int32
-    data = next(key for key in whole if key != "label")
-    assert whole[data].dtype == jnp.float32
-    assert len(np.unique(np.asarray(whole[data]).reshape(256, -1), axis=0)) == 256
+def test_mask_areas_are_the_shapes():
+    found = np.asarray(masks(np.array([32.0, 32.0]), 25.0)).sum((1, 2)) / 25.0**2
+    expected = [AREAS[shape] for shape in procedural.SHAPES]
+    np.testing.assert_allclose(found, expected, rtol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("name", "classes"),
-    [
+@pytest.mark.parametrize("sampler", [draw_images, draw_points])
+def test_samples_depend_on_their_key_alone(sampler):
+    """A few keys among others and at other places bring the samples that they had."""
+    own, count = (KEYS, 512) if sampler is draw_images else (POINT_KEYS, 20_000)
+    others = sample_keys(jax.random.key(2), count)
+    places = np.arange(count)
+    moved = jax.device_get(sampler(jnp.where(places < 3, own[places - 7], others)))
+    for name, found in moved.items():
+        whole = samples()[name]
+        for key in whole:
+            np.testing.assert_allclose(
+                found[key][:3], whole[key][count - 7 : count - 4], atol=1e-6
+            )
+        assert whole["label"].dtype == np.int32
+        (data,) = whole.keys() - {"label"}
+        assert whole[data].dtype == np.float32
+        # Points on circles may coincide in float32.
+        different = len(np.unique(whole[data].reshape(count, -1), axis=0))
+        assert different > 0.999 * count, name
+
+
+def test_labels_are_uniform():
+    for name, classes in (
         ("sprites", 8),
         ("sparse_sprites", 8),
         ("checkerboard", 8),
         ("two_moons", 2),
         ("rings", 3),
-    ],
-)
-def test_labels_are_uniform(name, classes):
-    counts = np.bincount(SAMPLERS[name](KEYS)["label"], minlength=classes)
-    assert len(counts) == classes
-    assert stats.chisquare(counts).pvalue > 1e-3
+    ):
+        counts = np.bincount(samples()[name]["label"], minlength=classes)
+        assert len(counts) == classes
+        assert stats.chisquare(counts).pvalue > 1e-3, name
 
 
 def test_sprites_range_and_contrast():
-    image = np.asarray(procedural.sprites(KEYS)["image"])
-    assert image.shape == (256, 32, 32, 3)
+    image = samples()["sprites"]["image"]
+    assert image.shape == (512, 32, 32, 3)
     assert image.min() >= -1 and image.max() <= 1
     # At most one corner can be touched by the shape: the median is the ground.
     corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
@@ -142,21 +171,21 @@ def test_sprites_range_and_contrast():
     assert 0.02 < covered.min() and covered.max() < 0.5
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_sparse_sprites_are_bright_on_a_flat_ground(size):
-    image = np.asarray(procedural.sparse_sprites(KEYS, size)["image"])
-    assert image.shape == (256, size, size, 3)
-    assert image.min() == -1 and image.max() == 1
-    ground = (image == -1).all(-1).mean((1, 2))
-    # Three of the largest discs, with a pixel of blur, cover this much at most.
-    assert ground.min() > 1 - 3 * np.pi * (0.15 + 1 / size) ** 2
-    assert 0.8 < ground.mean() and ground.max() < 1
-    if size == 32:
-        assert (image.max((1, 2, 3)) > 0.9).mean() > 0.97
+def test_sparse_sprites_are_bright_on_a_flat_ground():
+    for name, size in (("sparse_sprites", 32), ("sparse_sprites of 16", 16)):
+        image = samples()[name]["image"]
+        assert image.shape == (512, size, size, 3)
+        assert image.min() == -1 and image.max() == 1
+        ground = (image == -1).all(-1).mean((1, 2))
+        # Three of the largest discs, with a pixel of blur, cover this much at most.
+        assert ground.min() > 1 - 3 * np.pi * (0.15 + 1 / size) ** 2
+        assert 0.8 < ground.mean() and ground.max() < 1
+        if size == 32:
+            assert (image.max((1, 2, 3)) > 0.9).mean() > 0.97
 
 
 def test_sparse_sprites_are_one_to_three_of_their_class_and_palette():
-    out = procedural.sparse_sprites(sample_keys(jax.random.key(2), 512))
+    out = samples()["sparse_sprites"]
     light = (np.asarray(out["image"], np.float64) + 1) / 2
     pieces = [ndimage.label(grey > 0, np.ones((3, 3))) for grey in light.max(-1)]
     numbers = np.array([number for _, number in pieces])
@@ -181,8 +210,8 @@ def test_sparse_sprites_are_one_to_three_of_their_class_and_palette():
 
 
 def test_mixture_has_its_moments():
-    out = procedural.mixture(sample_keys(jax.random.key(3), 20000))
-    point, label = np.asarray(out["point"], np.float64), np.asarray(out["label"])
+    out = samples()["mixture"]
+    point, label = np.asarray(out["point"], np.float64), out["label"]
     weights, means, stds = (np.array(MIXTURE[k]) for k in ("weights", "means", "stds"))
     counts = np.bincount(label, minlength=4)
     assert stats.chisquare(counts, weights * len(label)).pvalue > 1e-3
@@ -191,94 +220,86 @@ def test_mixture_has_its_moments():
         error = samples.std(0) / np.sqrt(len(samples))
         assert (np.abs(samples.mean(0) - expected) < 4 * error).all()
 
-    agree(point, weights @ means)
-    second = sum(
-        w * (s**2 * np.eye(2) + np.outer(m, m)) for w, m, s in zip(weights, means, stds)
-    )
-    agree(point[:, :, None] * point[:, None, :], second)
+    # Of each component, so of the whole.
     for k in range(4):
         agree(point[label == k], means[k])
         agree((point[label == k] - means[k]) ** 2, stds[k] ** 2)
 
 
 def test_mixtures_exact_flow_is_that_of_its_samples():
-    point = procedural.mixture(sample_keys(jax.random.key(4), 4096))["point"]
+    point = samples()["mixture"]["point"]
     flow = flows.gaussian_mixture(**MIXTURE)
     # Stein: E[grad log p] = 0 and E[x . grad log p] = -dim, if x is drawn from p.
-    zeros = jnp.zeros(len(point))
-    score = jax.grad(lambda x: flow.log_density(x, zeros).sum())(point)
+    density = lambda x: flow.log_density(x, jnp.zeros(len(x))).sum()  # noqa: E731
+    score = np.asarray(jax.jit(jax.grad(density))(point))
     values = np.c_[score, np.sum(score * point, axis=1)]
     error = values.std(0) / np.sqrt(len(values))
     assert (np.abs(values.mean(0) - [0, 0, -2]) < 4 * error).all()
     # Pure noise says nothing about the data: there the velocity is x - E[data].
-    mean = -np.asarray(flow.velocity(jnp.zeros((1, 2)), jnp.ones(1)))[0]
+    mean = -np.asarray(jax.jit(flow.velocity)(jnp.zeros((1, 2)), jnp.ones(1)))[0]
     error = np.std(point, axis=0) / np.sqrt(len(point))
     assert (np.abs(np.mean(point, axis=0) - mean) < 4 * error).all()
 
 
 def test_checkerboard_is_uniform_on_the_dark_squares():
-    keys = sample_keys(jax.random.key(1), 4096)
-    out = procedural.checkerboard(keys)
-    point = np.asarray(out["point"])
+    point, label = (samples()["checkerboard"][k] for k in ("point", "label"))
     cell = np.floor((point + 1) * 2).astype(int)
     assert (cell.sum(1) % 2 == 0).all()
     # Each row and column of the board holds two dark squares of four.
     for axis in (0, 1):
         assert stats.kstest(point[:, axis], stats.uniform(-1, 2).cdf).pvalue > 1e-3
     # A label is a square, and a square is a label.
-    assert len({(*c, k) for c, k in zip(cell.tolist(), np.asarray(out["label"]))}) == 8
+    assert len({(*c, k) for c, k in zip(cell.tolist(), label.tolist())}) == 8
 
 
 def test_moons_without_noise_are_scikit_learns_half_circles():
-    out = procedural.two_moons(KEYS, noise=0.0)
+    out = samples()["two_moons without noise"]
     # Undo the scale and the centring: the textbook moons have radius 1.
-    x, y = np.asarray(out["point"]).T * 1.5 + np.array([[0.5], [0.25]])
-    upper = np.asarray(out["label"]) == 0
+    x, y = out["point"].T * 1.5 + np.array([[0.5], [0.25]])
+    upper = out["label"] == 0
     np.testing.assert_allclose(np.hypot(x, y)[upper], 1, atol=1e-5)
     np.testing.assert_allclose(np.hypot(x - 1, y - 0.5)[~upper], 1, atol=1e-5)
     assert (y[upper] >= -1e-6).all() and (y[~upper] <= 0.5 + 1e-6).all()
-    assert np.abs(np.asarray(out["point"]).mean(0)).max() < 0.15
+    assert np.abs(out["point"].mean(0)).max() < 0.02
+    spread = np.std(samples()["two_moons"]["point"] - out["point"])
+    assert spread == pytest.approx(0.05, rel=0.02)
 
 
 def test_rings_have_their_radii_and_noise():
-    clean = procedural.rings(KEYS, noise=0.0)
+    clean = samples()["rings without noise"]
     radius = np.linalg.norm(clean["point"], axis=1)
-    np.testing.assert_allclose(radius, (np.asarray(clean["label"]) + 1) / 3, atol=1e-6)
-    noisy = procedural.rings(KEYS, noise=0.1)
-    spread = np.std(np.asarray(noisy["point"] - clean["point"]))
-    assert spread == pytest.approx(0.1, rel=0.15)
+    np.testing.assert_allclose(radius, (clean["label"] + 1) / 3, atol=1e-6)
+    spread = np.std(samples()["rings"]["point"] - clean["point"])
+    assert spread == pytest.approx(0.1, rel=0.02)
 
 
-def test_dataset_prefixes_do_not_depend_on_counts():
+def test_dataset_prefixes_do_not_depend_on_counts_and_splits_share_no_sample():
     small = load("checkerboard", train_count=5, test_count=3, seed=4)
-    large = load("checkerboard", train_count=1100, test_count=7, seed=4)
+    large = load("checkerboard", train_count=1100, test_count=1100, seed=4)
     assert small.train["point"].shape == (5, 2) and len(large.train["point"]) == 1100
     for key in ("point", "label"):
         np.testing.assert_array_equal(small.train[key], large.train[key][:5])
         np.testing.assert_array_equal(small.test[key], large.test[key][:3])
     other = load("checkerboard", train_count=5, test_count=3, seed=5)
     assert not np.array_equal(small.train["point"], other.train["point"])
+    rows = np.concatenate([large.train["point"], large.test["point"]])
+    assert len(np.unique(rows, axis=0)) == 2200
 
 
-def test_splits_share_no_sample():
-    data = load("rings", train_count=1500, test_count=1500)
-    rows = np.concatenate([data.train["point"], data.test["point"]])
-    assert len(np.unique(rows, axis=0)) == 3000
-
-
-def test_sprite_options_reach_the_sampler():
-    data = load("sprites", train_count=6, test_count=2, size=16)
-    assert data.train["image"].shape == (6, 16, 16, 3)
-    assert data.num_classes == len(data.meta["class_names"]) == 8
-    data = load("sparse_sprites", train_count=6, test_count=2, size=16)
-    assert data.train["image"].shape == (6, 16, 16, 3)
-    assert data.num_classes == len(data.meta["class_names"]) == 8
-
-
-def test_mixture_loads_with_a_class_for_each_component():
+def test_options_reach_the_sampler():
+    for name in ("sprites", "sparse_sprites"):
+        data = load(name, train_count=6, test_count=2, size=16)
+        assert data.train["image"].shape == (6, 16, 16, 3)
+        assert data.num_classes == len(data.meta["class_names"]) == 8
     data = load("mixture", train_count=64, test_count=2)
     assert data.train["point"].shape == (64, 2)
     assert data.num_classes == len(np.unique(data.train["label"])) == 4
+    for name, classes in (("rings", 3), ("two_moons", 2)):
+        clean, noisy = (
+            load(name, train_count=64, test_count=2, noise=n).train for n in (0, 0.1)
+        )
+        assert np.std(noisy["point"] - clean["point"]) == pytest.approx(0.1, rel=0.3)
+        assert set(clean["label"]) == {*range(classes)}
 
 
 def test_bad_inputs_are_named(as_shipped):

@@ -10,7 +10,6 @@ from tmdjax.data import moving_sprites
 from tmdjax.metrics import (
     bootstrap_interval,
     conv3d_layers,
-    frechet_distance,
     frechet_label,
     position_entropy,
     random_conv3d,
@@ -18,12 +17,6 @@ from tmdjax.metrics import (
     video_features,
 )
 from tmdjax.rewards.moving_sprites import recognise
-
-
-@functools.cache
-def sprites(seed, count=512):
-    draw = jax.jit(moving_sprites.moving_sprites)
-    return jax.device_get(draw(sample_keys(jax.random.key(seed), count)))
 
 
 def scipy_layer(videos, layer, stride):
@@ -64,7 +57,8 @@ def test_layers_are_scipys_convolutions():
 
 
 def test_features_do_not_depend_on_the_batch():
-    videos = sprites(0, 20)["video"]
+    rng = np.random.default_rng(0)
+    videos = rng.uniform(-1, 1, (20, 6, 12, 12, 3)).astype(np.float32)
     whole = video_features(videos)
     assert whole.shape == (20, 112) and whole.dtype == np.float32
     np.testing.assert_allclose(video_features(videos, batch_size=8), whole, atol=1e-6)
@@ -73,31 +67,6 @@ def test_features_do_not_depend_on_the_batch():
     assert frechet_label("conv3d", random_conv3d(0)) == frechet_label(
         "conv3d", random_conv3d(0)
     )
-
-
-def test_distances_rise_from_the_floor_of_real_videos_with_the_damage():
-    real, again = sprites(0)["video"], sprites(1)["video"]
-    noise = np.random.default_rng(0).standard_normal(real.shape).astype(np.float32)
-    damaged = {
-        "floor": again,
-        "noise 0.1": again + 0.1 * noise,
-        "noise 0.3": again + 0.3 * noise,
-        "still": np.repeat(again[:, :1], 6, axis=1),
-        "one colour": again[:, ..., [0, 0, 0]],
-    }
-    reference = video_features(real)
-    for distance in (frechet_distance, sliced_wasserstein):
-        found = {k: distance(video_features(v), reference) for k, v in damaged.items()}
-        floor = found.pop("floor")
-        assert min(found.values()) > 1.1 * floor, found
-        assert found["noise 0.3"] > 2 * max(found["noise 0.1"], floor), found
-        assert found["one colour"] > 2 * floor, found
-    # What a mean over channels and places sees of motion, the covariances see best.
-    still, floor = (
-        frechet_distance(video_features(damaged[k]), reference)
-        for k in ("still", "floor")
-    )
-    assert still > 2 * floor
 
 
 def test_bad_videos(as_shipped):
