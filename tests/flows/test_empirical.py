@@ -19,6 +19,14 @@ T = np.array([1.0, 0.7, 0.4, 0.2, 0.1, 0.9, 0.3], np.float32)
 COND = np.array([0, 1, 2, 3, 0, 3, 1], np.int32)
 
 
+@jax.jit
+def run(velocity, x, t, cond=None):
+    return velocity(x, t, cond)
+
+
+FLOW = flows.as_pytree(empirical_flow(BANK))
+
+
 def brute_force(x, t, samples):
     """The velocity of one point in float64, sample by sample."""
     x, samples = np.float64(x).ravel(), np.float64(samples).reshape(-1, 8)
@@ -35,88 +43,90 @@ def expected(x, t, cond):
 
 
 def test_velocity_is_that_of_brute_force():
-    velocity = empirical_flow(BANK)
-    result = jax.jit(velocity)(X, T, COND)
+    result = run(FLOW, X, T, COND)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, expected(X, T, COND), rtol=1e-4, atol=1e-5)
-    everything = velocity(jnp.asarray(X), jnp.asarray(T))
     null = np.full(7, 3, np.int32)
-    np.testing.assert_allclose(everything, expected(X, T, null), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run(FLOW, X, T), expected(X, T, null), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_float64_follows_the_state(x64):
-    velocity = empirical_flow(BANK)
-    result = velocity(jnp.float64(X), jnp.asarray(T), jnp.asarray(COND))
+    result = run(FLOW, np.float64(X), T, COND)
     assert result.dtype == jnp.float64
     np.testing.assert_allclose(result, expected(X, T, COND), rtol=1e-6, atol=1e-6)
 
 
 def test_it_is_the_limit_of_a_gaussian_mixture(x64):
-    vectors = jnp.float64(X).reshape(7, 8)
-    times = jnp.float64(T)
+    vectors, times = np.float64(X).reshape(7, 8), np.float64(T)
     points = np.float64(BANK[1]).reshape(5, 8)
     mixture = flows.gaussian_mixture(np.full(5, 0.2), points, np.full(5, 1e-5))
-    velocity = empirical_flow(jnp.asarray(points)[None])
+    velocity = flows.as_pytree(empirical_flow(points[None]))
     np.testing.assert_allclose(
-        velocity(vectors, times), mixture.velocity(vectors, times), rtol=1e-6, atol=1e-6
+        run(velocity, vectors, times),
+        jax.jit(mixture.velocity)(vectors, times),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 
 def test_at_time_one_it_is_noise_minus_the_mean():
-    velocity = empirical_flow(BANK)
-    result = velocity(jnp.asarray(X), jnp.ones(7), jnp.asarray(COND))
     means = np.concatenate([BANK.mean(1), BANK.mean((0, 1))[None]])
+    result = run(FLOW, X, np.ones(7, np.float32), COND)
     np.testing.assert_allclose(result, X - means[COND], atol=2e-6)
 
 
 def test_near_time_zero_it_is_finite_and_points_away_from_the_sample():
-    velocity = jax.jit(empirical_flow(BANK))
     samples, noise = BANK[COND % 3, 2], X
     for t in (1e-2, 1e-3):
         x = (1 - t) * samples + t * noise
-        v = velocity(x, np.full(7, t, np.float32), COND)
+        v = run(FLOW, np.float32(x), np.full(7, t, np.float32), COND)
         # The posterior is the sample that x came from; rounding of x counts 1 / t.
         np.testing.assert_allclose(v, noise - samples, atol=1e-6 / t)
     for t in (0.0, 1e-8, 1e-5):
         times = np.full(7, t, np.float32)
-        assert np.isfinite(velocity(X, times, COND)).all()
-        assert np.abs(velocity(samples, times, COND)).max() < 0.01
+        assert np.isfinite(run(FLOW, X, times, COND)).all()
+        assert np.abs(run(FLOW, samples, times, COND)).max() < 0.01
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    velocity = empirical_flow(BANK)
-    whole = velocity(jnp.asarray(X), jnp.asarray(T), jnp.asarray(COND))
-    for i in range(7):
-        one = velocity(*(jnp.asarray(a[i : i + 1]) for a in (X, T, COND)))
-        np.testing.assert_allclose(one[0], whole[i], rtol=1e-5, atol=1e-5)
+    whole = np.asarray(run(FLOW, X, T, COND))
+    for order in (np.roll(np.arange(7), 3), np.arange(7)[::-1], np.array([4])):
+        part = run(FLOW, X[order], T[order], COND[order])
+        np.testing.assert_allclose(part, whole[order], rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_is_that_of_finite_differences(x64):
-    velocity = empirical_flow(jnp.float64(BANK))
     rng = np.random.default_rng(1)
-    x, t, cond = jnp.float64(X), jnp.float64(T), jnp.asarray(COND)
-    dx, dt = jnp.asarray(rng.normal(size=X.shape)), jnp.asarray(rng.normal(size=7))
-    _, tangent = jax.jvp(lambda a, b: velocity(a, b, cond), (x, t), (dx, dt))
+    x, t = np.float64(X), np.float64(T)
+    dx, dt = rng.normal(size=X.shape), rng.normal(size=7)
+
+    @jax.jit
+    def slopes(x, t):
+        _, tangent = jax.jvp(
+            lambda x, t: FLOW(x, t, jnp.asarray(COND)), (x, t), (dx, dt)
+        )
+        _, pushed = jax.jvp(lambda x: FLOW(x, t, jnp.asarray(COND)), (x,), (dx,))
+        pulled = jax.grad(lambda x: jnp.sum(FLOW(x, t, jnp.asarray(COND)) * dx))(x)
+        return tangent, pushed, pulled
+
+    tangent, pushed, pulled = jax.device_get(slopes(x, t))
     h = 1e-6
-    later = velocity(x + h * dx, t + h * dt, cond)
-    earlier = velocity(x - h * dx, t - h * dt, cond)
+    later = np.asarray(run(FLOW, x + h * dx, t + h * dt, COND))
+    earlier = np.asarray(run(FLOW, x - h * dx, t - h * dt, COND))
     np.testing.assert_allclose(tangent, (later - earlier) / (2 * h), rtol=1e-5)
-    pulled = jax.grad(lambda a: jnp.sum(velocity(a, t, cond) * dx))(x)
-    _, pushed = jax.jvp(lambda a: velocity(a, t, cond), (x,), (dx,))
-    np.testing.assert_allclose(jnp.sum(pulled * dx), jnp.sum(pushed * dx), rtol=1e-8)
+    np.testing.assert_allclose(np.sum(pulled * dx), np.sum(pushed * dx), rtol=1e-8)
 
 
 def test_the_bank_is_an_argument_of_the_compiled_program(count_compiles):
-    @jax.jit
-    def run(velocity, x, t, cond):
-        return velocity(x, t, cond)
+    def guided(bank):
+        flow = flows.classifier_free_guidance(empirical_flow(bank), 2.0, np.int32(3))
+        return flows.as_pytree(flow)
 
-    guided = flows.classifier_free_guidance(empirical_flow(BANK), 2.0, np.int32(3))
-    first = flows.as_pytree(guided)
+    first, other = guided(BANK), guided(BANK[::-1])
     assert sum(leaf.size for leaf in jax.tree.leaves(first)) >= BANK.size
     run(first, X, T, COND).block_until_ready()
-    other = flows.classifier_free_guidance(empirical_flow(BANK[::-1]), 2.0, np.int32(3))
-    other = flows.as_pytree(other)
     with count_compiles() as compiled:
         v = run(other, X, T, COND)
     assert not compiled
