@@ -13,13 +13,17 @@ from tmdjax.rewards.sprite_scenes import SCALES
 KEYS = sample_keys(jax.random.key(0), 512)
 
 
+draw = jax.jit(data.moving_sprites, static_argnames="scale")
+
+
 @functools.cache
+def samples(scale):
+    return jax.device_get(draw(KEYS[: 256 if scale == "large" else 512], scale=scale))
+
+
 def truth(scale):
-    """512 drawn videos and their prompts."""
-    count = 256 if scale == "large" else 512
-    sampler = functools.partial(data.moving_sprites, scale=scale)
-    samples = jax.device_get(jax.jit(sampler)(KEYS[:count]))
-    return samples["video"], samples["prompt"]
+    """Drawn videos and their prompts."""
+    return samples(scale)["video"], samples(scale)["prompt"]
 
 
 def rate(scale, noise=0.0):
@@ -33,10 +37,8 @@ def drawn(prompt, count=3):
     """Large videos of one prompt."""
     prompts = np.full(count, prompt, np.int32)
     keys = sample_keys(jax.random.key(1), count)
-    return jax.device_get(draw_large(keys, prompts=prompts)["video"]), prompts
-
-
-draw_large = jax.jit(functools.partial(data.moving_sprites, scale="large"))
+    videos = draw(keys, scale="large", prompts=prompts)["video"]
+    return jax.device_get(videos), prompts
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "large"])
@@ -144,10 +146,11 @@ def test_changed_videos_fail_what_was_changed():
 
 def test_start_is_the_middle_of_the_sprite():
     videos, prompts = truth("small")
-    samples = jax.device_get(data.moving_sprites(KEYS[:512]))
     found = recognise(videos)
     middle = np.array([1.5, 2.0, 2.0])[prompt_factors(prompts, "small")["shape"]]
-    np.testing.assert_allclose(found["start"], samples["start"] + middle[:, None])
+    np.testing.assert_allclose(
+        found["start"], samples("small")["start"] + middle[:, None]
+    )
 
 
 @pytest.mark.parametrize("scale", ["small", "large"])
