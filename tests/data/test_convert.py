@@ -146,6 +146,7 @@ def test_a_converted_set_trains_without_tensorflow(tmp_path, run_python):
 import sys
 import jax
 from tmdjax import data, flows, models, train
+assert "tensorflow_datasets" not in sys.modules
 from tmdjax.data import convert
 
 jax.config.update("jax_disable_most_optimizations", True)

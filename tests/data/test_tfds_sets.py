@@ -303,18 +303,6 @@ class TestPrepared:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert check.status(SOURCES["celeb_a_hq"]) == "absent"
 
-    def test_reading_needs_no_tensorflow(self, tmp_path, run_python):
-        write_set(tmp_path, {"train": pixels(3)})
-        out = run_python(
-            "import sys\n"
-            "from tmdjax import data\n"
-            "assert 'tensorflow_datasets' not in sys.modules\n"
-            f"d = data.load('celeb_a_hq', data_dir={str(tmp_path)!r}, test_count=1)\n"
-            "assert 'tensorflow' not in sys.modules\n"
-            "print(d.train['image'].shape)"
-        )
-        assert out.strip() == "(2, 8, 8, 3)"
-
 
 def write_features(root, features, rows, name="mixed"):
     """A set of any features, by TFDS itself."""
