@@ -41,6 +41,8 @@ def test_imports_point_one_way():
             top = name.split(".")[0]
             assert top not in ("experiments", "configs"), f"{path} imports {name}"
             other = package_of(name)
+            both = here == other == "systems"
+            assert not both, f"{path} imports {name}: systems never import systems"
             if other is None or other == here or other.startswith("__"):
                 continue
             if here == "harness":

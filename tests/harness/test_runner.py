@@ -291,12 +291,6 @@ def test_seeds_and_shards(tmp_path):
     assert merged["claims"][0]["verdict"] == "reproduced"
 
 
-def test_arms_are_units(tmp_path):
-    experiment = make_experiment(arms=("main", "other"))
-    outcome = harness.run(experiment, make_config(), options(tmp_path))
-    assert set(outcome.summary["metrics"]) == {"error", "w0", "other/error", "other/w0"}
-
-
 def test_one_stage(tmp_path):
     calls = []
     outcome = harness.run(
@@ -371,7 +365,7 @@ def test_unwritable_workdir(tmp_path):
         )
 
 
-def test_ablations_run_under_one_seed(tmp_path):
+def test_arms_are_units_and_ablations_run_under_one_seed(tmp_path):
     calls = []
     config = make_config()
     config.one_seed_arms = ("other",)
@@ -379,6 +373,7 @@ def test_ablations_run_under_one_seed(tmp_path):
     outcome = harness.run(experiment, config, options(tmp_path, seeds=(3, 4)))
     units = {(unit["arm"], unit["seed"]) for unit in outcome.summary["units"]}
     assert units == {("main", 3), ("main", 4), ("other", 3)}
+    assert set(outcome.summary["metrics"]) == {"error", "w0", "other/error", "other/w0"}
     config.one_seed_arms = ("othr",)
     with pytest.raises(ValueError, match="Did you mean 'other'"):
         harness.run(experiment, config, options(tmp_path, fresh=True))
@@ -527,18 +522,14 @@ def test_record_takes_whole_runs_only(tmp_path):
             )
 
 
-def test_one_stage_of_a_finished_run_leaves_its_model(tmp_path):
-    harness.run(make_experiment(), make_config(), options(tmp_path))
-    harness.run(make_experiment(), make_config(), options(tmp_path, stage="fit"))
-    assert harness.load(tmp_path / "run")[2]["metrics"].keys() == {"w0", "error"}
-
-
-def test_a_rerun_does_not_touch_the_stored_model(tmp_path):
+def test_other_commands_leave_the_model_of_a_finished_run(tmp_path):
     harness.run(make_experiment(), make_config(), options(tmp_path))
     model = tmp_path / "run" / "models" / "main-seed0" / "step_0000000000"
     before = model.stat().st_ino
     harness.run(make_experiment(), make_config(), options(tmp_path))
     assert model.stat().st_ino == before
+    harness.run(make_experiment(), make_config(), options(tmp_path, stage="fit"))
+    assert harness.load(tmp_path / "run")[2]["metrics"].keys() == {"w0", "error"}
 
 
 def test_fresh_waits_for_other_users_of_a_stage(tmp_path):
