@@ -12,7 +12,7 @@ process; a ratio is the median over repeats of ours over the rival's in the same
 
 A TMD student of the same network (2 outer steps, 2 inner ones, the last --head blocks)
 is timed against its effective evaluations, 2 (1 + H / L) forwards in the same repeat.
-What it takes beyond them are fusion and embeddings; the planner counts their FLOPs.
+What it takes beyond them are fusion and embeddings, whose FLOPs are counted.
 
 Memory, weights included, inputs held: the peak of each library's own allocator over one
 forward where the device tells (its first calls, with compilation and autotuning, do not
@@ -233,11 +233,9 @@ class Student:
         self.forward, self.evaluations = ours, plan.nfe
         sample = jax.jit(lambda p, x, c, k: tmd.sample(apply_fn, p, x, c, k, plan))
         self.compiled: Any = sample.lower(*self.arguments).compile()
-        student = train.plan(sample, *self.arguments, device=given.plan_device)
-        whole = train.plan(
-            models.functional(module), *ours.arguments, device=given.plan_device
-        )
-        count = [sum(found.flops.values()) for found in (student, whole)]
+        student = train.count_flops(sample, *self.arguments)
+        whole = train.count_flops(models.functional(module), *ours.arguments)
+        count = [sum(found.values()) for found in (student, whole)]
         self.operations = count[0] / (plan.nfe * count[1])
 
     def __call__(self) -> Seconds:
@@ -352,9 +350,6 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     flags.add_argument("--text-length", type=int, default=512)
     flags.add_argument("--text-width", type=int, default=4096)
     flags.add_argument("--head", type=int, default=5, help="H of a student; 0: none")
-    flags.add_argument(
-        "--plan-device", default="h100", help="whose kernels are counted"
-    )
     flags.add_argument("--batch", type=int, default=1)
     flags.add_argument("--recipe", choices=sorted(_TOLERANCES), default="bf16")
     flags.add_argument("--attention", default="auto", help="implementation of ours")

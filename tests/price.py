@@ -22,15 +22,12 @@ BYTES_A_SECOND = 800  # of a file that has no price yet: a large one may be dear
 
 _PRICE = "price"
 _compiled = 0  # in this process
-_traced = 0.0
 
 
 def _count(event: str, duration_secs: float, **_) -> None:
-    global _compiled, _traced
+    global _compiled
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled += 1
-    elif event.startswith("/jax/core/compile/"):
-        _traced += duration_secs
 
 
 def _cpu_seconds() -> float:

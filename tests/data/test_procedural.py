@@ -131,18 +131,19 @@ def test_samples_depend_on_their_key_alone(sampler):
     others = sample_keys(jax.random.key(2), count)
     places = np.arange(count)
     moved = jax.device_get(sampler(jnp.where(places < 3, own[places - 7], others)))
+    alone = jax.device_get(sampler(own[-7:-4]))  # in a batch of another size
     for name, found in moved.items():
         whole = samples()[name]
         for key in whole:
             np.testing.assert_allclose(
                 found[key][:3], whole[key][count - 7 : count - 4], atol=1e-6
             )
+            np.testing.assert_allclose(found[key][:3], alone[name][key], atol=1e-6)
         assert whole["label"].dtype == np.int32
         (data,) = whole.keys() - {"label"}
         assert whole[data].dtype == np.float32
-        # Points on circles may coincide in float32.
-        different = len(np.unique(whole[data].reshape(count, -1), axis=0))
-        assert different > 0.999 * count, name
+        # of very many points on circles some coincide in float32
+        assert len(np.unique(whole[data][:256].reshape(256, -1), axis=0)) == 256, name
 
 
 def test_labels_are_uniform():

@@ -223,9 +223,9 @@ def check_regression(residual, value, found):
         return loss(params), jax.grad(lambda p: loss(p).sum())(params)
 
     loss, grads = expected(TOY)
-    np.testing.assert_allclose(value, loss, rtol=1e-3)
+    np.testing.assert_allclose(value, loss, rtol=1e-4)
     for name in TOY:
-        np.testing.assert_allclose(found[name], grads[name], rtol=2e-3, atol=0.05)
+        np.testing.assert_allclose(found[name], grads[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)

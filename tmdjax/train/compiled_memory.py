@@ -18,6 +18,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,13 +75,21 @@ def compile_memory(
 
     Raises:
         RuntimeError: the compiler refuses the program.
+
+    Warns:
+        UserWarning: the wider twin does not compile, so that 16 bits count as 32.
     """
     text = exported.mlir_module()
     if not re.search(r"tensor<(\d+x)*(bf16|f16|f8\w+)>", text):
         return Compiled(*_compile(exported, donated, mesh))
     try:
         doubled = _compile(_twin(exported, text), donated, mesh)
-    except Exception:  # an operation that is tied to one width: 16 bits count as 32
+    except (RuntimeError, ValueError) as error:  # an operation tied to one width
+        warnings.warn(
+            f"16-bit arrays are counted as the CPU holds them, at up to twice their "
+            f"width: the program with wider numbers does not compile ({error}).",
+            stacklevel=2,
+        )
         return Compiled(*_compile(exported, donated, mesh))
     return Compiled(*[count // 2 for count in doubled])
 
