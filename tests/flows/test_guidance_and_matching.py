@@ -12,6 +12,10 @@ from tmdjax.core import conventions, prng
 loss_of = jax.jit(flows.flow_matching_loss, static_argnums=1)
 
 
+def keys_of(count, seed=0):
+    return prng.sample_keys(jax.random.key(seed), count)
+
+
 def affine(x, t, cond):
     return x * t[:, None] + cond[:, None]
 
@@ -33,36 +37,30 @@ def test_guidance_is_one_call_a_step():
         calls.append(x.shape)
         return x + cond["tokens"].sum((1, 2))[:, None]
 
-    guided = flows.classifier_free_guidance(
-        velocity, 2.0, {"tokens": jnp.zeros((4, 5))}
-    )
+    null = {"tokens": jnp.zeros((4, 5))}
+    guided = flows.classifier_free_guidance(velocity, 2.0, null)
     jax.eval_shape(guided, np.ones((3, 2)), np.ones(3), {"tokens": np.ones((3, 4, 5))})
     assert calls == [(6, 2)]
 
 
 def test_drop_condition_rate():
-    keys = prng.sample_keys(jax.random.key(0), 10_000)
-    cond = np.arange(10_000, dtype=np.int32) % 10
+    keys, cond = keys_of(10_000), np.arange(10_000, dtype=np.int32) % 10
     drop = jax.jit(flows.drop_condition, static_argnums=3)
     dropped = np.asarray(drop(keys, cond, 10, 0.1))
     assert abs((dropped == 10).mean() - 0.1) < 0.012
     np.testing.assert_array_equal(dropped[dropped != 10], cond[dropped != 10])
     np.testing.assert_array_equal(drop(keys, cond, 10, 0.0), cond)
     assert (np.asarray(drop(keys, cond, 10, 1.0)) == 10).all()
-    with pytest.raises(ValueError, match=r"rate=1.5 is outside \[0, 1\]"):
-        flows.drop_condition(keys, cond, 10, 1.5)
 
 
 def test_loss_of_the_exact_velocity_is_the_conditional_variance():
     # One Gaussian: given x_t the target has variance
     # (1 + s^2) - (t - (1-t) s^2)^2 / ((1-t)^2 s^2 + t^2) in each dimension.
-    std = 0.5
+    std, n = 0.5, 200_000
     mixture = flows.gaussian_mixture([1.0], [[0.3, -0.4]], [std])
-    n = 200_000
     x = jax.jit(mixture.sample, static_argnums=1)(jax.random.key(0), n)
-    keys = prng.sample_keys(jax.random.key(1), n)
     velocity = lambda params, *inputs: mixture.velocity(*inputs)  # noqa: E731
-    loss, metrics = jax.device_get(loss_of({}, velocity, x, keys))
+    loss, metrics = jax.device_get(loss_of({}, velocity, x, keys_of(n, 1)))
     t = np.linspace(0, 1, 20_001)
     variance = (1 - t) ** 2 * std**2 + t**2
     exact = np.mean(1 + std**2 - (t - (1 - t) * std**2) ** 2 / variance)
@@ -75,38 +73,35 @@ def test_loss_of_the_exact_velocity_is_the_conditional_variance():
 def test_training_finds_the_velocity_of_a_point_mass():
     # Data at c: v(x, t) = (x - c) / t, so for a linear network in (x/t, 1/t) the
     # optimum is (1, -c); start elsewhere and descend.
-    c = 2.0
+    x = jnp.full((256, 1), 2.0)
 
     def apply_fn(params, x, t, cond):
         t = jnp.maximum(t, 0.05)[:, None]
         return params["a"] * x / t + params["b"] / t
 
+    def loss(params, keys):
+        return flows.flow_matching_loss(params, apply_fn, x, keys)[0].mean()
+
     params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     optimizer = optax.adam(0.05)
 
     @jax.jit
-    def step(carry, key):
-        params, state = carry
-        keys = prng.sample_keys(key, 256)
-        gradient = jax.grad(
-            lambda p: flows.flow_matching_loss(
-                p, apply_fn, jnp.full((256, 1), c), keys
-            )[0].mean()
-        )(params)
+    def step(params, state, key):
+        gradient = jax.grad(loss)(params, prng.sample_keys(key, 256))
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state
 
-    carry = params, optimizer.init(params)
+    state = optimizer.init(params)
     for i in range(300):
-        carry = step(carry, jax.random.key(i))
-    assert abs(float(carry[0]["a"]) - 1) < 0.05 and abs(float(carry[0]["b"]) + c) < 0.1
+        params, state = step(params, state, jax.random.key(i))
+    assert abs(float(params["a"]) - 1) < 0.05 and abs(float(params["b"]) + 2) < 0.1
 
 
 def test_per_example_randomness_is_per_key():
     def apply_fn(params, x, t, cond):
         return x * t[:, None]
 
-    keys, x = prng.sample_keys(jax.random.key(3), 6), np.ones((6, 2), np.float32)
+    keys, x = keys_of(6, 3), np.ones((6, 2), np.float32)
     whole, _ = loss_of({}, apply_fn, x, keys)
     part, _ = loss_of({}, apply_fn, x[2:4], keys[2:4])
     np.testing.assert_allclose(np.asarray(whole)[2:4], part, rtol=1e-6)
@@ -122,22 +117,22 @@ def test_per_example_randomness_is_per_key():
     ],
 )
 def test_time_samplers(sampler, mean):
-    t = np.asarray(jax.jit(sampler)(prng.sample_keys(jax.random.key(0), 100_000)))
+    t = np.asarray(jax.jit(sampler)(keys_of(100_000)))
     assert t.shape == (100_000,) and t.min() >= 0 and t.max() <= 1
     assert abs(t.mean() - mean) < 4 * t.std() / np.sqrt(len(t))
 
 
-def test_bad_inputs(as_shipped):
-    def loss(**options):
-        keys = prng.sample_keys(jax.random.key(0), 2)
-        flows.flow_matching_loss({}, lambda *a: a[1], jnp.ones((2, 2)), keys, **options)
-
-    with pytest.raises(ValueError, match="needs both cond and null_cond"):
-        loss(drop_rate=0.1)
-    with pytest.raises(ValueError, match="x_noise has shape"):
-        loss(x_noise=np.zeros((2, 1)))
-    with pytest.raises(ValueError, match="std=0"):
-        flows.logit_normal_time(0.0, 0.0)
+def test_bad_inputs(refused):
+    keys = keys_of(2)
+    given = (flows.flow_matching_loss, {}, lambda *a: a[1], jnp.ones((2, 2)), keys)
+    refused("needs both cond and null_cond", *given, drop_rate=0.1)
+    refused("x_noise has shape", *given, x_noise=np.zeros((2, 1)))
+    refused("std=0", flows.logit_normal_time, 0.0, 0.0)
+    drop, words = flows.drop_condition, r"rate=1.5 is outside \[0, 1\]"
+    refused(words, drop, keys, np.zeros(2, np.int32), 10, 1.5)
+    outside = r"times has 1 value.*outside \[0, 1\]"
+    refused(outside, flows.discrete_time, [0.5, 1.5])
+    refused("Did you mean 'velocity'", flows.as_velocity, affine, "velocty")
 
 
 def test_guidance_scale_is_known():
@@ -157,31 +152,23 @@ def test_as_pytree_keeps_values_and_exposes_parameters():
     assert jax.tree.leaves(velocity)[0] is params["w"]
     np.testing.assert_array_equal(velocity(x, t, None), params["w"] * x)
     # options stay static beside parameters that do not
-    squared = flows.as_pytree(functools.partial(apply_fn, params, power=2))
-    assert len(jax.tree.leaves(squared)) == 1
-
-    @jax.jit
-    def call(velocity, x):
-        return velocity(x, t, None)
-
-    np.testing.assert_array_equal(call(squared, x), params["w"] * x**2)
-    cubed = flows.as_pytree(functools.partial(apply_fn, params, power=3))
-    np.testing.assert_array_equal(call(cubed, x), params["w"] * x**3)
+    call = jax.jit(lambda velocity, x: velocity(x, t, None))
+    for power in (2, 3):
+        other = flows.as_pytree(functools.partial(apply_fn, params, power=power))
+        assert len(jax.tree.leaves(other)) == 1
+        np.testing.assert_array_equal(call(other, x), params["w"] * x**power)
 
 
 def test_as_pytree_compiles_once_for_other_parameters(count_compiles):
     def apply_fn(params, x, t, cond, *, train, scale):
         return x * params if train and scale == 2.0 else x
 
-    @jax.jit
-    def call(velocity, x):
-        return velocity(x, jnp.ones(3), None)
-
     def velocity(value):
         inner = functools.partial(apply_fn, np.float32(value), train=True, scale=2.0)
         return flows.as_pytree(conventions.flip_velocity(inner))
 
-    x = jnp.ones((3, 2))
+    x, t = jnp.ones((3, 2)), jnp.ones(3)
+    call = jax.jit(lambda velocity, x: velocity(x, t, None))
     first = call(velocity(1.0), x)
     with count_compiles() as compiled:
         second = call(velocity(3.0), x)
@@ -191,23 +178,19 @@ def test_as_pytree_compiles_once_for_other_parameters(count_compiles):
 
 def test_discrete_times_are_uniform_over_the_choices():
     sampler = flows.discrete_time([1.0, 0.75, 0.5, 0.25])
-    t = np.asarray(jax.jit(sampler)(prng.sample_keys(jax.random.key(0), 4000)))
-    values, counts = np.unique(t, return_counts=True)
+    values, counts = np.unique(jax.jit(sampler)(keys_of(4000)), return_counts=True)
     np.testing.assert_allclose(values, [0.25, 0.5, 0.75, 1.0])
     assert np.abs(counts - 1000).max() < 4 * np.sqrt(1000 * 0.75)
-    with pytest.raises(ValueError, match=r"times has 1 value.*outside \[0, 1\]"):
-        flows.discrete_time([0.5, 1.5])
 
 
 def test_reflow_regresses_onto_the_line_between_pairs():
     """A network that knows the pair's line has no loss, at any time."""
-    rng = np.random.default_rng(0)
-    x_data, x_noise = rng.normal(size=(2, 6, 2)).astype(np.float32)
+    x_data, x_noise = np.random.default_rng(0).normal(size=(2, 6, 2)).astype(np.float32)
 
     def line(params, x, t, cond):
         return x_noise - x_data + params["offset"]
 
-    keys = prng.sample_keys(jax.random.key(0), 6)
     for offset in (0.0, 2.0):
-        loss, _ = loss_of({"offset": offset}, line, x_data, keys, x_noise=x_noise)
+        given = ({"offset": offset}, line, x_data, keys_of(6))
+        loss, _ = loss_of(*given, x_noise=x_noise)
         np.testing.assert_allclose(loss, offset**2, rtol=1e-6, atol=1e-12)
