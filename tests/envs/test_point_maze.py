@@ -1,9 +1,8 @@
-import collections
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from tmdjax import envs
 from tmdjax.envs.point_maze import PointMazeState
@@ -13,53 +12,49 @@ STEP = jax.jit(MAZE.step)
 
 
 def state_at(position, velocity=(0.0, 0.0), goal=(0.0, 0.0)):
-    return PointMazeState(
-        position=jnp.array(position, jnp.float32),
-        velocity=jnp.array(velocity, jnp.float32),
-        goal=jnp.array(goal, jnp.float32),
-        steps=jnp.int32(0),
-    )
+    places = (jnp.array(p, jnp.float32) for p in (position, velocity, goal))
+    return PointMazeState(*places, steps=jnp.int32(0))
+
+
+def push(state, *force, times=1):
+    """The state after steps at one force."""
+    for _ in range(times):
+        state = STEP(state, jnp.array(force), None).state
+    return state
+
+
+START = (-2.5, 2.5)  # the start cell has open cells to its right and below
 
 
 def test_15_free_flight_in_closed_form():
     """v' = v + (100 a - v) dt / (m + dt c) is linear: v_n in one formula."""
-    start = (-2.5, 2.5)  # the start cell has open cells to its right and below
-    state, force = state_at(start), 0.02
+    state, force = state_at(START), 0.02
     r = 1 - 0.01 / 4.19879
-    p = start[0]
+    p = START[0]
     for n in range(1, 40):
-        state = STEP(state, jnp.array([force, 0.0]), None).state
+        state = push(state, force, 0.0)
         v = 100 * force * (1 - r**n)
         p += 0.01 * v
         np.testing.assert_allclose(state.velocity[0], v, rtol=2e-5)
-    np.testing.assert_allclose(state.position, [p, start[1]], rtol=1e-5)
+    np.testing.assert_allclose(state.position, [p, START[1]], rtol=1e-5)
 
 
 def test_15_speed_is_clipped_before_the_push():
-    state = state_at((-2.5, 2.5), (9.0, 0.0))
-    state = STEP(state, jnp.array([1.0, 0.0]), None).state
+    state = push(state_at(START, (9.0, 0.0)), 1.0, 0.0)
     np.testing.assert_allclose(state.velocity[0], 5 + 0.01 * 95 / 4.19879, rtol=1e-6)
 
 
 def test_actions_are_clipped():
-    a, b = (
-        STEP(state_at((-2.5, 2.5)), jnp.array([f, 0.0]), None).state
-        for f in (1.0, 50.0)
-    )
+    a, b = (push(state_at(START), f, 0.0) for f in (1.0, 50.0))
     np.testing.assert_array_equal(a.velocity, b.velocity)
 
 
 @pytest.mark.parametrize(
-    "direction, expected",
-    [
-        ((-1.0, 0.0), (-2.9, 2.5)),  # the wall to the left of the start cell
-        ((0.0, 1.0), (-2.5, 2.9)),
-    ],
+    "direction, expected",  # the first wall is to the left of the start cell
+    [((-1.0, 0.0), (-2.9, 2.5)), ((0.0, 1.0), (-2.5, 2.9))],
 )
 def test_15_a_straight_run_ends_at_the_wall(direction, expected):
-    state = state_at((-2.5, 2.5))
-    for _ in range(100):
-        state = STEP(state, jnp.array(direction), None).state
+    state = push(state_at(START), *direction, times=100)
     np.testing.assert_allclose(state.position, expected, atol=1e-5)
     np.testing.assert_allclose(state.velocity, 0, atol=1e-6)
 
@@ -87,49 +82,32 @@ def test_15_the_disc_overlaps_no_wall():
 
 
 def test_15_every_goal_can_be_reached():
-    open_cells = {
-        (i, j) for i, row in enumerate(MAZE.maze) for j, c in enumerate(row) if c != "1"
-    }
-    start = [(i, row.index("r")) for i, row in enumerate(MAZE.maze) if "r" in row]
-    seen, queue = set(start), collections.deque(start)
-    while queue:
-        i, j = queue.popleft()
-        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
-            if cell in open_cells - seen:
-                seen.add(cell)
-                queue.append(cell)
-    goals = {
-        (i, j) for i, row in enumerate(MAZE.maze) for j, c in enumerate(row) if c == "g"
-    }
-    assert len(goals) == 3 and goals <= seen
+    """By scipy: start and goals lie in one piece of what is no wall."""
+    maze = np.array([[*row] for row in MAZE.maze])
+    piece, _ = ndimage.label(maze != "1")
+    assert (maze == "g").sum() == 3
+    assert set(piece[maze == "g"]) == set(piece[maze == "r"])
 
 
 def test_starts_goals_rewards_and_success():
     state, seen = jax.vmap(MAZE.reset)(jax.random.split(jax.random.key(1), 512))
     assert seen.shape == (512, 6)
-    np.testing.assert_array_less(np.abs(state.position - np.array([-2.5, 2.5])), 0.2501)
+    np.testing.assert_array_less(np.abs(state.position - np.array(START)), 0.2501)
     away = np.abs(np.asarray(state.goal)[:, None] - MAZE.cells("g")).max(-1)
-    nearest = away.argmin(1)
-    assert away.min(1).max() <= 0.2501 and set(nearest) == {0, 1, 2}
-    near = state_at((2.5, 1.5), goal=(2.5, 1.2))
+    assert away.min(1).max() <= 0.2501 and set(away.argmin(1)) == {0, 1, 2}
+    near, far = (state_at((2.5, 1.5), goal=(2.5, y)) for y in (1.2, 2.0))
     step = STEP(near, jnp.zeros(2), None)
     np.testing.assert_allclose(step.reward, np.exp(-0.3), rtol=1e-5)
     assert not step.truncated
-    assert MAZE.success(near) and not MAZE.success(
-        state_at((2.5, 1.5), goal=(2.5, 2.0))
-    )
+    assert MAZE.success(near) and not MAZE.success(far)
     cut = STEP(near.replace(steps=jnp.int32(599)), jnp.zeros(2), None)
     assert cut.truncated and not cut.terminated
 
 
-@pytest.mark.parametrize(
-    "maze, message",
-    [
-        (("111", "1r1", "111"), "has no 'g'"),
-        (("1111", "1rg1", "111"), "differ in length"),
-        (("1111", "1rg0", "1111"), "open at its border"),
-    ],
-)
-def test_bad_mazes(maze, message):
-    with pytest.raises(ValueError, match=message):
-        envs.PointMaze(maze=maze)
+def test_bad_mazes(refused):
+    for message, *maze in (
+        ("has no 'g'", "111", "1r1", "111"),
+        ("differ in length", "1111", "1rg1", "111"),
+        ("open at its border", "1111", "1rg0", "1111"),
+    ):
+        refused(message, envs.PointMaze, maze=tuple(maze))

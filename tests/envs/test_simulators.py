@@ -79,33 +79,30 @@ def test_many_return_to_where_they_began(simulator):
     for _ in range(9):
         state, step = take(state, np.full((4, 2), 0.1, np.float32), keys)
         ended = np.asarray(step.truncated)
-        np.testing.assert_array_equal(
-            np.asarray(state.observation)[ended], start[ended]
-        )
+        seen = np.asarray(state.observation)
+        np.testing.assert_array_equal(seen[ended], start[ended])
         ends.append(ended)
     # only the first episodes, which began somewhere inside, are shorter
-    for column in np.array(ends).T:
-        assert set(np.diff(np.flatnonzero(column))) == {3}
-    assert len({int(np.flatnonzero(column)[0]) for column in np.array(ends).T}) > 1
+    at = [np.flatnonzero(column) for column in np.array(ends).T]
+    assert all(set(np.diff(places)) == {3} for places in at)
+    assert len({int(places[0]) for places in at}) > 1
 
 
-def test_one_of_several_observations(simulator):
+def test_one_of_several_observations(simulator, refused):
     simulator.several = True
-    _, seen = envs.Playground("any").reset(jax.random.key(0))
-    assert seen.shape == (2,)
-    _, pixels = envs.Playground("any", observation="pixels").reset(jax.random.key(0))
-    assert pixels.shape == (4,)
-    with pytest.raises(ValueError, match="observes 'state', 'pixels', not .*'states'"):
-        envs.Playground("any", observation="states").reset(jax.random.key(0))
-    with pytest.raises(TypeError, match="a dict with"):
-        envs.Vector(envs.Brax("any"), 2)
+    for options, width in (({}, 2), ({"observation": "pixels"}, 4)):
+        _, seen = envs.Playground("any", **options).reset(jax.random.key(0))
+        assert seen.shape == (width,)
+    states = envs.Playground("any", observation="states")
+    given = "observes 'state', 'pixels', not .*'states'"
+    refused(given, states.reset, jax.random.key(0))
+    refused("a dict with", envs.Vector, envs.Brax("any"), 2, error=TypeError)
 
 
-def test_absent_simulators_name_their_extra():
-    with pytest.raises(ImportError, match=r"pip install 'tmdjax\[none\]'"):
-        simulators._module("no_such_simulator", "none")
-    with pytest.raises(ValueError, match="horizon=0"):
-        envs.Brax("hopper", horizon=0)
+def test_absent_simulators_name_their_extra(refused):
+    extra = r"pip install 'tmdjax\[none\]'"
+    refused(extra, simulators._module, "no_such_simulator", "none", error=ImportError)
+    refused("horizon=0", envs.Brax, "hopper", horizon=0)
 
 
 @pytest.mark.slow

@@ -105,22 +105,19 @@ class Integers(Counter):
         return jnp.zeros(()), jnp.zeros(3, jnp.int32)
 
 
-def test_bad_inputs():
-    with pytest.raises(TypeError, match="dict with 'privileged', 'state'"):
-        envs.Vector(Dictionary(), 2)
-    with pytest.raises(TypeError, match="int32; give a float32"):
-        envs.Vector(Integers(), 2)
-    with pytest.raises(TypeError, match="object is no environment: it needs action_si"):
-        envs.Vector(object(), 2)
-    with pytest.raises(ValueError, match="count=0"):
-        envs.Vector(Counter(), 0)
-    with pytest.raises(ValueError, match="resets='frsh'.*'fresh'"):
-        envs.Vector(Counter(), 2, resets="frsh")
-    vector = envs.Vector(Counter(), 2)
-    state = vector.reset(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match="leading axis must be the batch, 2"):
-        vector.step(state, jnp.zeros((3, 1)), keys)
+def test_bad_inputs(refused):
+    for message, environment, count, options, error in (
+        ("dict with 'privileged', 'state'", Dictionary(), 2, {}, TypeError),
+        ("int32; give a float32", Integers(), 2, {}, TypeError),
+        ("is no environment: it needs action_si", object(), 2, {}, TypeError),
+        ("count=0", Counter(), 0, {}, ValueError),
+        ("='frsh'.*'fresh'", Counter(), 2, {"resets": "frsh"}, ValueError),
+    ):
+        refused(message, envs.Vector, environment, count, error=error, **options)
+    vector, keys = envs.Vector(Counter(), 2), jax.random.split(jax.random.key(0), 2)
+    state, actions = vector.reset(jax.random.key(0)), jnp.zeros((3, 1))
+    batch = "leading axis must be the batch, 2"
+    refused(batch, vector.step, state, actions, keys)
 
 
 def test_probes_are_environments():
