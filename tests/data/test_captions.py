@@ -46,9 +46,7 @@ def said():
 def test_invariant_11_parse_inverts_every_template():
     for i, texts in enumerate(said()):
         for text in texts:
-            for name, value in captions.parse(text).items():
-                np.testing.assert_array_equal(value, row(i)[name], err_msg=text)
-                assert value.dtype == np.int32
+            assert reads(text, row(i)).keys() == row(i).keys()
 
 
 def test_invariant_11_wordings_are_disjoint():
@@ -61,6 +59,15 @@ def test_invariant_11_wordings_are_disjoint():
 
 def test_at_least_forty_forms_of_every_spec():
     assert min(len(set(texts)) for texts in said()) >= 40
+
+
+def reads(text, spec):
+    """Parses the text, which must bring the arrays of the spec."""
+    parsed = captions.parse(text)
+    for name, value in spec.items():
+        np.testing.assert_array_equal(parsed[name], value, err_msg=text)
+        assert parsed[name].dtype == np.int32
+    return parsed
 
 
 @pytest.mark.parametrize(
@@ -79,30 +86,21 @@ def test_at_least_forty_forms_of_every_spec():
 )  # fmt: skip
 def test_canonical_form(spec, text):
     assert captions.caption(spec, 0, np.random.default_rng(0)) == text
-    parsed = captions.parse(text)
-    for name, value in spec.items():
-        np.testing.assert_array_equal(parsed[name], value)
+    reads(text, spec)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "A photo of a red square left of a blue disc.",
-        "Show me, please: one tidy, crisp scarlet box to the left of 1 navy circle!",
+        "Show me: one tidy, crisp scarlet box to the left of 1 navy circle!",
         "It looks like this: on the left side of a blue dot there is a square in red",
         "my wish reads placed leftward of a single azure ball sits a ruby block",
         "a red square left of a blue disc",
     ],
 )
 def test_other_ways_to_say_one_thing(text):
-    expected = spec_of(RED_SQUARE, BLUE_DISC, relation=1)
-    if "please" in text:  # an ending in the middle of a sentence
-        with pytest.raises(ValueError, match="word 3, 'please', does not fit"):
-            captions.parse(text)
-        text = text.replace("please: ", "")
-    parsed = captions.parse(text)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(parsed[name], value)
+    parsed = reads(text, spec_of(RED_SQUARE, BLUE_DISC, relation=1))
     assert TAGS[parsed["tag"]] == "position"
 
 
@@ -116,8 +114,7 @@ def test_other_ways_to_say_one_thing(text):
     ],
 )  # fmt: skip
 def test_the_first_clause_may_come_last(text, clauses):
-    for name, value in spec_of(*clauses).items():
-        np.testing.assert_array_equal(captions.parse(text)[name], value)
+    reads(text, spec_of(*clauses))
 
 
 def test_the_tag_is_that_of_the_sampler():
@@ -129,6 +126,8 @@ def test_the_tag_is_that_of_the_sampler():
     "text, message",
     [
         ("", "ends after 0 words; expected a number of objects"),
+        # an ending in the middle of a sentence
+        ("Show me, please: one red box", "word 3, 'please', does not fit"),
         ("a photo of a red sqare", "word 6, 'sqare', does not fit and is unknown; expected a shape. Did you mean 'square'"),
         ("a photo of two red square", "word 6, 'square', does not fit; expected a shape in the plural"),
         ("a photo of a disc left of", "ends after 7 words; expected a number"),
@@ -213,13 +212,12 @@ def test_tokenise():
     texts = ["a red disc", "A Disc, <answer>mauve</answer>", ""]
     tokens = captions.tokenise(texts, 6)
     assert tokens["ids"].dtype == np.int32 and tokens["mask"].dtype == bool
-    words = captions.VOCABULARY
-    assert [words[i] for i in tokens["ids"][0]] == ["a", "red", "disc"] + ["<pad>"] * 3
-    assert [words[i] for i in tokens["ids"][1]] == [
-        "a", "disc", "<answer>", "<unknown>", "</answer>", "<pad>",
-    ]  # fmt: skip
+    words = [[captions.VOCABULARY[i] for i in ids] for ids in tokens["ids"]]
+    assert words[0] == ["a", "red", "disc", "<pad>", "<pad>", "<pad>"]
+    assert words[1] == ["a", "disc", "<answer>", "<unknown>", "</answer>", "<pad>"]
     assert tokens["mask"].sum(1).tolist() == [3, 5, 0]
-    assert captions.detokenise(**tokens) == ["a red disc", "a disc <answer> <unknown> </answer>", ""]  # fmt: skip
+    back = ["a red disc", "a disc <answer> <unknown> </answer>", ""]
+    assert captions.detokenise(**tokens) == back
 
 
 def test_tokens_bring_texts_back():
@@ -227,37 +225,16 @@ def test_tokens_bring_texts_back():
     assert captions.detokenise(**captions.tokenise(texts, captions.LONGEST)) == texts
 
 
-class TestBadInput:
-    @pytest.fixture(autouse=True)
-    def shipped(self, as_shipped):
-        pass
-
-    def test_long_text(self):
-        with pytest.raises(
-            ValueError, match="text 1 has 4 words but length=3: 'a nice"
-        ):
-            captions.tokenise(["a red disc", "a nice red disc"], 3)
-        with pytest.raises(ValueError, match="length=0 must be at least 1"):
-            captions.tokenise(["a"], 0)
-
-    def test_wordings(self):
-        with pytest.raises(ValueError, match="wording='W9' is not one of 'W0'"):
-            captions.batch(specs(), "W9")
-        with pytest.raises(ValueError, match="wordings is empty; give some of W0"):
-            captions.batch(specs(), ())
-        with pytest.raises(ValueError, match="wording='w1' is not one of"):
-            captions.templates_of("w1")
-
-    def test_templates(self):
-        with pytest.raises(ValueError, match="template=76 is outside"):
-            captions.caption(row(0), len(captions.TEMPLATES), np.random.default_rng(0))
-
-    def test_specs(self):
-        bad = spec_of((1, 0, 9))
-        with pytest.raises(ValueError, match="a shape lies outside"):
-            captions.caption(bad, 0, np.random.default_rng(0))
-
-    def test_ids(self):
-        ids = np.array([[0, 500]], np.int32)
-        with pytest.raises(ValueError, match="id 500 is outside the vocabulary"):
-            captions.detokenise(ids, np.ones((1, 2), bool))
+def test_bad_input(refused):
+    texts, rng = ["a red disc", "a nice red disc"], np.random.default_rng(0)
+    long = "text 1 has 4 words but length=3: 'a nice"
+    refused(long, captions.tokenise, texts, 3)
+    refused("length=0 must be at least 1", captions.tokenise, ["a"], 0)
+    refused("wording='W9' is not one of 'W0'", captions.batch, specs(), "W9")
+    refused("wordings is empty; give some of W0", captions.batch, specs(), ())
+    refused("wording='w1' is not one of", captions.templates_of, "w1")
+    refused("template=76 is outside", captions.caption, row(0), 76, rng)
+    bad = spec_of((1, 0, 9))
+    refused("a shape lies outside", captions.caption, bad, 0, rng)
+    ids, mask = np.array([[0, 500]], np.int32), np.ones((1, 2), bool)
+    refused("id 500 is outside the vocabulary", captions.detokenise, ids, mask)

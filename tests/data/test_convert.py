@@ -17,14 +17,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def write_images(folder, count=6, size=(8, 8), classes=("cat", "dog"), captions=False):
-    """Images whose red value is their number; returns it by file."""
+    """Images whose red value is their number."""
     for i in range(count):
         place = folder / classes[i % len(classes)] if classes else folder
         place.mkdir(parents=True, exist_ok=True)
-        pixels = np.zeros((*size, 3), np.uint8)
-        pixels[..., 0] = i
-        pixels[..., 2] = 200
-        Image.fromarray(pixels).save(place / f"picture{i}.png")
+        Image.new("RGB", size[::-1], (i, 0, 200)).save(place / f"picture{i}.png")
         if captions:
             (place / f"picture{i}.txt").write_text(f"number {i}\n")
 
@@ -33,8 +30,22 @@ def loaded(root, name="mine", test_count=1):
     return data.load("tfds", builder=name, data_dir=root, test_count=test_count)
 
 
+def write(root, columns, name="mine", **options):
+    return convert.write_tfds(name, columns, data_dir=root, **options)
+
+
+def written(root, columns):
+    """What loads after the columns were written."""
+    write(root, columns)
+    return loaded(root)
+
+
+def levels(images):
+    return np.rint((images + 1) * 127.5).astype(int)
+
+
 def red(images):
-    return np.rint((images[..., 0, 0, 0] + 1) * 127.5).astype(int)
+    return levels(images)[..., 0, 0, 0]
 
 
 def test_classes_and_captions_stay_with_their_images(tmp_path, capsys):
@@ -51,9 +62,7 @@ def test_classes_and_captions_stay_with_their_images(tmp_path, capsys):
     assert texts == [f"number {i}" for i in numbers]
     both = [*numbers, *red(found.test["image"])]
     assert sorted(both) == [*range(6)] and both != [*range(6)]  # a random order
-    again = convert.write_tfds(
-        "again", convert.image_columns(tmp_path / "in"), data_dir=out
-    )
+    again = write(out, convert.image_columns(tmp_path / "in"), "again")
     assert again == out / "again/1.0.0"
     np.testing.assert_array_equal(red(loaded(out, "again").train["image"]), numbers)
 
@@ -65,31 +74,24 @@ def test_size_crops_the_middle_square(tmp_path):
     for i in range(2):
         Image.fromarray(pixels).save(tmp_path / f"in/{i}.png")
     columns = convert.image_columns(tmp_path / "in", size=5, channels=1)
-    convert.write_tfds("mine", columns, data_dir=tmp_path)
-    found = loaded(tmp_path)
+    found = written(tmp_path, columns)
     assert found.train["image"].shape == (1, 5, 5, 1)
     assert (found.train["image"] == 1).all() and found.num_classes == 1
 
 
 def test_phones_hidden_folders_links_and_numbers(tmp_path):
-    folder = tmp_path / "in"
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     pixels = np.zeros((4, 8, 3), np.uint8)
     pixels[:, :4] = 255  # left half; turned by orientation 6 it is the upper one
     exif = Image.Exif()
     exif[0x0112] = 6
-    for name in ("2", "10"):
-        (folder / name).mkdir(parents=True)
-        Image.fromarray(pixels).save(folder / name / "a.png", exif=exif)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    Image.fromarray(pixels).save(elsewhere / "b.png", exif=exif)
+    for place in (folder / "2", folder / "10", folder / ".checkpoints", elsewhere):
+        place.mkdir(parents=True)
+        Image.fromarray(pixels).save(place / "a.png", exif=exif)
     (folder / "11").symlink_to(elsewhere)
     (folder / "12").symlink_to(elsewhere)  # the same pictures, another class
     (folder / "11" / "round").symlink_to(folder)
-    (folder / ".ipynb_checkpoints").mkdir()
-    Image.fromarray(pixels).save(folder / ".ipynb_checkpoints" / "a.png")
-    convert.write_tfds("mine", convert.image_columns(folder), data_dir=tmp_path)
-    found = loaded(tmp_path)
+    found = written(tmp_path, convert.image_columns(folder))
     assert found.meta["class_names"] == ("2", "10", "11", "12")
     images = found.train["image"]
     assert images.shape == (3, 8, 4, 3)
@@ -98,15 +100,12 @@ def test_phones_hidden_folders_links_and_numbers(tmp_path):
 
 def test_grey_images_as_arrays(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 4), dtype=np.uint8)
-    np.save(tmp_path / "image.npy", images)
-    np.save(tmp_path / "odd.npy", np.arange(3, dtype=">i4"))
-    columns = convert.array_columns([tmp_path / "image.npy", tmp_path / "odd.npy"])
-    convert.write_tfds("mine", columns, data_dir=tmp_path)
-    found = loaded(tmp_path)
-    rows = found.train["odd"]
-    assert found.train["image"].shape == (2, 5, 4, 1)
-    levels = np.rint((found.train["image"][..., 0] + 1) * 127.5)
-    np.testing.assert_array_equal(levels, images[rows])
+    paths = [tmp_path / "image.npy", tmp_path / "odd.npy"]
+    for path, array in zip(paths, (images, np.arange(3, dtype=">i4"))):
+        np.save(path, array)
+    train = written(tmp_path, convert.array_columns(paths)).train
+    assert train["image"].shape == (2, 5, 4, 1)
+    np.testing.assert_array_equal(levels(train["image"][..., 0]), images[train["odd"]])
 
 
 def test_arrays_of_files(tmp_path):
@@ -119,22 +118,17 @@ def test_arrays_of_files(tmp_path):
     }
     for name, array in arrays.items():
         np.save(tmp_path / f"{name}.npy", array)
-    (tmp_path / "text.json").write_text(json.dumps(["a", "b", "c", "d", "ee"]))
+    (tmp_path / "text.json").write_text(json.dumps([*"abcd", "ee"]))
     paths = [*tmp_path.glob("*.npy"), tmp_path / "text.json"]
-    convert.write_tfds("mine", convert.array_columns(paths), data_dir=tmp_path)
-    found = loaded(tmp_path, test_count=2)
-    rows = [
-        "abcd".index(t) if t != "ee" else 4
-        for t in tfds_sets.decode_texts(found.train["text"])
-    ]
-    np.testing.assert_array_equal(found.train["video"], arrays["video"][rows])
-    np.testing.assert_array_equal(found.train["label"], arrays["label"][rows])
-    np.testing.assert_array_equal(
-        found.train["depth"], arrays["depth"][rows].astype(np.float32)
-    )
-    levels = np.rint((found.train["image"] + 1) * 127.5)
-    np.testing.assert_array_equal(levels, arrays["image"][rows])
-    batch = next(data.video_batches(found.train, 2))
+    write(tmp_path, convert.array_columns(paths))
+    train = loaded(tmp_path, test_count=2).train
+    texts = tfds_sets.decode_texts(train["text"])
+    rows = [[*"abcd", "ee"].index(text) for text in texts]
+    arrays["depth"] = arrays["depth"].astype(np.float32)
+    for name in ("video", "label", "depth"):
+        np.testing.assert_array_equal(train[name], arrays[name][rows])
+    np.testing.assert_array_equal(levels(train["image"]), arrays["image"][rows])
+    batch = next(data.video_batches(train, 2))
     assert batch["video"].dtype == np.float32 and batch["video"].min() >= -1
 
 
@@ -175,15 +169,15 @@ print("trained")
     assert out.splitlines()[-1] == "trained"
 
 
-def test_an_existing_set_is_not_overwritten(tmp_path):
+def test_an_existing_set_is_not_overwritten(tmp_path, refused):
     write_images(tmp_path / "in")
     columns = convert.image_columns(tmp_path / "in")
-    folder = convert.write_tfds("mine", columns, data_dir=tmp_path)
+    folder = write(tmp_path, columns)
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir())
-    with pytest.raises(FileExistsError, match="mine/1.0.0 is there; give another"):
-        convert.write_tfds("mine", columns, data_dir=tmp_path)
+    there = "mine/1.0.0 is there; give another"
+    refused(there, write, tmp_path, columns, error=FileExistsError)
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
-    convert.write_tfds("mine", columns, data_dir=tmp_path, version="1.1.0")
+    write(tmp_path, columns, version="1.1.0")
     assert loaded(tmp_path).meta["tfds"] == "mine:1.1.0"
 
 
@@ -199,11 +193,6 @@ def mixed(folder):
 def half_captioned(folder):
     write_images(folder, count=2, classes=())
     (folder / "picture0.txt").write_text("x")
-
-
-def two_sizes(folder):
-    write_images(folder, count=1, classes=())
-    write_images(folder / "more", count=1, size=(4, 8), classes=("cat",))
 
 
 def sixteen_bits(folder):
@@ -226,26 +215,21 @@ def transparent(folder):
         (half_captioned, "1 of 2 images have a caption, .*picture1.png has none"),
     ],
 )
-def test_bad_folders(tmp_path, make, message):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    make(folder)
-    with pytest.raises(ValueError, match=message):
-        convert.image_columns(folder)
+def test_bad_folders(tmp_path, refused, make, message):
+    make(tmp_path)
+    refused(message, convert.image_columns, tmp_path)
 
 
-def test_two_sizes_leave_no_set_behind(tmp_path):
+def test_two_sizes_leave_no_set_behind(tmp_path, refused):
     folder = tmp_path / "in"
     write_images(folder, count=1, classes=("cat",))
     write_images(folder, count=2, size=(4, 8), classes=("dog", "dog"))
-    columns = convert.image_columns(folder)
-    with pytest.raises(Exception, match=r"is 4 x 8, .* 8 x 8 \(height x width\); give"):
-        convert.write_tfds("mine", columns, data_dir=tmp_path)
+    sizes = r"is 4 x 8, .* 8 x 8 \(height x width\); give"
+    refused(sizes, write, tmp_path, convert.image_columns(folder), error=Exception)
     assert tfds_sets.find_prepared("mine", tmp_path) is None
-    with pytest.raises(ValueError, match=r"channels=2 must be one of 1, 3, 4"):
-        convert.image_columns(folder, channels=2)
-    with pytest.raises(ValueError, match="size=0 must be at least 1"):
-        convert.image_columns(folder, size=0)
+    channels = "channels=2 must be one of 1, 3, 4"
+    refused(channels, convert.image_columns, folder, channels=2)
+    refused("size=0 must be at least 1", convert.image_columns, folder, size=0)
 
 
 @pytest.mark.parametrize(
@@ -266,26 +250,21 @@ def test_two_sizes_leave_no_set_behind(tmp_path):
         ({"a.npy": np.zeros(2), "x/a.npy": np.zeros(2)}, "two files are called 'a'"),
     ],
 )
-def test_bad_files(tmp_path, files, message):
+def test_bad_files(tmp_path, refused, files, message):
     for name, value in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        if value is None:
-            path.write_text("{")
+        if path.suffix == ".json":
+            path.write_text("{" if value is None else json.dumps(value))
         elif path.suffix == ".npz":
             np.savez(path, **value)
-        elif isinstance(value, list | dict):
-            path.write_text(json.dumps(value))
         else:
             np.save(path, value)
-    with pytest.raises(ValueError, match=message):
-        convert.array_columns([tmp_path / name for name in files])
+    refused(message, convert.array_columns, [tmp_path / name for name in files])
 
 
-@pytest.mark.parametrize("name", ["My Set", "../x", "", "my/set", "my_set:1"])
-def test_bad_names(tmp_path, name):
+def test_bad_names(tmp_path, refused):
     write_images(tmp_path / "in")
-    with pytest.raises(ValueError, match="must be like 'my_set'"):
-        convert.write_tfds(
-            name, convert.image_columns(tmp_path / "in"), data_dir=tmp_path
-        )
+    columns = convert.image_columns(tmp_path / "in")
+    for name in ("My Set", "../x", "", "my/set", "my_set:1"):
+        refused("must be like 'my_set'", write, tmp_path, columns, name)

@@ -65,12 +65,11 @@ def test_rewards_of_each_layout(write, layout):
     assert verifier.counts == {"equal": 1, "different": 1, "no answer": 1}
 
 
-def test_a_file_is_streamed(write):
+def test_a_file_is_streamed(write, refused):
     problems = read(write(GSM8K, "", GSM8K, "{broken"), "gsm8k")
     assert isinstance(problems, types.GeneratorType)
     assert next(problems) == next(problems)
-    with pytest.raises(ValueError, match=r"problems\.jsonl, line 4: no JSON \(Expect"):
-        next(problems)
+    refused(r"problems\.jsonl, line 4: no JSON \(Expect", next, problems)
 
 
 def without(line, key):
@@ -81,11 +80,7 @@ def without(line, key):
     ("layout", "line", "message"),
     [
         ("gsm8k", "[1]", "a JSON list; expected a JSON object"),
-        (
-            "gsm8k",
-            without(GSM8K, "question"),
-            "no key 'question'; expected 'question', a",
-        ),
+        ("gsm8k", without(GSM8K, "question"), "'question'; expected 'question', a"),
         ("gsm8k", {**GSM8K, "question": 7}, "key 'question' is '7'; expected"),
         ("gsm8k", without(GSM8K, "answer"), "no key 'answer'; .* ends with '#### 42'"),
         ("gsm8k", {**GSM8K, "answer": "7"}, "'answer' has no '####'; expected a text"),
@@ -104,26 +99,19 @@ def without(line, key):
         ("dapo", {**DAPO, "reward_model": []}, r"no key 'reward_model\.ground_truth'"),
     ],
 )
-def test_malformed_lines_are_named(write, layout, line, message):
-    path = write(LINES[layout], line)
-    with pytest.raises(ValueError, match=rf"problems\.jsonl, line 2: .*{message}"):
-        list(read(path, layout))
+def test_malformed_lines_are_named(write, refused, layout, line, message):
+    problems = read(write(LINES[layout], line), layout)
+    refused(rf"problems\.jsonl, line 2: .*{message}", list, problems)
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_bad_input(tmp_path, refused):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"question": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: no JSON"):
-        list(read(path, "gsm8k"))
-
-
-def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="unknown layout 'gsm'.*mean 'gsm8k'"):
-        read(tmp_path / "x", "gsm")
-    with pytest.raises(FileNotFoundError, match="x is not a file; .* layout 'math'"):
-        read(tmp_path / "x", "math")
-    with pytest.raises(ValueError, match="problems is empty"):
-        MathProblems((), MathVerifier(symbolic=False))
+    refused(r"bad\.jsonl, line 1: no JSON", list, read(path, "gsm8k"))
+    refused("unknown layout 'gsm'.*mean 'gsm8k'", read, tmp_path / "x", "gsm")
+    absent = "x is not a file; .* layout 'math'"
+    refused(absent, read, tmp_path / "x", "math", error=FileNotFoundError)
+    refused("problems is empty", MathProblems, (), MathVerifier(symbolic=False))
     assert sorted(math_files.LAYOUTS) == ["dapo", "gsm8k", "math"]
 
 
