@@ -144,9 +144,8 @@ def test_the_tag_is_that_of_the_sampler():
         ("<answer> a disc </answer>", "word 1, '<answer>', does not fit"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read(text, message):
-    with pytest.raises(ValueError, match=f"caption .*{message}"):
-        captions.parse(text)
+def test_what_cannot_be_read(text, message, refused):
+    refused(f"caption .*{message}", captions.parse, text)
 
 
 def test_invariant_6_the_scorer_reads_specs_alone():

@@ -275,10 +275,9 @@ def test_a_scale_of_ones_own():
         ({"level": 0.5}, r"level=0.5 is outside \[0, 0.3\]"),
     ],
 )
-def test_scales_that_do_not_fit(options, message):
+def test_scales_that_do_not_fit(options, message, refused):
     given = {"name": "mine", "frames": 6, "size": 12, "box": 5} | options
-    with pytest.raises(ValueError, match=message):
-        sprite_scenes.Scale(**given)
+    refused(message, sprite_scenes.Scale, **given)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +334,5 @@ def test_scales_that_do_not_fit(options, message):
         ),
     ],
 )
-def test_bad_input(call, error, message, as_shipped):
-    with pytest.raises(error, match=message):
-        call()
+def test_bad_input(call, error, message, refused):
+    refused(message, call, error=error)

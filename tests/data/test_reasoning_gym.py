@@ -91,9 +91,8 @@ def test_an_answer_that_hangs_or_breaks_the_scorer_earns_nothing(make):
 
 
 @needs_reasoning_gym
-def test_bad_input(make):
-    with pytest.raises(ValueError, match="no generator 'chainsum'.*mean 'chain_sum'"):
-        make("chainsum")
+def test_bad_input(make, refused):
+    refused("no generator 'chainsum'.*mean 'chain_sum'", make, "chainsum")
     with pytest.raises(
         ValueError, match=r"refuses options=\{'min_terms': -3\}: min_te"
     ):

@@ -184,22 +184,16 @@ def test_an_image_depends_on_its_word_and_key_alone(words):
         ("ÄRGER", "'ÄRGER' has other characters"),
     ],
 )
-def test_words_that_cannot_be_rendered(as_shipped, word, message):
-    with pytest.raises(ValueError, match=message):
-        rendered_text.encode(["GOOD", word])
-    with pytest.raises(ValueError, match=message):
-        rendered_text.render(["GOOD", word], KEYS[:2])
+def test_words_that_cannot_be_rendered(refused, word, message):
+    refused(message, rendered_text.encode, ["GOOD", word])
+    refused(message, rendered_text.render, ["GOOD", word], KEYS[:2])
 
 
-def test_bad_input(as_shipped):
-    with pytest.raises(TypeError, match="words='WORD' is one string"):
-        rendered_text.encode("WORD")
-    with pytest.raises(ValueError, match="size=31 must be at least 32"):
-        rendered_text.render(["WORD"], KEYS[:1], 31)
-    with pytest.raises(ValueError, match="size=16 must be at least 32"):
-        load("rendered_text", size=16)
-    with pytest.raises(ValueError, match="test_count=0 must be at least 1"):
-        load("rendered_text", test_count=0)
+def test_bad_input(refused):
+    refused("words='WORD' is one string", rendered_text.encode, "WORD", error=TypeError)
+    refused("size=31 must be at least 32", rendered_text.render, ["WORD"], KEYS[:1], 31)
+    refused("size=16 must be at least 32", load, "rendered_text", size=16)
+    refused("test_count=0 must be at least 1", load, "rendered_text", test_count=0)
     with pytest.raises(TypeError, match=r"train_count=1\.5"):
         load("rendered_text", train_count=1.5)
     with pytest.raises(ValueError, match=r"keys has shape \(2,\); give one key a word"):

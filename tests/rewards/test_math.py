@@ -220,10 +220,9 @@ def test_bad_input():
         MathVerifier(symbolic=False, tolerance=-1.0)
 
 
-def test_without_the_package_the_error_names_the_extra(monkeypatch):
+def test_without_the_package_the_error_names_the_extra(monkeypatch, refused):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"'tmdjax\[math\]', or set symbolic=False"):
-        MathVerifier()
+    refused(r"'tmdjax\[math\]', or set symbolic=False", MathVerifier, error=ImportError)
 
 
 @needs_math_verify

@@ -53,7 +53,7 @@ def test_a_call_that_hangs_is_killed_and_the_next_one_works(evaluate, text):
     assert evaluate("1 + 1") == 2
 
 
-def test_what_the_function_raises_is_reported(evaluate):
+def test_what_the_function_raises_is_reported(evaluate, refused):
     pid = evaluate("__import__('os').getpid()")
     for text, message in (
         ("1 / 0", "raised ZeroDivisionError: division by zero"),
@@ -62,8 +62,7 @@ def test_what_the_function_raises_is_reported(evaluate):
         ("bytearray(10**12)", "raised MemoryError"),
         ("object()", "raised TypeError: .* not JSON serializable"),
     ):
-        with pytest.raises(WorkerError, match=message):
-            evaluate(text)
+        refused(message, evaluate, text, error=WorkerError)
     assert evaluate("__import__('os').getpid()") == pid
 
 
@@ -76,10 +75,9 @@ def test_a_death_is_reported_and_the_next_call_works(evaluate):
     assert evaluate("2 + 3") == 5
 
 
-def test_a_function_that_is_not_there():
+def test_a_function_that_is_not_there(refused):
     for name in ("no_such_module:f", "builtins:no_such_function"):
-        with pytest.raises(WorkerError, match="no_such"):
-            Worker(name)()
+        refused("no_such", Worker(name), error=WorkerError)
 
 
 def test_threads_wait_for_each_other(evaluate):
@@ -111,13 +109,11 @@ def test_the_process_ends_with_its_worker():
     worker.close()
 
 
-def test_bad_settings():
+def test_bad_settings(refused):
     for settings, message in (
         ({"timeout": 0}, r"timeout=0 is outside \(0, inf\)"),
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"memory_gb": -1.0}, r"memory_gb=-1\.0 is outside"),
     ):
-        with pytest.raises(ValueError, match=message):
-            Worker("builtins:eval", **settings)
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        Worker("builtins:eval")(object())
+        refused(message, Worker, "builtins:eval", **settings)
+    refused("not JSON serializable", Worker("builtins:eval"), object(), error=TypeError)
