@@ -3,6 +3,7 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import load
@@ -10,9 +11,8 @@ from tmdjax.data.moving_digits import moving_digits
 
 KEYS = sample_keys(jax.random.key(1), 256)
 # Three digits of one level each, 2 x 3 pixels.
-IMAGES = np.broadcast_to(
-    np.array([0.0, 0.5, 1.0], np.float32)[:, None, None, None], (3, 2, 3, 1)
-)
+LEVELS = np.array([0.0, 0.5, 1.0], np.float32)[:, None, None, None]
+IMAGES = np.broadcast_to(LEVELS, (3, 2, 3, 1))
 LABELS = np.array([7, 8, 9], np.int32)
 
 
@@ -29,9 +29,8 @@ def test_a_digit_stays_whole_and_keeps_its_label(videos):
     assert video.shape == (256, 9, 6, 6, 1) and label.dtype == np.int32
     shown = video > -1
     assert (shown.sum((2, 3, 4)) == 6).all()
-    level = {7: 0.0, 8: 0.5, 9: 1.0}
     for one, mask, number in zip(video, shown, label):
-        assert (one[mask] == level[int(number)]).all()
+        assert (one[mask] == LEVELS[number - 7]).all()
         assert (mask.any(2).sum(1) == 2).all() and (mask.any(1).sum(1) == 3).all()
     assert set(label) == {7, 8, 9}
 
@@ -75,20 +74,17 @@ def test_the_source_shows_the_digits_of_its_split():
     assert data.train["video"].shape == (12, 3, 10, 10, 1)
     assert data.num_classes == 10 and data.meta["digits"] == "digits"
     digits = load("digits")
-    for split in ("train", "test"):
-        arrays, known = getattr(data, split), getattr(digits, split)
+    for arrays, known in ((data.train, digits.train), (data.test, digits.test)):
         for video, label in zip(arrays["video"], arrays["label"]):
-            windows = np.lib.stride_tricks.sliding_window_view(
-                video[0, ..., 0], (8, 8)
-            ).reshape(-1, 1, 8, 8)
             images = known["image"][known["label"] == label][..., 0]
+            windows = sliding_window_view(video[0, ..., 0], (8, 8)).reshape(-1, 1, 8, 8)
             assert (windows == images).all((2, 3)).any()
 
 
 def test_bad_input(refused):
-    with pytest.raises(ValueError, match=r"size=3 is outside \(3, inf\]"):
-        moving_digits(KEYS, IMAGES, LABELS, size=3)
+    size = r"size=3 is outside \(3, inf\]"
+    refused(size, moving_digits, KEYS, IMAGES, LABELS, size=3)
     refused("labels has shape", moving_digits, KEYS, IMAGES, LABELS[:2])
-    with pytest.raises(TypeError, match="frames=1.5"):
-        moving_digits(KEYS, IMAGES, LABELS, frames=1.5)
+    frames = {"frames": 1.5, "error": TypeError}
+    refused("frames=1.5", moving_digits, KEYS, IMAGES, LABELS, **frames)
     refused("unknown data source 'digit'", load, "moving_digits", digits="digit")
