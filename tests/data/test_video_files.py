@@ -15,9 +15,8 @@ PROMPTS = [["b cat", "a dog", "c cow"][i % 3] for i in range(9)]
 
 @pytest.fixture
 def folder(tmp_path):
-    np.save(tmp_path / "video.npy", VIDEO)
-    np.save(tmp_path / "text.npy", TEXT)
-    np.save(tmp_path / "label.npy", LABEL)
+    for name, array in (("video", VIDEO), ("text", TEXT), ("label", LABEL)):
+        np.save(tmp_path / f"{name}.npy", array)
     return tmp_path
 
 
@@ -64,11 +63,9 @@ def test_batches_are_floats_of_their_rows(folder, threads):
     seen = []
     for _ in range(2):
         batch = next(batches)
-        rows = [
-            int(np.flatnonzero((VIDEO == to_uint8(video)).all((1, 2, 3, 4)))[0])
-            for video in batch["video"]
-        ]
-        seen += rows
+        shown = to_uint8(batch["video"])[:, None]
+        rows = (VIDEO == shown).all((2, 3, 4, 5)).argmax(1)
+        seen += [*rows]
         assert batch["video"].dtype == np.float32
         np.testing.assert_allclose(batch["video"], VIDEO[rows] / 127.5 - 1, atol=1e-6)
         np.testing.assert_array_equal(batch["label"], LABEL[rows])
@@ -79,15 +76,15 @@ def test_batches_are_floats_of_their_rows(folder, threads):
 
 def test_batches_resume_and_refuse_other_videos(folder, refused):
     arrays, _ = open_videos(folder)
-    first = video_batches(arrays, 2, threads=0)
+    first, again = (video_batches(arrays, 2, threads=0) for _ in range(2))
     next(first)
     state = json.loads(json.dumps(first.get_state()))
-    again = video_batches(arrays, 2, threads=0)
     again.set_state(state)
     np.testing.assert_array_equal(next(again)["video"], next(first)["video"])
     changed = dict(arrays, video=np.array(arrays["video"]))
     changed["video"][-1, 0, 0, 0, 0] ^= 1
-    refused("another pipeline: data was", video_batches(changed, 2).set_state, state)
+    other = video_batches(changed, 2)
+    refused("another pipeline: data was", other.set_state, state)
 
 
 def test_prompts_become_labels(folder):
@@ -101,11 +98,12 @@ def test_prompts_become_labels(folder):
 
 
 def test_prompts_beside_labels(folder):
-    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
-    data = load("video_files", folder=folder)
-    assert data.meta["class_names"] == ("b cat", "a dog", "c cow")
-    (folder / "prompts.json").write_text(json.dumps([str(i) for i in range(9)]))
-    assert "class_names" not in load("video_files", folder=folder).meta
+    for prompts, names in (
+        (PROMPTS, ("b cat", "a dog", "c cow")),
+        ([*"123456789"], None),
+    ):
+        (folder / "prompts.json").write_text(json.dumps(prompts))
+        assert load("video_files", folder=folder).meta.get("class_names") == names
 
 
 def test_videos_alone_have_one_class(folder):
@@ -122,11 +120,6 @@ def test_array_record_files(records):
     paths = sorted(records.glob("*.array_record"))
     lazy = array_record(paths, 9, shuffle=False, decode=decode_video, threads=0)
     np.testing.assert_allclose(next(lazy)["video"], VIDEO / 127.5 - 1, atol=1e-6)
-
-
-def write(folder, **arrays):
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
 
 
 @pytest.mark.parametrize(
@@ -146,40 +139,33 @@ def write(folder, **arrays):
         ({"text": TEXT[:3]}, {}, "text of .* leading axis must be the batch, 9"),
         ({"text": np.full((9, 1, 1), np.nan)}, {}, "9 non-finite .*Encode the prompts"),
         ({"video": np.array([{}])}, {}, "damaged or no array of numbers"),
+        ({"prompts": "["}, {}, "prompts.json is damaged"),
+        ({"prompts": '{"a": 1}'}, {}, "a list of texts"),
+        ({"prompts": '["a"]'}, {}, "1 texts for 9 videos"),
     ],
 )
-def test_bad_folders(folder, arrays, options, message, refused):
-    write(folder, **arrays)
+def test_bad_folders(folder, refused, arrays, options, message):
+    for name, array in arrays.items():
+        if name == "prompts":
+            (folder / "prompts.json").write_text(array)
+        else:
+            np.save(folder / f"{name}.npy", array)
     refused(message, load, "video_files", folder=folder, **options)
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[", "prompts.json is damaged"),
-        ('{"a": 1}', "a list of texts"),
-        ('["a"]', "1 texts for 9 videos"),
-    ],
-)
-def test_bad_prompts(folder, text, message, refused):
-    (folder / "prompts.json").write_text(text)
-    refused(message, load, "video_files", folder=folder)
+def test_missing_and_damaged_files(folder, refused):
+    def bad(message, error=ValueError, **options):
+        refused(message, load, "video_files", error=error, **options)
 
-
-def test_missing_and_damaged_files(folder, tmp_path, refused):
-    refused("needs folder=", load, "video_files")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        load("video_files", folder=folder / "none")
+    bad("needs folder=")
+    bad("there is no folder", FileNotFoundError, folder=folder / "none")
     (folder / "video.npy").write_bytes((folder / "video.npy").read_bytes()[:500])
-    refused(r"video\.npy is damaged", load, "video_files", folder=folder)
+    bad(r"video\.npy is damaged", folder=folder)
     (folder / "video.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither video\.npy nor"):
-        load("video_files", folder=folder)
+    bad(r"neither video\.npy nor", FileNotFoundError, folder=folder)
     (folder / "a.array_record").write_bytes(b"no records")
-    refused(r"a\.array_record of .* damaged", load, "video_files", folder=folder)
-
-
-def test_records_that_are_no_videos(tmp_path, refused):
-    write_array_record(tmp_path / "a.array_record", [{"image": VIDEO[0]}])
-    refused(r"hold \['image'\], no 'video'", load, "video_files", folder=tmp_path)
-    refused("dtype float64; give uint8", video_batches, {"video": VIDEO / 255}, 2)
+    bad(r"a\.array_record of .* damaged", folder=folder)
+    write_array_record(folder / "a.array_record", [{"image": VIDEO[0]}])
+    bad(r"hold \['image'\], no 'video'", folder=folder)
+    floats = {"video": VIDEO / 255}
+    refused("dtype float64; give uint8", video_batches, floats, 2)
