@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import close, shapes_of
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
 from tmdjax.core import trees
@@ -35,10 +37,6 @@ VIDEO = models.VideoDiT(
 )
 
 
-def itself(module):
-    return models.functional(module)
-
-
 def both_parts(module):
     """The head of a split network on the features of its backbone."""
     apply_fn = models.functional(module)
@@ -56,7 +54,7 @@ class Network:
     inputs: tuple  # arrays and trees of them, samples first
     times: tuple[int, ...] = ()  # which inputs are times: one a sample, or one for all
     zero: bool = False  # it starts as the velocity zero
-    fn: Callable = itself
+    fn: Callable = models.functional
     example: tuple | None = None  # what its parameters are drawn for
     eps: float = 1e-2  # of the finite difference
 
@@ -190,10 +188,6 @@ def value_and_gradient(name, **options):
     return lambda params, target: loss(params, target, network.inputs)
 
 
-def shapes(tree):
-    return jax.eval_shape(lambda: tree)
-
-
 @every()
 def test_samples_do_not_meet(name, stir):
     """A batch is its samples one by one, in any order; a scalar time is everybody's."""
@@ -202,10 +196,10 @@ def test_samples_do_not_meet(name, stir):
     assert batch.dtype == jnp.float32 and len(batch) == BATCH
     size = np.abs(batch).max()
     assert np.isfinite(batch).all() and size > 0.05
-    np.testing.assert_allclose(singly, batch, atol=1e-5 * max(1, size))
+    assert_allclose(singly, batch, atol=1e-5 * max(1, size))
     order = np.array([2, 0, 1])
     turned, _ = answers(name)(params, jax.tree.map(lambda a: a[order], inputs))
-    np.testing.assert_allclose(turned, batch[order], atol=1e-5 * max(1, size))
+    assert_allclose(turned, batch[order], atol=1e-5 * max(1, size))
     assert np.abs(batch - turned).max() > 1e-3 * size
 
 
@@ -213,7 +207,7 @@ def test_samples_do_not_meet(name, stir):
 def test_velocity_starts_at_zero(name):
     batch, _ = answers(name)(initial(name), NETWORKS[name].inputs)
     assert batch.shape == NETWORKS[name].inputs[0].shape
-    np.testing.assert_array_equal(batch, 0.0)
+    assert_array_equal(batch, 0.0)
 
 
 @every(*(name for name, network in NETWORKS.items() if network.times))
@@ -235,6 +229,14 @@ def test_every_input_matters(name, stir):
         inputs[i] = moved(i, value)
         other, _ = answers(name)(params, tuple(inputs))
         assert np.abs(base - other).max() > 1e-3, i
+
+
+@every("mlp", "unet", "class_dit", "token_dit")
+def test_null_class_and_masked_tokens_are_no_condition(name, stir):
+    params, (x, t, cond) = stir(initial(name)), NETWORKS[name].inputs
+    given, dropped = (answers(name)(params, (x, t, c))[0] for c in (cond, None))
+    close(given[2], dropped[2], atol=2e-6)
+    assert np.abs(given[0] - dropped[0]).max() > 1e-3
 
 
 @every("unet", "class_dit", "token_dit")
@@ -277,9 +279,9 @@ def test_remat_changes_neither_value_nor_gradient(name, stir):
     params = stir(initial(name))
     value, gradient = value_and_gradient(name)(params, 0.0)
     plain_value, plain = value_and_gradient(name, remat=False)(params, 0.0)
-    np.testing.assert_allclose(value, plain_value, rtol=1e-5)
+    assert_allclose(value, plain_value, rtol=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
+        lambda a, b: assert_allclose(
             a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7
         ),
         gradient,
@@ -310,7 +312,7 @@ def test_training_gradient_lowers_for_cuda_and_tpu(name):
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     exported = jax.export.export(step, platforms=["cuda", "tpu"])(
-        *shapes((initial(name), *map(jax.tree.map, [jnp.asarray] * 3, network.inputs)))
+        initial(name), *jax.tree.map(jnp.asarray, network.inputs)
     )
     assert exported.platforms == ("cuda", "tpu")
 
@@ -321,16 +323,10 @@ def test_forty_layers_are_one_program(name, equations):
     counts = []
     for depth in (2, 40):
         module = network.module.clone(depth=depth)
-        params = jax.eval_shape(
-            lambda module=module: models.init_params(
-                module, jax.random.key(0), *network.inputs
-            )
-        )
-
-        def loss(params, *inputs, module=module):
-            return models.functional(module)(params, *inputs).sum()
-
-        counts.append(equations(jax.grad(loss), params, *network.inputs).total())
+        apply_fn = models.functional(module)
+        gradient = jax.grad(lambda *inputs, fn=apply_fn: fn(*inputs).sum())
+        params = shapes_of(module, *network.inputs)
+        counts.append(equations(gradient, params, *network.inputs).total())
     assert counts[0] == counts[1] > 100
 
 
@@ -366,10 +362,6 @@ def stack(name):
     return lambda params: ways(params, network.inputs), layer
 
 
-def close(a, b, atol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), a, b)
-
-
 @STACKS
 def test_parts_of_a_stack_are_a_loop_over_its_layers(name, stir):
     params = stir(initial(name))
@@ -392,7 +384,7 @@ def test_parts_of_a_stack_are_a_loop_over_its_layers(name, stir):
     close(found["rest"], found["whole"], atol=2e-6)
     close(found["tapped"], (outputs[2], {0: outputs[0], 2: outputs[2]}))
     close(found["skipped"], (without[1], {2: without[1]}))
-    np.testing.assert_array_equal(found["empty"], found["h"])
+    assert_array_equal(found["empty"], found["h"])
     batch, _ = answers(name)(params, NETWORKS[name].inputs)
     close(found["output"], batch)
 
@@ -417,8 +409,8 @@ def test_a_part_of_a_stack_has_the_gradient_of_the_whole(stir):
         trees.flatten(jax.tree.map(np.asarray, tree)) for tree in gradients(params)
     )
     for path, leaf in part.items():
-        np.testing.assert_array_equal(leaf[:1], 0.0)
-        np.testing.assert_allclose(
+        assert_array_equal(leaf[:1], 0.0)
+        assert_allclose(
             leaf[1:],
             whole[path][1:],
             rtol=1e-3,
@@ -432,6 +424,19 @@ def test_where_a_stack_starts(name):
     found = stack(name)[0](initial(name))
     assert np.abs(found["h"]).max() > 0.05
     if name == "token_dit":
-        np.testing.assert_array_equal(found["whole"], found["h"])
+        assert_array_equal(found["whole"], found["h"])
     else:
         assert np.abs(found["whole"] - found["h"]).max() > 0.1
+
+
+@every(*(name for name, network in NETWORKS.items() if network.times == (1,)))
+def test_common_refusals(name, refused):
+    module, (x, _, *cond) = NETWORKS[name].module, NETWORKS[name].inputs
+    call = functools.partial(models.functional(module), initial(name), x)
+    refused("t has shape .* one time a sample", call, jnp.zeros(2), *cond)
+    for t in (1.5, -0.1, jnp.nan, jnp.array([0.0, 1.0, 999.0])):
+        refused(r"t has 1 value\(s\) outside \[0, 1\]", call, t, *cond)
+    refused("unknown GEMM recipe 'fp23'.*Did you mean", module.clone, recipe="fp23")
+    if name != "mlp":
+        flash = dict(attention_implementation="flash")
+        refused("is not one of 'auto', 'xla'", module.clone, **flash)

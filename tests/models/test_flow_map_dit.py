@@ -10,37 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from model_helpers import close, draw, equal, jitted, shapes_of
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
 from tmdjax.core import trees
+from tmdjax.models.discriminator import _groups, smallest_size
 from tmdjax.models.flow_map_dit import GATE_SCALE, Fusion
 
-SHARED = {
-    "name": "video_dit",
-    "patch_size": (1, 2, 2),
-    "heads": 2,
-    "head_dim": 12,
-    "depth": 4,
-    "mlp_width": 20,
-    "text_width": 8,
-    "frequency_dim": 16,
-}
+SIZES = dict(patch_size=(1, 2, 2), heads=2, head_dim=12, depth=4)
+WIDTHS = dict(mlp_width=20, text_width=8, frequency_dim=16)
+SHARED = {"name": "video_dit"} | SIZES | WIDTHS
 SPLIT = {"name": "split_dit", "shared": SHARED, "head_blocks": 1}
 TWO_TIME = {"name": "two_time_dit", "shared": SHARED}
 SPECS = {"split_dit": SPLIT, "two_time_dit": TWO_TIME, "video_dit": SHARED}
 
 
-def video(seed=0, batch=2):
-    x = np.random.default_rng(seed).normal(size=(batch, 2, 4, 4, 3))
-    return jnp.asarray(x, jnp.float32)
+def video(seed=0):
+    return draw(2, 2, 4, 4, 3, seed=seed)
 
 
-TEXT = jnp.asarray(np.random.default_rng(9).normal(size=(2, 3, 8)), jnp.float32)
+TEXT = draw(2, 3, 8, seed=9)
 INPUTS = {
     "split_dit": (video(), 0.5, TEXT),
     "two_time_dit": (video(), 0.5, 0.5, TEXT),
     "video_dit": (video(), 0.5, TEXT),
 }
+STUDENTS = pytest.mark.parametrize("name", ["split_dit", "two_time_dit"])
 
 
 @functools.cache
@@ -79,10 +75,7 @@ def answer(module, params, y, s, r, t=0.5):
 def test_a_pretrained_network_goes_in_and_comes_out_whole(fusion):
     module = models.build(SPLIT | {"fusion": fusion})
     params, alone = (
-        jax.eval_shape(
-            lambda m=m: models.init_params(m, jax.random.key(0), *INPUTS["split_dit"])
-        )
-        for m in (module, module.shared)
+        shapes_of(m, *INPUTS["split_dit"]) for m in (module, module.shared)
     )
     assert jax.tree.structure(alone) == jax.tree.structure(params["shared"])
     assert models.spec_of(module)["shared"] == models.spec_of(module.shared)
@@ -92,17 +85,17 @@ def test_a_pretrained_network_goes_in_and_comes_out_whole(fusion):
 
 def test_7_student_is_the_teacher_at_equal_times():
     module, _, params = made()
-    alone = jax.jit(models.functional(module.shared))
+    alone = jitted(module.shared)
     teacher = alone(params["shared"], video(), np.full(2, 0.999, np.float32), TEXT)
     found = answer(module, params, video(5), 0.999, 0.0, t=0.999)
-    np.testing.assert_allclose(found, teacher, atol=1e-6)
+    assert_allclose(found, teacher, atol=1e-6)
     assert np.abs(teacher).max() > 0.1
 
 
 def test_8_gate_of_zero_hides_the_state():
     module, _, params = made()
     one, other = (answer(module, params, video(i), 0.7, 0.2) for i in (5, 6))
-    np.testing.assert_array_equal(one, other)
+    assert_array_equal(one, other)
 
     @jax.jit
     def moved(gate):
@@ -134,10 +127,10 @@ def test_8_initial_gate_is_the_effective_one():
     starts = all_of_them()
     (at_zero, zero), (at_one, one), (between, parameter), (elsewhere, _) = starts
     assert GATE_SCALE == 10 and zero == 0
-    np.testing.assert_allclose([one, parameter], [0.1, 0.03], rtol=1e-6)
-    np.testing.assert_array_equal(at_zero, m)
-    np.testing.assert_allclose(at_one, elsewhere, atol=1e-5)
-    np.testing.assert_allclose(between, 0.7 * m + 0.3 * at_one, atol=1e-5)
+    assert_allclose([one, parameter], [0.1, 0.03], rtol=1e-6)
+    assert_array_equal(at_zero, m)
+    assert_allclose(at_one, elsewhere, atol=1e-5)
+    assert_allclose(between, 0.7 * m + 0.3 * at_one, atol=1e-5)
     module = models.build(SPLIT | {"initial_gate": 0.3})
     assert module.initial_gate == 0.3
 
@@ -158,14 +151,14 @@ def reaches(fn, step, params, first_layer_zero):
         zeros = jax.tree.map(jnp.zeros_like, params["interval"])
         params = {**params, "interval": zeros}
     zero, late = np.zeros(2, np.float32), np.full(2, 0.6, np.float32)
-    np.testing.assert_array_equal(fn(params, zero), fn(params, late))
+    assert_array_equal(fn(params, zero), fn(params, late))
     state = optax.adam(1e-2).init(params["interval"])
     for _ in range(5):
         params, state = step(params, state)
     return np.abs(fn(params, zero) - fn(params, late)).max()
 
 
-@pytest.mark.parametrize("name", ["split_dit", "two_time_dit"])
+@STUDENTS
 def test_8_interval_embedding_learns_and_a_zero_first_layer_never_would(name):
     module, _, params = made(name)
     apply_fn = models.functional(module)
@@ -198,12 +191,9 @@ def test_8_interval_embedding_learns_and_a_zero_first_layer_never_would(name):
 
 def test_two_times_equal_are_the_network_itself():
     module, apply_fn, params = made("two_time_dit")
-    alone = jax.jit(models.functional(module.shared))
-    np.testing.assert_allclose(
-        apply_fn(params, video(), 0.4, 0.4, TEXT),
-        alone(params["shared"], video(), 0.4, TEXT),
-        atol=1e-6,
-    )
+    alone = jitted(module.shared)
+    same = alone(params["shared"], video(), 0.4, TEXT)
+    close(apply_fn(params, video(), 0.4, 0.4, TEXT), same, atol=1e-6)
 
 
 def test_features_are_videos_and_the_velocity_is_the_same():
@@ -217,49 +207,40 @@ def test_features_are_videos_and_the_velocity_is_the_same():
         return features, run(video(), 0.4, TEXT), run(h, c, method="blocks", stop=2)[0]
 
     (velocity, features), alone, h = jax.tree.map(np.asarray, ways())
-    np.testing.assert_allclose(velocity, alone, atol=1e-6)
+    assert_allclose(velocity, alone, atol=1e-6)
     assert [f.shape for f in features] == [(2, 2, 4, 4, 6)] * 2
     # the first patch's features stand in its 2 x 2 pixels
-    np.testing.assert_allclose(features[1][0, 0, :2, :2].ravel(), h[0, 0], atol=1e-5)
+    assert_allclose(features[1][0, 0, :2, :2].ravel(), h[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [4, 11])
 def test_discriminator(width):
-    features = [
-        np.random.default_rng(i).normal(size=(3, 2, 8, 8, 4)).astype(np.float32)
-        for i in (0, 1)
-    ]
+    features = [draw(3, 2, 8, 8, 4, seed=seed) for seed in (0, 1)]
     module = models.VideoDiscriminator(width=width)
     params = models.init_params(module, jax.random.key(0), features)
-    apply_fn = jax.jit(models.functional(module))
+    apply_fn = jitted(module)
     logits = apply_fn(params, features)
     assert logits.shape == (3, 2) and np.isfinite(logits).all()
     moved = apply_fn(params, [features[0], 2 * features[0]])
-    np.testing.assert_allclose(moved[:, 0], logits[:, 0], rtol=1e-5)  # a head a feature
+    assert_allclose(moved[:, 0], logits[:, 0], rtol=1e-5)  # a head a feature
 
 
-def test_discriminator_features_that_are_just_large_enough():
-    from tmdjax.models.discriminator import smallest_size
-
-    least = smallest_size()
-    module = models.VideoDiscriminator(width=4)
+def test_discriminator_features_that_are_just_large_enough(refused):
+    least, module = smallest_size(), models.VideoDiscriminator(width=4)
 
     def logits(size):
-        return jax.eval_shape(
-            lambda: module.init_with_output(
-                jax.random.key(0), [jnp.zeros((1, *size, 2))]
-            )[0]
-        )
+        x = [jnp.zeros((1, *size, 2))]
+        return jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), x)[0])
 
     assert logits(least).shape == (1, 1)
     for axis in range(3):
         if least[axis] > 1:
             small = [n - (i == axis) for i, n in enumerate(least)]
-            with pytest.raises(ValueError, match="too small for four strided"):
-                logits(small)
+            refused("too small for four strided", logits, small)
+    refused("needs features", module.init, jax.random.key(0), [])
 
 
-def test_default_taps(as_shipped):
+def test_default_taps(refused):
     assert models.default_taps(30) == (15, 22, 29)
     assert models.default_taps(40) == (19, 29, 39)
     assert [models.default_taps(d) for d in (1, 2, 3)] == [(0,), (1,), (1, 2)]
@@ -268,47 +249,26 @@ def test_default_taps(as_shipped):
         assert taps[0] > 0 and taps[-1] == depth - 1
         assert list(taps) == sorted(set(taps))
         assert len(taps) == min(3, depth - 1)
-    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
-        models.default_taps(0)
+    refused("depth=0 must be at least 1", models.default_taps, 0)
 
 
 def test_groups_of_the_discriminator():
     """At most 32, a quarter of 32 channels or fewer, and always a divisor."""
-    from tmdjax.models.discriminator import _groups
-
-    found = {n: _groups(n) for n in (1, 4, 8, 11, 18, 32, 37, 44, 48, 64, 100, 256)}
-    assert found == {
-        1: 1, 4: 1, 8: 2, 11: 1, 18: 3, 32: 8, 37: 1, 44: 22, 48: 24, 64: 32,
-        100: 25, 256: 32,
-    }  # fmt: skip
+    found = [_groups(n) for n in (1, 4, 8, 11, 18, 32, 37, 44, 48, 64, 100, 256)]
+    assert found == [1, 1, 2, 1, 3, 8, 1, 22, 24, 32, 25, 32]
     assert not any(n % _groups(n) for n in range(1, 300))
 
 
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ({**SPLIT, "head_blocks": 4}, "must lie in 1..L-1 = 1..3"),
-        ({**SPLIT, "head_blocks": 0}, "head_blocks=0 must be at least 1"),
-        ({**SPLIT, "fusion": "gate"}, "Did you mean 'gated'"),
-        ({"name": "video_discriminator", "width": 0}, "width=0"),
-    ],
-)
-def test_bad_specs(spec, message, as_shipped):
-    with pytest.raises(ValueError, match=message):
-        models.build(spec)
-
-
-def test_bad_calls(as_shipped):
-    with pytest.raises(ValueError, match="needs features"):
-        models.VideoDiscriminator().init(jax.random.key(0), [])
-    module = models.build({**SHARED, "patch_size": (1, 4, 5)})
-    with pytest.raises(ValueError, match="cannot spread its features"):
-        jax.eval_shape(
-            lambda: module.init(
-                jax.random.key(0), jnp.zeros((1, 1, 4, 5, 3)), 0.5, TEXT[:1],
-                taps=(1,), method="velocity_and_features",
-            )
-        )  # fmt: skip
+def test_bad_specs(refused):
+    build = models.build
+    refused("must lie in 1..L-1 = 1..3", build, SPLIT | {"head_blocks": 4})
+    refused("head_blocks=0 must be at least 1", build, SPLIT | {"head_blocks": 0})
+    refused("Did you mean 'gated'", build, SPLIT | {"fusion": "gate"})
+    refused("width=0", build, {"name": "video_discriminator", "width": 0})
+    module, x = build(SHARED | {"patch_size": (1, 4, 5)}), jnp.zeros((1, 1, 4, 5, 3))
+    fn = functools.partial(module.init, method="velocity_and_features", taps=(1,))
+    spread = functools.partial(jax.eval_shape, fn, jax.random.key(0))
+    refused("cannot spread its features", spread, x, 0.5, TEXT[:1])
 
 
 @functools.cache
@@ -322,33 +282,28 @@ def jump(name):
     return lambda s, r: apply_fn(params, video(), s, r, features, method="head")
 
 
-@pytest.mark.parametrize("name", ["split_dit", "two_time_dit"])
-def test_times_of_a_jump(name, as_shipped):
+@STUDENTS
+def test_times_of_a_jump(name, refused):
     late = "s" if name == "split_dit" else "t"
     fn = jump(name)
     whole, zeros = np.array([999, 500]), jnp.zeros(2)
     for call in (fn, jax.jit(fn)):
-        with pytest.raises(ValueError, match=f"{late} has dtype int"):
-            call(whole, zeros)
-        with pytest.raises(ValueError, match="r has dtype int"):
-            call(jnp.ones(2), np.array([1, 0]))
-    with pytest.raises(ValueError, match=rf"{late} has 2 .*outside \[0, 1\].* 999"):
-        fn(jnp.array([999.0, 500.0]), zeros)
-    with pytest.raises(ValueError, match=r"r has 1 .*outside \[0, 1\]"):
-        fn(jnp.ones(2), -0.5)
-    with pytest.raises(ValueError, match=r"1 row\(s\) have r > s"):
-        fn(jnp.array([0.5, 0.7]), 0.6)
-    with pytest.raises(ValueError, match=r"1 row\(s\) have r > s"):
-        jax.jit(lambda: fn(0.2, 0.6))()  # numbers are known under jit
-    with pytest.raises(ValueError, match="one time a sample"):
-        fn(jnp.ones(3), 0.6)
+        refused(f"{late} has dtype int", call, whole, zeros)
+        refused("r has dtype int", call, jnp.ones(2), np.array([1, 0]))
+    message = rf"{late} has 2 .*outside \[0, 1\].* 999"
+    refused(message, fn, jnp.array([999.0, 500.0]), zeros)
+    refused(r"r has 1 .*outside \[0, 1\]", fn, jnp.ones(2), -0.5)
+    refused(r"1 row\(s\) have r > s", fn, jnp.array([0.5, 0.7]), 0.6)
+    # numbers are known under jit
+    refused(r"1 row\(s\) have r > s", jax.jit(lambda: fn(0.2, 0.6)))
+    refused("one time a sample", fn, jnp.ones(3), 0.6)
     # equal in float32, though not in float64
     at = jnp.full(2, 0.7)
-    np.testing.assert_array_equal(*jax.jit(lambda: (fn(at, 0.7), fn(0.7, at)))())
+    assert_array_equal(*jax.jit(lambda: (fn(at, 0.7), fn(0.7, at)))())
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_times_of_a_backbone(jit, as_shipped):
+def test_times_of_a_backbone(jit, refused):
     module, _, params = made()
     apply_fn = models.functional(module)
     for method in ("backbone", None):
@@ -356,8 +311,8 @@ def test_times_of_a_backbone(jit, as_shipped):
         def fn(t, method=method):
             return apply_fn(params, video(), t, TEXT, method=method)
 
-        with pytest.raises(ValueError, match="t has dtype int"):
-            (jax.jit(fn) if jit else fn)(np.array([999, 500]))
+        call = jax.jit(fn) if jit else fn
+        refused("t has dtype int", call, np.array([999, 500]))
 
 
 @functools.cache
@@ -367,14 +322,12 @@ def drawn(name, **options):
     module = models.build(
         shared if name == "video_dit" else {**SPECS[name], "shared": shared}
     )
-    shapes = jax.eval_shape(
-        lambda: models.init_params(module, jax.random.key(3), *INPUTS[name])
-    )
+    shapes = shapes_of(module, *INPUTS[name])
     rng = np.random.default_rng(len(name))
     return module, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
 
 
-@pytest.mark.parametrize("name", ["split_dit", "two_time_dit"])
+@STUDENTS
 def test_student_from_teacher(name):
     # what does not change the function may differ
     teacher, weights = drawn("video_dit", recipe="bf16", remat=False)
@@ -383,55 +336,44 @@ def test_student_from_teacher(name):
     assert jax.tree.structure(started) == jax.tree.structure(params)
     for part, leaves in started.items():
         same = weights if part == "shared" else params[part]
-        jax.tree.map(np.testing.assert_array_equal, leaves, same)
+        equal(leaves, same)
     assert trees.content_hash(started["shared"]) != trees.content_hash(params["shared"])
 
 
-@pytest.mark.parametrize("name", ["split_dit", "two_time_dit"])
-@pytest.mark.parametrize(
-    "options, message",
-    [
+@STUDENTS
+def test_student_of_another_teacher(name, refused):
+    student, params = drawn(name)
+    for options, message in (
         # the same width: every shape agrees
         (dict(heads=3, head_dim=8), "value.* heads: 2, 3; head_dim: 12, 8[.]"),
         (dict(time_scale=1.0), "time_scale: 1000.0, 1.0"),
         (dict(epsilon=1e-5), "epsilon: 1e-06, 1e-05"),
         (dict(depth=5), "depth: 4, 5"),
         (dict(patch_size=(2, 2, 1)), r"patch_size: \(1, 2, 2\), \(2, 2, 1\)"),
-    ],
-)
-def test_student_of_another_teacher(name, options, message, as_shipped):
-    student, params = drawn(name)
-    teacher, weights = drawn("video_dit", **options)
-    with pytest.raises(ValueError, match=f"networks of student and .*{message}"):
-        models.student_from_teacher(student, params, teacher, weights)
+    ):
+        other = drawn("video_dit", **options)
+        message = f"networks of student and .*{message}"
+        refused(message, models.student_from_teacher, student, params, *other)
 
 
-def test_student_refuses_other_parameters(as_shipped):
+def test_student_refuses_other_parameters(refused):
     student, params = drawn("split_dit")
     teacher, weights = drawn("video_dit")
-    start = functools.partial(models.student_from_teacher, student, params, teacher)
-    other = jax.eval_shape(
-        lambda: models.init_params(
-            teacher, jax.random.key(0), jnp.zeros((2, 2, 4, 4, 5)), 0.5, TEXT
-        )
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"patch_embedding/kernel: \(12, 24\), \(20, 24\).*as many channels",
-    ):
-        start(other)
+    begin = models.student_from_teacher
+    start = functools.partial(begin, student, params, teacher)
+    other = shapes_of(teacher, jnp.zeros((2, 2, 4, 4, 5)), 0.5, TEXT)
+    message = r"patch_embedding/kernel: \(12, 24\), \(20, 24\).*as many channels"
+    refused(message, start, other)
     less = {name: leaf for name, leaf in weights.items() if name != "final"}
-    with pytest.raises(ValueError, match=r"final/projection/bias: \(12,\), None"):
-        start(less)
-    with pytest.raises(ValueError, match=r"blocks/.*; [0-9]+ more[.]"):
-        start({"params": weights})
-    with pytest.raises(ValueError, match="params holds .'interval', 'joint'.; a stud"):
-        rest = {name: leaf for name, leaf in params.items() if name != "shared"}
-        models.student_from_teacher(student, rest, teacher, weights)
-    with pytest.raises(TypeError, match="student is of type VideoDiT; give a Split"):
-        models.student_from_teacher(teacher, weights, teacher, weights)
-    with pytest.raises(TypeError, match="teacher is of type SplitDiT; give a VideoDiT"):
-        models.student_from_teacher(student, params, student, params)
+    refused(r"final/projection/bias: \(12,\), None", start, less)
+    refused(r"blocks/.*; [0-9]+ more[.]", start, {"params": weights})
+    rest = {name: leaf for name, leaf in params.items() if name != "shared"}
+    message = "params holds .'interval', 'joint'.; a stud"
+    refused(message, begin, student, rest, teacher, weights)
+    message = "student is of type VideoDiT; give a Split"
+    refused(message, begin, teacher, weights, teacher, weights, error=TypeError)
+    message = "teacher is of type SplitDiT; give a VideoDiT"
+    refused(message, begin, student, params, student, params, error=TypeError)
 
 
 @pytest.mark.parametrize("method", ["backbone", "head"])
@@ -442,13 +384,9 @@ def test_fused_attention_lowers_for_cuda(method, traceable_cudnn):
     fused = shared | {"attention_implementation": "cudnn"}
     apply_fn = models.functional(models.build({**SPLIT, "shared": fused}))
     plain = models.build({**SPLIT, "shared": shared})
-    params = jax.eval_shape(
-        lambda: models.init_params(plain, jax.random.key(0), video(), 0.5, text)
-    )
-    features = jax.eval_shape(
-        lambda p: models.functional(plain)(p, video(), 0.5, text, method="backbone"),
-        params,
-    )
+    params = shapes_of(plain, video(), 0.5, text)
+    backbone = jitted(plain, "backbone")
+    features = jax.eval_shape(backbone, params, video(), 0.5, text)
 
     def loss(params, x, s, r, features):
         if method == "backbone":
@@ -457,10 +395,9 @@ def test_fused_attention_lowers_for_cuda(method, traceable_cudnn):
             out = apply_fn(params, x, s, r, features, method=method)
         return jnp.mean(jnp.square(out.astype(jnp.float32)))
 
+    step = jax.jit(jax.value_and_grad(loss))
     exported = jax.export.export(
-        jax.jit(jax.value_and_grad(loss)),
-        platforms=["cuda"],
-        disabled_checks=traceable_cudnn,
+        step, platforms=["cuda"], disabled_checks=traceable_cudnn
     )(params, video(), jnp.ones(2), jnp.zeros(2), features)
     module = exported.mlir_module()
     assert "__cudnn$fmhaSoftmax" in module and "fmhaSoftmaxBackward" in module

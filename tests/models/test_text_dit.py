@@ -5,35 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import scipy.special
+from model_helpers import close, draw, equal, jitted, shapes_of
+from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import flows
+from tmdjax import flows, models
 from tmdjax.core import trees
-from tmdjax.models import (
-    DiT,
-    TextDiT,
-    TextEncoder,
-    build,
-    functional,
-    init_params,
-    lora,
-    null_condition,
-)
+from tmdjax.models import TextDiT, TextEncoder, functional, init_params, lora
 
 BATCH, LENGTH, WORDS = 3, 5, 11
-SPEC = dict(
-    vocabulary=WORDS,
-    max_length=7,
-    text_width=8,
-    text_depth=2,
-    text_heads=2,
-    patch_size=2,
-    hidden=16,
-    depth=2,
-    heads=2,
-    mlp_ratio=2.0,
-)
+IMAGES = dict(patch_size=2, hidden=16, depth=2, heads=2, mlp_ratio=2.0)
+TEXTS = dict(text_width=8, text_depth=2, text_heads=2)
+SPEC = dict(vocabulary=WORDS, max_length=7) | TEXTS | IMAGES
 
 
 def small(**options):
@@ -41,10 +24,8 @@ def small(**options):
 
 
 def encoder(**options):
-    return TextEncoder(
-        **dict(vocabulary=WORDS, max_length=7, width=8, heads=2, mlp_ratio=2.0)
-        | options
-    )
+    sizes = dict(vocabulary=WORDS, max_length=7, width=8, heads=2, mlp_ratio=2.0)
+    return TextEncoder(**sizes | options)
 
 
 def texts():
@@ -55,14 +36,13 @@ def texts():
     }
 
 
-def draw():
-    x = np.random.default_rng(0).normal(size=(BATCH, 4, 8, 2))
-    return jnp.asarray(x, jnp.float32), jnp.array([0.1, 0.5, 1.0]), texts()
+def inputs():
+    return draw(BATCH, 4, 8, 2), jnp.array([0.1, 0.5, 1.0]), texts()
 
 
 @functools.cache
 def initial():
-    return init_params(small(), jax.random.key(0), *draw())
+    return init_params(small(), jax.random.key(0), *inputs())
 
 
 @functools.cache
@@ -71,35 +51,21 @@ def initial_encoder(**options):
 
 
 @functools.cache
-def jitted(module, method=None):
-    return jax.jit(functools.partial(functional(module), method=method))
-
-
-@functools.cache
 def value_and_gradient(**options):
     apply_fn = functional(small(**options))
-    return jax.jit(
-        jax.value_and_grad(
-            lambda params, inputs: jnp.square(apply_fn(params, *inputs) - 1).mean()
-        )
-    )
 
+    def loss(params, inputs):
+        return jnp.square(apply_fn(params, *inputs) - 1).mean()
 
-def shaped(tree):
-    return jax.eval_shape(lambda tree: tree, tree)
-
-
-def close(a, b, atol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), a, b)
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def numpy_encoder(params, ids, positions):
     """One text, its padding cut out: plain float64 numpy, a loop over the blocks."""
 
     def norm(x):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(
-            x.var(-1, keepdims=True) + 1e-6
-        )
+        deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return (x - x.mean(-1, keepdims=True)) / deviation
 
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     h = params["word_embedding"][ids] + params["position_embedding"][positions]
@@ -128,11 +94,11 @@ def test_encoder_equals_numpy_without_the_padding(stir):
     out = jitted(encoder())(params, cond)
     assert set(out) == {"tokens", "mask"}
     assert out["tokens"].shape == (BATCH, LENGTH, 8)
-    np.testing.assert_array_equal(out["mask"], cond["mask"])
+    assert_array_equal(out["mask"], cond["mask"])
     for row in range(2):
         positions = np.flatnonzero(cond["mask"][row])
         want = numpy_encoder(params, np.asarray(cond["ids"])[row, positions], positions)
-        np.testing.assert_allclose(out["tokens"][row, positions], want, atol=2e-5)
+        assert_allclose(out["tokens"][row, positions], want, atol=2e-5)
 
 
 def test_padding_influences_nothing(stir):
@@ -142,13 +108,11 @@ def test_padding_influences_nothing(stir):
     other = jnp.where(cond["mask"], cond["ids"], (cond["ids"] + 3) % WORDS)
     assert (other != cond["ids"]).sum() == 7
     changed = apply_fn(params, cond | {"ids": other})
-    np.testing.assert_array_equal(changed["tokens"], out["tokens"])
+    assert_array_equal(changed["tokens"], out["tokens"])
     # Not even ids that are none: inside a jitted function they pass unseen.
     wild = jnp.where(cond["mask"], cond["ids"], -7)
-    np.testing.assert_array_equal(
-        apply_fn(params, cond | {"ids": wild})["tokens"], out["tokens"]
-    )
-    np.testing.assert_array_equal(out["tokens"][~cond["mask"]], 0.0)
+    assert_array_equal(apply_fn(params, cond | {"ids": wild})["tokens"], out["tokens"])
+    assert_array_equal(out["tokens"][~cond["mask"]], 0.0)
     # Nor how much of it there is.
     longer = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 2))), cond)
     close(apply_fn(params, longer)["tokens"][:, :LENGTH], out["tokens"])
@@ -180,9 +144,7 @@ def test_encoder_starts_as_its_normed_embeddings():
     params, cond = initial_encoder(), texts()
     tokens = jitted(encoder())(params, cond)["tokens"]
     bare = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    np.testing.assert_array_equal(
-        jitted(encoder(depth=0))(bare, cond)["tokens"], tokens
-    )
+    assert_array_equal(jitted(encoder(depth=0))(bare, cond)["tokens"], tokens)
     assert set(initial_encoder(depth=0)) == {"word_embedding", "position_embedding"}
     real = tokens[cond["mask"]]
     close(real.mean(-1), np.zeros(len(real)))
@@ -192,44 +154,15 @@ def test_encoder_starts_as_its_normed_embeddings():
 def test_twelve_text_layers_are_one_program(equations):
     counts = []
     for depth in (2, 12):
-        module = encoder(depth=depth)
-        params = jax.eval_shape(
-            lambda module=module: init_params(module, jax.random.key(0), texts())
-        )
+        params = shapes_of(encoder(depth=depth), texts())
         assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {depth}
+        apply_fn = functional(encoder(depth=depth))
 
-        def loss(params, module=module):
-            return jnp.square(functional(module)(params, texts())["tokens"]).sum()
+        def loss(params, apply_fn=apply_fn):
+            return jnp.square(apply_fn(params, texts())["tokens"]).sum()
 
         counts.append(equations(jax.grad(loss), params).total())
     assert counts[0] == counts[1] > 50
-
-
-@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
-def test_shapes_and_dtypes(recipe):
-    module = small(recipe=recipe)
-    params, inputs = shaped((initial(), draw()))
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    velocity = jax.eval_shape(functional(module), params, *inputs)
-    assert velocity.shape == inputs[0].shape and velocity.dtype == jnp.float32
-    encoded = jax.eval_shape(jitted(module, "encode"), params, inputs[2])
-    assert encoded["tokens"].shape == (BATCH, LENGTH, 8)
-    assert encoded["tokens"].dtype == jnp.float32
-    assert encoded["mask"].shape == (BATCH, LENGTH) and encoded["mask"].dtype == bool
-
-
-def test_bfloat16_recipe_stays_close(stir):
-    params, cond = stir(initial_encoder(), 0.2), texts()
-    exact = jitted(encoder())(params, cond)["tokens"]
-    rough = jitted(encoder(recipe="bf16"))(params, cond)["tokens"]
-    error = np.sqrt(np.square(rough - exact).mean() / np.square(exact).mean())
-    assert 1e-4 < error < 0.05
-
-
-def test_out_channels(stir):
-    module = small(out_channels=3)
-    params = jax.eval_shape(lambda: init_params(module, jax.random.key(0), *draw()))
-    assert jax.eval_shape(jitted(module), params, *draw()).shape == (BATCH, 4, 8, 3)
 
 
 def test_parameters_are_those_of_the_two_networks():
@@ -244,43 +177,34 @@ def test_parameters_are_those_of_the_two_networks():
     text = (8 * 16 + 16) + 16
     assert trees.count(params["dit"]) == 2 * block + ends + time + text == 15128
 
-    def described(tree):
-        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-
-    x, t, cond = draw()
-    alone = jax.eval_shape(lambda: init_params(encoder(), jax.random.key(0), cond))
-    assert described(alone) == described(params["encoder"])
+    x, t, cond = inputs()
+    shapes = jax.eval_shape(lambda: params)
+    assert shapes_of(encoder(), cond) == shapes["encoder"]
     tokens = {"tokens": jnp.zeros((BATCH, LENGTH, 8)), "mask": cond["mask"]}
     dit = small().dit_module()
-    assert dit == DiT(
-        patch_size=2, hidden=16, depth=2, heads=2, mlp_ratio=2.0, token_width=8
-    )
-    alone = jax.eval_shape(lambda: init_params(dit, jax.random.key(0), x, t, tokens))
-    assert described(alone) == described(params["dit"])
+    assert dit == models.DiT(**IMAGES, token_width=8)
+    assert shapes_of(dit, x, t, tokens) == shapes["dit"]
     for example in (None, tokens):
-        other = init_params(small(), jax.random.key(0), x, t, example)
-        jax.tree.map(np.testing.assert_array_equal, other, params)
+        equal(init_params(small(), jax.random.key(0), x, t, example), params)
 
 
 def test_attributes_reach_both_networks():
-    spec = dict(
-        recipe="bf16", remat=False, attention_implementation="xla", time_scale=9.0
-    )
-    module = build({"name": "text_dit"} | SPEC | spec)
+    shared = dict(recipe="bf16", remat=False, attention_implementation="xla")
+    spec = shared | dict(time_scale=9.0, out_channels=3)
+    module = models.build({"name": "text_dit"} | SPEC | spec)
     assert module == small(**spec)
     dit, text = module.dit_module(), module.bind({"params": initial()}).encoder
     assert {name: getattr(dit, name) for name in spec} == spec
-    assert (text.recipe, text.remat, text.attention_implementation) == (
-        "bf16",
-        False,
-        "xla",
-    )
+    assert {name: getattr(text, name) for name in shared} == shared
     text = small(attention_implementation="cudnn").bind({"params": initial()}).encoder
     assert text.attention_implementation == "auto"
+    encoded = jax.eval_shape(jitted(module, "encode"), initial(), texts())
+    assert encoded["tokens"].shape == (BATCH, LENGTH, 8)
+    assert encoded["tokens"].dtype == jnp.float32 and encoded["mask"].dtype == bool
 
 
 def test_raw_and_encoded_texts_give_one_velocity(stir):
-    params, (x, t, cond) = stir(initial()), draw()
+    params, (x, t, cond) = stir(initial()), inputs()
     velocity = jitted(small())(params, x, t, cond)
     assert np.abs(velocity).max() > 0.1
     encoded = jitted(small(), "encode")(params, cond)
@@ -294,33 +218,19 @@ def test_raw_and_encoded_texts_give_one_velocity(stir):
     assert functional(small())(params, None, method="encode") is None
 
 
-def test_text_matters_and_padding_does_not(stir):
-    params, (x, t, cond) = stir(initial()), draw()
-    velocity = jitted(small())(params, x, t, cond)
-    one = cond | {"ids": cond["ids"].at[0, 1].set((cond["ids"][0, 1] + 1) % WORDS)}
-    moved = np.abs(jitted(small())(params, x, t, one) - velocity).max((1, 2, 3))
-    assert moved[0] > 1e-3
-    close(moved[1:], np.zeros(2))
-    other = jnp.where(cond["mask"], cond["ids"], (cond["ids"] + 3) % WORDS)
-    close(jitted(small())(params, x, t, cond | {"ids": other}), velocity)
-
-
 def test_null_condition_is_no_text(stir):
-    params, (x, t, cond) = stir(initial()), draw()
+    params, (x, t, cond) = stir(initial()), inputs()
     apply_fn = jitted(small())
     velocity, without = apply_fn(params, x, t, cond), apply_fn(params, x, t, None)
     close(velocity[2], without[2])  # its mask is False everywhere
     assert np.abs(velocity[0] - without[0]).max() > 1e-3
     encoded = jitted(small(), "encode")(params, cond)
-    for given, null in (
-        (cond, null_condition(LENGTH)),
-        (encoded, null_condition(LENGTH, 8)),
-    ):
+    run = functools.partial(apply_fn, params)
+    nulls = models.null_condition(LENGTH), models.null_condition(LENGTH, 8)
+    for given, null in zip((cond, encoded), nulls):
         described = jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), given)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), null) == described
-        guided = flows.classifier_free_guidance(
-            functools.partial(apply_fn, params), 3.0, null
-        )
+        guided = flows.classifier_free_guidance(run, 3.0, null)
         close(guided(x, t, given), without + 3 * (velocity - without), atol=5e-5)
         keys = jax.random.split(jax.random.key(0), BATCH)
         dropped = flows.drop_condition(keys, given, null, 1.0)
@@ -329,18 +239,16 @@ def test_null_condition_is_no_text(stir):
 
 def test_gradient_reaches_the_words_that_stand_there(stir):
     cond = texts() | {"ids": jnp.arange(15).reshape(3, 5) % WORDS}
-    inputs = (*draw()[:2], cond)
-    params = stir(initial())
-    _, gradient = value_and_gradient()(params, inputs)
+    _, gradient = value_and_gradient()(stir(initial()), (*inputs()[:2], cond))
     # Words 7 and 9 stand in padding alone, the last two positions nowhere.
     words = np.abs(gradient["encoder"]["word_embedding"]).max(-1) > 0
-    np.testing.assert_array_equal(np.flatnonzero(~words), [7, 9, 10])
+    assert_array_equal(np.flatnonzero(~words), [7, 9, 10])
     positions = np.abs(gradient["encoder"]["position_embedding"]).max(-1) > 0
-    np.testing.assert_array_equal(positions, [True] * 5 + [False] * 2)
+    assert_array_equal(positions, [True] * 5 + [False] * 2)
 
 
 def test_remat_recomputes_both_stacks(equations):
-    shapes = shaped((initial(), draw()))
+    shapes = jax.eval_shape(lambda: (initial(), inputs()))
     plain = equations(value_and_gradient(remat=False), *shapes)
     rematted = equations(value_and_gradient(), *shapes)
     # The gelu of a block runs a second time, once a network.
@@ -348,7 +256,7 @@ def test_remat_recomputes_both_stacks(equations):
 
 
 def test_adapters_of_the_image_network_alone(stir):
-    params, (x, t, cond) = stir(initial()), draw()
+    params, (x, t, cond) = stir(initial()), inputs()
     encoded = jitted(small(), "encode")(params, cond)
     dit = functional(small().dit_module())
     adapters = lora.init(jax.random.key(1), params["dit"], 2, ["attention"])
@@ -359,128 +267,65 @@ def test_adapters_of_the_image_network_alone(stir):
     def adapted(adapters, base):
         return lora.apply_fn(dit, base, 4.0)(adapters, x, t, encoded)
 
-    close(adapted(adapters, params["dit"]), jitted(small())(params, x, t, cond))
+    start = adapted(adapters, params["dit"])
+    close(start, jitted(small())(params, x, t, cond))
     moved = adapted(stir(adapters), params["dit"])
     whole = params | {"dit": lora.merge(params["dit"], stir(adapters), 4.0)}
     close(moved, jitted(small())(whole, x, t, cond))
-    assert np.abs(moved - adapted(adapters, params["dit"])).max() > 1e-3
+    assert np.abs(moved - start).max() > 1e-3
     # The whole tree takes adapters in both stacks.
     both = lora.init(jax.random.key(1), params, 2, ["attention"])
     assert set(both) == {"encoder", "dit"}
 
 
-def test_one_shape_compiles_once(stir, count_compiles):
-    params, (x, t, cond) = initial(), draw()
-    apply_fn = jax.jit(functional(small()))
-    other = {"ids": (cond["ids"] + 1) % WORDS, "mask": ~cond["mask"]}
-    with count_compiles() as compiled:
-        apply_fn(params, x, t, cond).block_until_ready()
-        apply_fn(params, x, t, other).block_until_ready()
-    assert len(compiled) == 1
+def test_bad_attributes(refused):
+    refused("text_width=8 must be a multiple of text_heads=3", small, text_heads=3)
+    refused("hidden=16 must be a multiple of heads=3 and of 4", small, heads=3)
+    for name in ("vocabulary", "max_length", "text_width"):
+        refused(f"{name}=0 must be at least 1", small, **{name: 0})
+    refused("text_depth=-1 must be at least 0", small, text_depth=-1)
+    refused(r"int\(width \* mlp_ratio\)=0 must be at least 1", small, mlp_ratio=0.1)
+    refused("text_width=True is of type bool", small, text_width=True, error=TypeError)
+    refused("also needs vocabulary, max_length", models.build, {"name": "text_dit"})
+    refused("^width=8 must be a multiple of heads=3", encoder, heads=3)
+    refused("mlp_ratio=-1.0 is outside", encoder, mlp_ratio=-1.0)
+    flash = dict(attention_implementation="flash")
+    refused("attention_implementation='flash'", encoder, **flash)
+    refused("unknown GEMM recipe", encoder, recipe="fp23")
+    refused("depth=2.0 is of type float", encoder, depth=2.0, error=TypeError)
+    refused("length=0 must be at least 1", models.null_condition, 0)
+    refused(
+        "width=2.0 is of type float", models.null_condition, 3, 2.0, error=TypeError
+    )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(text_heads=3), "text_width=8 must be a multiple of text_heads=3"),
-        (dict(heads=3), "hidden=16 must be a multiple of heads=3 and of 4"),
-        (dict(vocabulary=0), "vocabulary=0 must be at least 1"),
-        (dict(max_length=0), "max_length=0 must be at least 1"),
-        (dict(text_width=0), "text_width=0 must be at least 1"),
-        (dict(text_depth=-1), "text_depth=-1 must be at least 0"),
-        (dict(mlp_ratio=0.1), r"int\(width \* mlp_ratio\)=0 must be at least 1"),
-        (dict(recipe="fp23"), "unknown GEMM recipe 'fp23'.*Did you mean"),
-        (dict(attention_implementation="flash"), "is not one of 'auto', 'xla'"),
-    ],
-)
-def test_bad_attributes(options, message):
-    with pytest.raises(ValueError, match=message):
-        small(**options)
+def test_bad_conditions(refused):
+    x, t, _ = inputs()
+    apply_fn = functools.partial(functional(small()), initial(), x, t)
+    mask, ids = np.ones((BATCH, LENGTH), bool), np.zeros((BATCH, LENGTH), np.int32)
 
+    def refused_text(message, ids, mask, **options):
+        refused(message, apply_fn, {"ids": ids, "mask": mask}, **options)
 
-def test_bad_attributes_of_the_encoder(as_shipped):
-    with pytest.raises(ValueError, match="^width=8 must be a multiple of heads=3"):
-        encoder(heads=3)
-    with pytest.raises(ValueError, match="mlp_ratio=-1.0 is outside"):
-        encoder(mlp_ratio=-1.0)
-    with pytest.raises(ValueError, match="attention_implementation='flash'"):
-        encoder(attention_implementation="flash")
-    with pytest.raises(ValueError, match="unknown GEMM recipe"):
-        encoder(recipe="fp23")
-    with pytest.raises(TypeError, match="depth=2.0 is of type float"):
-        encoder(depth=2.0)
-    with pytest.raises(TypeError, match="text_width=True is of type bool"):
-        small(text_width=True)
-    with pytest.raises(ValueError, match="also needs vocabulary, max_length"):
-        build({"name": "text_dit"})
-
-
-def test_bad_null_conditions(as_shipped):
-    with pytest.raises(ValueError, match="length=0 must be at least 1"):
-        null_condition(0)
-    with pytest.raises(TypeError, match="width=2.0 is of type float"):
-        null_condition(3, 2.0)
-
-
-MASK = np.ones((BATCH, LENGTH), bool)
-IDS = np.zeros((BATCH, LENGTH), np.int32)
-
-
-@pytest.mark.parametrize(
-    ("cond", "error", "message"),
-    [
-        ({"ids": IDS}, TypeError, r"'ids' and 'mask' .*got the keys \['ids'\]"),
-        (
-            {"ids": IDS, "mask": MASK, "style": IDS},
-            TypeError,
-            r"got the keys \['ids', 'mask', 'style'\]",
-        ),
-        (IDS, TypeError, "got a value of type ndarray"),
-        ({"ids": IDS + 0.0, "mask": MASK}, TypeError, "integer array.*float64"),
-        ({"ids": IDS.tolist(), "mask": MASK}, TypeError, "integer array.*list"),
-        (
-            {"ids": IDS + WORDS, "mask": MASK},
-            ValueError,
-            r"\(a word\)=11 is outside \[0, 10\]",
-        ),
-        ({"ids": IDS - 1, "mask": MASK}, ValueError, r"\(a word\)=-1 is outside"),
-        (
-            {"ids": IDS, "mask": MASK * 1.0},
-            ValueError,
-            r"float64\[3, 5\]; give booleans",
-        ),
-        ({"ids": IDS, "mask": MASK[:, 1:]}, ValueError, r"booleans of shape \(3, 5\)"),
-        (
-            {"ids": IDS, "mask": MASK.tolist()},
-            ValueError,
-            r"None\[3, 5\]; give booleans",
-        ),
-        (
-            {"ids": np.zeros((3, 8), int), "mask": np.ones((3, 8), bool)},
-            ValueError,
-            r"shape \(3, 8\); .* of 1 to max_length=7",
-        ),
-        ({"ids": IDS[:, :0], "mask": MASK[:, :0]}, ValueError, r"length of 1 to"),
-        ({"ids": IDS[:, 0], "mask": MASK[:, 0]}, ValueError, r"give \[batch, length\]"),
-        (
-            {"ids": IDS[:2], "mask": MASK[:2]},
-            ValueError,
-            r"cond\['ids'\] .*the batch, 3",
-        ),
-        (
-            {"tokens": np.zeros((3, 5, 6), np.float32), "mask": MASK},
-            ValueError,
-            r"token_width\] = \(3, length, 8\)",
-        ),
-    ],
-)
-def test_bad_conditions(as_shipped, cond, error, message):
-    x, t, _ = draw()
-    with pytest.raises(error, match=message):
-        functional(small())(initial(), x, t, cond)
-
-
-def test_the_encoder_takes_raw_texts_alone(as_shipped):
-    cond = {"tokens": np.zeros((3, 5, 8), np.float32), "mask": MASK}
-    with pytest.raises(TypeError, match=r"keys 'ids' and 'mask', got .*'tokens'"):
-        functional(encoder())(initial_encoder(), cond)
+    refused_text("integer array.*float64", ids + 0.0, mask, error=TypeError)
+    refused_text("integer array.*list", ids.tolist(), mask, error=TypeError)
+    refused_text(r"\(a word\)=11 is outside \[0, 10\]", ids + WORDS, mask)
+    refused_text(r"\(a word\)=-1 is outside", ids - 1, mask)
+    refused_text(r"float64\[3, 5\]; give booleans", ids, mask * 1.0)
+    refused_text(r"booleans of shape \(3, 5\)", ids, mask[:, 1:])
+    refused_text(r"None\[3, 5\]; give booleans", ids, mask.tolist())
+    refused_text(r"shape \(3, 8\); .* of 1 to max_length=7", *np.zeros((2, 3, 8), int))
+    refused_text(r"length of 1 to", ids[:, :0], mask[:, :0])
+    refused_text(r"give \[batch, length\]", ids[:, 0], mask[:, 0])
+    refused_text(r"cond\['ids'\] .*the batch, 3", ids[:2], mask[:2])
+    for message, cond in (
+        (r"'ids' and 'mask' .*got the keys \['ids'\]", {"ids": ids}),
+        (r"\['ids', 'mask', 'x'\]", {"ids": ids, "mask": mask, "x": ids}),
+        ("got a value of type ndarray", ids),
+    ):
+        refused(message, apply_fn, cond, error=TypeError)
+    narrow, wide = ({"tokens": np.zeros((3, 5, n)), "mask": mask} for n in (6, 8))
+    refused(r"token_width\] = \(3, length, 8\)", apply_fn, narrow)
+    # The encoder takes raw texts alone.
+    raw = functools.partial(functional(encoder()), initial_encoder())
+    refused(r"keys 'ids' and 'mask', got .*'tokens'", raw, wide, error=TypeError)
