@@ -3,71 +3,35 @@
 import dataclasses
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import below, close, golden, jitted, random_params, small_decoder
+from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax.models import (
-    Decoder,
-    DecoderConfig,
-    build,
-    chunked_token_log_probs,
-    functional,
-    init_params,
-    lora,
-    spec_of,
-)
+from tmdjax import models
+from tmdjax.models import Decoder, DecoderConfig, functional, lora
 from tmdjax.models.hf_decoder import params_from_hf
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "decoder.npz"
 CASES = (
-    "llama_grouped_tied",
-    "llama_full_untied",
-    "qwen2_grouped_untied",
-    "qwen2_single_tied",
-    "qwen3_wide_untied",
-    "qwen3_full_tied",
+    *("llama_grouped_tied", "llama_full_untied", "qwen2_grouped_untied"),
+    *("qwen2_single_tied", "qwen3_wide_untied", "qwen3_full_tied"),
 )
-SMALL = DecoderConfig(
-    vocab_size=13,
-    hidden_size=8,
-    intermediate_size=12,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    qk_norm=True,
-)
+SMALL = small_decoder(qk_norm=True)
+MODULE = Decoder(SMALL)
 
 
-@functools.cache
-def golden(case):
-    with np.load(GOLDENS) as stored:
-        arrays = {
-            key.removeprefix(f"{case}/"): stored[key]
-            for key in stored
-            if key.startswith(f"{case}/")
-        }
-    weights = {
-        key.removeprefix("weights/"): value
-        for key, value in arrays.items()
-        if key.startswith("weights/")
-    }
+def checkpoint(case):
+    arrays = golden(case)
     config = DecoderConfig.from_hf(json.loads(str(arrays["config"])))
-    return config, weights, arrays["tokens"].astype(np.int32), arrays["logits"]
+    tokens = arrays["tokens"].astype(np.int32)
+    return config, below(arrays, "weights/"), tokens, arrays["logits"]
 
 
-@functools.cache
 def small_params():
-    params = init_params(Decoder(SMALL), jax.random.key(0), jnp.zeros((1, 1), int))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
-        params,
-    )
+    return random_params(SMALL)
 
 
 def draw_tokens(shape=(2, 7)):
@@ -75,88 +39,83 @@ def draw_tokens(shape=(2, 7)):
     return jnp.asarray(rng.integers(0, SMALL.vocab_size, shape), jnp.int32)
 
 
-@functools.cache
-def jitted(config=SMALL, method=None, **options):
-    return jax.jit(
-        functools.partial(functional(Decoder(config)), method=method, **options)
-    )
+def logits_of(*inputs):
+    return jitted(MODULE)(small_params(), *inputs)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(case):
-    config, weights, tokens, logits = golden(case)
+    config, weights, tokens, logits = checkpoint(case)
     assert case.split("_")[0] == config.model_type
     assert case.endswith("_tied") == config.tied_embedding
     params = params_from_hf(config, weights)
-    ours = jitted(config)(params, tokens)
+    ours = jitted(Decoder(config))(params, tokens)
     assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, logits, atol=2e-4)
+    assert_allclose(ours, logits, atol=2e-4)
 
 
 def test_bf16_follows_float32():
-    config, weights, tokens, logits = golden("qwen3_wide_untied")
-    half = build({"name": "decoder", "config": vars(config) | {"recipe": "bf16"}})
-    ours = jax.jit(functional(half))(params_from_hf(config, weights), tokens)
+    config, weights, tokens, logits = checkpoint("qwen3_wide_untied")
+    half = models.build(
+        {"name": "decoder", "config": vars(config) | {"recipe": "bf16"}}
+    )
+    ours = jitted(half)(params_from_hf(config, weights), tokens)
     assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, logits, atol=0.05 * np.abs(logits).max())
+    assert_allclose(ours, logits, atol=0.05 * np.abs(logits).max())
 
 
 def test_left_padded_is_unpadded():
     tokens = draw_tokens()
-    whole = jitted()(small_params(), tokens)
+    whole = logits_of(tokens)
     padded = jnp.pad(tokens, ((0, 0), (3, 0)))
     segments = (jnp.arange(10) >= 3).astype(jnp.int32) * jnp.ones((2, 1), jnp.int32)
-    ours = jitted()(small_params(), padded, None, segments)
-    np.testing.assert_allclose(ours[:, 3:], whole, atol=1e-5)
+    ours = logits_of(padded, None, segments)
+    assert_allclose(ours[:, 3:], whole, atol=1e-5)
     assert np.isfinite(ours).all()
     # padding holds any id
-    other = jitted()(small_params(), padded.at[:, :3].set(5), None, segments)
-    np.testing.assert_array_equal(other[:, 3:], ours[:, 3:])
+    other = logits_of(padded.at[:, :3].set(5), None, segments)
+    assert_array_equal(other[:, 3:], ours[:, 3:])
 
 
 def test_right_padding_needs_no_segments():
     tokens = draw_tokens()
-    whole = jitted()(small_params(), tokens[:, :4])
-    np.testing.assert_allclose(
-        jitted()(small_params(), tokens)[:, :4], whole, atol=1e-5
-    )
+    whole = logits_of(tokens[:, :4])
+    close(logits_of(tokens)[:, :4], whole)
 
 
 def test_packed_is_unpacked():
     tokens = draw_tokens()
     packed = jnp.concatenate([tokens[:1, :5], tokens[1:], jnp.zeros((1, 1), int)], 1)
     segments = jnp.asarray([[1] * 5 + [2] * 7 + [0]], jnp.int32)
-    ours = jitted()(small_params(), packed, None, segments)
-    whole = jitted()(small_params(), tokens)
-    np.testing.assert_allclose(ours[0, :5], whole[0, :5], atol=1e-5)
-    np.testing.assert_allclose(ours[0, 5:12], whole[1], atol=1e-5)
+    ours = logits_of(packed, None, segments)
+    whole = logits_of(tokens)
+    assert_allclose(ours[0, :5], whole[0, :5], atol=1e-5)
+    assert_allclose(ours[0, 5:12], whole[1], atol=1e-5)
     given = jnp.asarray([[*range(5), *range(7), 0]], jnp.int32)
-    same = jitted()(small_params(), packed, given, segments)
-    np.testing.assert_array_equal(same, ours)
+    same = logits_of(packed, given, segments)
+    assert_array_equal(same, ours)
 
 
 def test_rotation_is_relative():
     tokens = draw_tokens()
-    moved = jitted()(small_params(), tokens, jnp.arange(7)[None] + jnp.full((2, 1), 40))
-    np.testing.assert_allclose(moved, jitted()(small_params(), tokens), atol=1e-4)
+    moved = logits_of(tokens, jnp.arange(7)[None] + jnp.full((2, 1), 40))
+    assert_allclose(moved, logits_of(tokens), atol=1e-4)
 
 
 def test_embeddings_are_tokens():
     tokens = draw_tokens()
     embeddings = small_params()["embedding"][tokens]
-    np.testing.assert_array_equal(
-        jitted()(small_params(), embeddings), jitted()(small_params(), tokens)
-    )
+    assert_array_equal(logits_of(embeddings), logits_of(tokens))
 
 
 def test_parts_are_the_whole():
     tokens, params = draw_tokens(), small_params()
-    whole = jitted(method="hidden")(params, tokens)
+    whole = jitted(MODULE, "hidden")(params, tokens)
     positions = jnp.tile(jnp.arange(7), (2, 1))
 
     @jax.jit
     def parts(params, tokens):
-        run = functools.partial(functional(Decoder(SMALL)), params)
+        run = functools.partial(functional(MODULE), params)
         h = run(tokens, method="embed")
         _, taps = run(h, positions, method="blocks", taps=(0, 2))
         lower, _ = run(h, positions, method="blocks", stop=1)
@@ -165,46 +124,34 @@ def test_parts_are_the_whole():
         return taps, lower, upper, skipped, run(upper, method="output")
 
     taps, lower, upper, skipped, logits = parts(params, tokens)
-    for ours, expected in (
-        (upper, whole),
-        (taps[2], whole),
-        (taps[0], lower),
-        (skipped, lower),
-        (logits, jitted()(params, tokens)),
-    ):
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    close((upper, taps[2], taps[0], skipped), (whole, whole, lower, lower))
+    close(logits, jitted(MODULE)(params, tokens))
 
 
 def test_lora_adapts_by_path():
-    adapters = lora.init(
-        jax.random.key(0), small_params(), 2, ["attention/(query|value)/", "mlp/down"]
-    )
+    targets = ["attention/(query|value)/", "mlp/down"]
+    adapters = lora.init(jax.random.key(0), small_params(), 2, targets)
     assert set(adapters["blocks"]["attention"]) == {"query", "value"}
-    fn = lora.apply_fn(functional(Decoder(SMALL)), small_params(), 4.0)
-    np.testing.assert_array_equal(
-        jax.jit(fn)(adapters, draw_tokens()), jitted()(small_params(), draw_tokens())
-    )
+    fn = lora.apply_fn(functional(MODULE), small_params(), 4.0)
+    tokens = draw_tokens()
+    assert_array_equal(jax.jit(fn)(adapters, tokens), logits_of(tokens))
 
 
 def test_spec_round_trip():
-    spec = json.loads(json.dumps(spec_of(Decoder(SMALL))))
-    assert build(spec) == Decoder(SMALL)
-    with pytest.raises(TypeError, match="config is of type int; give a DecoderConfig"):
-        Decoder(3)
+    spec = json.loads(json.dumps(models.spec_of(MODULE)))
+    assert models.build(spec) == MODULE
 
 
 def test_training_gradient_lowers_for_cuda_and_tpu():
-    config = dataclasses.replace(
-        SMALL, recipe="bf16", attention_implementation="xla", qk_norm=True
-    )
-    apply_fn = functional(Decoder(config))
+    options = dict(recipe="bf16", attention_implementation="xla")
+    apply_fn = functional(Decoder(dataclasses.replace(SMALL, **options)))
     segments = jnp.ones((2, 7), jnp.int32)
 
     def loss(params, tokens):
         run = functools.partial(apply_fn, params)
         output = functools.partial(run, method="output")
         h = run(tokens, None, segments, method="hidden")
-        return chunked_token_log_probs(output, h, tokens, chunk=4)[0].sum()
+        return models.chunked_token_log_probs(output, h, tokens, chunk=4)[0].sum()
 
     exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])(
         *jax.eval_shape(lambda: (small_params(), draw_tokens()))
@@ -248,8 +195,8 @@ one, losses = run(train.make_mesh(devices=jax.devices()[:1]))
 assert losses[-1] < losses[0] - 0.01, losses
 for sizes in ((2, 2, 2), (1, 2, 4)):
     state, other = run(train.make_mesh(*sizes))
-    np.testing.assert_allclose(other, losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, one)
+    assert_allclose(other, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), state, one)
     for path, ways in (
         (("blocks", "attention", "query", "kernel"), sizes[1] * sizes[2]),
         (("blocks", "mlp", "down", "kernel"), sizes[1] * sizes[2]),
@@ -268,16 +215,15 @@ def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
-def test_wrong_inputs(as_shipped):
-    apply_fn = functools.partial(functional(Decoder(SMALL)), small_params())
-    with pytest.raises(ValueError, match=r"tokens \(an id\)=13 is outside \[0, 12\]"):
-        apply_fn(jnp.full((1, 2), 13))
-    with pytest.raises(ValueError, match="their last axis must be hidden_size=8"):
-        apply_fn(jnp.zeros((1, 2, 9)))
-    with pytest.raises(ValueError, match=r"give ids \[batch, position\]"):
-        apply_fn(jnp.zeros((3,), int))
-    with pytest.raises(TypeError, match="tokens have dtype bool"):
-        apply_fn(jnp.zeros((3, 1), bool))
-    with pytest.raises(ValueError, match=r"segments have shape \(2, 3\); give one a"):
-        apply_fn(jnp.zeros((2, 4), int), None, jnp.ones((2, 3), int))
-    assert np.isnan(jitted()(small_params(), jnp.full((1, 2), 13))).all()
+def test_wrong_inputs(refused):
+    call = functools.partial(functional(MODULE), small_params())
+    refused(r"tokens \(an id\)=13 is outside \[0, 12\]", call, jnp.full((1, 2), 13))
+    refused("last axis must be hidden_size=8", call, jnp.zeros((1, 2, 9)))
+    refused(r"give ids \[batch, position\]", call, jnp.zeros(3, int))
+    booleans = jnp.zeros((3, 1), bool)
+    refused("tokens have dtype bool", call, booleans, error=TypeError)
+    message = r"segments have shape \(2, 3\); give one a"
+    refused(message, call, jnp.zeros((2, 4), int), None, jnp.ones((2, 3), int))
+    message = "config is of type int; give a DecoderConfig"
+    refused(message, Decoder, 3, error=TypeError)
+    assert np.isnan(logits_of(jnp.full((1, 2), 13))).all()

@@ -2,56 +2,35 @@
 
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from model_helpers import GOLDENS, below, equal, golden
+from numpy.testing import assert_allclose
 
+from tmdjax import models
 from tmdjax.core.trees import flatten
-from tmdjax.models import (
-    WAN_1_3B,
-    WAN_14B,
-    build,
-    functional,
-    load_video_dit,
-    save_video_dit,
-)
-from tmdjax.models.hf_video_dit import (
-    checkpoint_leaves,
-    params_from_hf_video,
-    params_to_hf_video,
-    video_dit_from_hf,
-    video_dit_to_hf,
-)
+from tmdjax.models import functional, hf_video_dit, load_video_dit, save_video_dit
+from tmdjax.models.hf_video_dit import params_from_hf_video, video_dit_from_hf
 from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 CASES = ("wan", "wide_patches")
 STEM = "diffusion_pytorch_model"
 
 
 @functools.cache
-def golden(case):
-    with np.load(GOLDENS / "video_dit.npz") as stored:
-        found = {
-            key.removeprefix(f"{case}/"): stored[key]
-            for key in stored
-            if key.startswith(f"{case}/")
-        }
-    tensors = {
-        key.removeprefix("tensors/"): found.pop(key) / np.float32(64)
-        for key in [*found]
-        if key.startswith("tensors/")
-    }
-    return found | {"config": json.loads(str(found["config"]))}, tensors
+def stored(case):
+    arrays = golden(case, "video_dit.npz")
+    tensors = {k: v / np.float32(64) for k, v in below(arrays, "tensors/").items()}
+    return arrays | {"config": json.loads(str(arrays["config"]))}, tensors
 
 
 @functools.cache
 def network(case):
-    values, tensors = golden(case)
+    values, tensors = stored(case)
     config = values["config"]
     module = video_dit_from_hf(config)
     return module, params_from_hf_video(module, config["in_channels"], tensors)
@@ -65,7 +44,7 @@ def channels_last(array):
 def folder(tmp_path):
     """A checkpoint as the library of the format writes it."""
     library = pytest.importorskip("safetensors.numpy")
-    values, tensors = golden("wan")
+    values, tensors = stored("wan")
     library.save_file(tensors, tmp_path / f"{STEM}.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(values["config"]))
     return tmp_path
@@ -73,7 +52,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_input_gradient_equal_diffusers(case):
-    values, _ = golden(case)
+    values, _ = stored(case)
     module, params = network(case)
     params = jax.tree.map(jnp.asarray, params)
 
@@ -87,42 +66,37 @@ def test_forward_and_input_gradient_equal_diffusers(case):
 
     text = jnp.asarray(values["text"])
     (slope, text_slope), v = run(channels_last(values["x"]), text)
-    np.testing.assert_allclose(v, channels_last(values["output"]), atol=2e-5)
+    assert_allclose(v, channels_last(values["output"]), atol=2e-5)
     for got, want in (
         (slope, channels_last(values["gradient"])),
         (text_slope, values["text_gradient"]),
     ):
         assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
-        np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5)
+        assert_allclose(got, want, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "spec", "count"), [("1.3B", WAN_1_3B, 825), ("14B", WAN_14B, 1095)]
+    ("name", "spec", "count"),
+    [("1.3B", models.WAN_1_3B, 825), ("14B", models.WAN_14B, 1095)],
 )
 def test_all_tensors_of_the_published_sizes(name, spec, count):
     """Names and shapes as diffusers lists them; nothing is allocated."""
-    stored = json.loads((GOLDENS / "video_dit_tensors.json").read_text())[name]
-    want = dict(stored["rest"])
-    for layer in range(stored["layers"]):
-        want |= {f"blocks.{layer}.{k}": v for k, v in stored["block"].items()}
-    got = {
-        tensor: list(leaf.shape)
-        for leaf in checkpoint_leaves(build(spec), 16)
-        for tensor in leaf.names
-    }
+    listed = json.loads((GOLDENS / "video_dit_tensors.json").read_text())[name]
+    want = dict(listed["rest"])
+    for layer in range(listed["layers"]):
+        want |= {f"blocks.{layer}.{k}": v for k, v in listed["block"].items()}
+    leaves = hf_video_dit.checkpoint_leaves(models.build(spec), 16)
+    got = {tensor: list(leaf.shape) for leaf in leaves for tensor in leaf.names}
     assert len(got) == count
     assert got == want
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_tensors_and_configuration_round_trip(case):
-    values, tensors = golden(case)
+    values, tensors = stored(case)
     module, params = network(case)
-    back = params_to_hf_video(module, params)
-    assert list(flatten(params)) and set(back) == set(tensors)
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(back[name], tensor)
-    config = video_dit_to_hf(module, values["config"]["in_channels"])
+    equal(hf_video_dit.params_to_hf_video(module, params), tensors)
+    config = hf_video_dit.video_dit_to_hf(module, values["config"]["in_channels"])
     want = {k: v for k, v in values["config"].items() if not k.startswith("_diff")}
     assert config == want
     assert video_dit_from_hf(config) == module
@@ -131,16 +105,16 @@ def test_tensors_and_configuration_round_trip(case):
 def test_folders_round_trip(folder, tmp_path):
     module, params = load_video_dit(folder, recipe="bf16", depth=3)
     assert module == network("wan")[0].clone(recipe="bf16")
-    jax.tree.map(np.testing.assert_array_equal, params, network("wan")[1])
+    equal(params, network("wan")[1])
     saved = tmp_path / "saved"
     save_video_dit(saved, module, params, extra={"_diffusers_version": "0.42"})
     again = load_video_dit(saved)
     assert again[0] == module.clone(recipe="fp32")
-    jax.tree.map(np.testing.assert_array_equal, again[1], params)
+    equal(again[1], params)
     assert json.loads((saved / "config.json").read_text())["_diffusers_version"]
 
 
-def test_shards(folder, tmp_path):
+def test_shards(folder, tmp_path, refused):
     module, params = load_video_dit(folder)
     saved = tmp_path / "saved"
     save_video_dit(saved, module, params)
@@ -149,32 +123,26 @@ def test_shards(folder, tmp_path):
     assert files[0].startswith(f"{STEM}-00001-of-0000") and len(files) > 2
     assert all((saved / file).stat().st_size < 120_000 for file in files)
     index = json.loads((saved / f"{STEM}.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(golden("wan")[1])
-    jax.tree.map(np.testing.assert_array_equal, load_video_dit(saved)[1], params)
+    assert set(index["weight_map"]) == set(stored("wan")[1])
+    equal(load_video_dit(saved)[1], params)
     (saved / files[1]).unlink()
-    with pytest.raises(FileNotFoundError, match="is absent; .*index.json puts"):
-        load_video_dit(saved)
+    message = "is absent; .*index.json puts"
+    refused(message, load_video_dit, saved, error=FileNotFoundError)
 
 
 def test_narrow_parameters_keep_the_time_in_float32(folder, tmp_path):
     module, params = load_video_dit(folder, dtype=ml_dtypes.bfloat16)
     kinds = {path: leaf.dtype for path, leaf in flatten(params).items()}
     wide = {path for path, kind in kinds.items() if kind == np.float32}
-    assert wide == {
-        "blocks/scale_shift_table",
-        "final/scale_shift_table",
-        "blocks/cross_norm/scale",
-        "blocks/cross_norm/bias",
-        "time_embedding/hidden/kernel",
-        "time_embedding/hidden/bias",
-        "time_embedding/out/kernel",
-        "time_embedding/out/bias",
+    time = {
+        f"time_embedding/{a}/{b}" for a in ("hidden", "out") for b in ("kernel", "bias")
     }
+    tables = {"blocks/scale_shift_table", "final/scale_shift_table"}
+    assert wide == time | tables | {"blocks/cross_norm/scale", "blocks/cross_norm/bias"}
     save_video_dit(tmp_path / "saved", module, params, dtype=ml_dtypes.bfloat16)
     tensors = read_safetensors(tmp_path / "saved" / f"{STEM}.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {
-        np.dtype(ml_dtypes.bfloat16)
-    }
+    found = {tensor.dtype for tensor in tensors.values()}
+    assert found == {np.dtype(ml_dtypes.bfloat16)}
     _, kept = load_video_dit(tmp_path / "saved", dtype=None)
     assert kept["final"]["scale_shift_table"].dtype == ml_dtypes.bfloat16
 
@@ -186,15 +154,15 @@ def test_diffusers_reads_what_is_written(folder, tmp_path):
     saved = tmp_path / "saved"
     save_video_dit(saved, *load_video_dit(folder), max_shard_bytes=100_000)
     peer = diffusers.WanTransformer3DModel.from_pretrained(saved)
-    values, _ = golden("wan")
+    values, _ = stored("wan")
     x, t, text = (torch.tensor(values[name]) for name in ("x", "t", "text"))
     with torch.no_grad():
         output = peer(x, 1000 * t, text).sample
-    np.testing.assert_allclose(output, values["output"], atol=2e-5)
+    assert_allclose(output, values["output"], atol=2e-5)
 
 
 def test_all_unfit_tensors_are_named(folder):
-    tensors = dict(golden("wan")[1])
+    tensors = dict(stored("wan")[1])
     tensors["blocks.3.attn1.to_q.bias"] = tensors.pop("blocks.1.attn1.to_q.bias")
     tensors["proj_out.bias"] = tensors["proj_out.bias"][1:]
     write_safetensors(folder / f"{STEM}.safetensors", tensors)
@@ -208,42 +176,32 @@ def test_all_unfit_tensors_are_named(folder):
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_other_networks_are_refused(refused):
+    config = stored("wan")[0]["config"]
+    for change, message in (
         (dict(image_dim=1280), "image_dim=1280, a part this network lacks"),
         (dict(added_kv_proj_dim=5120), "added_kv_proj_dim=5120, a part"),
         (dict(qk_norm="rms_norm"), "qk_norm='rms_norm'.*'rms_norm_across_heads'"),
         (dict(vace_layers=[0, 5]), r"vace_layers=\[0, 5\], a part"),
         (dict(_class_name="FluxTransformer2DModel"), "of a 'FluxTransformer2DModel'"),
         (dict(attention_head_dim=25), "head_dim=25 must be even"),
-    ],
-)
-def test_other_networks_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        video_dit_from_hf(golden("wan")[0]["config"] | change)
+    ):
+        refused(message, video_dit_from_hf, config | change)
+    absent = ("ffn_dim", "in_channels", "eps", "pos_embed_seq_len")
+    rest = {key: value for key, value in config.items() if key not in absent}
+    refused(r"config.json lacks ffn_dim, in_channels;", video_dit_from_hf, rest)
 
 
-def test_missing_keys_are_named():
-    config = dict(golden("wan")[0]["config"])
-    for key in ("ffn_dim", "in_channels", "eps", "pos_embed_seq_len"):
-        del config[key]
-    with pytest.raises(ValueError, match=r"config.json lacks ffn_dim, in_channels;"):
-        video_dit_from_hf(config)
+def test_missing_files(tmp_path, refused):
+    missing = dict(error=FileNotFoundError)
+    refused("config.json is absent", load_video_dit, tmp_path, **missing)
+    (tmp_path / "config.json").write_text(json.dumps(stored("wan")[0]["config"]))
+    refused(f"neither {STEM}.safetensors nor", load_video_dit, tmp_path, **missing)
 
 
-def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json is absent"):
-        load_video_dit(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(golden("wan")[0]["config"]))
-    with pytest.raises(FileNotFoundError, match=f"neither {STEM}.safetensors nor"):
-        load_video_dit(tmp_path)
-
-
-def test_parameters_of_another_network_are_not_saved(tmp_path):
+def test_parameters_of_another_network_are_not_saved(tmp_path, refused):
     module, params = network("wan")
-    with pytest.raises(ValueError, match="not the parameters of that video transf"):
-        save_video_dit(tmp_path, module.clone(depth=2), params)
-    with pytest.raises(ValueError, match="patch_embedding/kernel is missing"):
-        save_video_dit(tmp_path, module, {})
+    message = "not the parameters of that video transf"
+    refused(message, save_video_dit, tmp_path, module.clone(depth=2), params)
+    refused("patch_embedding/kernel is missing", save_video_dit, tmp_path, module, {})
     assert not list(tmp_path.iterdir())
