@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from integer_model import (
-    OTHER,
-    PARAMS,
-    VOCAB,
-    integer_model,
-    logits_of,
-)
+from integer_model import OTHER, PARAMS, VOCAB, integer_model, logits_of
+from numpy.testing import assert_allclose
 
 from tmdjax.generation import Engine, EngineConfig, Sampling
 
@@ -75,7 +70,7 @@ EXPECTED = {
 def check_text(record, p):
     tokens, log_probs = EXPECTED[p, record.number]
     assert record.tokens == tokens
-    np.testing.assert_allclose(record.log_probs, log_probs, atol=1e-5)
+    assert_allclose(record.log_probs, log_probs, atol=1e-5)
     assert record.status == ("stop" if tokens[-1] == STOP else "length")
     record.check()
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy import stats
 
 from tmdjax.core import prng
@@ -27,7 +28,7 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
 )
 def test_g5_the_distribution_and_its_draws(sampling, expected):
     log_probs = sampling_log_probs(LOGITS, sampling)
-    np.testing.assert_allclose(jnp.exp(log_probs), expected, atol=1e-6)
+    assert_allclose(jnp.exp(log_probs), expected, atol=1e-6)
     keys = prng.sample_keys(jax.random.key(0), 4000)
     logits = jnp.broadcast_to(LOGITS, (4000, 4))
     token, log_prob = sample(logits, keys, sampling)
@@ -38,7 +39,7 @@ def test_g5_the_distribution_and_its_draws(sampling, expected):
         share = np.asarray(expected)[allowed]
         assert stats.chisquare(count[allowed], share * 4000).pvalue > 1e-3
     assert log_prob.dtype == jnp.float32
-    np.testing.assert_allclose(log_prob, np.log(np.asarray(expected)[token]), atol=1e-5)
+    assert_allclose(log_prob, np.log(np.asarray(expected)[token]), atol=1e-5)
 
 
 def test_16_bit_logits_give_float32_log_probs():
@@ -47,7 +48,7 @@ def test_16_bit_logits_give_float32_log_probs():
         LOGITS[None].repeat(2, 0).astype("bfloat16"), keys, Sampling()
     )
     assert token.dtype == jnp.int32 and log_prob.dtype == jnp.float32
-    np.testing.assert_allclose(log_prob, LOGITS[token], atol=0.02)
+    assert_allclose(log_prob, LOGITS[token], atol=0.02)
 
 
 def test_exactness():

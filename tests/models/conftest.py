@@ -5,6 +5,7 @@ import collections
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from tmdjax.core.trees import flatten
 
@@ -86,7 +87,7 @@ def check_slope():
             float(np.vdot(np.asarray(g, np.float64), np.asarray(d, np.float64)))
             for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction))
         )
-        np.testing.assert_allclose((plus - minus) / (2 * step), slope, rtol=rtol)
+        assert_allclose((plus - minus) / (2 * step), slope, rtol=rtol)
         silent = [k for k, g in flatten(gradient).items() if not np.abs(g).max() > 0]
         return silent
 

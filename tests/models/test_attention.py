@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from numpy.testing import assert_allclose
 from scipy.special import softmax
 
 from tmdjax.models.attention import attention, select_implementation
@@ -54,14 +55,14 @@ def test_attention_equals_a_loop(key_heads, causal, kind):
     out = attention(
         q, k, v, mask=None if mask is None else jnp.asarray(mask), causal=causal
     )
-    np.testing.assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
+    assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
 
 
 def test_other_lengths_for_keys():
     q, k, v = draw(queries=3, keys=7)
     out = attention(q, k, v)
     expected = by_loop(q, k, v, np.ones((2, 4, 3, 7), bool))
-    np.testing.assert_allclose(out, expected, atol=2e-6)
+    assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -70,7 +71,7 @@ def test_key_lengths(queries):
     allowed = np.zeros((2, 4, queries, 7), bool)
     allowed[0, :, :, :1] = allowed[1, :, :, :5] = True
     out = attention(q, k, v, key_lengths=jnp.array([1, 5]))
-    np.testing.assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
+    assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
 
 
 def test_softmax_is_float32_for_bfloat16_inputs():
@@ -78,7 +79,7 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     q, k, v = draw(queries=1, keys=300, dtype="bfloat16")
     out = attention(q * 0, k, jnp.ones_like(v))
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
+    assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
     exact = by_loop(q, k, v, np.ones((2, 4, 1, 300), bool))
     error = np.abs(np.asarray(attention(q, k, v), np.float64) - exact)
     assert error.max() < 0.02
@@ -174,9 +175,7 @@ def test_cudnn_lowers_for_cuda(traceable_cudnn, masked):
         return out.astype(jnp.float32).sum()
 
     exported = jax.export.export(
-        jax.jit(jax.grad(loss)),
-        platforms=["cuda"],
-        disabled_checks=traceable_cudnn,
+        jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=traceable_cudnn
     )(q, q, q)
     assert "__cudnn$fmha" in exported.mlir_module()
 

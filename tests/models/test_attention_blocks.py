@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from tmdjax.models import attention
 from tmdjax.models.attention import select_implementation
@@ -56,7 +57,7 @@ def test_values_and_derivatives_are_those_of_xla(kind):
     at_once = functools.partial(attention, implementation="xla")
     for ours, theirs in zip(made, by(at_once, options)(*arrays[:7])):
         assert ours.dtype == theirs.dtype
-        np.testing.assert_allclose(ours, theirs, atol=5e-6, rtol=1e-5)
+        assert_allclose(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
 def test_the_option_takes_what_others_take():
@@ -67,8 +68,8 @@ def test_the_option_takes_what_others_take():
         jax.jit(functools.partial(attention, implementation=i))(q, k, v, mask=padding)
         for i in ("blocks", "xla")
     ]
-    np.testing.assert_allclose(*ways, atol=2e-6)
-    np.testing.assert_allclose(ways[0][1, 0, 0], v[1, :, 0].mean(0), atol=2e-6)
+    assert_allclose(*ways, atol=2e-6)
+    assert_allclose(ways[0][1, 0, 0], v[1, :, 0].mean(0), atol=2e-6)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     out = jax.eval_shape(functools.partial(attention, implementation="blocks"), *half)
     assert (out.shape, out.dtype) == (q.shape, jnp.bfloat16)

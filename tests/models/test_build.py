@@ -4,8 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from tmdjax.models import (
     MODELS,
@@ -48,12 +48,8 @@ def test_parameters_from_arrays_shapes_and_nothing():
     key = jax.random.key(1)
     params = init_params(module, key, X, T, None)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (X, T)]
-    jax.tree.map(
-        np.testing.assert_array_equal, params, init_params(module, key, *shapes)
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal, params, init_params(module, key, X, 0.5)
-    )
+    jax.tree.map(assert_array_equal, params, init_params(module, key, *shapes))
+    jax.tree.map(assert_array_equal, params, init_params(module, key, X, 0.5))
     passed = jax.eval_shape(functools.partial(init_params, module), key, X, T)
     closed = jax.eval_shape(lambda key: init_params(module, key, *shapes), key)
     described = jax.tree.map(lambda a: (a.shape, a.dtype), params)
@@ -82,9 +78,7 @@ def test_functional_is_module_apply():
     module = VelocityMLP(hidden=8, depth=1)
     params = init_params(module, jax.random.key(0), X, T)
     apply_fn = functional(module)
-    np.testing.assert_array_equal(
-        apply_fn(params, X, T), module.apply({"params": params}, X, T)
-    )
-    np.testing.assert_array_equal(
+    assert_array_equal(apply_fn(params, X, T), module.apply({"params": params}, X, T))
+    assert_array_equal(
         apply_fn(params, X, T, method="__call__"), apply_fn(params, X, T)
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from tmdjax.models import Classifier, functional, init_params
 
@@ -37,7 +38,7 @@ def test_features_are_all_the_logits_see():
     features = np.asarray(jitted("features")(initial(), X), np.float64)
     hidden = features / (1 + np.exp(-features))
     head = jax.tree.map(np.asarray, initial()["head"])
-    np.testing.assert_allclose(
+    assert_allclose(
         jitted()(initial(), X), hidden @ head["kernel"] + head["bias"], atol=1e-5
     )
 
@@ -45,7 +46,7 @@ def test_features_are_all_the_logits_see():
 def test_norm_takes_contrast_away():
     """Biases start at zero, so the first norm undoes any positive scale."""
     once, thrice = (jitted("features")(initial(), s * X) for s in (1.0, 3.0))
-    np.testing.assert_allclose(once, thrice, atol=1e-4)
+    assert_allclose(once, thrice, atol=1e-4)
 
 
 def test_nothing_is_tf32():

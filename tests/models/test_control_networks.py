@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
 
@@ -17,14 +18,14 @@ def test_mlp_is_that_of_numpy():
         h = np.tanh(h @ params[name]["kernel"] + params[name]["bias"])
     expected = h @ params["out"]["kernel"] + params["out"]["bias"]
     out = jax.jit(models.functional(net))(params, OBSERVED)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mish_is_that_of_jax():
     x = jnp.linspace(-6, 6, 101)
     from tmdjax.models.control import ACTIVATIONS
 
-    np.testing.assert_allclose(ACTIVATIONS["mish"](x), jax.nn.mish(x), atol=1e-6)
+    assert_allclose(ACTIVATIONS["mish"](x), jax.nn.mish(x), atol=1e-6)
 
 
 def test_what_the_observation_adds_is_computed_apart():
@@ -35,10 +36,10 @@ def test_what_the_observation_adds_is_computed_apart():
     whole = apply_fn(params, ACTIONS, t, OBSERVED)
     embedded = apply_fn(params, OBSERVED, method="embed")
     parts = apply_fn(params, ACTIONS, t, embedded, method="velocity")
-    np.testing.assert_array_equal(whole, parts)
+    assert_array_equal(whole, parts)
     one = apply_fn(params, ACTIONS, t[2:3], embedded, method="velocity")
     same = apply_fn(params, ACTIONS, jnp.full(5, t[2]), embedded, method="velocity")
-    np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6)
+    assert_allclose(one, same, rtol=1e-6, atol=1e-6)
     # times by the angles 1, 2, 4, 8 of FPO
     kernel = params["from_time"]["kernel"]
     angles = np.asarray(t)[:, None] * 2.0 ** np.arange(4)
@@ -49,7 +50,7 @@ def test_what_the_observation_adds_is_computed_apart():
     layer = params["layers_0"]
     h = np.asarray(jax.nn.mish(h @ layer["kernel"] + layer["bias"]))
     expected = h @ params["out"]["kernel"] + params["out"]["bias"]
-    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_outputs_start_small():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import VelocityMLP, functional, init_params
@@ -34,9 +35,9 @@ def test_size_and_output():
 def test_no_condition_is_the_null_class():
     apply_fn = jax.jit(functional(MODULE))
     given, dropped = (apply_fn(initial(), X, T, c) for c in (COND, None))
-    np.testing.assert_array_equal(given[3], dropped[3])
+    assert_array_equal(given[3], dropped[3])
     assert np.abs(given[:3] - dropped[:3]).max(1).min() > 0
-    np.testing.assert_array_equal(
+    assert_array_equal(
         apply_fn(initial(), X, 0.3, None),
         apply_fn(initial(), X, jnp.full(4, 0.3), None),
     )
@@ -51,7 +52,7 @@ def test_spatial_derivative_against_finite_differences():
     _, slope = jax.jvp(velocity, (X,), (tangent,))
     step = 1e-2
     central = (velocity(X + step * tangent) - velocity(X - step * tangent)) / (2 * step)
-    np.testing.assert_allclose(slope, central, rtol=1e-3, atol=1e-3)
+    assert_allclose(slope, central, rtol=1e-3, atol=1e-3)
 
 
 def test_refusals(as_shipped):

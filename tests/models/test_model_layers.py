@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.models import layers
 
@@ -24,7 +25,7 @@ def test_dense_is_affine_and_keeps_float32_parameters():
         y = module.apply({"params": params}, x)
         assert y.dtype == dtype
         expected = np.einsum("abi,io->abo", x, params["kernel"]) + np.arange(4)
-        np.testing.assert_allclose(
+        assert_allclose(
             np.asarray(y, np.float32), expected, atol=tolerance, rtol=tolerance
         )
     bare = layers.Dense(4, use_bias=False).init(jax.random.key(0), x)["params"]
@@ -44,8 +45,8 @@ def test_layer_norm_statistics_are_float32():
     assert y.dtype == jnp.float32
     x = np.asarray(x, np.float64)
     expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
-    np.testing.assert_allclose(y, expected, atol=1e-4)
-    np.testing.assert_allclose(layers.layer_norm(jnp.full((1, 8), 3.0)), 0.0)
+    assert_allclose(y, expected, atol=1e-4)
+    assert_allclose(layers.layer_norm(jnp.full((1, 8), 3.0)), 0.0)
 
 
 def test_timestep_embedding_turns_by_known_angles():
@@ -56,7 +57,7 @@ def test_timestep_embedding_turns_by_known_angles():
     assert e.shape == (3, 6)
     for i, frequency in enumerate([1.0, 0.1, 0.01]):
         unit = e[:, i] + 1j * e[:, 3 + i]
-        np.testing.assert_allclose(
+        assert_allclose(
             unit, np.exp(1j * np.array([0.0, 2.0, 8.0]) * frequency), atol=1e-6
         )
     assert layers.timestep_embedding(t.astype(jnp.bfloat16), 6).dtype == jnp.float32
@@ -64,7 +65,7 @@ def test_timestep_embedding_turns_by_known_angles():
 
 def test_timestep_embedding_default_scale_is_a_thousand():
     e = np.asarray(layers.timestep_embedding(jnp.array([0.002]), 4))
-    np.testing.assert_allclose(e[0, [0, 2]], [np.cos(2.0), np.sin(2.0)], atol=1e-5)
+    assert_allclose(e[0, [0, 2]], [np.cos(2.0), np.sin(2.0)], atol=1e-5)
 
 
 def test_timestep_embedding_refusals(as_shipped):
@@ -80,8 +81,8 @@ def test_patches_are_slices_row_by_row():
     assert tokens.shape == (2, 6, 12)
     for row, column in np.ndindex(2, 3):
         patch = x[1, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-        np.testing.assert_array_equal(tokens[1, 3 * row + column], patch.reshape(-1))
-    np.testing.assert_array_equal(layers.unpatchify(tokens, 2, 4, 6), x)
+        assert_array_equal(tokens[1, 3 * row + column], patch.reshape(-1))
+    assert_array_equal(layers.unpatchify(tokens, 2, 4, 6), x)
 
 
 def test_patch_refusals(as_shipped):
@@ -97,13 +98,13 @@ def test_position_embedding_products_depend_on_offsets_alone():
     grid = layers.position_embedding_2d(3, 4, 16).reshape(3, 4, 16)
     assert grid.dtype == np.float32
     gram = np.einsum("abi,cdi->abcd", grid, grid)
-    np.testing.assert_allclose(gram[0, 0, 1, 2], gram[1, 1, 2, 3], rtol=1e-5)
-    np.testing.assert_allclose(np.einsum("abab->ab", gram), 8.0, rtol=1e-5)
+    assert_allclose(gram[0, 0, 1, 2], gram[1, 1, 2, 3], rtol=1e-5)
+    assert_allclose(np.einsum("abab->ab", gram), 8.0, rtol=1e-5)
     # The first half speaks of the column, the second of the row.
-    np.testing.assert_array_equal(grid[0, :, :8], grid[2, :, :8])
-    np.testing.assert_array_equal(grid[:, 0, 8:], grid[:, 3, 8:])
+    assert_array_equal(grid[0, :, :8], grid[2, :, :8])
+    assert_array_equal(grid[:, 0, 8:], grid[:, 3, 8:])
     assert len(np.unique(grid.reshape(12, 16).round(5), axis=0)) == 12
-    np.testing.assert_allclose(grid[0, 2, 0], np.sin(2.0), rtol=1e-6)
+    assert_allclose(grid[0, 2, 0], np.sin(2.0), rtol=1e-6)
 
 
 def test_position_embedding_refuses_odd_widths():
@@ -116,12 +117,10 @@ def test_class_embedding_null_and_refusals(as_shipped):
     variables = module.init(jax.random.key(0), None, 2)
     table = variables["params"]["embedding"]
     assert table.shape == (4, 4)
-    np.testing.assert_array_equal(
+    assert_array_equal(
         module.apply(variables, jnp.array([2, 0]), 2), table[jnp.array([2, 0])]
     )
-    np.testing.assert_array_equal(
-        module.apply(variables, None, 2), jnp.stack([table[3]] * 2)
-    )
+    assert_array_equal(module.apply(variables, None, 2), jnp.stack([table[3]] * 2))
     for cond, kind, message in (
         (jnp.array([0, 4]), ValueError, r"cond .*=4 is outside \[0, 3\]"),
         (jnp.array([-1, 0]), ValueError, r"cond .*=-1 is outside"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import flows, models, train
 from tmdjax.core import prng
@@ -45,10 +46,10 @@ def test_equals_the_module_and_leaves_it_alone():
     assert len(jax.tree.leaves(params)) == 2 * 4  # a shared layer stands once
     assert params["middle"]["1"]["kernel"].shape == (16, 16)
     module.eval()
-    np.testing.assert_array_equal(apply_fn(params, X, T), module(X, T))
+    assert_array_equal(apply_fn(params, X, T), module(X, T))
     changed = jax.tree.map(lambda leaf: leaf + 1, params)
     assert (apply_fn(changed, X, T) != module(X, T)).all()
-    np.testing.assert_array_equal(apply_fn(params, X, T), module(X, T))
+    assert_array_equal(apply_fn(params, X, T), module(X, T))
 
 
 def test_parameters_may_be_donated():
@@ -64,7 +65,7 @@ def test_dropout_follows_the_key():
     one, again, other = (
         apply_fn(params, X, T, key=jax.random.key(seed)) for seed in (1, 1, 2)
     )
-    np.testing.assert_array_equal(one, again)
+    assert_array_equal(one, again)
     assert (one != other).any() and (one != apply_fn(params, X, T)).any()
 
 
@@ -97,7 +98,7 @@ def test_stacked_layers_drop_out_by_the_key():
     one, again, other = (
         apply_fn(params, X, key=jax.random.key(seed)) for seed in (1, 1, 2)
     )
-    np.testing.assert_array_equal(one, again)
+    assert_array_equal(one, again)
     assert (one != other).any() and (one != apply_fn(params, X)).any()
 
 
@@ -106,9 +107,7 @@ def test_gradients_are_those_of_nnx():
     apply_fn, params = models.from_nnx(module)
     ours = jax.jit(jax.grad(lambda p: jnp.square(apply_fn(p, X, T)).sum()))(params)
     theirs = nnx.grad(lambda m: jnp.square(m(X, T)).sum())(module)
-    np.testing.assert_allclose(
-        ours["again"]["kernel"], theirs["again"]["kernel"][...], rtol=1e-5
-    )
+    assert_allclose(ours["again"]["kernel"], theirs["again"]["kernel"][...], rtol=1e-5)
 
 
 def test_trains_and_samples_as_any_network(count_compiles):
@@ -147,11 +146,11 @@ def test_running_statistics_stay():
     apply_fn, params = models.from_nnx(module)
     module.eval()
     expected = module(X)
-    np.testing.assert_array_equal(apply_fn(params, X), expected)
+    assert_array_equal(apply_fn(params, X), expected)
     module.train()
     module(X - 9)  # the module goes its own way
     assert (module(X) != expected).any()
-    np.testing.assert_array_equal(apply_fn(params, X), expected)
+    assert_array_equal(apply_fn(params, X), expected)
     with pytest.raises(ValueError, match="norm/mean, norm/var would be updated"):
         apply_fn(params, X, key=jax.random.key(0))
 

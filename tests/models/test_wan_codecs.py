@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.models import wan_codecs
 
@@ -75,10 +76,10 @@ def test_text_states_equal_the_pipeline(pipeline):
     encode_text = wan_codecs.load_text_encoder(folder, length=LENGTH, batch_size=2)
     got = encode_text(PROMPTS)
     assert got.shape == (3, LENGTH, 6) and got.dtype == np.float32
-    np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-6)
+    assert_allclose(got, want.detach().numpy(), atol=1e-6)
     # Three words and the end; the end alone; more words than fit.
     filled = np.any(got != 0, -1).sum(1)
-    np.testing.assert_array_equal(filled, [4, 1, LENGTH])
+    assert_array_equal(filled, [4, 1, LENGTH])
     assert encode_text([]).shape == (0, LENGTH, 6)
     with pytest.raises(TypeError, match="prompts is the string 'a fox'"):
         encode_text("a fox")
@@ -101,7 +102,7 @@ def test_latents_are_standardised_and_decoded(pipeline):
         raw = autoencoder.encode(x).latent_dist.mode()
         decoded = autoencoder.decode(raw).sample
     want = ((raw - mean) / std).permute(0, 2, 3, 4, 1)
-    np.testing.assert_allclose(latents, want, atol=1e-5)
+    assert_allclose(latents, want, atol=1e-5)
     back = decode_video(latents)
     assert back.shape == video.shape and back.dtype == np.uint8
     want = 255 * (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
