@@ -175,7 +175,7 @@ def test_g7_an_aborted_record_goes_on_in_another_engine():
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_g4_weights_swapped_in_the_middle(recompute):
+def test_g4_weights_swapped_in_the_middle(recompute, refused):
     """Tokens carry the version that drew them; old keys and values stay or go."""
     engine = made(stop=())
     engine.submit([0, 10], PROMPTS[0], max_new_tokens=11)
@@ -189,22 +189,16 @@ def test_g4_weights_swapped_in_the_middle(recompute):
     def read(j, i):
         return 5 if i < 4 or (not recompute and j < cut) else 11
 
+    options = dict(salts=lambda i: 5 if i < 4 else 11, read=read, stop=())
     for record in found[:2]:
-        expected = oracle(
-            PROMPTS[0],
-            record.number,
-            11,
-            salts=lambda i: 5 if i < 4 else 11,
-            read=read,
-            stop=(),
-        )
+        expected = oracle(PROMPTS[0], record.number, 11, **options)
         assert record.tokens == expected[0]
         assert record.versions == [0] * 4 + [3] * 7
         assert record.kv_mixed is not recompute
     fresh = oracle(PROMPTS[0], 20, 6, salts=lambda i: 11, stop=())
     assert found[2].tokens == fresh[0] and found[2].versions == [3] * 6
-    with pytest.raises(ValueError, match="version=3 must be above the present one, 3"):
-        engine.update_weights(PARAMS, 3)
+    message = "version=3 must be above the present one, 3"
+    refused(message, engine.update_weights, PARAMS, 3)
 
 
 def test_greedy_takes_the_most_likely():
@@ -224,9 +218,10 @@ def test_sizes_are_told_before_anything_is_allocated(caplog):
     assert "3 slots of 40 tokens: weights 0.000 GB, cache 0.000 GB" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "numbers, prompt, limit, message",
-    [
+def test_refused_requests(refused):
+    engine = idle()
+    engine.submit([99], (2,), max_new_tokens=2)
+    for numbers, prompt, limit, message in (
         ([1], (), 2, "request 1 has an empty prompt"),
         ([1], (2, 13), 2, "token 13, outside the vocabulary of 13"),
         ([1], (2,) * 30, 11, "30 and max_new_tokens=11 make 41 tokens, .* holds 40"),
@@ -235,40 +230,28 @@ def test_sizes_are_told_before_anything_is_allocated(caplog):
         ([2**32], (2,), 2, "number=4294967296"),
         ([1], (2,), 0, "max_new_tokens=0"),
         ([99], (2,), 2, "request 99 is already under way"),
-    ],
-)
-def test_refused_requests(numbers, prompt, limit, message):
-    engine = idle()
-    engine.submit([99], (2,), max_new_tokens=2)
-    with pytest.raises(ValueError, match=message):
-        engine.submit(numbers, prompt, max_new_tokens=limit)
-    assert engine.queued == 1
+    ):
+        refused(message, engine.submit, numbers, prompt, max_new_tokens=limit)
+        assert engine.queued == 1
 
 
-def test_refused_resumption():
+def test_refused_resumption(refused):
     engine = made(stop=())
     engine.submit([1], (2,), max_new_tokens=9)
     engine.advance()
     (record,) = engine.abort()
-    with pytest.raises(ValueError, match="has 4 tokens already; max_new_tokens=4"):
-        engine.resume(record, max_new_tokens=4)
-    record.versions[-1] = 2
-    with pytest.raises(ValueError, match="tokens of version 2, but this engine has"):
-        engine.resume(record, max_new_tokens=9)
-    record.versions[-1] = 0
-    record.log_probs.pop()
-    with pytest.raises(ValueError, match="4 tokens, 3 log-probs and 4 versions"):
-        engine.resume(record, max_new_tokens=9)
-    record.log_probs.append(0.0)
-    record.status = "stop"
-    with pytest.raises(ValueError, match="is 'stop'; only an aborted one"):
-        engine.resume(record, max_new_tokens=9)
+    message = "has 4 tokens already; max_new_tokens=4"
+    refused(message, engine.resume, record, max_new_tokens=4)
+    for name, value, message in (
+        ("versions", [0, 0, 0, 2], "tokens of version 2, but this engine has"),
+        ("log_probs", record.log_probs[:3], "4 tokens, 3 log-probs and 4 versions"),
+        ("status", "stop", "is 'stop'; only an aborted one"),
+    ):
+        other = dataclasses.replace(record, **{name: value})
+        refused(message, engine.resume, other, max_new_tokens=9)
 
 
-def test_refused_engines():
-    with pytest.raises(ValueError, match="stop token 13 is outside"):
-        made(stop=(13,))
-    with pytest.raises(ValueError, match="slots=0"):
-        made(slots=0)
-    with pytest.raises(TypeError, match="typed key"):
-        made(key=np.zeros(2, np.uint32))
+def test_refused_engines(refused):
+    refused("stop token 13 is outside", made, stop=(13,))
+    refused("slots=0", made, slots=0)
+    refused("typed key", made, key=np.zeros(2, np.uint32), error=TypeError)
