@@ -25,26 +25,23 @@ def make():
         task.close()
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("I think <answer> 42\n</answer>.", "42"),
-        ("<answer>1</answer> no, <answer>2</answer>", "2"),
-        ("<answer>1</answer> and <answer>2", "1"),
-        ("<answer>a\nb</answer>", "a\nb"),
-        ("<answer></answer>", ""),
-        ("</answer><answer>", None),
-        ("42", None),
-    ],
-)
-def test_extraction(response, answer):
-    assert extract_answer(response) == answer
+def test_extraction():
+    for response, answer in {
+        "I think <answer> 42\n</answer>.": "42",
+        "<answer>1</answer> no, <answer>2</answer>": "2",
+        "<answer>1</answer> and <answer>2": "1",
+        "<answer>a\nb</answer>": "a\nb",
+        "<answer></answer>": "",
+        "</answer><answer>": None,
+        "42": None,
+    }.items():
+        assert extract_answer(response) == answer, response
 
 
-def test_without_the_package_the_error_names_the_extra(monkeypatch):
+def test_without_the_package_the_error_names_the_extra(monkeypatch, refused):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"'tmdjax\[reasoning_gym\]'"):
-        ReasoningGym(generator="chain_sum")
+    extra = r"'tmdjax\[reasoning_gym\]'"
+    refused(extra, ReasoningGym, generator="chain_sum", error=ImportError)
 
 
 @needs_reasoning_gym
@@ -93,9 +90,6 @@ def test_an_answer_that_hangs_or_breaks_the_scorer_earns_nothing(make):
 @needs_reasoning_gym
 def test_bad_input(make, refused):
     refused("no generator 'chainsum'.*mean 'chain_sum'", make, "chainsum")
-    with pytest.raises(
-        ValueError, match=r"refuses options=\{'min_terms': -3\}: min_te"
-    ):
-        make("chain_sum", options={"min_terms": -3})
-    with pytest.raises(ValueError, match="unexpected keyword argument 'terms'"):
-        make("chain_sum", options={"terms": 3})
+    least, unknown = {"options": {"min_terms": -3}}, {"options": {"terms": 3}}
+    refused(r"refuses options=\{'min_terms': -3\}: min_te", make, "chain_sum", **least)
+    refused("unexpected keyword argument 'terms'", make, "chain_sum", **unknown)

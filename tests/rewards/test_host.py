@@ -15,6 +15,14 @@ def mean_plus_length(images, prompts):
     return [image.mean() + len(prompt) for image, prompt in zip(images, prompts)]
 
 
+def fails(message, score, images=IMAGES, prompts=PROMPTS, first=0, **options):
+    """Scores, which must bring a RewardError; returns the error's cause."""
+    pending = submit(score, images, prompts, first, **options)
+    with pytest.raises(RewardError, match=message) as error:
+        pending.result()
+    return error.value.__cause__
+
+
 @pytest.fixture
 def release():
     """An event that ends the hanging scorers of a test."""
@@ -24,8 +32,7 @@ def release():
 
 
 @pytest.mark.parametrize(
-    "convert",
-    [list, tuple, np.array, jnp.array, lambda x: jnp.array(x, jnp.bfloat16)],
+    "convert", [list, tuple, np.array, jnp.array, lambda x: jnp.array(x, jnp.bfloat16)]
 )
 def test_values_of_any_kind_become_float32(convert):
     rewards = submit(lambda *a: convert(mean_plus_length(*a)), IMAGES, PROMPTS).result()
@@ -85,12 +92,7 @@ def test_submit_does_not_wait_for_the_device(as_shipped, release):
             return np.ones(self.shape)
 
     # The time-out counts from the arrival of the images.
-    pending = submit(
-        mean_plus_length,
-        Computing(),  # pyright: ignore
-        ["word"],
-        timeout=0.2,
-    )
+    pending = submit(mean_plus_length, Computing(), ["word"], timeout=0.2)
     assert not release.is_set()
     release.set()
     np.testing.assert_array_equal(pending.result(), [5])
@@ -118,12 +120,8 @@ def test_a_scorer_that_raises_is_reported_with_sample_and_cause():
             raise BadWord("no cows")
         return np.ones(len(prompts))
 
-    with pytest.raises(RewardError) as error:
-        submit(score, IMAGES, PROMPTS, 100).result()
-    assert str(error.value) == (
-        "the scorer raised on sample 102 (prompt: 'a cow'): BadWord: no cows"
-    )
-    assert isinstance(error.value.__cause__, BadWord)
+    message = r"the scorer raised on sample 102 \(prompt: 'a cow'\): BadWord: no cows"
+    assert isinstance(fails(f"^{message}$", score, first=100), BadWord)
 
 
 def test_the_search_passes_one_sample_at_a_time():
@@ -135,13 +133,9 @@ def test_the_search_passes_one_sample_at_a_time():
             raise ValueError("bad")
         return [0]
 
-    with pytest.raises(RewardError, match=r"sample 1 \(prompt: 'a dog'\)"):
-        submit(score, IMAGES, PROMPTS).result()
-    assert calls == [
-        ((4, 2, 2), PROMPTS),
-        ((1, 2, 2), ["a cat"]),
-        ((1, 2, 2), ["a dog"]),
-    ]
+    fails(r"sample 1 \(prompt: 'a dog'\)", score)
+    alone = [((1, 2, 2), [prompt]) for prompt in PROMPTS[:2]]
+    assert calls == [((4, 2, 2), PROMPTS), *alone]
 
 
 def test_a_failure_of_the_chunk_alone_names_the_chunk():
@@ -150,12 +144,11 @@ def test_a_failure_of_the_chunk_alone_names_the_chunk():
             raise MemoryError("too many")
         return [0]
 
-    with pytest.raises(
-        RewardError,
-        match=r"raised on samples 8 to 11 \(first prompt: 'a cat'\) \(no sample could "
-        r"be singled out\): MemoryError: too many",
-    ):
-        submit(score, IMAGES, PROMPTS, 8).result()
+    message = (
+        r"raised on samples 8 to 11 \(first prompt: 'a cat'\) \(no sample could be "
+        r"singled out\): MemoryError: too many"
+    )
+    fails(message, score, first=8)
 
 
 def test_one_sample_is_not_scored_twice():
@@ -165,27 +158,19 @@ def test_one_sample_is_not_scored_twice():
         calls.append(prompts)
         raise KeyError("word")
 
-    with pytest.raises(RewardError, match=r"sample 3 .*'a hen'.*KeyError: 'word'"):
-        submit(score, IMAGES[3:], PROMPTS[3:], 3).result()
+    message = r"sample 3 .*'a hen'.*KeyError: 'word'"
+    fails(message, score, IMAGES[3:], PROMPTS[3:], 3)
     assert calls == [["a hen"]]
 
 
 def test_system_exit_in_a_scorer_is_an_error_too():
-    with pytest.raises(RewardError, match="SystemExit"):
-        submit(lambda *a: exit(), IMAGES, PROMPTS).result()
+    fails("SystemExit", lambda *a: exit())
 
 
 def test_a_scorer_that_hangs_is_reported(release):
     start = time.monotonic()
-    pending = submit(
-        lambda *a: release.wait(60), IMAGES, PROMPTS, first_sample=20, timeout=0.1
-    )
-    with pytest.raises(
-        RewardError,
-        match=r"within 0\.1 s for samples 20 to 23 \(first prompt: 'a cat'\)\. Raise "
-        r"timeout=",
-    ):
-        pending.result()
+    message = r"within 0\.1 s for samples 20 to 23 \(first prompt: 'a cat'\)\. Raise ti"
+    fails(message, lambda *a: release.wait(60), first=20, timeout=0.1)
     assert time.monotonic() - start < 10
 
 
@@ -195,9 +180,8 @@ def test_a_hang_in_the_search_keeps_the_first_exception(release):
             raise ConnectionError("server is gone")
         release.wait(60)
 
-    with pytest.raises(RewardError, match="samples 0 to 3.*server is gone") as error:
-        submit(score, IMAGES, PROMPTS, timeout=0.2).result()
-    assert isinstance(error.value.__cause__, ConnectionError)
+    cause = fails("samples 0 to 3.*server is gone", score, timeout=0.2)
+    assert isinstance(cause, ConnectionError)
 
 
 def test_a_hung_scorer_does_not_keep_the_process_alive(run_python):
@@ -216,58 +200,49 @@ def test_a_hung_scorer_does_not_keep_the_process_alive(run_python):
     assert "did not answer within 0.1 s" in out
 
 
-@pytest.mark.parametrize(
-    ("values", "shape"),
-    [([1, 2, 3], r"\(3,\)"), (np.ones((4, 1)), r"\(4, 1\)"), (1.0, r"\(\)")],
-)
-def test_wrong_number_of_values(values, shape):
-    for check in (
-        lambda: submit(lambda *a: values, IMAGES, PROMPTS, 7).result(),
-        lambda: check_rewards(values, PROMPTS, 7),
+def both_fail(message, values, first):
+    """What a scorer returns and what comes from elsewhere is checked alike."""
+    fails(message, lambda *a: values, first=first)
+    with pytest.raises(RewardError, match=message):
+        check_rewards(values, PROMPTS, first)
+
+
+def test_wrong_number_of_values():
+    for values, shape in (
+        ([1, 2, 3], r"\(3,\)"),
+        (np.ones((4, 1)), r"\(4, 1\)"),
+        (1.0, r"\(\)"),
     ):
-        with pytest.raises(
-            RewardError,
-            match=rf"shape \(4,\); got \w+ of shape {shape} .* sample 7 .*'a cat'",
-        ):
-            check()
+        message = rf"shape \(4,\); got \w+ of shape {shape} .* sample 7 .*'a cat'"
+        both_fail(message, values, 7)
 
 
-@pytest.mark.parametrize("value", [None, "1.0", 1j])
-def test_values_that_are_no_numbers(value):
+def test_values_that_are_no_numbers():
     # In a list of strings numpy makes strings of all: the first is the culprit then.
-    first = "5" if isinstance(value, (str, complex)) else "6"
-    with pytest.raises(RewardError, match=rf"sample {first} .* real numbers"):
-        submit(lambda *a: [1.0, value, 2, 3], IMAGES, PROMPTS, 5).result()
+    for value, sample in ((None, 6), ("1.0", 5), (1j, 5)):
+        message = rf"sample {sample} .* real numbers"
+        fails(message, lambda *a, value=value: [1.0, value, 2, 3], first=5)
 
 
 def test_values_that_are_no_array():
-    with pytest.raises(RewardError, match=r"sample 0 .*no array of numbers: Value"):
-        submit(lambda *a: [1, [2, 3], 4, 5], IMAGES, PROMPTS).result()
-    with pytest.raises(RewardError, match=r"got dict of shape \(\)"):
-        submit(lambda *a: {"score": [1, 2, 3, 4]}, IMAGES, PROMPTS).result()
+    ragged = r"sample 0 .*no array of numbers: Value"
+    fails(ragged, lambda *a: [1, [2, 3], 4, 5])
+    fails(r"got dict of shape \(\)", lambda *a: {"score": [1, 2, 3, 4]})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 @pytest.mark.parametrize("convert", [list, np.array])
 def test_values_that_are_not_finite(value, convert):
-    values = convert([0.5, 1.0, value, np.nan])
-    for check in (
-        lambda: submit(lambda *a: values, IMAGES, PROMPTS, 30).result(),
-        lambda: check_rewards(values, PROMPTS, 30),
-    ):
-        with pytest.raises(
-            RewardError,
-            match=r"sample 32 \(prompt: 'a cow'\) is .*; 2 of 4 rewards .*never replac",
-        ):
-            check()
+    message = r"sample 32 \(prompt: 'a cow'\) is .*; 2 of 4 rewards .*never replac"
+    both_fail(message, convert([0.5, 1.0, value, np.nan]), 30)
 
 
-def test_rewards_from_the_device_are_checked():
+def test_rewards_from_the_device_are_checked(refused):
     rewards = check_rewards(jnp.arange(4.0), PROMPTS)
     assert isinstance(rewards, np.ndarray) and rewards.dtype == np.float32
     np.testing.assert_array_equal(rewards, [0, 1, 2, 3])
-    with pytest.raises(RewardError, match="sample 0 .*is nan"):
-        check_rewards(jnp.log(-jnp.ones(4)), PROMPTS)
+    nan = jnp.log(-jnp.ones(4))
+    refused("sample 0 .*is nan", check_rewards, nan, PROMPTS, error=RewardError)
 
 
 def test_long_prompts_are_cut_in_messages():
@@ -279,19 +254,20 @@ def test_long_prompts_are_cut_in_messages():
 def test_images_that_never_arrive_are_reported():
     images = jnp.ones((2, 3))
     images.delete()
-    with pytest.raises(RewardError, match=r"images of samples 4 to 5 .*deleted"):
-        submit(mean_plus_length, images, PROMPTS[:2], 4).result()
+    message = r"images of samples 4 to 5 .*deleted"
+    fails(message, mean_plus_length, images, PROMPTS[:2], 4)
 
 
 def test_bad_input_is_refused_at_once(refused):
-    with pytest.raises(ValueError, match=r"images has shape \(4, 2, 2\).*batch, 3"):
-        submit(mean_plus_length, IMAGES, PROMPTS[:3])
-    refused("prompts is empty", submit, mean_plus_length, IMAGES[:0], [])
-    with pytest.raises(TypeError, match="prompts is one string, 'abcd'; give one"):
-        submit(mean_plus_length, IMAGES, "abcd")
+    score = mean_plus_length
+    shape = r"images has shape \(4, 2, 2\).*batch, 3"
+    refused(shape, submit, score, IMAGES, PROMPTS[:3])
+    refused("prompts is empty", submit, score, IMAGES[:0], [])
+    string = "prompts is one string, 'abcd'; give one"
+    refused(string, submit, score, IMAGES, "abcd", error=TypeError)
     refused("prompts is one string", check_rewards, [1.0], "a", error=TypeError)
     for timeout in (0, -1, np.inf, np.nan):
-        with pytest.raises(ValueError, match=r"timeout=.* is outside \(0, inf\)"):
-            submit(mean_plus_length, IMAGES, PROMPTS, timeout=timeout)
-    with pytest.raises(TypeError, match=r"first_sample=1\.5"):
-        submit(mean_plus_length, IMAGES, PROMPTS, 1.5)  # pyright: ignore
+        outside = r"timeout=.* is outside \(0, inf\)"
+        refused(outside, submit, score, IMAGES, PROMPTS, timeout=timeout)
+    kind = r"first_sample=1\.5"
+    refused(kind, submit, score, IMAGES, PROMPTS, 1.5, error=TypeError)
