@@ -1,7 +1,5 @@
 import itertools
 
-import pytest
-
 from tmdjax.rewards.written_work import (
     OPERATIONS,
     chain_sum_response,
@@ -12,28 +10,18 @@ from tmdjax.rewards.written_work import (
 )
 
 
-@pytest.mark.parametrize(
-    ("terms", "modulus", "expected"),
-    [
+def test_running_sums():
+    for terms, modulus, expected in (
         ((5, 8, 9), 97, "505813922#22$"),
         ((5, 8, 9), 10, "558392#2$"),
         ((9,) * 11, 97, "909918927936945954963972981990902#02$"),
         ((0,), 97, "000#00$"),
-    ],
-)
-def test_running_sums(terms, modulus, expected):
-    assert chain_sum_response(terms, modulus) == expected
+    ):
+        assert chain_sum_response(terms, modulus) == expected
 
 
-def test_lengths_of_running_sums():
-    for n in (1, 7, 40):
-        assert len(chain_sum_response([3] * n, 10)) == 2 * n + 3
-        assert len(chain_sum_response([3] * n, 97)) == 3 * n + 4
-
-
-@pytest.mark.parametrize(
-    ("operation", "items", "rank", "expected"),
-    [
+def test_passes_by_hand():
+    for operation, items, rank, expected in (
         ("sort", (3, 1, 2), 1, "123#123$"),
         ("sort", (3, 2, 1), 1, "213;123#123$"),
         ("sort", (1, 2, 2), 1, "#122$"),
@@ -41,10 +29,8 @@ def test_lengths_of_running_sums():
         ("dedup", (4, 0, 4, 1), 1, "4;40;40;401#401$"),
         ("largest", (3, 9, 9, 2), 3, "392;32#3$"),
         ("largest", (5,), 1, "#5$"),
-    ],
-)
-def test_passes_by_hand(operation, items, rank, expected):
-    assert list_response(operation, items, rank) == expected
+    ):
+        assert list_response(operation, items, rank) == expected
 
 
 def test_answers_are_those_of_python():
