@@ -35,41 +35,35 @@ def symbolic():
 # ---- extraction ----
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so $\boxed{42}$.", "42"),
-        (r"\boxed{1} no, \boxed{ \frac{1}{2} }", r"\frac{1}{2}"),
-        (r"\fbox{7}", "7"),
-        (r"\boxed {7}", "7"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed{\{1, 2}", r"\{1, 2"),  # an escaped brace is no brace
-        (r"\boxed{3} and then \boxed{4", "3"),  # the second was cut off
-        (r"\boxed{a\boxed{b}}", "b"),
-        (r"\boxed{}", ""),
-        ("16 - 3 = 13\n#### 1,300", "1,300"),
-        ("#### 5\nor so 7", "5"),
-        (r"#### 5, so \boxed{6}", "6"),
-        ("The answer is 1,234.", "1,234"),
-        ("It is 12.5% or 3/4 of it", "3/4"),
-        ("from 10-3", "3"),
-        ("x = -3", "-3"),
-        ("costs $5.", "$5"),
-        ("1, 2, 3", "3"),
-        ("1.5e-3 m", "1.5e-3"),
-        (r"is \frac{3}{4} of", r"\frac{3}{4}"),
-        ("x2", "2"),
-        ("no number", None),
-        ("", None),
-        ("}{\\", None),
-        ("####", None),
-    ],
-)
-def test_extraction(text, answer):
-    assert extract_answer(text) == answer
+def test_extraction():
+    for text, answer in {
+        r"so $\boxed{42}$.": "42",
+        r"\boxed{1} no, \boxed{ \frac{1}{2} }": r"\frac{1}{2}",
+        r"\fbox{7}": "7",
+        r"\boxed {7}": "7",
+        r"\boxed{\{1,2\}}": r"\{1,2\}",
+        r"\boxed{\{1, 2}": r"\{1, 2",  # an escaped brace is no brace
+        r"\boxed{3} and then \boxed{4": "3",  # the second was cut off
+        r"\boxed{a\boxed{b}}": "b",
+        r"\boxed{}": "",
+        "16 - 3 = 13\n#### 1,300": "1,300",
+        "#### 5\nor so 7": "5",
+        r"#### 5, so \boxed{6}": "6",
+        "The answer is 1,234.": "1,234",
+        "It is 12.5% or 3/4 of it": "3/4",
+        "from 10-3": "3",
+        "x = -3": "-3",
+        "costs $5.": "$5",
+        "1, 2, 3": "3",
+        "1.5e-3 m": "1.5e-3",
+        r"is \frac{3}{4} of": r"\frac{3}{4}",
+        "x2": "2",
+        **dict.fromkeys(("no number", "", "}{\\", "####")),
+    }.items():
+        assert extract_answer(text) == answer, text
 
 
-def test_long_nonsense_costs_little():
+def test_long_nonsense_costs_little(plain):
     start = time.monotonic()
     for text in (
         r"\boxed{" * 20_000,
@@ -79,7 +73,7 @@ def test_long_nonsense_costs_little():
         "- " * 50_000,
         r"\text{" * 20_000,
     ):
-        MathVerifier(symbolic=False).outcome(text, "5")
+        plain.outcome(text, "5")
         normalise(text)
     assert time.monotonic() - start < 5
 
@@ -87,62 +81,35 @@ def test_long_nonsense_costs_little():
 # ---- numbers ----
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("42", 42),
-        ("+7", 7),
-        ("−7", -7),
-        ("007", 7),
-        ("1,234,567.50", Fraction("1234567.5")),
-        (r"1{,}234", 1234),
-        ("$18", 18),
-        (r"\$18.00", 18),
-        (".5", Fraction(1, 2)),
-        ("5.", 5),
-        ("3/4", Fraction(3, 4)),
-        ("-3/-4", Fraction(3, 4)),
-        ("1 1/2", Fraction(3, 2)),
-        ("-1 1/2", Fraction(-3, 2)),
-        (r"\frac{3}{4}", Fraction(3, 4)),
-        (r"-\dfrac{3}{4}", Fraction(-3, 4)),
-        (r"\frac{-3}{4}", Fraction(-3, 4)),
-        (r"\tfrac34", Fraction(3, 4)),
-        (r"1\frac{1}{2}", Fraction(3, 2)),
-        ("50%", Fraction(1, 2)),
-        (r"12.5\%", Fraction(1, 8)),
-        ("1.5e3", 1500),
-        ("1.5E-3", Fraction(3, 2000)),
-        (r"2\times 10^{-3}", Fraction(1, 500)),
-        (r"2 \cdot 10^5", 200_000),
-        ("3 x 10^2", 300),
-        (r"5\text{ cm}", 5),
-        (r"5\ \mathrm{cm}^2", 5),
-        (r"90^\circ", 90),
-        (r"90^{\circ}", 90),
-        ("x = 5", 5),
-        (r"\left(5\right)", None),
-        ("1,2", None),
-        ("12,34", None),
-        ("1/0", None),
-        (r"\frac{1}{0}", None),
-        ("5%%", None),
-        ("1e401", None),
-        ("1e999999999", None),
-        ("9" * 101, None),
-        ("1.2.3", None),
-        ("--5", None),
-        ("٣", None),
-        ("½", None),
-        ("nan", None),
-        ("inf", None),
-        ("0x10", None),
-        ("1_000", None),
-        ("", None),
-    ],
-)
-def test_numbers(text, value):
-    assert parse_number(text) == value
+def test_numbers():
+    for value, texts in {
+        42: ["42"],
+        7: ["+7", "007"],
+        -7: ["−7"],
+        Fraction("1234567.5"): ["1,234,567.50"],
+        1234: [r"1{,}234"],
+        18: ["$18", r"\$18.00"],
+        Fraction(1, 2): [".5", "50%"],
+        5: ["5.", r"5\text{ cm}", r"5\ \mathrm{cm}^2", "x = 5"],
+        Fraction(3, 4): ["3/4", "-3/-4", r"\frac{3}{4}", r"\tfrac34"],
+        Fraction(-3, 4): [r"-\dfrac{3}{4}", r"\frac{-3}{4}"],
+        Fraction(3, 2): ["1 1/2", r"1\frac{1}{2}"],
+        Fraction(-3, 2): ["-1 1/2"],
+        Fraction(1, 8): [r"12.5\%"],
+        1500: ["1.5e3"],
+        Fraction(3, 2000): ["1.5E-3"],
+        Fraction(1, 500): [r"2\times 10^{-3}"],
+        200_000: [r"2 \cdot 10^5"],
+        300: ["3 x 10^2"],
+        90: [r"90^\circ", r"90^{\circ}"],
+        None: [
+            *[r"\left(5\right)", "1,2", "12,34", "1/0", r"\frac{1}{0}", "5%%", "1e401"],
+            *["1e999999999", "9" * 101, "1.2.3", "--5", "٣", "½", "nan", "inf", "0x10"],
+            *["1_000", ""],
+        ],
+    }.items():
+        for text in texts:
+            assert parse_number(text) == value, text
 
 
 @settings(max_examples=200, deadline=None)
@@ -168,9 +135,8 @@ def test_every_writing_of_a_number_has_its_value(number, data):
 # ---- comparison ----
 
 
-@pytest.mark.parametrize(
-    ("response", "gold", "reward"),
-    [
+def test_comparison_without_symbols(plain):
+    for response, gold, reward in (
         ("so it is 1234", "1,234", 1),
         (r"\boxed{0.5}", r"\frac{1}{2}", 1),
         (r"\boxed{50\%}", "50", 1),
@@ -185,10 +151,8 @@ def test_every_writing_of_a_number_has_its_value(number, data):
         (r"\boxed{}", "7", 0),
         ("", "7", 0),
         (r"\boxed{x^2}", "x^2+0", 0),  # symbols are not compared here
-    ],
-)
-def test_comparison_without_symbols(plain, response, gold, reward):
-    assert plain(response, gold) == reward
+    ):
+        assert plain(response, gold) == reward, response
 
 
 def test_outcomes_are_counted(plain):
@@ -213,42 +177,36 @@ def test_no_text_raises(text):
         verifier("7", text)
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="the gold answer is blank; drop the problem"):
-        MathVerifier(symbolic=False)("7", " ")
-    with pytest.raises(ValueError, match=r"tolerance=-1\.0 is outside \[0, inf\)"):
-        MathVerifier(symbolic=False, tolerance=-1.0)
+def test_bad_input(plain, refused):
+    refused("the gold answer is blank; drop the problem", plain, "7", " ")
+    negative = {"symbolic": False, "tolerance": -1.0}
+    refused(r"tolerance=-1\.0 is outside \[0, inf\)", MathVerifier, **negative)
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch, refused):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(r"'tmdjax\[math\]', or set symbolic=False", MathVerifier, error=ImportError)
+    extra = r"'tmdjax\[math\]', or set symbolic=False"
+    refused(extra, MathVerifier, error=ImportError)
 
 
 @needs_math_verify
-@pytest.mark.parametrize(
-    ("found", "gold", "same"),
-    [
+def test_symbolic_comparison(symbolic):
+    column = r"\begin{pmatrix}1\\%d\end{pmatrix}"
+    for found, gold, same in (
         (r"2\sqrt2", r"\sqrt{8}", True),
         (r"\frac{1}{\sqrt 2}", r"\frac{\sqrt{2}}{2}", True),
         ("(x+1)^2", "x^2+2x+1", True),
         ("(x+1)^2", "x^2+2x+2", False),
         (r"\{2,1\}", r"\{1,2\}", True),
         ("[3,4]", "(3,4)", False),
-        (
-            r"\begin{pmatrix}1\\2\end{pmatrix}",
-            r"\begin{pmatrix}1\\3\end{pmatrix}",
-            False,
-        ),
+        (column % 2, column % 3, False),
         ("2^{10}", "1024", True),
         (r"\frac{", "5", False),
         ("}{", "5", False),
         ("__import__('os')", "5", False),
         ("😀", "5", False),
-    ],
-)
-def test_symbolic_comparison(symbolic, found, gold, same):
-    assert symbolic(rf"\boxed{{{found}}}", gold) == same
+    ):
+        assert symbolic(rf"\boxed{{{found}}}", gold) == same, found
 
 
 @needs_math_verify
