@@ -195,8 +195,8 @@ one, losses = run(train.make_mesh(devices=jax.devices()[:1]))
 assert losses[-1] < losses[0] - 0.01, losses
 for sizes in ((2, 2, 2), (1, 2, 4)):
     state, other = run(train.make_mesh(*sizes))
-    assert_allclose(other, losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), state, one)
+    np.testing.assert_allclose(other, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, one)
     for path, ways in (
         (("blocks", "attention", "query", "kernel"), sizes[1] * sizes[2]),
         (("blocks", "mlp", "down", "kernel"), sizes[1] * sizes[2]),
