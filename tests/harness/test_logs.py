@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import io
 import json
@@ -5,7 +6,6 @@ import math
 import sys
 import time
 import types
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,42 +75,28 @@ def test_appending_goes_on_where_a_file_ends(tmp_path):
 
 
 def test_array_scalars_are_stored_exactly(tmp_path, as_shipped):
-    path = tmp_path / "metrics.jsonl"
-    step: Any = np.int64(3)
-    with MetricsLog(path) as log:
-        log.append(
-            step,
-            {
-                "f32": jnp.float32(0.1),
-                "bf16": jnp.bfloat16(0.1),
-                "i": jnp.int32(7),
-                "np": np.float32("nan"),
-            },
-        )
-    (row,) = read_rows(path)
-    assert row["step"] == 3
+    metrics = {"f32": jnp.float32(0.1), "bf16": jnp.bfloat16(0.1)}
+    metrics |= {"i": jnp.int32(7), "np": np.float32("nan")}
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.append(np.int64(3), metrics)
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["step"] == 3 and row["i"] == 7
     assert np.float32(row["f32"]) == np.float32(0.1)
     assert row["bf16"] == float(jnp.bfloat16(0.1))
-    assert row["i"] == 7
     assert math.isnan(row["np"])
 
 
-@pytest.mark.parametrize(
-    "value, what",
-    [
-        (np.zeros(3), "metric 'x' is of shape (3,); log one number"),
-        ([1.0], "metric 'x' is list"),
-        (None, "metric 'x' is NoneType"),
-        (True, "metric 'x' is bool"),
-    ],
-)
-def test_other_values_are_refused_by_name_and_leave_no_trace(tmp_path, value, what):
+def test_other_values_are_refused_by_name_and_leave_no_trace(tmp_path, refused):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        with pytest.raises(TypeError) as caught:
-            log.append(1, {"loss": 0.0, "x": value})
-        assert what in str(caught.value)
-        with pytest.raises(ValueError, match="'step' is the row's own"):
-            log.append(1, {"step": 2})
+        for value, what in (
+            (np.zeros(3), r"of shape \(3,\); log one number"),
+            ([1.0], "list"),
+            (None, "NoneType"),
+            (True, "bool"),
+        ):
+            metrics, words = {"loss": 0.0, "x": value}, f"metric 'x' is {what}"
+            refused(words, log.append, 1, metrics, error=TypeError)
+        refused("'step' is the row's own", log.append, 1, {"step": 2})
         assert log.rows() == []
 
 
@@ -144,14 +130,47 @@ def test_truncate_drops_later_rows_and_appending_goes_on(tmp_path):
         assert log.rows() == []
 
 
-@pytest.mark.parametrize("broken", ["{", "3", '{"loss": 1}', ""])
-def test_a_broken_line_within_is_named(tmp_path, broken):
+def test_a_broken_line_within_is_named(tmp_path, refused):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
-    with pytest.raises(ValueError) as caught:
-        read_rows(path)
-    assert "line 2 is not a metrics row" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for broken in ("{", "3", '{"loss": 1}', ""):
+        path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
+        refused(r"^.*line 2 is not a metrics row.*$", read_rows, path)
+
+
+def test_what_is_absent_is_named(tmp_path, monkeypatch, refused):
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, package, None)
+        words = rf"--{name} needs {package}: pip install 'tmdjax\[logging\]'"
+        given = (open_writers, [name], tmp_path, "run", {})
+        refused(words, *given, error=ImportError)
+    words = "'tensorbord' is not one of.*Did you mean"
+    refused(words, open_writers, ["tensorbord"], tmp_path, "run", {})
+
+
+class Calls:
+    """A class of a package that writes down what is called; all else is made up."""
+
+    def __init__(self, **options):
+        self.calls.append(("open", options))
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append((name, *arguments, *([options] if options else [])))
+
+        return call
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """Stands in for a module by a class; returns the list of calls."""
+
+    def stand_in(module, name):
+        double = type(name, (Calls,), {"calls": []})
+        package = types.SimpleNamespace(**{name: double})
+        monkeypatch.setitem(sys.modules, module, package)
+        return double.calls
+
+    return stand_in
 
 
 def test_timings_are_set_apart():
@@ -176,32 +195,8 @@ def test_csv_columns_are_the_union_in_order_of_appearance(tmp_path):
     assert path.read_text() == 'step,b,a\n1,0.5,\n2,3,"x,y"\n'
 
 
-def test_tensorboard_absent_names_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(
-        ImportError, match=r"needs tensorboardX: pip install 'tmdjax\[logging\]'"
-    ):
-        open_writers(["tensorboard"], tmp_path, "run", {})
-
-
-def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, **options):
-            calls.append(("open", options))
-
-        def add_scalar(self, *arguments):
-            calls.append(("scalar", *arguments))
-
-        def add_text(self, *arguments):
-            calls.append(("text", *arguments))
-
-        def close(self):
-            calls.append(("close",))
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, package):
+    calls = package("tensorboardX", "SummaryWriter")
     writers = open_writers(["tensorboard"], tmp_path, "run", {})
     with MetricsLog(tmp_path / "metrics.jsonl", writers=writers) as log:
         log.append(4, {"loss": 0.5, "note": "x"})
@@ -209,32 +204,16 @@ def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, monkey
     folder = str(tmp_path)
     assert calls == [
         ("open", {"logdir": folder}),
-        ("scalar", "loss", 0.5, 4),
-        ("text", "note", "x", 4),
+        ("add_scalar", "loss", 0.5, 4),
+        ("add_text", "note", "x", 4),
         ("close",),
         ("open", {"logdir": folder, "purge_step": 4}),
         ("close",),
     ]
 
 
-def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
-    calls = []
-
-    class Started:
-        def __init__(self, **options):
-            calls.append(("init", options))
-
-        def define_metric(self, *arguments, **options):
-            calls.append(("define", *arguments, options))
-
-        def log(self, values):
-            calls.append(("log", values))
-
-        def finish(self, exit_code):
-            calls.append(("finish", exit_code))
-
-    module = types.SimpleNamespace(init=Started)
-    monkeypatch.setitem(sys.modules, "wandb", module)
+def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, package, monkeypatch):
+    calls = package("wandb", "init")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     path = tmp_path / "a" / "metrics.jsonl"
     for step in (4, 5):  # a run that was stopped, and its going on
@@ -243,56 +222,38 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
             log.truncate(4)
             log.append(step, {"loss": 0.5})
     open_writers(["wandb"], tmp_path / "b", "train-2", {})
-    starts = [call[1] for call in calls if call[0] == "init"]
+    starts = [call[1] for call in calls if call[0] == "open"]
     first, again, other = (s["id"] for s in starts)
     assert first == again != other and starts[0]["config"] == {"lr": 0.1}
-    assert {s["project"] for s in starts} == {"tmdjax"}
+    assert {(s["project"], s["resume"]) for s in starts} == {("tmdjax", "allow")}
     assert [s["name"] for s in starts] == ["train-1", "train-1", "train-2"]
-    assert {s["resume"] for s in starts} == {"allow"}
-    assert [c[1] for c in calls if c[0] == "log"] == [
-        {"step": 4, "loss": 0.5},
-        {"step": 5, "loss": 0.5},
-    ]
-    assert ("define", "*", {"step_metric": "step"}) in calls
-    assert [call[1] for call in calls if call[0] == "finish"] == [0, 0]
+    logged = [call[1] for call in calls if call[0] == "log"]
+    assert logged == [{"step": step, "loss": 0.5} for step in (4, 5)]
+    assert ("define_metric", "*", {"step_metric": "step"}) in calls
+    assert [c for c in calls if c[0] == "finish"] == [("finish", {"exit_code": 0})] * 2
     with pytest.raises(ZeroDivisionError):
         with MetricsLog(path, writers=open_writers(["wandb"], path.parent, "x", {})):
             raise ZeroDivisionError
-    assert calls[-1] == ("finish", 1)
-
-
-def test_writers_by_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ImportError, match=r"--wandb needs wandb: pip install 'tmdjax\[logging\]'"
-    ):
-        open_writers(["wandb"], tmp_path, "run", {})
-    with pytest.raises(ValueError, match="'tensorbord' is not one of.*Did you mean"):
-        open_writers(["tensorbord"], tmp_path, "run", {})
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
+    assert calls[-1] == ("finish", {"exit_code": 1})
 
 
 def plain(**options):
-    clock, out = Clock(), io.StringIO()
-    console = Console(file=out, force_terminal=False, width=40)
-    return Progress("train", console=console, clock=clock, **options), clock, out
+    clock, out = types.SimpleNamespace(now=100.0), io.StringIO()
+    options["console"] = Console(file=out, force_terminal=False, width=40)
+    return Progress("train", clock=lambda: clock.now, **options), clock, out
 
 
-def terminal(out):
-    return Console(
+def terminal(name):
+    clock, out = types.SimpleNamespace(now=100.0), io.StringIO()
+    console = Console(
         file=out,
         force_terminal=True,
         color_system=None,
         width=120,
         _environ={"TERM": "xterm"},
     )
+    progress = Progress(name, 10, console=console, clock=lambda: clock.now)
+    return progress, clock, out
 
 
 def test_plain_lines_first_at_intervals_and_last():
@@ -309,20 +270,17 @@ def test_plain_lines_first_at_intervals_and_last():
 
 
 def test_the_last_line_comes_once_and_after_an_error_too():
-    progress, _, out = plain()
-    with progress:
-        progress.update(1)
-    assert out.getvalue() == "[train]  step 1\n"
-    progress, _, out = plain()
-    with pytest.raises(RuntimeError), progress:
-        progress.update(1)
-        progress.update(2)
-        raise RuntimeError
-    assert out.getvalue().splitlines() == ["[train]  step 1", "[train]  step 2"]
-    progress, _, out = plain()
-    with progress:
-        pass
-    assert out.getvalue() == ""
+    for steps in ((), (1,), (1, 2)):
+        progress, _, out = plain()
+        fails = len(steps) > 1
+        ending = pytest.raises(RuntimeError) if fails else contextlib.nullcontext()
+        with ending, progress:
+            for step in steps:
+                progress.update(step)
+            if fails:
+                raise RuntimeError
+        lines = [f"[train]  step {step}" for step in steps]
+        assert out.getvalue().splitlines() == lines
 
 
 def test_rate_and_eta_of_a_resumed_stage_start_at_its_first_step():
@@ -347,16 +305,16 @@ def test_text_is_printed_as_it_is_in_both_modes():
     with progress:
         progress.say(text)
     assert out.getvalue() == text + "\n"
-    out = io.StringIO()
-    with Progress("train", 10, console=terminal(out)) as progress:
+    progress, _, out = terminal("train")
+    with progress:
         progress.update(3, {"loss": 0.25})
         progress.say(text)
     assert text in out.getvalue()
 
 
 def test_live_display_shows_stage_step_and_metrics():
-    out, clock = io.StringIO(), Clock()
-    with Progress("distil", 10, console=terminal(out), clock=clock) as progress:
+    progress, clock, out = terminal("distil")
+    with progress:
         progress.update(1)
         clock.now += 2
         progress.update(5, {"loss": 0.25})
@@ -392,12 +350,8 @@ def test_a_metric_still_on_its_way_is_not_waited_for():
         loss.deleted = True
         progress.update(3, {"loss": loss})
         progress.update(4, {"loss": jnp.float32(2).block_until_ready()})
-    assert out.getvalue().splitlines() == [
-        "[train]  step 1",
-        "[train]  step 2  loss 0.5",
-        "[train]  step 3",
-        "[train]  step 4  loss 2",
-    ]
+    shown = ["step 1", "step 2  loss 0.5", "step 3", "step 4  loss 2"]
+    assert out.getvalue().splitlines() == [f"[train]  {line}" for line in shown]
 
 
 def test_an_update_that_draws_nothing_is_cheap():
@@ -414,9 +368,7 @@ def test_an_update_that_draws_nothing_is_cheap():
     assert best < 20e-6
 
 
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
+def test_durations():
+    seconds = (0, 59.4, 59.6, 200, 3720)
+    found = [format_duration(s) for s in seconds]
+    assert found == ["0s", "59s", "1m00s", "3m20s", "1h02m"]
