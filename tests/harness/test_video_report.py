@@ -27,6 +27,13 @@ def frames_of(path):
         return np.stack(frames), picture.info
 
 
+def places_of(bare, frames):
+    """Columns at which the bare pictures stand in frames, below their labels."""
+    top, width = frames.shape[1] - bare.shape[1], bare.shape[2]
+    columns = range(frames.shape[2] - width + 1)
+    return [x for x in columns if (frames[:, top:, x : x + width] == bare).all()]
+
+
 def test_a_row_is_a_video_with_its_frames_side_by_side(tmp_path):
     path = video_strips(VIDEOS, tmp_path / "a" / "strips.png", scale=2)
     grid = sheet(path)
@@ -50,14 +57,10 @@ def test_models_stand_beside_each_other_under_their_names(tmp_path):
     grid = sheet(path)
     top = grid.shape[0] - bare.shape[0]
     dark = (grid < 128).all(-1)
-    # Find the first strip: it is the only place where the bare sheet fits.
-    places = [
-        x
-        for x in range(grid.shape[1] - bare.shape[1] + 1)
-        if (grid[top:, x : x + bare.shape[1]] == bare).all()
-    ]
-    assert len(places) == 1 and top > 0
-    left, right = places[0], places[0] + bare.shape[1]
+    # The first strip is the only place where the bare sheet fits.
+    (left,) = places_of(bare[None], grid[None])
+    right = left + bare.shape[1]
+    assert top > 0
     assert dark[:top, left:right].any() and dark[:top, right:].any()
     step = bare.shape[0] // 3
     assert dark[top : top + step, :left].any()
@@ -82,13 +85,9 @@ def test_an_animation_plays_every_frame_in_its_colours(tmp_path):
 
 
 def test_an_animation_of_many_colours_is_close(tmp_path):
-    smooth = np.linspace(-1, 1, 40)
-    videos = np.stack(
-        np.broadcast_arrays(
-            smooth[:, None], smooth[None], np.linspace(-1, 1, 3)[:, None, None]
-        ),
-        -1,
-    )[None]
+    smooth, blue = np.linspace(-1, 1, 40), np.linspace(-1, 1, 3)[:, None, None]
+    colours = np.broadcast_arrays(smooth[:, None], smooth[None], blue)
+    videos = np.stack(colours, -1)[None]
     frames, _ = frames_of(animation(videos, tmp_path / "many.gif", scale=1))
     exact = np.rint((videos[0] + 1) * 127.5)
     assert frames.shape == exact.shape
@@ -101,64 +100,45 @@ def test_animations_show_models_with_labels(tmp_path):
     path = animation(models, tmp_path / "m.gif", row_labels=["a", "b", "c"], scale=8)
     frames, _ = frames_of(path)
     bare, _ = frames_of(animation(flat, tmp_path / "b.gif", scale=8))
-    assert len(frames) == len(bare) == 4
-    top = frames.shape[1] - bare.shape[1]
-    width = bare.shape[2]
-    lefts = [
-        x
-        for x in range(frames.shape[2] - width + 1)
-        if (frames[:, top:, x : x + width] == bare).all()
-    ]
-    assert len(lefts) == 1
-    student = frames[:, top:, -width:]
-    inside = (slice(None), slice(0, 16))
-    np.testing.assert_array_equal(student[inside], 255 - bare[inside])
+    assert len(frames) == len(bare) == 4 and len(places_of(bare, frames)) == 1
+    top, width = frames.shape[1] - bare.shape[1], bare.shape[2]
+    student = frames[:, top : top + 16, -width:]
+    np.testing.assert_array_equal(student, 255 - bare[:, :16])
 
 
 def test_grey_videos(tmp_path):
     grey = VIDEOS[..., :1]
     grid = sheet(video_strips(grey, tmp_path / "grey.png", scale=1))
-    np.testing.assert_array_equal(grid[:2, :5], BYTES[0, 0, ..., [0, 0, 0]].transpose(1, 2, 0))  # fmt: skip
+    np.testing.assert_array_equal(grid[:2, :5], BYTES[0, 0, ..., :1].repeat(3, -1))
     assert len(frames_of(animation(grey, tmp_path / "grey.gif"))[0]) == 4
 
 
 def test_a_report_embeds_an_animation_as_one(tmp_path):
     path = animation(VIDEOS, tmp_path / "a.gif")
-    page = write_report(
-        tmp_path / "report.html",
-        title="t",
-        command="c",
-        environment={},
-        figures=[("moving", path)],
-    ).read_text()
+    given = {"title": "t", "command": "c", "environment": {}}
+    given["figures"] = [("moving", path)]
+    page = write_report(tmp_path / "report.html", **given).read_text()
     data = base64.b64encode(path.read_bytes()).decode()
     assert f"data:image/gif;base64,{data}" in page
 
 
-@pytest.mark.parametrize(
-    "videos, options, message",
-    [
-        (VIDEOS[0], {}, r"videos has shape \(4, 2, 5, 3\); give \[n, frame"),
-        (VIDEOS[:0], {}, "n >= 1"),
-        (VIDEOS[..., :2], {}, "1 or 3 channels"),
-        ({}, {}, "videos is empty"),
-        ({"a": VIDEOS, "b": VIDEOS[:2]}, {}, r"videos\['b'\] has shape .* same number"),
-        ({"a": VIDEOS * np.nan}, {}, r"videos\['a'\] has 360 non-finite"),
-        (VIDEOS, {"row_labels": ["a"]}, "1 row labels for 3 rows"),
-        (VIDEOS, {"scale": 0}, "scale=0 must be at least 1"),
-    ],
-)
 @pytest.mark.parametrize("write", [video_strips, animation])
-def test_bad_input(tmp_path, write, videos, options, message):
-    with pytest.raises(ValueError, match=message):
-        write(videos, tmp_path / "x", **options)
-    assert not (tmp_path / "x").exists()
+def test_bad_input(tmp_path, write, refused):
+    path = tmp_path / "x"
+    words = r"videos has shape \(4, 2, 5, 3\); give \[n, frame"
+    refused(words, write, VIDEOS[0], path)
+    refused("n >= 1", write, VIDEOS[:0], path)
+    refused("1 or 3 channels", write, VIDEOS[..., :2], path)
+    refused("videos is empty", write, {}, path)
+    words = r"videos\['b'\] has shape .* same number"
+    refused(words, write, {"a": VIDEOS, "b": VIDEOS[:2]}, path)
+    refused(r"videos\['a'\] has 360 non-finite", write, {"a": VIDEOS * np.nan}, path)
+    refused("1 row labels for 3 rows", write, VIDEOS, path, row_labels=["a"])
+    refused("scale=0 must be at least 1", write, VIDEOS, path, scale=0)
+    assert not path.exists()
 
 
-def test_bad_options(tmp_path):
-    with pytest.raises(ValueError, match="every=0"):
-        video_strips(VIDEOS, tmp_path / "x.png", every=0)
-    with pytest.raises(ValueError, match="columns=0"):
-        animation(VIDEOS, tmp_path / "x.gif", columns=0)
-    with pytest.raises(ValueError, match=r"fps=0 is outside \(0, 50\]"):
-        animation(VIDEOS, tmp_path / "x.gif", fps=0)
+def test_bad_options(tmp_path, refused):
+    refused("every=0", video_strips, VIDEOS, tmp_path / "x.png", every=0)
+    refused("columns=0", animation, VIDEOS, tmp_path / "x.gif", columns=0)
+    refused(r"fps=0 is outside \(0, 50\]", animation, VIDEOS, tmp_path / "x.gif", fps=0)
