@@ -23,3 +23,16 @@ def smoke_of(tmp_path_factory):
         return workdir
 
     return find
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """``ran(experiment, config)``: the metrics of a run in ``tmp_path / "run"``."""
+
+    def metrics(experiment, config, **options):
+        given = {"command": "test", "tier": "smoke", "workdir": tmp_path / "run"}
+        outcome = run.run(experiment, config, run.Options(**given, **options))
+        assert outcome.code == 0
+        return outcome.summary and outcome.summary["metrics"]
+
+    return metrics

@@ -1,15 +1,13 @@
 """RL on flow models as experiments: every stage, tasks, resuming, refusals."""
 
-import importlib.util
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tmdjax
-from experiments import alignment, alignment_tasks, flow_grpo, run
+from experiments import alignment, alignment_tasks, flow_grpo
+from tmdjax.data import rendered_text
 from tmdjax.harness import load_config
 
 TINY_SHAPES = (
@@ -21,15 +19,6 @@ TINY_SHAPES = (
 ).split()
 
 
-def skip_without_a_reader():
-    if not all(map(importlib.util.find_spec, ("onnxruntime", "rapidocr_onnxruntime"))):
-        pytest.skip("pip install 'tmdjax[ocr]'")
-
-
-def summary_of(workdir):
-    return json.loads((workdir / "summary.json").read_text())
-
-
 def shapes_config(*changes, arm="flow_grpo"):
     config = load_config("configs/flow_grpo.py:cpu", [*TINY_SHAPES, *changes])
     with config.unlocked():
@@ -39,12 +28,9 @@ def shapes_config(*changes, arm="flow_grpo"):
 
 
 @pytest.mark.slow
-def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path):
-    config = shapes_config()
-    workdir = tmp_path / "run"
-    options = run.Options(command="test", tier="cpu", workdir=workdir)
-    assert run.run(flow_grpo, config, options).code == 0
-    found = summary_of(workdir)["metrics"]
+def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path, ran):
+    config, workdir = shapes_config(), tmp_path / "run"
+    found = ran(flow_grpo, config)
     assert found["flow_grpo/first_ratio_error"] < 1e-5
     assert 0 <= found["flow_grpo/aligned.held_out.strict"] <= 1
     assert (workdir / "figures" / "samples.png").stat().st_size > 1000
@@ -61,24 +47,22 @@ def test_held_out_prompts_are_in_no_training_set():
 
     def meanings(prompts):
         names = ("count", "colour", "shape", "relation")
-        rows = np.concatenate(
-            [np.asarray(prompts[n]).reshape(len(prompts["ids"]), -1) for n in names], 1
-        )
-        return {tuple(row) for row in rows}
+        columns = [
+            np.asarray(prompts[n]).reshape(len(prompts["ids"]), -1) for n in names
+        ]
+        return {tuple(row) for row in np.concatenate(columns, 1)}
 
     assert not meanings(task.prompts) & meanings(task.held_out)
     assert len(meanings(task.prompts)) == 16
 
 
 def test_words_are_read_by_the_real_model():
-    skip_without_a_reader()
-    from tmdjax.data import rendered_text
-
+    for package in ("onnxruntime", "rapidocr_onnxruntime"):
+        pytest.importorskip(package, reason="needs tmdjax[ocr]")
     config = shapes_config()
     with config.unlocked():
-        config.task = {
-            "name": "words", "size": 48, "prompts": 4, "held_out": 2, "timeout": 60.0,
-        }  # fmt: skip
+        config.task = {"name": "words", "size": 48, "prompts": 4, "held_out": 2}
+        config.task.timeout = 60.0
     task = alignment_tasks.build(config)
     words = rendered_text.decode(task.prompts["ids"])
     images = rendered_text.render(words, jax.random.split(jax.random.key(0), 4), 48)
@@ -87,13 +71,11 @@ def test_words_are_read_by_the_real_model():
     assert set(task.measure(images, task.prompts)) == {"score", "exact"}
 
 
-def test_bad_inputs():
-    with pytest.raises(ValueError, match="Did you mean 'dance_grpo'"):
-        config = shapes_config()
-        with config.unlocked():
-            config.arms.flow_grpo.method = "dance_grp"
-        alignment.describe(config)
-    with pytest.raises(ValueError, match="rl.updates=0"):
-        alignment.describe(shapes_config("rl.updates=0"))
-    with pytest.raises(ValueError, match="does not divide|do not divide"):
-        alignment.describe(shapes_config("rl.prompts=4", "rl.chunks=3"))
+def test_bad_inputs(refused):
+    config = shapes_config()
+    with config.unlocked():
+        config.arms.flow_grpo.method = "dance_grp"
+    refused("Did you mean 'dance_grpo'", alignment.describe, config)
+    refused("rl.updates=0", alignment.describe, shapes_config("rl.updates=0"))
+    config = shapes_config("rl.prompts=4", "rl.chunks=3")
+    refused("does not divide|do not divide", alignment.describe, config)
