@@ -5,13 +5,9 @@ a third of the time. What looks at rounding, memory or the compiled program itse
 stands in ``tests/optimised`` and runs in processes of its own, as users compile.
 """
 
-import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 OPTIMISED = any("optimised" in argument for argument in sys.argv[1:])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -98,46 +94,6 @@ def run_python():
         if check and done.returncode:
             raise AssertionError(done.stdout + done.stderr)
         return done if not check else done.stdout
-
-    return run
-
-
-@pytest.fixture
-def killed_and_resumed(tmp_path):
-    """Runs a script whose argument is a workdir: left alone, and killed in the middle.
-
-    ``run(code, checkpoint)`` kills the second process by SIGKILL once a file matches
-    ``checkpoint`` under its folder, starts it again, and returns both metrics.
-    """
-
-    def run(code: str, checkpoint: str) -> tuple[dict, dict]:
-        def start(workdir):
-            return subprocess.Popen(
-                [sys.executable, "-c", code, str(workdir)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            )
-
-        whole, killed = tmp_path / "a" / "run", tmp_path / "b" / "run"
-        left_alone, process = start(whole), start(killed)
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "b").glob(checkpoint)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        again = start(killed)
-        for finishing in (left_alone, again):
-            out, _ = finishing.communicate(timeout=240)
-            assert finishing.returncode == 0, out
-        return tuple(
-            json.loads((workdir / "summary.json").read_text())["metrics"]
-            for workdir in (whole, killed)
-        )
 
     return run
 

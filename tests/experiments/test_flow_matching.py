@@ -2,12 +2,8 @@
 
 import functools
 import json
-import os
 import runpy
-import signal
-import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -17,7 +13,6 @@ from experiments import flow_matching, image_quality, run
 from experiments import report as report_command
 from tmdjax import data, flows, models, train
 from tmdjax.harness import ConfigError, load_config
-from tmdjax.harness.logs import read_rows, without_timings
 
 CONFIG = "configs/flow_matching.py"
 SMOKE = f"--config={CONFIG}:smoke"
@@ -32,15 +27,13 @@ def two_seeds(tmp_path_factory):
 
 @pytest.mark.slow
 def test_same_seed_same_numbers_other_seed_others(smoke_of, two_seeds):
-    smoke = smoke_of("flow_matching")
-    units = [
+    smoke, distance = smoke_of("flow_matching"), "euler4.sliced_wasserstein"
+    first, again, other = (
         json.loads((w / "units" / f"main-seed{s}.json").read_text())["unit"]["metrics"]
         for w, s in ((smoke, 0), (two_seeds, 0), (two_seeds, 1))
-    ]
-    assert units[0] == units[1]
-    assert (
-        units[0]["euler4.sliced_wasserstein"] != units[2]["euler4.sliced_wasserstein"]
     )
+    assert first == again
+    assert first[distance] != other[distance]
 
 
 def test_recorded_command_pastes():
@@ -51,22 +44,14 @@ def test_recorded_command_pastes():
 
 @pytest.mark.slow
 def test_shards_merge_to_the_whole(two_seeds, tmp_path, capsys):
-    for i in range(2):
-        shard = f"--workdir={tmp_path / f's{i}'}"
+    parts = [tmp_path / "s0", tmp_path / "s1"]
+    for i, part in enumerate(parts):
         # a cache each, as on two machines: the shared net must come out the same
-        own = f"--cache={tmp_path / f'c{i}'}"
-        run.main([SMOKE, "--seeds=0..1", f"--shard={i}/2", shard, own])
+        own = [f"--workdir={part}", f"--cache={tmp_path / f'c{i}'}"]
+        run.main([SMOKE, "--seeds=0..1", f"--shard={i}/2", *own])
     results = tmp_path / "results"
-    report_command.main(
-        [
-            "--merge",
-            str(tmp_path / "s0"),
-            str(tmp_path / "s1"),
-            "--record",
-            "--results",
-            str(results),
-        ]
-    )
+    merge = ["--merge", *map(str, parts), "--record", "--results", str(results)]
+    report_command.main(merge)
     merged = json.loads((results / "flow_matching" / "smoke.json").read_text())
     summary = json.loads((two_seeds / "summary.json").read_text())
     assert merged["metrics"] == summary["metrics"]
@@ -100,17 +85,13 @@ def test_training_and_sampling_lower_for_accelerators(training):
     both = ("cuda", "tpu")
     exported = jax.export.export(jax.jit(step), platforms=both)(state, batch, key)
     assert exported.platforms == both
-    module = models.build(flow_matching.model_spec(config))
-    apply_fn = models.functional(module)
-    table = flows.make_table("ode", flows.uniform_grid(4))
+    apply_fn = models.functional(models.build(flow_matching.model_spec(config)))
+    grid, null = flows.uniform_grid(4), config.data.num_classes
 
     def sample(params, noise, labels):
-        velocity = flows.classifier_free_guidance(
-            functools.partial(apply_fn, params), 2.0, config.data.num_classes
-        )
-        return flows.rollout(
-            None, velocity, noise, table, labels, method="heun", store=False
-        )
+        velocity = functools.partial(apply_fn, params)
+        guided = flows.classifier_free_guidance(velocity, 2.0, null)
+        return flows.endpoints(guided, noise, grid, labels, method="heun")
 
     exported = jax.export.export(jax.jit(sample), platforms=both)(
         state.params, batch["image"], batch["label"]
@@ -157,76 +138,13 @@ def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
-@pytest.mark.slow
-def test_sigkill_at_any_moment_and_the_same_command(tmp_path):
-    """Kills the run, wherever it is, and compares every metric column."""
-    flags = ["--config.train.steps=300", "--seeds=3"]
-    command = [sys.executable, "-m", "experiments.run", SMOKE, *flags]
-
-    def start(workdir):
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-
-    def rows(workdir):
-        return without_timings(read_rows(workdir / "metrics.jsonl"))
-
-    whole = start(tmp_path / "a" / "run")
-    began = time.monotonic()
-    assert whole.wait(timeout=280) == 0, whole.stdout.read()
-    took = time.monotonic() - began
-    wait = np.random.default_rng().uniform(0.2, 0.9) * took
-    print(f"killed after {wait} s of {took} s")
-    process = start(tmp_path / "b" / "run")
-    time.sleep(wait)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    last = start(tmp_path / "b" / "run")
-    assert last.wait(timeout=280) == 0, last.stdout.read()
-    assert rows(tmp_path / "a" / "run") == rows(tmp_path / "b" / "run")
-    a, b = (
-        json.loads((tmp_path / x / "run" / "summary.json").read_text()) for x in "ab"
-    )
-    assert a["metrics"] == b["metrics"]
-
-
-def test_nan_in_the_data_stops_before_training():
-    loaded = data.load("sprites", size=8, train_count=64, test_count=64)
-    loaded.train["image"][3, 1, 2, 0] = np.nan
-    with pytest.raises(ValueError, match=r"train\['image'\].*index \(3, 1, 2, 0\)"):
-        data.Dataset(
-            name="sprites", train=loaded.train, test=loaded.test, num_classes=8
-        )
-
-
-def test_absent_data_package_names_its_command(tmp_path, monkeypatch):
-    import dataclasses
-
-    absent = dataclasses.replace(data.SOURCES["digits"], roots=lambda: [])
-    monkeypatch.setitem(data.SOURCES._entries, "digits", absent)
-    with pytest.raises(FileNotFoundError, match=r"pip install 'tmdjax\[demo\]'"):
-        run.main([f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"])
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], r"give --config=configs/<system>.py:<tier>"),
         ([f"--config={CONFIG}"], "names no tier"),
-        ([f"--config={CONFIG}:gpo"], "no tier 'gpo'.*Did you mean 'gpu'"),
-        (
-            ["--config=configs/flow_machin.py:cpu"],
-            "Did you mean 'configs/flow_matching",
-        ),
+        (["--config=configs/flow_machin.py:cpu"], "Did you mean 'configs/flow_mat"),
         ([SMOKE, "--config.model.hiden=3"], "Did you mean 'model.hidden'"),
-        ([SMOKE, "--config.model.hidden=3.5"], "expects a whole number, got '3.5'"),
-        ([SMOKE, "--config.sample.euler_nfe=(2,x)"], "a whole number at position 1"),
-        ([SMOKE, "--config.sample.euler_nfe=(2,4,8)"], r"2 value\(s\) in brackets"),
-        ([SMOKE, "--config.train=3"], "is a group of settings"),
         ([SMOKE, "--config.train.steps", "5"], "--config.train.steps=<value>"),
         ([SMOKE, "--sedes=3"], "unknown argument '--sedes'. Did you mean '--seeds'"),
         ([SMOKE, "--seeds=4..1"], "is not like 0..4"),
@@ -278,10 +196,11 @@ def test_one_line_at_the_shell(command, arguments, what, monkeypatch):
     assert said.count("\n") == 1 and what in said and "Traceback" not in said
 
 
-def test_a_claim_about_what_is_not_measured_stops_at_once(tmp_path):
+def test_a_claim_about_what_is_not_measured_stops_at_once(tmp_path, refused):
     command = [f"--config={CONFIG}:cpu", f"--workdir={tmp_path / 'run'}"]
-    with pytest.raises(ConfigError, match="claim 'F4' is about 'heun8.frechet'"):
-        run.main([*command, "--config.sample.heun_nfe=(4,6,16)"])
+    command.append("--config.sample.heun_nfe=(4,6,16)")
+    words = "claim 'F4' is about 'heun8.frechet'"
+    refused(words, run.main, command, error=ConfigError)
 
 
 def test_real_set_has_the_classes_asked_for():

@@ -36,14 +36,14 @@ def test_what_does_not_fit(capsys):
     assert "The smallest mesh that fits is data=1 x fsdp=2 x tensor=1" in out
 
 
-def test_bad_inputs():
-    with pytest.raises(ConfigError, match="boss.py names no step to plan"):
-        plan.main(["--config=configs/boss.py:smoke"])
-    with pytest.raises(ConfigError, match="'fdsp=8' is not like data=1,fsdp=8"):
-        plan.main([PAPER, "--mesh=fdsp=8"])
-    with pytest.raises(ValueError, match="unknown device 'h10'"):
-        plan.main([PAPER, "--device=h10"])
-    with pytest.raises(ConfigError, match="unknown argument '--devices'. Did you"):
-        plan.main([PAPER, "--devices=h100"])
-    with pytest.raises(ConfigError, match="give --config"):
-        plan.main([])
+def test_bad_inputs(refused):
+    def plan_refused(words, *arguments, error=ConfigError):
+        refused(words, plan.main, [*arguments], error=error)
+
+    smoke = "--config=configs/boss.py:smoke"
+    plan_refused("boss.py names no step to plan", smoke)
+    plan_refused("'fdsp=8' is not like data=1,fsdp=8", PAPER, "--mesh=fdsp=8")
+    plan_refused("unknown device 'h10'", PAPER, "--device=h10", error=ValueError)
+    words = "unknown argument '--devices'. Did you"
+    plan_refused(words, PAPER, "--devices=h100")
+    plan_refused("give --config")

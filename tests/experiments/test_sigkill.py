@@ -1,6 +1,16 @@
 """A run killed in the middle ends as one that was left alone (make nightly)."""
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
+
+from tmdjax.harness.logs import read_rows
 
 SCRIPT = """
 import functools, importlib, pathlib, sys
@@ -20,6 +30,39 @@ experiment = importlib.import_module("experiments.SYSTEM")
 sys.exit(run.run(experiment, config, options).code)
 """
 CLOCKS = ("seconds", "seconds_per_iteration", "reward_at_time")
+STEPS = "checkpoints/*/manifest.json"
+
+
+def left_alone_and_killed(code, checkpoint, folder):
+    """Runs a script whose argument is a workdir, twice; the two workdirs.
+
+    The second process is killed by SIGKILL a moment after a file matches ``checkpoint``
+    under its folder, and started again.
+    """
+
+    def start(workdir):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(workdir)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+
+    whole, killed = folder / "a" / "run", folder / "b" / "run"
+    left_alone, process = start(whole), start(killed)
+    deadline = time.monotonic() + 120
+    while not list((folder / "b").glob(checkpoint)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    for finishing in (left_alone, start(killed)):
+        out, _ = finishing.communicate(timeout=240)
+        assert finishing.returncode == 0, out
+    return whole, killed
 
 
 @pytest.mark.slow
@@ -27,28 +70,37 @@ CLOCKS = ("seconds", "seconds_per_iteration", "reward_at_time")
     "system, arm, changes, killed_at",
     [
         ("boss", None, [], "stages/distill4-*"),
+        ("flow_matching", None, ["train.steps=300"], f"stages/train-*/{STEPS}"),
         (
             "branchgrpo",
             "branch_depth",
             ["rl.iterations=100"],
-            "stages/align-*/checkpoints/*/manifest.json",
+            f"stages/align-*/{STEPS}",
         ),
         (
             "policyflow",
             "policyflow",
             ["train.envs=16", "train.iterations=400", "train.iterations_per_call=2"],
-            "stages/train-*/checkpoints/*/manifest.json",
+            f"stages/train-*/{STEPS}",
         ),
         (
             "tmd",
             "tmd",
             ["distill.cycles=40", "distill.adversarial_weight=0.03"],
-            "stages/distill-*/checkpoints/*/manifest.json",
+            f"stages/distill-*/{STEPS}",
         ),
     ],
 )
-def test_killed_and_resumed(system, arm, changes, killed_at, killed_and_resumed):
+def test_killed_and_resumed(system, arm, changes, killed_at, tmp_path):
     code = SCRIPT.replace("SYSTEM", system).replace("ARM", repr(arm))
-    found = killed_and_resumed(code.replace("CHANGES", repr(changes)), killed_at)
-    a, b = ({k: v for k, v in x.items() if not k.endswith(CLOCKS)} for x in found)
-    assert a == b and len(a) > 8
+    code = code.replace("CHANGES", repr(changes))
+    found = []
+    for workdir in left_alone_and_killed(code, killed_at, tmp_path):
+        metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
+        rows = [metrics, *read_rows(workdir / "metrics.jsonl")]
+        found.append([{k: v for k, v in row.items() if not timed(k)} for row in rows])
+    assert found[0] == found[1] and len(found[0][0]) > 8
+
+
+def timed(name):
+    return name.endswith(CLOCKS) or name.startswith("time/")
