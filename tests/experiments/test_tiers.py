@@ -15,13 +15,8 @@ TIERS = [
     for tier in load_module(path).TIERS
 ]
 # smokes are run by .ci/run; these take seconds to trace
-DEAR = (
-    "branchgrpo.py:paper",
-    "boss.py:gpu",
-    "boss.py:paper",
-    "policyflow.py:paper",
-    "tmd.py:paper",
-)
+PAPERS = [f"{name}.py:paper" for name in ("branchgrpo", "boss", "policyflow", "tmd")]
+DEAR = ("boss.py:gpu", *PAPERS)
 BUILT = [
     pytest.param(spec, marks=[pytest.mark.nightly] * spec.endswith(DEAR))
     for spec in TIERS

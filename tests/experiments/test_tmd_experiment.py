@@ -1,14 +1,13 @@
 """The TMD experiment: every kind of student, resuming, the model it hands out."""
 
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 
 import tmdjax
-from experiments import run, tmd, video_memory, video_samples, video_students
+from experiments import tmd, video_memory, video_samples, video_students
 from experiments import video_tasks as tasks
 from tmdjax import models
 from tmdjax.harness import load_config
@@ -33,15 +32,6 @@ def tiny(arms, *changes):
     return config
 
 
-def ran(config, workdir, **options):
-    given = run.Options(command="test", tier="smoke", workdir=workdir, **options)
-    return run.run(tmd, config, given)
-
-
-def summary_of(workdir):
-    return json.loads((workdir / "summary.json").read_text())
-
-
 ONE = {"tmd": {"kind": "tmd"}}
 
 
@@ -50,11 +40,12 @@ def test_operations_are_those_of_the_effective_evaluations():
     """C7: what NFE leaves out here is a fusion a head, and two embeddings."""
     config = tmd.of_arm(tiny(ONE, "model.depth=12", "student.head_blocks=2"), "tmd")
     module = models.build(video_students.student_spec(config))
-    params = jax.eval_shape(
-        functools.partial(tasks.initial_params, config, module),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
+    initial = functools.partial(tasks.initial_params, config, module)
+    params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
     assert 1 < video_samples.cost(config, params)["cost_over_nfe"] < 1.12
+
+
+TRAINED = ("teacher.exact=False", "distill.features=teacher")
 
 
 KINDS = {
@@ -69,16 +60,10 @@ KINDS = {
 
 
 @pytest.mark.slow
-def test_every_kind_of_student(tmp_path):
+def test_every_kind_of_student(tmp_path, ran):
     """With a trained teacher, whose features the adversary reads, and microbatches."""
-    config = tiny(
-        KINDS,
-        "teacher.exact=False",
-        "distill.features=teacher",
-        "distill.microbatches=2",
-    )
-    assert ran(config, tmp_path / "run").code == 0
-    found = summary_of(tmp_path / "run")["metrics"]
+    config = tiny(KINDS, *TRAINED, "distill.microbatches=2")
+    found = ran(tmd, config)
     assert tmd.measures(config) <= found.keys()
     for arm in KINDS:
         assert np.isfinite(found[f"{arm}/sliced_wasserstein"])
@@ -109,19 +94,9 @@ def test_stages_depend_on_what_they_read():
     assert hashes(student, "model.depth=4")["teacher"] != base["teacher"]
 
 
-def steps_of(*changes):
-    """The updates of the TMD student, with the shapes of their arguments."""
-    given = ("teacher.exact=False", "distill.features=teacher", *changes)
-    config = tmd.of_arm(tiny(ONE, *given), "tmd")
-    return {
-        name: (step, shapes)
-        for name, (step, shapes, _) in video_memory.updates(config).items()
-    }
-
-
 def test_updates_lower_for_accelerators():
-    both = ("cuda", "tpu")
-    for step, shapes in steps_of().values():
+    both, config = ("cuda", "tpu"), tmd.of_arm(tiny(ONE, *TRAINED), "tmd")
+    for step, shapes, _ in video_memory.updates(config).values():
         exported = jax.export.export(jax.jit(step), platforms=both)(*shapes)
         assert exported.platforms == both
 
@@ -178,7 +153,7 @@ def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
-def test_paper_tier_is_wan():
+def test_paper_tier_is_wan(refused):
     config = load_config(f"{CONFIG}:paper")
     with config.unlocked():
         config.mesh = {}
@@ -187,53 +162,44 @@ def test_paper_tier_is_wan():
     assert described["dmd2: parameters"] == 1_418_996_800
     assert described["tmd: effective NFE"] == pytest.approx(2.333, abs=1e-3)
     assert described["tmd_large: effective NFE"] == 2.75
+    refused("latents and text states are not published", tasks.load, config)
 
 
 @pytest.mark.slow
-def test_a_mesh_that_does_not_fit_is_refused():
+def test_a_mesh_that_does_not_fit_is_refused(refused):
     config = load_config(f"{CONFIG}:paper")
     with config.unlocked():
         config.planned = ("tmd",)
         config.mesh.fsdp = 2
-    with pytest.raises(ValueError, match=r"The smallest mesh that fits is .*fsdp="):
-        tmd.describe(config)
+    refused(r"The smallest mesh that fits is .*fsdp=", tmd.describe, config)
 
 
-def arm(**given):
-    return tiny({"x": {"kind": "tmd", **given}})
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: arm(head_blocks=3), r"head_blocks=3 must lie in 1..L-1 = 1..2"),
-        (lambda: arm(outer=0), "steps=0"),
-        (lambda: arm(inner=0), "steps=0"),
-        (lambda: arm(kind="tdm"), "arms.x.kind='tdm'"),
-        (lambda: arm(fusion="sum"), "fusion='sum'"),
-        (lambda: arm(distill={"cycle": 1}), "arms.x.distill.cycle changes no setting"),
-        (lambda: arm(pretrain={"steps": 0}, distill={"cycles": 0}), "trains no student"),
-        (lambda: tiny(ONE, "sample.count=0"), "sample.count=0"),
-        (lambda: tiny(ONE, "teacher.exact=False", "teacher.steps=0"), "teacher.steps=0"),
-        (lambda: tiny(ONE, "model.patch_size=(3,2,2)"), "does not divide a video of 4"),
-    ],
-)  # fmt: skip
-def test_bad_inputs(make, message):
-    config = make()
-    with pytest.raises(ValueError, match=message):
+def test_bad_inputs(refused):
+    def setup(config):
         tmd.describe(config)
         for name in tmd.arms(config):
             tmd.stages(config, name)
 
-
-def test_nobody_has_the_papers_latents():
-    config = load_config(f"{CONFIG}:paper")
-    with pytest.raises(ValueError, match="latents and text states are not published"):
-        tasks.load(config)
+    for given, words in (
+        ({"head_blocks": 3}, r"head_blocks=3 must lie in 1..L-1 = 1..2"),
+        ({"outer": 0}, "steps=0"),
+        ({"inner": 0}, "steps=0"),
+        ({"kind": "tdm"}, "arms.x.kind='tdm'"),
+        ({"fusion": "sum"}, "fusion='sum'"),
+        ({"distill": {"cycle": 1}}, "arms.x.distill.cycle changes no setting"),
+        ({"pretrain": {"steps": 0}, "distill": {"cycles": 0}}, "trains no student"),
+    ):
+        refused(words, setup, tiny({"x": {"kind": "tmd", **given}}))
+    for changes, words in (
+        (["sample.count=0"], "sample.count=0"),
+        (["teacher.exact=False", "teacher.steps=0"], "teacher.steps=0"),
+        (["model.patch_size=(3,2,2)"], "does not divide a video of 4"),
+    ):
+        refused(words, setup, tiny(ONE, *changes))
 
 
 @pytest.mark.slow
-def test_warm_up_with_two_steps_is_warned_of(tmp_path):
+def test_warm_up_with_two_steps_is_warned_of(ran):
     config = tiny({"x": {"kind": "dmd2", "outer": 2, "warm_up": True}})
     with pytest.warns(UserWarning, match=r"83.79 with it and 84.39 without"):
-        ran(config, tmp_path / "run", stage="fit")
+        ran(tmd, config, stage="fit")
