@@ -59,30 +59,22 @@ class TestFashionFiles:
         assert data.train["image"].min() == -1 and data.train["image"].max() == 1
         assert data.num_classes == len(data.meta["class_names"]) == 10
 
-    def test_counts_take_the_first_samples(self, fashion):
+    def test_counts_take_the_first_samples(self, fashion, refused):
         files, _ = fashion
         whole = load_fashion_mnist(files)
         part = load_fashion_mnist(files, train_count=3, test_count=5)
         for key in ("image", "label"):
             np.testing.assert_array_equal(part.train[key], whole.train[key][:3])
             np.testing.assert_array_equal(part.test[key], whole.test[key])
-
-    def test_bad_counts_are_named(self, fashion, refused):
-        files, _ = fashion
-        outside = r"train_count=13 is outside \[1, 12\]"
-        refused(outside, load_fashion_mnist, files, train_count=13)
-        least = "test_count=0 must be at least 1"
-        refused(least, load_fashion_mnist, files, test_count=0)
-        kind = r"test_count=2\.0 is of type float"
-        refused(kind, load_fashion_mnist, files, test_count=2.0, error=TypeError)
-
-    def test_images_without_their_labels_are_refused(self, fashion, refused):
-        files, arrays = fashion
-        write_idx(files[TRAIN[1]], arrays[TRAIN[1]][:-1])
-        refused(r"train\['label'\] has shape \(11,\)", load_fashion_mnist, files)
+        for message, error, counts in (
+            (r"train_count=13 is outside \[1, 12\]", ValueError, {"train_count": 13}),
+            ("test_count=0 must be at least 1", ValueError, {"test_count": 0}),
+            (r"test_count=2\.0 is of type float", TypeError, {"test_count": 2.0}),
+        ):
+            refused(message, load_fashion_mnist, files, error=error, **counts)
 
     def test_damaged_files_are_named(self, fashion, refused):
-        files, _ = fashion
+        files, arrays = fashion
         path = files[TRAIN[0]]
         whole = path.read_bytes()
         plain = gzip.decompress(whole)
@@ -101,6 +93,9 @@ class TestFashionFiles:
             path.write_bytes(content)
             message = rf"(?s){path}.*{reason}.*Install its package again"
             refused(message, load_fashion_mnist, files)
+        path.write_bytes(whole)
+        write_idx(files[TRAIN[1]], arrays[TRAIN[1]][:-1])  # images without their labels
+        refused(r"train\['label'\] has shape \(11,\)", load_fashion_mnist, files)
 
     def test_any_number_of_axes(self, tmp_path):
         array = np.arange(48, dtype=np.uint8).reshape(2, 3, 4, 2)
@@ -232,14 +227,11 @@ class TestFashion:
     def data(self):
         return load("fashion_mnist")
 
-    def test_published_counts(self, data):
-        for split, count in ((data.train, 6000), (data.test, 1000)):
+    def test_published_counts_and_known_means(self, data):
+        for split, count, mean in ((data.train, 6000, 72.9), (data.test, 1000, 73.1)):
             np.testing.assert_array_equal(np.bincount(split["label"]), [count] * 10)
             assert split["image"].shape == (10 * count, 28, 28, 1)
             assert split["image"].min() == -1 and split["image"].max() == 1
-
-    def test_known_means(self, data):
-        for split, mean in ((data.train, 72.9), (data.test, 73.1)):
             levels = (split["image"].mean(dtype=np.float64) + 1) * 127.5
             assert levels == pytest.approx(mean, abs=0.06)
 
@@ -266,12 +258,10 @@ class TestMnist:
         assert len(data.train["image"]) == 8000 and test.sum() == 2000
         assert np.abs(test - np.array(counts) / 5).max() < 1
 
-    def test_no_picture_twice(self, data):
+    def test_pixels_are_mnists_and_no_picture_comes_twice(self, data):
         images = np.concatenate([data.train["image"], data.test["image"]])
         assert len(np.unique(images.reshape(-1, 784), axis=0)) == 10000
         assert images.min() == -1 and images.max() == 1
-
-    def test_pixels_are_mnists(self, data):
         # Mean and deviation that the field normalises MNIST by.
         unit = (data.train["image"] + 1) / 2
         assert unit.mean() == pytest.approx(0.1307, abs=0.002)

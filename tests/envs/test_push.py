@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tmdjax import envs
 from tmdjax.envs.push import PushState
@@ -14,25 +15,23 @@ def state_at(pusher, thing, target):
     return PushState(*places, jnp.int32(0))
 
 
-def test_pushing_moves_the_object_along_the_line_of_centres():
-    state = state_at((0.0, 0.0), (0.21, 0.0), (0.9, 0.9))
-    step = STEP(state, jnp.array([1.0, 0.0]), None)
-    np.testing.assert_allclose(step.state.pusher, [0.08, 0], atol=1e-6)
-    np.testing.assert_allclose(step.state.object, [0.28, 0], atol=1e-6)
-    assert step.reward == 0 and not step.terminated
-
-
-def test_an_object_out_of_reach_stays():
-    state = state_at((0.0, 0.0), (0.5, 0.0), (0.9, 0.9))
-    step = STEP(state, jnp.array([-3.0, 1.0]), None)
-    np.testing.assert_allclose(step.state.pusher, [-0.08, 0.08], atol=1e-6)
-    np.testing.assert_array_equal(step.state.object, state.object)
-
-
-def test_reward_only_at_the_target():
-    state = state_at((0.0, 0.0), (0.21, 0.0), (0.4, 0.0))
-    step = STEP(state, jnp.array([1.0, 0.0]), None)
-    assert step.reward == 1 and step.terminated and PUSH.success(step.state)
+@pytest.mark.parametrize(
+    "thing, target, action, pusher, moved, reward",
+    [
+        # the object moves along the line of centres
+        ((0.21, 0.0), (0.9, 0.9), (1.0, 0.0), (0.08, 0), (0.28, 0), 0),
+        # out of reach it stays
+        ((0.5, 0.0), (0.9, 0.9), (-3.0, 1.0), (-0.08, 0.08), (0.5, 0), 0),
+        # a reward only at the target
+        ((0.21, 0.0), (0.4, 0.0), (1.0, 0.0), (0.08, 0), (0.28, 0), 1),
+    ],
+)
+def test_pushing(thing, target, action, pusher, moved, reward):
+    step = STEP(state_at((0.0, 0.0), thing, target), jnp.array(action), None)
+    np.testing.assert_allclose(step.state.pusher, pusher, atol=1e-6)
+    np.testing.assert_allclose(step.state.object, moved, atol=1e-6)
+    assert step.reward == reward and step.terminated == bool(reward)
+    assert PUSH.success(step.state) == bool(reward)
 
 
 def test_nothing_overlaps_or_leaves():

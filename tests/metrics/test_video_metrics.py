@@ -64,12 +64,23 @@ def test_features_do_not_depend_on_the_batch():
     assert len(labels) == 1
 
 
-def test_bad_videos(refused):
+def test_bad_input(refused):
     shape = r"shape \(2, 6, 12, 12\); give \[n, frame"
     refused(shape, video_features, np.zeros((2, 6, 12, 12)))
     refused("videos has 1 non-finite", video_features, np.full((1,) * 5, np.nan))
-    grey = jax.numpy.zeros((1, 2, 4, 4, 1))
+    grey, groups = jax.numpy.zeros((1, 2, 4, 4, 1)), np.zeros(3, int)
     refused(r"height, width, 3\]", conv3d_layers, random_conv3d(), grey)
+    refused(r"positions have shape \(3,\)", position_entropy, np.zeros(3), groups)
+    batch = "leading axis must be the batch, 2"
+    refused(batch, position_entropy, np.zeros((3, 2)), groups[:2])
+    cell = r"cell=0 is outside \(0, inf"
+    refused(cell, position_entropy, np.zeros((3, 2)), groups, cell=0)
+    refused(r"shapes \[\]; give one set", bootstrap_interval, np.mean)
+    refused(r"shapes \[\(0,\)\]", bootstrap_interval, np.mean, [])
+    few = "resamples=1 must be at least 2"
+    refused(few, bootstrap_interval, np.mean, [1.0], resamples=1)
+    refused(r"level=1 is outside", bootstrap_interval, np.mean, [1.0], level=1)
+    refused("the statistic.*non-finite", bootstrap_interval, np.mean, [np.nan, 1.0])
 
 
 def test_entropy_of_known_histograms():
@@ -116,15 +127,6 @@ def test_entropy_of_starts_sees_mode_collapse():
     assert position_entropy(np.repeat(starts[:1], 512, 0), prompts) == 0
 
 
-def test_bad_positions(refused):
-    groups = np.zeros(3, int)
-    refused(r"positions have shape \(3,\)", position_entropy, np.zeros(3), groups)
-    batch = "leading axis must be the batch, 2"
-    refused(batch, position_entropy, np.zeros((3, 2)), groups[:2])
-    cell = r"cell=0 is outside \(0, inf"
-    refused(cell, position_entropy, np.zeros((3, 2)), groups, cell=0)
-
-
 def test_bootstrap_of_a_mean_is_scipys():
     x = np.random.default_rng(4).exponential(size=300)
     ours = bootstrap_interval(np.mean, x, level=0.9, resamples=4000)
@@ -160,12 +162,3 @@ def test_bootstrap_is_a_function_of_its_seed():
     assert first == bootstrap_interval(np.mean, x, resamples=20, seed=1)
     assert first != bootstrap_interval(np.mean, x, resamples=20, seed=2)
     assert bootstrap_interval(np.mean, np.ones(9)) == (1.0, 1.0, 1.0)
-
-
-def test_bad_bootstraps(refused):
-    refused(r"shapes \[\]; give one set", bootstrap_interval, np.mean)
-    refused(r"shapes \[\(0,\)\]", bootstrap_interval, np.mean, [])
-    few = "resamples=1 must be at least 2"
-    refused(few, bootstrap_interval, np.mean, [1.0], resamples=1)
-    refused(r"level=1 is outside", bootstrap_interval, np.mean, [1.0], level=1)
-    refused("the statistic.*non-finite", bootstrap_interval, np.mean, [np.nan, 1.0])
