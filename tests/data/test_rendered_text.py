@@ -54,19 +54,17 @@ def test_arrays_of_the_data_set(data):
 
 
 def test_held_out_words_are_never_in_train(data):
+    is_held_out = rendered_text.is_held_out
     train, test = (set(rendered_text.decode(s["ids"])) for s in (data.train, data.test))
     assert len(train) > 250 and len(test) > 50
     assert not train & test
-    assert not any(map(rendered_text.is_held_out, train))
-    assert all(map(rendered_text.is_held_out, test))
+    assert not any(map(is_held_out, train)) and all(map(is_held_out, test))
     # Whatever the seed: a word's split is a property of the word.
     other = rendered_text.sample_words(sample_keys(jax.random.key(9), 200))
-    assert not any(map(rendered_text.is_held_out, other))
-
-
-def test_one_word_in_eight_is_held_out():
+    assert not any(map(is_held_out, other))
+    # One word in eight.
     every = ("".join(w) for w in itertools.product(rendered_text.LETTERS, repeat=3))
-    held_out = sum(map(rendered_text.is_held_out, every))
+    held_out = sum(map(is_held_out, every))
     assert stats.binomtest(held_out, 26**3, 1 / 8).pvalue > 1e-3
 
 
@@ -77,13 +75,10 @@ def test_a_larger_count_extends_a_split(data):
         np.testing.assert_array_equal(data.test[name][:3], fewer.test[name])
 
 
-def test_words_depend_on_their_key_alone(words):
+def test_words_depend_on_their_key_and_are_equally_likely(words):
     assert rendered_text.sample_words(KEYS[100:103]) == words[100:103]
     assert rendered_text.sample_words(KEYS[101:102]) == words[101:102]
     assert len(set(words)) > 480
-
-
-def test_lengths_and_letters_are_equally_likely(words):
     lengths = np.bincount([len(word) for word in words], minlength=7)[3:]
     assert lengths.sum() == 512 and stats.chisquare(lengths).pvalue > 1e-3
     joined = "".join(words)
@@ -91,17 +86,14 @@ def test_lengths_and_letters_are_equally_likely(words):
     assert sum(letters) == len(joined) and stats.chisquare(letters).pvalue > 1e-3
 
 
-def test_ids_count_letters_from_one():
+def test_ids_count_letters_from_one_and_decode(words):
     encoded = rendered_text.encode(["CAB", "AZALEA"])
     assert encoded["ids"].tolist() == [[3, 1, 2, 0, 0, 0], [1, 26, 1, 12, 5, 1]]
     assert encoded["mask"].tolist() == [[True] * 3 + [False] * 3, [True] * 6]
     assert rendered_text.prompt("STOP") == 'a sign that says "STOP"'
-
-
-def test_decode_undoes_encode(words):
     ids = rendered_text.encode(words)["ids"]
-    assert rendered_text.decode(ids) == words
-    assert rendered_text.decode(jnp.asarray(ids)) == words
+    for given in (ids, jnp.asarray(ids)):
+        assert rendered_text.decode(given) == words
     assert rendered_text.decode(np.zeros((1, 6), np.int32)) == [""]
 
 

@@ -40,20 +40,13 @@ def test_bytes_and_floats():
 
 def test_a_folder_by_name(folder):
     data = load("video_files", folder=folder, frames=4, size=(6, 8), test_count=2)
-    np.testing.assert_array_equal(data.train["video"], VIDEO[:7])
-    np.testing.assert_array_equal(data.test["video"], VIDEO[7:])
-    assert data.train["video"].dtype == np.uint8
-    np.testing.assert_array_equal(data.test["text"], TEXT[7:].astype(np.float32))
-    assert data.train["label"].dtype == np.int32 and data.num_classes == 3
-    assert data.meta == {"folder": str(folder)}
-
-
-def test_the_videos_stay_on_disk(folder):
-    arrays, _ = open_videos(folder)
-    assert isinstance(arrays["video"], np.memmap)
-    data = load("video_files", folder=folder, train_count=3)
-    assert isinstance(data.train["video"], np.memmap)
-    assert len(data.train["video"]) == 3
+    for split, rows in ((data.train, slice(7)), (data.test, slice(7, None))):
+        np.testing.assert_array_equal(split["video"], VIDEO[rows])
+        np.testing.assert_array_equal(split["text"], TEXT[rows].astype(np.float32))
+        assert split["video"].dtype == np.uint8 and split["label"].dtype == np.int32
+    assert data.num_classes == 3 and data.meta == {"folder": str(folder)}
+    few = load("video_files", folder=folder, train_count=3).train["video"]
+    assert isinstance(few, np.memmap) and len(few) == 3  # the videos stay on disk
 
 
 @pytest.mark.parametrize("threads", [0, 1])
@@ -87,23 +80,19 @@ def test_batches_resume_and_refuse_other_videos(folder, refused):
     refused("another pipeline: data was", other.set_state, state)
 
 
-def test_prompts_become_labels(folder):
+def test_prompts_become_labels_or_names_of_labels(folder):
+    def with_prompts(prompts, **options):
+        (folder / "prompts.json").write_text(json.dumps(prompts))
+        return load("video_files", folder=folder, **options)
+
+    assert with_prompts(PROMPTS).meta["class_names"] == ("b cat", "a dog", "c cow")
+    assert "class_names" not in with_prompts([*"123456789"]).meta
     (folder / "label.npy").unlink()
-    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
-    data = load("video_files", folder=folder, test_count=2)
+    data = with_prompts(PROMPTS, test_count=2)
     assert data.meta["class_names"] == ("a dog", "b cat", "c cow")
     names = [data.meta["class_names"][i] for i in data.train["label"]]
     assert names == PROMPTS[:7] == [*data.meta["train_prompts"]]
     assert data.meta["test_prompts"] == tuple(PROMPTS[7:])
-
-
-def test_prompts_beside_labels(folder):
-    for prompts, names in (
-        (PROMPTS, ("b cat", "a dog", "c cow")),
-        ([*"123456789"], None),
-    ):
-        (folder / "prompts.json").write_text(json.dumps(prompts))
-        assert load("video_files", folder=folder).meta.get("class_names") == names
 
 
 def test_videos_alone_have_one_class(folder):

@@ -86,6 +86,8 @@ def test_postfix_order():
     assert parse("2*(3+4)") == (2, 3, 4, "+", "*")
     assert parse("8-2-1") == (8, 2, "-", 1, "-")
     assert evaluate(parse("1/3+1/6")) == Fraction(1, 2)
+    # deep brackets need no recursion
+    assert evaluate(parse("(" * 499 + "7" + ")" * 499)) == 7
 
 
 def test_texts_that_are_no_expression(refused):
@@ -106,10 +108,6 @@ def test_texts_that_are_no_expression(refused):
         "1+" * 501 + "1": r"has 1003 characters; at most 1000",
     }.items():
         refused(message, parse, text, error=ExpressionError)
-
-
-def test_deep_brackets_need_no_recursion():
-    assert evaluate(parse("(" * 499 + "7" + ")" * 499)) == 7
 
 
 def test_rules_of_the_countdown(refused):

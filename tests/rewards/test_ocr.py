@@ -90,11 +90,23 @@ def test_13_score_is_one_only_when_exact():
     np.testing.assert_array_equal(scores == 1, exact == 1)
 
 
-def test_score_refuses_bad_input(refused):
+def test_bad_input(refused):
     for fn in (ocr.score, ocr.exact):
         refused("2 texts but 1 words", fn, ["A", "B"], ["A"])
         refused(r"words\[1\]=' ' has no character", fn, ["A", ""], ["A", " "])
         refused("texts='ABC' is one string", fn, "ABC", [*"ABC"], error=TypeError)
+    refused(r"region='bands' is not .*Did you mean 'band'", ocr.load, region="bands")
+    refused("threads=0 must be at least 1", ocr.load, threads=0)
+    refused(r"batch_size=1\.5", ocr.load, batch_size=1.5, error=TypeError)
+    read = ocr.Reader(session=None, characters=())
+    shapes = (64, 64, 3), (2, 64, 64, 1), (2, 3, 64, 64), (2, 31, 64, 3), (2, 64, 8, 3)
+    for images in map(np.float32, map(np.zeros, shapes)):
+        refused(r"images has shape .*; give \[n, height", read, images)
+    images = np.zeros((3, 32, 32, 3), np.float32)
+    dtype = r"dtype uint8; give floating .*127\.5 - 1"
+    refused(dtype, read, images.astype(np.uint8), error=TypeError)
+    images[2, 4, 5, 1] = np.inf
+    refused(r"images has 1 non-fin.*\(2, 4, 5, 1\)", read, images)
 
 
 class Session:
@@ -236,30 +248,6 @@ def test_the_package_itself_is_not_imported(run_python):
         "ocr.load()\n"
         "assert not {'cv2', 'rapidocr_onnxruntime'} & {*sys.modules}\n"
     )
-
-
-def test_images_of_wrong_shape_or_values(refused):
-    read = ocr.Reader(session=None, characters=())
-    for shape in (
-        (64, 64, 3),
-        (2, 64, 64, 1),
-        (2, 3, 64, 64),
-        (2, 31, 64, 3),
-        (2, 64, 8, 3),
-    ):
-        images = np.zeros(shape, np.float32)
-        refused(r"images has shape .*; give \[n, height", read, images)
-    images = np.zeros((3, 32, 32, 3), np.float32)
-    dtype = r"dtype uint8; give floating .*127\.5 - 1"
-    refused(dtype, read, images.astype(np.uint8), error=TypeError)
-    images[2, 4, 5, 1] = np.inf
-    refused(r"images has 1 non-fin.*\(2, 4, 5, 1\)", read, images)
-
-
-def test_bad_options(refused):
-    refused(r"region='bands' is not .*Did you mean 'band'", ocr.load, region="bands")
-    refused("threads=0 must be at least 1", ocr.load, threads=0)
-    refused(r"batch_size=1\.5", ocr.load, batch_size=1.5, error=TypeError)
 
 
 def test_absent_packages_name_the_extra(monkeypatch, refused):

@@ -70,11 +70,6 @@ def test_a_death_is_reported_and_the_next_call_works(evaluate, refused):
         assert evaluate("2 + 2") == 4
 
 
-def test_a_function_that_is_not_there(refused):
-    for name in ("no_such_module:f", "builtins:no_such_function"):
-        refused("no_such", Worker(name), error=WorkerError)
-
-
 def test_threads_wait_for_each_other(evaluate):
     with ThreadPoolExecutor(8) as pool:
         squares = pool.map(evaluate, [f"{i} * {i}" for i in range(8)])
@@ -97,6 +92,8 @@ def test_the_process_ends_with_its_worker():
 
 
 def test_bad_settings(refused):
+    for name in ("no_such_module:f", "builtins:no_such_function"):
+        refused("no_such", Worker(name), error=WorkerError)
     for settings, message in (
         ({"timeout": 0}, r"timeout=0 is outside \(0, inf\)"),
         ({"timeout": float("nan")}, "timeout=nan"),
