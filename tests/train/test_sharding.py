@@ -80,6 +80,24 @@ for path, cut in {
         assert axes["tensor"] == (0 if "out/" in path else 1), path
 print("video is the same")
 
+# parameters cut over fsdp are gathered, not the states of all 24 videos
+module = models.VideoDiT(heads=2, head_dim=64, depth=2, mlp_width=256, text_width=6, frequency_dim=8)
+apply_fn, sizes = models.functional(module), ((24, 2, 4, 4, 2), (24, 5, 6))
+batch = dict(zip(("x_data", "cond"), (jax.ShapeDtypeStruct(s, jnp.float32) for s in sizes)))
+key = jax.eval_shape(lambda: jax.random.key(0))
+state = jax.eval_shape(
+    lambda key: train.create_state(
+        models.init_params(module, key, *(np.ones((1, *s[1:])) for s in (sizes[0], (1,), sizes[1]))), optimizer
+    ), key
+)
+step = train.make_train_step(
+    lambda p, b, k: flows.flow_matching_loss(p, apply_fn, b["x_data"], k, b["cond"]), optimizer
+)
+compiled, _, _ = train.sharding.jit_on_mesh(step, state, train.make_mesh(1, 8, 1), rules=train.VIDEO_DIT_RULES)
+program = compiled.lower(state, batch, key).compile().as_text()
+assert "[3,8,128]" in program and "[24,8," not in program
+print("each device holds its videos")
+
 tree = {"w": np.arange(2**15, dtype=np.float32).reshape(256, 128), "b": np.ones(3)}
 placed = jax.device_put(tree, train.fsdp_shardings(tree, train.make_mesh(2, 4)))
 assert not placed["w"].sharding.is_fully_replicated
@@ -91,6 +109,7 @@ def test_eight_devices_equal_one(run_python, tmp_path):
     """Training steps, a video transformer, and a checkpoint that one device reads."""
     said = run_python(f"FOLDER = {str(tmp_path)!r}\n{EIGHT_DEVICES}", devices=8)
     assert "steps are the same" in said and "video is the same" in said
+    assert "each device holds its videos" in said
     assert "batch of 6 does not divide over 4 devices" in said
     like = {"w": jnp.zeros((256, 128)), "b": jnp.zeros(3)}
     checkpoints = train.Checkpoints(tmp_path)

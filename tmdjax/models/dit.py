@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.conventions import expand_time
+from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import (
@@ -259,7 +260,7 @@ class DiT(nn.Module):
             height // self.patch_size, width // self.patch_size, self.hidden
         )
         h = self.patch_embedding(patches) + positions
-        return h.astype(compute_dtype(self.recipe)), c
+        return h.astype(compute_dtype(self.recipe)), cut_by_batch(c)
 
     def _embed_tokens(self, cond: Any, batch: int) -> dict[str, Array]:
         dtype = compute_dtype(self.recipe)

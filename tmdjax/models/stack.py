@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array
 
 Block = Callable[[Any, Any], Any]
@@ -28,7 +29,8 @@ def run_stack(
     """Runs the blocks ``start .. stop - 1``.
 
     One ``lax.scan`` a run of layers; the scan is cut at taps and skips. With remat
-    no run copies the stacked weights.
+    no run copies the stacked weights. On a mesh each device keeps its rows of the
+    batch, see :func:`tmdjax.core.mesh.cut_by_batch`.
 
     Args:
         block: ``block(params, h) -> h``.
@@ -97,7 +99,7 @@ def _scan(
     # is kept for the backward pass, one more copy of the weights.
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
         params = layer if whole else layer_of(stack, layer)
-        return block(params, carry), None
+        return block(params, cut_by_batch(carry)), None
 
     if remat:
         # Inside a scan the compiler cannot merge the recomputation away.

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.conventions import expand_time
+from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import Dense, TimeEmbedding
@@ -259,7 +260,7 @@ class VideoDiT(nn.Module):
                 f"x, {batch}."
             )
         cos, sin = rotary_tables(self._grid(size), self.head_dim)
-        c = {"time": time, "modulation": modulation, "text": text}
+        c = cut_by_batch({"time": time, "modulation": modulation, "text": text})
         return h, c | {"cos": cos, "sin": sin}
 
     def embed_patches(

@@ -27,9 +27,10 @@ from tmdjax.core.checks import (
     check_range,
     check_same_shape,
 )
+from tmdjax.core.mesh import cut_by_batch, under_mesh
 from tmdjax.core.types import Array, ArrayLike, Cond, Params, PyTree, Velocity
 from tmdjax.rewards import host
-from tmdjax.train.sharding import batch_sharding, fsdp_shardings
+from tmdjax.train.sharding import fsdp_shardings
 from tmdjax.train.state import TrainState, make_train_step
 
 # What a key of an iteration is folded with.
@@ -244,12 +245,11 @@ def make_iteration(
     if mesh is not None:
         frozen = jax.device_put(frozen, fsdp_shardings(frozen, mesh))
 
-    def spread(tree: Any) -> Any:
-        if mesh is None:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
+    def on_mesh(fn: Any) -> Any:
+        return fn if mesh is None else under_mesh(fn, mesh)
 
     @jax.jit
+    @on_mesh
     def collect(
         params: Any,
         frozen: Any,
@@ -262,12 +262,13 @@ def make_iteration(
     ) -> Any:
         size = jax.tree.leaves(batch)[0].shape[0]
         key = jax.random.fold_in(jax.random.fold_in(key, number), _ROLLOUT)
-        keys = spread(prng.sample_keys(key, size, first))
+        keys = cut_by_batch(prng.sample_keys(key, size, first))
         velocity = policy.velocity(params, frozen)
-        cond = policy.condition(frozen, spread(batch))
+        cond = policy.condition(frozen, cut_by_batch(batch))
         return method.rollout(keys, velocity, cond, table, plan)
 
     @functools.partial(jax.jit, donate_argnums=0)
+    @on_mesh
     def learn(
         state: TrainState,
         frozen: Any,
@@ -291,7 +292,7 @@ def make_iteration(
             policy,
             objective,
             frozen,
-            policy.condition(frozen, spread(batch)),
+            policy.condition(frozen, cut_by_batch(batch)),
             transitions,
             table,
         )
@@ -306,7 +307,7 @@ def make_iteration(
         parts = _minibatches(credit, updates, microbatches * ways, order_key)
         initial = state
         state, each = jax.lax.scan(
-            lambda state, part: step(state, spread(part), step_key), state, parts
+            lambda state, part: step(state, cut_by_batch(part), step_key), state, parts
         )
         if mesh is not None:
             shardings = fsdp_shardings(initial, mesh)

@@ -20,6 +20,7 @@ import jax.export
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from tmdjax.core.mesh import under_mesh
 from tmdjax.core.types import PyTree
 from tmdjax.models.attention import fused_attention_planned
 from tmdjax.train.compiled_memory import compile_memory
@@ -267,12 +268,13 @@ class Traced:
             sizes.update({} if cut is None else cut.mesh.shape)
         devices = math.prod(sizes.values())
         pairs = _aliases(self.leaves, self.results, self.donated)
-        placed = cuts
+        placed, call = cuts, self.call
         if devices > 1:  # None is one copy a device
             whole = replicated(next(cut.mesh for cut in cuts if cut is not None))
             placed = [whole if cut is None else cut for cut in cuts]
+            call = under_mesh(self.call, whole.mesh)
         jitted = jax.jit(
-            lambda *leaves: self.call(*leaves),
+            lambda *leaves: call(*leaves),
             in_shardings=tuple(placed) if devices > 1 else None,
             out_shardings=tuple(
                 placed[pairs[k]] if devices > 1 and k in pairs else None

@@ -15,6 +15,7 @@ from jax.sharding import (
 )
 
 from tmdjax.core.checks import check_count
+from tmdjax.core.mesh import BATCH_AXES, under_mesh
 from tmdjax.core.trees import map_with_path
 from tmdjax.core.types import PyTree
 
@@ -98,7 +99,7 @@ def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches are cut along their first axis over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -201,7 +202,7 @@ def jit_on_mesh(
     placed = tuple(fsdp_shardings(other, mesh, rules=rules) for other in others)
     by_batch = batch_sharding(mesh)
     jitted = jax.jit(
-        step,
+        under_mesh(step, mesh),
         in_shardings=(shardings, by_batch, replicated(mesh), *placed),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
