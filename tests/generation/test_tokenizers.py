@@ -38,9 +38,8 @@ def vocabulary():
 @pytest.fixture
 def checkpoint(tmp_path):
     vocab = vocabulary()
-    added = {
-        str(len(vocab) + i): {"content": name} for i, name in enumerate(QWEN_SPECIALS)
-    }
+    specials = enumerate(QWEN_SPECIALS, len(vocab))
+    added = {str(index): {"content": name} for index, name in specials}
     names = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}}
     for name, content in {
         "vocab.json": json.dumps(vocab),
@@ -157,19 +156,18 @@ def test_gguf(tmp_path, refused):
     assert ids[0] == 265 and tokenizer.decode(ids) == "<|im_start|>" + TEXT
     # digits stand alone
     assert tokenizer.encode("12") == [vocabulary()["1"], vocabulary()["2"]]
-    for name, message, options in (
-        ("b", "tokenizer of kind 'llama'; 'gpt2'", dict(model="llama")),
-        ("c", "pattern='viking' is not one of", dict(pre="viking")),
-        ("d", r"d.gguf lacks the key .*eos_token_id", dict(eos=False)),
-    ):
-        path = write_gguf(tmp_path / f"{name}.gguf", **options)
-        refused(message, gguf_tokenizer, path)
+    path = write_gguf(tmp_path / "b.gguf", model="llama")
+    refused("tokenizer of kind 'llama'; 'gpt2'", gguf_tokenizer, path)
+    path = write_gguf(tmp_path / "c.gguf", pre="viking")
+    refused("pattern='viking' is not one of", gguf_tokenizer, path)
+    path = write_gguf(tmp_path / "d.gguf", eos=False)
+    refused(r"d.gguf lacks the key .*eos_token_id", gguf_tokenizer, path)
 
 
 def test_special_tokens_that_are_not_there(checkpoint, tmp_path, refused):
     pytest.importorskip("tokenizers")
-    message = "'<|im_ende|>' is no special .* Did you mean"
-    refused(message, load_tokenizer, checkpoint, eos="<|im_ende|>")
+    end = "<|im_ende|>"
+    refused(f"'{end}' is no special .* Did you", load_tokenizer, checkpoint, eos=end)
     tokenizer = load_tokenizer(checkpoint)
     refused("'<think>' is no special token", tokenizer.special_id, "<think>")
     (checkpoint / "tokenizer_config.json").write_text("{}")
@@ -186,8 +184,7 @@ def test_damaged_files(checkpoint, tmp_path, refused):
     (checkpoint / "vocab.json").write_text("{")
     refused("vocab.json is not JSON", load_tokenizer, checkpoint)
     (checkpoint / "merges.txt").unlink()
-    message = "neither tokenizer.json nor vocab.json"
-    refused(message, load_tokenizer, checkpoint, **absent)
+    refused("neither tokenizer.json nor vocab", load_tokenizer, checkpoint, **absent)
     (checkpoint / "tokenizer.json").write_text("[]")
     refused("tokenizer.json cannot be read", load_tokenizer, checkpoint)
     path = ranks_file(tmp_path / "r.tiktoken")
@@ -198,10 +195,9 @@ def test_damaged_files(checkpoint, tmp_path, refused):
     ):
         path.write_text("\n".join(damaged))
         refused(message, tiktoken_tokenizer, path)
-    message = "give the path of a ranks file"
-    refused(message, tiktoken_tokenizer, tmp_path / "none", **absent)
-    message = "pattern='gpt2' .* Did you mean 'gpt-2'"
-    refused(message, tiktoken_tokenizer, path, pattern="gpt2")
+    none = tmp_path / "none"
+    refused("give the path of a ranks file", tiktoken_tokenizer, none, **absent)
+    refused("gpt2' .* Did you mean 'gpt-2'", tiktoken_tokenizer, path, pattern="gpt2")
 
 
 CONVERSATION = [
@@ -222,10 +218,8 @@ JINJA = {
 def test_chat(template):
     system = JINJA[template]
     opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-    body = (
-        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
-        "<|im_start|>user\nBye<|im_end|>\n"
-    )
+    turns = ("user\nHello", "assistant\nHi", "user\nBye")
+    body = "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns)
     assert render_chat(CONVERSATION, template, generation=False) == opening + body
     asked = opening + body + "<|im_start|>assistant\n"
     assert render_chat(CONVERSATION, template) == asked
@@ -246,5 +240,4 @@ def test_conversations_that_cannot_be_rendered(refused):
         (ended, r"message 0 holds '<\|im_end\|>'"),
     ):
         refused(message, render_chat, messages)
-    message = "unknown chat template 'chatmll'.*Did you mea"
-    refused(message, render_chat, CONVERSATION, "chatmll")
+    refused("'chatmll'.*Did you mean", render_chat, CONVERSATION, "chatmll")

@@ -5,6 +5,7 @@ import collections
 import jax
 import numpy as np
 import pytest
+from model_helpers import stirred
 from numpy.testing import assert_allclose
 
 from tmdjax.core.trees import flatten
@@ -12,15 +13,6 @@ from tmdjax.core.trees import flatten
 
 @pytest.fixture
 def stir():
-    """Adds noise to every leaf: networks that start at zero then do something."""
-
-    def stirred(params, scale=0.2, seed=0):
-        rng = np.random.default_rng(seed)
-        return jax.tree.map(
-            lambda leaf: leaf + scale * rng.normal(size=leaf.shape).astype(leaf.dtype),
-            params,
-        )
-
     return stirred
 
 
@@ -36,31 +28,26 @@ def walk_equations(jaxpr):
                 yield from walk_equations(inner)
 
 
+def equations_of(fn, *args):
+    return walk_equations(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
 @pytest.fixture
 def equations():
     """Counts the equations of a function by the name of their primitive."""
-
-    def counted(fn, *args):
-        return collections.Counter(
-            equation.primitive.name
-            for equation in walk_equations(jax.make_jaxpr(fn)(*args).jaxpr)
-        )
-
-    return counted
+    return lambda *call: collections.Counter(
+        equation.primitive.name for equation in equations_of(*call)
+    )
 
 
 @pytest.fixture
 def equation_outputs():
     """Shapes and dtypes of everything that a function computes on its way."""
-
-    def outputs(fn, *args):
-        return [
-            variable.aval
-            for equation in walk_equations(jax.make_jaxpr(fn)(*args).jaxpr)
-            for variable in equation.outvars
-        ]
-
-    return outputs
+    return lambda *call: [
+        variable.aval
+        for equation in equations_of(*call)
+        for variable in equation.outvars
+    ]
 
 
 @pytest.fixture
@@ -74,19 +61,15 @@ def check_slope():
             lambda g: np.sign(g) * rng.uniform(0.5, 1.5, g.shape).astype(g.dtype),
             gradient,
         )
-        size = sum(d.size for d in jax.tree.leaves(direction)) ** 0.5
-        step = eps / size
-        plus, minus = (
-            float(value_and_gradient(moved)[0])
-            for moved in (
-                jax.tree.map(lambda p, d, s=s: p + s * d, params, direction)
-                for s in (step, -step)
-            )
-        )
-        slope = sum(
-            float(np.vdot(np.asarray(g, np.float64), np.asarray(d, np.float64)))
-            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction))
-        )
+        step = eps / sum(d.size for d in jax.tree.leaves(direction)) ** 0.5
+
+        def value_at(step):
+            moved = jax.tree.map(lambda p, d: p + step * d, params, direction)
+            return float(value_and_gradient(moved)[0])
+
+        plus, minus = value_at(step), value_at(-step)
+        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction))
+        slope = sum(np.vdot(*map(np.float64, pair)) for pair in pairs)
         assert_allclose((plus - minus) / (2 * step), slope, rtol=rtol)
         silent = [k for k, g in flatten(gradient).items() if not np.abs(g).max() > 0]
         return silent

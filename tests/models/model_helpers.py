@@ -1,6 +1,7 @@
 """What several of the model tests use."""
 
 import functools
+import json
 import pathlib
 
 import jax
@@ -25,8 +26,19 @@ def golden(case, file="decoder.npz"):
         return below(stored, f"{case}/")
 
 
+def checkpoint(case):
+    """Configuration and tensors of a small decoder of transformers."""
+    config = json.loads(str(golden(case)["config"]))
+    return models.DecoderConfig.from_hf(config), below(golden(case), "weights/")
+
+
 def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw_tokens(*shape):
+    """Ids for a small decoder."""
+    return jnp.asarray(np.random.default_rng(1).integers(0, 13, shape), jnp.int32)
 
 
 def close(a, b, atol=1e-5):
@@ -39,9 +51,8 @@ def equal(a, b):
 
 @functools.cache
 def jitted(module, method=None, **options):
-    return jax.jit(
-        functools.partial(models.functional(module), method=method, **options)
-    )
+    apply_fn = functools.partial(models.functional(module), method=method)
+    return jax.jit(functools.partial(apply_fn, **options))
 
 
 def shapes_of(module, *inputs):
@@ -56,16 +67,29 @@ def small_decoder(**changes):
     return models.DecoderConfig(**sizes | heads | changes)
 
 
+def stirred(params, scale=0.2, seed=0):
+    """With noise on every leaf: networks that start at zero then do something."""
+    rng = np.random.default_rng(seed)
+    noise = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+    return jax.tree.map(lambda p, n: p + scale * n.astype(p.dtype), params, noise)
+
+
 @functools.cache
 def random_params(config):
     """Parameters of a decoder, none of them where they start."""
     module, tokens = models.Decoder(config), jnp.zeros((1, 1), int)
-    params = models.init_params(module, jax.random.key(0), tokens)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
-        params,
-    )
+    return stirred(models.init_params(module, jax.random.key(0), tokens), 0.3)
+
+
+def both_parts(module):
+    """The head of a split network on the features of its backbone."""
+    apply_fn = models.functional(module)
+
+    def fn(params, x, t, y, s, r, text):
+        features = apply_fn(params, x, t, text, method="backbone")
+        return apply_fn(params, y, s, r, features, method="head")
+
+    return fn
 
 
 def flax_dense(node, x):

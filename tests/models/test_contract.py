@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import close, shapes_of
+from model_helpers import both_parts, close, jitted, shapes_of, small_decoder
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
@@ -32,27 +32,15 @@ SOME = np.array([[True] * 3, [True, False, True], [False] * 3])
 IMAGES, VIDEOS = draw(BATCH, 8, 4, 2), draw(BATCH, 2, 4, 6, 2)
 TEXT, WORDS = draw(BATCH, 4, 6, seed=1), np.arange(9).reshape(3, 3)
 TINY = dict(patch_size=2, hidden=16, depth=3, heads=2, mlp_ratio=2.0)
-VIDEO = models.VideoDiT(
-    heads=2, head_dim=8, depth=3, mlp_width=24, text_width=6, frequency_dim=8
-)
-
-
-def both_parts(module):
-    """The head of a split network on the features of its backbone."""
-    apply_fn = models.functional(module)
-
-    def fn(params, x, t, y, s, r, text):
-        features = apply_fn(params, x, t, text, method="backbone")
-        return apply_fn(params, y, s, r, features, method="head")
-
-    return fn
+SMALL = dict(heads=2, head_dim=8, depth=3, mlp_width=24)
+VIDEO = models.VideoDiT(**SMALL, text_width=6, frequency_dim=8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     module: Any
     inputs: tuple  # arrays and trees of them, samples first
-    times: tuple[int, ...] = ()  # which inputs are times: one a sample, or one for all
+    times: tuple[int, ...] = (1,)  # inputs that are times: one a sample, or one for all
     zero: bool = False  # it starts as the velocity zero
     fn: Callable = models.functional
     example: tuple | None = None  # what its parameters are drawn for
@@ -63,26 +51,18 @@ NETWORKS = {
     "mlp": Network(
         models.VelocityMLP(hidden=16, depth=2, num_classes=4),
         (draw(BATCH, 2), T, CLASSES),
-        (1,),
     ),
     "unet": Network(
-        models.UNet(
-            width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2,
-            num_classes=4,
-        ),
-        (IMAGES, T, CLASSES),
-        (1,),
-        zero=True,
+        models.UNet(8, (1, 2), blocks=1, attention_levels=(1,), heads=2, num_classes=4),
+        (IMAGES, T, CLASSES), zero=True,
     ),
-    "dit": Network(models.DiT(**TINY), (IMAGES, T), (1,), zero=True),
+    "dit": Network(models.DiT(**TINY), (IMAGES, T), zero=True),
     "class_dit": Network(
-        models.DiT(**TINY, num_classes=4), (IMAGES, T, CLASSES), (1,), zero=True
+        models.DiT(**TINY, num_classes=4), (IMAGES, T, CLASSES), zero=True
     ),
     "token_dit": Network(
         models.DiT(**TINY, token_width=6),
-        (IMAGES, T, {"tokens": draw(BATCH, 3, 6), "mask": SOME}),
-        (1,),
-        zero=True,
+        (IMAGES, T, {"tokens": draw(BATCH, 3, 6), "mask": SOME}), zero=True,
     ),
     "text_dit": Network(
         models.TextDiT(
@@ -90,58 +70,42 @@ NETWORKS = {
             **TINY | {"depth": 2},
         ),
         (IMAGES, T, {"ids": WORDS[::-1], "mask": SOME | np.eye(3, dtype=bool)}),
-        (1,),
         zero=True,
     ),
-    "video_dit": Network(VIDEO, (VIDEOS, T, TEXT), (1,), zero=True),
+    "video_dit": Network(VIDEO, (VIDEOS, T, TEXT), zero=True),
     "split_dit": Network(
         models.SplitDiT(shared=VIDEO, head_blocks=1, initial_gate=0.3),
-        (VIDEOS, T, VIDEOS[::-1], T, R * T, TEXT),
-        (1, 3, 4),
-        fn=both_parts,
+        (VIDEOS, T, VIDEOS[::-1], T, R * T, TEXT), (1, 3, 4), fn=both_parts,
         example=(VIDEOS, T, TEXT),
     ),
     "two_time_dit": Network(
         models.TwoTimeDiT(shared=VIDEO), (VIDEOS, T, R * T, TEXT), (1, 2), zero=True
     ),
     "decoder": Network(
-        models.Decoder(
-            models.DecoderConfig(
-                vocab_size=9, hidden_size=8, intermediate_size=12, num_layers=2,
-                num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True,
-            )
-        ),
-        (WORDS,),
-        eps=1e-3,
+        models.Decoder(small_decoder(vocab_size=9, num_layers=2, qk_norm=True)),
+        (WORDS,), (), eps=1e-3,
     ),
     "classifier": Network(
         models.Classifier(num_classes=3, width=4, feature_dim=5),
-        (draw(BATCH, 8, 8, 2),),
+        (draw(BATCH, 8, 8, 2),), (),
     ),
     "discriminator": Network(
         models.VideoDiscriminator(width=4),
-        ([draw(BATCH, 2, 8, 8, 4, seed=seed) for seed in (0, 1)],),
-        eps=2e-3,
+        ([draw(BATCH, 2, 8, 8, 4, seed=seed) for seed in (0, 1)],), (), eps=2e-3,
     ),
     "control_velocity": Network(
         models.ControlVelocity(2, (16, 8), out_scale=1.0),
-        (draw(BATCH, 2), T, draw(BATCH, 4, seed=1)),
+        (draw(BATCH, 2), T, draw(BATCH, 4, seed=1)), (),
     ),
-    "control_mlp": Network(models.ControlMLP(3, (8, 6), "tanh"), (draw(BATCH, 4),)),
+    "control_mlp": Network(models.ControlMLP(3, (8, 6), "tanh"), (draw(BATCH, 4),), ()),
 }  # fmt: skip
-HEAVY = {"unet": [pytest.mark.slow]}
+UNET = pytest.param("unet", marks=pytest.mark.slow)  # where it is dear
 
 
-def every(*names, but=(), heavy=None):
-    """The networks of these names, or all; ``heavy`` ones with their marks."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=(heavy or {}).get(name, ()))
-            for name in names or NETWORKS
-            if name not in but
-        ],
-    )
+def every(*names, but=()):
+    """The networks of these names, or all."""
+    chosen = [name for name in names or NETWORKS if name not in but]
+    return pytest.mark.parametrize("name", chosen)
 
 
 @functools.cache
@@ -158,12 +122,10 @@ def answers(name):
     fn = network.fn(network.module)
 
     def one(params, *inputs):
-        batched = (
-            value
-            if i in network.times
-            else jax.tree.map(lambda leaf: leaf[None], value)
-            for i, value in enumerate(inputs)
-        )
+        batched = list(inputs)
+        for i, value in enumerate(inputs):
+            if i not in network.times:
+                batched[i] = jax.tree.map(lambda leaf: leaf[None], value)
         return fn(params, *batched)[0]
 
     @jax.jit
@@ -252,19 +214,15 @@ def test_all_leaves_learn_within_three_steps(name):
     assert first == {"output" if name == "unet" else "final/projection"}
     assert all(np.isfinite(g).all() for g in found[-1].values())
     # A key's bias shifts all scores of a query alike: softmax does not see it.
-    assert not [
-        path
-        for path, g in found[-1].items()
-        if not np.any(g) and not path.endswith("key/bias")
-    ]
+    silent = [path for path, g in found[-1].items() if not np.any(g)]
+    assert not [path for path in silent if not path.endswith("key/bias")]
 
 
 @every(but=("dit", "class_dit"))
 def test_gradient_is_the_slope_and_reaches_every_leaf(name, stir, check_slope):
     params = stir(initial(name))
-    silent = check_slope(
-        lambda p: value_and_gradient(name)(p, 1.0), params, eps=NETWORKS[name].eps
-    )
+    fn = functools.partial(value_and_gradient(name), target=1.0)
+    silent = check_slope(fn, params, eps=NETWORKS[name].eps)
     assert not [path for path in silent if not path.endswith("key/bias")]
     if "blocks" in params.get("shared", params):  # every layer of a stack
         _, gradient = value_and_gradient(name)(params, 1.0)
@@ -274,28 +232,24 @@ def test_gradient_is_the_slope_and_reaches_every_leaf(name, stir, check_slope):
             assert path.endswith("key/bias") or (layers > 0).all(), path
 
 
-@every("unet", "text_dit", "video_dit", heavy=HEAVY)  # text_dit: of tokens too
+@every(UNET, "text_dit", "video_dit")  # text_dit: of tokens too
 def test_remat_changes_neither_value_nor_gradient(name, stir):
     params = stir(initial(name))
     value, gradient = value_and_gradient(name)(params, 0.0)
     plain_value, plain = value_and_gradient(name, remat=False)(params, 0.0)
     assert_allclose(value, plain_value, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: assert_allclose(
-            a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7
-        ),
-        gradient,
-        plain,
-    )
+    flat = trees.flatten(jax.tree.map(np.asarray, plain))
+    for path, leaf in trees.flatten(gradient).items():
+        atol = 1e-5 * np.abs(flat[path]).max() + 1e-7
+        assert_allclose(leaf, flat[path], rtol=1e-4, atol=atol, err_msg=path)
 
 
-@every("mlp", "unet", "text_dit", "video_dit", heavy=HEAVY)
+@every("mlp", UNET, "text_dit", "video_dit")
 def test_bfloat16_recipe_stays_close(name, stir):
     network, params = NETWORKS[name], stir(initial(name), 0.1)
     exact, _ = answers(name)(params, network.inputs)
-    rough = jax.jit(network.fn(network.module.clone(recipe="bf16")))(
-        params, *network.inputs
-    )
+    narrow = network.module.clone(recipe="bf16")
+    rough = jax.jit(network.fn(narrow))(params, *network.inputs)
     assert rough.dtype == jnp.float32
     error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.05
@@ -311,18 +265,20 @@ def test_training_gradient_lowers_for_cuda_and_tpu(name):
         return jnp.square(v).mean(), v
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    exported = jax.export.export(step, platforms=["cuda", "tpu"])(
-        initial(name), *jax.tree.map(jnp.asarray, network.inputs)
-    )
+    inputs = jax.tree.map(jnp.asarray, network.inputs)
+    export = jax.export.export(step, platforms=["cuda", "tpu"])
+    exported = export(initial(name), *inputs)
     assert exported.platforms == ("cuda", "tpu")
 
 
-@every("token_dit", "video_dit")
+@every("token_dit", "text_dit", "video_dit")
 def test_forty_layers_are_one_program(name, equations):
     network = NETWORKS[name]
     counts = []
     for depth in (2, 40):
         module = network.module.clone(depth=depth)
+        if name == "text_dit":
+            module = module.clone(text_depth=depth)
         apply_fn = models.functional(module)
         gradient = jax.grad(lambda *inputs, fn=apply_fn: fn(*inputs).sum())
         params = shapes_of(module, *network.inputs)
@@ -400,43 +356,65 @@ def test_a_part_of_a_stack_has_the_gradient_of_the_whole(stir):
             out, _ = run(params, h, found["c"], method="blocks", start=start)
             return jnp.square(out).mean()
 
-        return [
-            jax.grad(loss)(params, found[h], start)["blocks"]
-            for h, start in (("h", 0), ("first", 1))
-        ]
+        starts = ("h", 0), ("first", 1)
+        return [jax.grad(loss)(params, found[h], i)["blocks"] for h, i in starts]
 
-    whole, part = (
-        trees.flatten(jax.tree.map(np.asarray, tree)) for tree in gradients(params)
-    )
+    whole, part = map(trees.flatten, jax.tree.map(np.asarray, gradients(params)))
     for path, leaf in part.items():
         assert_array_equal(leaf[:1], 0.0)
-        assert_allclose(
-            leaf[1:],
-            whole[path][1:],
-            rtol=1e-3,
-            atol=1e-4 * np.abs(whole[path]).max() + 1e-6,
-        )
+        atol = 1e-4 * np.abs(whole[path]).max() + 1e-6
+        assert_allclose(leaf[1:], whole[path][1:], rtol=1e-3, atol=atol)
 
 
 @STACKS
-def test_where_a_stack_starts(name):
-    """A DiT's blocks are the identity at first; a video DiT's are not."""
-    found = stack(name)[0](initial(name))
+def test_hidden_state_is_narrow_under_the_bfloat16_recipe(name):
+    """The times are not."""
+    embed = jitted(NETWORKS[name].module.clone(recipe="bf16"), "embed")
+    h, c = jax.eval_shape(embed, initial(name), *NETWORKS[name].inputs)
+    text = c["tokens" if name == "token_dit" else "text"]
+    assert h.dtype == text.dtype == jnp.bfloat16
+    assert c["modulation"].dtype == jnp.float32
+
+
+def test_blocks_of_a_dit_start_as_the_identity():
+    found = stack("token_dit")[0](initial("token_dit"))
     assert np.abs(found["h"]).max() > 0.05
-    if name == "token_dit":
-        assert_array_equal(found["whole"], found["h"])
-    else:
-        assert np.abs(found["whole"] - found["h"]).max() > 0.1
+    assert_array_equal(found["whole"], found["h"])
 
 
 @every(*(name for name, network in NETWORKS.items() if network.times == (1,)))
-def test_common_refusals(name, refused):
+def test_bad_times(name, refused):
     module, (x, _, *cond) = NETWORKS[name].module, NETWORKS[name].inputs
     call = functools.partial(models.functional(module), initial(name), x)
     refused("t has shape .* one time a sample", call, jnp.zeros(2), *cond)
     for t in (1.5, -0.1, jnp.nan, jnp.array([0.0, 1.0, 999.0])):
         refused(r"t has 1 value\(s\) outside \[0, 1\]", call, t, *cond)
-    refused("unknown GEMM recipe 'fp23'.*Did you mean", module.clone, recipe="fp23")
-    if name != "mlp":
-        flash = dict(attention_implementation="flash")
-        refused("is not one of 'auto', 'xla'", module.clone, **flash)
+
+
+@every(but=("control_velocity", "control_mlp"))
+def test_bad_attributes(name, refused):
+    """Sizes are whole and positive; recipes and implementations have known names."""
+    module = NETWORKS[name].module
+    clone, fields = module.clone, dataclasses.fields(module)
+    for size in [field.name for field in fields if field.type in (int, int | None)]:
+        low = -1 if size == "text_depth" else 0
+        refused(f"{size}={low} must be at least {low + 1}", clone, **{size: low})
+        refused(f"{size}=2.0 is of type float", clone, error=TypeError, **{size: 2.0})
+    names = {field.name for field in fields}
+    if "recipe" in names:
+        refused("unknown GEMM recipe 'fp23'.*Did you mean", clone, recipe="fp23")
+    if "attention_implementation" in names:
+        other = dict(attention_implementation="flash")
+        refused("is not one of 'auto', 'xla'", clone, **other)
+
+
+@every("mlp", "unet", "class_dit")
+def test_bad_classes(name, refused):
+    module, (x, t, classes) = NETWORKS[name].module, NETWORKS[name].inputs
+    call = functools.partial(models.functional(module), initial(name), x, t)
+    refused(r"=5 is outside \[0, 4\]", call, classes + 1)
+    refused("integer array of classes", call, classes * 1.0, error=TypeError)
+    plain = module.clone(num_classes=None)
+    params = models.init_params(plain, jax.random.key(0), x, t)
+    message = "built unconditional but got cond"
+    refused(message, models.functional(plain), params, x, t, classes)

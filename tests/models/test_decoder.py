@@ -8,11 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import below, close, golden, jitted, random_params, small_decoder
+from model_helpers import (
+    checkpoint,
+    close,
+    draw_tokens,
+    golden,
+    jitted,
+    random_params,
+    small_decoder,
+)
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
-from tmdjax.models import Decoder, DecoderConfig, functional, lora
+from tmdjax.models import Decoder, functional
 from tmdjax.models.hf_decoder import params_from_hf
 
 CASES = (
@@ -23,20 +31,8 @@ SMALL = small_decoder(qk_norm=True)
 MODULE = Decoder(SMALL)
 
 
-def checkpoint(case):
-    arrays = golden(case)
-    config = DecoderConfig.from_hf(json.loads(str(arrays["config"])))
-    tokens = arrays["tokens"].astype(np.int32)
-    return config, below(arrays, "weights/"), tokens, arrays["logits"]
-
-
 def small_params():
     return random_params(SMALL)
-
-
-def draw_tokens(shape=(2, 7)):
-    rng = np.random.default_rng(1)
-    return jnp.asarray(rng.integers(0, SMALL.vocab_size, shape), jnp.int32)
 
 
 def logits_of(*inputs):
@@ -45,27 +41,23 @@ def logits_of(*inputs):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(case):
-    config, weights, tokens, logits = checkpoint(case)
+    config, weights = checkpoint(case)
+    tokens, logits = golden(case)["tokens"].astype(np.int32), golden(case)["logits"]
     assert case.split("_")[0] == config.model_type
     assert case.endswith("_tied") == config.tied_embedding
     params = params_from_hf(config, weights)
     ours = jitted(Decoder(config))(params, tokens)
     assert ours.dtype == jnp.float32
     assert_allclose(ours, logits, atol=2e-4)
-
-
-def test_bf16_follows_float32():
-    config, weights, tokens, logits = checkpoint("qwen3_wide_untied")
-    half = models.build(
-        {"name": "decoder", "config": vars(config) | {"recipe": "bf16"}}
-    )
-    ours = jitted(half)(params_from_hf(config, weights), tokens)
-    assert ours.dtype == jnp.float32
-    assert_allclose(ours, logits, atol=0.05 * np.abs(logits).max())
+    if case == "qwen3_wide_untied":  # narrow products stay near them
+        half = Decoder(dataclasses.replace(config, recipe="bf16"))
+        rough = jitted(half)(params, tokens)
+        assert rough.dtype == jnp.float32
+        assert_allclose(rough, logits, atol=0.05 * np.abs(logits).max())
 
 
 def test_left_padded_is_unpadded():
-    tokens = draw_tokens()
+    tokens = draw_tokens(2, 7)
     whole = logits_of(tokens)
     padded = jnp.pad(tokens, ((0, 0), (3, 0)))
     segments = (jnp.arange(10) >= 3).astype(jnp.int32) * jnp.ones((2, 1), jnp.int32)
@@ -78,13 +70,12 @@ def test_left_padded_is_unpadded():
 
 
 def test_right_padding_needs_no_segments():
-    tokens = draw_tokens()
-    whole = logits_of(tokens[:, :4])
-    close(logits_of(tokens)[:, :4], whole)
+    tokens = draw_tokens(2, 7)
+    close(logits_of(tokens)[:, :4], logits_of(tokens[:, :4]))
 
 
 def test_packed_is_unpacked():
-    tokens = draw_tokens()
+    tokens = draw_tokens(2, 7)
     packed = jnp.concatenate([tokens[:1, :5], tokens[1:], jnp.zeros((1, 1), int)], 1)
     segments = jnp.asarray([[1] * 5 + [2] * 7 + [0]], jnp.int32)
     ours = logits_of(packed, None, segments)
@@ -92,24 +83,23 @@ def test_packed_is_unpacked():
     assert_allclose(ours[0, :5], whole[0, :5], atol=1e-5)
     assert_allclose(ours[0, 5:12], whole[1], atol=1e-5)
     given = jnp.asarray([[*range(5), *range(7), 0]], jnp.int32)
-    same = logits_of(packed, given, segments)
-    assert_array_equal(same, ours)
+    assert_array_equal(logits_of(packed, given, segments), ours)
 
 
 def test_rotation_is_relative():
-    tokens = draw_tokens()
+    tokens = draw_tokens(2, 7)
     moved = logits_of(tokens, jnp.arange(7)[None] + jnp.full((2, 1), 40))
     assert_allclose(moved, logits_of(tokens), atol=1e-4)
 
 
 def test_embeddings_are_tokens():
-    tokens = draw_tokens()
+    tokens = draw_tokens(2, 7)
     embeddings = small_params()["embedding"][tokens]
     assert_array_equal(logits_of(embeddings), logits_of(tokens))
 
 
 def test_parts_are_the_whole():
-    tokens, params = draw_tokens(), small_params()
+    tokens, params = draw_tokens(2, 7), small_params()
     whole = jitted(MODULE, "hidden")(params, tokens)
     positions = jnp.tile(jnp.arange(7), (2, 1))
 
@@ -128,15 +118,6 @@ def test_parts_are_the_whole():
     close(logits, jitted(MODULE)(params, tokens))
 
 
-def test_lora_adapts_by_path():
-    targets = ["attention/(query|value)/", "mlp/down"]
-    adapters = lora.init(jax.random.key(0), small_params(), 2, targets)
-    assert set(adapters["blocks"]["attention"]) == {"query", "value"}
-    fn = lora.apply_fn(functional(MODULE), small_params(), 4.0)
-    tokens = draw_tokens()
-    assert_array_equal(jax.jit(fn)(adapters, tokens), logits_of(tokens))
-
-
 def test_spec_round_trip():
     spec = json.loads(json.dumps(models.spec_of(MODULE)))
     assert models.build(spec) == MODULE
@@ -153,15 +134,15 @@ def test_training_gradient_lowers_for_cuda_and_tpu():
         h = run(tokens, None, segments, method="hidden")
         return models.chunked_token_log_probs(output, h, tokens, chunk=4)[0].sum()
 
-    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])(
-        *jax.eval_shape(lambda: (small_params(), draw_tokens()))
-    )
+    export = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])
+    exported = export(small_params(), draw_tokens(2, 7))
     assert exported.platforms == ("cuda", "tpu")
 
 
 EIGHT_DEVICES = """
-import functools, jax, jax.numpy as jnp, numpy as np, optax
+import functools, jax, jax.numpy as jnp, numpy as np
 from tmdjax import models, train
+from tmdjax.core.trees import flatten
 
 config = models.DecoderConfig(
     vocab_size=16, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4,
@@ -197,14 +178,12 @@ for sizes in ((2, 2, 2), (1, 2, 4)):
     state, other = run(train.make_mesh(*sizes))
     np.testing.assert_allclose(other, losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, one)
+    both, leaves = sizes[1] * sizes[2], flatten(state)
     for path, ways in (
-        (("blocks", "attention", "query", "kernel"), sizes[1] * sizes[2]),
-        (("blocks", "mlp", "down", "kernel"), sizes[1] * sizes[2]),
-        (("blocks", "attention", "query", "bias"), sizes[2]),
-        (("embedding",), sizes[1] * sizes[2]),
-        (("norm", "scale"), 1),
+        ("blocks/attention/query/kernel", both), ("blocks/mlp/down/kernel", both),
+        ("blocks/attention/query/bias", sizes[2]), ("embedding", both), ("norm/scale", 1),
     ):
-        leaf = functools.reduce(lambda tree, name: tree[name], path, state)
+        leaf = leaves[path]
         assert leaf.addressable_shards[0].data.size * ways == leaf.size, path
 print("same")
 """
@@ -220,10 +199,8 @@ def test_wrong_inputs(refused):
     refused(r"tokens \(an id\)=13 is outside \[0, 12\]", call, jnp.full((1, 2), 13))
     refused("last axis must be hidden_size=8", call, jnp.zeros((1, 2, 9)))
     refused(r"give ids \[batch, position\]", call, jnp.zeros(3, int))
-    booleans = jnp.zeros((3, 1), bool)
-    refused("tokens have dtype bool", call, booleans, error=TypeError)
-    message = r"segments have shape \(2, 3\); give one a"
-    refused(message, call, jnp.zeros((2, 4), int), None, jnp.ones((2, 3), int))
-    message = "config is of type int; give a DecoderConfig"
-    refused(message, Decoder, 3, error=TypeError)
+    refused("have dtype bool", call, jnp.zeros((3, 1), bool), error=TypeError)
+    ids, segments = jnp.zeros((2, 4), int), jnp.ones((2, 3), int)
+    refused(r"segments have shape \(2, 3\); give one a", call, ids, None, segments)
+    refused("is of type int; give a DecoderConfig", Decoder, 3, error=TypeError)
     assert np.isnan(logits_of(jnp.full((1, 2), 13))).all()

@@ -10,16 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from model_helpers import (
-    close,
-    draw,
-    equal,
-    flax_attention,
-    flax_dense,
-    jitted,
-    shapes_of,
-)
-from numpy.testing import assert_allclose
+from model_helpers import close, draw, flax_attention, flax_dense, jitted, shapes_of
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import DiT, functional, init_params
@@ -38,13 +30,9 @@ def small(kind="class", **options):
 
 def inputs(kind="class"):
     mask = jnp.array([[True, True, True], [True, False, True], [False] * 3])
-    cond = {
-        "unconditional": None,
-        "class": jnp.array([0, 3, 4]),
-        "tokens": {"tokens": draw(BATCH, 3, 6, seed=1), "mask": mask},
-    }
-    x = draw(BATCH, HEIGHT, WIDTH, CHANNEL)
-    return x, jnp.array([0.1, 0.5, 1.0]), cond[kind]
+    tokens = {"tokens": draw(BATCH, 3, 6, seed=1), "mask": mask}
+    cond = tokens if kind == "tokens" else jnp.array([0, 3, 4])
+    return draw(BATCH, HEIGHT, WIDTH, CHANNEL), jnp.array([0.1, 0.5, 1.0]), cond
 
 
 @functools.cache
@@ -104,10 +92,8 @@ def test_masked_tokens_are_not_seen(stir):
     # Whatever stands at masked positions, and however many of them there are.
     tokens = jnp.where(cond["mask"][..., None], cond["tokens"], 7.0)
     more = ((0, 0), (0, 2))
-    padded = {
-        "tokens": jnp.pad(tokens, (*more, (0, 0)), constant_values=-50.0),
-        "mask": jnp.pad(cond["mask"], more),
-    }
+    tokens = jnp.pad(tokens, (*more, (0, 0)), constant_values=-50.0)
+    padded = {"tokens": tokens, "mask": jnp.pad(cond["mask"], more)}
     close(apply_fn(params, x, t, padded), given)
     # Tokens are a set.
     turned = jax.tree.map(lambda leaf: leaf[:, ::-1], cond)
@@ -117,7 +103,7 @@ def test_masked_tokens_are_not_seen(stir):
 def test_parameters_do_not_depend_on_the_example_condition():
     x, t, _ = inputs()
     without = init_params(small("tokens"), jax.random.key(0), x, t, None)
-    equal(without, initial("tokens"))
+    jax.tree.map(assert_array_equal, without, initial("tokens"))
 
 
 def test_remat_recomputes_the_blocks(equations):
@@ -134,11 +120,6 @@ def test_remat_recomputes_the_blocks(equations):
     # of the MLP) and one for its modulation; all but the last run a second time.
     assert 7 <= rematted["dot_general"] - plain["dot_general"] <= 9
     assert plain["tanh"] == 1 and rematted["tanh"] == 2  # the gelu
-
-
-def test_hidden_state_is_narrow_under_the_bfloat16_recipe():
-    embed = jitted(small(recipe="bf16"), "embed")
-    assert jax.eval_shape(embed, initial(), *inputs())[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.slow
@@ -160,11 +141,9 @@ def test_bfloat16_gradients_over_many_rows(stir):
         # Zero but for rounding: softmax does not see a key's bias.
         if not path.endswith("key/bias")
     }
-    biases = {path: e for path, e in errors.items() if path.endswith("bias")}
-    assert max(biases.values()) < 0.03, biases
+    assert max(e for path, e in errors.items() if path.endswith("bias")) < 0.03, errors
     # Kernels differ by 1 % under jax 0.10.2 and 3 % under 0.12.
-    assert max(errors.values()) < 0.06, errors
-    assert max(errors.values()) > 1e-3
+    assert 1e-3 < max(errors.values()) < 0.06, errors
 
 
 def test_query_key_and_value_start_like_one_fused_kernel():
@@ -185,9 +164,7 @@ def test_query_key_and_value_start_like_one_fused_kernel():
 def test_xl_2_has_the_published_size():
     """675 M parameters: arXiv 2212.09748, table 4, made without allocating them."""
     module = DiT(patch_size=2, hidden=1152, depth=28, heads=16, num_classes=1000)
-    inputs = jax.eval_shape(
-        lambda: (jnp.zeros((2, 32, 32, 4)), jnp.zeros(2), jnp.zeros(2, int))
-    )
+    inputs = jnp.zeros((2, 32, 32, 4)), jnp.zeros(2), jnp.zeros(2, int)
     params = shapes_of(module, *inputs)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {28}
     assert trees.count(params) / 1e6 == pytest.approx(675, abs=0.5)
@@ -207,53 +184,30 @@ def test_out_channels_and_sizes():
         assert jax.eval_shape(output, params, h, c).shape == (BATCH, *size, 5)
 
 
-def test_output_asks_for_the_size(refused):
-    h, c = jnp.zeros((BATCH, 4, 16)), {"modulation": jnp.zeros((BATCH, 16))}
-    output = functools.partial(functional(small()), initial(), h, c, method="output")
-    refused("size", output, error=TypeError)
-    refused("needs 8 positions", output, size=(4, 8))
-
-
 def test_bad_attributes(refused):
-    for name in ("depth", "num_classes", "out_channels"):
-        refused(f"{name}=0 must be at least 1", small, "", **{name: 0})
     refused("hidden=18 must be a multiple of heads=2 and of 4", small, hidden=18)
     refused("multiple of heads=3", small, heads=3)
     refused("mlp_ratio=0.0 is outside", small, mlp_ratio=0.0)
     refused(r"int\(hidden \* mlp_ratio\)=0 must be", small, mlp_ratio=0.05)
     refused("num_classes=4 and token_width=3 are both given", small, token_width=3)
-    whole = ("depth", "heads", "patch_size", "num_classes", "out_channels")
-    others = {"hidden": "32", "token_width": True} | dict.fromkeys(whole, 2.0)
-    for name, value in others.items():
+    for name, value in {"hidden": "32", "token_width": True}.items():
         message = f"{name}={value!r} is of type .* an integer"
         refused(message, small, "", error=TypeError, **{name: value})
 
 
 def test_bad_inputs(refused):
-    def call(x=None, kind="class", **options):
-        start, t, cond = inputs(kind)
-        x = start if x is None else jnp.zeros(x)
-        functional(small(kind))(initial(kind), x, t, options.get("cond", cond))
-
-    refused("give images", call, (3, 8, 4))
-    refused("patch_size=2 does not divide", call, (3, 7, 4, 2))
-    refused(r"=5 is outside \[0, 4\]", call, cond=jnp.array([0, 1, 5]))
-    words = "integer array of classes"
-    refused(words, call, cond=jnp.ones(3), error=TypeError)
-    classes, mask = jnp.zeros(3, int), jnp.ones((3, 2), bool)
-    refused("built unconditional", call, kind="unconditional", cond=classes)
-    for tokens, error, message in (
-        (classes, TypeError, "dict with the keys"),
-        ({"tokens": 0}, TypeError, r"got \['tokens'\]"),
-        (
-            {"tokens": jnp.ones((3, 2, 5)), "mask": mask},
-            ValueError,
-            r"\(3, length, 6\)",
-        ),
-        (
-            {"tokens": jnp.ones((3, 2, 6)), "mask": mask * 1.0},
-            ValueError,
-            "give boolean",
-        ),
-    ):
-        refused(message, call, kind="tokens", cond=tokens, error=error)
+    x, t, cond = inputs()
+    call = functools.partial(functional(small()), initial())
+    refused("give images", call, x[0], t, cond)
+    refused("patch_size=2 does not divide", call, x[:, 1:], t, cond)
+    h, c = jnp.zeros((BATCH, 4, 16)), {"modulation": jnp.zeros((BATCH, 16))}
+    output = functools.partial(call, h, c, method="output")
+    refused("size", output, error=TypeError)
+    refused("needs 8 positions", output, size=(4, 8))
+    tokens, mask = inputs("tokens")[2].values()
+    call = functools.partial(functional(small("tokens")), initial("tokens"), x, t)
+    refused("dict with the keys", call, cond, error=TypeError)
+    refused(r"got \['tokens'\]", call, {"tokens": 0}, error=TypeError)
+    narrow, real = tokens[..., 1:], mask * 1.0
+    refused(r"\(3, length, 6\)", call, {"tokens": narrow, "mask": mask})
+    refused("give booleans of shape", call, {"tokens": tokens, "mask": real})

@@ -1,29 +1,22 @@
 """GGUF files: rotary order, quantised blocks, refusals; the packaged SmolLM2."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import below, equal, golden
+from model_helpers import checkpoint, equal
 from numpy.testing import assert_allclose
 
 from tmdjax.core.trees import count
 from tmdjax.data.weights import find_weights
 from tmdjax.generation import gguf_tokenizer, render_chat
-from tmdjax.models import DecoderConfig, load_gguf, prefill
+from tmdjax.models import load_gguf, prefill
 from tmdjax.models.gguf_decoder import dequantise, gguf_value, open_gguf
 from tmdjax.models.hf_decoder import params_from_hf
 
 gguf = pytest.importorskip("gguf")
-
-
-def checkpoint(case):
-    stored = golden(case)
-    config = DecoderConfig.from_hf(json.loads(str(stored["config"])))
-    return config, below(stored, "weights/")
 
 
 def interleaved(weight, heads):
@@ -107,9 +100,8 @@ def test_blocks_of_four_and_eight_bits(tmp_path):
     writer.add_tensor("four", raw4.reshape(8, -1), raw_dtype=kinds.Q4_1)
     writer.add_tensor("eight", raw8.reshape(8, -1), raw_dtype=kinds.Q8_0)
     finish(writer)
-    tensors = {
-        t.name: dequantise(t, "") for t in open_gguf(tmp_path / "q.gguf").tensors
-    }
+    read = open_gguf(tmp_path / "q.gguf").tensors
+    tensors = {tensor.name: dequantise(tensor, "") for tensor in read}
     scale, low = np.float32(scale), np.float32(low)
     expected = (four * scale + low).reshape(8, 64)
     assert_allclose(tensors["four"], expected, rtol=1e-5, atol=1e-6)
@@ -119,15 +111,12 @@ def test_blocks_of_four_and_eight_bits(tmp_path):
 
 def test_refusals(tmp_path, refused):
     half = {"output_norm.weight": (gguf.GGMLQuantizationType.F16, np.zeros(16, "e"))}
+    gemma, yarn = {"architecture": "gemma"}, {"rope.scaling.type": "yarn"}
     for name, message, options in (
-        (
-            "a",
-            "has architecture 'gemma'; known",
-            dict(change={"architecture": "gemma"}),
-        ),
+        ("a", "has architecture 'gemma'; known", dict(change=gemma)),
         ("b", "lacks the key llama.block_count", dict(skip=["block_count"])),
         ("c", r"layers.1.self_attn.k_proj.w", dict(skip=["blk.1.attn_k.weight"])),
-        ("d", "='yarn'; the decoder has", dict(change={"rope.scaling.type": "yarn"})),
+        ("d", "rope.scaling.type='yarn'; the decoder has", dict(change=yarn)),
         ("e", "'output_norm.weight' is quantised as F16;.*Q4_1", dict(quantised=half)),
     ):
         path = write(tmp_path / f"{name}.gguf", **options)

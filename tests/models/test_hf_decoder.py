@@ -1,5 +1,6 @@
 """Checkpoints in and out: configurations, names, files, adapters, damage."""
 
+import functools
 import json
 
 import jax
@@ -11,7 +12,6 @@ from model_helpers import below, equal, golden, jitted
 from numpy.testing import assert_allclose
 
 from tmdjax import models
-from tmdjax.core.trees import flatten
 from tmdjax.models import DecoderConfig, load_adapters, load_decoder, lora, save_decoder
 from tmdjax.models.hf_decoder import params_from_hf, params_to_hf
 from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
@@ -44,21 +44,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_old_and_new_layouts_are_one_configuration():
+def test_old_new_and_written_layouts_are_one_configuration():
     new = DecoderConfig.from_hf(new_config())
     assert new == DecoderConfig.from_hf(OLD)
     assert (new.rope_theta, new.qkv_bias, new.head_dim) == (1e6, True, 4)
     half = DecoderConfig.from_hf(OLD | {"torch_dtype": "bfloat16"})
     assert (half.dtype, half.recipe) == ("bfloat16", "bf16")
     assert DecoderConfig.from_hf(OLD, recipe="bf16").dtype == "float32"
-
-
-@pytest.mark.parametrize(
-    "case", [CASE, "llama_grouped_tied", "qwen3_wide_untied", "qwen3_full_tied"]
-)
-def test_configuration_round_trip(case):
-    config = DecoderConfig.from_hf(new_config(case))
-    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    for case in (CASE, "llama_grouped_tied", "qwen3_wide_untied", "qwen3_full_tied"):
+        config = DecoderConfig.from_hf(new_config(case))
+        written = json.loads(json.dumps(config.to_hf()))
+        assert DecoderConfig.from_hf(written) == config, case
 
 
 def test_defaults_of_absent_keys():
@@ -79,10 +75,7 @@ def test_configurations_the_decoder_does_not_have(refused):
         (dict(use_sliding_window=True), "use_sliding_window=True is not supported"),
         (dict(quantization_config=quantised), "quantization_config='gptq' is not supp"),
         (dict(rope_scaling=llama3), r"has rope_type='llama3' and \['factor'\]"),
-        (
-            dict(rope_scaling=yarn),
-            "has rope_type='yarn'; the decoder has the 'default'",
-        ),
+        (dict(rope_scaling=yarn), "has rope_type='yarn'; .* has the 'default'"),
         (dict(rope_parameters=rope), "disagree"),
         (dict(layer_types=["sliding_attention"]), "layer_types holds .'sliding_att"),
         (dict(model_type="llama"), "sliding_window=32768 is not supported"),
@@ -156,8 +149,7 @@ def test_redundant_tensors(refused):
     assert "head" not in params
     assert set(params_to_hf(config, params)) == set(weights)
     other = weights | {"lm_head.weight": embedding + 1}
-    message = r"lm_head.weight \[32, 16\] is not expected"
-    refused(message, params_from_hf, config, other)
+    refused(r"lm_head.weight \[32, 16\] is not exp", params_from_hf, config, other)
 
 
 def test_tensors_that_do_not_fit_are_all_named(refused):
@@ -165,16 +157,13 @@ def test_tensors_that_do_not_fit_are_all_named(refused):
     del weights["model.norm.weight"]
     weights["model.layers.1.mlp.up_proj.weight"] = np.zeros((16, 24))
     weights["score.weight"] = np.zeros((2, 16))
-    with pytest.raises(ValueError) as caught:
-        params_from_hf(config, weights)
-    message = str(caught.value)
-    for part in (
-        "3 tensor(s) do not fit a qwen2 decoder of 2 layers",
-        "model.norm.weight is missing, expected [16]",
-        "model.layers.1.mlp.up_proj.weight has shape [16, 24], expected [24, 16]",
-        "score.weight [2, 16] is not expected",
+    for message in (
+        r"3 tensor\(s\) do not fit a qwen2 decoder of 2 layers",
+        r"model.norm.weight is missing, expected \[16\]",
+        r"layers.1.mlp.up_proj.weight has shape \[16, 24\], expected \[24, 16\]",
+        r"score.weight \[2, 16\] is not expected",
     ):
-        assert part in message
+        refused(message, params_from_hf, config, weights)
     params = params_from_hf(config, parts("weights"))
     less = {k: v for k, v in params.items() if k != "norm"}
     refused(r"norm/scale: None, not \(16,\)", params_to_hf, config, less)
@@ -197,8 +186,7 @@ def test_damaged_files(folder, refused):
         path.write_bytes(data)
         refused(f"{path}.*{message}", load_decoder, folder)
     path.unlink()
-    message = r"neither model.safetensors nor"
-    refused(message, load_decoder, folder, error=FileNotFoundError)
+    refused("neither model.safet", load_decoder, folder, error=FileNotFoundError)
     (folder / "config.json").write_text("{")
     refused("config.json is not JSON", load_decoder, folder)
 
@@ -216,12 +204,12 @@ def test_file_format_is_that_of_the_library(tmp_path, dtype, refused):
     write_safetensors(tmp_path / "ours", tensors, {"k": "v"})
     library.save_file(tensors, tmp_path / "theirs", {"k": "v"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    for name, array in read_safetensors(tmp_path / "theirs").items():
-        assert array.dtype == tensors[name].dtype and array.shape == tensors[name].shape
-        equal(array, tensors[name])
-    wrong = {"c": np.zeros(2, np.complex64)}
-    message = "'c' has dtype complex64"
-    refused(message, write_safetensors, tmp_path / "c", wrong, error=TypeError)
+    found = read_safetensors(tmp_path / "theirs")
+    equal(found, tensors)
+    for name, array in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+    path, wrong = tmp_path / "c", {"c": np.zeros(2, np.complex64)}
+    refused("'c' has dtype complex64", write_safetensors, path, wrong, error=TypeError)
 
 
 @pytest.fixture
@@ -246,8 +234,8 @@ def test_adapters_round_trip(adapter_folder, tmp_path):
     config = DecoderConfig.from_hf(OLD)
     adapters, alpha = load_adapters(adapter_folder, config)
     models.save_adapters(tmp_path / "out", adapters, alpha, base="some/model")
-    written = read_safetensors(tmp_path / "out/adapter_model.safetensors")
-    equal(written, parts("adapters"))
+    written = tmp_path / "out/adapter_model.safetensors"
+    equal(read_safetensors(written), parts("adapters"))
     ours = json.loads((tmp_path / "out/adapter_config.json").read_text())
     theirs = json.loads(str(golden(CASE)["adapter_config"]))
     for key in ("peft_type", "r", "lora_alpha", "task_type", "bias"):
@@ -260,7 +248,6 @@ def test_adapters_round_trip(adapter_folder, tmp_path):
     again, alpha = load_adapters(tmp_path / "made", config)
     assert alpha == 4
     equal(again, made)
-    assert set(flatten(made)) == set(flatten(again))
 
 
 def test_adapters_that_do_not_fit(adapter_folder, refused):
@@ -271,16 +258,14 @@ def test_adapters_that_do_not_fit(adapter_folder, refused):
     odd = next(name for name in tensors if "down_proj.lora_A" in name)
     rest = {name: tensor for name, tensor in tensors.items() if name != lost}
     write_safetensors(path, rest | {"other": np.zeros(1)})
-    message = "lora_B.weight is missing; other is not exp"
-    refused(message, load_adapters, adapter_folder, config)
+    load = functools.partial(load_adapters, adapter_folder, config)
+    refused("lora_B.weight is missing; other is not exp", load)
     write_safetensors(path, tensors | {odd: np.zeros((3, 7), np.float32)})
-    message = r"has shape \[3, 7\], expected \[3, 24\]"
-    refused(message, load_adapters, adapter_folder, config)
+    refused(r"has shape \[3, 7\], expected \[3, 24\]", load)
     settings = json.loads(str(golden(CASE)["adapter_config"])) | {"use_dora": True}
     (adapter_folder / "adapter_config.json").write_text(json.dumps(settings))
-    refused("use_dora=True is not supported", load_adapters, adapter_folder, config)
-    save = models.save_adapters
-    refused("there are no adapters to save", save, adapter_folder, {}, 1.0)
+    refused("use_dora=True is not supported", load)
+    save = functools.partial(models.save_adapters, adapter_folder)
+    refused("there are no adapters to save", save, {}, 1.0)
     foreign = {"mlp_in": {"kernel": {"a": np.ones((2, 1))}}}
-    message = "'mlp_in' is no module of a decoder"
-    refused(message, save, adapter_folder, foreign, 1.0)
+    refused("'mlp_in' is no module of a decoder", save, foreign, 1.0)

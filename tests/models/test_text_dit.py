@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import flows, models
 from tmdjax.core import trees
-from tmdjax.models import TextDiT, TextEncoder, functional, init_params, lora
+from tmdjax.models import TextDiT, TextEncoder, functional, init_params
 
 BATCH, LENGTH, WORDS = 3, 5, 11
 IMAGES = dict(patch_size=2, hidden=16, depth=2, heads=2, mlp_ratio=2.0)
@@ -51,13 +51,9 @@ def initial_encoder(**options):
 
 
 @functools.cache
-def value_and_gradient(**options):
+def gradient(**options):
     apply_fn = functional(small(**options))
-
-    def loss(params, inputs):
-        return jnp.square(apply_fn(params, *inputs) - 1).mean()
-
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(jax.grad(lambda *inputs: jnp.square(apply_fn(*inputs) - 1).mean()))
 
 
 def numpy_encoder(params, ids, positions):
@@ -78,9 +74,8 @@ def numpy_encoder(params, ids, positions):
         x, parts = norm(h), block["attention"]
         heads = []
         for columns in (slice(0, 4), slice(4, 8)):
-            q, k, v = (
-                dense(x, parts[name])[:, columns] for name in ("query", "key", "value")
-            )
+            names = ("query", "key", "value")
+            q, k, v = (dense(x, parts[name])[:, columns] for name in names)
             heads.append(scipy.special.softmax(q @ k.T / 2, axis=-1) @ v)
         h = h + dense(np.concatenate(heads, -1), parts["out"])
         y = dense(norm(h), block["mlp_in"])
@@ -151,20 +146,6 @@ def test_encoder_starts_as_its_normed_embeddings():
     close(real.std(-1), np.ones(len(real)), atol=1e-4)
 
 
-def test_twelve_text_layers_are_one_program(equations):
-    counts = []
-    for depth in (2, 12):
-        params = shapes_of(encoder(depth=depth), texts())
-        assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {depth}
-        apply_fn = functional(encoder(depth=depth))
-
-        def loss(params, apply_fn=apply_fn):
-            return jnp.square(apply_fn(params, texts())["tokens"]).sum()
-
-        counts.append(equations(jax.grad(loss), params).total())
-    assert counts[0] == counts[1] > 50
-
-
 def test_parameters_are_those_of_the_two_networks():
     """Counted by hand: dense layers [in, out] are in x out + out."""
     params = initial()
@@ -176,7 +157,6 @@ def test_parameters_are_those_of_the_two_networks():
     time = (256 * 16 + 16) + (16 * 16 + 16)
     text = (8 * 16 + 16) + 16
     assert trees.count(params["dit"]) == 2 * block + ends + time + text == 15128
-
     x, t, cond = inputs()
     shapes = jax.eval_shape(lambda: params)
     assert shapes_of(encoder(), cond) == shapes["encoder"]
@@ -239,53 +219,26 @@ def test_null_condition_is_no_text(stir):
 
 def test_gradient_reaches_the_words_that_stand_there(stir):
     cond = texts() | {"ids": jnp.arange(15).reshape(3, 5) % WORDS}
-    _, gradient = value_and_gradient()(stir(initial()), (*inputs()[:2], cond))
+    found = gradient()(stir(initial()), *inputs()[:2], cond)["encoder"]
     # Words 7 and 9 stand in padding alone, the last two positions nowhere.
-    words = np.abs(gradient["encoder"]["word_embedding"]).max(-1) > 0
+    words = np.abs(found["word_embedding"]).max(-1) > 0
     assert_array_equal(np.flatnonzero(~words), [7, 9, 10])
-    positions = np.abs(gradient["encoder"]["position_embedding"]).max(-1) > 0
+    positions = np.abs(found["position_embedding"]).max(-1) > 0
     assert_array_equal(positions, [True] * 5 + [False] * 2)
 
 
 def test_remat_recomputes_both_stacks(equations):
-    shapes = jax.eval_shape(lambda: (initial(), inputs()))
-    plain = equations(value_and_gradient(remat=False), *shapes)
-    rematted = equations(value_and_gradient(), *shapes)
+    shapes = jax.eval_shape(lambda: (initial(), *inputs()))
+    plain = equations(gradient(remat=False), *shapes)
+    rematted = equations(gradient(), *shapes)
     # The gelu of a block runs a second time, once a network.
     assert plain["tanh"] == 2 and rematted["tanh"] == 4
-
-
-def test_adapters_of_the_image_network_alone(stir):
-    params, (x, t, cond) = stir(initial()), inputs()
-    encoded = jitted(small(), "encode")(params, cond)
-    dit = functional(small().dit_module())
-    adapters = lora.init(jax.random.key(1), params["dit"], 2, ["attention"])
-    names = {path.split("/")[1] for path in trees.flatten(adapters)}
-    assert names == {"attention", "cross_attention"}
-
-    @jax.jit
-    def adapted(adapters, base):
-        return lora.apply_fn(dit, base, 4.0)(adapters, x, t, encoded)
-
-    start = adapted(adapters, params["dit"])
-    close(start, jitted(small())(params, x, t, cond))
-    moved = adapted(stir(adapters), params["dit"])
-    whole = params | {"dit": lora.merge(params["dit"], stir(adapters), 4.0)}
-    close(moved, jitted(small())(whole, x, t, cond))
-    assert np.abs(moved - start).max() > 1e-3
-    # The whole tree takes adapters in both stacks.
-    both = lora.init(jax.random.key(1), params, 2, ["attention"])
-    assert set(both) == {"encoder", "dit"}
 
 
 def test_bad_attributes(refused):
     refused("text_width=8 must be a multiple of text_heads=3", small, text_heads=3)
     refused("hidden=16 must be a multiple of heads=3 and of 4", small, heads=3)
-    for name in ("vocabulary", "max_length", "text_width"):
-        refused(f"{name}=0 must be at least 1", small, **{name: 0})
-    refused("text_depth=-1 must be at least 0", small, text_depth=-1)
     refused(r"int\(width \* mlp_ratio\)=0 must be at least 1", small, mlp_ratio=0.1)
-    refused("text_width=True is of type bool", small, text_width=True, error=TypeError)
     refused("also needs vocabulary, max_length", models.build, {"name": "text_dit"})
     refused("^width=8 must be a multiple of heads=3", encoder, heads=3)
     refused("mlp_ratio=-1.0 is outside", encoder, mlp_ratio=-1.0)
@@ -294,9 +247,7 @@ def test_bad_attributes(refused):
     refused("unknown GEMM recipe", encoder, recipe="fp23")
     refused("depth=2.0 is of type float", encoder, depth=2.0, error=TypeError)
     refused("length=0 must be at least 1", models.null_condition, 0)
-    refused(
-        "width=2.0 is of type float", models.null_condition, 3, 2.0, error=TypeError
-    )
+    refused("width=2.0 is of", models.null_condition, 3, 2.0, error=TypeError)
 
 
 def test_bad_conditions(refused):

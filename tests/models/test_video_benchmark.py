@@ -26,9 +26,8 @@ def test_ours_alone_is_measured_and_written(tmp_path, capsys):
 
 def test_operations_are_those_of_the_compiled_products():
     """XLA counts norms and activations too: a little more than the products."""
-    given = benchmark.parse(
-        [*SMALL, "--no-torch", "--heads=8", "--grid", "2", "8", "8"]
-    )
+    flags = "--no-torch --heads=8 --grid 2 8 8"
+    given = benchmark.parse([*SMALL, *flags.split()])
     module = benchmark.make_network(given)
     ours = benchmark.Ours(module, benchmark.make_tensors(module, 2), given)
     counted = ours.compiled.cost_analysis()["flops"]

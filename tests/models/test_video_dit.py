@@ -14,9 +14,8 @@ from model_helpers import close, draw, jitted, shapes_of
 from numpy.testing import assert_array_equal
 
 from tmdjax.core import trees
-from tmdjax.models import VideoDiT, build, functional, init_params
+from tmdjax.models import VideoDiT, functional, init_params
 from tmdjax.models import video_patches as patches
-from tmdjax.models.video_dit import WAN_1_3B, WAN_14B
 
 BATCH, SIZE, CHANNEL, LENGTH = 3, (2, 4, 6), 2, 5
 
@@ -77,13 +76,6 @@ def test_parts_of_the_embedding(stir):
     close(one[0], time[1:2], atol=1e-6)  # a scalar is a batch of one
 
 
-def test_what_is_narrow_under_the_bfloat16_recipe():
-    embed = jitted(small(recipe="bf16"), "embed")
-    h, c = jax.eval_shape(embed, initial(), *inputs())
-    assert h.dtype == c["text"].dtype == jnp.bfloat16
-    assert c["time"].dtype == c["modulation"].dtype == jnp.float32
-
-
 def test_zero_rows_matter_and_their_order_does_not(stir):
     params, (x, t, cond) = stir(initial()), inputs()
     base = jitted(small())(params, x, t, cond)
@@ -111,13 +103,9 @@ def test_rotary_tables_by_hand():
     cos, sin = patches.rotary_tables((3, 2, 4), 128)
     assert cos.shape == sin.shape == (24, 64) and cos.dtype == jnp.float32
     frame, row, column = 2, 1, 3
-    angles = np.concatenate(
-        [
-            frame * 10000.0 ** (-2 * np.arange(22) / 44),
-            row * 10000.0 ** (-2 * np.arange(21) / 42),
-            column * 10000.0 ** (-2 * np.arange(21) / 42),
-        ]
-    )
+    axes = (frame, 22), (row, 21), (column, 21)
+    parts = [i * 10000.0 ** (-2 * np.arange(n) / (2 * n)) for i, n in axes]
+    angles = np.concatenate(parts)
     at = (frame * 2 + row) * 4 + column
     close((cos[at], sin[at]), (np.cos(angles), np.sin(angles)), atol=1e-7)
 
@@ -127,10 +115,8 @@ def test_scores_depend_on_distances_alone(stir):
     module = small(depth=1, patch_size=(1, 1, 1))
     params = stir(initial())
     embedding = params["patch_embedding"]
-    params |= {
-        "blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"]),
-        "patch_embedding": embedding | {"kernel": embedding["kernel"][:CHANNEL]},
-    }
+    params["blocks"] = jax.tree.map(lambda leaf: leaf[:1], params["blocks"])
+    embedding["kernel"] = embedding["kernel"][:CHANNEL]
     _, t, cond = inputs()
     h = draw(BATCH, 6, 16, seed=3)
     _, c = jitted(module, "embed")(params, jnp.zeros((BATCH, 1, 2, 3, 2)), t, cond)
@@ -149,29 +135,9 @@ def test_patches_in_order_and_back():
     tokens = patches.patchify_video(x, (2, 2, 3))
     assert tokens.shape == (2, 8, 36)
     # Position (frame 1, row 0, column 1); inside frame 1, row 0, column 2, channel 1.
-    assert (
-        tokens[1, (1 * 2 + 0) * 2 + 1, ((1 * 2 + 0) * 3 + 2) * 3 + 1]
-        == (x[1, 2 + 1, 0, 3 + 2, 1])
-    )
+    found = tokens[1, (1 * 2 + 0) * 2 + 1, ((1 * 2 + 0) * 3 + 2) * 3 + 1]
+    assert found == x[1, 2 + 1, 0, 3 + 2, 1]
     assert_array_equal(patches.unpatchify_video(tokens, (2, 2, 3), (4, 4, 6)), x)
-
-
-@pytest.mark.parametrize(
-    ("spec", "count", "depth"),
-    [(WAN_1_3B, 1_418_996_800, 30), (WAN_14B, 14_288_491_584, 40)],
-)
-def test_published_sizes(spec, count, depth):
-    """Parameter counts of the published checkpoints, nothing allocated."""
-    module = build(spec)
-    shaped = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    inputs = shaped((1, 21, 60, 104, 16)), shaped((1,)), shaped((1, 512, 4096))
-    params = shapes_of(module, *inputs)
-    assert trees.count(params) == count
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {depth}
-    velocity = jax.eval_shape(functional(module), params, *inputs)
-    assert velocity.shape == (1, 21, 60, 104, 16)
-    h, _ = jax.eval_shape(jitted(module, "embed"), params, *inputs)
-    assert h.shape == (1, 32760, module.width)
 
 
 def test_out_channels_and_patches_in_time():
@@ -184,16 +150,12 @@ def test_out_channels_and_patches_in_time():
 
 
 def test_bad_attributes(refused):
-    for name in ("depth", "rope_length", "out_channels"):
-        refused(f"{name}=0 must be at least 1", small, **{name: 0})
     for size in (4, 7):
         refused(f"head_dim={size} must be even and at least 6", small, head_dim=size)
     refused(r"patch_size=\(2, 2\) must be a tuple of three", small, patch_size=(2, 2))
     refused("patch_size=0 must be at least 1", small, patch_size=(1, 0, 2))
     refused("frequency_dim=5 must be even", small, frequency_dim=5)
     refused("epsilon=0.0 is outside", small, epsilon=0.0)
-    for name in ("heads", "depth", "mlp_width", "text_width", "rope_length"):
-        refused(f"{name}=2.0 is of type float", small, error=TypeError, **{name: 2.0})
 
 
 def test_bad_inputs(refused):
