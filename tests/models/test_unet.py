@@ -192,7 +192,7 @@ def test_sides_that_halve_twice(size):
 
 def test_convolutions_are_unrolled_and_recomputed_once(equations):
     """A loop around a convolution's gradient is what the CPU runs slowly."""
-    arguments = jax.eval_shape(lambda: (initial(), *inputs()))
+    arguments = initial(), *inputs()
 
     def gradient(**options):
         apply_fn = functional(small(**options))
@@ -216,7 +216,7 @@ def test_convolutions_are_unrolled_and_recomputed_once(equations):
     ("recipe", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")]
 )
 def test_products_run_in_the_compute_dtype(recipe, dtype):
-    arguments = jax.eval_shape(lambda: (initial(), *inputs()))
+    arguments = initial(), *inputs()
     apply_fn = functional(small(recipe=recipe, remat=False))
     equations = jax.make_jaxpr(apply_fn)(*arguments).jaxpr.eqns
     convolutions = [e for e in equations if e.primitive.name == "conv_general_dilated"]
