@@ -228,6 +228,17 @@ def test_summary_of_one_arm_has_plain_metric_names():
     assert result["claims"][0]["ours"] == [1.0, 4.0]
 
 
+def test_stages_that_units_share_count_once_in_the_time():
+    """A record made before stages were timed counts them in each unit."""
+    shared = [
+        UNITS[i] | {"wall_s": 9.0, "stage_s": {"teacher": 7.0, f"student{i}": 2.0}}
+        for i in range(2)
+    ]
+    found = summarise([*shared, UNITS[2] | {"wall_s": 9.0}], [])
+    assert found["wall_s"] == 7 + 2 + 2 + 9
+    assert summarise(found["units"], []) == found
+
+
 def test_summary_of_two_arms_prefixes_and_pairs_by_seed():
     result = summarise(random.Random(0).sample(UNITS, len(UNITS)), pairing="vmapped")
     assert list(result["metrics"]) == [

@@ -186,7 +186,8 @@ def summary(
         units: one dict an arm and seed: ``arm``, ``seed``, ``metrics`` {name: number},
             ``wall_s``, ``peak_memory_gb`` (or None), and where the numbers come from:
             ``device`` (kind), ``commit``, ``versions`` {package: version}, ``labels``
-            {name: text}, such as that of the net behind a Frechet distance.
+            {name: text}, such as that of the net behind a Frechet distance; and, if
+            known, ``stage_s`` {hash of a stage: seconds}.
         claims: what to judge. A claim takes the seeds that have both its metrics.
         pairing: how seeds were run, 'separate' or 'vmapped'.
         complete: whether all arms are here; a shard (False) leaves claims whose
@@ -194,8 +195,9 @@ def summary(
 
     Returns:
         A dict with ``SUMMARY_KEYS``. ``metrics`` are means over seeds ('name' of the
-        arm 'main', 'arm/name' of others), ``wall_s`` the sum and ``peak_memory_gb``
-        the maximum over units; commits and versions that differ stand side by side.
+        arm 'main', 'arm/name' of others), ``wall_s`` the sum over units, in which a
+        stage that several share counts once where ``stage_s`` tells, and
+        ``peak_memory_gb`` the maximum; commits and versions that differ stand side by side.
 
     Raises:
         ValueError: no unit, one without its keys, an (arm, seed) twice with
@@ -227,7 +229,7 @@ def summary(
         "tier": tier,
         "metrics": {name: _mean(name, per_seed) for name in measured},
         "device": _common("device", [unit["device"] for unit in units]),
-        "wall_s": math.fsum(unit["wall_s"] for unit in units),
+        "wall_s": _seconds(units),
         "peak_memory_gb": max(peaks, default=None),
         "seeds": seeds,
         "command": with_seeds(command, seeds),
@@ -464,6 +466,13 @@ def _claims_of(summary: Summary) -> tuple[list[Claim], str]:
     return claims, next((j["pairing"] for j in summary["claims"]), PAIRINGS[0])
 
 
+def _seconds(units: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of all units, shared stages once; of those of old records each time."""
+    stages = {hash_: s for unit in units for hash_, s in unit.get("stage_s", {}).items()}
+    old = [unit["wall_s"] for unit in units if "stage_s" not in unit]
+    return math.fsum([*stages.values(), *old])
+
+
 def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Units sorted by arm and seed, equal ones once."""
     joined: dict[tuple[str, int], dict[str, Any]] = {}
@@ -485,6 +494,7 @@ def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "commit": unit["commit"],
             "versions": dict(unit["versions"]),
             "labels": dict(unit["labels"]),
+            **({"stage_s": dict(unit["stage_s"])} if "stage_s" in unit else {}),
         }
         # Compared as text: NaN does not equal itself. Timings and machines may differ.
         if key not in joined:

@@ -442,6 +442,10 @@ def _run_unit(
         "metrics": metrics,
         # what this unit costs alone: stages shared with others count in each
         "wall_s": sum(record["wall_s"] for record in records),
+        "stage_s": {
+            hashes[stage.name]: record["wall_s"]
+            for stage, record in zip(stages, records)
+        },
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
         "device": ledger.side_by_side(
             (record["device"] for record in records), " and "
