@@ -2,21 +2,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import rl
 
-MODES = [
-    "token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-]
+MODES = rl.AGGREGATIONS
 LOSS = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], np.float32)
 MASK = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], bool)
 
 
-def options(mode):
-    return {"length": 8} if mode == "seq-mean-token-sum-norm" else {}
+def aggregate(loss, mask, mode, **given):
+    length = {"length": 8} if mode == "seq-mean-token-sum-norm" else {}
+    return rl.aggregate(loss, mask, mode, **length, **given)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +26,11 @@ def options(mode):
     ],
 )
 def test_by_hand(mode, value, count):
-    ours = rl.aggregate(LOSS, MASK, mode, **options(mode))
+    ours = aggregate(LOSS, MASK, mode)
     assert ours.shape == () and ours.dtype == jnp.float32
     assert ours == pytest.approx(value)
     assert rl.denominators(MASK, mode) == count
-    as_numbers = rl.aggregate(LOSS, MASK.astype(np.float32), mode, **options(mode))
+    as_numbers = aggregate(LOSS, MASK.astype(np.float32), mode)
     assert as_numbers == ours
 
 
@@ -47,14 +44,8 @@ def test_microbatches_add_up_to_the_whole(mode, size):
     scale = jnp.float32(1.5)
 
     def loss(scale, rows, **given):
-        return rl.aggregate(
-            jnp.sin(scale * logits[rows]),
-            mask[rows],
-            mode,
-            keep=keep[rows],
-            **options(mode),
-            **given,
-        )
+        losses = jnp.sin(scale * logits[rows])
+        return aggregate(losses, mask[rows], mode, keep=keep[rows], **given)
 
     whole = jax.value_and_grad(loss)(scale, slice(0, 8))
     total = rl.denominators(mask, mode)
@@ -62,7 +53,7 @@ def test_microbatches_add_up_to_the_whole(mode, size):
         jax.value_and_grad(loss)(scale, slice(i, i + size), denominator=total)
         for i in range(0, 8, size)
     ]
-    np.testing.assert_allclose(np.sum(parts, axis=0), whole, rtol=1e-5)
+    assert_allclose(np.sum(parts, axis=0), whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -70,92 +61,66 @@ def test_rejection_does_not_inflate_the_rest(mode):
     # Equal losses: dropping half of the positions halves the loss.
     mask, keep = np.ones((2, 4), bool), np.array([[1, 0, 1, 0], [0, 1, 0, 1]], bool)
     ones = np.ones((2, 4))
-    whole = rl.aggregate(ones, mask, mode, **options(mode))
-    kept = rl.aggregate(ones, mask, mode, keep=keep, **options(mode))
+    whole = aggregate(ones, mask, mode)
+    kept = aggregate(ones, mask, mode, keep=keep)
     assert kept == whole / 2
     # A weight of 0 does the same as keep.
-    weighted = rl.aggregate(ones * keep, mask, mode, **options(mode))
+    weighted = aggregate(ones * keep, mask, mode)
     assert weighted == kept
-    assert rl.aggregate(ones, mask & keep, "token-mean") == 1
+    assert aggregate(ones, mask & keep, "token-mean") == 1
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_and_order_do_not_matter(mode):
-    ours = rl.aggregate(LOSS, MASK, mode, **options(mode))
+    ours = aggregate(LOSS, MASK, mode)
     wide = np.pad(LOSS, ((0, 2), (0, 3)), constant_values=np.nan)
     wide_mask = np.pad(MASK, ((0, 2), (0, 3)))
-    value, gradient = jax.value_and_grad(rl.aggregate)(
-        wide, wide_mask, mode, **options(mode)
-    )
-    np.testing.assert_allclose(value, ours, rtol=1e-6)
-    np.testing.assert_array_equal(gradient != 0, wide_mask)
-    swapped = rl.aggregate(LOSS[::-1], MASK[::-1], mode, **options(mode))
-    np.testing.assert_allclose(swapped, ours, rtol=1e-6)
+    value, gradient = jax.value_and_grad(aggregate)(wide, wide_mask, mode)
+    assert_allclose(value, ours, rtol=1e-6)
+    assert_array_equal(gradient != 0, wide_mask)
+    swapped = aggregate(LOSS[::-1], MASK[::-1], mode)
+    assert_allclose(swapped, ours, rtol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_under_jit_the_same_and_nothing_live_is_zero(mode):
-    jitted = jax.jit(
-        lambda loss, mask: rl.aggregate(
-            loss,
-            mask,
-            mode,
-            denominator=jnp.maximum(rl.denominators(mask, mode), 1),
-            **options(mode),
-        )
-    )
-    expected = rl.aggregate(LOSS, MASK, mode, **options(mode))
-    np.testing.assert_allclose(jitted(LOSS, MASK), expected, rtol=1e-6)
+    @jax.jit
+    def jitted(loss, mask):
+        count = jnp.maximum(rl.denominators(mask, mode), 1)
+        return aggregate(loss, mask, mode, denominator=count)
+
+    expected = aggregate(LOSS, MASK, mode)
+    assert_allclose(jitted(LOSS, MASK), expected, rtol=1e-6)
     assert jitted(LOSS, np.zeros_like(MASK)) == 0
-    value, gradient = jax.value_and_grad(rl.aggregate)(
-        LOSS, np.zeros_like(MASK), mode, **options(mode)
-    )
+    value, gradient = jax.value_and_grad(aggregate)(LOSS, np.zeros_like(MASK), mode)
     assert value == 0 and (gradient == 0).all()
 
 
 def test_other_shapes():
-    assert rl.aggregate(LOSS[0], MASK[1], "token-mean") == 1
+    assert aggregate(LOSS[0], MASK[1], "token-mean") == 1
     deep_loss, deep_mask = LOSS.reshape(3, 3, 1), MASK.reshape(3, 3, 1)
     for mode in MODES:
-        assert rl.aggregate(deep_loss, deep_mask, mode, **options(mode)) == (
-            rl.aggregate(LOSS, MASK, mode, **options(mode))
-        )
+        assert aggregate(deep_loss, deep_mask, mode) == aggregate(LOSS, MASK, mode)
 
 
 def test_half_precision_is_summed_in_float32():
     ones = jnp.ones((2, 1000), jnp.bfloat16)
-    ours = rl.aggregate(ones, jnp.ones((2, 1000), bool), "seq-mean-token-sum")
+    ours = aggregate(ones, jnp.ones((2, 1000), bool), "seq-mean-token-sum")
     assert ours.dtype == jnp.float32 and ours == 1000
 
 
-def test_bad_inputs(as_shipped):
-    with pytest.raises(
-        ValueError, match="mode='token_mean' is not one of.*Did you mean 'token-mean'"
-    ):
-        rl.aggregate(LOSS, MASK, "token_mean")
-    with pytest.raises(
-        ValueError, match=r"mask has shape \(3,\) but loss has shape \(3, 3\)"
-    ):
-        rl.aggregate(LOSS, MASK[0], "token-mean")
-    with pytest.raises(ValueError, match=r"keep has shape \(3,\) but loss"):
-        rl.aggregate(LOSS, MASK, "token-mean", keep=MASK[0])
-    with pytest.raises(
-        ValueError,
-        match=r"loss has shape \(3,\); mode='seq-mean-token-sum' needs \[batch, position\]",
-    ):
-        rl.aggregate(LOSS[0], MASK[0], "seq-mean-token-sum")
-    with pytest.raises(
-        ValueError, match=r"mask has shape \(\); mode='token-mean' needs \[element\]"
-    ):
-        rl.denominators(True, "token-mean")
-    with pytest.raises(
-        ValueError,
-        match="length=None with mode='seq-mean-token-sum-norm'.*needs the largest response length",
-    ):
-        rl.aggregate(LOSS, MASK, "seq-mean-token-sum-norm")
-    with pytest.raises(ValueError, match="length=3 with mode='token-mean'"):
-        rl.aggregate(LOSS, MASK, "token-mean", length=3)
-    with pytest.raises(ValueError, match="length=0 is outside"):
-        rl.aggregate(LOSS, MASK, "seq-mean-token-sum-norm", length=0)
-    with pytest.raises(ValueError, match="denominator=0.0 is outside"):
-        rl.aggregate(LOSS, MASK, "token-mean", denominator=0)
+def test_bad_inputs(refused):
+    row, sums, norm = MASK[0], "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    for message, loss, mask, mode, options in (
+        ("'token_mean' is not.*Did you mean 'token-mean'", LOSS, MASK, "token_mean", {}),
+        (r"mask has shape \(3,\) but loss has shape \(3, 3\)", LOSS, row, "token-mean", {}),
+        (r"keep has shape \(3,\) but loss", LOSS, MASK, "token-mean", {"keep": row}),
+        (rf"loss has shape \(3,\); mode='{sums}' needs \[batch, position\]", LOSS[0], row, sums, {}),
+        (f"length=None with mode='{norm}'.*needs the largest response length", LOSS, MASK, norm, {}),
+        ("length=3 with mode='token-mean'", LOSS, MASK, "token-mean", {"length": 3}),
+        ("length=0 is outside", LOSS, MASK, norm, {"length": 0}),
+        ("denominator=0.0 is outside", LOSS, MASK, "token-mean", {"denominator": 0}),
+    ):  # fmt: skip
+        refused(message, rl.aggregate, loss, mask, mode, **options)
+    message = r"mask has shape \(\); mode='token-mean' needs \[element\]"
+    refused(message, rl.denominators, True, "token-mean")

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.nn import log_softmax
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import rl
 
@@ -23,23 +24,11 @@ def expectation(logits, drawn_from, kind, **options):
 
 
 def test_by_hand():
-    d = jnp.log(jnp.array([2.0, 0.5, 1.0]))
-    zeros = jnp.zeros(3)
-    np.testing.assert_allclose(rl.kl_estimate(d, zeros, "k1"), d)
-    np.testing.assert_allclose(
-        rl.kl_estimate(d, zeros, "k2"), [0.2402265, 0.2402265, 0], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        rl.kl_estimate(d, zeros), [0.19314718, 0.30685282, 0], rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize("kind", ["k1", "k3"])
-def test_value_is_unbiased(kind):
-    drawn = log_softmax(LOGITS)
-    np.testing.assert_allclose(
-        expectation(LOGITS, drawn, kind), exact_kl(LOGITS), rtol=1e-5
-    )
+    d, zeros = jnp.log(jnp.array([2.0, 0.5, 1.0])), jnp.zeros(3)
+    assert_allclose(rl.kl_estimate(d, zeros, "k1"), d)
+    k2, k3 = rl.kl_estimate(d, zeros, "k2"), rl.kl_estimate(d, zeros)
+    assert_allclose(k2, [0.2402265, 0.2402265, 0], rtol=1e-6)
+    assert_allclose(k3, [0.19314718, 0.30685282, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
@@ -50,15 +39,15 @@ def test_multiplied_by_the_ratio_value_and_gradient_are_unbiased(kind, on_policy
         LOGITS, behaviour, kind, behaviour_log_prob=behaviour
     )
     exact, exact_gradient = jax.value_and_grad(exact_kl)(LOGITS)
-    np.testing.assert_allclose(value, exact, rtol=1e-5)
-    np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-4, atol=1e-7)
+    assert_allclose(value, exact, rtol=1e-5)
+    assert_allclose(gradient, exact_gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_gradient_of_k2_is_unbiased_on_policy_and_that_of_k3_is_not():
     exact = jax.grad(exact_kl)(LOGITS)
     drawn = log_softmax(LOGITS)
     k2 = jax.grad(expectation)(LOGITS, drawn, "k2")
-    np.testing.assert_allclose(k2, exact, rtol=1e-5, atol=1e-7)
+    assert_allclose(k2, exact, rtol=1e-5, atol=1e-7)
     assert abs(jax.grad(expectation)(LOGITS, drawn, "k3") - exact).max() > 0.05
 
 
@@ -69,7 +58,7 @@ def test_k3_is_accurate_for_every_size_and_never_negative():
     wide = d.astype(np.float64)
     small = wide**2 / 2 - wide**3 / 6 + wide**4 / 24 - wide**5 / 120
     exact = np.where(abs(wide) < 1e-3, small, np.expm1(-wide) + wide)
-    np.testing.assert_allclose(ours, exact, rtol=2e-5)
+    assert_allclose(ours, exact, rtol=2e-5)
     assert (ours > 0).all()
     assert rl.kl_estimate(jnp.zeros(()), jnp.zeros(())) == 0
 
@@ -77,7 +66,7 @@ def test_k3_is_accurate_for_every_size_and_never_negative():
 def test_k3_gradient(x64):
     d = np.array([-3.0, -0.03, -0.019, 0.0, 0.019, 0.5, 4.0])
     gradient = jax.grad(lambda x: rl.kl_estimate(x, np.zeros(7)).sum())(d)
-    np.testing.assert_allclose(gradient, -np.expm1(-d), rtol=1e-8, atol=0)
+    assert_allclose(gradient, -np.expm1(-d), rtol=1e-8, atol=0)
 
 
 def test_far_from_the_reference_it_stays_finite():
@@ -86,7 +75,7 @@ def test_far_from_the_reference_it_stays_finite():
         lambda x: rl.kl_estimate(x, jnp.zeros(2), behaviour_log_prob=x).sum()
     )(d)
     assert np.isfinite(value) and np.isfinite(gradient).all()
-    np.testing.assert_allclose(rl.kl_estimate(d, jnp.zeros(2))[1], 499, rtol=1e-6)
+    assert_allclose(rl.kl_estimate(d, jnp.zeros(2))[1], 499, rtol=1e-6)
 
 
 def test_masked_elements_and_constants():
@@ -94,14 +83,13 @@ def test_masked_elements_and_constants():
     hole = jnp.where(mask, log_softmax(LOGITS), -jnp.inf)
 
     def loss(x, reference, behaviour):
-        return rl.kl_estimate(
-            x, reference, behaviour_log_prob=behaviour, mask=mask
-        ).sum()
+        given = {"behaviour_log_prob": behaviour, "mask": mask}
+        return rl.kl_estimate(x, reference, **given).sum()
 
     gradient = jax.grad(loss, (0, 1, 2))(hole, REFERENCE, BEHAVIOUR)
     assert np.isfinite(gradient[0]).all() and gradient[0][2] == 0
     assert (gradient[0][mask] != 0).all()
-    np.testing.assert_array_equal(gradient[1:], np.zeros((2, 4)))
+    assert_array_equal(gradient[1:], np.zeros((2, 4)))
     assert rl.kl_estimate(hole, REFERENCE, mask=mask)[2] == 0
 
 
@@ -109,15 +97,11 @@ def test_half_precision_is_computed_in_float32():
     half = log_softmax(LOGITS).astype(jnp.bfloat16), REFERENCE.astype(jnp.bfloat16)
     ours = rl.kl_estimate(*half)
     assert ours.dtype == jnp.float32
-    np.testing.assert_array_equal(
-        ours, rl.kl_estimate(*[x.astype(jnp.float32) for x in half])
-    )
+    assert_array_equal(ours, rl.kl_estimate(*[x.astype(jnp.float32) for x in half]))
 
 
-def test_bad_inputs(as_shipped):
-    with pytest.raises(ValueError, match="kind='k4' is not one of 'k1', 'k2', 'k3'"):
-        rl.kl_estimate(LOGITS, REFERENCE, "k4")
-    with pytest.raises(ValueError, match=r"shape \(4,\) but the other log_prob has"):
-        rl.kl_estimate(LOGITS, REFERENCE[:1])
-    with pytest.raises(ValueError, match=r"shape \(4,\) but the other log_prob has"):
-        rl.kl_estimate(LOGITS, REFERENCE, behaviour_log_prob=BEHAVIOUR[:2])
+def test_bad_inputs(refused):
+    of, shapes = rl.kl_estimate, r"shape \(4,\) but the other log_prob has"
+    refused("kind='k4' is not one of 'k1', 'k2', 'k3'", of, LOGITS, REFERENCE, "k4")
+    refused(shapes, of, LOGITS, REFERENCE[:1])
+    refused(shapes, of, LOGITS, REFERENCE, behaviour_log_prob=BEHAVIOUR[:2])

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import rl
 
@@ -32,31 +33,26 @@ def brute_force(reward, value, next_value, terminated, truncated, discount, lam)
 @pytest.mark.parametrize("discount, lam", [(0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
 def test_13_generalised_advantages_are_the_sum(discount, lam):
     arrays = drawn(0)
-    advantage, returns = rl.generalised_advantages(
-        *arrays, discount=discount, gae_lambda=lam
-    )
-    np.testing.assert_allclose(
-        advantage, brute_force(*arrays, discount, lam), rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(returns, advantage + arrays[1], rtol=1e-5, atol=1e-6)
+    options = {"discount": discount, "gae_lambda": lam}
+    advantage, returns = rl.generalised_advantages(*arrays, **options)
+    expected = brute_force(*arrays, discount, lam)
+    assert_allclose(advantage, expected, rtol=1e-5, atol=1e-5)
+    assert_allclose(returns, advantage + arrays[1], rtol=1e-5, atol=1e-6)
 
 
 def test_an_exact_value_has_no_advantage():
     """Reward 1 for ever is worth 1 / (1 - discount), cut or not."""
     shape = (6, 2)
-    value = np.full(shape, 10.0)
-    cut = np.zeros(shape, bool)
+    cut, none = np.zeros((2, *shape), bool)
     cut[2], cut[4, 0] = True, True
-    none = np.zeros(shape, bool)
-    options = {"discount": 0.9, "gae_lambda": 0.95}
-    advantage, _ = rl.generalised_advantages(
-        np.ones(shape), value, value, none, cut, **options
-    )
-    np.testing.assert_allclose(advantage, 0, atol=1e-5)
-    ended, _ = rl.generalised_advantages(
-        np.ones(shape), value, value, cut, none, **options
-    )
-    assert (ended[2] < -8).all()
+
+    def advantage(*ends):
+        options = {"discount": 0.9, "gae_lambda": 0.95}
+        given = (np.ones(shape), np.full(shape, 10.0), np.full(shape, 10.0), *ends)
+        return rl.generalised_advantages(*given, **options)[0]
+
+    assert_allclose(advantage(none, cut), 0, atol=1e-5)
+    assert (advantage(cut, none)[2] < -8).all()
 
 
 def test_a_step_that_is_not_valid_is_a_cut_before_it():
@@ -64,22 +60,15 @@ def test_a_step_that_is_not_valid_is_a_cut_before_it():
     valid = np.ones(reward.shape, bool)
     valid[3, 1] = valid[5, 4] = False
     options = {"discount": 0.9, "gae_lambda": 0.8}
-    broken = reward.copy()
-    broken[~valid], next_broken = np.nan, next_value.copy()
-    next_broken[~valid] = np.nan
+    broken, next_broken = (np.where(valid, x, np.nan) for x in (reward, next_value))
     advantage, _ = rl.generalised_advantages(
         broken, value, next_broken, terminated, truncated, valid=valid, **options
     )
     assert np.isfinite(advantage).all() and advantage[3, 1] == advantage[5, 4] == 0
     # as if it had been a step worth nothing, with nothing known behind it
-    worthless = reward.copy()
-    worthless[~valid] = value[~valid]
-    ended = terminated | ~valid
-    np.testing.assert_allclose(
-        advantage,
-        brute_force(worthless, value, next_value, ended, truncated, 0.9, 0.8),
-        atol=1e-5,
-    )
+    worthless, ended = np.where(valid, reward, value), terminated | ~valid
+    given = (worthless, value, next_value, ended, truncated)
+    assert_allclose(advantage, brute_force(*given, 0.9, 0.8), atol=1e-5)
 
 
 def test_no_gradient_and_traced_numbers():
@@ -100,38 +89,33 @@ def test_standardised_over_what_is_valid():
     valid = np.random.default_rng(1).random((40, 3)) > 0.3
     out = np.asarray(rl.standardise(np.where(valid, x, 1e6), valid))
     assert (out[~valid] == 0).all()
-    np.testing.assert_allclose(out[valid].mean(), 0, atol=1e-5)
-    np.testing.assert_allclose(out[valid].std(ddof=1), 1, rtol=1e-5)
+    assert_allclose(out[valid].mean(), 0, atol=1e-5)
+    assert_allclose(out[valid].std(ddof=1), 1, rtol=1e-5)
     whole = np.asarray(rl.standardise(x))
-    np.testing.assert_allclose(whole, (x - x.mean()) / x.std(ddof=1), atol=1e-5)
+    assert_allclose(whole, (x - x.mean()) / x.std(ddof=1), atol=1e-5)
 
 
-def test_bad_inputs(as_shipped):
-    arrays = drawn(0)
+def test_bad_inputs(refused):
+    arrays, of = drawn(0), rl.generalised_advantages
     options = {"discount": 0.9, "gae_lambda": 0.9}
-    with pytest.raises(ValueError, match="terminated has shape"):
-        rl.generalised_advantages(*arrays[:3], arrays[3][:2], arrays[4], **options)
-    with pytest.raises(ValueError, match="discount=1.5 is outside"):
-        rl.generalised_advantages(*arrays, discount=1.5, gae_lambda=0.9)
-    with pytest.raises(ValueError, match="valid has shape"):
-        rl.standardise(np.zeros(3), np.ones(4, bool))
+    short = (*arrays[:3], arrays[3][:2], arrays[4])
+    refused("terminated has shape", of, *short, **options)
+    refused("discount=1.5 is outside", of, *arrays, discount=1.5, gae_lambda=0.9)
+    refused("valid has shape", rl.standardise, np.zeros(3), np.ones(4, bool))
 
 
-SPLITS = [(1000,), (1, 2, 997), (500, 500), tuple([50] * 20)]
-
-
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [(1000,), (1, 2, 997), (500, 500), (50,) * 20])
 def test_12_statistics_do_not_depend_on_the_split(split):
     x = np.random.default_rng(0).normal([5, -3, 100], [2, 0.1, 30], (1000, 3))
     statistics = rl.RunningStatistics.start((3,))
     for part in np.split(x, np.cumsum(split)[:-1]):
         statistics = rl.update_statistics(statistics, part)
     assert statistics.count == 1000
-    np.testing.assert_allclose(statistics.mean, x.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(np.sqrt(statistics.variance), x.std(0), rtol=1e-4)
+    assert_allclose(statistics.mean, x.mean(0), rtol=1e-5)
+    assert_allclose(np.sqrt(statistics.variance), x.std(0), rtol=1e-4)
     normal = np.asarray(statistics.normalise(x))
-    np.testing.assert_allclose(normal.mean(0), 0, atol=1e-3)
-    np.testing.assert_allclose(normal.std(0), 1, rtol=1e-3)
+    assert_allclose(normal.mean(0), 0, atol=1e-3)
+    assert_allclose(normal.std(0), 1, rtol=1e-3)
 
 
 def test_12_rows_can_be_left_out_and_axes_are_free():
@@ -140,22 +124,18 @@ def test_12_rows_can_be_left_out_and_axes_are_free():
     statistics = rl.update_statistics(
         rl.RunningStatistics.start((2,)), np.where(valid[..., None], x, 99.0), valid
     )
-    np.testing.assert_allclose(statistics.mean, x[valid].mean(0), rtol=1e-5)
-    np.testing.assert_allclose(statistics.variance, x[valid].var(0), rtol=1e-4)
+    assert_allclose(statistics.mean, x[valid].mean(0), rtol=1e-5)
+    assert_allclose(statistics.variance, x[valid].var(0), rtol=1e-4)
     same = rl.update_statistics(statistics, x, np.zeros((6, 10), bool))
-    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(statistics)):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(assert_array_equal, same, statistics)
 
 
 def test_12_the_forgetful_form_shrinks():
     """As measured on the released FPO: 1.01, .74, .60, .50, .46, .40, .38, .35."""
-    rng, statistics, found = (
-        np.random.default_rng(0),
-        rl.RunningStatistics.start((1,)),
-        [],
-    )
+    rng, statistics = np.random.default_rng(0), rl.RunningStatistics.start((1,))
+    found = []
     for _ in range(8):
         batch = rng.normal(size=(4000, 1))
         statistics = rl.update_statistics(statistics, batch, forget=True)
         found.append(float(np.sqrt(statistics.variance)[0]))
-    np.testing.assert_allclose(found, 1 / np.sqrt(np.arange(1, 9)), rtol=0.05)
+    assert_allclose(found, 1 / np.sqrt(np.arange(1, 9)), rtol=0.05)

@@ -1,7 +1,10 @@
 """Records of responses, their batches, and which of them are worth an update."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import rl
 from tmdjax.rl import TokenRecord, batch_records
@@ -38,10 +41,8 @@ def test_a_every_token_stands_where_it_belongs(rows):
     for i, r in enumerate(RECORDS):
         count = len(r)
         assert tokens[i][batch.mask[i]].tolist() == r.tokens
-        assert places[i][batch.mask[i]].tolist() == [
-            len(r.prompt) + j for j in range(count)
-        ]
-        np.testing.assert_allclose(batch.log_prob[i, :count], r.log_probs)
+        assert_array_equal(places[i][batch.mask[i]], len(r.prompt) + np.arange(count))
+        assert_allclose(batch.log_prob[i, :count], r.log_probs)
         assert batch.version[i].tolist() == [r.number] * count + [-1] * (5 - count)
         begin = batch.start[i] - len(r.prompt)
         row = batch.tokens[batch.row[i], begin : begin + len(r.prompt) + count]
@@ -50,13 +51,10 @@ def test_a_every_token_stands_where_it_belongs(rows):
         assert not seen[batch.row[i], where].any()
         assert len(set(batch.segments[batch.row[i], where])) == 1
         seen[batch.row[i], where] = True
-    np.testing.assert_array_equal(seen, batch.segments > 0)
+    assert_array_equal(seen, batch.segments > 0)
     assert batch.mask.sum() == 7
-    assert batch.reward.tolist() == [1.0, -1.0, 0.5] and batch.group.tolist() == [
-        2,
-        3,
-        0,
-    ]
+    assert batch.reward.tolist() == [1.0, -1.0, 0.5]
+    assert batch.group.tolist() == [2, 3, 0]
     if rows:  # neighbours in a row are told apart
         assert batch.segments.max() == 2
 
@@ -67,41 +65,33 @@ def test_padding_sequences():
     assert (batch.tokens[3:] == 9).all() and (batch.segments[3:] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "changes, options, message",
-    [
-        ({}, {"length": 4}, r"record 0 has 3 \+ 2 tokens; the batch holds 4"),
-        ({}, {"response_length": 3}, r"record 1 .* 3 of the response"),
-        ({}, {"rows": 1}, "3 texts of 13 tokens do not fit into 1 rows of 8"),
-        ({}, {"sequences": 2}, "3 records do not fit into sequences=2"),
-        ({"reward": None}, {}, "record 0 has reward None; score it first"),
-        ({"reward": float("nan")}, {}, "record 0 has reward nan"),
-        ({"versions": [3, 2]}, {}, r"versions \[3, 2\], which fall"),
-        ({"log_probs": [0.0]}, {}, "2 tokens, 1 log-probs and 2 versions"),
-        ({"prompt": ()}, {}, "record 0 has no prompt"),
-    ],
-)
-def test_refused(changes, options, message):
-    first = record(0, [1, 2, 3], [4, 5])
-    for name, value in changes.items():
-        setattr(first, name, value)
-    options = {"length": 8, "response_length": 5} | options
-    with pytest.raises(ValueError, match=message):
-        batch_records([first, *RECORDS[1:]], **options)
+BAD = [
+    ({}, {"length": 4}, r"record 0 has 3 \+ 2 tokens; the batch holds 4"),
+    ({}, {"response_length": 3}, r"record 1 .* 3 of the response"),
+    ({}, {"rows": 1}, "3 texts of 13 tokens do not fit into 1 rows of 8"),
+    ({}, {"sequences": 2}, "3 records do not fit into sequences=2"),
+    ({"reward": None}, {}, "record 0 has reward None; score it first"),
+    ({"reward": float("nan")}, {}, "record 0 has reward nan"),
+    ({"versions": [3, 2]}, {}, r"versions \[3, 2\], which fall"),
+    ({"log_probs": [0.0]}, {}, "2 tokens, 1 log-probs and 2 versions"),
+    ({"prompt": ()}, {}, "record 0 has no prompt"),
+]
 
 
-def test_nothing_to_batch():
-    with pytest.raises(ValueError, match="nothing to batch"):
-        batch_records([], length=8, response_length=4)
+def test_bad_records(refused):
+    given = {"length": 8, "response_length": 5}
+    refused("nothing to batch", batch_records, [], **given)
+    for changes, options, message in BAD:
+        first = dataclasses.replace(RECORDS[0], **changes)
+        refused(message, batch_records, [first, *RECORDS[1:]], **given | options)
 
 
 def test_d_overlong_penalty():
     """DAPO's numbers: 16384 tokens are free, 20480 cost 1."""
     options = {"longest": 20480, "buffer": 4096}
-    assert rl.overlong_penalty(16384, **options) == 0
-    assert rl.overlong_penalty(18432, **options) == -0.5
+    for length, expected in ((5, 0), (16384, 0), (18432, -0.5), (20480, -1)):
+        assert rl.overlong_penalty(length, **options) == expected
     assert rl.overlong_penalty(20480, **options, factor=2.0) == -2
-    assert rl.overlong_penalty(5, **options) == 0
     with pytest.raises(ValueError, match="buffer=30"):
         rl.overlong_penalty(5, longest=20, buffer=30)
 
@@ -129,5 +119,5 @@ def test_c_weights_of_an_aggregation(mode, kept):
     length = 6 if mode.endswith("norm") else None
     weights = rl.aggregation_weights(mask, mode, length=length, keep=keep)
     expected = rl.aggregate(loss, mask, mode, length=length, keep=keep)
-    np.testing.assert_allclose((weights * loss).sum(), expected, rtol=1e-5)
+    assert_allclose((weights * loss).sum(), expected, rtol=1e-5)
     assert (np.asarray(weights)[~mask] == 0).all()

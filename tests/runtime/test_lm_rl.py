@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models, rl
 from tmdjax.generation import Engine, EngineConfig, Sampling, cached_decoder
@@ -84,7 +85,7 @@ def run(iterations, state=None, objective=OBJECTIVE, **changes):
 
 def leaves_equal(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
+        assert_array_equal(x, y)
 
 
 TWICE = {"epochs": 2, "minibatches": 2}
@@ -153,9 +154,9 @@ def test_c_packing_and_microbatches_change_nothing(name, changes):
     whole, metrics = gradients(objective, microbatch=16)
     other, others = gradients(objective, **changes)
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(other)):
-        np.testing.assert_allclose(x, y, atol=2e-6)
+        assert_allclose(x, y, atol=2e-6)
     for key in metrics:
-        np.testing.assert_allclose(metrics[key], others[key], atol=2e-6)
+        assert_allclose(metrics[key], others[key], atol=2e-6)
 
 
 @pytest.mark.slow
@@ -181,7 +182,7 @@ def test_the_loss_is_that_of_the_definition():
 
     grads = jax.grad(expected)(PARAMS)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(grads)):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        assert_allclose(x, y, atol=1e-5)
 
 
 def test_clipped_shares_are_those_of_the_ratio_that_is_clipped():
@@ -213,7 +214,7 @@ def test_c_truncated_responses_may_be_left_out():
     )
     live = batch.weight.reshape(16, -1) > 0
     assert (~live.any(1)).sum() == sum(cut)
-    np.testing.assert_allclose(batch.weight[batch.weight > 0], batch.share[0])
+    assert_allclose(batch.weight[batch.weight > 0], batch.share[0])
     assert batch.share[0] == pytest.approx(1 / sum(map(len, rollout.records)))
 
 

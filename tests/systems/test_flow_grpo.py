@@ -1,7 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import lowered_iteration
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import data, flows, models, rl, train
 from tmdjax.systems import flow_grpo
@@ -19,9 +23,8 @@ def corrected(params, frozen):
 
 
 def network_params():
-    params = models.init_params(
-        NET, jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), None
-    )
+    inputs = (jnp.zeros((1, 2)), jnp.zeros(1), None)
+    params = models.init_params(NET, jax.random.key(0), *inputs)
     return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
 
 
@@ -38,38 +41,22 @@ SMALL = {
 }
 
 
+def nightly(name):
+    return pytest.param(name, marks=pytest.mark.nightly)
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "flow_grpo",
-        "mix_grpo",
-        pytest.param("flow_grpo_fast", marks=pytest.mark.nightly),
-        pytest.param("dance_grpo", marks=pytest.mark.nightly),
-    ],
+    "name", ["flow_grpo", "mix_grpo", *map(nightly, ("flow_grpo_fast", "dance_grpo"))]
 )
 def test_reward_rises_with_one_compilation_of_each_program(name):
-    setup = flow_grpo.preset(
-        name,
-        (2,),
-        steps=8,
-        group_size=8,
-        objective={"clip_range": 0.05, "kl_coefficient": 0.0},
-        **SMALL[name],
-    )
-    optimizer = train.make_optimizer(
-        train.OptimizerConfig(learning_rate=5e-3, name="adam")
-    )
-    iteration = flow_rl.make_iteration(
-        flow_rl.Policy(velocity=corrected),
-        setup.method,
-        to_goal,
-        optimizer,
-        setup.objective,
-        updates=setup.updates,
-    )
-    state = train.create_state(network_params(), optimizer)
+    objective = {"clip_range": 0.05, "kl_coefficient": 0.0}
+    options = {"steps": 8, "group_size": 8, "objective": objective, **SMALL[name]}
+    setup = flow_grpo.preset(name, (2,), **options)
+    rule = train.make_optimizer(train.OptimizerConfig(learning_rate=5e-3, name="adam"))
+    given = (flow_rl.Policy(corrected), setup.method, to_goal, rule, setup.objective)
+    iteration = flow_rl.make_iteration(*given, updates=setup.updates)
+    state, history = train.create_state(network_params(), rule), []
     batch = {"prompt": np.arange(8)}
-    history = []
     for _ in range(25):
         state, metrics = iteration(state, batch, jax.random.key(1))
         history.append(metrics)
@@ -96,16 +83,14 @@ ADVANTAGES = {
 }
 
 
-EMPTY = rl.Transitions(
-    *(np.zeros(0, np.float32) for _ in range(6))
-)  # rewards are all that counts
+# rewards are all that counts
+EMPTY = rl.Transitions(*(np.zeros(0, np.float32) for _ in range(6)))
 
 
 def credit(method, rewards, key=0, give=None):
     _, plan = method.plan(0)
-    found = (give or jax.jit(method.credit))(
-        np.asarray(rewards, np.float32), EMPTY, plan, jax.random.key(key)
-    )
+    given = (np.float32(rewards), EMPTY, plan, jax.random.key(key))
+    found = (give or jax.jit(method.credit))(*given)
     return plan["steps"], flow_rl.Credit(*(np.asarray(column) for column in found))
 
 
@@ -128,11 +113,9 @@ def test_advantages_are_the_published_ones(name):
     steps, found = credit(method, rewards.reshape(-1), give=give)
     each = found.advantage.reshape(rewards.size, -1)
     for column in each.T:
-        np.testing.assert_allclose(
-            column, np.reshape(expected, -1), rtol=1e-4, atol=1e-5
-        )
+        assert_allclose(column, np.reshape(expected, -1), rtol=1e-4, atol=1e-5)
     sample = found.edge.reshape(each.shape) // len(steps)
-    np.testing.assert_array_equal(sample, np.arange(rewards.size)[:, None] + 0 * sample)
+    assert_array_equal(sample, np.arange(rewards.size)[:, None] + 0 * sample)
     assert (found.weight == 1).all()
     # tied groups: zero, and outside the loss where published so
     rewards = rewards_of(3, method.group_size)
@@ -169,21 +152,15 @@ def test_random_transitions_are_distinct_and_of_the_published_number():
     method = flow_grpo.preset("dance_grpo", (2,)).method
     rewards = rewards_of(16, 12).reshape(-1)
     steps, found = credit(method, rewards)
-    np.testing.assert_array_equal(steps, np.arange(15))  # the last never trains
+    assert_array_equal(steps, np.arange(15))  # the last never trains
     chosen = found.edge.reshape(192, -1) % 15
     assert chosen.shape[1] == int((16 - 1) * 0.6) == 9
     assert all(len(set(row)) == 9 for row in chosen)
     counts = np.bincount(chosen.reshape(-1), minlength=15) / 192
     # binomial with p = 9/15: within 5 standard errors
-    np.testing.assert_allclose(counts, 0.6, atol=5 * np.sqrt(0.24 / 192))
+    assert_allclose(counts, 0.6, atol=5 * np.sqrt(0.24 / 192))
     _, other = credit(method, rewards, key=1)
     assert (other.edge != found.edge).any()
-
-
-def test_flow_grpo_trains_the_first_steps():
-    table, plan = flow_grpo.preset("flow_grpo", (2,)).method.plan(0)
-    assert table.mask.all()
-    np.testing.assert_array_equal(plan["steps"], np.arange(int(10 * 0.99)))
 
 
 # -- published settings ----------------------------------------------------------------
@@ -194,7 +171,7 @@ def test_grids_are_shifted_by_three():
     for name in flow_grpo.PRESETS:
         grid = flow_grpo.preset(name, (2,)).method.grid
         u = 1 - 1 / (len(grid) - 1)
-        np.testing.assert_allclose(grid[1], 3 * u / (1 + 2 * u), rtol=1e-12)
+        assert_allclose(grid[1], 3 * u / (1 + 2 * u), rtol=1e-12)
 
 
 def test_windows_move_as_published():
@@ -202,14 +179,14 @@ def test_windows_move_as_published():
     starts = []
     for i in range(40):
         on = np.flatnonzero(fast.table(i).mask)
-        np.testing.assert_array_equal(on, on[0] + np.arange(3))
+        assert_array_equal(on, on[0] + np.arange(3))
         starts.append(on[0])
     assert set(starts) == {0, 1, 2}  # both ends of [0, 5 - 3]
     mix = flow_grpo.preset("mix_grpo", (2,)).method
     for i, start in ((0, 0), (24, 0), (25, 1), (25 * 20, 20), (25 * 21, 0)):
         table, plan = mix.plan(i)
-        np.testing.assert_array_equal(np.flatnonzero(table.mask), start + np.arange(4))
-        np.testing.assert_array_equal(plan["steps"], start + np.arange(4))
+        assert_array_equal(np.flatnonzero(table.mask), start + np.arange(4))
+        assert_array_equal(plan["steps"], start + np.arange(4))
 
 
 # -- rollout ---------------------------------------------------------------------------
@@ -220,25 +197,17 @@ def shrink(x, t, cond):
 
 
 def drawn(method, iteration=0, prompts=3, cond=None):
-    table, plan = method.plan(iteration)
-    keys = jax.random.split(jax.random.key(5), prompts)
-
-    @jax.jit
-    def rollout(keys, cond, table, plan):
-        return method.rollout(keys, shrink, cond, table, plan)
-
-    return jax.tree.map(np.asarray, rollout(keys, cond, table, plan))
+    keys, given = jax.random.split(jax.random.key(5), prompts), method.plan(iteration)
+    walk = jax.jit(
+        lambda keys, cond, *given: method.rollout(keys, shrink, cond, *given)
+    )
+    return jax.tree.map(np.asarray, walk(keys, cond, *given))
 
 
 def at_window(start, **options):
-    return flow_grpo.preset(
-        "mix_grpo",
-        (2,),
-        steps=8,
-        group_size=4,
-        window={"schedule": "fixed", "size": 3, "low": start},
-        **options,
-    ).method
+    window = {"schedule": "fixed", "size": 3, "low": start}
+    options |= {"steps": 8, "group_size": 4, "window": window}
+    return flow_grpo.preset("mix_grpo", (2,), **options).method
 
 
 def test_states_before_the_window_are_those_of_the_ode_and_the_same_in_a_group():
@@ -246,49 +215,40 @@ def test_states_before_the_window_are_those_of_the_ode_and_the_same_in_a_group()
     method = at_window(0)
     _, record = drawn(method)
     noise = record.states.reshape(3, 4, 4, 2)[:, :, 0]
-    np.testing.assert_array_equal(noise, np.broadcast_to(noise[:, :1], noise.shape))
+    assert_array_equal(noise, np.broadcast_to(noise[:, :1], noise.shape))
     samples, late = drawn(at_window(3))
     entry = late.states.reshape(3, 4, 4, 2)[:, :, 0]
-    np.testing.assert_array_equal(entry, np.broadcast_to(entry[:, :1], entry.shape))
+    assert_array_equal(entry, np.broadcast_to(entry[:, :1], entry.shape))
     x = np.asarray(noise[:, 0], np.float64)
     for t, t_next in zip(method.grid[:3], method.grid[1:4]):
         x = x - (t - t_next) * (0.3 * x + np.sin(t))
-    np.testing.assert_allclose(entry[:, 0], x, atol=1e-5)
+    assert_allclose(entry[:, 0], x, atol=1e-5)
     assert len(np.unique(noise[:, 0, 0])) == 3
+    _, free = drawn(at_window(0, same_noise=False))
+    assert len(np.unique(free.states.reshape(12, 4, 2)[:, 0, 0])) == 12
     after = late.states.reshape(12, 4, 2)[:, 1]
     assert len(np.unique(after[:, 0])) == 12 == len(np.unique(samples[:, 0]))
-
-
-def test_without_shared_noise_every_sample_starts_elsewhere():
-    _, record = drawn(at_window(0, same_noise=False))
-    assert len(np.unique(record.states.reshape(12, 4, 2)[:, 0, 0])) == 12
 
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_the_record_keeps_the_states_of_the_window_alone(start):
     _, record = drawn(at_window(start))
-    assert record.states.nbytes == 12 * (3 + 1) * 2 * 4
+    assert record.states.nbytes == at_window(start).memory(3) == 12 * (3 + 1) * 2 * 4
     assert len(record) == 12 * 3
-    np.testing.assert_array_equal(record.target, record.source + 1)
+    assert_array_equal(record.target, record.source + 1)
     # each state inside a chain ends one transition and begins the next
-    ends = np.bincount(
-        np.concatenate([record.source, record.target]), minlength=48
-    ).reshape(12, 4)
-    np.testing.assert_array_equal(ends, [[1, 2, 2, 1]] * 12)
-    np.testing.assert_array_equal(
-        np.asarray(record.step).reshape(12, 3), [start + np.arange(3)] * 12
-    )
-    np.testing.assert_array_equal(
-        np.asarray(record.prompt).reshape(3, 12), np.arange(3)[:, None] + np.zeros(12)
-    )
+    ends = np.bincount(np.concatenate([record.source, record.target]), minlength=48)
+    assert_array_equal(ends, [1, 2, 2, 1] * 12)
+    assert_array_equal(record.step, np.tile(start + np.arange(3), 12))
+    assert_array_equal(record.prompt, np.repeat(np.arange(3), 12))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_stored_log_probs_are_those_of_the_stored_transitions(reduction):
+    options = {"reduction": reduction, "objective": {"clip_range": 0.1}}
     method = flow_grpo.preset(
-        "flow_grpo", (2,), steps=5, group_size=2, reduction=reduction,
-        objective={"clip_range": 0.1},
-    ).method  # fmt: skip
+        "flow_grpo", (2,), steps=5, group_size=2, **options
+    ).method
     cond = np.asarray([[0.1, -0.2], [1.0, 0.0], [0.0, -1.0]], np.float32)
     _, record = drawn(method, cond=cond)
     grid, a = np.asarray(method.grid), 0.7
@@ -304,14 +264,14 @@ def test_stored_log_probs_are_those_of_the_stored_transitions(reduction):
         std = sigma * np.sqrt(h)
         each = -((y - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
         expected = getattr(np, reduction)(each)
-        np.testing.assert_allclose(record.log_prob[edge], expected, atol=2e-5)
+        assert_allclose(record.log_prob[edge], expected, atol=2e-5)
 
 
 def test_groups_stand_in_a_row():
     cond = np.asarray([[50.0, 0.0], [0.0, 50.0], [-50.0, 0.0]], np.float32)
     samples, _ = drawn(at_window(0), cond=cond)
     away = np.asarray(samples).reshape(3, 4, 2).mean(1)
-    np.testing.assert_array_equal(np.argmin(away, 1), [0, 1, 1])
+    assert_array_equal(np.argmin(away, 1), [0, 1, 1])
     assert away[0, 0] < -10 and away[1, 1] < -10 and away[2, 0] > 10
 
 
@@ -342,55 +302,31 @@ BAD = [
 ]
 
 
-def test_bad_settings(as_shipped):
+def test_bad_settings(refused):
+    preset = functools.partial(flow_grpo.preset, "flow_grpo", (2,))
     for changes, message in BAD:
-        with pytest.raises((ValueError, KeyError), match=message):
-            flow_grpo.preset("flow_grpo", (2,), **changes)
-
-
-def test_unknown_names():
-    with pytest.raises(ValueError, match="preset='flow_grp' is not one of.*mean 'flow"):
-        flow_grpo.preset("flow_grp", (2,))
-    with pytest.raises(TypeError, match="noise_level"):
-        flow_grpo.preset("flow_grpo", (2,), noise_level=0.7)
-
-
-def test_a_grid_of_ones_own():
-    grid = flows.uniform_grid(6)
-    method = flow_grpo.preset("flow_grpo", (2,), grid=grid).method
-    np.testing.assert_array_equal(method.grid, grid)
+        refused(message, preset, error=(ValueError, KeyError), **changes)
+    refused("noise_level", preset, noise_level=0.7, error=TypeError)
+    message = "preset='flow_grp' is not one of.*mean 'flow"
+    refused(message, flow_grpo.preset, "flow_grp", (2,))
 
 
 def test_programs_lower_for_accelerators():
     setup = flow_grpo.preset(
         "mix_grpo", (2,), steps=6, group_size=2, objective={"kl_coefficient": 0.1}
     )
-    optimizer = train.make_optimizer(train.OptimizerConfig())
-    iteration = flow_rl.make_iteration(
-        flow_rl.Policy(
-            velocity=lambda params, frozen: lambda x, t, cond: params["w"] * x,
-            reference=lambda frozen: lambda x, t, cond: 0.5 * x,
-        ),
-        setup.method,
-        lambda x, prompts: x[:, 0],
-        optimizer,
-        setup.objective,
-        updates=2,
-        chunks=2,
-        ema_decay=0.9,
+    rule = train.make_optimizer(train.OptimizerConfig())
+    policy = flow_rl.Policy(
+        velocity=lambda params, frozen: lambda x, t, cond: params["w"] * x,
+        reference=lambda frozen: lambda x, t, cond: 0.5 * x,
     )
-    state = train.create_state({"w": jnp.ones(())}, optimizer, ema=True)
-    table, plan = setup.method.plan(0)
-    batch, key, zero = {"prompt": np.arange(4)}, jax.random.key(0), np.int32(0)
-    half = {"prompt": np.arange(2)}
-    collect = (state.params, (), half, key, zero, zero, table, plan)
-    samples, record = jax.eval_shape(iteration.collect, *collect)
-    assert samples.shape == (4, 2) and isinstance(record, rl.Transitions)
-    rewards = np.zeros(8, np.float32)
-    learn = (state, (), batch, (record, record), rewards, key, zero, table, plan)
-    for program, given in ((iteration.collect, collect), (iteration.learn, learn)):
-        exported = jax.export.export(program, platforms=("cuda", "tpu"))(*given)
-        assert exported.platforms == ("cuda", "tpu")
+    given = (policy, setup.method, lambda x, prompts: x[:, 0], rule, setup.objective)
+    options = {"updates": 2, "chunks": 2, "ema_decay": 0.9}
+    iteration = flow_rl.make_iteration(*given, **options)
+    state = train.create_state({"w": jnp.ones(())}, rule, ema=True)
+    batch = {"prompt": np.arange(4)}
+    drawn = lowered_iteration(iteration, setup.method, state, batch, chunks=2)
+    assert drawn[0].shape == (4, 2) and isinstance(drawn[1], rl.Transitions)
 
 
 def test_the_first_share_of_all_steps_trains():
@@ -400,11 +336,11 @@ def test_the_first_share_of_all_steps_trains():
         ({"preset": "flow_cps"}, 9),
         ({"window": {"size": 3, "schedule": "fixed"}}, 3),
         ({"fraction": 0.5}, 5),
+        ({"grid": flows.uniform_grid(6)}, 5),
     ):
-        method = flow_grpo.preset("flow_grpo", (2,), shift=1.0, **changes).method
-        assert len(method.plan(0)[1]["steps"]) == expected
-
-
-def test_memory_is_that_of_the_record():
-    _, record = drawn(at_window(0), prompts=5)
-    assert at_window(0).memory(5) == record.states.nbytes
+        shift = {} if "grid" in changes else {"shift": 1.0}
+        method = flow_grpo.preset("flow_grpo", (2,), **shift, **changes).method
+        table, plan = method.plan(0)
+        assert_array_equal(plan["steps"], np.arange(expected))
+        assert table.mask.all() or "window" in changes
+        assert "grid" not in changes or (method.grid == changes["grid"]).all()

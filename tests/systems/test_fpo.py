@@ -3,6 +3,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import envs
 from tmdjax.core import prng
@@ -39,9 +40,7 @@ def test_11_equal_parameters_give_a_ratio_of_one(ratio, error):
     method, params, samples, _ = made(ratio=ratio, error=error)
     loss, metrics = loss_of(method, params, params, samples, KEYS, {"clip_range": 0.05})
     assert np.max(metrics["ratio_error"]) < 1e-6
-    np.testing.assert_allclose(
-        loss, -np.asarray(samples.advantage), rtol=1e-5, atol=1e-6
-    )
+    assert_allclose(loss, -np.asarray(samples.advantage), rtol=1e-5, atol=1e-6)
 
 
 def test_11_the_two_errors_differ_by_a_power_of_time():
@@ -50,7 +49,7 @@ def test_11_the_two_errors_differ_by_a_power_of_time():
     record, seen = samples.record, samples.observation
     by_noise = losses(noise, params, seen, record)
     by_velocity = losses(velocity, params, seen, record)
-    np.testing.assert_allclose(
+    assert_allclose(
         by_noise, (1 - np.asarray(record["t"])) ** 2 * by_velocity, rtol=1e-4, atol=1e-6
     )
 
@@ -58,10 +57,10 @@ def test_11_the_two_errors_differ_by_a_power_of_time():
 def test_times_are_those_of_the_solver_and_actions_are_squashed():
     *_, samples, action = made(bound=3.0)
     t = np.unique(np.asarray(samples.record["t"]))
-    np.testing.assert_allclose(t, [0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-6)
-    np.testing.assert_allclose(action, 3 * np.tanh(samples.record["action"]), rtol=1e-5)
+    assert_allclose(t, [0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-6)
+    assert_allclose(action, 3 * np.tanh(samples.record["action"]), rtol=1e-5)
     free = made(squash=False)
-    np.testing.assert_array_equal(free[3], free[2].record["action"])
+    assert_array_equal(free[3], free[2].record["action"])
 
 
 def test_ratios_by_hand():
@@ -77,11 +76,11 @@ def test_ratios_by_hand():
 
     loss, _ = loss_of(method, new, params, samples, KEYS, {"clip_range": 0.1})
     mean = np.exp((old - now).mean(1, keepdims=True))
-    np.testing.assert_allclose(loss, surrogate(mean, advantage)[:, 0], rtol=1e-4)
+    assert_allclose(loss, surrogate(mean, advantage)[:, 0], rtol=1e-4)
     each = made(ratio="per_sample")[0]
     loss, _ = loss_of(each, new, params, samples, KEYS, {"clip_range": 0.1})
     ratios = np.exp(np.clip(old - now, -3, 3))
-    np.testing.assert_allclose(loss, surrogate(ratios, advantage).mean(1), rtol=1e-4)
+    assert_allclose(loss, surrogate(ratios, advantage).mean(1), rtol=1e-4)
 
 
 @pytest.mark.slow

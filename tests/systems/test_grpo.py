@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from tmdjax.rl import TokenBatch
 from tmdjax.runtime.lm_rl import UpdateBatch
@@ -67,7 +68,7 @@ def clipped(r, low, high):
     ],
 )
 def test_c_losses(name, expected):
-    np.testing.assert_allclose(found(grpo.preset(name)), live(expected), rtol=2e-5)
+    assert_allclose(found(grpo.preset(name)), live(expected), rtol=2e-5)
 
 
 @pytest.mark.parametrize("correction", ["truncate", "sequence"])
@@ -77,7 +78,7 @@ def test_c_corrections(correction):
         difference = np.broadcast_to(difference.sum(1, keepdims=True), MASK.shape)
     weight = np.minimum(np.exp(difference), 1.1)
     objective = grpo.PolicyObjective(correction=correction, max_weight=1.1)
-    np.testing.assert_allclose(
+    assert_allclose(
         found(objective), live(clipped(RATIO, 0.2, 0.2) * weight), rtol=2e-5
     )
 
@@ -90,28 +91,26 @@ def test_the_sequence_ratio_reaches_every_token():
         return objective.loss(x, batch())[0].sum()
 
     gradient = jax.grad(total)(jnp.asarray(PROXIMAL))
-    np.testing.assert_allclose(gradient, live(-A * np.ones(MASK.shape)), rtol=1e-6)
+    assert_allclose(gradient, live(-A * np.ones(MASK.shape)), rtol=1e-6)
 
 
 def test_c_kl_to_a_reference():
     reference = LOG_PROB - 0.5
     objective = grpo.PolicyObjective(kl_coefficient=2.0)
     extra = found(objective, reference=reference) - found(grpo.preset("grpo"))
-    np.testing.assert_allclose(extra, live(2 * (np.exp(-0.5) - 1 + 0.5)), rtol=1e-4)
+    assert_allclose(extra, live(2 * (np.exp(-0.5) - 1 + 0.5)), rtol=1e-4)
 
 
 def test_b_advantages_of_the_methods():
     rewards, group = jnp.array([1.0, 0, 0, 1, 1, 1]), jnp.array([0, 0, 0, 1, 1, 1])
     given = (rewards, group, 2)
-    np.testing.assert_allclose(
+    assert_allclose(
         grpo.preset("grpo").advantages(*given),
         np.array([2, -1, -1, 0, 0, 0]) / 3 / np.std([1, 0, 0], ddof=1),
         rtol=1e-4,
     )
-    np.testing.assert_allclose(
-        grpo.preset("rloo").advantages(*given), [1, -0.5, -0.5, 0, 0, 0]
-    )
-    np.testing.assert_allclose(
+    assert_allclose(grpo.preset("rloo").advantages(*given), [1, -0.5, -0.5, 0, 0, 0])
+    assert_allclose(
         grpo.preset("dr_grpo", length=4).advantages(*given),
         np.array([2, -1, -1, 0, 0, 0]) / 3,
         rtol=1e-6,

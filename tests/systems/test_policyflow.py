@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import envs, models, rl
 from tmdjax.core import prng
 from tmdjax.systems import policyflow, ppo
-from tmdjax.systems.policyflow import (
-    PATHS,
-    PolicyFlow,
-    brownian_penalty,
-)
+from tmdjax.systems.policyflow import PATHS, PolicyFlow, brownian_penalty
 from tmdjax.train.on_policy import Samples
 
 BATCH = 64
@@ -91,7 +88,7 @@ def test_1_every_node_is_drawn():
     method, params, samples = made(times=20)
     t = velocities(method, params, params, samples, KEYS)[1]
     nodes, counts = np.unique(np.asarray(t), return_counts=True)
-    np.testing.assert_allclose(nodes, np.arange(9) / 8, atol=1e-6)
+    assert_allclose(nodes, np.arange(9) / 8, atol=1e-6)
     assert scipy.stats.chisquare(counts).pvalue > 1e-4
 
 
@@ -117,7 +114,7 @@ def test_2_gradient_of_the_ratio(x64):
 
     ours, theirs = (jax.jit(jax.grad(f))(params["network"]) for f in (ratio, linear))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+        assert_allclose(a, b, rtol=1e-8, atol=1e-10)
     # and of the ratio by the shift, against finite differences
     delta = samples.record["delta"]
     shift, log_std = jnp.full_like(delta, 0.1), jnp.array([-0.3, 0.2])
@@ -130,7 +127,7 @@ def test_2_gradient_of_the_ratio(x64):
         ).sum()
 
     slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
-    np.testing.assert_allclose(jax.jit(jax.grad(moved))(0.0), slope, rtol=1e-6)
+    assert_allclose(jax.jit(jax.grad(moved))(0.0), slope, rtol=1e-6)
 
 
 def test_3_a_constant_shift_has_the_exact_ratio():
@@ -149,7 +146,7 @@ def test_3_a_constant_shift_has_the_exact_ratio():
     ).sum(1)
     given = (delta, np.tile(-c, (50, 1)), np.log(std), np.log(old))
     ours = shifted_log_ratio(*map(np.float32, given))
-    np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+    assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
 
 def shifted_bias(params, shift):
@@ -163,15 +160,13 @@ def test_3_a_shifted_network_moves_every_dv_and_the_end():
     shift = np.float32([0.05, -0.1])
     new = shifted_bias(params, shift)
     v, v_old = map(np.asarray, velocities(method, new, params, samples, KEYS)[2:])
-    np.testing.assert_allclose(v - v_old, np.broadcast_to(shift, v.shape), atol=1e-6)
+    assert_allclose(v - v_old, np.broadcast_to(shift, v.shape), atol=1e-6)
     # where the field does not depend on x the whole flow moves by -c
     old = {**params, "network": zeroed(params["network"], "from_action")}
     moved = shifted_bias(old, shift)
     x_0 = samples.record["x_0"]
     ends = [np.asarray(flow(method, p, samples.observation, x_0)) for p in (old, moved)]
-    np.testing.assert_allclose(
-        ends[1] - ends[0], -np.tile(shift, (BATCH, 1)), atol=1e-5
-    )
+    assert_allclose(ends[1] - ends[0], -np.tile(shift, (BATCH, 1)), atol=1e-5)
     record = {**samples.record, "x_1": ends[0]}
     found = diagnose(method, moved, old, samples._replace(record=record), KEYS)
     assert found["ratio_correlation"] > 0.9999 and abs(found["ratio_bias"]) < 1e-5
@@ -220,7 +215,7 @@ def test_5_the_flow_is_the_midpoint_rule():
         h = 1 / steps
         step = np.eye(2) - h * np.asarray(a) + h**2 * np.asarray(a @ a) / 2
         expected = np.asarray(x_0) @ np.linalg.matrix_power(step, steps).T
-        np.testing.assert_allclose(x_1, expected, atol=1e-5)
+        assert_allclose(x_1, expected, atol=1e-5)
         exact = np.asarray(x_0) @ scipy.linalg.expm(-np.asarray(a)).T
         errors.append(np.abs(x_1 - exact).max())
     assert 3.3 < errors[0] / errors[1] < 4.8 and 3.3 < errors[1] / errors[2] < 4.8
@@ -233,7 +228,7 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
     params = {**params, "network": blind}
     action, record = act(method, params, samples.observation, KEYS)
     again, other = act(method, params, samples.observation, prng.fold_in(KEYS, 1))
-    np.testing.assert_array_equal(record["x_1"], other["x_1"])
+    assert_array_equal(record["x_1"], other["x_1"])
     assert (np.asarray(action) != again).any()
     gaussian = ppo.GaussianPolicy(
         hidden=(16, 16), entropy_coefficient=0.01, log_std_bounds=(-5.0, 2.0)
@@ -250,7 +245,7 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
     mean, log_std = jax.jit(gaussian.mean_and_log_std)(
         {"network": as_mean(blind), "log_std": params["log_std"]}, samples.observation
     )
-    np.testing.assert_allclose(mean, record["x_1"], atol=1e-5)
+    assert_allclose(mean, record["x_1"], atol=1e-5)
     log_prob = scipy.stats.norm(mean, np.exp(log_std)).logpdf(action).sum(1)
     theirs = samples._replace(
         record={"action": action, "mean": mean, "log_prob": jnp.float32(log_prob)}
@@ -274,12 +269,12 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
     unseen = {name: blind[name] for name in ("from_action", "from_time")}
     for new in (blind, nudged(blind, 0.02) | unseen):
         (a, slope_a), (b, slope_b) = flow_loss(new), gaussian_loss(new)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         for name in ("from_observation", "layers_0", "out"):
             for x, y in zip(
                 jax.tree.leaves(slope_a[name]), jax.tree.leaves(slope_b[name])
             ):
-                np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
+                assert_allclose(x, y, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -305,11 +300,11 @@ def test_7_brownian_penalty(path):
     else:
         lead = 1 - tau if path == "rectified_flow" else 2 * (tau - 0.5) ** 2 + 0.5
         paper = lead * u - (x - tau * u_old)
-    np.testing.assert_allclose(each(v, v_old), (paper**2).mean(1), rtol=1e-4)
+    assert_allclose(each(v, v_old), (paper**2).mean(1), rtol=1e-4)
     if path == "rectified_flow":
-        np.testing.assert_allclose(each(-x_t, -x_t), 0, atol=1e-6)
+        assert_allclose(each(-x_t, -x_t), 0, atol=1e-6)
         # at pure noise the target is -x: outwards
-        np.testing.assert_allclose(each(-x_t, v_old)[-1], 0, atol=1e-6)
+        assert_allclose(each(-x_t, v_old)[-1], 0, atol=1e-6)
 
 
 def test_7_no_gradient_into_the_behaviour_and_the_two_reductions():
@@ -329,7 +324,7 @@ def test_7_no_gradient_into_the_behaviour_and_the_two_reductions():
         np.asarray(loss_of(m, new, params, samples, KEYS, COEFFICIENTS)[1]["brownian"])
         for m in (method, summed)
     )
-    np.testing.assert_allclose(b, 2 * a, rtol=1e-6)
+    assert_allclose(b, 2 * a, rtol=1e-6)
 
 
 def test_8_the_brownian_term_raises_entropy():
@@ -359,7 +354,7 @@ def test_8_the_brownian_term_raises_entropy():
         np.cov(ends({**params, "network": n}, seen, x_0).T).trace()
         for n in (params["network"], network)
     )
-    np.testing.assert_allclose(before, np.cov(x_0.T).trace(), rtol=1e-5)
+    assert_allclose(before, np.cov(x_0.T).trace(), rtol=1e-5)
     assert after > 1.5 * before
 
 
@@ -374,7 +369,7 @@ def test_9_kl_is_that_of_samples():
     assert abs(ours - log_ratio.mean()) < 3 * error
     same = jnp.linspace(-3, 1, 7)
     assert rl.gaussian_kl(jnp.zeros(7), same, same) == 0
-    np.testing.assert_allclose(
+    assert_allclose(
         rl.gaussian_entropy(jnp.log(std)),
         scipy.stats.norm(0, std).entropy().sum(),
         rtol=1e-6,
@@ -384,7 +379,7 @@ def test_9_kl_is_that_of_samples():
 def test_10_the_standard_deviation_is_bounded():
     method, params, samples = made()
     wide = {**params, "log_std": jnp.array([-9.0, 5.0])}
-    np.testing.assert_array_equal(method.log_std(wide), [-5, 2])
+    assert_array_equal(method.log_std(wide), [-5, 2])
 
     @jax.jit
     @jax.grad
@@ -435,12 +430,12 @@ def test_paths_begin_at_the_end_and_end_in_noise():
     x_0, x_1, z = (np.full((2, 3), v, np.float32) for v in (5, 1, 0))
     for path in PATHS:
         ends = path_point(path, x_0, x_1, np.float32([0, 1]), z)
-        np.testing.assert_allclose(ends, [[1.0] * 3, [5.0] * 3], atol=1e-5)
+        assert_allclose(ends, [[1.0] * 3, [5.0] * 3], atol=1e-5)
     half = path_point("trigflow", x_0, x_1, np.float32([0.5, 0.5]))
-    np.testing.assert_allclose(half, 6 / np.sqrt(2), rtol=1e-6)
+    assert_allclose(half, 6 / np.sqrt(2), rtol=1e-6)
     z, half = np.ones((2, 3), np.float32), np.float32([0.5, 0.5])
     middle = path_point("stochastic_interpolant", x_0, x_1, half, z)
-    np.testing.assert_allclose(middle, 3 + np.sqrt(0.5), rtol=1e-6)
+    assert_allclose(middle, 3 + np.sqrt(0.5), rtol=1e-6)
 
 
 def test_the_diagnostic_sees_a_bad_approximation():

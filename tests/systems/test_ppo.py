@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from numpy.testing import assert_allclose
 
 from tmdjax.core import prng
 from tmdjax.systems.ppo import GaussianPolicy
@@ -47,9 +48,9 @@ def test_log_prob_is_scipys():
     params, samples, action = made()
     mean, log_std = mean_and_log_std(params, samples.observation)
     std = np.exp(log_std)
-    np.testing.assert_allclose(std, 0.5, rtol=1e-6)
+    assert_allclose(std, 0.5, rtol=1e-6)
     expected = scipy.stats.norm(mean, std).logpdf(action).sum(1)
-    np.testing.assert_allclose(samples.record["log_prob"], expected, rtol=1e-5)
+    assert_allclose(samples.record["log_prob"], expected, rtol=1e-5)
 
 
 def test_loss_by_hand():
@@ -63,10 +64,10 @@ def test_loss_by_hand():
     a = np.asarray(samples.advantage)
     expected = np.maximum(-a * ratio, -a * np.clip(ratio, 0.8, 1.2))
     expected -= 0.01 * scipy.stats.norm(0, std).entropy().sum()
-    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["ratio_error"], np.abs(ratio - 1), atol=1e-5)
+    assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(metrics["ratio_error"], np.abs(ratio - 1), atol=1e-5)
     kl = 2 * (0.3 + 0.5 * (np.exp(-0.6) - 1))
-    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
+    assert_allclose(metrics["kl"], kl, rtol=1e-4)
 
 
 def test_gradient_is_the_policy_gradient_at_the_start():
@@ -84,7 +85,7 @@ def test_gradient_is_the_policy_gradient_at_the_start():
         return -jnp.mean(samples.advantage * density)
 
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(expected(params))):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import flows, models, train
 from tmdjax.core import prng, trees
@@ -53,7 +54,7 @@ def exact(params, *inputs, method, y1=None):
 def test_3_sampler_returns_the_data_with_the_exact_head(outer, inner):
     plan = plan_of(outer, inner, average="ys")
     x = tmd.sample(exact, {}, NOISE, None, KEYS, plan)
-    np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
+    assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,7 +73,7 @@ def walk(plan):
 @pytest.mark.parametrize("outer, inner", [(1, 2), (2, 1), (2, 2)])
 def test_3_the_rollouts_own_noise_with_the_exact_head(outer, inner):
     x = walk(plan_of(outer, inner, average="y1"))
-    np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
+    assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)
@@ -92,7 +93,7 @@ def test_3_training_samples_have_the_data_law_and_the_printed_form_has_not(
     plan = plan_of(2, 2, average="ys", output=output)
     generate = jax.jit(functools.partial(tmd.generate, exact, plan, {}))
     x = generate({"x_data": MU + VARIANCE**0.5 * NOISE}, KEYS)
-    np.testing.assert_allclose(moments(x), (MU, variance), atol=6e-3)
+    assert_allclose(moments(x), (MU, variance), atol=6e-3)
 
 
 def test_16_deterministic_transfer():
@@ -101,11 +102,11 @@ def test_16_deterministic_transfer():
     noise, target = NOISE[:4], jnp.full((4, 1), 0.3)
     velocity = lambda x, t, cond: (x - target) / t[:, None]  # noqa: E731
     found = dmd2.sample(lambda params, *at: velocity(*at), {}, noise, None, times)
-    np.testing.assert_allclose(found, target, atol=1e-6)
+    assert_allclose(found, target, atol=1e-6)
     table = flows.make_table("ode", times)
     states = flows.rollout(None, velocity, noise, table, None).states
     line = np.asarray(target) + times[:, None, None] / times[0] * (noise - target)
-    np.testing.assert_allclose(states, line, atol=1e-6)
+    assert_allclose(states, line, atol=1e-6)
 
 
 def test_dmd2_generates_the_posterior_mean():
@@ -128,7 +129,7 @@ def test_renoised_states_lie_on_the_path():
         dmd2.sample(apply_fn, {}, NOISE, None, times, transfer="renoise", keys=keys)
         for keys in (KEYS, KEYS[::-1])
     )
-    np.testing.assert_allclose(moments(x), (0.4 * 0.3, 0.6**2), atol=5e-3)
+    assert_allclose(moments(x), (0.4 * 0.3, 0.6**2), atol=5e-3)
     assert np.abs(np.asarray(x) - y).mean() > 0.1
 
 
@@ -141,7 +142,7 @@ def test_meanflow_reaches_the_data_with_the_exact_map(steps):
         return (x - (1 - r)[:, None] * MU - spread(r) * scaled) / (t - r)[:, None]
 
     x = meanflow.sample(apply_fn, {}, NOISE, None, flows.truncated_grid(steps, 5.0))
-    np.testing.assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
+    assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
 
 
 # A network of four numbers --------------------------------------------------------------
@@ -223,9 +224,9 @@ def check_regression(residual, value, found):
         return loss(params), jax.grad(lambda p: loss(p).sum())(params)
 
     loss, grads = expected(TOY)
-    np.testing.assert_allclose(value, loss, rtol=1e-4)
+    assert_allclose(value, loss, rtol=1e-4)
     for name in TOY:
-        np.testing.assert_allclose(found[name], grads[name], rtol=1e-4)
+        assert_allclose(found[name], grads[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)
@@ -233,13 +234,13 @@ def test_6_rows_without_a_jump_regress_the_head_onto_the_transition(average):
     """u = y1 - head and v = y1 - y: the head's target is y, also for the gradient."""
     value, found, asked = asked_by("tmd", NO_JUMPS, plan=plan_of(average=average))
     (x_t, t, _), (y_s, s, r, _) = (inputs for _, inputs in asked[:2])
-    np.testing.assert_array_equal(s, r)
+    assert_array_equal(s, r)
     noise = (x_t - (1 - t[:, None]) * DATA) / t[:, None]
     y, inner = noise - DATA, s[:, None]
     # both noises are standard normal, and independent
     y1 = ((y_s - (1 - inner) * y) / inner)[s > 0.2]
     for drawn in (noise, y1):
-        np.testing.assert_allclose(moments(drawn), (0, 1), atol=0.08)
+        assert_allclose(moments(drawn), (0, 1), atol=0.08)
     assert abs(np.mean(noise[s > 0.2] * y1)) < 0.06
 
     def residual(params):
@@ -253,9 +254,9 @@ def test_6_rows_without_a_jump_regress_the_head_onto_the_transition(average):
 def test_meanflow_without_a_jump_is_flow_matching():
     value, found, asked = asked_by("meanflow", NO_JUMPS)
     _, (x_t, t, r, _) = asked[0]
-    np.testing.assert_array_equal(t, r)
+    assert_array_equal(t, r)
     v = (x_t - DATA) / t[:, None]
-    np.testing.assert_allclose(moments((v + DATA)[t > 0.2]), (0, 1), atol=0.08)
+    assert_allclose(moments((v + DATA)[t > 0.2]), (0, 1), atol=0.08)
     check_regression(lambda p: toy_average(p, x_t, t, r, None) - v, value, found)
 
 
@@ -271,16 +272,16 @@ def test_pretraining_asks_at_the_times_of_the_plan():
     assert loss.shape == (2000,) and (loss >= 0).all() and (loss < 1).all()  # 11
     null, trained = (inputs for name, inputs in asked if name == "backbone")
     starts = np.unique(null[1])[::-1]
-    np.testing.assert_array_equal(starts, np.float32(plan.outer_times[:-1]))
+    assert_array_equal(starts, np.float32(plan.outer_times[:-1]))
     assert (null[2] == 0).all() and 0.06 < (trained[2] == 0).mean() < 0.14
     (_, s, r, _), (_, same_s, end, _) = [i for name, i in asked if name == "head"][:2]
     # guidance is that of the velocity, not of a jump
-    np.testing.assert_array_equal(s, r)
-    np.testing.assert_array_equal(s, same_s)
+    assert_array_equal(s, r)
+    assert_array_equal(s, same_s)
     jumps = end < s
     assert 0.55 < jumps.mean() < 0.65
     inner = np.float32(plan.inner_times)[::-1]
-    np.testing.assert_array_equal(
+    assert_array_equal(
         end[jumps], inner[np.searchsorted(inner, s[jumps], side="right") - 1]
     )
 
@@ -292,7 +293,7 @@ def test_meanflow_jumps_as_often_as_it_is_told():
     loss, _, asked = asked_by("meanflow", config, CONDITIONED, np.zeros(1))
     assert (loss >= 0).all() and (loss < 1).all()
     (_, (_, t, same_t, null)), (_, (_, _, r, cond)) = asked[:2]
-    np.testing.assert_array_equal(t, same_t)
+    assert_array_equal(t, same_t)
     assert (null == 0).all() and (cond == 1).all()
     assert 0.36 < np.mean(r < t) < 0.44 and (r <= t).all()
 
@@ -314,7 +315,7 @@ def test_only_the_derivative_is_taken_of_another_network(system, derivative):
         return [jax.value_and_grad(total)(params, o) for o in (None, network, doubled)]
 
     plain, same, other = gradients(TOY)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), plain, same)
+    jax.tree.map(functools.partial(assert_allclose, rtol=1e-5), plain, same)
     assert abs(other[0] / plain[0] - 1) > 0.01
 
 
@@ -372,7 +373,7 @@ def test_7_one_inner_step_from_one_is_the_heads_answer():
     features = network(y1[::-1], 0.999 * ones, None, method="backbone")
     one = tmd.inner_flow(network, features, y1, plan_of(1, 1, start=1.0))
     head = network(y1, ones, 0 * ones, features, method="head")
-    np.testing.assert_allclose(one, head, atol=1e-6)
+    assert_allclose(one, head, atol=1e-6)
 
 
 def test_9_gradient_through_the_rollout_is_right(x64):
@@ -404,7 +405,7 @@ def test_15_samples():
     first, again, other = (
         np.asarray(draw(keys)) for keys in (KEYS[:4], KEYS[:4], KEYS[4:8])
     )
-    np.testing.assert_array_equal(first, again)
+    assert_array_equal(first, again)
     assert np.abs(first - other).min(1).max() > 1e-4
 
 
@@ -412,7 +413,7 @@ def test_15_one_step_uses_no_data():
     generate = jax.jit(functools.partial(tmd.generate, toy, plan_of(1, 2), TOY))
     x = ROWS["x_data"]
     made = [np.asarray(generate({"x_data": x}, ROW_KEYS)) for x in (x, 100 + x)]
-    np.testing.assert_array_equal(*made)
+    assert_array_equal(*made)
 
 
 def test_plans_travel_with_a_model(recwarn):
@@ -520,7 +521,7 @@ def test_7_first_student_step_is_a_step_of_the_teacher(student):
     teacher = functools.partial(models.functional(module.shared), params["shared"])
     expected = flows.endpoints(teacher, 0.999 * noise, np.array(plan.outer_times), text)
     # the head's answer is the velocity; inside, y1 keeps the thousandth left of s
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert_allclose(found, expected, atol=1e-5)
 
 
 def test_9_gradient_reaches_backbone_and_every_head_block(student):

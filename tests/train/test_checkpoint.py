@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_array_equal
 
 from tmdjax import models, train
 
@@ -33,7 +34,7 @@ def test_round_trip(tmp_path):
     checkpoints.save(3, tree(), {"data": {"epoch": 2}})
     restored = checkpoints.restore()
     assert restored.step == 3 and restored.extra == {"data": {"epoch": 2}}
-    jax.tree.map(np.testing.assert_array_equal, restored.tree, tree())
+    jax.tree.map(assert_array_equal, restored.tree, tree())
     assert restored.tree["a"]["h"].dtype == ml_dtypes.bfloat16
 
 
@@ -48,7 +49,7 @@ def test_train_state_round_trip(tmp_path):
     )
     restored = checkpoints.restore(like=fresh).tree
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    jax.tree.map(assert_array_equal, restored, state)
 
 
 def test_arrays_without_elements(tmp_path):
@@ -60,7 +61,7 @@ def test_arrays_without_elements(tmp_path):
         found = checkpoints.restore(like).tree
         assert found["a"]["none"].shape == (2, 0)
         assert found["a"]["none"].dtype == jnp.int32
-        np.testing.assert_array_equal(found["b"], tree["b"])
+        assert_array_equal(found["b"], tree["b"])
     with pytest.raises(train.CheckpointError, match="another model"):
         checkpoints.restore(tree | {"a": {"none": jnp.zeros((3, 0), jnp.int32)}})
 
@@ -76,7 +77,7 @@ def test_keeps_the_last_two_and_the_best(tmp_path):
     for step, score in [(1, 5.0), (2, 1.0), (3, 4.0), (4, float("nan")), (5, 3.0)]:
         checkpoints.save(step, tree(step), score=score)
     assert checkpoints.steps() == [2, 4, 5] and checkpoints.best_step() == 2
-    np.testing.assert_array_equal(checkpoints.restore(step=2).tree["a"]["w"], 2.0)
+    assert_array_equal(checkpoints.restore(step=2).tree["a"]["w"], 2.0)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
@@ -124,7 +125,7 @@ def test_interrupted_save_is_ignored_and_replaced(tmp_path):
     (new / "manifest.json").unlink()  # killed before the manifest
     assert checkpoints.restore().step == 1 and not new.exists()
     checkpoints.save(2, tree(3.0))
-    np.testing.assert_array_equal(checkpoints.restore().tree["a"]["w"], 3.0)
+    assert_array_equal(checkpoints.restore().tree["a"]["w"], 3.0)
 
 
 @pytest.mark.parametrize("killed", ["before the swap", "inside", "after"])
@@ -142,7 +143,7 @@ def test_replacing_a_checkpoint_survives_a_kill(tmp_path, killed):
     else:
         (here / "step_0000000000").rename(here / "old_0000000000")
         new.rename(here / "step_0000000000")
-    np.testing.assert_array_equal(checkpoints.restore().tree["a"]["w"], 2.0)
+    assert_array_equal(checkpoints.restore().tree["a"]["w"], 2.0)
     assert [p.name for p in here.iterdir()] == ["step_0000000000"]
 
 
@@ -151,7 +152,7 @@ def test_only_the_old_one_left(tmp_path):
     checkpoints.save(0, tree(1.0))
     (tmp_path / "step_0000000000").rename(tmp_path / "old_0000000000")
     (tmp_path / "new_0000000000").mkdir()  # not whole
-    np.testing.assert_array_equal(checkpoints.restore().tree["a"]["w"], 1.0)
+    assert_array_equal(checkpoints.restore().tree["a"]["w"], 1.0)
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path):
@@ -235,7 +236,7 @@ def test_exported_model_loads(tmp_path):
     params = models.init_params(module, jax.random.key(0), x, t, None)
     train.save_model(tmp_path, spec, params, {"note": "four"})
     apply_fn, loaded, meta = train.load_model(tmp_path)
-    np.testing.assert_array_equal(
+    assert_array_equal(
         apply_fn(loaded, x, t, None), models.functional(module)(params, x, t, None)
     )
     assert meta["note"] == "four" and meta["spec"] == spec

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import flows, train
 from tmdjax.core import prng
@@ -93,7 +94,7 @@ def test_9_each_loss_reaches_its_own_network_alone(trained):
     )
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(own))
     for leaf in jax.tree.leaves(others):
-        np.testing.assert_array_equal(leaf, 0)
+        assert_array_equal(leaf, 0)
 
 
 def test_13_guidance_of_one_costs_and_changes_nothing():
@@ -109,7 +110,7 @@ def test_13_guidance_of_one_costs_and_changes_nothing():
     nearly = dataclasses.replace(PLAIN, guidance=1.0 + 1e-7)
     guided = generator_loss(method(nearly, networks, NULL), CONDITIONED)
     assert len(called) == 3
-    np.testing.assert_allclose(guided, plain, rtol=1e-4)
+    assert_allclose(guided, plain, rtol=1e-4)
 
 
 def test_guidance_is_that_of_the_predictions_of_data():
@@ -139,7 +140,7 @@ def test_guidance_is_that_of_the_predictions_of_data():
     critic = x_tau - at * score(CRITIC["score"], x_tau, tau, cond)[0]
     guided = data[0] + 2.0 * (data[0] - data[1])
     expected, _ = flows.distribution_matching_loss(x, guided, critic)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert_allclose(found, expected, rtol=1e-3)
     noise = (x_tau - (1 - at) * x) / at
     assert abs(float(noise.mean())) < 0.6 and 0.4 < float(noise.var()) < 1.8
 
@@ -169,7 +170,7 @@ def test_negative_pass_of_its_own():
             (1.0, {"teacher": guided}),
         )
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("same_noise", [True, False])
@@ -195,11 +196,11 @@ def test_14_real_and_fake_share_their_noise(same_noise):
     metrics, (fake, real, near) = jax.tree.map(np.asarray, run(still))
     assert np.abs(near - real).min() > 0
     if same_noise:
-        np.testing.assert_allclose(fake, real, atol=1e-6)
+        assert_allclose(fake, real, atol=1e-6)
     else:
         assert np.abs(fake - real).min() > 0
-    np.testing.assert_allclose(metrics["discriminator_loss"], 2 * np.log(2), rtol=1e-5)
-    np.testing.assert_array_equal(metrics["r1"], 0)  # D is 0 everywhere
+    assert_allclose(metrics["discriminator_loss"], 2 * np.log(2), rtol=1e-5)
+    assert_array_equal(metrics["r1"], 0)  # D is 0 everywhere
 
 
 def test_r1_of_a_linear_discriminator():
@@ -213,7 +214,7 @@ def test_r1_of_a_linear_discriminator():
     r1 = float(metrics["r1"].mean())
     assert r1 == pytest.approx(0.2**2 * (0.7**2 + 0.4**2), rel=0.1)
     parts = metrics["score_loss"] + metrics["discriminator_loss"]
-    np.testing.assert_allclose(loss, parts + 0.1 * metrics["r1"], rtol=1e-5)
+    assert_allclose(loss, parts + 0.1 * metrics["r1"], rtol=1e-5)
 
 
 def test_features_of_the_critic():
@@ -244,7 +245,7 @@ def test_9_the_adversarial_gradient_passes_the_frozen_teacher(x64):
     for i, step in enumerate(np.float32(1e-3) * np.eye(2, dtype=np.float32)):
         expected = (total(mean + step) - total(mean - step)) / 2e-3
         assert abs(expected) > 1e-3
-        np.testing.assert_allclose(slope[i], expected, rtol=2e-2)
+        assert_allclose(slope[i], expected, rtol=2e-2)
 
 
 # Cycles ---------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def test_12_each_update_leaves_the_other_alone():
             after = jax.tree.leaves(getattr(state, name).params)
             for a, b in zip(jax.tree.leaves(before[name]), after, strict=True):
                 assert (np.asarray(a) == b).all() == (name == still)
-    np.testing.assert_array_equal(FROZEN["scale"], 1)
+    assert_array_equal(FROZEN["scale"], 1)
 
 
 def test_the_largest_weight_of_a_batch_is_logged():
@@ -323,8 +324,8 @@ def test_the_largest_weight_of_a_batch_is_logged():
     keys = prng.sample_keys(jax.random.fold_in(key, 0), 16)
     loss = jax.jit(losses.generator_loss)
     rows = np.asarray(loss(GENERATOR, BATCH, keys, CRITIC, FROZEN)[1]["weight"])
-    np.testing.assert_allclose(metrics["weight"], rows.mean(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["weight_max"], rows.max(), rtol=1e-4)
+    assert_allclose(metrics["weight"], rows.mean(), rtol=1e-4)
+    assert_allclose(metrics["weight_max"], rows.max(), rtol=1e-4)
 
 
 def test_levels_that_are_reported_are_those_of_the_update(cycle):
@@ -356,9 +357,9 @@ def test_levels_that_are_reported_are_those_of_the_update(cycle):
     assert everything.keys() == rowwise.keys() == levels.keys()
     for name, row in (("generator", 5), ("critic", 3)):
         assert everything[name][0] == "all rows"
-        np.testing.assert_allclose(everything[name][1], levels[name], atol=2e-4)
+        assert_allclose(everything[name][1], levels[name], atol=2e-4)
         assert rowwise[name][0] == f"rows [{row}]"
-        np.testing.assert_allclose(rowwise[name][1], levels[name][row], atol=2e-4)
+        assert_allclose(rowwise[name][1], levels[name][row], atol=2e-4)
         good = getattr(state, name).replace(skipped_in_a_row=jnp.int32(0))
         told_of = told(state=state.replace(**{name: good}))
         assert told_of.keys() == levels.keys() - {name}
@@ -375,8 +376,8 @@ def test_a_gaussian_is_distilled(cycle, count_compiles):
             state, _ = step(state, parts, key)
     assert not compiled
     found = state.generator.eval_params
-    np.testing.assert_allclose(found["mean"], [0.7, -0.3], atol=0.15)
-    np.testing.assert_allclose(np.abs(found["std"]), 0.5, atol=0.2)
+    assert_allclose(found["mean"], [0.7, -0.3], atol=0.15)
+    assert_allclose(np.abs(found["std"]), 0.5, atol=0.2)
 
 
 def test_updates_that_are_not_finite_are_skipped_and_reported(cycle):

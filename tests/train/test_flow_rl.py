@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import flows, models, rl, train
 from tmdjax.models import lora
@@ -29,10 +30,7 @@ def shift_of_prompt(frozen, batch):
 
 
 POLICY = flow_rl.Policy(affine, affine_reference, shift_of_prompt, SHIFTS)
-PARAMS = {
-    "w": jnp.asarray([[0.5, 0.1], [-0.2, 0.3]]),
-    "b": jnp.asarray([0.1, -0.1]),
-}
+PARAMS = {"w": jnp.asarray([[0.5, 0.1], [-0.2, 0.3]]), "b": jnp.asarray([0.1, -0.1])}
 BATCH = {"prompt": np.arange(4)}
 SGD = optax.sgd(0.1)
 
@@ -84,9 +82,7 @@ class Weighted(flow_grpo.Chains):
         found = super().credit(rewards, transitions, plan, key)
         index = jnp.arange(found.edge.shape[0])
         return flow_rl.Credit(
-            found.edge,
-            found.advantage + 0.1 * jnp.sin(index),
-            (index % 4) * 0.5,
+            found.edge, found.advantage + 0.1 * jnp.sin(index), (index % 4) * 0.5
         )
 
 
@@ -183,22 +179,22 @@ def test_gradient_is_the_sum_over_transitions(objective, microbatches):
     )
     assert 0.1 < clipped < 0.9
     for name in "wb":
-        np.testing.assert_allclose(
+        assert_allclose(
             (PARAMS[name] - state.params[name]) / 0.1,
             gradient[name],
             rtol=1e-4,
             atol=1e-4 * np.abs(gradient[name]).max(),
         )
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
-    np.testing.assert_allclose(metrics["clip_fraction_first"], clipped, rtol=1e-5)
-    np.testing.assert_allclose(
+    assert_allclose(metrics["loss"], loss, rtol=1e-4, atol=1e-5)
+    assert_allclose(metrics["kl"], kl, rtol=1e-4)
+    assert_allclose(metrics["clip_fraction_first"], clipped, rtol=1e-5)
+    assert_allclose(
         metrics["ratio_error"],
         np.max(np.abs(np.expm1(-away))[np.arange(36) % 4 > 0]),
         rtol=1e-4,
     )
     norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
-    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
 
 
 def update_of(state, start=PARAMS):
@@ -240,13 +236,13 @@ def test_tied_groups_count_in_neither_loss_nor_denominator():
     )
     other, other_metrics = learned(make(alone, objective=objective), alone, rewards)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params)):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
-    np.testing.assert_allclose(metrics["kl"], other_metrics["kl"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"], other_metrics["loss"], rtol=1e-5)
+        assert_allclose(a, b, rtol=1e-6)
+    assert_allclose(metrics["kl"], other_metrics["kl"], rtol=1e-5)
+    assert_allclose(metrics["loss"], other_metrics["loss"], rtol=1e-5)
     assert metrics["tied_group_fraction"] == 0.5
     # all tied: no gradient, not even of the KL, and nothing is NaN
     state, metrics = learned(iteration, some, np.ones(12, np.float32))
-    jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+    jax.tree.map(assert_array_equal, state.params, PARAMS)
     assert metrics["grad_norm"] == metrics["loss"] == metrics["skipped_updates"] == 0
     assert metrics["tied_group_fraction"] == 1
     assert all(np.isfinite(value) for value in metrics.values())
@@ -256,7 +252,7 @@ def test_tied_groups_that_stay_feel_the_kl_alone():
     method = chains(drop_tied=False, scale="group")
     iteration = make(method, objective={"kl_coefficient": 0.3})
     _, metrics = learned(iteration, method, np.ones(12, np.float32))
-    np.testing.assert_allclose(metrics["loss"], 0.3 * metrics["kl"], rtol=1e-6)
+    assert_allclose(metrics["loss"], 0.3 * metrics["kl"], rtol=1e-6)
     assert metrics["kl"] > 0 and metrics["grad_norm"] > 0
 
 
@@ -275,15 +271,15 @@ def test_chunks_and_microbatches_change_memory_not_maths():
         )
         for i in (0, 2)
     ]
-    np.testing.assert_allclose(
+    assert_allclose(
         np.concatenate([samples for samples, _ in drawn]), samples, atol=1e-5
     )
     joined = rl.concatenate([record for _, record in drawn], 2)
     for name in ("states", "log_prob"):
         a, b = getattr(joined, name), getattr(record, name)
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_allclose(a, b, atol=1e-5)
     for name in ("source", "target", "step", "prompt"):
-        np.testing.assert_array_equal(getattr(joined, name), getattr(record, name))
+        assert_array_equal(getattr(joined, name), getattr(record, name))
     expected, metrics = whole(fresh(), BATCH, KEY)
     update = update_of(expected.params)
     # 18 transitions a minibatch, padded to 20
@@ -291,18 +287,16 @@ def test_chunks_and_microbatches_change_memory_not_maths():
         fresh(), BATCH, KEY
     )
     for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(update_of(state.params))):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+        assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
     for name in metrics.keys() - {"ratio_error"}:
-        np.testing.assert_allclose(
-            metrics[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name
-        )
+        assert_allclose(metrics[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_iterations_differ_and_depend_on_key_and_number_alone():
     iteration = make()
     first, _ = iteration(fresh(), BATCH, KEY)
     again, _ = iteration(fresh(), BATCH, KEY)
-    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    jax.tree.map(assert_array_equal, first.params, again.params)
     other, _ = iteration(fresh(), BATCH, jax.random.key(4))
     late = fresh().replace(step=jnp.int32(1))
     later, _ = iteration(late, BATCH, KEY)
@@ -403,19 +397,14 @@ def test_rewards_see_their_own_prompt():
     state, metrics = make(reward=flow_rl.HostReward(fn=fn), **options)(
         fresh(), batch, KEY
     )
-    assert sorted(seen) == [
-        ((6, 2), [2, 2, 2, 0, 0, 0]),
-        ((6, 2), [3, 3, 3, 1, 1, 1]),
-    ]
+    assert sorted(seen) == [((6, 2), [2, 2, 2, 0, 0, 0]), ((6, 2), [3, 3, 3, 1, 1, 1])]
     # the same reward on the device, and with the batch there already
     other, other_metrics = make(**options)(
         fresh(), jax.tree.map(jnp.asarray, batch), KEY
     )
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params)):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-    np.testing.assert_allclose(
-        metrics["reward_mean"], other_metrics["reward_mean"], rtol=1e-5
-    )
+        assert_allclose(a, b, rtol=1e-5)
+    assert_allclose(metrics["reward_mean"], other_metrics["reward_mean"], rtol=1e-5)
 
 
 def test_chunks_are_scored_while_others_are_drawn():
@@ -502,7 +491,7 @@ def test_a_failing_reward_stops_the_run_which_resumes(tmp_path):
         scorer.fault = None
         resumed = run(folder)
         assert resumed.finished and int(resumed.state.step) == 7
-        jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+        jax.tree.map(assert_array_equal, resumed.state, whole.state)
 
 
 def test_a_failed_iteration_leaves_its_state_usable():
@@ -519,7 +508,7 @@ def test_a_failed_iteration_leaves_its_state_usable():
         iteration(state, broken, KEY)
     after, _ = iteration(state, good, KEY)
     expected, _ = iteration(fresh(), good, KEY)
-    jax.tree.map(np.testing.assert_array_equal, after.params, expected.params)
+    jax.tree.map(assert_array_equal, after.params, expected.params)
     assert state.params["w"].is_deleted()  # donated by the one that went through
 
 
@@ -565,7 +554,7 @@ def test_adapters_train_and_the_base_stays():
     assert later["kl"] > 0
     moved = update_of(state.params, adapters)["out"]["kernel"]
     assert moved["a"].any() and moved["b"].any()
-    jax.tree.map(np.testing.assert_array_equal, base, before)
+    jax.tree.map(assert_array_equal, base, before)
 
 
 def test_a_policy_that_differs_between_rollout_and_update_is_stopped():
@@ -614,7 +603,7 @@ def test_skipped_updates_are_counted_and_iterations_go_on():
         assert metrics["skipped_updates"] == 3
     assert numbers == [0, 1, 2]
     assert int(state.step) == int(state.skipped) == int(state.skipped_in_a_row) == 9
-    jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+    jax.tree.map(assert_array_equal, state.params, PARAMS)
     # a resumed state says itself where to go on
     iteration(fresh().replace(step=jnp.int32(21)), BATCH, KEY)
     assert numbers[-1] == 7

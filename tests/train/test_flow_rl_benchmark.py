@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from benchmarks import flow_rl as benchmark
 from tmdjax import flows
@@ -60,13 +61,13 @@ def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
     )
     states = np.stack([np.concatenate(states) for states, _ in drawn], 1)
     log_prob = np.stack([np.concatenate(each) for _, each in drawn], 1)
-    np.testing.assert_allclose(states, batched.states, atol=1e-5)
-    np.testing.assert_allclose(log_prob, batched.log_prob, atol=1e-5)
+    assert_allclose(states, batched.states, atol=1e-5)
+    assert_allclose(log_prob, batched.log_prob, atol=1e-5)
 
 
 def test_one_at_a_time_starts_a_group_from_the_same_noise(one):
     starts = np.concatenate([states[0] for states, _ in one.rollout()])
-    np.testing.assert_array_equal(starts[::2], starts[1::2])
+    assert_array_equal(starts[::2], starts[1::2])
     assert (starts[0] != starts[2]).all()
 
 
@@ -83,7 +84,7 @@ def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one)
     one.params = jax.tree.map(jnp.copy, ours.state.params)
     (norm,) = one.update(drawn, rewards)
     assert float(norm) > 1e-6
-    np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-4)
+    assert_allclose(norm, metrics["grad_norm"], rtol=1e-4)
 
 
 def test_chains_store_and_train_what_their_settings_say(problem, setup):
@@ -106,8 +107,7 @@ def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
         return run
 
     found = benchmark.in_turn(
-        {"ours": contender("a", [9, 1, 2, 6]), "rival": contender("b", [9, 2, 2, 2])},
-        3,
+        {"ours": contender("a", [9, 1, 2, 6]), "rival": contender("b", [9, 2, 2, 2])}, 3
     )
     (row,) = benchmark.compare("x", found["ours"], found["rival"], {"whole": 1.5})
     assert (row["ours"], row["rival"], row["ratio"]) == (2, 2, 1.0)

@@ -8,6 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import envs, models, rl, train
 from tmdjax.systems.fpo import FPO
@@ -54,9 +55,9 @@ def same(a, b, **tolerance):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         if tolerance:
-            np.testing.assert_allclose(x, y, **tolerance)
+            assert_allclose(x, y, **tolerance)
         else:
-            np.testing.assert_array_equal(x, y)
+            assert_array_equal(x, y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def test_9_learning_rate_follows_the_kl():
     kl = np.float32([0.001, 0.03, 0.01, np.nan, 0.0, 1.0])
     found = on_policy.adapted_learning_rate(rate, kl, settings)
     expected = [1.5e-4, 1e-4 / 1.5, 1e-4, 1e-4 / 1.5, 1e-2, 1e-6]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert_allclose(found, expected, rtol=1e-6)
     state, metrics = four_iterations("ppo")
     assert (metrics["learning_rate"] != np.float32(1e-3)).any()
     assert state.learning_rate == metrics["learning_rate"][-1]
@@ -157,8 +158,8 @@ def test_13_seeds_and_coefficients_side_by_side_are_runs_one_by_one():
         "discount": jnp.float32([0.99, 0.5, 0.99]),
     }
     states = jax.jit(jax.vmap(lambda key, c: trainer.init(key, **c)))(keys, given)
-    np.testing.assert_array_equal(states.learning_rate, given["learning_rate"])
-    np.testing.assert_array_equal(states.coefficients["discount"], given["discount"])
+    assert_array_equal(states.learning_rate, given["learning_rate"])
+    assert_array_equal(states.coefficients["discount"], given["discount"])
     together, metrics = jax.device_get(
         jit_iterations(trainer, 2, seeds=True)(states, keys)
     )
@@ -273,7 +274,7 @@ def test_bad_minibatches_are_seen_whatever_follows():
     few = {"unroll": 1, "epochs": 2, "minibatches": 8, "iterations": 8}
     _, state, metrics = trained(Bad(hidden=(4,)), **few)
     skipped = metrics["skipped"]  # the marked one's place in an order of 8
-    np.testing.assert_array_equal(metrics["skipped_in_a_row"], skipped)
+    assert_array_equal(metrics["skipped_in_a_row"], skipped)
     assert len(set(skipped)) > 1 and skipped.max() < 8
     assert state.skipped == skipped.sum() and state.skipped_in_a_row == 0
 
@@ -323,12 +324,12 @@ def test_advantages_follow_the_critic_where_computed_per_minibatch():
     )
     values = [value_at_0(state) for state in (jax.jit(trainer.init)(KEY), one)]
     assert abs(values[1] - values[0]) > 0.01
-    np.testing.assert_allclose(found["advantage"][0], 1 - values[0], rtol=1e-5)
+    assert_allclose(found["advantage"][0], 1 - values[0], rtol=1e-5)
     # half of it moves the critic as far, so that the other half meets values[1]
     for gae, expected in (("per_minibatch", np.mean(values)), ("once", values[0])):
         changes = AFRESH | {"gae": gae, "minibatches": 2}
         found = trained(Reporting(hidden=(4,)), **given, **changes)[2]
-        np.testing.assert_allclose(found["advantage"][0], 1 - expected, rtol=1e-5)
+        assert_allclose(found["advantage"][0], 1 - expected, rtol=1e-5)
 
 
 def test_advantages_per_minibatch_are_those_of_the_batch_before_any_update():
@@ -341,7 +342,7 @@ def test_advantages_per_minibatch_are_those_of_the_batch_before_any_update():
     ended = once[2]["terminated_fraction"][0] * 16 * 16
     assert 0 < ended < once[2]["episodes"][0]
     for name in ("policy_loss", "value_error", "grad_norm"):
-        np.testing.assert_allclose(once[2][name], afresh[2][name], rtol=1e-4, atol=1e-5)
+        assert_allclose(once[2][name], afresh[2][name], rtol=1e-4, atol=1e-5)
     same(once[1].learner.params, afresh[1].learner.params, atol=2e-4)
 
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from tmdjax import train
 
@@ -114,7 +115,7 @@ def test_eight_devices_equal_one(run_python, tmp_path):
     like = {"w": jnp.zeros((256, 128)), "b": jnp.zeros(3)}
     checkpoints = train.Checkpoints(tmp_path)
     for found in (checkpoints.restore(), checkpoints.restore(like=like)):
-        np.testing.assert_array_equal(found.tree["w"].ravel(), np.arange(2**15))
+        assert_array_equal(found.tree["w"].ravel(), np.arange(2**15))
 
 
 def test_mesh_must_fit():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import train
 from tmdjax.core import prng
@@ -49,8 +50,8 @@ def run(params, batch, steps, optimizer=SGD, **options):
 def test_reaches_the_known_optimum():
     params, batch = problem()
     state, history = run(params, batch, 200)
-    np.testing.assert_allclose(state.params["w"], [1.0, -2.0, 0.5], atol=0.02)
-    np.testing.assert_allclose(state.params["b"], 0.3, atol=0.02)
+    assert_allclose(state.params["w"], [1.0, -2.0, 0.5], atol=0.02)
+    assert_allclose(state.params["b"], 0.3, atol=0.02)
     assert history[-1]["loss"] < 1e-3 < history[0]["loss"]
     assert int(state.step) == 200 and int(state.skipped) == 0
 
@@ -62,10 +63,10 @@ def test_microbatches_change_memory_not_maths(options):
     params, batch = problem()
     whole, history = run(params, batch, 5)
     parts, parts_history = run(params, batch, 5, **options)
-    np.testing.assert_allclose(whole.params["w"], parts.params["w"], rtol=1e-5)
+    assert_allclose(whole.params["w"], parts.params["w"], rtol=1e-5)
     for a, b in zip(history, parts_history):
         for name in a:
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+            assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
 
 
 def test_a_microbatch_is_its_share_of_the_batch():
@@ -90,7 +91,7 @@ def test_gradient_against_finite_differences(x64):
     for i, eps in enumerate(1e-6 * np.eye(3)):
         step = w[i] - np.asarray(state.params["w"])[i]
         difference = (mean(w + eps) - mean(w - eps)) / 2e-6
-        np.testing.assert_allclose(step, difference, rtol=1e-5)
+        assert_allclose(step, difference, rtol=1e-5)
 
 
 def test_ema_ramp():
@@ -98,10 +99,10 @@ def test_ema_ramp():
     state, _ = run(params, batch, 1, optax.sgd(0.1), ema_decay=0.999)
     # at n = 0 the rate is 1/10: one tenth of the start remains
     expected = 0.1 * params["w"] + 0.9 * state.params["w"]
-    np.testing.assert_allclose(state.ema_params["w"], expected, rtol=1e-5)
+    assert_allclose(state.ema_params["w"], expected, rtol=1e-5)
     assert state.eval_params is state.ema_params
     late = train.ema_update({"w": 0.0}, {"w": 1.0}, jnp.int32(10**6), 0.999)
-    np.testing.assert_allclose(late["w"], 0.001, rtol=1e-3)
+    assert_allclose(late["w"], 0.001, rtol=1e-3)
 
 
 def test_nan_in_a_batch_is_skipped_and_counted():
@@ -117,7 +118,7 @@ def test_nan_in_a_batch_is_skipped_and_counted():
         for a, b in zip(
             jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name))
         ):
-            np.testing.assert_array_equal(a, b)
+            assert_array_equal(a, b)
     assert metrics["skipped"] == 1 and int(after.skipped) == 1
     assert int(after.skipped_in_a_row) == 1 and int(after.step) == 2
     again, metrics = step(after, batch, jax.random.key(0))
@@ -204,13 +205,13 @@ def test_schedules():
         learning_rate=2.0, schedule="cosine", warmup_steps=10, total_steps=110
     )
     rate = train.make_schedule(config)
-    np.testing.assert_allclose(
+    assert_allclose(
         [rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 1, 2, 1, 0], atol=1e-6
     )
     linear = train.make_schedule(
         train.OptimizerConfig(learning_rate=1.0, schedule="linear", total_steps=4)
     )
-    np.testing.assert_allclose([linear(i) for i in range(5)], [1, 0.75, 0.5, 0.25, 0])
+    assert_allclose([linear(i) for i in range(5)], [1, 0.75, 0.5, 0.25, 0])
 
 
 def test_weight_decay_spares_vectors():
@@ -220,9 +221,9 @@ def test_weight_decay_spares_vectors():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((3, 2)), "gain": jnp.ones(2)}
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
-    np.testing.assert_array_equal(updates["bias"], 0)
-    np.testing.assert_array_equal(updates["gain"], 0)
+    assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    assert_array_equal(updates["bias"], 0)
+    assert_array_equal(updates["gain"], 0)
 
 
 def test_clipping():
@@ -230,7 +231,7 @@ def test_clipping():
     optimizer = train.make_optimizer(config)
     params = {"w": jnp.zeros(2)}
     updates, _ = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params))
-    np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+    assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_metric_is_reduced_as_asked_over_the_whole_batch():
         )
         keys = prng.sample_keys(jax.random.fold_in(jax.random.key(1), 0), 16)
         each = linear_loss(params, batch, keys)[1]["absolute"]
-        np.testing.assert_allclose(history[0]["absolute"], np.max(each), rtol=1e-6)
+        assert_allclose(history[0]["absolute"], np.max(each), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["absolut", "loss"])
@@ -281,6 +282,6 @@ def test_large_gradients_are_skipped_and_counted():
         assert kept == bool(skipped)
         assert np.array_equal(state.ema_params["w"], params["w"]) == bool(skipped)
         # the norm that was too large is reported
-        np.testing.assert_allclose(history[0]["grad_norm"], norm, rtol=1e-6)
+        assert_allclose(history[0]["grad_norm"], norm, rtol=1e-6)
     with pytest.raises(ValueError, match=r"skip_above=0 is outside \(0, inf\]"):
         run(params, batch, 1, skip_above=0)

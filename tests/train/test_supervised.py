@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_array_equal
 
 from tmdjax import train
 from tmdjax.core import prng
@@ -57,9 +58,7 @@ def fit(folder=None, data=None, num_steps=60, **options):
 def test_windows():
     result, rows = fit(num_steps=25)
     assert result.finished and [step for step, _ in rows] == [10, 20, 25]
-    np.testing.assert_array_equal(
-        result.state.params["w"], fit(num_steps=25)[0].state.params["w"]
-    )
+    assert_array_equal(result.state.params["w"], fit(num_steps=25)[0].state.params["w"])
 
 
 def test_a_window_may_be_one_step():
@@ -76,10 +75,10 @@ def test_paused_and_resumed_equals_uninterrupted(tmp_path):
     second, late = fit(tmp_path, on_resume=resumed_from.append)
     assert resumed_from == [20] and second.finished
     assert early + late == rows
-    jax.tree.map(np.testing.assert_array_equal, second.state, whole.state)
+    jax.tree.map(assert_array_equal, second.state, whole.state)
     third, nothing = fit(tmp_path)  # a finished run does no step
     assert third.finished and not nothing
-    jax.tree.map(np.testing.assert_array_equal, third.state, whole.state)
+    jax.tree.map(assert_array_equal, third.state, whole.state)
 
 
 def test_checkpoints_by_time(tmp_path):
