@@ -148,11 +148,8 @@ def test_outside_jit_the_same_and_bad_values_stay_visible_inside(count_compiles)
         assert_allclose(ours[:8], expected, rtol=1e-6)
     eager = rl.group_advantages(REWARDS, GROUP, num_groups=3)
     assert_allclose(eager, expected, rtol=1e-6)
-
-
-def test_rewards_get_no_gradient():
-    grad = jax.jit(jax.grad(lambda r: compiled(r, GROUP, num_groups=3)[0]))
-    assert_array_equal(grad(REWARDS), 0)
+    slope = jax.grad(lambda r: compiled(r, GROUP, num_groups=3)[0])(REWARDS)
+    assert_array_equal(slope, 0)
 
 
 @pytest.mark.parametrize("dtype", [bool, int, np.float64, jnp.bfloat16])
@@ -162,13 +159,11 @@ def test_rewards_of_any_dtype(dtype):
     assert_allclose(ours[4] / ours[1], -2, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"baseline": "leave_one_out", "scale": "batch"}]
-)
-def test_a_singleton_on_demand(options):
+def test_a_singleton_on_demand():
     rewards, group = np.array([5.0, 1.0, 0.0]), np.array([1, 0, 0])
-    ours = advantages(rewards, group, 2, allow_singletons=True, **options)
-    assert ours[0] == 0 and ours[1] > 0
+    for options in ({}, {"baseline": "leave_one_out", "scale": "batch"}):
+        ours = advantages(rewards, group, 2, allow_singletons=True, **options)
+        assert ours[0] == 0 and ours[1] > 0
 
 
 BAD = [
@@ -195,10 +190,9 @@ def test_bad_inputs(refused):
         rewards, group = given.pop("rewards"), given.pop("group")
         refused(message, rl.group_advantages, rewards, group, **given)
     of_type = functools.partial(refused, error=TypeError)
-    of_type(
-        "group has dtype float", rl.group_advantages, REWARDS, GROUP * 1.0, num_groups=3
-    )
-    of_type("num_groups=3.0", rl.group_advantages, REWARDS, GROUP, num_groups=3.0)
+    of, message = rl.group_advantages, "group has dtype float"
+    of_type(message, of, REWARDS, GROUP * 1.0, num_groups=3)
+    of_type("num_groups=3.0", of, REWARDS, GROUP, num_groups=3.0)
     two = np.stack([REWARDS, REWARDS], 1)
     broken = two.copy()
     broken[5, 1] = np.inf

@@ -40,26 +40,12 @@ def test_only_live_elements_count():
     assert set(statistics(ratios, np.zeros((2, 3), bool)).values()) == {0.0}
 
 
-def test_k3_is_the_divergence_of_the_acting_policy():
-    acting, policy = np.array([0.2, 0.3, 0.5]), np.array([0.25, 0.25, 0.5])
-    counts = np.repeat(np.arange(3), [2, 3, 5])  # drawn exactly in proportion
-    stats = rl.ratio_statistics(
-        np.log(policy)[counts], np.log(acting)[counts], None, 0.2
-    )
-    expected = np.sum(acting * np.log(acting / policy))
-    assert_allclose(stats["kl_k3"], expected, rtol=1e-5)
-
-
-def test_one_element_outweighs_the_others():
-    d = jnp.zeros(10).at[3].set(300.0)
-    stats = jax.jit(lambda x: rl.ratio_statistics(x, jnp.zeros(10), None, 0.2))(d)
+def test_one_element_outweighs_the_others_and_small_errors_are_resolved():
+    of = jax.jit(lambda x: rl.ratio_statistics(x, jnp.zeros_like(x), None, 0.2))
+    stats = of(jnp.zeros(10).at[3].set(300.0))
     assert_allclose(stats["effective_sample_fraction"], 0.1, rtol=1e-6)
     assert all(np.isfinite(v) for v in stats.values())
-
-
-def test_small_errors_are_resolved():
-    d = np.array([0.0, 1e-6, -2e-6], np.float32)
-    stats = rl.ratio_statistics(d, np.zeros(3, np.float32), None, 1e-4)
+    stats = of(np.array([0.0, 1e-6, -2e-6], np.float32))
     assert_allclose(stats["ratio_error_max"], 2e-6, rtol=1e-5)
     assert_allclose(stats["kl_k3"], 2.5e-12 / 3, rtol=1e-4)
 
@@ -68,9 +54,8 @@ def test_equal_policies_and_no_gradient():
     stats = statistics(np.ones(7))
     assert stats.pop("effective_sample_fraction") == 1
     assert set(stats.values()) == {0.0}
-    gradient = jax.grad(
-        lambda x: sum(rl.ratio_statistics(x, jnp.zeros(3), None, 0.2).values())
-    )(jnp.array([0.1, -0.3, 0.5]))
+    of = lambda x: rl.ratio_statistics(x, jnp.zeros(3), None, 0.2)  # noqa: E731
+    gradient = jax.grad(lambda x: sum(of(x).values()))(jnp.array([0.1, -0.3, 0.5]))
     assert_array_equal(gradient, 0)
 
 
@@ -94,22 +79,6 @@ def test_first_ratio():
     for bad in (0.0201, math.nan, math.inf):
         with pytest.raises(rl.RatioError, match=r"clip_range 0\.2"):
             rl.check_first_ratio(bad, (0.2, 0.28))
-
-
-def test_rounded_states_are_caught():
-    # Log-probs of states stored in bfloat16 against those of the drawn states.
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(16, 64)).astype(np.float32)
-    stored = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
-
-    def log_prob(x):
-        return -0.5 * jnp.mean(jnp.square(x / 0.1), axis=1)
-
-    same = rl.ratio_statistics(log_prob(x), log_prob(x), None, 1e-4)
-    rl.check_first_ratio(float(same["ratio_error_max"]), 1e-4)
-    rounded = rl.ratio_statistics(log_prob(stored), log_prob(x), None, 1e-4)
-    with pytest.raises(rl.RatioError):
-        rl.check_first_ratio(float(rounded["ratio_error_max"]), 1e-4)
 
 
 def test_bad_inputs(refused):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from checks import same
+from numpy.testing import assert_allclose
 
 from tmdjax import models, rl
 from tmdjax.generation import Engine, EngineConfig, Sampling, cached_decoder
@@ -18,14 +19,9 @@ from tmdjax.systems import grpo
 
 KEY = jax.random.key(0)
 CONFIG = models.DecoderConfig(
-    vocab_size=11,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-)
+    vocab_size=11, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_dim=8,
+)  # fmt: skip
 DECODER = models.Decoder(CONFIG)
 APPLY = models.functional(DECODER)
 PARAMS = models.init_params(DECODER, KEY, jax.ShapeDtypeStruct((1, 4), jnp.int32))
@@ -63,13 +59,15 @@ def engine():
     return ENGINE
 
 
+def made(objective, optimizer, settings, network=log_probs, **options):
+    given = (network, objective, optimizer, settings, draw, sevens)
+    return lm_rl.make_iteration(ENGINE, *given, length=LENGTH, **options)
+
+
 @functools.cache
 def iteration(objective, settings):
     optimizer = optax.adam(1e-2)
-    iterate = lm_rl.make_iteration(
-        ENGINE, log_probs, objective, optimizer, settings, draw, sevens, length=LENGTH
-    )
-    return iterate, optimizer
+    return made(objective, optimizer, settings), optimizer
 
 
 def run(iterations, state=None, objective=OBJECTIVE, **changes):
@@ -81,11 +79,6 @@ def run(iterations, state=None, objective=OBJECTIVE, **changes):
         state, metrics = iterate(state, KEY)
         found.append(metrics)
     return state, found
-
-
-def leaves_equal(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert_array_equal(x, y)
 
 
 TWICE = {"epochs": 2, "minibatches": 2}
@@ -108,7 +101,7 @@ def test_killed_and_resumed_is_the_same_run():
     # a new process: arrays from a checkpoint, and an engine of another past
     part = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), part)
     resumed, rest = run(1, state=part, **TWICE)
-    leaves_equal(whole, resumed)
+    same(whole, resumed)
     assert metrics[2] == rest[0]
 
 
@@ -122,14 +115,17 @@ def descent(objective):
     return lm_rl.make_update(log_probs, objective, optax.sgd(1.0))
 
 
+def first_batch(objective, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    given = (written().records, objective, settings, np.random.default_rng(0))
+    (batch,) = lm_rl.update_batches(*given, length=LENGTH)
+    return batch
+
+
 def gradients(objective, **changes):
     """Of the first minibatch: the change of parameters by plain descent."""
-    settings = dataclasses.replace(SETTINGS, **changes)
     state = LMState.start(PARAMS, optax.sgd(1.0)).learner
-    order = np.random.default_rng(0)
-    (batch,) = lm_rl.update_batches(
-        written().records, objective, settings, order, length=LENGTH
-    )
+    batch = first_batch(objective, **changes)
     state, metrics = descent(objective)(state, batch, KEY)
     return jax.tree.map(lambda a, b: np.asarray(a) - b, PARAMS, state.params), metrics
 
@@ -137,26 +133,20 @@ def gradients(objective, **changes):
 PACKED, NOT_PACKED = ({"microbatch": 8, "pack_rows": rows} for rows in (3, 1))
 
 
-@pytest.mark.parametrize(
-    "name, changes",
-    [
-        ("gspo", PACKED),
-        ("dapo", NOT_PACKED),  # what cannot be packed is not
-        *(
-            pytest.param(name, changes, marks=pytest.mark.slow)
-            for name in ("grpo", "dapo", "gspo", "rloo")
-            for changes in (PACKED, {"microbatch": 4})
-        ),
-    ],
-)
+LAYOUTS = [("gspo", PACKED), ("dapo", NOT_PACKED)]  # what cannot be packed is not
+LAYOUTS += [
+    pytest.param(name, changes, marks=pytest.mark.slow)
+    for name in ("grpo", "dapo", "gspo", "rloo")
+    for changes in (PACKED, {"microbatch": 4})
+]
+
+
+@pytest.mark.parametrize("name, changes", LAYOUTS)
 def test_c_packing_and_microbatches_change_nothing(name, changes):
     objective = grpo.preset(name)
     whole, metrics = gradients(objective, microbatch=16)
     other, others = gradients(objective, **changes)
-    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(other)):
-        assert_allclose(x, y, atol=2e-6)
-    for key in metrics:
-        assert_allclose(metrics[key], others[key], atol=2e-6)
+    same((whole, metrics), (other, others), atol=2e-6)
 
 
 @pytest.mark.slow
@@ -167,9 +157,8 @@ def test_the_loss_is_that_of_the_definition():
     rewards = np.array([r.reward for r in records])
     groups = rewards.reshape(4, 4)
     std = groups.std(1, ddof=1, keepdims=True)
-    advantage = np.where(
-        std > 1e-6, (groups - groups.mean(1, keepdims=True)) / (std + 1e-6), 0
-    )
+    centred = groups - groups.mean(1, keepdims=True)
+    advantage = np.where(std > 1e-6, centred / (std + 1e-6), 0)
     count = sum(map(len, records))
 
     def expected(params):
@@ -180,9 +169,7 @@ def test_the_loss_is_that_of_the_definition():
             total -= float(a) * each[len(record.prompt) :].sum()
         return total / count
 
-    grads = jax.grad(expected)(PARAMS)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(grads)):
-        assert_allclose(x, y, atol=1e-5)
+    same(found, jax.grad(expected)(PARAMS), atol=1e-5)
 
 
 def test_clipped_shares_are_those_of_the_ratio_that_is_clipped():
@@ -204,48 +191,30 @@ def test_c_truncated_responses_may_be_left_out():
     rollout = written()
     cut = [r.status == "length" for r in rollout.records]
     assert any(cut) and not all(cut)
-    settings = dataclasses.replace(SETTINGS, mask_truncated=True)
-    (batch,) = lm_rl.update_batches(
-        rollout.records,
-        grpo.preset("dapo"),
-        settings,
-        np.random.default_rng(0),
-        length=LENGTH,
-    )
+    batch = first_batch(grpo.preset("dapo"), mask_truncated=True)
     live = batch.weight.reshape(16, -1) > 0
     assert (~live.any(1)).sum() == sum(cut)
     assert_allclose(batch.weight[batch.weight > 0], batch.share[0])
     assert batch.share[0] == pytest.approx(1 / sum(map(len, rollout.records)))
 
 
-def test_recomputed_log_probs_and_a_reference():
-    objective = grpo.PolicyObjective(
-        kl_coefficient=0.1, correction="truncate", clip_range=0.3
-    )
-    optimizer = optax.sgd(0.0)
+def test_recomputed_log_probs_and_a_reference(refused):
+    options = {"kl_coefficient": 0.1, "correction": "truncate", "clip_range": 0.3}
+    objective, optimizer = grpo.PolicyObjective(**options), optax.sgd(0.0)
+    settings = dataclasses.replace(SETTINGS, proximal="recompute")
     other = jax.tree.map(lambda x: x * 1.1, PARAMS)
-    iterate = lm_rl.make_iteration(
-        engine(),
-        log_probs,
-        objective,
-        optimizer,
-        dataclasses.replace(SETTINGS, proximal="recompute"),
-        draw,
-        sevens,
-        length=LENGTH,
-        reference=other,
-    )
+    iterate = made(objective, optimizer, settings, reference=other)
+    engine()
     _, metrics = iterate(LMState.start(PARAMS, optimizer), KEY)
     assert metrics["kl"] > 1e-5
     assert metrics["behaviour_weight"] == pytest.approx(1, abs=1e-4)
     assert 0 < metrics["behaviour_log_ratio_max"] < 1e-4
-    with pytest.raises(ValueError, match="needs a reference policy"):
-        run(1, objective=dataclasses.replace(objective, correction="none"))
-    with pytest.raises(ValueError, match="there is nothing to correct"):
-        run(1, objective=objective)
+    uncorrected = dataclasses.replace(objective, correction="none")
+    refused("needs a reference policy", run, 1, objective=uncorrected)
+    refused("there is nothing to correct", run, 1, objective=objective)
 
 
-def test_d_dynamic_sampling_replaces_tied_groups():
+def test_d_dynamic_sampling_replaces_tied_groups(refused):
     def sometimes(problem, tokens):
         return sevens(problem, tokens) if problem else 1.0
 
@@ -257,65 +226,45 @@ def test_d_dynamic_sampling_replaces_tied_groups():
     assert all(found.problems) and len(found.records) == 32
     assert [r.group for r in found.records] == np.repeat(range(4), 8).tolist()
     assert found.metrics["groups_left_out"] >= 5
-    with pytest.raises(RuntimeError, match=r"after max_attempts=3 .* only 0 groups"):
-        lm_rl.collect(
-            engine(),
-            problems,
-            lambda problem, tokens: 1.0,
-            dataclasses.replace(settings, max_attempts=3),
-            0,
-        )
+    few = dataclasses.replace(settings, max_attempts=3)
+    given = (engine(), problems, lambda problem, tokens: 1.0, few, 0)
+    message = r"after max_attempts=3 .* only 0 groups"
+    refused(message, lm_rl.collect, *given, error=RuntimeError)
 
 
 def test_d_long_responses_are_penalised():
-    def constant(problem, tokens):
-        return 1.0
-
     settings = dataclasses.replace(SETTINGS, overlong_buffer=4, overlong_factor=0.5)
-    found = lm_rl.collect(engine(), draw, constant, settings, 0)
+    found = lm_rl.collect(engine(), draw, lambda problem, tokens: 1.0, settings, 0)
     for record in found.records:
         assert record.reward == 1 - 0.5 * max(0, len(record) - 2) / 4
 
 
-def test_another_policy_than_the_engines_is_seen():
+def test_another_policy_than_the_engines_is_seen(refused):
     def wrong(params, tokens, positions, segments):
         found = log_probs(params, tokens, positions, segments)
         return tuple(2 * x for x in found)
 
-    iterate = lm_rl.make_iteration(
-        engine(),
-        wrong,
-        OBJECTIVE,
-        optax.sgd(0.1),
-        SETTINGS,
-        draw,
-        sevens,
-        length=LENGTH,
-    )
-    with pytest.raises(rl.RatioError, match="on the first minibatch"):
-        iterate(LMState.start(PARAMS, optax.sgd(0.1)), KEY)
+    engine()
+    iterate = made(OBJECTIVE, optax.sgd(0.1), SETTINGS, wrong)
+    given = (LMState.start(PARAMS, optax.sgd(0.1)), KEY)
+    refused("on the first minibatch", iterate, *given, error=rl.RatioError)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"samples": 1}, "samples=1"),
-        ({"minibatches": 3}, "16 responses do not divide into minibatches=3"),
-        ({"microbatch": 3}, "16 responses a minibatch do not divide"),
-        ({"proximal": "old"}, "proximal='old'"),
-        ({"overlong_buffer": 7}, "overlong_buffer=7"),
-    ],
-)
-def test_bad_settings(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SETTINGS, **changes)
-
-
-def test_engines_that_cannot_train():
+def test_bad_settings_and_engines_that_cannot_train(refused):
+    for message, changes in (
+        ("samples=1", {"samples": 1}),
+        ("16 responses do not divide into minibatches=3", {"minibatches": 3}),
+        ("16 responses a minibatch do not divide", {"microbatch": 3}),
+        ("proximal='old'", {"proximal": "old"}),
+        ("overlong_buffer=7", {"overlong_buffer": 7}),
+    ):
+        refused(message, dataclasses.replace, SETTINGS, **changes)
     given = (log_probs, OBJECTIVE, optax.sgd(0.1), SETTINGS, draw, sevens)
     config = dataclasses.replace(CONFIGURED, sampling=Sampling(top_k=3))
-    other = Engine(cached_decoder(CONFIG), PARAMS, config, KEY)
-    with pytest.raises(ValueError, match="every token to keep a probability"):
-        lm_rl.make_iteration(other, *given, length=LENGTH)
-    with pytest.raises(ValueError, match="length=33 is above the 32"):
-        lm_rl.make_iteration(ENGINE, *given, length=33)
+    other, make = (
+        Engine(cached_decoder(CONFIG), PARAMS, config, KEY),
+        lm_rl.make_iteration,
+    )
+    message = "every token to keep a probability"
+    refused(message, make, other, *given, length=LENGTH)
+    refused("length=33 is above the 32", make, ENGINE, *given, length=33)

@@ -19,7 +19,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng
-from tmdjax.models import lora
 from tmdjax.systems import boss, reflow
 
 FLOW = flows.gaussian_mixture(**data.MIXTURE)
@@ -370,19 +369,6 @@ def test_straightening_brings_few_steps_to_the_fine_samples(
     message = "straightened on the times"
     refused(message, boss.sample, velocity, noise, found.schedules[6])
     assert_array_equal(boss.sample(velocity, noise), x)
-
-
-def test_straightening_by_lora_trains_adapters_alone(found, fine, student):
-    corrected, params = student
-    adapters = lora.init(jax.random.key(3), params, 2, ["kernel"])
-    adapted = lora.apply_fn(corrected, params, 2.0)
-    schedule, options = found.schedules[2], {"steps": 50, "batch_size": 64}
-    chords = boss.chords(fine, schedule)
-    given = (adapters, adapted, chords, schedule)
-    tuned = boss.straighten(*given, key=jax.random.key(1), **options)
-    assert jax.tree.structure(tuned.params) == jax.tree.structure(adapters)
-    loss = jax.jit(lambda p: boss.straightening_loss(p, adapted, chords)[0].mean())
-    assert loss(tuned.params) < loss(adapters)
 
 
 @pytest.mark.parametrize("steps_distilled, learned", [(None, range(6)), (3, [1, 3, 5])])

@@ -243,38 +243,6 @@ def test_the_record_keeps_the_states_of_the_window_alone(start):
     assert_array_equal(record.prompt, np.repeat(np.arange(3), 12))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_stored_log_probs_are_those_of_the_stored_transitions(reduction):
-    options = {"reduction": reduction, "objective": {"clip_range": 0.1}}
-    method = flow_grpo.preset(
-        "flow_grpo", (2,), steps=5, group_size=2, **options
-    ).method
-    cond = np.asarray([[0.1, -0.2], [1.0, 0.0], [0.0, -1.0]], np.float32)
-    _, record = drawn(method, cond=cond)
-    grid, a = np.asarray(method.grid), 0.7
-    for edge in range(len(record)):
-        i = int(record.step[edge])
-        t, h = grid[i], grid[i] - grid[i + 1]
-        sigma = a * np.sqrt(t / (1 - (grid[1] if t == 1 else t)))
-        x = np.asarray(record.states[record.source[edge]], np.float64)
-        y = np.asarray(record.states[record.target[edge]], np.float64)
-        v = 0.3 * x + np.sin(t) + np.asarray(cond[record.prompt[edge]], np.float64)
-        mean = x * (1 - sigma**2 * h / (2 * t))
-        mean -= v * (1 + sigma**2 * (1 - t) / (2 * t)) * h
-        std = sigma * np.sqrt(h)
-        each = -((y - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
-        expected = getattr(np, reduction)(each)
-        assert_allclose(record.log_prob[edge], expected, atol=2e-5)
-
-
-def test_groups_stand_in_a_row():
-    cond = np.asarray([[50.0, 0.0], [0.0, 50.0], [-50.0, 0.0]], np.float32)
-    samples, _ = drawn(at_window(0), cond=cond)
-    away = np.asarray(samples).reshape(3, 4, 2).mean(1)
-    assert_array_equal(np.argmin(away, 1), [0, 1, 1])
-    assert away[0, 0] < -10 and away[1, 1] < -10 and away[2, 0] > 10
-
-
 # -- bad inputs ------------------------------------------------------------------------
 
 
@@ -342,5 +310,5 @@ def test_the_first_share_of_all_steps_trains():
         method = flow_grpo.preset("flow_grpo", (2,), **shift, **changes).method
         table, plan = method.plan(0)
         assert_array_equal(plan["steps"], np.arange(expected))
-        assert table.mask.all() or "window" in changes
+        assert changes or table.mask.all()
         assert "grid" not in changes or (method.grid == changes["grid"]).all()

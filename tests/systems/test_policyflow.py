@@ -4,13 +4,15 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from checks import same
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import envs, models, rl
+from tmdjax import models, rl
 from tmdjax.core import prng
 from tmdjax.systems import policyflow, ppo
 from tmdjax.systems.policyflow import PATHS, PolicyFlow, brownian_penalty
@@ -18,11 +20,8 @@ from tmdjax.train.on_policy import Samples
 
 BATCH = 64
 KEYS = prng.sample_keys(jax.random.key(7), BATCH)
-COEFFICIENTS = {
-    "clip_range": 0.2,
-    "entropy_coefficient": 0.01,
-    "brownian_coefficient": 0.25,
-}
+COEFFICIENTS = {"clip_range": 0.2, "entropy_coefficient": 0.01}
+COEFFICIENTS["brownian_coefficient"] = 0.25
 
 
 # one program each for a method and shapes
@@ -56,16 +55,14 @@ def acted(out_scale, deterministic_start):
 
 def made(out_scale=1.0, deterministic_start=False, **options):
     """Method, parameters, and what they did."""
-    method = method_of(
-        out_scale=out_scale, deterministic_start=deterministic_start, **options
-    )
-    return method, *acted(out_scale, deterministic_start)
+    start = {"out_scale": out_scale, "deterministic_start": deterministic_start}
+    return method_of(**start, **options), *acted(**start)
 
 
-def nudged(params, size=0.05, seed=3):
-    rng = np.random.default_rng(seed)
+def nudged(params, size=0.05):
+    rng = np.random.default_rng(3)
     return jax.tree.map(
-        lambda x: x + size * rng.normal(size=x.shape).astype(np.float32), params
+        lambda x: x + np.float32(size * rng.normal(size=x.shape)), params
     )
 
 
@@ -101,10 +98,8 @@ def test_2_gradient_of_the_ratio(x64):
         new = {**params, "network": network}
         _, _, v, v_old = method.velocities(new, params, samples, KEYS)
         log_std = method.log_std(params)
-        delta = samples.record["delta"]
-        return jnp.exp(
-            rl.shifted_log_ratio(delta, -(v - v_old)[0], log_std, log_std)
-        ).sum()
+        given = (samples.record["delta"], -(v - v_old)[0], log_std, log_std)
+        return jnp.exp(rl.shifted_log_ratio(*given)).sum()
 
     def linear(network):
         new = {**params, "network": network}
@@ -113,8 +108,7 @@ def test_2_gradient_of_the_ratio(x64):
         return -jnp.sum(weight * v[0])
 
     ours, theirs = (jax.jit(jax.grad(f))(params["network"]) for f in (ratio, linear))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    same(ours, theirs, rtol=1e-8, atol=1e-10)
     # and of the ratio by the shift, against finite differences
     delta = samples.record["delta"]
     shift, log_std = jnp.full_like(delta, 0.1), jnp.array([-0.3, 0.2])
@@ -122,9 +116,8 @@ def test_2_gradient_of_the_ratio(x64):
 
     @jax.jit
     def moved(h):
-        return jnp.exp(
-            rl.shifted_log_ratio(delta, shift + h * direction, log_std, log_std - 0.1)
-        ).sum()
+        given = (delta, shift + h * direction, log_std, log_std - 0.1)
+        return jnp.exp(rl.shifted_log_ratio(*given)).sum()
 
     slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
     assert_allclose(jax.jit(jax.grad(moved))(0.0), slope, rtol=1e-6)
@@ -134,16 +127,10 @@ def test_3_a_constant_shift_has_the_exact_ratio():
     """dv = c moves the end by -c: scipy's densities of the executed action."""
     rng = np.random.default_rng(0)
     x_1, delta = rng.normal(size=(2, 50, 3))
-    c, std, old = (
-        np.array([0.3, -0.2, 0.1]),
-        np.exp([0.1, -0.4, 0.0]),
-        np.exp([0.2] * 3),
-    )
-    action = x_1 + delta
-    exact = (
-        scipy.stats.norm(x_1 - c, std).logpdf(action)
-        - scipy.stats.norm(x_1, old).logpdf(action)
-    ).sum(1)
+    c, std, old = np.array([0.3, -0.2, 0.1]), np.exp([0.1, -0.4, 0]), np.exp([0.2] * 3)
+    laws = ((x_1 - c, std), (x_1, old))
+    new, before = (scipy.stats.norm(*law).logpdf(x_1 + delta) for law in laws)
+    exact = (new - before).sum(1)
     given = (delta, np.tile(-c, (50, 1)), np.log(std), np.log(old))
     ours = shifted_log_ratio(*map(np.float32, given))
     assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
@@ -189,30 +176,19 @@ def test_4_shifts_that_depend_on_time_are_averaged():
     assert (np.abs(drawn - expected.mean(0)) < 4 * error).all()
 
 
-def test_5_the_flow_is_the_midpoint_rule():
+def test_5_the_flow_is_the_midpoint_rule(monkeypatch):
     """A network made linear in x: (I - hA + h^2 A^2 / 2)^K x_0, and order two."""
-
     a = jnp.array([[0.4, -1.0], [0.7, 0.2]])
 
-    def end(steps, monkey):
-        method = PolicyFlow(hidden=(8,), steps=steps)
-        monkey.setattr(
-            policyflow.models,
-            "functional",
-            lambda module: (
-                lambda network, *x, method=None: (
-                    x[0] @ a.T if method == "velocity" else x[0]
-                )
-            ),
-        )
-        x_0 = jnp.array([[1.0, -2.0], [0.5, 0.3]])
-        return x_0, method.flow({"network": {}}, jnp.zeros((2, 1)), x_0)
+    x_0, errors = jnp.array([[1.0, -2.0], [0.5, 0.3]]), []
 
-    errors = []
+    def linear(network, x, *_, method=None):
+        return x @ a.T if method == "velocity" else x
+
+    monkeypatch.setattr(policyflow.models, "functional", lambda module: linear)
     for steps in (4, 8, 16):
-        with pytest.MonkeyPatch.context() as monkey:
-            x_0, x_1 = end(steps, monkey)
-        h = 1 / steps
+        method, h = PolicyFlow(hidden=(8,), steps=steps), 1 / steps
+        x_1 = method.flow({"network": {}}, jnp.zeros((2, 1)), x_0)
         step = np.eye(2) - h * np.asarray(a) + h**2 * np.asarray(a @ a) / 2
         expected = np.asarray(x_0) @ np.linalg.matrix_power(step, steps).T
         assert_allclose(x_1, expected, atol=1e-5)
@@ -230,9 +206,8 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
     again, other = act(method, params, samples.observation, prng.fold_in(KEYS, 1))
     assert_array_equal(record["x_1"], other["x_1"])
     assert (np.asarray(action) != again).any()
-    gaussian = ppo.GaussianPolicy(
-        hidden=(16, 16), entropy_coefficient=0.01, log_std_bounds=(-5.0, 2.0)
-    )
+    options = {"entropy_coefficient": 0.01, "log_std_bounds": (-5.0, 2.0)}
+    gaussian = ppo.GaussianPolicy(hidden=(16, 16), **options)
 
     def as_mean(network):
         """The same numbers as an MLP of the observation, with the sign of an end."""
@@ -242,15 +217,13 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
             "out": jax.tree.map(jnp.negative, network["out"]),
         }
 
-    mean, log_std = jax.jit(gaussian.mean_and_log_std)(
-        {"network": as_mean(blind), "log_std": params["log_std"]}, samples.observation
-    )
+    same_numbers = {"network": as_mean(blind), "log_std": params["log_std"]}
+    moments = jax.jit(gaussian.mean_and_log_std)
+    mean, log_std = moments(same_numbers, samples.observation)
     assert_allclose(mean, record["x_1"], atol=1e-5)
     log_prob = scipy.stats.norm(mean, np.exp(log_std)).logpdf(action).sum(1)
-    theirs = samples._replace(
-        record={"action": action, "mean": mean, "log_prob": jnp.float32(log_prob)}
-    )
-    ours = samples._replace(record=record)
+    told = {"action": action, "mean": mean, "log_prob": jnp.float32(log_prob)}
+    ours, theirs = (samples._replace(record=r) for r in (record, told))
 
     @jax.jit
     @jax.value_and_grad
@@ -271,10 +244,7 @@ def test_6_without_start_noise_it_is_gaussian_ppo():
         (a, slope_a), (b, slope_b) = flow_loss(new), gaussian_loss(new)
         assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         for name in ("from_observation", "layers_0", "out"):
-            for x, y in zip(
-                jax.tree.leaves(slope_a[name]), jax.tree.leaves(slope_b[name])
-            ):
-                assert_allclose(x, y, rtol=1e-3, atol=2e-5)
+            same(slope_a[name], slope_b[name], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -286,8 +256,7 @@ def test_7_brownian_penalty(path):
 
     @jax.jit
     def each(v, v_old):
-        given = map(jnp.asarray, (x_t, t, v, v_old))
-        return brownian_penalty(path, *given)
+        return brownian_penalty(path, *map(jnp.asarray, (x_t, t, v, v_old)))
 
     slope = jax.jit(jax.grad(lambda v: each(v, v_old).sum()))(v)
     quiet = (t == 0) & (path != "stochastic_interpolant")  # the term has no weight
@@ -320,11 +289,9 @@ def test_7_no_gradient_into_the_behaviour_and_the_two_reductions():
     found = jax.tree.leaves(slope(params)["network"])
     assert all((np.asarray(x) == 0).all() for x in found)
     summed = made(brownian_reduction="sum")[0]
-    a, b = (
-        np.asarray(loss_of(m, new, params, samples, KEYS, COEFFICIENTS)[1]["brownian"])
-        for m in (method, summed)
-    )
-    assert_allclose(b, 2 * a, rtol=1e-6)
+    given = (new, params, samples, KEYS, COEFFICIENTS)
+    a, b = (loss_of(m, *given)[1]["brownian"] for m in (method, summed))
+    assert_allclose(b, 2 * np.asarray(a), rtol=1e-6)
 
 
 def test_8_the_brownian_term_raises_entropy():
@@ -361,19 +328,16 @@ def test_8_the_brownian_term_raises_entropy():
 def test_9_kl_is_that_of_samples():
     shift, std, old = np.array([0.3, -0.1]), np.array([0.8, 1.3]), np.array([1.0, 0.7])
     z = old * np.random.default_rng(0).normal(size=(200_000, 2))
-    log_ratio = (
-        scipy.stats.norm(0, old).logpdf(z) - scipy.stats.norm(shift, std).logpdf(z)
-    ).sum(1)
+    laws = ((0, old), (shift, std))
+    before, after = (scipy.stats.norm(*law).logpdf(z).sum(1) for law in laws)
+    log_ratio = before - after
     error = log_ratio.std() / np.sqrt(len(z))
     ours = float(rl.gaussian_kl(shift, jnp.log(std), jnp.log(old)))
     assert abs(ours - log_ratio.mean()) < 3 * error
     same = jnp.linspace(-3, 1, 7)
     assert rl.gaussian_kl(jnp.zeros(7), same, same) == 0
-    assert_allclose(
-        rl.gaussian_entropy(jnp.log(std)),
-        scipy.stats.norm(0, std).entropy().sum(),
-        rtol=1e-6,
-    )
+    expected = scipy.stats.norm(0, std).entropy().sum()
+    assert_allclose(rl.gaussian_entropy(jnp.log(std)), expected, rtol=1e-6)
 
 
 def test_10_the_standard_deviation_is_bounded():
@@ -397,17 +361,13 @@ def test_10_the_standard_deviation_is_bounded():
 
 def products(jaxpr, looped=False):
     """Products of matrices in a program: [inside a scan or while, outside]."""
-    counts = [0, 0]
+    counts = np.zeros(2, int)
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         counts[0 if looped else 1] += name == "dot_general"
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    found = products(inner, looped or name in ("scan", "while"))
-                    counts = [x + y for x, y in zip(counts, found)]
-    return counts
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            counts += products(inner, looped or name in ("scan", "while"))
+    return list(counts)
 
 
 def test_17_the_loss_solves_nothing():
@@ -447,45 +407,21 @@ def test_the_diagnostic_sees_a_bad_approximation():
     assert far["ratio_rms_error"] > 3 * near["ratio_rms_error"]
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"path": "rectified"}, "Did you mean 'rectified_flow'"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"brownian_coefficient": -0.1}, "brownian_coefficient=-0.1 is outside"),
-        ({"clip_range": 1.0}, r"clip_range=1.0 is outside \(0, 1\)"),
-        ({"clip_range": 0.0}, r"clip_range=0.0 is outside \(0, 1\)"),
-        ({"times": 0}, "times=0"),
-        ({"log_std_bounds": (2.0, 1.0)}, "log_std_bounds, lower=2.0 is outside"),
-        ({"initial_std": 9.0}, "initial_std=9.0 is outside"),
-    ],
-)
-def test_bad_settings(options, message):
-    with pytest.raises(ValueError, match=message):
-        PolicyFlow(**options)
-
-
-def test_bad_shapes(as_shipped):
-    with pytest.raises(ValueError, match=r"delta has shape \(4, 1\) but shift"):
-        rl.shifted_log_ratio(
-            jnp.zeros((4, 1)), jnp.zeros(4), jnp.zeros(1), jnp.zeros(1)
-        )
+def test_bad_settings_and_shapes(refused):
+    for message, options in (
+        ("Did you mean 'rectified_flow'", {"path": "rectified"}),
+        ("steps=0 must be at least 1", {"steps": 0}),
+        ("brownian_coefficient=-0.1 is outside", {"brownian_coefficient": -0.1}),
+        (r"clip_range=1.0 is outside \(0, 1\)", {"clip_range": 1.0}),
+        (r"clip_range=0.0 is outside \(0, 1\)", {"clip_range": 0.0}),
+        ("times=0", {"times": 0}),
+        ("log_std_bounds, lower=2.0 is outside", {"log_std_bounds": (2.0, 1.0)}),
+        ("initial_std=9.0 is outside", {"initial_std": 9.0}),
+    ):
+        refused(message, PolicyFlow, **options)
+    given = (np.zeros((4, 1)), *map(np.zeros, (4, 1, 1)))
+    refused(r"delta has shape \(4, 1\) but shift", rl.shifted_log_ratio, *given)
     method, params, samples = made()
     record = {**samples.record, "x_1": samples.record["x_1"][:, :1]}
-    with pytest.raises(ValueError, match=r"x_0 has shape .* but x_1 has shape"):
-        method.loss(params, params, samples._replace(record=record), KEYS, COEFFICIENTS)
-
-
-@pytest.mark.slow
-def test_policies_act_on_any_environment():
-    method = PolicyFlow(hidden=(8,), steps=2)
-    for environment in (
-        envs.MultiGoal(),
-        envs.PointMaze(),
-        envs.Push("pixels", side=16),
-    ):
-        vector = envs.Vector(environment, 3)
-        state = vector.reset(jax.random.key(0))
-        params = method.init(jax.random.key(1), state.observation[:1], 2)
-        action, _ = jax.jit(method.act)(params, state.observation, KEYS[:3])
-        assert action.shape == (3, 2) and np.isfinite(action).all()
+    given = (params, params, samples._replace(record=record), KEYS, COEFFICIENTS)
+    refused(r"x_0 has shape .* but x_1 has shape", method.loss, *given)

@@ -1,13 +1,16 @@
 """TMD: the invariants of its sheet, section 6, by number; DMD2 and MeanFlow beside it."""
 
+import dataclasses
 import functools
 import json
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from checks import same
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import flows, models, train
@@ -82,14 +85,12 @@ def test_3_the_printed_sign_fails(average):
     assert abs(mean - MU) > 0.5 and variance > 4 * VARIANCE
 
 
-@pytest.mark.parametrize(
-    # the printed form: 0.25 at t = 1 and 0.305 at t = 0.908, in equal shares
-    "output, variance",
-    [("state", VARIANCE), ("noise", (0.25 + 0.305) / 2)],
-)
-def test_3_training_samples_have_the_data_law_and_the_printed_form_has_not(
-    output, variance
-):
+# the printed form: 0.25 at t = 1 and 0.305 at t = 0.908, in equal shares
+LAWS = [("state", VARIANCE), ("noise", (0.25 + 0.305) / 2)]
+
+
+@pytest.mark.parametrize("output, variance", LAWS)
+def test_3_law_of_training_samples_and_of_the_printed_form(output, variance):
     plan = plan_of(2, 2, average="ys", output=output)
     generate = jax.jit(functools.partial(tmd.generate, exact, plan, {}))
     x = generate({"x_data": MU + VARIANCE**0.5 * NOISE}, KEYS)
@@ -205,13 +206,8 @@ def asked_by(system, config, rows=ROWS, null_cond=None, plan=PLAN):
     return np.asarray(loss), grads, list(zip(names, jax.tree.map(np.asarray, inputs)))
 
 
-NO_JUMPS = flows.FlowMapConfig(
-    map_rate=0.0,
-    guidance=1.0,
-    drop_rate=0.0,
-    loss_constant=0.5,
-    derivative="difference",
-)
+CONFIG = functools.partial(flows.FlowMapConfig, drop_rate=0.0, derivative="difference")
+NO_JUMPS = CONFIG(map_rate=0.0, guidance=1.0, loss_constant=0.5)
 
 
 def check_regression(residual, value, found):
@@ -225,8 +221,7 @@ def check_regression(residual, value, found):
 
     loss, grads = expected(TOY)
     assert_allclose(value, loss, rtol=1e-4)
-    for name in TOY:
-        assert_allclose(found[name], grads[name], rtol=1e-4)
+    same(found, grads, rtol=1e-4)
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)
@@ -265,9 +260,7 @@ CONDITIONED = {**ROWS, "cond": jnp.ones((2000, 1))}
 
 def test_pretraining_asks_at_the_times_of_the_plan():
     plan = plan_of(2, 4)
-    config = flows.FlowMapConfig(
-        map_rate=0.6, guidance=3.0, drop_rate=0.1, derivative="difference"
-    )
+    config = CONFIG(map_rate=0.6, guidance=3.0, drop_rate=0.1)
     loss, _, asked = asked_by("tmd", config, CONDITIONED, np.zeros(1), plan)
     assert loss.shape == (2000,) and (loss >= 0).all() and (loss < 1).all()  # 11
     null, trained = (inputs for name, inputs in asked if name == "backbone")
@@ -281,15 +274,12 @@ def test_pretraining_asks_at_the_times_of_the_plan():
     jumps = end < s
     assert 0.55 < jumps.mean() < 0.65
     inner = np.float32(plan.inner_times)[::-1]
-    assert_array_equal(
-        end[jumps], inner[np.searchsorted(inner, s[jumps], side="right") - 1]
-    )
+    below = np.searchsorted(inner, s[jumps], side="right") - 1
+    assert_array_equal(end[jumps], inner[below])
 
 
 def test_meanflow_jumps_as_often_as_it_is_told():
-    config = flows.FlowMapConfig(
-        map_rate=0.4, guidance=2.0, drop_rate=0.0, derivative="difference"
-    )
+    config = CONFIG(map_rate=0.4, guidance=2.0)
     loss, _, asked = asked_by("meanflow", config, CONDITIONED, np.zeros(1))
     assert (loss >= 0).all() and (loss < 1).all()
     (_, (_, t, same_t, null)), (_, (_, _, r, cond)) = asked[:2]
@@ -303,7 +293,7 @@ def test_meanflow_jumps_as_often_as_it_is_told():
 def test_only_the_derivative_is_taken_of_another_network(system, derivative):
     """The network itself changes nothing, nor does a gradient pass through it."""
     network, loss_of = LOSSES[system]
-    config = flows.FlowMapConfig(map_rate=1.0, drop_rate=0.0, derivative=derivative)
+    config = CONFIG(map_rate=1.0, derivative=derivative)
 
     @jax.jit
     def gradients(params):
@@ -314,8 +304,8 @@ def test_only_the_derivative_is_taken_of_another_network(system, derivative):
         doubled = lambda *inputs, **method: 2 * network(*inputs, **method)  # noqa: E731
         return [jax.value_and_grad(total)(params, o) for o in (None, network, doubled)]
 
-    plain, same, other = gradients(TOY)
-    jax.tree.map(functools.partial(assert_allclose, rtol=1e-5), plain, same)
+    plain, itself, other = gradients(TOY)
+    same(plain, itself, rtol=1e-5)
     assert abs(other[0] / plain[0] - 1) > 0.01
 
 
@@ -334,13 +324,12 @@ def test_backbone_runs_once_and_the_derivatives_head_in_float32(derivative):
 
         return half
 
-    config = flows.FlowMapConfig(map_rate=1.0, drop_rate=0.0, derivative=derivative)
+    config = CONFIG(map_rate=1.0, derivative=derivative)
 
     def total(params):
         other = {"derivative_apply_fn": network("derivative")}
-        return tmd.pretraining_loss(
-            params, network("trained"), ROWS, ROW_KEYS, PLAN, config, **other
-        )[0].sum()
+        given = (params, network("trained"), ROWS, ROW_KEYS, PLAN, config)
+        return tmd.pretraining_loss(*given, **other)[0].sum()
 
     jax.eval_shape(jax.grad(total), TOY)
     assert calls == [
@@ -392,65 +381,42 @@ def test_9_gradient_through_the_rollout_is_right(x64):
 
 
 def test_9_gradient_of_the_rollout_reaches_backbone_and_head():
-    def total(params):
-        return jnp.square(tmd.generate(toy, PLAN, params, ROWS, ROW_KEYS)).mean()
-
-    grads = jax.jit(jax.grad(total))(TOY)
+    made = lambda params: tmd.generate(toy, PLAN, params, ROWS, ROW_KEYS)  # noqa: E731
+    grads = jax.jit(jax.grad(lambda params: jnp.square(made(params)).mean()))(TOY)
     assert all((np.abs(leaf) > 1e-4).all() for leaf in jax.tree.leaves(grads))
 
 
-def test_15_samples():
-    noise = ROWS["x_data"][:4]
-    draw = functools.partial(tmd.sample, toy, TOY, noise, None, plan=PLAN)
-    first, again, other = (
-        np.asarray(draw(keys)) for keys in (KEYS[:4], KEYS[:4], KEYS[4:8])
-    )
+def test_15_samples_depend_on_keys_and_one_step_uses_no_data():
+    x = ROWS["x_data"]
+    draw = functools.partial(tmd.sample, toy, TOY, x[:4], None, plan=PLAN)
+    first, again, other = (np.asarray(draw(KEYS[i : i + 4])) for i in (0, 0, 4))
     assert_array_equal(first, again)
     assert np.abs(first - other).min(1).max() > 1e-4
-
-
-def test_15_one_step_uses_no_data():
     generate = jax.jit(functools.partial(tmd.generate, toy, plan_of(1, 2), TOY))
-    x = ROWS["x_data"]
-    made = [np.asarray(generate({"x_data": x}, ROW_KEYS)) for x in (x, 100 + x)]
-    assert_array_equal(*made)
+    assert_array_equal(*(generate({"x_data": y}, ROW_KEYS) for y in (x, 100 + x)))
 
 
-def test_plans_travel_with_a_model(recwarn):
+def test_plans_travel_with_a_model(recwarn, refused):
     assert tmd.Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
-    draw = functools.partial(
-        tmd.sample, toy, TOY, ROWS["x_data"][:4], None, KEYS[:4],
-        trained_plan=PLAN.to_dict(),
-    )  # fmt: skip
+    given = (toy, TOY, ROWS["x_data"][:4], None, KEYS[:4])
+    draw = functools.partial(tmd.sample, *given, trained_plan=PLAN.to_dict())
     draw(plan=PLAN)
     assert not recwarn.list
-    with pytest.raises(ValueError, match=r"outer_times=.*allow_mismatch=True"):
-        draw(plan=plan_of(1, 2))
-    with pytest.raises(ValueError, match="head_blocks=2, trained with 1"):
-        draw(plan=tmd.make_plan(2, 2, 2, 4))
+    refused(r"outer_times=.*allow_mismatch=True", draw, plan=plan_of(1, 2))
+    more = tmd.make_plan(2, 2, 2, 4)
+    refused("head_blocks=2, trained with 1", draw, plan=more)
     with pytest.warns(UserWarning, match="inner_times"):
         draw(plan=plan_of(2, 1), allow_mismatch=True)
 
 
 # A video network ------------------------------------------------------------------------
 
-SPLIT = {
-    "name": "split_dit",
-    "shared": {
-        "name": "video_dit",
-        "patch_size": (1, 2, 2),
-        "heads": 2,
-        "head_dim": 12,
-        "depth": 4,
-        "mlp_width": 20,
-        "text_width": 8,
-        "frequency_dim": 16,
-        "remat": False,
-    },
-    "head_blocks": 1,
-    "fusion_width": 16,  # another than the blocks': not counted as one
-    "initial_gate": 0.3,
-}
+SHARED = {
+    "name": "video_dit", "patch_size": (1, 2, 2), "heads": 2, "head_dim": 12, "depth": 4,
+    "mlp_width": 20, "text_width": 8, "frequency_dim": 16, "remat": False,
+}  # fmt: skip
+SPLIT = {"name": "split_dit", "shared": SHARED, "head_blocks": 1, "initial_gate": 0.3}
+SPLIT["fusion_width"] = 16  # another than the blocks': not counted as one
 EVENT = (2, 4, 4, 3)
 RNG = np.random.default_rng(8)
 BATCH = {
@@ -463,12 +429,10 @@ FEW = KEYS[:4]
 @pytest.fixture(scope="module")
 def student():
     module = models.build(SPLIT)
-    t = jnp.full(4, 0.5)
-    inputs = (BATCH["x_data"], t, BATCH["cond"])
+    inputs = (BATCH["x_data"], jnp.full(4, 0.5), BATCH["cond"])
     params = models.init_params(module, jax.random.key(1), *inputs)
-    params = jax.tree.map(
-        lambda leaf: leaf + np.float32(0.05 * RNG.normal(size=leaf.shape)), params
-    )
+    noisy = lambda p: p + np.float32(0.05 * RNG.normal(size=p.shape))  # noqa: E731
+    params = jax.tree.map(noisy, params)
     return module, models.functional(module), params
 
 
@@ -492,11 +456,8 @@ def block_calls(jaxpr, times=1):
         if eqn.primitive.name == "dot_general":
             found += times * (eqn.invars[1].aval.shape == (24, 20))
         repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    found += block_calls(inner, times * repeats)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            found += block_calls(inner, times * repeats)
     return found
 
 
@@ -530,43 +491,42 @@ def test_9_gradient_reaches_backbone_and_every_head_block(student):
 
     def total(params):
         # the target's derivative carries no gradient: any other will do
-        return tmd.pretraining_loss(
-            params, apply_fn, BATCH, FEW, PLAN, config,
-            derivative_apply_fn=lambda params, y, *rest, method: jnp.sin(y),
-        )[0].sum()  # fmt: skip
+        other = {"derivative_apply_fn": lambda params, y, *rest, method: jnp.sin(y)}
+        given = (params, apply_fn, BATCH, FEW, PLAN, config)
+        return tmd.pretraining_loss(*given, **other)[0].sum()
 
     grads = jax.tree.map(np.asarray, jax.jit(jax.grad(total))(params))
     for name, leaf in trees.flatten(grads["shared"]["blocks"]).items():
         if not name.endswith("key/bias"):
             assert (np.abs(leaf).reshape(4, -1).max(1) > 0).all(), name
     grads = trees.flatten(grads)
-    for name in (
-        "shared/patch_embedding/kernel",
-        "joint/gate",
-        "interval/hidden/kernel",
-    ):
+    others = ("shared/patch_embedding/kernel", "joint/gate", "interval/hidden/kernel")
+    for name in others:
         assert np.abs(grads[name]).max() > 0, name
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: tmd.make_plan(2, 2, 4, 4), r"must lie in 1..L-1 = 1..3"),
-        (lambda: tmd.make_plan(2, 2, 0, 4), "head_blocks=0"),
-        (lambda: tmd.make_plan(0, 2, 1, 4), "steps=0"),
-        (lambda: tmd.make_plan(2, 0, 1, 4), "steps=0"),
-        (lambda: tmd.make_plan(2, 2, 1, 4, outer_shift=0.5), "shift=0.5"),
-        (lambda: tmd.Plan(outer_times=(0.9, 0.95, 0), inner_times=(1.0, 0), head_blocks=1, depth=2), "strictly decrease"),
-        (lambda: tmd.Plan(outer_times=(0.9, 0.1), inner_times=(1.0, 0), head_blocks=1, depth=2), "end at 0"),
-        (lambda: plan_of(average="x"), "average='x'"),
-        (lambda: plan_of(output="x1"), "output='x1'"),
-        (lambda: plan_of(sign="+"), "sign='\\+'"),
-        (lambda: tmd.effective_nfe(1, 0, 1, 4), "inner steps N=0"),
-        (lambda: dmd2.sample(print, {}, NOISE, None, (1.0, 0.0), transfer="renoise"), "give keys"),
-        (lambda: dmd2.sample(print, {}, NOISE, None, (1.0, 0.0), transfer="ode"), "transfer='ode'"),
-        (lambda: tmd.pretraining_loss({}, lambda *a, **k: None, BATCH, FEW, PLAN), "need null_cond"),
-    ],
-)  # fmt: skip
-def test_bad_inputs(call, message, as_shipped):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_bad_inputs(refused):
+    for message, call, *given in (
+        (r"must lie in 1..L-1 = 1..3", tmd.make_plan, 2, 2, 4, 4),
+        ("head_blocks=0", tmd.make_plan, 2, 2, 0, 4),
+        ("steps=0", tmd.make_plan, 0, 2, 1, 4),
+        ("steps=0", tmd.make_plan, 2, 0, 1, 4),
+        ("inner steps N=0", tmd.effective_nfe, 1, 0, 1, 4),
+    ):
+        refused(message, call, *given)
+    for message, times in (
+        ("strictly decrease", (0.9, 0.95, 0)),
+        ("end at 0", (0.9, 0.1)),
+    ):
+        refused(message, dataclasses.replace, PLAN, outer_times=times)
+    for message, options in (
+        ("shift=0.5", {"outer_shift": 0.5}),
+        ("average='x'", {"average": "x"}),
+        ("output='x1'", {"output": "x1"}),
+        ("sign='\\+'", {"sign": "+"}),
+    ):
+        refused(message, plan_of, **options)
+    for message, transfer in (("give keys", "renoise"), ("transfer='ode'", "ode")):
+        given = (print, {}, NOISE, None, (1.0, 0.0))
+        refused(message, dmd2.sample, *given, transfer=transfer)
+    refused("need null_cond", tmd.pretraining_loss, {}, print, BATCH, FEW, PLAN)

@@ -42,11 +42,9 @@ def discriminator(params, features):
 FROZEN = {"scale": jnp.ones(())}
 GENERATOR = {"mean": jnp.array([-1.0, 1.0]), "std": jnp.ones(2)}
 _RNG = np.random.default_rng(0)
+_A, _B = _RNG.normal(size=(3, 32)), 0.1 * _RNG.normal(size=(32, 2))
 CRITIC = {
-    "score": {
-        "a": jnp.asarray(_RNG.normal(size=(3, 32)), jnp.float32),
-        "b": jnp.asarray(0.1 * _RNG.normal(size=(32, 2)), jnp.float32),
-    },
+    "score": {"a": jnp.asarray(_A, jnp.float32), "b": jnp.asarray(_B, jnp.float32)},
     "discriminator": {"w": jnp.zeros((2, 1))},
 }
 LOUD = {**CRITIC, "discriminator": {"w": jnp.array([[0.7], [-0.4]])}}
@@ -83,15 +81,12 @@ def test_9_each_loss_reaches_its_own_network_alone(trained):
             return losses.generator_loss(*args)[0].sum()
         return losses.critic_loss(critic, BATCH, KEYS, generator, frozen)[0].sum()
 
-    generator, critic, frozen = jax.jit(jax.grad(total, (0, 1, 2)))(
-        GENERATOR, CRITIC, FROZEN
-    )
+    slopes = jax.jit(jax.grad(total, (0, 1, 2)))
+    generator, critic, frozen = slopes(GENERATOR, CRITIC, FROZEN)
+    own, others = critic, (generator, frozen)
     # the discriminator's part in the generator's loss: its step sees only the generator
-    own, others = (
-        (generator, critic["score"])
-        if trained == "generator"
-        else (critic, (generator, frozen))
-    )
+    if trained == "generator":
+        own, others = generator, critic["score"]
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(own))
     for leaf in jax.tree.leaves(others):
         assert_array_equal(leaf, 0)
@@ -121,16 +116,15 @@ def test_guidance_is_that_of_the_predictions_of_data():
     def run(params):
         seen = []
 
-        def spy(networks, *inputs):
+        def spy(*inputs):
             seen.append(inputs[1:3])
-            return networks(*inputs)
+            return teacher(*inputs)
 
         def made(*inputs):
             seen.append(generate(*inputs))
             return seen[-1]
 
-        spying = NETWORKS._replace(teacher=lambda *inputs: spy(teacher, *inputs))
-        losses = method(config, spying, NULL, made)
+        losses = method(config, NETWORKS._replace(teacher=spy), NULL, made)
         args = (GENERATOR, CONDITIONED, KEYS, CRITIC, params)
         return losses.generator_loss(*args)[0], seen[:2]
 
@@ -156,29 +150,20 @@ def test_negative_pass_of_its_own():
         less = negative(params, x, t, 0 * cond)
         return 3.0 * velocity - 2.0 * less, features
 
-    found, expected = (
-        generator_loss(
-            method(
-                train.DistillationConfig(guidance=scale, adversarial_weight=0.0),
-                NETWORKS._replace(**networks),
-                NULL,
-            ),
-            CONDITIONED,
-        )
-        for scale, networks in (
-            (3.0, {"negative": negative}),
-            (1.0, {"teacher": guided}),
-        )
-    )
+    def loss(scale, **networks):
+        config = train.DistillationConfig(guidance=scale, adversarial_weight=0.0)
+        losses = method(config, NETWORKS._replace(**networks), NULL)
+        return generator_loss(losses, CONDITIONED)
+
+    found, expected = loss(3.0, negative=negative), loss(1.0, teacher=guided)
     assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("same_noise", [True, False])
 def test_14_real_and_fake_share_their_noise(same_noise):
     """Real data that are the generator's own samples: then both inputs are equal."""
-    config = train.DistillationConfig(
-        guidance=1.0, same_noise=same_noise, r1_weight=0.1
-    )
+    options = {"same_noise": same_noise, "r1_weight": 0.1}
+    config = train.DistillationConfig(guidance=1.0, **options)
 
     @jax.jit
     def run(generator):
@@ -208,9 +193,8 @@ def test_r1_of_a_linear_discriminator():
     config = train.DistillationConfig(guidance=1.0, r1_weight=0.1, r1_std=0.2)
     keys = jax.random.split(jax.random.key(5), 4000)
     batch = {"x_data": jnp.zeros((4000, 2))}
-    loss, metrics = jax.jit(method(config).critic_loss)(
-        LOUD, batch, keys, GENERATOR, FROZEN
-    )
+    critic_loss = jax.jit(method(config).critic_loss)
+    loss, metrics = critic_loss(LOUD, batch, keys, GENERATOR, FROZEN)
     r1 = float(metrics["r1"].mean())
     assert r1 == pytest.approx(0.2**2 * (0.7**2 + 0.4**2), rel=0.1)
     parts = metrics["score_loss"] + metrics["discriminator_loss"]
@@ -218,16 +202,14 @@ def test_r1_of_a_linear_discriminator():
 
 
 def test_features_of_the_critic():
-    config = train.DistillationConfig(guidance=1.0, features="critic")
+    losses = method(train.DistillationConfig(guidance=1.0, features="critic"))
     critic = {**CRITIC, "discriminator": {"w": jnp.ones((32, 1))}}
-    losses = method(config)
-    generators, _ = jax.eval_shape(
-        losses.generator_loss, GENERATOR, BATCH, KEYS, critic, FROZEN
-    )
-    critics, _ = jax.eval_shape(
-        losses.critic_loss, critic, BATCH, KEYS, GENERATOR, FROZEN
-    )
-    assert generators.shape == critics.shape == (16,)
+    for loss, own, other in (
+        (losses.generator_loss, GENERATOR, critic),
+        (losses.critic_loss, critic, GENERATOR),
+    ):
+        found, _ = jax.eval_shape(loss, own, BATCH, KEYS, other, FROZEN)
+        assert found.shape == (16,)
 
 
 def test_9_the_adversarial_gradient_passes_the_frozen_teacher(x64):
@@ -299,11 +281,7 @@ def test_12_each_update_leaves_the_other_alone():
     for still in before:
         state = jax.tree.map(jnp.array, placed)
         frozen = getattr(state, still)
-        rates = {
-            "learning_rate": jnp.zeros_like(
-                frozen.opt_state.hyperparams["learning_rate"]
-            )
-        }
+        rates = jax.tree.map(jnp.zeros_like, frozen.opt_state.hyperparams)
         frozen = frozen.replace(opt_state=frozen.opt_state._replace(hyperparams=rates))
         state = state.replace(**{still: frozen})
         state, metrics = step(state, place(data(0.4)), jax.random.key(7))
@@ -348,10 +326,8 @@ def test_levels_that_are_reported_are_those_of_the_update(cycle):
         head, _, text = text.partition(": ")
         assert head == "not finite"
         pattern = r"(\w+), (all rows|rows \[\d\]) at noise levels (\[.*?\])"
-        return {
-            name: (rows, json.loads(listed))
-            for name, rows, listed in re.findall(pattern, text)
-        }
+        found = re.findall(pattern, text)
+        return {name: (rows, json.loads(listed)) for name, rows, listed in found}
 
     everything, rowwise = told(), told(FROZEN)
     assert everything.keys() == rowwise.keys() == levels.keys()
@@ -392,30 +368,18 @@ def test_updates_that_are_not_finite_are_skipped_and_reported(cycle):
     assert text.count(f"rows {list(range(16))} at noise levels") == 2
 
 
-def test_the_cycle_takes_whole_cycles(cycle, as_shipped):
-    with pytest.raises(ValueError, match="a cycle takes 5 batches, but 16 rows"):
-        cycle[-1]({"x_data": np.zeros((16, 2), np.float32)})
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: method(train.DistillationConfig()), "needs null_cond"),
-        (
-            lambda: method(PLAIN, train.Networks(teacher, score)),
-            "needs a discriminator",
-        ),
-        (lambda: train.DistillationConfig(critic_updates=0), "critic_updates=0"),
-        (lambda: train.DistillationConfig(shift=0.1), "shift=0.1"),
-        (lambda: train.DistillationConfig(normalisation="sum"), "normalisation='sum'"),
-        (lambda: train.DistillationConfig(features="fake"), "features='fake'"),
-        (lambda: train.DistillationConfig(time_range=(0.9, 0.1)), "time_range"),
-        (
-            lambda: train.DistillationConfig(adversarial_weight=-1.0),
-            "adversarial_weight=-1",
-        ),
-    ],
-)
-def test_bad_inputs(call, message, as_shipped):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_bad_inputs(cycle, refused):
+    given = {"x_data": np.zeros((16, 2), np.float32)}
+    refused("a cycle takes 5 batches, but 16 rows", cycle[-1], given)
+    refused("needs null_cond", method, train.DistillationConfig())
+    silent = train.Networks(teacher, score)
+    refused("needs a discriminator", method, PLAIN, silent)
+    for message, options in (
+        ("critic_updates=0", {"critic_updates": 0}),
+        ("shift=0.1", {"shift": 0.1}),
+        ("normalisation='sum'", {"normalisation": "sum"}),
+        ("features='fake'", {"features": "fake"}),
+        ("time_range", {"time_range": (0.9, 0.1)}),
+        ("adversarial_weight=-1", {"adversarial_weight": -1.0}),
+    ):
+        refused(message, train.DistillationConfig, **options)

@@ -52,13 +52,8 @@ def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
     start = prng.normal(keys, problem.event_shape)
     drawn = one.rollout(keys, start)
     cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), problem.batch)
-    batched = flows.rollout(
-        keys,
-        benchmark._velocity(problem)(problem.params),
-        start,
-        one.method.plan(0)[0],
-        cond,
-    )
+    velocity = benchmark._velocity(problem)(problem.params)
+    batched = flows.rollout(keys, velocity, start, one.method.plan(0)[0], cond)
     states = np.stack([np.concatenate(states) for states, _ in drawn], 1)
     log_prob = np.stack([np.concatenate(each) for _, each in drawn], 1)
     assert_allclose(states, batched.states, atol=1e-5)
@@ -106,9 +101,8 @@ def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
 
         return run
 
-    found = benchmark.in_turn(
-        {"ours": contender("a", [9, 1, 2, 6]), "rival": contender("b", [9, 2, 2, 2])}, 3
-    )
+    both = {"ours": contender("a", [9, 1, 2, 6]), "rival": contender("b", [9, 2, 2, 2])}
+    found = benchmark.in_turn(both, 3)
     (row,) = benchmark.compare("x", found["ours"], found["rival"], {"whole": 1.5})
     assert (row["ours"], row["rival"], row["ratio"]) == (2, 2, 1.0)
     assert row["quartiles"] == [0.75, 2.0]
@@ -130,14 +124,11 @@ def test_the_program_prints_a_table_and_writes_json(
     problem, ours, monkeypatch, tmp_path, capsys
 ):
     path, made = tmp_path / "found.json", []
-    monkeypatch.setattr(
-        benchmark, "make_problem", lambda *given: made.append(given) or problem
-    )
+    make = lambda *given: made.append(given) or problem  # noqa: E731
+    monkeypatch.setattr(benchmark, "make_problem", make)
     monkeypatch.setattr(benchmark, "Ours", lambda problem, setup: ours)
-    benchmark.main(
-        ["--hidden=12", "--group=3", "--no-remat", "--parts", "rollout",
-         "--repeats=1", f"--json={path}"]
-    )  # fmt: skip
+    flags = ["--hidden=12", "--group=3", "--no-remat", "--parts", "rollout"]
+    benchmark.main([*flags, "--repeats=1", f"--json={path}"])
     ((config, group_size, remat),) = made
     assert (config.model.hidden, group_size, remat) == (12, 3, False)
     found = json.loads(path.read_text())
@@ -152,23 +143,19 @@ def test_torch_computes_the_same(problem):
     pytest.importorskip("torch", reason="PyTorch is not installed (extra 'parity')")
     wide = dataclasses.replace(problem, event_shape=(4, 8, 3))
     found = benchmark.check_torch(wide)
-    assert set(found) == {
-        "velocity", "states", "samples", "log_prob", "gradient_norm",
-    }  # fmt: skip
-    assert max(found.values()) < 1e-4
+    parts = {"velocity", "states", "samples", "log_prob", "gradient_norm"}
+    assert set(found) == parts and max(found.values()) < 1e-4
 
 
 def test_torch_that_computes_something_else_is_refused(problem, monkeypatch):
-    torch_dance_grpo = pytest.importorskip(
-        "benchmarks.torch_dance_grpo", reason="needs PyTorch"
-    )
-    convert = torch_dance_grpo.convert
+    rival = pytest.importorskip("benchmarks.torch_dance_grpo", reason="needs PyTorch")
+    convert = rival.convert
 
     def other(params):
         found = convert(params)
         return found | {"null_token": found["null_token"] + 0.1}
 
-    monkeypatch.setattr(torch_dance_grpo, "convert", other)
+    monkeypatch.setattr(rival, "convert", other)
     with pytest.raises(AssertionError, match="differs from ours by"):
         benchmark.check_torch(problem)
 

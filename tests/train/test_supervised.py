@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from numpy.testing import assert_array_equal
+from checks import same
 
 from tmdjax import train
 from tmdjax.core import prng
@@ -35,30 +35,25 @@ def loss(params, batch, keys):
     return jnp.square(batch["x"] @ params["w"] - target), {}
 
 
+KEY = jax.random.key(0)
 OPTIMIZER = optax.adam(0.05)
 STEP = jax.jit(train.make_train_step(loss, OPTIMIZER, ema_decay=0.9), donate_argnums=0)
 
 
-def fit(folder=None, data=None, num_steps=60, **options):
+def fit(folder=None, data=None, num_steps=60, best=None, keep_last=2, **options):
     rows = []
-    result = train.fit(
-        train.create_state({"w": jnp.zeros(3)}, OPTIMIZER, ema=True),
-        STEP,
-        data or Counter(),
-        key=jax.random.key(0),
-        num_steps=num_steps,
-        checkpoints=None if folder is None else train.Checkpoints(folder),
-        log_every=10,
-        on_metrics=lambda step, metrics: rows.append((step, metrics)),
-        **options,
-    )
+    place = folder and train.Checkpoints(folder, best=best, keep_last=keep_last)
+    state = train.create_state({"w": jnp.zeros(3)}, OPTIMIZER, ema=True)
+    given = {"key": KEY, "num_steps": num_steps, "checkpoints": place, "log_every": 10}
+    given["on_metrics"] = lambda step, metrics: rows.append((step, metrics))
+    result = train.fit(state, STEP, data or Counter(), **given, **options)
     return result, rows
 
 
 def test_windows():
     result, rows = fit(num_steps=25)
     assert result.finished and [step for step, _ in rows] == [10, 20, 25]
-    assert_array_equal(result.state.params["w"], fit(num_steps=25)[0].state.params["w"])
+    same(result.state.params, fit(num_steps=25)[0].state.params)
 
 
 def test_a_window_may_be_one_step():
@@ -75,10 +70,10 @@ def test_paused_and_resumed_equals_uninterrupted(tmp_path):
     second, late = fit(tmp_path, on_resume=resumed_from.append)
     assert resumed_from == [20] and second.finished
     assert early + late == rows
-    jax.tree.map(assert_array_equal, second.state, whole.state)
+    same(second.state, whole.state)
     third, nothing = fit(tmp_path)  # a finished run does no step
     assert third.finished and not nothing
-    jax.tree.map(assert_array_equal, third.state, whole.state)
+    same(third.state, whole.state)
 
 
 def test_checkpoints_by_time(tmp_path):
@@ -101,11 +96,10 @@ def test_persistent_nan_stops_with_the_last_good_checkpoint(tmp_path):
         return train.nonfinite_report(loss, state.params, batch, keys)
 
     data = Counter(broken=range(20, 60))
-    with pytest.raises(
-        train.NonFiniteError,
-        match=r"20 consecutive.*batch/x.*loss: \[2\].*Last good checkpoint: step 30",
-    ):
-        fit(tmp_path, data, checkpoint_seconds=(0.0, 0.0), diagnose=diagnose)
+    options = {"checkpoint_seconds": (0.0, 0.0), "diagnose": diagnose}
+    message = r"20 consecutive.*batch/x.*loss: \[2\].*Last good checkpoint: step 30"
+    with pytest.raises(train.NonFiniteError, match=message):
+        fit(tmp_path, data, **options)
     restored = train.Checkpoints(tmp_path).restore()
     assert np.isfinite(restored.tree["params"]["w"]).all()
 
@@ -119,59 +113,33 @@ def test_diagnosis_sees_the_noise_of_the_failed_step():
     step = jax.jit(train.make_train_step(noisy, optimizer))
 
     def diagnose(state, batch, key):
-        seen.append(
-            train.nonfinite_report(noisy, state.params, batch, prng.sample_keys(key, 8))
-        )
+        keys = prng.sample_keys(key, 8)
+        seen.append(train.nonfinite_report(noisy, state.params, batch, keys))
         # the keys of the step that failed, as the state documents them
-        keys = prng.sample_keys(jax.random.fold_in(jax.random.key(0), 4), 8)
+        keys = prng.sample_keys(jax.random.fold_in(KEY, 4), 8)
         seen.append([int(i) for i in jnp.flatnonzero(prng.uniform(keys) < 0.3)])
         return seen[0]
 
+    state = train.create_state({"w": jnp.zeros(3)}, optimizer)
+    options = {"key": KEY, "num_steps": 5, "log_every": 5, "max_skipped": 1}
     with pytest.raises(train.NonFiniteError):
-        train.fit(
-            train.create_state({"w": jnp.zeros(3)}, optimizer),
-            step,
-            Counter(),
-            key=jax.random.key(0),
-            num_steps=5,
-            log_every=5,
-            max_skipped=1,
-            diagnose=diagnose,
-        )
+        train.fit(state, step, Counter(), diagnose=diagnose, **options)
     assert seen[1] and f"non-finite loss: {seen[1][:5]}" in seen[0]
 
 
-def test_a_plain_step_and_state_will_do():
-    def step(count, batch, key):
-        return count + 1, {"count": count}
-
-    rows = []
-    result = train.fit(
-        jnp.int32(0),
-        step,
-        Counter(),
-        key=jax.random.key(0),
-        num_steps=4,
-        log_every=2,
-        on_metrics=lambda step, metrics: rows.append(metrics),
-    )
+def test_a_plain_step_and_state_will_do(refused):
+    step, rows = lambda count, batch, key: (count + 1, {"count": count}), []
+    given = (jnp.int32(0), step, Counter())
+    note = lambda step, metrics: rows.append(metrics)  # noqa: E731
+    result = train.fit(*given, key=KEY, num_steps=4, log_every=2, on_metrics=note)
     assert int(result.state) == 4 and rows == [{"count": 0.5}, {"count": 2.5}]
-    with pytest.raises(ValueError, match="log_every=0"):
-        train.fit(jnp.int32(0), step, Counter(), key=None, num_steps=4, log_every=0)
+    refused("log_every=0", train.fit, *given, key=KEY, num_steps=4, log_every=0)
 
 
 def test_best_checkpoint_is_kept(tmp_path):
-    train.fit(
-        train.create_state({"w": jnp.zeros(3)}, OPTIMIZER, ema=True),
-        STEP,
-        Counter(),
-        key=jax.random.key(0),
-        num_steps=40,
-        checkpoints=train.Checkpoints(tmp_path, keep_last=1, best="max"),
-        log_every=10,
-        checkpoint_seconds=(0.0, 0.0),
-        score="loss",  # highest at the start
-    )
+    options = {"best": "max", "score": "loss"}  # highest at the start
+    seconds = {"checkpoint_seconds": (0.0, 0.0)}
+    fit(tmp_path, num_steps=40, keep_last=1, **options, **seconds)
     assert train.Checkpoints(tmp_path).steps() == [10, 40]
 
 
