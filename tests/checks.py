@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 
+from tmdjax import models
+
 
 def same(a, b, **tolerance):
     """Two trees have the same leaves: to the bit, or within the tolerance given."""
@@ -38,3 +40,28 @@ def lowered_iteration(iteration, method, state, batch, chunks=1):
     given = (state, (), batch, records, rewards, key, zero, table, plan)
     lowered(iteration.learn, *given)
     return samples, record
+
+
+class Numbered:
+    """Batches that are a function of their number; the next one's is the state."""
+
+    def __init__(self, draw):
+        self.draw, self.number = draw, 0
+
+    def __next__(self):
+        self.number += 1
+        return self.draw(self.number - 1)
+
+    def get_state(self):
+        return {"number": self.number}
+
+    def set_state(self, state):
+        self.number = state["number"]
+
+
+def mlp(**options):
+    """The function of a small network on the plane, and its first parameters."""
+    module = models.build({"name": "mlp", **options})
+    inputs = (jnp.zeros((1, 2)), jnp.zeros(1), None)
+    params = models.init_params(module, jax.random.key(0), *inputs)
+    return models.functional(module), params

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from checks import lowered, same
+from checks import lowered, mlp, same
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import data, flows, models, train
@@ -22,7 +22,6 @@ from tmdjax.core import prng
 from tmdjax.systems import boss, reflow
 
 FLOW = flows.gaussian_mixture(**data.MIXTURE)
-BUDGETS = (2, 4, 6)
 
 
 def keys(count, seed=0):
@@ -31,14 +30,13 @@ def keys(count, seed=0):
 
 @pytest.fixture(scope="module")
 def found():
-    return bellman(budgets=BUDGETS)
+    return bellman(budgets=(2, 4, 6))
 
 
 @pytest.fixture(scope="module")
 def fine(found):
-    return boss.fine_states(
-        FLOW.velocity, keys(50, 1), (2,), found.schedules.values(), micro_batch=20
-    )
+    given = (FLOW.velocity, keys(50, 1), (2,), found.schedules.values())
+    return boss.fine_states(*given, micro_batch=20)
 
 
 def bellman(velocity=FLOW.velocity, budgets=(4,), cond=None, **options):
@@ -47,15 +45,8 @@ def bellman(velocity=FLOW.velocity, budgets=(4,), cond=None, **options):
     return boss.search(velocity, keys(20), (2,), budgets, cond, **options)
 
 
-def mlp():
-    module = models.build({"name": "mlp", "hidden": 32, "depth": 2})
-    apply_fn = models.functional(module)
-    shapes = (jnp.zeros((1, 2)), jnp.zeros(1), None)
-    params = models.init_params(module, jax.random.key(0), *shapes)
-    return apply_fn, jax.tree.map(lambda p: p + 0.01, params)
-
-
-# Search -------------------------------------------------------------------------------
+def conditional(x, t, cond):
+    return FLOW.velocity(x, t) + cond[:, None]
 
 
 def test_search_finds_what_is_best_on_a_linear_flow():
@@ -86,9 +77,6 @@ def test_search_minimises_the_weighted_sum_and_tells_the_plain_one(found, weight
 
 
 def test_guided_search_differs_and_is_labelled():
-    def conditional(x, t, cond):
-        return FLOW.velocity(x, t) * (1 + 0.5 * cond[:, None])
-
     cond = np.ones(20, np.float32)
     plain, guided = (
         bellman(flows.classifier_free_guidance(conditional, scale, 0.0), cond=cond)
@@ -100,12 +88,12 @@ def test_guided_search_differs_and_is_labelled():
 
 
 def test_any_metric():
-    found = bellman(metric=lambda estimate, target: jnp.abs(estimate - target)[:, 0])
+    one_axis = lambda estimate, target: jnp.abs(estimate - target)[:, 0]  # noqa: E731
     noise, knots = prng.normal(keys(20), (2,)), flows.fine_knots(20)
     states = np.asarray(flows.states_at(FLOW.velocity, noise, knots, np.arange(21)))
     v = np.asarray(jax.jit(FLOW.velocity)(noise, jnp.ones(20)))
     expected = np.abs(states[0] - 0.5 * v - states[10])[:, 0].mean()
-    assert found.costs[0, 10] == pytest.approx(expected, rel=1e-4)
+    assert bellman(metric=one_axis).costs[0, 10] == pytest.approx(expected, rel=1e-4)
 
 
 def test_polish_never_ends_worse(found):
@@ -129,9 +117,6 @@ def test_polish_never_ends_worse(found):
             assert everywhere[m] == everywhere[max(m - 1, 0) : m + 2].min()
     option = bellman(polish=True, budgets=(6,)).schedules[6]
     assert_array_equal(option.index, polished.index)
-
-
-# Cache --------------------------------------------------------------------------------
 
 
 def scaled(params, x, t, cond):
@@ -167,19 +152,12 @@ def test_cache_is_used_for_the_same_content_only(tmp_path, caplog):
 
 def test_cache_sees_a_model_that_differs_at_one_time_only(tmp_path):
     """A straightened network, say, at the knot it was tuned at."""
-
-    def bent(x, t, cond):
-        return FLOW.velocity(x, t) + jnp.where(t == 0.5, 1.0, 0.0)[:, None]
-
-    path = tmp_path / "costs.npz"
-    costs = [
-        boss.search(v, keys(4), (2,), (2,), knots=10, cache=path).costs
-        for v in (FLOW.velocity, bent)
-    ]
+    bend = lambda t: jnp.where(t == 0.5, 1.0, 0.0)[:, None]  # noqa: E731
+    bent = lambda x, t, cond: FLOW.velocity(x, t) + bend(t)  # noqa: E731
+    options = {"knots": 10, "cache": tmp_path / "costs.npz"}
+    given = (keys(4), (2,), (2,))
+    costs = [boss.search(v, *given, **options).costs for v in (FLOW.velocity, bent)]
     assert not np.array_equal(*costs)
-
-
-# Straightening ------------------------------------------------------------------------
 
 
 def test_chords_join_states_of_one_trajectory(found, fine):
@@ -210,10 +188,7 @@ def test_11_loss_is_zero_iff_the_velocity_is_the_chord(found, fine):
     chords = boss.chords(fine, found.schedules[4])
     width = chords["t"] - chords["t_next"]
     exact = (chords["x"] - chords["x_next"]) / width[:, None]
-
-    def table(params, x, t, cond):
-        return params["v"]
-
+    table = lambda params, x, t, cond: params["v"]  # noqa: E731
     loss, _ = boss.straightening_loss({"v": exact}, table, chords)
     assert loss.max() < 1e-12
     off = {"v": jnp.asarray(exact).at[3, 0].add(0.5)}
@@ -229,11 +204,8 @@ def test_11_gradient_equals_finite_differences(found, fine, weight, x64):
     def apply_fn(params, x, t, cond):
         return jnp.tanh(x @ params["a"] + t[:, None]) @ params["b"]
 
-    a, b = jax.random.split(jax.random.key(0))
-    params = {
-        "a": jax.random.normal(a, (2, 5), jnp.float64),
-        "b": jax.random.normal(b, (5, 2), jnp.float64),
-    }
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(2, 5)), "b": rng.normal(size=(5, 2))}
     chords = boss.chords(fine, found.schedules[4])
     chords = {name: array[:8].astype(np.float64) for name, array in chords.items()}
 
@@ -245,7 +217,8 @@ def test_11_gradient_equals_finite_differences(found, fine, weight, x64):
 
 
 def test_11_one_step_is_reflow_at_pure_noise():
-    apply_fn, params = mlp()
+    apply_fn, params = mlp(hidden=32, depth=2)
+    params = jax.tree.map(lambda p: p + 0.01, params)
     rng = np.random.default_rng(2)
     noise, ends = (jnp.asarray(rng.normal(size=(16, 2)), jnp.float32) for _ in "ab")
     chords = {"x": noise, "x_next": ends, "t": jnp.ones(16), "t_next": jnp.zeros(16)}
@@ -263,15 +236,10 @@ def test_11_one_step_is_reflow_at_pure_noise():
 def test_12_a_table_recovers_the_fine_states(found, fine):
     """A free value for each step and sample, fitted: Euler telescopes exactly."""
     schedule = found.schedules[4]
-    chords = boss.chords(fine, schedule)
-    samples, steps = 50, 4
-
-    def table(params, x, t, cond):
-        return params["v"][cond]
-
-    batch = {**chords, "cond": np.arange(samples * steps)}
-    params = {"v": jnp.zeros((samples * steps, 2))}
-    rate = 0.9 * samples * steps  # of a quadratic with curvature 1 / (samples steps)
+    table = lambda params, x, t, cond: params["v"][cond]  # noqa: E731
+    batch = {**boss.chords(fine, schedule), "cond": np.arange(50 * 4)}
+    params = {"v": jnp.zeros((50 * 4, 2))}
+    rate = 0.9 * 50 * 4  # of a quadratic with curvature 1 / (samples steps)
 
     @jax.jit
     def update(params):
@@ -280,13 +248,10 @@ def test_12_a_table_recovers_the_fine_states(found, fine):
 
     for _ in range(60):
         params = update(params)
-    x, kept = jnp.asarray(fine.states[0]), [fine.states[0]]
-    for k, (t, t_next) in enumerate(zip(schedule.times[:-1], schedule.times[1:])):
-        x = x - (t - t_next) * params["v"][k * samples : (k + 1) * samples]
-        kept.append(np.asarray(x))
-    place = np.searchsorted(fine.index, schedule.index)
-    scale = np.abs(fine.states).max()
-    assert np.abs(np.stack(kept) - fine.states[place]).max() < 1e-5 * scale
+    moves = np.diff(schedule.times)[:, None, None] * params["v"].reshape(4, 50, 2)
+    walked = fine.states[0] + np.cumsum(moves, 0)
+    expected = fine.states[np.searchsorted(fine.index, schedule.index[1:])]
+    assert np.abs(walked - expected).max() < 1e-5 * np.abs(fine.states).max()
 
 
 def test_13_all_knots_leave_the_teacher_as_it_is():
@@ -315,10 +280,8 @@ def test_13_network_time_is_remapped_once(refused):
     seen = np.concatenate([now.ravel() for now in times])
     assert seen.min() == pytest.approx(999 * eps, rel=1e-3)  # at pure noise
     assert seen.max() == pytest.approx(999 * (1 - (1 - eps) / n), rel=1e-5)
-    x = prng.normal(keys(5), (2,))
-    t = jnp.linspace(0.0, 1.0, 5)
-    expected = FLOW.velocity(x, t)
-    assert_allclose(velocity(x, t, None), expected, rtol=1e-3, atol=1e-3)
+    x, t = prng.normal(keys(5), (2,)), jnp.linspace(0.0, 1.0, 5)
+    assert_allclose(velocity(x, t, None), FLOW.velocity(x, t), rtol=1e-3, atol=1e-3)
     schedule = found.schedules[n]
     fine = boss.fine_states(velocity, keys(10), (2,), [schedule])
     loss, _ = boss.straightening_loss(params, wrapped, boss.chords(fine, schedule))
@@ -328,12 +291,9 @@ def test_13_network_time_is_remapped_once(refused):
 
 @pytest.fixture(scope="module")
 def student():
-    apply_fn, params = mlp()
-
-    def corrected(params, x, t, cond=None):
-        return FLOW.velocity(x, t) + apply_fn(params, x, t, None)
-
-    return corrected, params
+    apply_fn, params = mlp(hidden=32, depth=2)
+    moved = lambda params, *at: FLOW.velocity(*at[:2]) + apply_fn(params, *at)  # noqa: E731
+    return moved, jax.tree.map(lambda p: p + 0.01, params)
 
 
 @pytest.fixture(scope="module")
@@ -411,9 +371,6 @@ def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_pa
     same(whole, run(tmp_path / "b"))
 
 
-# Sampling carries its grid ------------------------------------------------------------
-
-
 def test_sample_walks_the_grid_which_survives_json_and_is_the_default(found):
     schedule, noise = found.schedules[6], prng.normal(keys(9), (2,))
     expected = boss.sample(FLOW.velocity, noise, schedule)
@@ -439,10 +396,6 @@ def test_another_grid_is_refused_unless_allowed(found, refused):
     refused("give a grid", boss.sample, FLOW.velocity, noise)
 
 
-def conditional(x, t, cond):
-    return FLOW.velocity(x, t) + cond[:, None]
-
-
 def test_guidance_other_than_the_schedules_warns(found):
     """A straightened model has absorbed its teacher's: none around it fits."""
     guided = flows.classifier_free_guidance(conditional, 2.0, 0.0)
@@ -456,9 +409,6 @@ def test_guidance_other_than_the_schedules_warns(found):
     wrapped = flows.classifier_free_guidance(student, 2.0, 0.0)
     with pytest.warns(UserWarning, match="absorbed its teacher's"):
         boss.sample(wrapped, noise, schedule, cond)
-
-
-# Bad inputs ---------------------------------------------------------------------------
 
 
 def never(x, t, cond):
@@ -541,9 +491,6 @@ def test_bad_schedules_chords_and_straightening(found, fine, student, refused):
     ):
         given = (params, apply_fn, cut, found.schedules[budget])
         refused(message, boss.straighten, *given, key=key, **options)
-
-
-# Hot functions ------------------------------------------------------------------------
 
 
 def test_search_compiles_once_for_other_parameters(count_compiles):

@@ -4,28 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import lowered_iteration
+from checks import lowered_iteration, mlp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import data, flows, models, rl, train
+from tmdjax import data, flows, rl, train
 from tmdjax.systems import flow_grpo
 from tmdjax.train import flow_rl
 
 MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
-NET = models.build({"name": "mlp", "hidden": 16, "depth": 2})
-APPLY = models.functional(NET)
+APPLY, PARAMS = mlp(hidden=16, depth=2)
+PARAMS["out"] = jax.tree.map(jnp.zeros_like, PARAMS["out"])
 GOAL = jnp.array([1.2, 1.6])
 
 
 def corrected(params, frozen):
     """The exact velocity of the mixture plus a network that starts at zero."""
     return lambda x, t, cond: MIXTURE.velocity(x, t) + APPLY(params, x, t, None)
-
-
-def network_params():
-    inputs = (jnp.zeros((1, 2)), jnp.zeros(1), None)
-    params = models.init_params(NET, jax.random.key(0), *inputs)
-    return {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
 
 
 def to_goal(x, prompts):
@@ -55,7 +49,7 @@ def test_reward_rises_with_one_compilation_of_each_program(name):
     rule = train.make_optimizer(train.OptimizerConfig(learning_rate=5e-3, name="adam"))
     given = (flow_rl.Policy(corrected), setup.method, to_goal, rule, setup.objective)
     iteration = flow_rl.make_iteration(*given, updates=setup.updates)
-    state, history = train.create_state(network_params(), rule), []
+    state, history = train.create_state(PARAMS, rule), []
     batch = {"prompt": np.arange(8)}
     for _ in range(25):
         state, metrics = iteration(state, batch, jax.random.key(1))
@@ -71,8 +65,6 @@ def test_reward_rises_with_one_compilation_of_each_program(name):
     assert iteration.collect._cache_size() == iteration.learn._cache_size() == 1
     assert int(state.step) == 25 * setup.updates and int(state.skipped) == 0
 
-
-# -- credit ----------------------------------------------------------------------------
 
 # mean and std over, ddof, eps: the table of the published losses
 ADVANTAGES = {
@@ -163,9 +155,6 @@ def test_random_transitions_are_distinct_and_of_the_published_number():
     assert (other.edge != found.edge).any()
 
 
-# -- published settings ----------------------------------------------------------------
-
-
 def test_grids_are_shifted_by_three():
     # at the first inner knot: 3 u / (1 + 2 u)
     for name in flow_grpo.PRESETS:
@@ -187,9 +176,6 @@ def test_windows_move_as_published():
         table, plan = mix.plan(i)
         assert_array_equal(np.flatnonzero(table.mask), start + np.arange(4))
         assert_array_equal(plan["steps"], start + np.arange(4))
-
-
-# -- rollout ---------------------------------------------------------------------------
 
 
 def shrink(x, t, cond):
@@ -241,9 +227,6 @@ def test_the_record_keeps_the_states_of_the_window_alone(start):
     assert_array_equal(ends, [1, 2, 2, 1] * 12)
     assert_array_equal(record.step, np.tile(start + np.arange(3), 12))
     assert_array_equal(record.prompt, np.repeat(np.arange(3), 12))
-
-
-# -- bad inputs ------------------------------------------------------------------------
 
 
 BAD = [

@@ -30,9 +30,7 @@ def plan_of(outer=2, inner=2, **options):
     return tmd.make_plan(outer, inner, 1, 4, **options)
 
 
-# A network that knows everything: data N(MU, VARIANCE) ---------------------------------
-
-
+# A network that knows everything: data N(MU, VARIANCE)
 def jump(y, s, r, law):
     """Where the exact inner flow carries y from s to r."""
     s, r = s[:, None], r[:, None]
@@ -146,8 +144,7 @@ def test_meanflow_reaches_the_data_with_the_exact_map(steps):
     assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
 
 
-# A network of four numbers --------------------------------------------------------------
-
+# A network of four numbers
 TOY = {"backbone": np.float32(0.8), "head": np.float32([0.7, -0.4, 0.3])}
 DATA = np.random.default_rng(5).normal(size=(2000, 3)).astype(np.float32)
 ROWS = {"x_data": jnp.asarray(DATA)}
@@ -409,8 +406,7 @@ def test_plans_travel_with_a_model(recwarn, refused):
         draw(plan=plan_of(2, 1), allow_mismatch=True)
 
 
-# A video network ------------------------------------------------------------------------
-
+# A video network
 SHARED = {
     "name": "video_dit", "patch_size": (1, 2, 2), "heads": 2, "head_dim": 12, "depth": 4,
     "mlp_width": 20, "text_width": 8, "frequency_dim": 16, "remat": False,

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import same
+from checks import Numbered, mlp, same
 from numpy.testing import assert_allclose
 
-from tmdjax import flows, models, rl, train
+from tmdjax import flows, rl, train
 from tmdjax.models import lora
 from tmdjax.rewards import host
 from tmdjax.systems import flow_grpo
@@ -22,15 +22,12 @@ def affine(params, frozen):
     return lambda x, t, cond: x @ params["w"] + params["b"] + cond
 
 
-def affine_reference(frozen):
-    return lambda x, t, cond: 0.4 * x + cond
-
-
-def shift_of_prompt(frozen, batch):
-    return frozen["shift"][batch["prompt"]]
-
-
-POLICY = flow_rl.Policy(affine, affine_reference, shift_of_prompt, SHIFTS)
+POLICY = flow_rl.Policy(
+    velocity=affine,
+    reference=lambda frozen: lambda x, t, cond: 0.4 * x + cond,
+    condition=lambda frozen, batch: frozen["shift"][batch["prompt"]],
+    frozen=SHIFTS,
+)
 PARAMS = {"w": jnp.asarray([[0.5, 0.1], [-0.2, 0.3]]), "b": jnp.asarray([0.1, -0.1])}
 BATCH = {"prompt": np.arange(4)}
 SGD = optax.sgd(0.1)
@@ -61,9 +58,6 @@ def arguments(method, iteration=0, batch=BATCH, first=0):
     return batch, KEY, np.int32(iteration), np.int32(first), table, plan
 
 
-# -- the update against an independent sum ---------------------------------------------
-
-
 class Weighted(flow_grpo.Chains):
     """Transitions of uneven weight, some of them 0, and an advantage each."""
 
@@ -76,53 +70,45 @@ class Weighted(flow_grpo.Chains):
 
 
 def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
-    """Sum over transitions, each by the chain rule, in float64 (loop over edges)."""
-    w, b = (np.asarray(PARAMS[name], np.float64) for name in "wb")
-    steps, dims = len(grid) - 1, 2
-    record, rows = jax.tree.map(np.asarray, record), []
-    shifts = np.asarray(SHIFTS["shift"], np.float64)
-    for i in range(steps):
-        t, h = grid[i], grid[i] - grid[i + 1]
-        sigma = a * np.sqrt(t / (1 - (grid[1] if t == 1 else t)))
-        gain = -h * (1 + sigma**2 * (1 - t) / (2 * t))
-        rows.append((t, h, sigma, gain, sigma * np.sqrt(h)))
-    inverse = np.array([std / abs(gain) for *_, gain, std in rows])
-    step_weight = np.ones(steps)
+    """Sum over transitions, each by the chain rule, in float64; a row each."""
+    arrays = (PARAMS["w"], PARAMS["b"], SHIFTS["shift"])
+    w, b, shifts = (np.asarray(x, np.float64) for x in arrays)
+    record, t, h = jax.tree.map(np.asarray, record), grid[:-1], -np.diff(grid)
+    sigma = a * np.sqrt(t / (1 - np.where(t == 1, grid[1], t)))
+    gain, std = -h * (1 + sigma**2 * (1 - t) / (2 * t)), sigma * np.sqrt(h)
+    inverse, step_weight = std / abs(gain), np.ones_like(t)
     if objective.step_weight == "inverse_gain":
         step_weight = inverse / inverse.mean()
-    total = {"w": np.zeros((2, 2)), "b": np.zeros(2)}
-    loss = clipped = kl_sum = 0.0
-    scale = 1 if objective.reduction == "sum" else 1 / dims
-    for edge in range(len(record)):
-        i, share = int(record.step[edge]), weight[edge] / weight.sum()
-        t, h, sigma, gain, std = rows[i]
-        x = np.asarray(record.states[record.source[edge]], np.float64)
-        y = np.asarray(record.states[record.target[edge]], np.float64)
-        shift = shifts[record.prompt[edge]]
-        v, v_reference = x @ w + b + shift, 0.4 * x + shift
-        mean = x * (1 - sigma**2 * h / (2 * t)) + gain * v
-        log_prob = -((y - mean) ** 2) / (2 * std**2) - np.log(std)
-        log_prob = scale * np.sum(log_prob - 0.5 * np.log(2 * np.pi))
-        r, adv = np.exp(log_prob - float(record.log_prob[edge])), advantage[edge]
-        low, high = 1 - objective.clip_range, 1 + objective.clip_range
-        surrogate = -adv * r
-        d_v = -adv * r * scale * (y - mean) * gain / std**2
-        if (adv > 0 and r > high) or (adv < 0 and r < low):
-            surrogate, d_v = -adv * np.clip(r, low, high), 0 * d_v
-        surrogate, d_v = surrogate * step_weight[i], d_v * step_weight[i]
-        factor = {
+    t, h, sigma, gain, std, step_weight = (
+        x[record.step][:, None] for x in (t, h, sigma, gain, std, step_weight)
+    )
+    x, y = record.states.astype(np.float64)[np.stack([record.source, record.target])]
+    v = x @ w + b + shifts[record.prompt]
+    away = v - 0.4 * x - shifts[record.prompt]
+    mean = x * (1 - sigma**2 * h / (2 * t)) + gain * v
+    log_prob = -((y - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
+    scale = 1 if objective.reduction == "sum" else 1 / 2
+    old, adv = record.log_prob[:, None], advantage[:, None]
+    r = np.exp(scale * log_prob.sum(1, keepdims=True) - old)
+    low, high = 1 - objective.clip_range, 1 + objective.clip_range
+    cut = np.where(adv > 0, r > high, r < low)
+    surrogate = step_weight * -adv * np.where(cut, np.clip(r, low, high), r)
+    d_v = -adv * r * scale * (y - mean) * gain / std**2
+    d_v = step_weight * np.where(cut, 0, d_v)
+    factor = (
+        scale
+        * {
             "transition": gain**2 / (2 * std**2),
             "flow_grpo_code": h * gain**2 / (2 * std**2),
             "velocity_mse": 1.0,
-        }[objective.kl_kind] * scale
-        kl = factor * np.sum((v - v_reference) ** 2)
-        d_v = d_v + objective.kl_coefficient * 2 * factor * (v - v_reference)
-        loss += share * (surrogate + objective.kl_coefficient * kl)
-        kl_sum += share * kl
-        clipped += share * (not low <= r <= high)
-        total["w"] += share * np.outer(x, d_v)
-        total["b"] += share * d_v
-    return total, loss, kl_sum, clipped
+        }[objective.kl_kind]
+    )
+    kl = factor * np.sum(away**2, 1, keepdims=True)
+    share = (weight / weight.sum())[:, None]
+    d_v = share * (d_v + objective.kl_coefficient * 2 * factor * away)
+    loss = np.sum(share * (surrogate + objective.kl_coefficient * kl))
+    clipped = np.sum(share * ((r < low) | (r > high)))
+    return {"w": x.T @ d_v, "b": d_v.sum(0)}, loss, np.sum(share * kl), clipped
 
 
 OBJECTIVES = {
@@ -215,9 +201,6 @@ def test_tied_groups_that_stay_feel_the_kl_alone():
     assert metrics["kl"] > 0 and metrics["grad_norm"] > 0
 
 
-# -- layouts ---------------------------------------------------------------------------
-
-
 def test_chunks_and_microbatches_change_memory_not_maths():
     method = chains(same_noise=True)
     whole = make(method, updates=2)
@@ -257,14 +240,15 @@ def test_iterations_differ_and_depend_on_key_and_number_alone():
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from tmdjax import flows, models, train
-from tmdjax.systems import flow_grpo
+from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
-
 
 net = models.build({"name": "mlp", "hidden": 128, "depth": 2})
 apply = models.functional(net)
 params = models.init_params(net, jax.random.key(0), jnp.zeros((1, 4)), jnp.zeros(1), None)
-method = flow_grpo.Chains(grid=flows.uniform_grid(4), event_shape=(4,), group_size=3)
+shape = {"grid": flows.uniform_grid(4), "event_shape": (4,)}
+chains = flow_grpo.Chains(**shape, group_size=3)
+trees = branchgrpo.Trees(**shape, splits=(0, 1), prune_width=0.5)
 policy = flow_rl.Policy(
     velocity=lambda params, frozen: lambda x, t, cond: apply(params, x, t, None)
     + frozen["base"] * x + cond,
@@ -276,7 +260,7 @@ batch = {"shift": np.random.default_rng(0).normal(size=(16, 4)).astype(np.float3
 optimizer = optax.sgd(0.1)
 key = jax.random.key(3)
 
-def run(mesh, **options):
+def run(mesh, method, **options):
     iteration = flow_rl.make_iteration(
         policy, method, lambda x, prompts: x[:, 0] + prompts["shift"][:, 1], optimizer,
         flow_rl.Objective(clip_range=0.2, kl_coefficient=0.1), mesh=mesh, updates=2,
@@ -291,13 +275,14 @@ def run(mesh, **options):
     return iteration, state, history
 
 mesh = train.make_mesh(2, 4)
-one, expected, history = run(None)
-eight, state, other = run(mesh, chunks=2, microbatches=2)
-jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, expected.params)
-for a, b in zip(history, other):
-    for name in a.keys() - {"ratio_error", "clip_fraction_last"}:
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
+for method in (trees, chains):
+    one, expected, history = run(None, method)
+    eight, state, other = run(mesh, method, chunks=2, microbatches=2)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, state.params, expected.params)
+    for a, b in zip(history, other):
+        for name in a.keys() - {"ratio_error", "clip_fraction_last"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
 assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(state.params))
 
 # rollout and update of one device are about an eighth of the work
@@ -332,9 +317,6 @@ def test_eight_devices_equal_one(run_python):
     assert said.strip().endswith("same")
 
 
-# -- rewards ---------------------------------------------------------------------------
-
-
 def test_rewards_see_their_own_prompt():
     seen = []
 
@@ -364,21 +346,9 @@ def test_chunks_are_scored_while_others_are_drawn():
     assert np.isfinite(metrics["reward_mean"])
 
 
-class Prompts:
-    """Batches of two prompts; the position is the state."""
-
-    def __init__(self):
-        self.position = 0
-
-    def __next__(self):
-        self.position += 1
-        return {"prompt": np.array([self.position % 4, (self.position + 1) % 4])}
-
-    def get_state(self):
-        return {"position": self.position}
-
-    def set_state(self, state):
-        self.position = state["position"]
+def pair(number):
+    """A batch of two prompts."""
+    return {"prompt": np.array([(number + 1) % 4, (number + 2) % 4])}
 
 
 class Scorer:
@@ -414,7 +384,7 @@ def test_a_failing_reward_stops_the_run_which_resumes(tmp_path, refused):
     def run(folder=None):
         options = {"num_steps": 7, "log_every": 1, "checkpoint_seconds": (0.0, 0.0)}
         options["checkpoints"] = folder and train.Checkpoints(folder)
-        return train.fit(fresh(), iteration, Prompts(), key=KEY, **options)
+        return train.fit(fresh(), iteration, Numbered(pair), key=KEY, **options)
 
     whole = run()
     for fault, message in FAULTS.items():
@@ -458,14 +428,8 @@ def test_rewards_of_wrong_length(refused):
         refused(message, make(reward=reward), *given, error=host.RewardError)
 
 
-# -- policies --------------------------------------------------------------------------
-
-
 def test_adapters_train_and_the_base_stays():
-    net = models.build({"name": "mlp", "hidden": 8, "depth": 1})
-    apply = models.functional(net)
-    inputs = (jnp.zeros((1, 2)), jnp.zeros(1), None)
-    base = models.init_params(net, jax.random.key(0), *inputs)
+    apply, base = mlp(hidden=8, depth=1)
     before = jax.tree.map(np.array, base)
 
     def velocity(adapters, frozen):
@@ -486,28 +450,18 @@ def test_adapters_train_and_the_base_stays():
     same(base, before)
 
 
-def test_a_policy_that_differs_between_rollout_and_update_is_stopped(refused):
-    def noisy(params, frozen):
-        def velocity(x, t, cond):  # the noise of a batch depends on its size
-            noise = jax.random.normal(jax.random.key(x.shape[0]), x.shape)
-            return x @ params["w"] + 0.1 * noise
+def test_the_ratio_is_checked_once_there_is_something_to_check(refused):
+    """A policy that differs between rollout and update is stopped then."""
 
-        return velocity
-
-    iteration = make(policy=flow_rl.Policy(noisy))
-    message, given = "before any update.*dropout", (fresh(), BATCH, KEY)
-    refused(message, iteration, *given, error=rl.RatioError)
-
-
-def test_the_ratio_is_checked_once_there_is_something_to_check():
     def changed(params, frozen):
         return lambda x, t, cond: x @ params["w"] + 0.1 * (x.shape[0] == 36)
 
     iteration = make(policy=flow_rl.Policy(changed), reward=scaled)
     state, metrics = iteration(fresh(), {"scale": np.zeros(4, np.float32)}, KEY)
     assert metrics["tied_group_fraction"] == 1 and metrics["ratio_error"] == 0
-    with pytest.raises(rl.RatioError):
-        iteration(state, {"scale": np.ones(4, np.float32)}, KEY)
+    given = (state, {"scale": np.ones(4, np.float32)}, KEY)
+    message = "before any update.*dropout"
+    refused(message, iteration, *given, error=rl.RatioError)
 
 
 def test_skipped_updates_are_counted_and_iterations_go_on():
@@ -518,10 +472,8 @@ def test_skipped_updates_are_counted_and_iterations_go_on():
             numbers.append(iteration)
             return super().plan(iteration)
 
-    method = chains(Counted)
+    iteration, state = make(chains(Counted), updates=3, skip_above=1e-9), fresh()
     numbers.clear()
-    iteration = make(method, updates=3, skip_above=1e-9)
-    state = fresh()
     for _ in range(3):
         state, metrics = iteration(state, BATCH, KEY)
         assert metrics["skipped_updates"] == 3
@@ -531,9 +483,6 @@ def test_skipped_updates_are_counted_and_iterations_go_on():
     # a resumed state says itself where to go on
     iteration(fresh().replace(step=jnp.int32(21)), BATCH, KEY)
     assert numbers[-1] == 7
-
-
-# -- bad inputs ------------------------------------------------------------------------
 
 
 BAD_SETTINGS = [

@@ -3,31 +3,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import same
+from checks import Numbered, same
 
 from tmdjax import train
 from tmdjax.core import prng
 
 
-class Counter:
-    """Batches that are a function of their position; the position is the state."""
+def counted(broken=()):
+    """Eight rows a batch; of those whose numbers are given one row is no number."""
 
-    def __init__(self, broken=()):
-        self.position, self.broken = 0, set(broken)
-
-    def __next__(self):
-        rng = np.random.default_rng(self.position)
-        x = rng.normal(size=(8, 3)).astype(np.float32)
-        if self.position in self.broken or "all" in self.broken:
+    def draw(number):
+        x = np.random.default_rng(number).normal(size=(8, 3)).astype(np.float32)
+        if number in broken:
             x[2] = np.nan
-        self.position += 1
         return {"x": x}
 
-    def get_state(self):
-        return {"position": self.position}
-
-    def set_state(self, state):
-        self.position = state["position"]
+    return Numbered(draw)
 
 
 def loss(params, batch, keys):
@@ -46,7 +37,7 @@ def fit(folder=None, data=None, num_steps=60, best=None, keep_last=2, **options)
     state = train.create_state({"w": jnp.zeros(3)}, OPTIMIZER, ema=True)
     given = {"key": KEY, "num_steps": num_steps, "checkpoints": place, "log_every": 10}
     given["on_metrics"] = lambda step, metrics: rows.append((step, metrics))
-    result = train.fit(state, STEP, data or Counter(), **given, **options)
+    result = train.fit(state, STEP, data or counted(), **given, **options)
     return result, rows
 
 
@@ -82,11 +73,11 @@ def test_checkpoints_by_time(tmp_path):
 
 
 def test_skipped_updates_are_counted_and_kept_out_of_the_means():
-    result, rows = fit(data=Counter(broken={3, 7, 15}))
+    result, rows = fit(data=counted(broken={3, 7, 15}))
     assert int(result.state.skipped) == 3
     assert [m["skipped"] for _, m in rows[:3]] == [2, 1, 0]
     assert all(np.isfinite(m["loss"]) for _, m in rows)
-    _, rows = fit(data=Counter(broken=range(10)))
+    _, rows = fit(data=counted(broken=range(10)))
     assert np.isnan(rows[0][1]["loss"]) and rows[0][1]["skipped"] == 10
 
 
@@ -95,7 +86,7 @@ def test_persistent_nan_stops_with_the_last_good_checkpoint(tmp_path):
         keys = prng.sample_keys(key, 8)
         return train.nonfinite_report(loss, state.params, batch, keys)
 
-    data = Counter(broken=range(20, 60))
+    data = counted(broken=range(20, 60))
     options = {"checkpoint_seconds": (0.0, 0.0), "diagnose": diagnose}
     message = r"20 consecutive.*batch/x.*loss: \[2\].*Last good checkpoint: step 30"
     with pytest.raises(train.NonFiniteError, match=message):
@@ -123,13 +114,13 @@ def test_diagnosis_sees_the_noise_of_the_failed_step():
     state = train.create_state({"w": jnp.zeros(3)}, optimizer)
     options = {"key": KEY, "num_steps": 5, "log_every": 5, "max_skipped": 1}
     with pytest.raises(train.NonFiniteError):
-        train.fit(state, step, Counter(), diagnose=diagnose, **options)
+        train.fit(state, step, counted(), diagnose=diagnose, **options)
     assert seen[1] and f"non-finite loss: {seen[1][:5]}" in seen[0]
 
 
 def test_a_plain_step_and_state_will_do(refused):
     step, rows = lambda count, batch, key: (count + 1, {"count": count}), []
-    given = (jnp.int32(0), step, Counter())
+    given = (jnp.int32(0), step, counted())
     note = lambda step, metrics: rows.append(metrics)  # noqa: E731
     result = train.fit(*given, key=KEY, num_steps=4, log_every=2, on_metrics=note)
     assert int(result.state) == 4 and rows == [{"count": 0.5}, {"count": 2.5}]
