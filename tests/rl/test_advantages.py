@@ -166,26 +166,23 @@ def test_a_singleton_on_demand():
         assert ours[0] == 0 and ours[1] > 0
 
 
-BAD = [
-    ({"group": GROUP[:7]}, r"group has shape \(7,\) but rewards has shape \(8,\)"),
-    ({"rewards": np.zeros((8, 1))}, r"rewards has shape \(8, 1\); give \[batch\]"),
-    ({"mask": np.ones((8, 1), bool)}, r"mask has shape \(8, 1\) but rewards"),
-    ({"num_groups": 0}, "num_groups=0 must be at least 1"),
-    ({"num_groups": 2}, r"group\[3\]=2 is outside \[0, 2\); number the groups from 0"),
-    ({"group": GROUP - 1}, r"group\[0\]=-1 is outside \[0, 3\)"),
-    ({"group": np.r_[GROUP[:7], 3], "num_groups": 4}, "a single sample, the first is group 3.*all advantages would be 0.*allow_singletons=True"),
-    ({"mask": GROUP * np.arange(8) != 6}, "single sample, the first is group 2"),
-    ({"rewards": np.r_[REWARDS[:4], np.nan, REWARDS[5:]]}, r"the first is nan at index \(4,\) \(sample 4 of group 1\).*never replaced"),
-    ({"baseline": "median"}, "baseline='median' is not one of 'mean', 'leave_one_out'"),
-    ({"scale": "groups"}, "scale='groups' is not one of.*Did you mean 'group'"),
-    ({"ddof": 2}, "ddof=2 must be 0"),
-    ({"eps": -1.0}, "eps=-1.0 is outside"),
-    ({"clip": 0.0}, "clip=0.0 is outside"),
-]  # fmt: skip
-
-
 def test_bad_inputs(refused):
-    for change, message in BAD:
+    for change, message in (
+        ({"group": GROUP[:7]}, r"group has shape \(7,\) but rewards has shape \(8,\)"),
+        ({"rewards": np.zeros((8, 1))}, r"rewards has shape \(8, 1\); give \[batch\]"),
+        ({"mask": np.ones((8, 1), bool)}, r"mask has shape \(8, 1\) but rewards"),
+        ({"num_groups": 0}, "num_groups=0 must be at least 1"),
+        ({"num_groups": 2}, r"group\[3\]=2 is outside \[0, 2\); number the groups from 0"),
+        ({"group": GROUP - 1}, r"group\[0\]=-1 is outside \[0, 3\)"),
+        ({"group": np.r_[GROUP[:7], 3], "num_groups": 4}, "a single sample, the first is group 3.*all advantages would be 0.*allow_singletons=True"),
+        ({"mask": GROUP * np.arange(8) != 6}, "single sample, the first is group 2"),
+        ({"rewards": np.r_[REWARDS[:4], np.nan, REWARDS[5:]]}, r"the first is nan at index \(4,\) \(sample 4 of group 1\).*never replaced"),
+        ({"baseline": "median"}, "baseline='median' is not one of 'mean', 'leave_one_out'"),
+        ({"scale": "groups"}, "scale='groups' is not one of.*Did you mean 'group'"),
+        ({"ddof": 2}, "ddof=2 must be 0"),
+        ({"eps": -1.0}, "eps=-1.0 is outside"),
+        ({"clip": 0.0}, "clip=0.0 is outside"),
+    ):  # fmt: skip
         given = {"rewards": REWARDS, "group": GROUP, "num_groups": 3, **change}
         rewards, group = given.pop("rewards"), given.pop("group")
         refused(message, rl.group_advantages, rewards, group, **given)

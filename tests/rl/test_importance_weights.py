@@ -19,26 +19,20 @@ RULES = {
 }  # fmt: skip
 
 
-def test_truncated_by_hand():
-    ours = rl.truncated_weights(TARGET, BEHAVIOUR, MASK, high=3.0)
-    assert_allclose(ours, [[0.5, 3, 1], [2, 0, 1]], rtol=1e-5)
-    ours = rl.truncated_weights(TARGET, BEHAVIOUR, high=1.0, low=0.75)
-    assert_allclose(ours, [[0.75, 1, 1], [1, 1, 1]], rtol=1e-5)
+BY_HAND = [
+    ("truncated", MASK, {"high": 3.0}, [[0.5, 3, 1], [2, 0, 1]]),
+    ("truncated", None, {"high": 1.0, "low": 0.75}, [[0.75, 1, 1], [1, 1, 1]]),
+    ("sequence", MASK, {"high": 5.0}, [[2, 2, 2], [2, 0, 2]]),
+    ("sequence", MASK, {"high": 5.0, "reduction": "mean"}, [[2 ** (1 / 3)] * 3, [2**0.5, 0, 2**0.5]]),
+    ("sequence", None, {"high": 2.25}, [[2, 2, 2], [2.25, 2.25, 2.25]]),
+    ("rejecting", MASK, {}, [[0, 0, 1], [2, 0, 1]]),
+]  # fmt: skip
 
 
-def test_sequence_by_hand():
-    ours = rl.sequence_weights(TARGET, BEHAVIOUR, MASK, high=5.0)
-    assert_allclose(ours, [[2, 2, 2], [2, 0, 2]], rtol=1e-5)
-    ours = rl.sequence_weights(TARGET, BEHAVIOUR, MASK, high=5.0, reduction="mean")
-    root = [2 ** (1 / 3)] * 3, [2**0.5, 0, 2**0.5]
-    assert_allclose(ours, root, rtol=1e-5)
-    ours = rl.sequence_weights(TARGET, BEHAVIOUR, high=2.25)
-    assert_allclose(ours, [[2, 2, 2], [2.25, 2.25, 2.25]], rtol=1e-5)
-
-
-def test_rejecting_by_hand():
-    ours = rl.rejecting_weights(TARGET, BEHAVIOUR, MASK, low=0.6, high=3.0)
-    assert_allclose(ours, [[0, 0, 1], [2, 0, 1]], rtol=1e-5)
+@pytest.mark.parametrize("rule, mask, options, expected", BY_HAND)
+def test_by_hand(rule, mask, options, expected):
+    ours = RULES[rule](TARGET, BEHAVIOUR, mask, **options)
+    assert_allclose(ours, expected, rtol=1e-5)
 
 
 def test_truncated_expectation_is_the_closed_form():
@@ -59,9 +53,8 @@ def test_decoupled_gradient_is_the_policy_gradient_of_the_target():
     def loss(x):
         log_prob = jax.nn.log_softmax(x)
         start = jax.lax.stop_gradient(log_prob)
-        elements = rl.clipped_surrogate(
-            log_prob, acting, f, clip_range=0.2, proximal_log_prob=start
-        )
+        options = {"clip_range": 0.2, "proximal_log_prob": start}
+        elements = rl.clipped_surrogate(log_prob, acting, f, **options)
         return jnp.sum(jnp.exp(acting) * elements)
 
     expected = jax.grad(lambda x: -jnp.sum(jax.nn.softmax(x) * f))(logits)
@@ -81,33 +74,24 @@ def test_constants_which_equal_policies_make_one_and_masks_zero(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_half_precision_is_computed_in_float32(rule):
+def test_half_precision_and_huge_ratios(rule):
     half = [jnp.asarray(x, jnp.bfloat16) for x in (TARGET, BEHAVIOUR)]
     ours = RULES[rule](*half)
     assert ours.dtype == jnp.float32
     assert_array_equal(ours, RULES[rule](*[x.astype(jnp.float32) for x in half]))
-
-
-def test_huge_ratios_stay_finite():
-    far = BEHAVIOUR + np.float32(1000)
-    ours = rl.truncated_weights(far, BEHAVIOUR, high=math.inf)
-    assert_allclose(ours, math.exp(20), rtol=1e-5)
-    assert_array_equal(rl.sequence_weights(far, BEHAVIOUR), 2)
+    high = {} if rule == "rejecting" else {"high": math.inf}
+    ours = RULES[rule](BEHAVIOUR + np.float32(1000), BEHAVIOUR, **high)
+    assert_allclose(ours, math.exp(20) if high else 0, rtol=1e-5)
 
 
 def test_bad_inputs(refused):
     given, row = (TARGET, BEHAVIOUR), (TARGET[0], BEHAVIOUR[0])
-    refused(
-        r"high=0.5 is outside \(1, inf\]",
-        rl.truncated_weights,
-        *given,
-        low=1.0,
-        high=0.5,
-    )
-    refused("low=-1.0 is outside", rl.rejecting_weights, *given, low=-1.0, high=0.5)
-    refused(
-        "reduction='max' is not one of", rl.sequence_weights, *given, reduction="max"
-    )
+    for message, weights, options in (
+        (r"high=0.5 is outside \(1, inf\]", "truncated", {"low": 1.0, "high": 0.5}),
+        ("low=-1.0 is outside", "rejecting", {"low": -1.0, "high": 0.5}),
+        ("reduction='max' is not one of", "sequence", {"reduction": "max"}),
+    ):
+        refused(message, getattr(rl, f"{weights}_weights"), *given, **options)
     refused(r"shape \(3,\); a sequence weight needs", rl.sequence_weights, *row)
     for rule in RULES.values():
         refused(r"shape \(2, 3\) but the other log_prob", rule, TARGET, BEHAVIOUR[:1])

@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -59,11 +58,10 @@ def test_a_step_that_is_not_valid_is_a_cut_before_it():
     reward, value, next_value, terminated, truncated = drawn(1)
     valid = np.ones(reward.shape, bool)
     valid[3, 1] = valid[5, 4] = False
-    options = {"discount": 0.9, "gae_lambda": 0.8}
+    options = {"discount": 0.9, "gae_lambda": 0.8, "valid": valid}
     broken, next_broken = (np.where(valid, x, np.nan) for x in (reward, next_value))
-    advantage, _ = rl.generalised_advantages(
-        broken, value, next_broken, terminated, truncated, valid=valid, **options
-    )
+    given = (broken, value, next_broken, terminated, truncated)
+    advantage, _ = rl.generalised_advantages(*given, **options)
     assert np.isfinite(advantage).all() and advantage[3, 1] == advantage[5, 4] == 0
     # as if it had been a step worth nothing, with nothing known behind it
     worthless, ended = np.where(valid, reward, value), terminated | ~valid
@@ -72,16 +70,14 @@ def test_a_step_that_is_not_valid_is_a_cut_before_it():
 
 
 def test_no_gradient_and_traced_numbers():
-    arrays = drawn(2)
+    reward, value, *rest = drawn(2)
 
     @jax.jit
     def total(value, discount):
-        advantage, returns = rl.generalised_advantages(
-            arrays[0], value, *arrays[2:], discount=discount, gae_lambda=0.9
-        )
-        return jnp.sum(advantage + returns)
+        options = {"discount": discount, "gae_lambda": 0.9}
+        return sum(rl.generalised_advantages(reward, value, *rest, **options)).sum()
 
-    assert (jax.grad(total)(arrays[1], 0.9) == 0).all()
+    assert (jax.grad(total)(value, 0.9) == 0).all()
 
 
 def test_standardised_over_what_is_valid():
@@ -121,9 +117,8 @@ def test_12_statistics_do_not_depend_on_the_split(split):
 def test_12_rows_can_be_left_out_and_axes_are_free():
     x = np.random.default_rng(0).normal(size=(6, 10, 2))
     valid = np.random.default_rng(1).random((6, 10)) > 0.5
-    statistics = rl.update_statistics(
-        rl.RunningStatistics.start((2,)), np.where(valid[..., None], x, 99.0), valid
-    )
+    start, seen = rl.RunningStatistics.start((2,)), np.where(valid[..., None], x, 99.0)
+    statistics = rl.update_statistics(start, seen, valid)
     assert_allclose(statistics.mean, x[valid].mean(0), rtol=1e-5)
     assert_allclose(statistics.variance, x[valid].var(0), rtol=1e-4)
     same = rl.update_statistics(statistics, x, np.zeros((6, 10), bool))

@@ -65,23 +65,20 @@ def test_padding_sequences():
     assert (batch.tokens[3:] == 9).all() and (batch.segments[3:] == 0).all()
 
 
-BAD = [
-    ({}, {"length": 4}, r"record 0 has 3 \+ 2 tokens; the batch holds 4"),
-    ({}, {"response_length": 3}, r"record 1 .* 3 of the response"),
-    ({}, {"rows": 1}, "3 texts of 13 tokens do not fit into 1 rows of 8"),
-    ({}, {"sequences": 2}, "3 records do not fit into sequences=2"),
-    ({"reward": None}, {}, "record 0 has reward None; score it first"),
-    ({"reward": float("nan")}, {}, "record 0 has reward nan"),
-    ({"versions": [3, 2]}, {}, r"versions \[3, 2\], which fall"),
-    ({"log_probs": [0.0]}, {}, "2 tokens, 1 log-probs and 2 versions"),
-    ({"prompt": ()}, {}, "record 0 has no prompt"),
-]
-
-
 def test_bad_records(refused):
     given = {"length": 8, "response_length": 5}
     refused("nothing to batch", batch_records, [], **given)
-    for changes, options, message in BAD:
+    for changes, options, message in (
+        ({}, {"length": 4}, r"record 0 has 3 \+ 2 tokens; the batch holds 4"),
+        ({}, {"response_length": 3}, r"record 1 .* 3 of the response"),
+        ({}, {"rows": 1}, "3 texts of 13 tokens do not fit into 1 rows of 8"),
+        ({}, {"sequences": 2}, "3 records do not fit into sequences=2"),
+        ({"reward": None}, {}, "record 0 has reward None; score it first"),
+        ({"reward": float("nan")}, {}, "record 0 has reward nan"),
+        ({"versions": [3, 2]}, {}, r"versions \[3, 2\], which fall"),
+        ({"log_probs": [0.0]}, {}, "2 tokens, 1 log-probs and 2 versions"),
+        ({"prompt": ()}, {}, "record 0 has no prompt"),
+    ):
         first = dataclasses.replace(RECORDS[0], **changes)
         refused(message, batch_records, [first, *RECORDS[1:]], **given | options)
 

@@ -251,14 +251,12 @@ def test_another_policy_than_the_engines_is_seen(refused):
 
 
 def test_bad_settings_and_engines_that_cannot_train(refused):
-    for message, changes in (
-        ("samples=1", {"samples": 1}),
-        ("16 responses do not divide into minibatches=3", {"minibatches": 3}),
-        ("16 responses a minibatch do not divide", {"microbatch": 3}),
-        ("proximal='old'", {"proximal": "old"}),
-        ("overlong_buffer=7", {"overlong_buffer": 7}),
-    ):
-        refused(message, dataclasses.replace, SETTINGS, **changes)
+    changed = functools.partial(dataclasses.replace, SETTINGS)
+    refused("samples=1", changed, samples=1)
+    refused("16 responses do not divide into minibatches=3", changed, minibatches=3)
+    refused("16 responses a minibatch do not divide", changed, microbatch=3)
+    refused("proximal='old'", changed, proximal="old")
+    refused("overlong_buffer=7", changed, overlong_buffer=7)
     given = (log_probs, OBJECTIVE, optax.sgd(0.1), SETTINGS, draw, sevens)
     config = dataclasses.replace(CONFIGURED, sampling=Sampling(top_k=3))
     other, make = (

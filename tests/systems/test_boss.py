@@ -296,30 +296,21 @@ def student():
     return moved, jax.tree.map(lambda p: p + 0.01, params)
 
 
-@pytest.fixture(scope="module")
-def straightened(found, student):
-    """Chords in two parts, and what straightening on the first made of the student."""
-    apply_fn, params = student
-    schedule = found.schedules[4]
+def test_straightening_brings_few_steps_to_the_fine_samples(found, student, refused):
+    (apply_fn, params), schedule = student, found.schedules[4]
     fine = boss.fine_states(FLOW.velocity, keys(500, 1), (2,), [schedule])
     training, held_out = boss.split(boss.chords(fine, schedule), jax.random.key(0))
     rule = train.OptimizerConfig(name="adam", learning_rate=3e-3)
     options = {"steps": 300, "batch_size": 128, "optimizer": rule}
     given = (params, apply_fn, training, schedule)
-    return held_out, boss.straighten(*given, key=jax.random.key(1), **options)
-
-
-def test_straightening_brings_few_steps_to_the_fine_samples(
-    found, student, straightened, refused
-):
-    (apply_fn, params), (held_out, tuned) = student, straightened
+    tuned = boss.straighten(*given, key=jax.random.key(1), **options)
     noise = prng.normal(keys(300, 5), (2,))
     fine = np.asarray(flows.endpoints(FLOW.velocity, noise, flows.fine_knots(20)))
     loss = jax.jit(lambda p: boss.straightening_loss(p, apply_fn, held_out)[0].mean())
     errors = []
     for p in (params, tuned.params):
         velocity = functools.partial(apply_fn, p)
-        x = np.asarray(boss.sample(velocity, noise, found.schedules[4]))
+        x = np.asarray(boss.sample(velocity, noise, schedule))
         errors.append((float(loss(p)), np.square(x - fine).sum(1).mean()))
     assert (np.array(errors[1]) < 0.6 * np.array(errors[0])).all()
     averaged, last = (jax.tree.leaves(p)[0] for p in (tuned.params, tuned.raw_params))
@@ -428,21 +419,18 @@ def test_bad_search_before_the_network(cached, tmp_path, refused):
     noisy = flows.make_table("ode", flows.uniform_grid(4))
     noisy = noisy.replace(S=np.full(4, 0.1), stochastic=True)
     budget = r"budget K=.* must be in \[1, K_max=100\]"
-    for message, changes in (
-        ("budgets is empty", {"budgets": ()}),
-        *((budget, {"budgets": budgets}) for budgets in (0, 101, (4, 200), -1)),
-        ("give one a sample", {"keys": keys(4)[:0]}),
-        ("use fewer knots", {"memory_limit": 10.0}),
-        ("Did you mean 'heun'", {"method": "hein"}),
-        ("leading axis must be the batch, 4", {"cond": np.zeros(3)}),
-        ("deterministic flow", {"knots": noisy}),
-        ("future_weight=0", {"future_weight": 0.0}),
-    ):
-        given = {"keys": keys(4), "shape": (2,), "budgets": 2, "cond": None} | changes
-        first = [given.pop(name) for name in ("keys", "shape", "budgets", "cond")]
-        refused(message, boss.search, never, *first, cache=cache, **given)
+    search, four = functools.partial(boss.search, never, cache=cache), keys(4)
+    for budgets in (0, 101, (4, 200), -1):
+        refused(budget, search, four, (2,), budgets)
+    refused("budgets is empty", search, four, (2,), ())
+    refused("give one a sample", search, four[:0], (2,), 2)
+    refused("use fewer knots", search, four, (2,), 2, memory_limit=10.0)
+    refused("Did you mean 'heun'", search, four, (2,), 2, method="hein")
+    refused("leading axis must be the batch, 4", search, four, (2,), 2, np.zeros(3))
+    refused("deterministic flow", search, four, (2,), 2, knots=noisy)
+    refused("future_weight=0", search, four, (2,), 2, future_weight=0.0)
     raw = jnp.zeros((4, 2), jnp.uint32)
-    refused("typed key", boss.search, never, raw, (2,), 2, cache=cache, error=TypeError)
+    refused("typed key", search, raw, (2,), 2, error=TypeError)
 
 
 def test_velocity_of_another_shape_anywhere(found, fine, refused):
@@ -471,10 +459,8 @@ def test_bad_schedules_chords_and_straightening(found, fine, student, refused):
     skipped = np.setdiff1d(np.arange(21), fine.index)[0]
     moved = boss.Schedule(np.array([0, skipped, 20]), schedule.knots, 0.0)
     refused(f"passes knot {skipped}", boss.chords, fine, moved)
-    for knots, message in (
-        (10, r"other knots \(10 steps.*than the fine.*20"),
-        (flows.edm_grid(20), "hash"),
-    ):
+    several = r"other knots \(10 steps.*than the fine.*20"
+    for knots, message in ((10, several), (flows.edm_grid(20), "hash")):
         other = boss.search(FLOW.velocity, keys(5), (2,), (4,), knots=knots)
         refused(message, boss.chords, fine, other.schedules[4])
     chords = boss.chords(fine, found.schedules[4])
@@ -482,15 +468,14 @@ def test_bad_schedules_chords_and_straightening(found, fine, student, refused):
     broken = {**chords, "t_next": chords["t_next"].copy()}
     broken["t_next"][7] = chords["t"][7]
     refused("chord 7", boss.split, broken, key)
-    for message, budget, cut, options in (
-        ("which is not in the schedule", 2, chords, {}),
-        ("weight='widht2'.*Did you mean 'width2'", 4, chords, {"weight": "widht2"}),
-        ("steps=0", 4, chords, {"steps": 0}),
-        ("ema_half_life=0", 4, chords, {"ema_half_life": 0.0}),
-        (r"chord 7 goes from.*Is a knot.*twice", 4, broken, {}),
-    ):
-        given = (params, apply_fn, cut, found.schedules[budget])
-        refused(message, boss.straighten, *given, key=key, **options)
+    straighten = functools.partial(boss.straighten, params, apply_fn, key=key)
+    refused("which is not in the schedule", straighten, chords, schedule)
+    schedule, message = found.schedules[4], "weight='widht2'.*Did you mean 'width2'"
+    refused(message, straighten, chords, schedule, weight="widht2")
+    refused("steps=0", straighten, chords, schedule, steps=0)
+    refused("ema_half_life=0", straighten, chords, schedule, ema_half_life=0.0)
+    message = r"chord 7 goes from.*Is a knot.*twice"
+    refused(message, straighten, broken, schedule)
 
 
 def test_search_compiles_once_for_other_parameters(count_compiles):

@@ -101,9 +101,7 @@ def test_as_released_the_first_ratio_is_off_and_mended_it_is_one():
 
 def test_bad_settings(refused):
     refused("pairs=0", FPO, pairs=0)
-    refused(
-        "error='eps' is not one of 'noise', 'velocity'",
-        functools.partial(FPO, error="eps"),
-    )
+    unknown = functools.partial(FPO, error="eps")
+    refused("error='eps' is not one of 'noise', 'velocity'", unknown)
     refused("Did you mean 'mean'", FPO, ratio="means")
     refused("bound=0.0 is outside", FPO, bound=0.0)

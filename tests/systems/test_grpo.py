@@ -97,16 +97,13 @@ def test_b_advantages_of_the_methods():
 
 
 def test_bad_settings(refused):
-    for message, name, options in (
-        ("Did you mean 'grpo'", "grpoo", {}),
-        ("needs the largest response length", "dr_grpo", {}),
-        ("clip_range low", "grpo", {"clip_range": 0.0}),
-        ("dual_clip=3.0 has no meaning", "cispo", {"dual_clip": 3.0}),
-        ("max_weight=0.0", "grpo", {"max_weight": 0.0}),
-        ("kl_coefficient=-1.0", "grpo", {"kl_coefficient": -1.0}),
-        ("Did you mean 'group'", "grpo", {"scale": "groups"}),
-        ("baseline='bar'", "grpo", {"baseline": "bar"}),
-        ("kl_estimator='k9'", "grpo", {"kl_estimator": "k9"}),
-        ("dual_clip=0.5", "grpo", {"dual_clip": 0.5}),
-    ):
-        refused(message, grpo.preset, name, **options)
+    refused("Did you mean 'grpo'", grpo.preset, "grpoo")
+    refused("needs the largest response length", grpo.preset, "dr_grpo")
+    refused("clip_range low", grpo.preset, "grpo", clip_range=0.0)
+    refused("dual_clip=3.0 has no meaning", grpo.preset, "cispo", dual_clip=3.0)
+    refused("max_weight=0.0", grpo.preset, "grpo", max_weight=0.0)
+    refused("kl_coefficient=-1.0", grpo.preset, "grpo", kl_coefficient=-1.0)
+    refused("Did you mean 'group'", grpo.preset, "grpo", scale="groups")
+    refused("baseline='bar'", grpo.preset, "grpo", baseline="bar")
+    refused("kl_estimator='k9'", grpo.preset, "grpo", kl_estimator="k9")
+    refused("dual_clip=0.5", grpo.preset, "grpo", dual_clip=0.5)

@@ -93,7 +93,6 @@ def test_2_gradient_of_the_ratio(x64):
     """d rho / d theta = -(delta / std^2)^T dv / dtheta where theta = behaviour."""
     method, params, samples = made()
     params, samples = jax.tree.map(lambda x: x.astype(jnp.float64), (params, samples))
-
     delta, log_std = samples.record["delta"], method.log_std(params)
 
     def ratio_and_linear(network):
@@ -164,8 +163,7 @@ def test_4_shifts_that_depend_on_time_are_averaged():
     apply_fn = jax.jit(models.functional(method._module(2)))
     nowhere = (np.zeros((9, 2), np.float32), jnp.asarray(method.nodes))
     blind = np.zeros((9, 4), np.float32)
-    c = [np.asarray(apply_fn(n, *nowhere, blind)) for n in (doubled, flat)]
-    expected = c[0] - c[1]
+    expected = np.subtract(*(apply_fn(n, *nowhere, blind) for n in (doubled, flat)))
     error = expected.std(0) / np.sqrt(200 * BATCH)
     assert (np.abs(drawn - expected.mean(0)) < 4 * error).all()
 
@@ -173,7 +171,6 @@ def test_4_shifts_that_depend_on_time_are_averaged():
 def test_5_the_flow_is_the_midpoint_rule(monkeypatch):
     """A network made linear in x: (I - hA + h^2 A^2 / 2)^K x_0, and order two."""
     a = jnp.array([[0.4, -1.0], [0.7, 0.2]])
-
     x_0, errors = jnp.array([[1.0, -2.0], [0.5, 0.3]]), []
 
     def linear(network, x, *_, method=None):
@@ -397,17 +394,14 @@ def test_the_diagnostic_sees_a_bad_approximation():
 
 
 def test_bad_settings_and_shapes(refused):
-    for message, options in (
-        ("Did you mean 'rectified_flow'", {"path": "rectified"}),
-        ("steps=0 must be at least 1", {"steps": 0}),
-        ("brownian_coefficient=-0.1 is outside", {"brownian_coefficient": -0.1}),
-        (r"clip_range=1.0 is outside \(0, 1\)", {"clip_range": 1.0}),
-        (r"clip_range=0.0 is outside \(0, 1\)", {"clip_range": 0.0}),
-        ("times=0", {"times": 0}),
-        ("log_std_bounds, lower=2.0 is outside", {"log_std_bounds": (2.0, 1.0)}),
-        ("initial_std=9.0 is outside", {"initial_std": 9.0}),
-    ):
-        refused(message, PolicyFlow, **options)
+    refused("Did you mean 'rectified_flow'", PolicyFlow, path="rectified")
+    refused("steps=0 must be at least 1", PolicyFlow, steps=0)
+    refused("coefficient=-0.1 is outside", PolicyFlow, brownian_coefficient=-0.1)
+    refused(r"clip_range=1.0 is outside \(0, 1\)", PolicyFlow, clip_range=1.0)
+    refused(r"clip_range=0.0 is outside \(0, 1\)", PolicyFlow, clip_range=0.0)
+    refused("times=0", PolicyFlow, times=0)
+    refused("bounds, lower=2.0 is outside", PolicyFlow, log_std_bounds=(2.0, 1.0))
+    refused("initial_std=9.0 is outside", PolicyFlow, initial_std=9.0)
     given = (np.zeros((4, 1)), *map(np.zeros, (4, 1, 1)))
     refused(r"delta has shape \(4, 1\) but shift", rl.shifted_log_ratio, *given)
     method, params, samples = made()

@@ -51,13 +51,6 @@ def exact(params, *inputs, method, y1=None):
     return y - s[:, None] * average if y1 is None else y1 - average
 
 
-@pytest.mark.parametrize("outer, inner", [(1, 1), (2, 2), (4, 4)])
-def test_3_sampler_returns_the_data_with_the_exact_head(outer, inner):
-    plan = plan_of(outer, inner, average="ys")
-    x = tmd.sample(exact, {}, NOISE, None, KEYS, plan)
-    assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def walk(plan):
     """The sampler's steps with a head that is told its y1, as 'y1' needs."""
@@ -71,10 +64,17 @@ def walk(plan):
     return x
 
 
-@pytest.mark.parametrize("outer, inner", [(1, 2), (2, 1), (2, 2)])
-def test_3_the_rollouts_own_noise_with_the_exact_head(outer, inner):
-    x = walk(plan_of(outer, inner, average="y1"))
-    assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3)
+PLANS = {"ys": [(1, 1), (2, 2), (4, 4)], "y1": [(1, 2), (2, 1), (2, 2)]}
+
+
+@pytest.mark.parametrize("average", tmd.AVERAGES)
+def test_3_sampler_returns_the_data_with_the_exact_head(average):
+    """For 'y1' by the steps above: the sampler tells the head nothing of its noise."""
+    sample = functools.partial(tmd.sample, exact, {}, NOISE, None, KEYS)
+    for numbers in PLANS[average]:
+        plan = plan_of(*numbers, average=average)
+        x = sample(plan) if average == "ys" else walk(plan)
+        assert_allclose(moments(x), (MU, VARIANCE), atol=5e-3, err_msg=str(numbers))
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)
@@ -310,23 +310,22 @@ def test_only_the_derivative_is_taken_of_another_network(system, derivative):
 def test_backbone_runs_once_and_the_derivatives_head_in_float32(derivative):
     calls = []
 
-    def network(name):
-        def half(params, *inputs, method):
-            if method == "head":
-                calls.append((name, method, str(inputs[-1]["hidden"].dtype)))
-                hidden = inputs[-1]["hidden"].astype(jnp.float32)
-                return toy(params, *inputs[:-1], hidden, method=method)
-            calls.append((name, method, "bfloat16"))
-            return {"hidden": toy(params, *inputs, method=method).astype(jnp.bfloat16)}
+    def half(name, params, *inputs, method):
+        *given, last = inputs
+        if method == "head":
+            calls.append((name, method, str(last["hidden"].dtype)))
+            return toy(params, *given, jnp.float32(last["hidden"]), method=method)
+        calls.append((name, method, "bfloat16"))
+        return {"hidden": jnp.bfloat16(toy(params, *inputs, method=method))}
 
-        return half
-
+    trained, other = (
+        functools.partial(half, name) for name in ("trained", "derivative")
+    )
     config = CONFIG(map_rate=1.0, derivative=derivative)
 
     def total(params):
-        other = {"derivative_apply_fn": network("derivative")}
-        given = (params, network("trained"), ROWS, ROW_KEYS, PLAN, config)
-        return tmd.pretraining_loss(*given, **other)[0].sum()
+        given = (params, trained, ROWS, ROW_KEYS, PLAN, config)
+        return tmd.pretraining_loss(*given, derivative_apply_fn=other)[0].sum()
 
     jax.eval_shape(jax.grad(total), TOY)
     assert calls == [
@@ -432,17 +431,13 @@ def student():
     return module, models.functional(module), params
 
 
-@pytest.mark.parametrize(
-    "numbers, expected",
-    [
+def test_2_effective_evaluations():
+    for numbers, expected in (
         ((2, 2, 5, 30), 2.3333), ((2, 4, 5, 30), 3.0), ((1, 2, 5, 30), 1.1667),
         ((1, 4, 5, 30), 1.5), ((2, 4, 5, 40), 2.75), ((1, 4, 5, 40), 1.375),
-    ],
-)  # fmt: skip
-def test_2_effective_evaluations(numbers, expected):
-    assert tmd.effective_nfe(*numbers) == pytest.approx(expected, abs=1e-4)
-    outer, inner, head, depth = numbers
-    assert tmd.make_plan(outer, inner, head, depth).nfe == tmd.effective_nfe(*numbers)
+    ):  # fmt: skip
+        assert tmd.effective_nfe(*numbers) == pytest.approx(expected, abs=1e-4)
+        assert tmd.make_plan(*numbers).nfe == tmd.effective_nfe(*numbers)
 
 
 def block_calls(jaxpr, times=1):
@@ -459,14 +454,10 @@ def block_calls(jaxpr, times=1):
 
 @pytest.mark.parametrize("outer, inner", [(2, 4), (4, 1)])
 def test_2_blocks_that_run(student, outer, inner):
-    _, apply_fn, params = student
-    plan = plan_of(outer, inner)
-
-    def sample(params):
-        return tmd.sample(apply_fn, params, BATCH["x_data"], BATCH["cond"], FEW, plan)
-
-    calls = block_calls(jax.make_jaxpr(sample)(params).jaxpr)
-    assert calls == round(4 * plan.nfe)
+    (_, apply_fn, params), plan = student, plan_of(outer, inner)
+    given = (BATCH["x_data"], BATCH["cond"], FEW, plan)
+    sample = jax.make_jaxpr(lambda params: tmd.sample(apply_fn, params, *given))
+    assert block_calls(sample(params).jaxpr) == round(4 * plan.nfe)
 
 
 def test_7_first_student_step_is_a_step_of_the_teacher(student):
@@ -502,27 +493,19 @@ def test_9_gradient_reaches_backbone_and_every_head_block(student):
 
 
 def test_bad_inputs(refused):
-    for message, call, *given in (
-        (r"must lie in 1..L-1 = 1..3", tmd.make_plan, 2, 2, 4, 4),
-        ("head_blocks=0", tmd.make_plan, 2, 2, 0, 4),
-        ("steps=0", tmd.make_plan, 0, 2, 1, 4),
-        ("steps=0", tmd.make_plan, 2, 0, 1, 4),
-        ("inner steps N=0", tmd.effective_nfe, 1, 0, 1, 4),
-    ):
-        refused(message, call, *given)
-    for message, times in (
-        ("strictly decrease", (0.9, 0.95, 0)),
-        ("end at 0", (0.9, 0.1)),
-    ):
-        refused(message, dataclasses.replace, PLAN, outer_times=times)
-    for message, options in (
-        ("shift=0.5", {"outer_shift": 0.5}),
-        ("average='x'", {"average": "x"}),
-        ("output='x1'", {"output": "x1"}),
-        ("sign='\\+'", {"sign": "+"}),
-    ):
-        refused(message, plan_of, **options)
-    for message, transfer in (("give keys", "renoise"), ("transfer='ode'", "ode")):
-        given = (print, {}, NOISE, None, (1.0, 0.0))
-        refused(message, dmd2.sample, *given, transfer=transfer)
+    refused(r"must lie in 1..L-1 = 1..3", tmd.make_plan, 2, 2, 4, 4)
+    refused("head_blocks=0", tmd.make_plan, 2, 2, 0, 4)
+    refused("steps=0", tmd.make_plan, 0, 2, 1, 4)
+    refused("steps=0", tmd.make_plan, 2, 0, 1, 4)
+    changed = functools.partial(dataclasses.replace, PLAN)
+    refused("strictly decrease", changed, outer_times=(0.9, 0.95, 0))
+    refused("end at 0", changed, outer_times=(0.9, 0.1))
+    refused("shift=0.5", plan_of, outer_shift=0.5)
+    refused("average='x'", plan_of, average="x")
+    refused("output='x1'", plan_of, output="x1")
+    refused("sign='\\+'", plan_of, sign="+")
+    refused("inner steps N=0", tmd.effective_nfe, 1, 0, 1, 4)
+    draw = functools.partial(dmd2.sample, print, {}, NOISE, None, (1.0, 0.0))
+    refused("give keys", draw, transfer="renoise")
+    refused("transfer='ode'", draw, transfer="ode")
     refused("need null_cond", tmd.pretraining_loss, {}, print, BATCH, FEW, PLAN)

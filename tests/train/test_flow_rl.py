@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import Numbered, mlp, same
+from checks import Numbered, lowered, mlp, same
 from numpy.testing import assert_allclose
 
 from tmdjax import flows, rl, train
 from tmdjax.models import lora
 from tmdjax.rewards import host
-from tmdjax.systems import flow_grpo
+from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
 KEY = jax.random.key(3)
@@ -235,6 +235,24 @@ def test_iterations_differ_and_depend_on_key_and_number_alone():
     later, _ = iteration(late, BATCH, KEY)
     for state in (other, later):
         assert not np.array_equal(state.params["b"], first.params["b"])
+
+
+PRUNED = branchgrpo.Trees(
+    grid=flows.uniform_grid(4), event_shape=(2,), splits=(0, 1), prune_width=0.5
+)
+
+
+@pytest.mark.parametrize("method", [chains(), PRUNED])
+def test_programs_lower_for_accelerators(method):
+    iteration = make(method, objective={"kl_coefficient": 0.1}, updates=2, chunks=2)
+    given = (PARAMS, SHIFTS, *arguments(method, batch={"prompt": np.arange(2)}))
+    samples, record = jax.eval_shape(iteration.collect, *given)
+    assert samples.shape[1:] == (2,) and isinstance(record, rl.Transitions)
+    lowered(iteration.collect, *given)
+    batch, key, number, _, table, plan = arguments(method)
+    rewards = np.zeros(2 * len(samples), np.float32)
+    given = (batch, (record,) * 2, rewards, key, number, table, plan)
+    lowered(iteration.learn, fresh(), SHIFTS, *given)
 
 
 EIGHT_DEVICES = """
@@ -485,33 +503,26 @@ def test_skipped_updates_are_counted_and_iterations_go_on():
     assert numbers[-1] == 7
 
 
-BAD_SETTINGS = [
-    ({"updates": 0}, "updates=0 must be at least 1"),
-    ({"microbatches": 0}, "microbatches=0 must be at least 1"),
-    ({"chunks": 0}, "chunks=0 must be at least 1"),
-    ({"objective": {"clip_range": 0.0}}, r"clip_range low=0.0 is outside \(0, 1\]"),
-    ({"objective": {"clip_range": 1.5}}, r"clip_range low=1.5 is outside"),
-    ({"objective": {"kl_coefficient": -1.0}}, "kl_coefficient=-1.0 is outside"),
-    ({"objective": {"kl_kind": "k3"}}, "kl_kind='k3' is not one of"),
-    ({"objective": {"step_weight": "gain"}}, "step_weight='gain' is not one of"),
-    ({"objective": {"reduction": "max"}}, "reduction='max' is not one of"),
-]
-
-
 def test_bad_settings_batches_and_keys(refused):
-    for options, message in BAD_SETTINGS:
-        refused(message, make, **options)
+    refused("updates=0 must be at least 1", make, updates=0)
+    refused("microbatches=0 must be at least 1", make, microbatches=0)
+    refused("chunks=0 must be at least 1", make, chunks=0)
+    refused(r"low=0.0 is outside \(0, 1\]", make, objective={"clip_range": 0.0})
+    refused("clip_range low=1.5 is outside", make, objective={"clip_range": 1.5})
+    refused("kl_coefficient=-1.0 is outside", make, objective={"kl_coefficient": -1.0})
+    refused("kl_kind='k3' is not one of", make, objective={"kl_kind": "k3"})
+    refused("step_weight='gain' is not one of", make, objective={"step_weight": "gain"})
+    refused("reduction='max' is not one of", make, objective={"reduction": "max"})
     mixed = "objective reduces log-probs by 'sum', the method by 'mean'"
     refused(mixed, make, objective={"reduction": "sum"})
     given = {"policy": flow_rl.Policy(affine), "objective": {"kl_coefficient": 0.1}}
     refused("kl_coefficient=0.1 needs a reference policy", make, **given)
     with pytest.warns(UserWarning, match="no clipping will ever happen"):
         flow_rl.Objective(clip_range=0.5)
-    for message, batch in (
-        ("4 prompts do not divide into chunks=3", {"prompt": np.arange(4)}),
-        ("the batch holds no arrays", {}),
-        (r"has shape \(6,\).*batch, 3", {"a": np.arange(3), "b": np.arange(6)}),
-    ):
-        refused(message, make(chunks=3), fresh(), batch, KEY)
-    raw = (fresh(), BATCH, jax.random.PRNGKey(0))
-    refused("typed key", make(), *raw, error=TypeError)
+    iterate, state = make(chunks=3), fresh()
+    refused("4 prompts do not divide into chunks=3", iterate, state, BATCH, KEY)
+    refused("the batch holds no arrays", iterate, state, {}, KEY)
+    uneven = {"a": np.arange(3), "b": np.arange(6)}
+    refused(r"has shape \(6,\).*batch, 3", iterate, state, uneven, KEY)
+    raw = jax.random.PRNGKey(0)
+    refused("typed key", make(), state, BATCH, raw, error=TypeError)

@@ -303,7 +303,6 @@ import jax, numpy as np
 from tmdjax import envs, train
 from tmdjax.systems.ppo import GaussianPolicy
 from tmdjax.train.on_policy import Settings, jit_iterations, make_trainer
-
 assert jax.device_count() == 8
 trainer = make_trainer(
     envs.Vector(envs.MultiGoal(), 16),
@@ -361,33 +360,31 @@ def test_faults_stop_a_run(refused):
 
 
 def test_bad_settings(refused):
-    for message, changes in (
-        ("unroll=0", {"unroll": 0}),
-        ("learning_rate=0.0 is outside", {"learning_rate": 0.0}),
-        ("discount=1.1 is outside", {"discount": 1.1}),
-        ("Did you mean 'batch'", {"advantages": "batches"}),
-        ("normalise='run'", {"normalise": "run"}),
-        ("target_kl=0.0", {"target_kl": 0.0}),
-        ("lower=0.01 is outside", {"learning_rate_bounds": (1e-2, 1e-3)}),
-        ("gae='each'", {"gae": "each"}),
-        ("has no batch of advantages", {"gae": "per_minibatch"}),
-        ("value_clip=None instead of 0.2", {**AFRESH, "value_clip": 0.2}),
-        ("diagnosed_samples=-1", {"diagnosed_samples": -1}),
-    ):
-        refused(message, dataclasses.replace, TINY, **changes)
+    changed = functools.partial(dataclasses.replace, TINY)
+    refused("unroll=0", changed, unroll=0)
+    refused("learning_rate=0.0 is outside", changed, learning_rate=0.0)
+    refused("discount=1.1 is outside", changed, discount=1.1)
+    refused("Did you mean 'batch'", changed, advantages="batches")
+    refused("normalise='run'", changed, normalise="run")
+    refused("target_kl=0.0", changed, target_kl=0.0)
+    refused("lower=0.01 is outside", changed, learning_rate_bounds=(1e-2, 1e-3))
+    refused("gae='each'", changed, gae="each")
+    refused("has no batch of advantages", changed, gae="per_minibatch")
+    unlike = AFRESH | {"value_clip": 0.2}
+    refused("value_clip=None instead of 0.2", changed, **unlike)
+    refused("diagnosed_samples=-1", changed, diagnosed_samples=-1)
     start = compiled("ppo")[0].init
     mistyped = {"entropy_coeficient": 0.1}
     refused("Did you mean 'entropy_coefficient'", start, KEY, **mistyped)
     refused("clip_range=2.0 is outside", start, KEY, clip_range=2.0)
     refused("discount=1.2 is outside", start, KEY, discount=1.2)
     refused("coefficient=-1.0 is outside", start, KEY, entropy_coefficient=-1.0)
-    given = (envs.Vector(envs.MultiGoal(), 9), METHODS["ppo"])
+    make = functools.partial(make_trainer, envs.Vector(MULTI, 9), METHODS["ppo"])
     message = "9 environments x unroll=8 = 72 transitions do"
-    refused(message, make_trainer, *given, dataclasses.replace(TINY, minibatches=5))
-    message = "whole environments: 9 of them do not"
-    refused(message, make_trainer, *given, dataclasses.replace(TINY, **AFRESH))
-    adaptive, method = dataclasses.replace(TINY, target_kl=0.01), METHODS["fpo"]
-    trainer = make_trainer(envs.Vector(envs.MultiGoal(), 4), method, adaptive)
+    refused(message, make, changed(minibatches=5))
+    refused("whole environments: 9 of them do not", make, changed(**AFRESH))
+    four, adaptive = envs.Vector(MULTI, 4), changed(target_kl=0.01)
+    trainer = make_trainer(four, METHODS["fpo"], adaptive)
     given = (trainer.iterate, jax.eval_shape(trainer.init, KEY), KEY)
     refused("which FPO does not report", jax.eval_shape, *given)
     mesh = train.make_mesh()

@@ -8,13 +8,13 @@ from tmdjax import train
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from tmdjax import flows, models, train
+from tmdjax.core.trees import flatten
 
 module = models.build({"name": "mlp", "hidden": 128, "depth": 2})
 apply_fn = models.functional(module)
 x = jax.random.normal(jax.random.key(0), (16, 4))
 params = models.init_params(module, jax.random.key(1), x, jnp.ones(16), None)
 optimizer = optax.sgd(0.05)
-
 def loss(params, batch, keys):
     return flows.flow_matching_loss(params, apply_fn, batch, keys)
 
@@ -49,20 +49,16 @@ try:
 except ValueError as error:
     print(error)
 
-from tmdjax.core.trees import flatten
-
 module = models.VideoDiT(heads=2, head_dim=8, depth=2, mlp_width=24, text_width=6, frequency_dim=8)
 rng = np.random.default_rng(0)
 inputs = [rng.normal(size=s).astype(np.float32) for s in ((4, 2, 4, 4, 2), (4, 5, 6))]
 inputs.insert(1, np.linspace(0, 1, 4, dtype=np.float32))
 params = models.init_params(module, jax.random.key(0), *inputs)
 params = jax.tree.map(lambda p: p + 0.2 * rng.normal(size=p.shape).astype(np.float32), params)
-
 def run(mesh):
     placed = jax.device_put(params, train.fsdp_shardings(params, mesh, 1, train.VIDEO_DIT_RULES))
     video = jax.jit(models.functional(module))(placed, *jax.device_put(inputs, train.batch_sharding(mesh)))
     return np.asarray(video), flatten(placed)
-
 want, _ = run(train.make_mesh(devices=jax.devices()[:1]))
 assert np.abs(want).max() > 0.1
 video, placed = run(train.make_mesh(2, 2, 2))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from checks import same
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from tmdjax import train
 from tmdjax.core import prng
@@ -49,17 +49,13 @@ def run(params, batch, steps, optimizer=SGD, **options):
     return state, history
 
 
-@pytest.mark.parametrize(
-    "options", [{"microbatches": 4}, {"microbatches": 4, "unroll": True}]
-)
-def test_microbatches_change_memory_not_maths(options):
+@pytest.mark.parametrize("unroll", [False, True])
+def test_microbatches_change_memory_not_maths(unroll):
     params, batch = problem()
     whole, history = run(params, batch, 5)
-    parts, parts_history = run(params, batch, 5, **options)
+    parts, parts_history = run(params, batch, 5, microbatches=4, unroll=unroll)
     assert_allclose(whole.params["w"], parts.params["w"], rtol=1e-5)
-    for a, b in zip(history, parts_history):
-        for name in a:
-            assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+    same(history, parts_history, rtol=1e-4)
 
 
 def test_a_microbatch_is_its_share_of_the_batch():
@@ -170,13 +166,11 @@ def test_bad_inputs(refused):
         state = train.create_state(params, SGD, ema=ema)
         step = make(linear_loss, SGD, ema_decay=decay)
         refused("create_state", step, state, batch, KEY)
-    for message, options in (
-        ("Did you mean 'adam", {"name": "adamm"}),
-        ("needs total_steps > warmup_steps", {"schedule": "cosine"}),
-        ("learning_rate=0", {"learning_rate": 0.0}),
-        ("use optimizer.name='adamw'", {"name": "sgd", "weight_decay": 0.1}),
-    ):
-        refused(message, train.OptimizerConfig, **options)
+    config, sgd = train.OptimizerConfig, {"name": "sgd", "weight_decay": 0.1}
+    refused("Did you mean 'adam", config, name="adamm")
+    refused("needs total_steps > warmup_steps", config, schedule="cosine")
+    refused("learning_rate=0", config, learning_rate=0.0)
+    refused("use optimizer.name='adamw'", config, **sgd)
 
 
 def test_schedules():
@@ -189,24 +183,21 @@ def test_schedules():
     assert_allclose([rate(i) for i in range(5)], [1, 0.75, 0.5, 0.25, 0])
 
 
-def test_weight_decay_spares_vectors():
-    config = train.OptimizerConfig(learning_rate=0.1, weight_decay=0.5, clip_norm=None)
-    optimizer = train.make_optimizer(config)
+def test_weight_decay_spares_vectors_and_gradients_are_clipped():
+    def updates(gradient, params, **options):
+        optimizer = train.make_optimizer(train.OptimizerConfig(**options))
+        return optimizer.update(gradient, optimizer.init(params), params)[0]
+
     # a stacked block's bias has two axes and is a bias all the same
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((3, 2)), "gain": jnp.ones(2)}
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
-    assert_array_equal(updates["bias"], 0)
-    assert_array_equal(updates["gain"], 0)
-
-
-def test_clipping():
-    config = train.OptimizerConfig(name="sgd", learning_rate=1.0, clip_norm=1.0)
-    optimizer = train.make_optimizer(config)
-    params = {"w": jnp.zeros(2)}
-    updates, _ = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params))
-    assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+    options = {"learning_rate": 0.1, "weight_decay": 0.5, "clip_norm": None}
+    found = updates(zero, params, **options)
+    assert_allclose(found["kernel"], -0.05, rtol=1e-6)
+    assert not found["bias"].any() and not found["gain"].any()
+    options = {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}
+    found = updates(jnp.array([3.0, 4.0]), jnp.zeros(2), **options)
+    assert_allclose(found, [-0.6, -0.8], rtol=1e-6)
 
 
 def test_a_metric_is_reduced_as_asked_over_the_whole_batch():
@@ -227,8 +218,7 @@ def test_large_gradients_are_skipped_and_counted():
         state, history = run(params, batch, 1, skip_above=bound, ema_decay=0.9)
         assert history[0]["skipped"] == skipped == int(state.skipped)
         assert int(state.skipped_in_a_row) == skipped and int(state.step) == 1
-        kept = np.array_equal(state.params["w"], params["w"])
-        assert kept == bool(skipped)
-        assert np.array_equal(state.ema_params["w"], params["w"]) == bool(skipped)
+        for kept in (state.params, state.ema_params):
+            assert np.array_equal(kept["w"], params["w"]) == bool(skipped)
         # the norm that was too large is reported
         assert_allclose(history[0]["grad_norm"], norm, rtol=1e-6)
