@@ -218,6 +218,7 @@ def kept_edges(method, reward, iteration=0):
     return {divmod(int(e), method.tree.edges) for e in edge}, credit
 
 
+LAST_STEPS = (16, 17, 18, 19, 20)
 PAPER = functools.partial(
     Trees, grid=flows.uniform_grid(20), splits=(0, 3, 6, 9), train_last=True
 )
@@ -227,8 +228,7 @@ def test_7_pruning_counts_of_the_paper():
     reward = rewards(2, 16)
     tree = PAPER().tree
     assert len(kept_edges(PAPER(), reward)[0]) == 2 * 218
-    depth = PAPER(prune_depths=(16, 17, 18, 19, 20))
-    kept, _ = kept_edges(depth, reward)
+    kept, _ = kept_edges(PAPER(prune_depths=LAST_STEPS), reward)
     assert len(kept) == 2 * 138
     assert max(tree.depth[1:][e] for _, e in kept) == 15
     for mode in branchgrpo.WIDTH_MODES:
@@ -294,25 +294,23 @@ def test_7_pruning_touches_nothing_but_the_gradient():
 
     reward = target_reward(a[0], None)
     full, *parts = (
-        jax.jit(method.credit)(reward, record, plan, jax.random.key(0))
+        compiled(method.credit)(reward, record, plan, jax.random.key(0))
         for method, (*_, plan) in zip(methods, (a, *others))
     )
     for b, part in zip(others, parts):
         same(a[:2], b[:2])
-        live = np.asarray(part.weight) > 0
-        kept = np.isin(np.asarray(full.edge), np.asarray(part.edge)[live])
-        assert 0 < kept.sum() < (np.asarray(full.weight) > 0).sum()
-        masked = gradient(full, np.asarray(full.weight) * kept)
-        direct = gradient(part, part.weight)
+        kept = np.isin(full.edge, part.edge[part.weight > 0])
+        assert 0 < kept.sum() < (full.weight > 0).sum()
+        masked, direct = gradient(full, full.weight * kept), gradient(part, part.weight)
         same(masked, direct, rtol=1e-4, atol=1e-5)
 
 
 def test_8_sliding_depths():
-    slide = functools.partial(branchgrpo.depth_window, (16, 17, 18, 19, 20), stop=9)
+    slide = functools.partial(branchgrpo.depth_window, LAST_STEPS, stop=9)
     assert slide(0) == slide(29) == [16, 17, 18, 19, 20]
     assert slide(90) == [13, 14, 15, 16, 17]
     assert slide(10_000) == [9, 10, 11, 12, 13]
-    method = PAPER(prune_depths=(16, 17, 18, 19, 20), prune_interval=30)
+    method = PAPER(prune_depths=LAST_STEPS, prune_interval=30)
     sizes = {method.plan(i)[1]["kept"].shape for i in range(0, 400, 10)}
     assert len(sizes) == 2  # the only sizes that compile
     kept, _ = kept_edges(method, rewards(1, 16), 90)
@@ -331,15 +329,11 @@ def test_9_siblings():
     @jax.jit
     def walks(keys):
         x = flow_rl.initial_noise(keys, (2,))
-        mean, _ = flows.transition_mean(
-            table.rows(0, jnp.float32), x, MIXTURE.velocity(x, jnp.ones(2000))
-        )
-        return mean, [
-            flows.tree_rollout(
-                keys, MIXTURE.velocity, x, used, splits=(0,), correlation=s
-            )[1:]
-            for used, s in ((table, None), (table, 2.0), (table, 0.0), (silent, None))
-        ]
+        v = MIXTURE.velocity(x, jnp.ones(2000))
+        mean, _ = flows.transition_mean(table.rows(0, jnp.float32), x, v)
+        walk = functools.partial(flows.tree_rollout, keys, MIXTURE.velocity, x)
+        cases = ((table, None), (table, 2.0), (table, 0.0), (silent, None))
+        return mean, [walk(u, splits=(0,), correlation=s)[1:] for u, s in cases]
 
     mean, found = jax.tree.map(np.asarray, walks(keys))
     z = [(states[:, 1:3] - mean[:, None]) / table.S[0] for states, _ in found]
@@ -357,30 +351,22 @@ def test_9_siblings():
 
 @pytest.mark.filterwarnings("ignore:split_scale")
 def test_10_log_prob_at_splits():
-    proposal, policy = (
-        Trees(split_scale=4.0, split_log_prob=scored)
-        for scored in ("proposal", "policy")
-    )
-    S = proposal.table().S[0]
-    half = np.log(2 * np.pi) / 2
-    for (_, record, *_), expected in zip(
-        drawn(proposal, policy, prompts=4000),
-        (-0.5 - np.log(4 * S) - half, -8 - np.log(S) - half),
-    ):
+    scored = ("proposal", "policy")
+    methods = [Trees(split_scale=4.0, split_log_prob=by) for by in scored]
+    S, half = methods[0].table().S[0], np.log(2 * np.pi) / 2
+    laws = (-0.5 - np.log(4 * S) - half, -8 - np.log(S) - half)
+    for (_, record, *_), expected in zip(drawn(*methods, prompts=4000), laws):
         log_prob = record.log_prob.reshape(4000, -1)[:, :2]
         assert abs(log_prob.mean() - expected) < 4 * log_prob.std() / np.sqrt(8000)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"mix": (4, 2), "correlation": 0.5, "split_scale": 3.0, "train_last": True}],
-)
+MIXED = {"mix": (4, 2), "correlation": 0.5, "split_scale": 3.0, "train_last": True}
+
+
+@pytest.mark.parametrize("options", [{}, MIXED])
 def test_11_ratio_is_one_on_every_edge(options):
     method = Trees(event_shape=(64,), **options)
-
-    def velocity(x, t, cond=None):
-        return jnp.tanh(x) - t[:, None]
-
+    velocity = lambda x, t, cond=None: jnp.tanh(x) - t[:, None]  # noqa: E731
     _, record, table, _ = drawn(method, velocity=velocity)
 
     @jax.jit
@@ -413,8 +399,7 @@ def test_13_levels_in_one_batch_are_nodes_one_by_one():
     keys = prng.sample_keys(jax.random.key(0), 2)
     x, cond = rewards(2, 2), np.array([[0.3, 0.0], [0.0, -0.5]], np.float32)
 
-    def velocity(x, t, cond):
-        return MIXTURE.velocity(x, t) + cond
+    velocity = lambda x, t, cond: MIXTURE.velocity(x, t) + cond  # noqa: E731
 
     @jax.jit
     def child_of(key, child, step, here, cond):

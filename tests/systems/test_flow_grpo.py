@@ -113,11 +113,10 @@ def test_advantages_are_the_published_ones(name):
 
 
 def test_only_the_best_and_the_worst_reach_the_update():
-    changes = {"group_size": 6, "best_and_worst": (2, 1)}
     rewards = rewards_of(4, 6)
     rewards[2] = 1.0  # tied, and still of the same number of transitions
-    every = flow_grpo.preset("dance_grpo", (2,), group_size=6).method
-    method = flow_grpo.preset("dance_grpo", (2,), **changes).method
+    make = functools.partial(flow_grpo.preset, "dance_grpo", (2,), group_size=6)
+    every, method = make().method, make(best_and_worst=(2, 1)).method
     steps, found = credit(method, rewards.reshape(-1))
     assert found.edge.shape == (4 * 3 * 9,)
     sample = found.edge.reshape(12, 9) // len(steps)

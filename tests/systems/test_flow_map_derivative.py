@@ -60,9 +60,8 @@ def make_loss(system, module, derivative, clone=None, map_rate=1.0):
 def test_blocks_of_a_float32_head_stay_in_float32():
     """From a bfloat16 backbone, whose own dtype the fusion would hand on."""
     params = parameters("tmd")
-    backbone = models.functional(network("tmd", "bf16"))
-    head = models.functional(network("tmd"))
-    t = jnp.full(4, 0.5)
+    modules, t = (network("tmd", "bf16"), network("tmd")), jnp.full(4, 0.5)
+    backbone, head = map(models.functional, modules)
 
     def answer(x):
         features = tmd._in_float32(backbone(params, x, t, TEXT, method="backbone"))
@@ -102,9 +101,8 @@ def test_differences_drown_in_bfloat16_but_not_with_the_clone(system):
     full, half = network(system), network(system, "bf16")
     exact = slopes(system, full, "jvp")
 
-    def error(slope):
-        return np.linalg.norm(slope - exact) / np.linalg.norm(exact)
-
+    norm = np.linalg.norm
+    error = lambda slope: norm(slope - exact) / norm(exact)  # noqa: E731
     assert np.sqrt(np.square(exact).mean()) > 0.1
     assert error(slopes(system, half, "difference", full)) < 0.02
     assert error(slopes(system, half, "difference")) > 0.1

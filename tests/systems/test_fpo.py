@@ -12,8 +12,6 @@ from tmdjax.train import on_policy
 
 BATCH = 32
 KEYS = prng.sample_keys(jax.random.key(7), BATCH)
-
-
 loss_of, losses = (
     jax.jit(getattr(FPO, name), static_argnums=0) for name in ("loss", "losses")
 )
@@ -64,21 +62,16 @@ def test_times_are_those_of_the_solver_and_actions_are_squashed():
 def test_ratios_by_hand():
     method, params, samples, _ = made()
     new = jax.tree.map(lambda x: x + 0.05, params)
-    record = samples.record
-    old = np.asarray(record["loss"])
-    now = np.asarray(losses(method, new, samples.observation, record))
-    advantage = np.asarray(samples.advantage)[:, None]
-
-    def surrogate(r, a):
-        return np.maximum(-a * r, -a * np.clip(r, 0.9, 1.1))
-
-    loss, _ = loss_of(method, new, params, samples, KEYS, {"clip_range": 0.1})
-    mean = np.exp((old - now).mean(1, keepdims=True))
-    assert_allclose(loss, surrogate(mean, advantage)[:, 0], rtol=1e-4)
+    now = np.asarray(losses(method, new, samples.observation, samples.record))
+    fallen, a = samples.record["loss"] - now, np.asarray(samples.advantage)[:, None]
     each = made(ratio="per_sample")[0]
-    loss, _ = loss_of(each, new, params, samples, KEYS, {"clip_range": 0.1})
-    ratios = np.exp(np.clip(old - now, -3, 3))
-    assert_allclose(loss, surrogate(ratios, advantage).mean(1), rtol=1e-4)
+    for used, r in (
+        (method, np.exp(fallen.mean(1, keepdims=True))),
+        (each, np.exp(np.clip(fallen, -3, 3))),
+    ):
+        loss, _ = loss_of(used, new, params, samples, KEYS, {"clip_range": 0.1})
+        expected = np.maximum(-a * r, -a * np.clip(r, 0.9, 1.1)).mean(1)
+        assert_allclose(loss, expected, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -84,14 +84,14 @@ def test_keeps_the_last_two_and_the_best(tmp_path):
     assert_array_equal(checkpoints.restore(step=2).tree["a"]["w"], 2.0)
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+def flipped(data, at=None, bit=0):
+    """With one bit changed, in the middle unless told elsewhere."""
+    at = len(data) // 2 if at is None else at
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
 
 
 DAMAGES = {
-    "flip": flip,
+    "flip": lambda path: path.write_bytes(flipped(path.read_bytes())),
     "truncate": lambda path: path.write_bytes(path.read_bytes()[:-5]),
     "remove": lambda path: path.unlink(),
     "manifest": lambda path: path.write_text('{"body": {"step": 2, "fi'),
@@ -167,11 +167,10 @@ def test_every_bit_of_the_manifest_counts(tmp_path, checkpoints, refused):
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert present == {"manifest.json", *meaning["body"]["files"]}
     for i in range(0, len(whole), 3):
-        flipped = bytearray(whole)
-        flipped[i] ^= 1 << (i % 7)
-        manifest.write_bytes(bytes(flipped))
+        damaged = flipped(whole, i, i % 7)
+        manifest.write_bytes(damaged)
         try:
-            unchanged = json.loads(flipped) == meaning  # white space alone
+            unchanged = json.loads(damaged) == meaning  # white space alone
         except ValueError:
             unchanged = False
         if not unchanged:

@@ -58,9 +58,7 @@ def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
     log_prob = np.stack([np.concatenate(each) for _, each in drawn], 1)
     assert_allclose(states, batched.states, atol=1e-5)
     assert_allclose(log_prob, batched.log_prob, atol=1e-5)
-
-
-def test_one_at_a_time_starts_a_group_from_the_same_noise(one):
+    # by itself it starts a group from the same noise
     starts = np.concatenate([states[0] for states, _ in one.rollout()])
     assert_array_equal(starts[::2], starts[1::2])
     assert (starts[0] != starts[2]).all()

@@ -204,10 +204,9 @@ def test_a_step_that_is_not_valid_has_no_weight():
     """The loss is told by the advantage alone whether it saw the broken step."""
 
     class Spy(GaussianPolicy):
-        def loss(self, params, behaviour, samples, keys, coefficients):
-            loss, metrics = super().loss(params, behaviour, samples, keys, coefficients)
-            poisoned = jnp.where(samples.advantage == 0, jnp.nan, loss)
-            return poisoned, metrics
+        def loss(self, params, behaviour, samples, *rest):
+            loss, metrics = super().loss(params, behaviour, samples, *rest)
+            return jnp.where(samples.advantage == 0, jnp.nan, loss), metrics
 
     *_, metrics = trained(Spy(hidden=(4,)), Breaking(), iterations=1)
     assert metrics["invalid_steps"][0] > 0 and metrics["skipped"].sum() == 0
@@ -221,8 +220,8 @@ def test_bad_minibatches_are_seen_whatever_follows():
             action, record = super().act(params, observation, keys)
             return action, {**record, "marked": jnp.arange(len(action)) == 0}
 
-        def loss(self, params, behaviour, samples, keys, coefficients):
-            loss, metrics = super().loss(params, behaviour, samples, keys, coefficients)
+        def loss(self, params, behaviour, samples, *rest):
+            loss, metrics = super().loss(params, behaviour, samples, *rest)
             pairs = zip(jax.tree.leaves(params), jax.tree.leaves(behaviour))
             untouched = sum(jnp.abs(a - b).sum() for a, b in pairs) == 0
             bad = untouched & ~samples.record["marked"].any()
@@ -347,7 +346,7 @@ GOOD = {"action_abs_max": np.ones(2), "action_abs_max_env": np.arange(2.0)}
 GOOD |= dict.fromkeys(_QUIET, np.zeros(2))
 
 
-def test_faults_stop_a_run(refused):
+def test_faults_stop_a_run_or_are_warned_of(refused):
     check(GOOD, TINY)
     for name, values, error, message in (
         ("first_ratio_error", [0, 1e-3], rl.RatioError, "0.001 in the first"),
@@ -357,6 +356,14 @@ def test_faults_stop_a_run(refused):
         ("action_abs_max", [np.nan, 1], NonFiniteError, "nan in environment 0"),
     ):
         refused(message, check, GOOD | {name: np.array(values)}, TINY, error=error)
+    off = dataclasses.replace(TINY, max_ratio_error=None)
+    check(GOOD | {"first_ratio_error": np.array([1.0])}, off)
+    for name, value, message in (
+        ("action_clip_fraction", 0.8, "80% of the actions lie outside"),
+        ("std_at_bound", 1.0, "every standard deviation is at its bound"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            check(GOOD | {name: np.array([0.1, value])}, TINY)
 
 
 def test_bad_settings(refused):
@@ -389,12 +396,3 @@ def test_bad_settings(refused):
     refused("which FPO does not report", jax.eval_shape, *given)
     mesh = train.make_mesh()
     refused("leave out the mesh", jit_iterations, trainer, seeds=True, mesh=mesh)
-
-
-def test_clipped_actions_are_warned_of():
-    with pytest.warns(UserWarning, match="80% of the actions lie outside"):
-        check(GOOD | {"action_clip_fraction": np.array([0.1, 0.8])}, TINY)
-    with pytest.warns(UserWarning, match="every standard deviation is at its bound"):
-        check(GOOD | {"std_at_bound": np.array([0.5, 1.0])}, TINY)
-    off = dataclasses.replace(TINY, max_ratio_error=None)
-    check(GOOD | {"first_ratio_error": np.array([1.0])}, off)

@@ -41,15 +41,10 @@ def fit(folder=None, data=None, num_steps=60, best=None, keep_last=2, **options)
     return result, rows
 
 
-def test_windows():
-    result, rows = fit(num_steps=25)
-    assert result.finished and [step for step, _ in rows] == [10, 20, 25]
-    same(result.state.params, fit(num_steps=25)[0].state.params)
-
-
 def test_a_window_may_be_one_step():
-    _, rows = fit(num_steps=11)
-    assert [step for step, _ in rows] == [10, 11] and np.isfinite(rows[1][1]["loss"])
+    result, rows = fit(num_steps=21)
+    assert result.finished and [step for step, _ in rows] == [10, 20, 21]
+    assert np.isfinite(rows[2][1]["loss"])
 
 
 def test_paused_and_resumed_equals_uninterrupted(tmp_path):
@@ -65,11 +60,6 @@ def test_paused_and_resumed_equals_uninterrupted(tmp_path):
     third, nothing = fit(tmp_path)  # a finished run does no step
     assert third.finished and not nothing
     same(third.state, whole.state)
-
-
-def test_checkpoints_by_time(tmp_path):
-    fit(tmp_path, checkpoint_seconds=(0.0, 0.0))
-    assert train.Checkpoints(tmp_path).steps() == [50, 60]
 
 
 def test_skipped_updates_are_counted_and_kept_out_of_the_means():
