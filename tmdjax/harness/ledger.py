@@ -468,7 +468,9 @@ def _claims_of(summary: Summary) -> tuple[list[Claim], str]:
 
 def _seconds(units: Sequence[Mapping[str, Any]]) -> float:
     """Seconds of all units, shared stages once; of those of old records each time."""
-    stages = {hash_: s for unit in units for hash_, s in unit.get("stage_s", {}).items()}
+    stages = {
+        hash_: s for unit in units for hash_, s in unit.get("stage_s", {}).items()
+    }
     old = [unit["wall_s"] for unit in units if "stage_s" not in unit]
     return math.fsum([*stages.values(), *old])
 
