@@ -41,8 +41,7 @@ def walk(environment, steps, count=3, **options):
     vector = envs.Vector(environment, count, **options)
     state, take = jax.jit(vector.reset)(jax.random.key(0)), jax.jit(vector.step)
     keys = jax.random.split(jax.random.key(1), (steps, count))
-    seen = [np.asarray(state.observation)[:, 0]]
-    taken = []
+    seen, taken = [np.asarray(state.observation)[:, 0]], []
     for i in range(steps):
         state, step = take(state, np.zeros((count, 1), np.float32), keys[i])
         seen.append(np.asarray(state.observation)[:, 0])
@@ -58,10 +57,8 @@ def test_the_last_observation_is_kept_and_a_new_episode_begins(ends):
         assert (step.terminated == (last and ends == "terminated")).all()
         assert (step.truncated == (last and ends == "truncated")).all()
         np.testing.assert_array_equal(step.final_observation[:, 0], seen[i] + 1)
-        if last:
-            assert (seen[i + 1] % 100 == 0).all()
-        else:
-            np.testing.assert_array_equal(seen[i + 1], seen[i] + 1)
+        begins = seen[i + 1] % 100 == 0
+        assert (begins if last else seen[i + 1] == seen[i] + 1).all()
         assert step.valid.all() and step.reward.dtype == np.float32
 
 
@@ -120,13 +117,10 @@ def test_bad_inputs(refused):
     refused(batch, vector.step, state, actions, keys)
 
 
-def test_probes_are_environments():
+def test_probes_are_environments_and_delayed_pays_at_the_last_step_alone():
     for name, probe in envs.PROBES.items():
         envs.check_environment(probe)
         assert np.isfinite(probe.optimum), name
-
-
-def test_delayed_pays_at_the_last_step_alone():
     env, rewards = envs.PROBES["delayed"], []
     step = jax.jit(env.step)
     state, _ = env.reset(jax.random.key(0))

@@ -94,66 +94,45 @@ def test_submit_does_not_wait_for_the_device(as_shipped, release):
 def test_the_callers_memory_may_be_used_again(release):
     def score(images, prompts):
         release.wait(20)
-        return images.mean((1, 2))
+        return images.mean((1, 2)) + len(prompts)
 
     images, prompts = IMAGES.copy(), list(PROMPTS)
     pending = submit(score, images, prompts)
     images[:] = -1
     prompts.clear()
     release.set()
-    np.testing.assert_array_equal(pending.result(), [0, 1, 2, 3])
+    np.testing.assert_array_equal(pending.result(), [4, 5, 6, 7])
 
 
 def test_a_scorer_that_raises_is_reported_with_sample_and_cause():
-    class BadWord(Exception):
-        pass
+    def check(message, bad, error, images=IMAGES, prompts=PROMPTS, first=0):
+        """Raises where ``bad`` says so of the prompts; returns the prompts of the calls."""
+        calls = []
 
-    def score(images, prompts):
-        if "a cow" in prompts:
-            raise BadWord("no cows")
-        return np.ones(len(prompts))
+        def score(images, prompts):
+            calls.append(prompts)
+            assert len(images) == len(prompts)
+            if bad(prompts):
+                raise error
+            return np.ones(len(prompts))
 
-    message = r"the scorer raised on sample 102 \(prompt: 'a cow'\): BadWord: no cows"
-    assert isinstance(fails(f"^{message}$", score, first=100), BadWord)
+        assert fails(message, score, images, prompts, first) is error
+        return calls
 
-
-def test_the_search_passes_one_sample_at_a_time():
-    calls = []
-
-    def score(images, prompts):
-        calls.append((images.shape, prompts))
-        if len(images) == 4 or images[0, 0, 0] == 1:
-            raise ValueError("bad")
-        return [0]
-
-    fails(r"sample 1 \(prompt: 'a dog'\)", score)
-    alone = [((1, 2, 2), [prompt]) for prompt in PROMPTS[:2]]
-    assert calls == [((4, 2, 2), PROMPTS), *alone]
-
-
-def test_a_failure_of_the_chunk_alone_names_the_chunk():
-    def score(images, prompts):
-        if len(prompts) > 1:
-            raise MemoryError("too many")
-        return [0]
-
-    message = (
+    sample = r"^the scorer raised on sample 102 \(prompt: 'a cow'\): LookupError: none$"
+    calls = check(sample, lambda p: "a cow" in p, LookupError("none"), first=100)
+    # the search passes one sample at a time, and stops at the first that fails
+    assert calls == [PROMPTS, ["a cat"], ["a dog"], ["a cow"]]
+    # one sample is not scored twice
+    sample = r"sample 3 .*'a hen'.*KeyError: 'word'"
+    error = KeyError("word")
+    calls = check(sample, lambda p: True, error, IMAGES[3:], PROMPTS[3:], 3)
+    assert calls == [["a hen"]]
+    chunk = (
         r"raised on samples 8 to 11 \(first prompt: 'a cat'\) \(no sample could be "
         r"singled out\): MemoryError: too many"
     )
-    fails(message, score, first=8)
-
-
-def test_one_sample_is_not_scored_twice():
-    calls = []
-
-    def score(images, prompts):
-        calls.append(prompts)
-        raise KeyError("word")
-
-    message = r"sample 3 .*'a hen'.*KeyError: 'word'"
-    fails(message, score, IMAGES[3:], PROMPTS[3:], 3)
-    assert calls == [["a hen"]]
+    check(chunk, lambda p: len(p) > 1, MemoryError("too many"), first=8)
 
 
 def test_a_scorer_that_hangs_is_reported(release):
@@ -174,19 +153,18 @@ def test_a_hang_in_the_search_keeps_the_first_exception(release):
 
 
 def test_a_hung_scorer_does_not_keep_the_process_alive(run_python):
-    out = run_python(
-        "import time\n"
-        "import jax.numpy as jnp\n"
-        "from tmdjax.rewards.host import RewardError, submit\n"
-        "hang = lambda images, prompts: time.sleep(1000)\n"
-        "pending = [submit(hang, jnp.ones((1, 2)), ['p'], timeout=0.1)] * 2\n"
-        "try:\n"
-        "    pending[0].result()\n"
-        "except RewardError as error:\n"
-        "    print(error)\n",
-        timeout=60,
-    )
-    assert "did not answer within 0.1 s" in out
+    code = """
+import time
+import jax.numpy as jnp
+from tmdjax.rewards.host import RewardError, submit
+hang = lambda images, prompts: time.sleep(1000)
+pending = [submit(hang, jnp.ones((1, 2)), ['p'], timeout=0.1)] * 2
+try:
+    pending[0].result()
+except RewardError as error:
+    print(error)
+"""
+    assert "did not answer within 0.1 s" in run_python(code, timeout=60)
 
 
 def both_fail(message, values, first):
