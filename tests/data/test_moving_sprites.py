@@ -24,9 +24,9 @@ KEYS = sample_keys(jax.random.key(0), 512)
 
 # Drawn by hand.
 SPRITES = {
-    ("square", 5): ["####.", "####.", "####.", "####.", "....."],
+    ("square", 5): ["####."] * 4 + ["....."],
     ("plus", 5): ["..#..", "..#..", "#####", "..#..", "..#.."],
-    ("ring", 5): ["#####", "#...#", "#...#", "#...#", "#####"],
+    ("ring", 5): ["#####", *["#...#"] * 3, "#####"],
     ("square", 6): ["#####."] * 5 + ["......"],
     ("plus", 6): ["..##.."] * 2 + ["######"] * 2 + ["..##.."] * 2,
     ("ring", 6): ["######", *["#....#"] * 4, "######"],
@@ -119,11 +119,10 @@ def test_a_large_video_is_what_its_prompt_says():
         np.testing.assert_array_equal(rest, second)
         count = sprite(shapes[value["second_shape"]], 6).sum()
         assert (second.sum((1, 2)) == count).all()
-        assert (second.any(1).argmax(1) >= columns + 7).all()
+        second_columns = second.any(1).argmax(1)
+        assert (second_columns >= columns + 7).all()
         # They move as one.
-        np.testing.assert_array_equal(
-            np.diff(second.any(1).argmax(1)), np.diff(columns)
-        )
+        np.testing.assert_array_equal(np.diff(second_columns), np.diff(columns))
     assert pairs > 200
 
 
@@ -190,36 +189,33 @@ def test_words_say_what_the_factors_say():
 def test_text_embeddings():
     text = np.asarray(text_embedding(np.arange(49), "small"))
     assert text.shape == (49, 3, 32) and text.dtype == np.float32
+    jitted = jax.jit(lambda p: text_embedding(p, "small"))(jnp.array([3, 48]))
+    np.testing.assert_array_equal(jitted, text[[3, 48]])
     null, text = text[48], text[:48]
     # 4 + 3 + 4 words, told apart, of unit variance.
     words = np.unique(text.reshape(-1, 32), axis=0)
     assert len(words) == 11
     assert 0.8 < words.std() < 1.2 and abs(words.mean()) < 0.2
-    assert (null[0] == null[1]).all() and (null[0] == null[2]).all()
+    assert (null == null[0]).all()
     assert (np.abs(words - null[0]).max(1) > 0.5).all()
-    factors = prompt_factors(np.arange(48), "small")
-    same = factors["colour"][:, None] == factors["colour"][None]
-    np.testing.assert_array_equal((text[:, None, 0] == text[None, :, 0]).all(-1), same)
-    jitted = jax.jit(lambda p: text_embedding(p, "small"))(jnp.array([3, 48]))
-    np.testing.assert_array_equal(jitted, np.stack([text[3], null]))
-
-
-def test_scales_share_words_and_places_tell_them_apart():
-    small = np.asarray(text_embedding(np.array([0]), "small"))
+    colour = prompt_factors(np.arange(48), "small")["colour"]
+    same = (text[:, None, 0] == text[None, :, 0]).all(-1)
+    np.testing.assert_array_equal(same, colour[:, None] == colour[None])
+    # Scales share words, and places tell them apart.
     again, large = np.asarray(text_embedding(np.array([0, 5759]), "large"))
-    np.testing.assert_array_equal(again[:3], small[0])
+    np.testing.assert_array_equal(again[:3], text[0])
     words = prompt_words(5759, "large")
     assert words[1] == words[7] == "ring"
     assert np.abs(large[1] - large[7]).max() > 0.5
 
 
 def test_the_source():
-    data = load("moving_sprites", train_count=20, test_count=5, seed=3, scale="tiny")
+    options = {"test_count": 5, "seed": 3, "scale": "tiny"}
+    data, more = (load("moving_sprites", train_count=n, **options) for n in (20, 30))
     assert data.train["video"].shape == (20, 4, 6, 6, 3)
     assert data.test["prompt"].shape == (5,) and data.num_classes == 8
     np.testing.assert_array_equal(data.train["label"], data.train["prompt"])
     assert data.meta["scale"] == "tiny"
-    more = load("moving_sprites", train_count=30, test_count=5, seed=3, scale="tiny")
     np.testing.assert_array_equal(more.train["video"][:20], data.train["video"])
 
 

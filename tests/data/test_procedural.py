@@ -100,21 +100,16 @@ def drawn(shape, centre, radius, size, scale=16):
 def masks(centre, radius):
     """Of every shape, in an image of 64 pixels."""
     labels = jnp.arange(len(procedural.SHAPES))
-    return jax.vmap(procedural.shape_mask, (0, None, None, None))(
-        labels, centre, radius, 64
-    )
+    return jax.vmap(lambda i: procedural.shape_mask(i, centre, radius, 64))(labels)
 
 
-def test_masks_match_pillow():
+def test_masks_match_pillow_and_have_the_areas_of_the_shapes():
     centre, radius = np.array([13.3, 17.9]), 10.4
     for shape, mask in zip(procedural.SHAPES, np.asarray(masks(centre, radius))):
         error = np.abs(mask - drawn(shape, centre, radius, 64))
         # Distance and coverage differ by a fraction of an edge pixel, and at corners.
         assert error.max() < 0.45, shape
         assert error.mean() < 0.002, shape
-
-
-def test_mask_areas_are_the_shapes():
     found = np.asarray(masks(np.array([32.0, 32.0]), 25.0)).sum((1, 2)) / 25.0**2
     expected = [AREAS[shape] for shape in procedural.SHAPES]
     np.testing.assert_allclose(found, expected, rtol=0.01)
@@ -130,11 +125,9 @@ def test_samples_depend_on_their_key_alone(sampler):
     alone = jax.device_get(sampler(own[-7:-4]))  # in a batch of another size
     for name, found in moved.items():
         whole = samples()[name]
-        for key in whole:
-            np.testing.assert_allclose(
-                found[key][:3], whole[key][count - 7 : count - 4], atol=1e-6
-            )
-            np.testing.assert_allclose(found[key][:3], alone[name][key], atol=1e-6)
+        for key, array in whole.items():
+            for again in (found[key][:3], alone[name][key]):
+                np.testing.assert_allclose(again, array[-7:-4], atol=1e-6)
         assert whole["label"].dtype == np.int32
         (data,) = whole.keys() - {"label"}
         assert whole[data].dtype == np.float32
@@ -200,21 +193,21 @@ def test_sparse_sprites_are_one_to_three_of_their_class_and_palette():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
+def agrees(samples, expected):
+    """The mean is the expected one within four standard errors."""
+    error = samples.std(0) / np.sqrt(len(samples))
+    assert (np.abs(samples.mean(0) - expected) < 4 * error).all()
+
+
 def test_mixture_has_its_moments():
     out = samples()["mixture"]
     point, label = np.asarray(out["point"], np.float64), out["label"]
     weights, means, stds = (np.array(MIXTURE[k]) for k in ("weights", "means", "stds"))
     counts = np.bincount(label, minlength=4)
     assert stats.chisquare(counts, weights * len(label)).pvalue > 1e-3
-
-    def agree(samples, expected):
-        error = samples.std(0) / np.sqrt(len(samples))
-        assert (np.abs(samples.mean(0) - expected) < 4 * error).all()
-
-    # Of each component, so of the whole.
-    for k in range(4):
-        agree(point[label == k], means[k])
-        agree((point[label == k] - means[k]) ** 2, stds[k] ** 2)
+    for k in range(4):  # of each component, so of the whole
+        agrees(point[label == k], means[k])
+        agrees((point[label == k] - means[k]) ** 2, stds[k] ** 2)
 
 
 def test_mixtures_exact_flow_is_that_of_its_samples():
@@ -223,13 +216,10 @@ def test_mixtures_exact_flow_is_that_of_its_samples():
     # Stein: E[grad log p] = 0 and E[x . grad log p] = -dim, if x is drawn from p.
     density = lambda x: flow.log_density(x, jnp.zeros(len(x))).sum()  # noqa: E731
     score = np.asarray(jax.jit(jax.grad(density))(point))
-    values = np.c_[score, np.sum(score * point, axis=1)]
-    error = values.std(0) / np.sqrt(len(values))
-    assert (np.abs(values.mean(0) - [0, 0, -2]) < 4 * error).all()
+    agrees(np.c_[score, np.sum(score * point, axis=1)], [0, 0, -2])
     # Pure noise says nothing about the data: there the velocity is x - E[data].
     mean = -np.asarray(jax.jit(flow.velocity)(jnp.zeros((1, 2)), jnp.ones(1)))[0]
-    error = np.std(point, axis=0) / np.sqrt(len(point))
-    assert (np.abs(np.mean(point, axis=0) - mean) < 4 * error).all()
+    agrees(point, mean)
 
 
 def test_checkerboard_is_uniform_on_the_dark_squares():
@@ -282,13 +272,12 @@ def test_options_reach_the_sampler():
         data = load(name, train_count=6, test_count=2, size=16)
         assert data.train["image"].shape == (6, 16, 16, 3)
         assert data.num_classes == len(data.meta["class_names"]) == 8
-    data = load("mixture", train_count=64, test_count=2)
+    counts = {"train_count": 64, "test_count": 2}
+    data = load("mixture", **counts)
     assert data.train["point"].shape == (64, 2)
     assert data.num_classes == len(np.unique(data.train["label"])) == 4
     for name, classes in (("rings", 3), ("two_moons", 2)):
-        clean, noisy = (
-            load(name, train_count=64, test_count=2, noise=n).train for n in (0, 0.1)
-        )
+        clean, noisy = (load(name, **counts, noise=n).train for n in (0, 0.1))
         assert np.std(noisy["point"] - clean["point"]) == pytest.approx(0.1, rel=0.3)
         assert set(clean["label"]) == {*range(classes)}
 
