@@ -3,7 +3,6 @@ import itertools
 
 import jax
 import numpy as np
-import pytest
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import captioned_shapes, captions
@@ -68,9 +67,8 @@ def reads(text, spec):
     return parsed
 
 
-@pytest.mark.parametrize(
-    "spec, text",
-    [
+def test_canonical_form():
+    for spec, text in (
         (spec_of((1, -1, 0)), "a photo of a square"),
         (spec_of((1, -1, 3), (1, -1, 2)), "a photo of a cross and a triangle"),
         (spec_of((3, -1, 3)), "a photo of three crosses"),
@@ -80,39 +78,31 @@ def reads(text, spec):
         (spec_of(RED_SQUARE, BLUE_DISC), "a photo of a red square and a blue disc"),
         (spec_of(RED_SQUARE, BLUE_DISC, (4, -1, 2), relation=3),
          "a photo of a red square above a blue disc and four triangles"),
-    ],
-)  # fmt: skip
-def test_canonical_form(spec, text):
-    assert captions.caption(spec, 0, np.random.default_rng(0)) == text
-    reads(text, spec)
+    ):  # fmt: skip
+        assert captions.caption(spec, 0, np.random.default_rng(0)) == text
+        reads(text, spec)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_other_ways_to_say_one_thing():
+    for text in (
         "A photo of a red square left of a blue disc.",
         "Show me: one tidy, crisp scarlet box to the left of 1 navy circle!",
         "It looks like this: on the left side of a blue dot there is a square in red",
         "my wish reads placed leftward of a single azure ball sits a ruby block",
         "a red square left of a blue disc",
-    ],
-)
-def test_other_ways_to_say_one_thing(text):
-    parsed = reads(text, spec_of(RED_SQUARE, BLUE_DISC, relation=1))
-    assert TAGS[parsed["tag"]] == "position"
+    ):
+        parsed = reads(text, spec_of(RED_SQUARE, BLUE_DISC, relation=1))
+        assert TAGS[parsed["tag"]] == "position"
 
 
-@pytest.mark.parametrize(
-    "text, clauses",
-    [
+def test_the_first_clause_may_come_last():
+    for text, clauses in (
         ("besides a blue disc is a red square", [RED_SQUARE, BLUE_DISC]),
         ("two discs with three pink pluses", [(2, -1, 1), (3, 4, 3)]),
         ("apart from a pair of wedges and a dot lies an aqua block",
          [(1, 5, 0), (2, -1, 2), (1, -1, 1)]),
-    ],
-)  # fmt: skip
-def test_the_first_clause_may_come_last(text, clauses):
-    reads(text, spec_of(*clauses))
+    ):  # fmt: skip
+        reads(text, spec_of(*clauses))
 
 
 def test_the_tag_is_that_of_the_sampler():
@@ -120,9 +110,8 @@ def test_the_tag_is_that_of_the_sampler():
         assert captions.tag_of(row(i)) == row(i)["tag"]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
+def test_what_cannot_be_read(refused):
+    for text, message in (
         ("", "ends after 0 words; expected a number of objects"),
         # an ending in the middle of a sentence
         ("Show me, please: one red box", "word 3, 'please', does not fit"),
@@ -140,10 +129,8 @@ def test_the_tag_is_that_of_the_sampler():
         ("a disc and two discs", "clauses 0 and 1 have one shape"),
         ("two discs left of a box", "a relation needs clauses 0 and 1 of count 1"),
         ("<answer> a disc </answer>", "word 1, '<answer>', does not fit"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_read(text, message, refused):
-    refused(f"caption .*{message}", captions.parse, text)
+    ):  # fmt: skip
+        refused(f"caption .*{message}", captions.parse, text)
 
 
 def test_invariant_6_the_scorer_reads_specs_alone():

@@ -215,9 +215,8 @@ def test_two_sizes_leave_no_set_behind(tmp_path, refused):
     refused("size=0 must be at least 1", convert.image_columns, folder, size=0)
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
+def test_bad_files(tmp_path, refused):
+    for files, message in (
         ({"a.npy": np.zeros((2, 3)), "b.npy": np.zeros(3)}, "b has 3 samples, a has 2"),
         ({"a.npy": np.array(["x"])}, "shape .1,. and dtype <U1; give numbers"),
         ({"label.npy": np.array([-1, 2])}, r"must hold integers \[n\] from 0"),
@@ -231,19 +230,17 @@ def test_two_sizes_leave_no_set_behind(tmp_path, refused):
         ({"a.npz": {"x": np.zeros(2)}}, "holds no single array"),
         ({"text.json": None}, "text.json is no array of numbers or JSON"),
         ({"a.npy": np.zeros(2), "x/a.npy": np.zeros(2)}, "two files are called 'a'"),
-    ],
-)
-def test_bad_files(tmp_path, refused, files, message):
-    for name, value in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        if path.suffix == ".json":
-            path.write_text("{" if value is None else json.dumps(value))
-        elif path.suffix == ".npz":
-            np.savez(path, **value)
-        else:
-            np.save(path, value)
-    refused(message, convert.array_columns, [tmp_path / name for name in files])
+    ):
+        for name, value in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            if path.suffix == ".json":
+                path.write_text("{" if value is None else json.dumps(value))
+            elif path.suffix == ".npz":
+                np.savez(path, **value)
+            else:
+                np.save(path, value)
+        refused(message, convert.array_columns, [tmp_path / name for name in files])
 
 
 def test_bad_names(tmp_path, refused):

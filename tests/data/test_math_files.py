@@ -76,9 +76,8 @@ def without(line, key):
     return {name: value for name, value in line.items() if name != key}
 
 
-@pytest.mark.parametrize(
-    ("layout", "line", "message"),
-    [
+def test_malformed_lines_are_named(write, refused):
+    for layout, line, message in (
         ("gsm8k", "[1]", "a JSON list; expected a JSON object"),
         ("gsm8k", without(GSM8K, "question"), "'question'; expected 'question', a"),
         ("gsm8k", {**GSM8K, "question": 7}, "key 'question' is '7'; expected"),
@@ -97,11 +96,9 @@ def without(line, key):
         ("dapo", without(DAPO, "reward_model"), "no key 'reward_model'; expected"),
         ("dapo", {**DAPO, "reward_model": {}}, r"no key 'reward_model\.ground_truth'"),
         ("dapo", {**DAPO, "reward_model": []}, r"no key 'reward_model\.ground_truth'"),
-    ],
-)
-def test_malformed_lines_are_named(write, refused, layout, line, message):
-    problems = read(write(LINES[layout], line), layout)
-    refused(rf"problems\.jsonl, line 2: .*{message}", list, problems)
+    ):
+        problems = read(write(LINES[layout], line), layout)
+        refused(rf"problems\.jsonl, line 2: .*{message}", list, problems)
 
 
 def test_bad_input(tmp_path, refused):

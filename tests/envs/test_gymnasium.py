@@ -17,11 +17,14 @@ SAME_STEP = gymnasium.vector.AutoresetMode.SAME_STEP
 NEXT_STEP = gymnasium.vector.AutoresetMode.NEXT_STEP
 
 
+spaces = gymnasium.spaces
+
+
 class Countdown(gymnasium.Env):
     """Counts steps; ends after 3 (odd instances) or is cut after 2; NaN on demand."""
 
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gymnasium.spaces.Box(0.0, 10.0, (1,), np.float32)
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = spaces.Box(0.0, 10.0, (1,), np.float32)
 
     def __init__(self, odd: bool = False):
         self.odd, self.t = odd, 0
@@ -141,26 +144,17 @@ def test_pendulum_is_what_gymnasium_says():
         np.testing.assert_allclose(step.reward[i], reward, rtol=1e-6)
 
 
-class Words(Countdown):
-    observation_space = gymnasium.spaces.Dict(
-        {"image": gymnasium.spaces.Box(0, 255, (2,), np.uint8)}
-    )
-
-
-class Choice(Countdown):
-    action_space = gymnasium.spaces.Discrete(3)
-
-
-class HalfBounded(Countdown):
-    action_space = gymnasium.spaces.Box(np.float32([0, -np.inf]), np.float32([1, 1]))
-
-
 def test_bad_vectors(refused):
-    for message, env, mode, error in (
-        ("Dict with 'image'; a policy takes one", Words, SAME_STEP, TypeError),
-        ("actions are Discrete.*need a Box", Choice, SAME_STEP, TypeError),
-        ("bounded in some dimensions only", HalfBounded, SAME_STEP, ValueError),
-        ("must be AutoresetMode.SAME_STEP", Countdown, NEXT_STEP, ValueError),
+    image = spaces.Dict({"image": spaces.Box(0, 255, (2,), np.uint8)})
+    image, choice = {"observation_space": image}, {"action_space": spaces.Discrete(3)}
+    half = spaces.Box(np.float32([0, -np.inf]), np.float32([1, 1]))
+    half = {"action_space": half}
+    for message, changes, mode, error in (
+        ("Dict with 'image'; a policy takes one array", image, SAME_STEP, TypeError),
+        ("actions are Discrete.*need a Box", choice, SAME_STEP, TypeError),
+        ("bounded in some dimensions only", half, SAME_STEP, ValueError),
+        ("must be AutoresetMode.SAME_STEP", {}, NEXT_STEP, ValueError),
     ):
+        env = type("Changed", (Countdown,), changes)
         build = functools.partial(make, False, mode=mode, env=env)
         refused(message, envs.GymnasiumVector, build, error=error)
