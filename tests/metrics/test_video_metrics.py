@@ -1,12 +1,8 @@
-import functools
-
 import jax
 import numpy as np
 import pytest
 from scipy import signal, stats
 
-from tmdjax.core.prng import sample_keys
-from tmdjax.data import moving_sprites
 from tmdjax.metrics import (
     bootstrap_interval,
     conv3d_layers,
@@ -16,7 +12,6 @@ from tmdjax.metrics import (
     sliced_wasserstein,
     video_features,
 )
-from tmdjax.rewards.moving_sprites import recognise
 
 
 def scipy_layer(videos, layer, stride):
@@ -112,19 +107,6 @@ def test_entropy_bins_and_rows_without_a_position():
     # A group in which nothing was found has no variety.
     mean = position_entropy(lost, groups + (np.arange(6) >= 3))
     assert mean == pytest.approx(np.log(3) / 2)
-
-
-def test_entropy_of_starts_sees_mode_collapse():
-    prompts = np.zeros(512, np.int32)
-    keys = sample_keys(jax.random.key(2), 512)
-    draw = jax.jit(functools.partial(moving_sprites.moving_sprites, scale="small"))
-    videos = jax.device_get(draw(keys, prompts=prompts)["video"])
-    starts = recognise(videos)["start"]
-    # 24 places, equally likely.
-    assert position_entropy(starts, prompts, correct_bias=True) == pytest.approx(
-        np.log(24), abs=0.02
-    )
-    assert position_entropy(np.repeat(starts[:1], 512, 0), prompts) == 0
 
 
 def test_bootstrap_of_a_mean_is_scipys():
