@@ -10,10 +10,6 @@ from tmdjax.data import SOURCES, Dataset, Source, check, load, sources
 from tmdjax.data.dataset import stratified_split
 from tmdjax.data.weights import WEIGHTS, find_weights
 
-needs_digits = pytest.mark.skipif(
-    importlib.util.find_spec("sklearn") is None, reason="scikit-learn is absent"
-)
-
 
 def make_source(folder, **changes):
     content = b"1,2\n3,4\n"
@@ -159,31 +155,28 @@ def test_damaged_data_are_refused(refused):
         refused(message, dataset, *splits)
 
 
-@needs_digits
-class TestDigits:
-    def test_they_are_scikit_learns_set_and_test_samples_evenly_spaced(self):
-        from sklearn.datasets import load_digits
-
-        data, whole = load("digits"), load_digits()
-        rows = []
-        for split, count in ((data.train, 1200), (data.test, 597)):
-            image, label = split["image"], split["label"]
-            assert image.shape == (count, 8, 8, 1)
-            assert image.dtype == np.float32 and label.dtype == np.int32
-            assert image.min() == -1 and image.max() == 1
-            rows.append(np.c_[(image.reshape(-1, 64) + 1) * 8, label])
-        assert data.num_classes == 10
-        (train, test), theirs = rows, np.c_[whole.data, whole.target]
-        ours = np.r_[train, test]
-        ours, expected = (table[np.lexsort(table.T)] for table in (ours, theirs))
-        np.testing.assert_array_equal(ours, expected)
-        # File order is kept: the split starts where the file does.
-        np.testing.assert_array_equal(train[0], theirs[0])
-        held_out = {row.tobytes() for row in test}
-        for digit in range(10):
-            rows = theirs[whole.target == digit].astype(test.dtype)
-            ranks = [i for i, row in enumerate(rows) if row.tobytes() in held_out]
-            assert len(ranks) > 50 and set(np.diff(ranks)) <= {3, 4}
+def test_digits_are_scikit_learns_set_and_test_samples_evenly_spaced():
+    datasets = pytest.importorskip("sklearn.datasets")
+    data, whole = load("digits"), datasets.load_digits()
+    tables = []
+    for split, count in ((data.train, 1200), (data.test, 597)):
+        image, label = split["image"], split["label"]
+        assert image.shape == (count, 8, 8, 1)
+        assert image.dtype == np.float32 and label.dtype == np.int32
+        assert image.min() == -1 and image.max() == 1
+        tables.append(np.c_[(image.reshape(-1, 64) + 1) * 8, label])
+    assert data.num_classes == 10
+    train, test = tables
+    ours, theirs = np.r_[train, test], np.c_[whole.data, whole.target]
+    ours, expected = (table[np.lexsort(table.T)] for table in (ours, theirs))
+    np.testing.assert_array_equal(ours, expected)
+    # File order is kept: the split starts where the file does.
+    np.testing.assert_array_equal(train[0], theirs[0])
+    held_out = {row.tobytes() for row in test}
+    for digit in range(10):
+        rows = theirs[whole.target == digit].astype(test.dtype)
+        ranks = [i for i, row in enumerate(rows) if row.tobytes() in held_out]
+        assert len(ranks) > 50 and set(np.diff(ranks)) <= {3, 4}
 
 
 def test_packaged_weights(monkeypatch, tmp_path, refused):
