@@ -99,45 +99,6 @@ def test_training_and_sampling_lower_for_accelerators(training):
     assert exported.out_avals[0].shape == batch["image"].shape
 
 
-EIGHT_DEVICES = """
-import jax, numpy as np
-from experiments import flow_matching
-from tmdjax import train
-from tmdjax.harness import load_config
-
-overrides = ["optimizer.name=sgd", "optimizer.learning_rate=0.02", "model.hidden=64"]
-config = load_config("configs/flow_matching.py:smoke", overrides)
-
-def run(mesh):
-    state, step, _ = flow_matching.training(config, jax.random.key(0))
-    step, state, place = train.jit_train_step(step, state, mesh)
-    losses = []
-    for i in range(20):
-        rng = np.random.default_rng(i)
-        batch = {
-            "image": rng.normal(size=(32, 8, 8, 3)).astype(np.float32),
-            "label": rng.integers(0, 8, 32).astype(np.int32),
-        }
-        state, metrics = step(state, place(batch), jax.random.key(1))
-        losses.append(float(metrics["loss"]))
-    return state, np.array(losses)
-
-one, losses = run(train.make_mesh(devices=jax.devices()[:1]))
-for data, fsdp in ((8, 1), (2, 4)):
-    state, other = run(train.make_mesh(data, fsdp))
-    np.testing.assert_allclose(other, losses, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, one.params
-    )
-print("same")
-"""
-
-
-@pytest.mark.slow
-def test_eight_devices_equal_one(run_python):
-    assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

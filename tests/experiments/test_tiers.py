@@ -73,12 +73,3 @@ def test_a_dry_run_shows_sizes_and_stages(capsys):
     assert run.main([spec, "--dry_run", "--workdir=/nonexistent/run"]) == 0
     shown = capsys.readouterr().out
     assert "parameters" in shown and "to run" in shown
-
-
-def test_large_tiers_of_boss_have_two_arms_with_their_own_claims():
-    config = load_config("configs/boss.py:gpu")
-    experiment = importlib.import_module("experiments.boss")
-    assert experiment.arms(config) == ("fashion", "sprites")
-    assert {name.partition("-")[0] for name in config.claims} == set(
-        "O1 O2a O2b O2c O3a O3b O4a O4b O4c O5".split()
-    )

@@ -46,25 +46,19 @@ def same(rows, others):
 EXPECTED = [{"step": step, **metrics} for step, metrics in ROWS]
 
 
-def test_rows_come_back_and_every_line_is_strict_json(tmp_path):
-    path = written(tmp_path / "deep" / "metrics.jsonl")
-    assert same(read_rows(path), EXPECTED)
+def test_a_row_is_on_disk_when_append_returns(tmp_path):
+    path = tmp_path / "deep" / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for n, (step, metrics) in enumerate(ROWS, start=1):
+            log.append(step, metrics)
+            assert same(read_rows(path), EXPECTED[:n])
+            assert same(log.rows(), EXPECTED[:n])
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines():  # strict JSON
         json.loads(line, parse_constant=refuse)
-
-
-def test_a_row_is_on_disk_when_append_returns(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    for n, (step, metrics) in enumerate(ROWS, start=1):
-        log.append(step, metrics)
-        assert same(read_rows(path), EXPECTED[:n])
-        assert same(log.rows(), EXPECTED[:n])
-    log.close()
 
 
 def test_appending_goes_on_where_a_file_ends(tmp_path):
