@@ -76,17 +76,11 @@ def run_python():
     """Runs a script in a fresh interpreter; returns its standard output."""
 
     def run(code: str, *, devices: int = 1, timeout: float = 240, check: bool = True):
-        env = dict(os.environ)
-        env["JAX_PLATFORMS"] = "cpu"
-        env["XLA_FLAGS"] = " ".join(
-            [
-                env.get("XLA_FLAGS", ""),
-                f"--xla_force_host_platform_device_count={devices}",
-            ]
-        )
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env=env,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
             capture_output=True,
             text=True,
             timeout=timeout,

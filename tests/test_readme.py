@@ -8,19 +8,23 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_python_blocks_run(capsys):
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 3
+def executed(page):
+    """How many blocks of Python a page has, and the names they leave."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page.name, "exec"), namespace)
+    return len(blocks), namespace
+
+
+def test_python_blocks_run(capsys):
+    count, names = executed(ROOT / "README.md")
+    assert count == 3
     out = capsys.readouterr().out
     assert "(1024, 2) 32" in out
     losses = [float(line.split()[1]) for line in out.splitlines()[1:]]
     assert losses[-1] < 0.9 * losses[0]
-    assert int(namespace["result"].state.step) == 200
-    assert namespace["x"].shape == (1024, 2)
+    assert int(names["result"].state.step) == 200 and names["x"].shape == (1024, 2)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +33,7 @@ def test_python_blocks_run(capsys):
     ids=lambda p: p.name,
 )
 def test_python_of_the_docs_runs(page):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    assert blocks
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), namespace)
+    assert executed(page)[0]
 
 
 def test_tables_are_those_of_the_records():

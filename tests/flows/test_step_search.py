@@ -191,44 +191,21 @@ def test_8_scaled_and_rotated_flows():
 
 
 def test_9_micro_batches_add_up(x64):
-    options = {"knots": 20, "dtype": jnp.float64}
-    costs = functools.partial(local_error_costs, FLOW.velocity, **options)
-    whole = costs(keys(18), (2,))
-    parts = [costs(keys(18), (2,), micro_batch=9)]  # as long as the halves
-    parts += [sum(costs(keys(18)[rows], (2,)) for rows in (slice(9), slice(9, 18))) / 2]
-    parts += [costs(keys(18), (2,), micro_batch=7)]  # the last one is filled up
-    for found in parts:
-        np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-12)
+    """And conditions follow their samples."""
 
-
-@pytest.mark.parametrize("size", [65, 500])
-def test_long_events_add_up_in_pieces(size, x64):
-    """The pieces of an event, whole or not, against one pass in numpy."""
-
-    def velocity(x, t, cond):
-        return jnp.sin(3 * x) * t[:, None] + jnp.cos(x[:, :1])
-
-    n, many = 30, keys(40)  # so many that events are cut up
-    costs = local_error_costs(velocity, many, (size,), knots=n, dtype=jnp.float64)
-    knots = flows.fine_knots(n)
-    noise = prng.normal(many, (size,), jnp.float64)
-    states = np.asarray(flows.states_at(velocity, noise, knots, np.arange(n + 1)))
-    for j in (0, 7, n - 1):
-        v = np.asarray(velocity(states[j], jnp.full(40, knots[j]), None))
-        for k in range(j + 1, n + 1):
-            miss = states[j] - (knots[j] - knots[k]) * v - states[k]
-            expected = np.square(miss).sum(-1).mean()
-            assert costs[j, k] == pytest.approx(expected, rel=1e-9, abs=1e-20)
-
-
-def test_9_conditions_follow_their_samples():
     def velocity(x, t, cond):
         return cond["gain"][:, None] * FLOW.velocity(x, t)
 
-    cond = {"gain": np.linspace(0.5, 1.5, 11, dtype=np.float32)}
-    costs = functools.partial(local_error_costs, velocity, keys(11), (2,), cond)
-    parts, whole = (costs(knots=9, micro_batch=size) for size in (4, None))
-    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-7)
+    def costs(rows=slice(None), **options):
+        of_rows = {"gain": np.linspace(0.5, 1.5, 18)[rows]}
+        given = (velocity, keys(18)[rows], (2,), of_rows)
+        return local_error_costs(*given, knots=20, dtype=jnp.float64, **options)
+
+    parts = [costs(micro_batch=9)]  # as long as the halves
+    parts += [(costs(slice(9)) + costs(slice(9, 18))) / 2]
+    parts += [costs(micro_batch=7)]  # the last one is filled up
+    for found in parts:
+        np.testing.assert_allclose(found, costs(), rtol=1e-6, atol=1e-12)
 
 
 def forward_costs(u, start, n):
@@ -245,19 +222,35 @@ def forward_costs(u, start, n):
     return costs, states[-1]
 
 
+def on_host(velocity):
+    """The paper's u(x, tau), compiled outside of the costs."""
+    velocity = jax.jit(velocity)
+    return lambda x, tau: -np.asarray(velocity(x, np.full(len(x), 1 - tau, x.dtype)))
+
+
+@pytest.mark.parametrize("size", [65, 500])
+def test_long_events_add_up_in_pieces(size, x64):
+    """The pieces of an event, whole or not, against one pass in numpy."""
+
+    def velocity(x, t, cond=None):
+        return jnp.sin(3 * x) * t[:, None] + jnp.cos(x[:, :1])
+
+    n, many = 30, keys(40)  # so many that events are cut up
+    costs = local_error_costs(velocity, many, (size,), knots=n, dtype=jnp.float64)
+    noise = np.asarray(prng.normal(many, (size,), jnp.float64))
+    theirs, _ = forward_costs(on_host(velocity), noise, n)
+    np.testing.assert_allclose(costs, theirs, rtol=1e-9, atol=1e-20)
+
+
 def test_10_labels_of_time_change_nothing_and_its_direction_does(x64):
     """Invariant 16 too: the other side runs in numpy, uncompiled."""
-    n, velocity = 24, jax.jit(FLOW.velocity)
+    n, theirs_of = 24, on_host(FLOW.velocity)
 
     def u(x, tau, cond=None):  # data minus noise, tau = 1 is data
         return -FLOW.velocity(x, 1 - tau)
 
-    def on_host(x, tau):
-        t = np.full(len(x), 1 - tau, x.dtype)
-        return -np.asarray(velocity(jnp.asarray(x), jnp.asarray(t)))
-
     noise = np.asarray(prng.normal(keys(20), (2,), jnp.float64))
-    theirs, ends = forward_costs(on_host, noise, n)
+    theirs, ends = forward_costs(theirs_of, noise, n)
     flipped = conventions.flip_velocity(u)
     ours = local_error_costs(flipped, keys(20), (2,), knots=n, dtype=jnp.float64)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-14)
@@ -267,7 +260,7 @@ def test_10_labels_of_time_change_nothing_and_its_direction_does(x64):
         np.testing.assert_array_equal(index, path_of(theirs, k))
         np.testing.assert_allclose(knots[index], 1 - index / n, atol=1e-15)
     # from data back to noise is another matrix and another path
-    back, _ = forward_costs(lambda x, tau: -on_host(x, 1 - tau), ends, n)
+    back, _ = forward_costs(lambda x, tau: -theirs_of(x, 1 - tau), ends, n)
     assert not np.allclose(back, theirs)
     paths = [path_of(c, 5) for c in (theirs, back)]
     assert not np.array_equal(paths[0], paths[1])

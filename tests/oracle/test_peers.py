@@ -15,46 +15,36 @@ pytestmark = [
 MIXTURE = flows.gaussian_mixture([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [0.5, 0.8])
 
 
+def solved(diffrax, solver, x, **options):
+    """Where diffrax ends on the way from t = 1 to t = 0."""
+    term = diffrax.ODETerm(lambda t, y, args: MIXTURE.velocity(y, jnp.full(8, t)))
+    span = {"t0": 1.0, "t1": 0.0, "y0": x}
+    return diffrax.diffeqsolve(term, solver, **span, **options).ys[0]
+
+
+def ours(grid, x, method):
+    return flows.endpoints(MIXTURE.velocity, x, grid, method=method)
+
+
 @pytest.mark.parametrize("method", ["euler", "heun", "midpoint"])
 def test_fixed_step_solvers_equal_diffrax(x64, method):
     diffrax = pytest.importorskip("diffrax", reason="needs tmdjax[oracle]")
-    solver = {
-        "euler": diffrax.Euler,
-        "heun": diffrax.Heun,
-        "midpoint": diffrax.Midpoint,
-    }[method]()
-    grid = flows.shifted_grid(12, 2.0)
     x = jax.random.normal(jax.random.key(0), (8, 2), jnp.float64)
-    table = flows.make_table("ode", grid)
-    ours = flows.rollout(None, MIXTURE.velocity, x, table, method=method, store=False)
-    theirs = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, args: MIXTURE.velocity(y, jnp.full(8, t))),
-        solver,
-        t0=1.0,
-        t1=0.0,
-        dt0=None,
-        y0=x,
-        stepsize_controller=diffrax.StepTo(ts=jnp.asarray(grid)),
-    ).ys[0]
-    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    grid = flows.shifted_grid(12, 2.0)
+    steps = diffrax.StepTo(ts=jnp.asarray(grid))
+    solver = getattr(diffrax, method.title())()
+    theirs = solved(diffrax, solver, x, dt0=None, stepsize_controller=steps)
+    np.testing.assert_allclose(ours(grid, x, method), theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_rk4_agrees_with_an_adaptive_solution_of_diffrax(x64):
     diffrax = pytest.importorskip("diffrax", reason="needs tmdjax[oracle]")
     x = jax.random.normal(jax.random.key(0), (8, 2), jnp.float64)
-    table = flows.make_table("ode", flows.uniform_grid(200))
-    ours = flows.rollout(None, MIXTURE.velocity, x, table, method="rk4", store=False)
-    theirs = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, args: MIXTURE.velocity(y, jnp.full(8, t))),
-        diffrax.Dopri8(),
-        t0=1.0,
-        t1=0.0,
-        dt0=-0.01,
-        y0=x,
-        stepsize_controller=diffrax.PIDController(rtol=1e-11, atol=1e-11),
-        max_steps=100_000,
-    ).ys[0]
-    np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-8)
+    options = {"dt0": -0.01, "max_steps": 100_000}
+    options["stepsize_controller"] = diffrax.PIDController(rtol=1e-11, atol=1e-11)
+    theirs = solved(diffrax, diffrax.Dopri8(), x, **options)
+    found = ours(flows.uniform_grid(200), x, "rk4")
+    np.testing.assert_allclose(found, theirs, rtol=1e-7, atol=1e-8)
 
 
 def test_sliced_wasserstein_against_ott():
