@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
+from records import unit
 
 from experiments import report, sweep
 from experiments import run as run_command
@@ -15,10 +16,8 @@ from tmdjax.metrics.intervals import adjusted_p_values, paired_p_value
 
 def write_run(folder, by_arm, device="cpu, 2 cores"):
     """A workdir with a summary; by_arm: {arm: {seed: metrics}}."""
-    same = {"wall_s": 1.0, "peak_memory_gb": None, "device": device}
-    same |= {"commit": "abc", "versions": {}, "labels": {}}
     units = [
-        {"arm": arm, "seed": seed, "metrics": metrics, **same}
+        unit(arm, seed, metrics, device=device)
         for arm, seeds in by_arm.items()
         for seed, metrics in seeds.items()
     ]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import claim, unit
 from scipy import stats
 
 from tmdjax.harness.ledger import (
     SUMMARY_KEYS,
-    Claim,
     judge,
     merge,
     read_records,
@@ -19,21 +19,6 @@ from tmdjax.harness.ledger import (
     with_seeds,
     write_record,
 )
-
-
-def claim(**changes):
-    fields = {
-        "id": "B1",
-        "statement": "Bellman grids beat uniform ones",
-        "published": "1.5x",
-        "statistic": "difference",
-        "direction": "greater",
-        "threshold": 0.0,
-        "ours": "boss/score",
-        "baseline": "uniform/score",
-    }
-    return Claim(**(fields | changes))
-
 
 EXACT = {"statistic": "exact", "direction": "equal"}
 
@@ -179,18 +164,17 @@ def test_judge_refuses_bad_input():
 # --- summaries and their merge ------------------------------------------------
 
 
-def unit(arm, seed, metrics, wall_s=1.0, peak=None):
-    given = {"arm": arm, "seed": seed, "metrics": metrics, "wall_s": wall_s}
-    given |= {"peak_memory_gb": peak, "device": "NVIDIA H100", "commit": "abc"}
-    versions, labels = {"jax": "0.10.2"}, {"frechet": "FD-net@1"}
-    return given | {"versions": versions, "labels": labels}
+MADE = {"device": "NVIDIA H100", "versions": {"jax": "0.10.2"}}
+MADE["labels"] = {"frechet": "FD-net@1"}
 
 
-UNITS = [
-    unit(arm, s, {"score": base + 0.1 * s, "w2": 1.0 / (s + 1)}, 0.1 + s, s)
-    for arm, base in (("boss", 2.0), ("uniform", 1.0))
-    for s in range(5)
-]
+def scored(arm, seed, base):
+    metrics = {"score": base + 0.1 * seed, "w2": 1.0 / (seed + 1)}
+    return unit(arm, seed, metrics, wall_s=0.1 + seed, peak_memory_gb=seed, **MADE)
+
+
+UNITS = [scored("boss", s, 2.0) for s in range(5)]
+UNITS += [scored("uniform", s, 1.0) for s in range(5)]
 CLAIMS = [
     claim(),
     claim(id="B2", ours="boss/w2", baseline=None, **REPORT),
@@ -199,23 +183,19 @@ CLAIMS = [
 
 
 def summarise(units=UNITS, claims=CLAIMS, **changes):
-    fields = {
-        "system": "boss",
-        "tier": "gpu",
-        "command": "python -m experiments.run --config=configs/boss.py:gpu",
-        "config_hash": "0123456789abcdef",
-    }
-    return summary(units=units, claims=claims, **(fields | changes))
+    command = "python -m experiments.run --config=configs/boss.py:gpu"
+    fields = {"system": "boss", "tier": "gpu", "command": command}
+    fields |= {"config_hash": "0123456789abcdef", **changes}
+    return summary(units=units, claims=claims, **fields)
 
 
 def test_summary_of_one_arm_has_plain_metric_names():
-    units = [unit("main", s, {"loss": float(s)}, 2.0, 1.5) for s in (4, 1)]
+    units = [unit("main", s, {"loss": float(s)}) for s in (4, 1)]
     result = summarise(units, [claim(**EXACT, threshold=1, ours="loss", baseline=None)])
     assert tuple(result) == SUMMARY_KEYS
     assert result["metrics"] == {"loss": 2.5}
     assert result["seeds"] == [1, 4]
-    assert result["wall_s"] == 4.0
-    assert result["peak_memory_gb"] == 1.5
+    assert result["wall_s"] == 2.0 and result["peak_memory_gb"] is None
     assert result["claims"][0]["ours"] == [1.0, 4.0]
 
 
@@ -327,7 +307,7 @@ def test_merge_of_merges_is_the_merge_through_json_too(assignment, order, cut):
 
 
 def test_a_diverged_seed_merges_with_itself():
-    units = [*UNITS[1:], unit("boss", 0, {"score": math.nan})]
+    units = [*UNITS[1:], unit("boss", 0, {"score": math.nan}, **MADE)]
     shard = summarise(units, CLAIMS[:1])
     merged = merge([shard, shard])
     assert merged["claims"][0]["verdict"] == "inconclusive"
@@ -361,7 +341,7 @@ def test_commands_name_the_seeds():
 
 
 def test_record_round_trip(tmp_path):
-    units = [*UNITS[:-1], unit("uniform", 4, {"score": math.inf, "w2": 0.0})]
+    units = [*UNITS[:-1], unit("uniform", 4, {"score": math.inf, "w2": 0.0}, **MADE)]
     whole = summarise(units)
     path = write_record(tmp_path, whole)
     assert path == tmp_path / "boss" / "gpu.json"

@@ -1,23 +1,16 @@
 """RESULTS.md: what stands on it, and that nothing stands on it that no file says."""
 
+from records import claim, unit
+
 from tmdjax.harness import ledger, results_page
 
-CLAIM = ledger.Claim(
-    id="B1",
-    statement="a | b\nc",
-    published="1.5x",
-    statistic="difference",
-    direction="greater",
-    threshold=0.0,
-    ours="loss",
-)
+CLAIM = claim(statement="a | b\nc", ours="loss", baseline=None)
 
 
 def record(system="boss", tier="cpu", device="cpu, 2 cores", claims=(CLAIM,)):
-    same = {"arm": "main", "wall_s": 30.0, "peak_memory_gb": 1.25, "device": device}
-    same |= {"commit": "abc", "versions": {}, "labels": {}}
+    made = {"wall_s": 30.0, "peak_memory_gb": 1.25, "device": device}
     units = [
-        {**same, "seed": seed, "metrics": {"loss": 1.0 + 0.1 * seed, "w": 7.5}}
+        unit("main", seed, {"loss": 1.0 + 0.1 * seed, "w": 7.5}, **made)
         for seed in range(5)
     ]
     command = f"python -m experiments.run --config=configs/{system}.py:{tier}"
