@@ -10,17 +10,6 @@ import pytest
 from tmdjax.core import checks, conventions, files, prng, registry, trees
 
 
-def test_bridge_integrates_the_same_flow():
-    # u(x, tau) = a x moves tau from 0 to 1 by exp(a): the flipped field must do
-    # the same from t = 1 down to 0.
-    a, n = 0.7, 2000
-    v = conventions.flip_velocity(lambda x, tau, cond: a * x)
-    x = jnp.ones((1, 1))
-    for i in range(n):
-        x = x - v(x, jnp.full((1,), 1 - i / n), None) / n
-    assert abs(float(x[0, 0]) - np.exp(a)) < 1e-3
-
-
 def test_sample_keys_do_not_depend_on_the_microbatch():
     key = jax.random.key(1)
     whole = prng.normal(prng.sample_keys(key, 8), (4,))

@@ -66,10 +66,3 @@ def test_the_list_names_every_tier(capsys):
     assert run.main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(spec in out for spec in TIERS)
-
-
-def test_a_dry_run_shows_sizes_and_stages(capsys):
-    spec = "--config=configs/flow_matching.py:cpu"
-    assert run.main([spec, "--dry_run", "--workdir=/nonexistent/run"]) == 0
-    shown = capsys.readouterr().out
-    assert "parameters" in shown and "to run" in shown

@@ -93,14 +93,6 @@ def test_difference_never_reaches_r(x64):
     assert min(gap.min() for gap in seen) >= 0
 
 
-def test_map_composes(states):
-    y, s, r = states
-    half = (s + r) / 2
-    once = flows.apply_map(average, y, s, r)
-    twice = flows.apply_map(average, flows.apply_map(average, y, s, half), half, r)
-    np.testing.assert_allclose(once, twice, atol=1e-12)
-
-
 @pytest.mark.parametrize("remat", [False, True])
 def test_exact_jumps_along_any_grid_keep_the_number_of_deviations(x64, remat):
     y = jax.random.normal(jax.random.key(3), (50,), jnp.float64)
