@@ -34,13 +34,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "mutations.json"
 KINDS = (
-    "sign",
-    "comparison",
-    "off by one",
-    "stop_gradient",
-    "axes",
-    "mask",
-    "constant",
+    *("sign", "comparison", "off by one", "stop_gradient", "axes", "mask", "constant"),
 )
 PACKAGES = (
     *("rl", "flows", "models", "metrics", "rewards", "data", "envs", "train"),
@@ -204,19 +198,8 @@ class Sites(ast.NodeVisitor):
         code = self.source[slice(*span)]
         line = self.lines[node.lineno - 1].strip()
         key = (".".join(self.function), kind, line, code)
-        self.found.append(
-            Site(
-                self.file,
-                key[0],
-                kind,
-                line,
-                self.counts[key],
-                code,
-                fault,
-                node.lineno,
-                span,
-            )
-        )
+        place = (self.file, key[0], kind, line, self.counts[key])
+        self.found.append(Site(*place, code, fault, node.lineno, span))
         self.counts[key] += 1
 
     # -- what is left alone

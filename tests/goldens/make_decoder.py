@@ -17,14 +17,9 @@ import torch
 import transformers
 
 SIZES = dict(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-)
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, max_position_embeddings=64, rms_norm_eps=1e-5,
+)  # fmt: skip
 CASES = {
     "llama_grouped_tied": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e5)),
     "llama_full_untied": ("Llama", dict(num_key_value_heads=4)),
@@ -33,8 +28,6 @@ CASES = {
     "qwen3_wide_untied": ("Qwen3", dict(num_key_value_heads=2, head_dim=6, rope_theta=1e6)),
     "qwen3_full_tied": ("Qwen3", dict(num_key_value_heads=4, head_dim=8, tie_word_embeddings=True)),
 }  # fmt: skip
-
-
 ADAPTED = "qwen2_grouped_untied"
 
 
@@ -74,11 +67,8 @@ def make(case, kind, options):
         for name, tensor in model.state_dict().items()
         if not (options.get("tie_word_embeddings") and name == "lm_head.weight")
     }
-    arrays = {
-        "config": np.array(saved),
-        "tokens": tokens.numpy(),
-        "logits": logits.numpy(),
-    }
+    arrays = {"config": np.array(saved)}
+    arrays |= {"tokens": tokens.numpy(), "logits": logits.numpy()}
     arrays |= {f"weights/{name}": tensor for name, tensor in weights.items()}
     return arrays | adapted(model, tokens) if case == ADAPTED else arrays
 

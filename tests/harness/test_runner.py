@@ -48,15 +48,9 @@ STEP = jax.jit(train.make_train_step(loss, RULE))
 
 
 def make_config(offset=1.0, claims=True):
-    claim = {
-        "statement": "training approaches the answer",
-        "published": "",
-        "statistic": "difference",
-        "direction": "less",
-        "threshold": 10.0,
-        "ours": "error",
-        "baseline": None,
-    }
+    claim = {"statement": "training approaches the answer", "published": ""}
+    claim |= {"statistic": "difference", "direction": "less", "threshold": 10.0}
+    claim |= {"ours": "error", "baseline": None}
     given = {"system": "tiny", "train": {"steps": 15, "log_every": 5}}
     given |= {"score": {"offset": offset}, "claims": {"T1": claim} if claims else {}}
     return ConfigDict(given)
