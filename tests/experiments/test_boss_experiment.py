@@ -9,8 +9,8 @@ import pytest
 
 import tmdjax
 from experiments import boss as experiment
-from experiments import few_step, run
-from tmdjax import flows, train
+from experiments import run
+from tmdjax import flows
 from tmdjax.harness import load_config
 from tmdjax.systems import boss
 
@@ -81,26 +81,6 @@ print("same")
 
 def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
-
-
-def test_straightening_of_a_unet_lowers_for_accelerators():
-    both = ("cuda", "tpu")
-    config = few_step.of_arm(load_config("configs/boss.py:gpu"), "sprites")
-    with config.unlocked():
-        config.model.update(width=32, blocks=1, attention_implementation="xla")
-    apply_fn, init = few_step.network(config)
-    rule = train.make_optimizer(train.OptimizerConfig(name="adam"))
-    step = train.make_train_step(
-        lambda p, batch, keys: boss.straightening_loss(p, apply_fn, batch), rule
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: train.create_state(init(key), rule), key)
-    image = jax.ShapeDtypeStruct((8, *config.data.shape), jnp.float32)
-    time_ = jax.ShapeDtypeStruct((8,), jnp.float32)
-    batch = {"x": image, "x_next": image, "t": time_, "t_next": time_}
-    batch["cond"] = jax.ShapeDtypeStruct((8,), jnp.int32)
-    exported = jax.export.export(jax.jit(step), platforms=both)(state, batch, key)
-    assert exported.platforms == both
 
 
 def test_claims_about_budgets_that_are_not_run_stop_at_once(tmp_path, refused):

@@ -20,27 +20,21 @@ def keys(count, seed=0):
 def brute_force(costs, budget):
     """Cheapest path by trying all; the lexicographically first of equals."""
     n = len(costs) - 1
-    best = None
-    for inner in itertools.combinations(range(1, n), budget - 1):
-        path = (0, *inner, n)
-        total = 0.0
-        for j, k in reversed(list(itertools.pairwise(path))):
-            total = costs[j, k] + total  # summed as a recursion would
-        if best is None or total < best[0]:
-            best = (total, path)
-    return best
+
+    def total(path):  # summed as a recursion would
+        steps = reversed(list(itertools.pairwise(path)))
+        return functools.reduce(lambda later, step: costs[step] + later, steps, 0.0)
+
+    inner = itertools.combinations(range(1, n), budget - 1)
+    paths = ((0, *knots, n) for knots in inner)
+    return min((total(path), path) for path in paths)
 
 
-def mixture(dim=2, seed=3):
-    rng = np.random.default_rng(seed)
-    return flows.gaussian_mixture(
-        weights=[0.1, 0.2, 0.3, 0.4],
-        means=rng.normal(size=(4, dim)) * 1.5,
-        stds=[0.2, 0.3, 0.4, 0.5],
-    )
-
-
-FLOW = mixture()
+FLOW = flows.gaussian_mixture(
+    weights=[0.1, 0.2, 0.3, 0.4],
+    means=np.random.default_rng(3).normal(size=(4, 2)) * 1.5,
+    stds=[0.2, 0.3, 0.4, 0.5],
+)
 
 
 def path_of(costs, budget):
@@ -53,9 +47,9 @@ def flow_costs(seed=0, **options):
     return local_error_costs(FLOW.velocity, keys(20, seed), (2,), knots=20, **options)
 
 
-def states_of(velocity, knots, samples=5, dtype=jnp.float32):
+def states_of(velocity, knots):
     """Noise and the whole fine trajectory [knot, sample, dim]."""
-    noise = prng.normal(keys(samples), (2,), dtype)
+    noise = prng.normal(keys(5), (2,))
     index = np.arange(len(knots))
     return noise, np.asarray(flows.states_at(velocity, noise, knots, index))
 
