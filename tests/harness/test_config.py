@@ -31,25 +31,18 @@ class Local:
 
 
 def get_config(tier):
+    empty = config_dict.placeholder
     return ConfigDict({
         "name": "digits",
         "train": {
-            "steps": 10 if tier == "smoke" else 100,
-            "learning_rate": 1e-3,
-            "shuffle": True,
-            "clip": config_dict.placeholder(float),
-            "note": config_dict.placeholder(str),
-            "grid": config_dict.placeholder(tuple),
+            "steps": 10 if tier == "smoke" else 100, "learning_rate": 1e-3,
+            "shuffle": True, "clip": empty(float), "note": empty(str),
+            "grid": empty(tuple),
         },
         "model": {
-            "hidden": 64,
-            "betas": (0.9, 0.999),
-            "mixed": (1, 0.5, True, "relu"),
-            "nested": ((1, 2), (3, 4)),
-            "widths": [8, 16],
-            "free": [],
-            "act": ("gelu", "silu"),
-            "dtype": None,
+            "hidden": 64, "betas": (0.9, 0.999), "mixed": (1, 0.5, True, "relu"),
+            "nested": ((1, 2), (3, 4)), "widths": [8, 16], "free": [],
+            "act": ("gelu", "silu"), "dtype": None,
         },
     })
 """
