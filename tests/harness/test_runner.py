@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tmdjax import harness, train
-from tmdjax.harness import ledger
+from tmdjax.harness import environment, ledger
 from tmdjax.harness import stages as stages_module
 from tmdjax.harness.environment import InUse, locked
 from tmdjax.harness.logs import read_rows, without_timings
@@ -453,3 +453,11 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(os, "replace", full)
     words = r"cannot write .*config.json: No space.*Free"
     refused(words, run, tmp_path, error=OSError)
+
+
+def test_peak_memory_counts_kilobytes_but_on_macos(monkeypatch):
+    monkeypatch.setattr(environment.sys, "platform", "darwin")
+    bytes_ = environment.peak_memory_gb()
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    assert environment.peak_memory_gb() == pytest.approx(1024 * bytes_, rel=0.1)
+    assert environment.peak_memory_gb() > 0.05  # an interpreter with jax

@@ -36,6 +36,8 @@ def scipy_layer(videos, layer, stride):
 
 def test_layers_are_scipys_convolutions():
     params = random_conv3d(3)
+    biases = np.concatenate([layer["bias"] for layer in params.values()])
+    assert -0.5 <= biases.min() < -0.4 and 0.4 < biases.max() <= 0.5
     video = np.random.default_rng(0).uniform(-1, 1, (1, 6, 8, 7, 3)).astype(np.float32)
     outputs = conv3d_layers(params, jax.numpy.asarray(video))
     x = video[0]

@@ -31,6 +31,7 @@ def test_passes_by_hand():
         ("largest", (5,), 1, "#5$"),
     ):
         assert list_response(operation, items, rank) == expected
+    assert list_response("largest", (3, 1, 2)).endswith("#3$")
 
 
 def test_answers_are_those_of_python():
