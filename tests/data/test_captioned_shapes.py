@@ -46,9 +46,6 @@ def rows(specs, *names):
     }
 
 
-# ---- specs ----
-
-
 @pytest.mark.parametrize("size", [16, 32])
 def test_specs_are_valid_and_fit(size):
     specs = sampled(size)
@@ -100,9 +97,6 @@ def test_specs_depend_on_their_key_alone():
     moved = keys_of(8).at[:3].set(keys_of(0)[100:103])
     for name, array in jax.device_get(sample_specs(moved, tags=TAGS, size=32)).items():
         np.testing.assert_array_equal(array[:3], sampled()[name][100:103])
-
-
-# ---- images ----
 
 
 @pytest.mark.parametrize("size", [16, 32, 45])
@@ -174,9 +168,6 @@ def test_cells_give_few_images_that_are_right(size):
     assert len(np.unique(render(keys_of(0), one, size, "cells"), axis=0)) <= 24
 
 
-# ---- split ----
-
-
 def test_held_out_share_and_small_tags():
     specs = sampled()
     held = np.asarray(is_held_out(specs))
@@ -231,9 +222,6 @@ def test_prompts_exclude_others_of_the_same_meaning(refused):
     assert not rows(left, "shape") & (rows(taken, "shape") | rows(mirrored, "shape"))
     none_left = "only 1 training specs of the tags two that"
     refused(none_left, prompts, 2, **two, exclude=mirrored)
-
-
-# ---- source ----
 
 
 @pytest.fixture(scope="module")

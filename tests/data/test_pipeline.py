@@ -129,9 +129,9 @@ def test_another_state_is_refused(refused):
 
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_are_disjoint_and_equally_long(shards):
-    settings, steps = {"count": 11, "batch_size": 1, "seed": 2}, 11 // shards
+    options, steps = {"count": 11, "batch_size": 1, "seed": 2}, 11 // shards
     plans = [
-        BatchPlan(**settings, shard_index=i, shard_count=shards) for i in range(shards)
+        BatchPlan(**options, shard_index=i, shard_count=shards) for i in range(shards)
     ]
     assert {plan.steps_per_epoch for plan in plans} == {steps}
     left_out = set()

@@ -68,9 +68,6 @@ def test_prompts_of_different_tasks_differ():
     assert sum(map(len, prompts)) == len(set().union(*prompts))
 
 
-# ---- splits ----
-
-
 def test_splits_never_move():
     # Literal: a change of the hash would let evaluation problems into training.
     prompts = (">589=", ">s312=", ">3,7,25:54=", ">11=")
@@ -123,9 +120,6 @@ def test_rewards_run_through_the_host_interface():
     np.testing.assert_array_equal(pending.result(), [1, 1, 0, 1, 1, 1])
 
 
-# ---- vocabulary ----
-
-
 def test_the_vocabulary_is_small_and_has_each_character_once(refused):
     assert len(vocabulary.CHARACTERS) == len(set(vocabulary.CHARACTERS)) == 28
     assert vocabulary.CHARACTERS.index(vocabulary.PAD) == 0
@@ -135,9 +129,6 @@ def test_the_vocabulary_is_small_and_has_each_character_once(refused):
     refused("character 2, 'x', is not among '_>#", vocabulary.encode, "1x2")
     for i in (28, -1):
         refused(rf"id {i} is outside .* \[0, 28\)", vocabulary.decode, [3, i])
-
-
-# ---- chain-sum ----
 
 
 def sum_text(digits, sums):
@@ -203,9 +194,6 @@ def test_bad_input(refused):
     refused("count=0 must be at least 1", sample, task, "train", 0, rng)
     kind = r"count=2\.5 is of type float"
     refused(kind, sample, task, "train", 2.5, rng, error=TypeError)
-
-
-# ---- list operations ----
 
 
 def test_tiers_and_operations_of_lists():

@@ -64,10 +64,9 @@ def test_actions_are_clipped_and_episodes_end(kind, simulator):
         step = environment.step(step.state, jnp.array([1.0, 0.0]), None)
     assert step.terminated and not step.truncated
     assert environment.step(step.state, jnp.zeros(2), None).truncated
-    first = jax.vmap(lambda k: environment.reset(k, first=True))(
-        jax.random.split(jax.random.key(0), 64)
-    )
-    assert set(np.unique(first[0][1])) == set(range(5))
+    keys = jax.random.split(jax.random.key(0), 64)
+    (_, steps), _ = jax.vmap(lambda k: environment.reset(k, first=True))(keys)
+    assert set(np.unique(steps)) == set(range(5))
 
 
 def test_many_return_to_where_they_began(simulator):

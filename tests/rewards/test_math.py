@@ -32,9 +32,6 @@ def symbolic():
     verifier.close()
 
 
-# ---- extraction ----
-
-
 def test_extraction():
     for text, answer in {
         r"so $\boxed{42}$.": "42",
@@ -76,9 +73,6 @@ def test_long_nonsense_costs_little(plain):
         plain.outcome(text, "5")
         normalise(text)
     assert time.monotonic() - start < 5
-
-
-# ---- numbers ----
 
 
 def test_numbers():
@@ -130,9 +124,6 @@ def test_every_writing_of_a_number_has_its_value(number, data):
     verifier = MathVerifier(symbolic=False)
     assert verifier(rf"thus \boxed{{{text}}}", f"{top}/{bottom}") == 1.0
     assert verifier(rf"thus \boxed{{{text}}}", f"{top + bottom * 101}/{bottom}") == 0.0
-
-
-# ---- comparison ----
 
 
 def test_comparison_without_symbols(plain):

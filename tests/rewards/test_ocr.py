@@ -2,6 +2,7 @@ import functools
 import importlib.util
 import sys
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -261,14 +262,11 @@ def test_absent_packages_name_the_extra(monkeypatch, refused):
 
 def fake_onnxruntime(characters):
     """A module whose sessions have 5 classes and this dictionary."""
-    session = types.SimpleNamespace(
-        get_modelmeta=lambda: types.SimpleNamespace(custom_metadata_map=characters),
-        get_outputs=lambda: [types.SimpleNamespace(shape=["n", "w", 5])],
-    )
-    return types.SimpleNamespace(
-        SessionOptions=types.SimpleNamespace,
-        InferenceSession=lambda *args, **options: session,
-    )
+    module = mock.Mock()
+    session = module.InferenceSession.return_value
+    session.get_modelmeta.return_value.custom_metadata_map = characters
+    session.get_outputs.return_value = [mock.Mock(shape=["n", "w", 5])]
+    return module
 
 
 def test_another_model_needs_a_dictionary_that_fits(monkeypatch, tmp_path, refused):

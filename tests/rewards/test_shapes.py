@@ -72,9 +72,6 @@ def rolled(specs):
     return {name: np.roll(value, 1, 0) for name, value in specs.items()}
 
 
-# ---- an independent count, object by object ----
-
-
 def count_objects(image):
     """(colour, shape, box) of each object, by scipy's labels and cropped templates."""
     image = np.clip(image.astype(np.float64), -1, 1)
