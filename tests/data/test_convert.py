@@ -165,42 +165,25 @@ def test_an_existing_set_is_not_overwritten(tmp_path, refused):
     assert loaded(tmp_path).meta["tfds"] == "mine:1.1.0"
 
 
-def damaged(folder):
-    (folder / "broken.png").write_bytes(b"no image")
-
-
-def mixed(folder):
-    write_images(folder)
-    write_images(folder, count=1, classes=())
-
-
-def half_captioned(folder):
-    write_images(folder, count=2, classes=())
-    (folder / "picture0.txt").write_text("x")
-
-
-def sixteen_bits(folder):
-    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(folder / "deep.png")
-
-
-def transparent(folder):
-    Image.new("RGBA", (4, 4), (1, 2, 3, 100)).save(folder / "clear.png")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (sixteen_bits, "deep.png has more than 8 bits"),
-        (transparent, "clear.png has transparent pixels; give --channels=4"),
-        (lambda folder: None, "holds no images"),
-        (damaged, "broken.png is no image"),
-        (mixed, "holds images both in folders"),
-        (half_captioned, "1 of 2 images have a caption, .*picture1.png has none"),
-    ],
-)
-def test_bad_folders(tmp_path, refused, make, message):
-    make(tmp_path)
-    refused(message, convert.image_columns, tmp_path)
+def test_bad_folders(tmp_path, refused):
+    for name in ("deep", "clear", "empty", "broken"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep/deep.png")
+    Image.new("RGBA", (4, 4), (1, 2, 3, 100)).save(tmp_path / "clear/clear.png")
+    (tmp_path / "broken/broken.png").write_bytes(b"no image")
+    write_images(tmp_path / "mixed")
+    write_images(tmp_path / "mixed", count=1, classes=())
+    write_images(tmp_path / "half", count=2, classes=())
+    (tmp_path / "half/picture0.txt").write_text("x")
+    for name, message in {
+        "deep": "deep.png has more than 8 bits",
+        "clear": "clear.png has transparent pixels; give --channels=4",
+        "empty": "holds no images",
+        "broken": "broken.png is no image",
+        "mixed": "holds images both in folders",
+        "half": "1 of 2 images have a caption, .*picture1.png has none",
+    }.items():
+        refused(message, convert.image_columns, tmp_path / name)
 
 
 def test_two_sizes_leave_no_set_behind(tmp_path, refused):

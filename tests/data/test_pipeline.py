@@ -7,13 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmdjax.data import (
-    Batches,
-    BatchPlan,
-    array_record,
-    in_memory,
-    write_array_record,
-)
+from tmdjax.data import Batches, BatchPlan, array_record, in_memory, write_array_record
 
 
 def arrays(n):

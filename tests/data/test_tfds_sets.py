@@ -394,8 +394,8 @@ def test_texts_as_bytes(refused):
     assert rows.shape == (3, 4) and tfds_sets.decode_texts(rows) == texts
     assert tfds_sets.encode_texts(texts, 7).shape == (3, 7)
     for bad in (["toolong"], ["a\0b"]):
-        message = "must have at most length=4 and no NUL"
-        refused(message, tfds_sets.encode_texts, bad, 4)
+        long = "must have at most length=4 and no NUL"
+        refused(long, tfds_sets.encode_texts, bad, 4)
 
 
 def test_a_set_that_is_not_prepared_names_folder_and_command(tmp_path, refused):

@@ -92,20 +92,16 @@ def test_instances_depend_on_their_key_alone():
     np.testing.assert_array_equal(a.observation[:2], b.observation)
 
 
-class Dictionary(Counter):
-    def reset(self, key, first=False):
-        return jnp.zeros(()), {"state": jnp.zeros(1), "privileged": jnp.zeros(2)}
-
-
-class Integers(Counter):
-    def reset(self, key, first=False):
-        return jnp.zeros(()), jnp.zeros(3, jnp.int32)
-
-
 def test_bad_inputs(refused):
+    def observes(seen):
+        reset = lambda self, key, first=False: (jnp.zeros(()), seen)  # noqa: E731
+        return type("Observes", (Counter,), {"reset": reset})()
+
+    several = {"state": jnp.zeros(1), "privileged": jnp.zeros(2)}
+    integers = jnp.zeros(3, jnp.int32)
     for message, environment, count, options, error in (
-        ("dict with 'privileged', 'state'", Dictionary(), 2, {}, TypeError),
-        ("int32; give a float32", Integers(), 2, {}, TypeError),
+        ("dict with 'privileged', 'state'", observes(several), 2, {}, TypeError),
+        ("int32; give a float32", observes(integers), 2, {}, TypeError),
         ("is no environment: it needs action_si", object(), 2, {}, TypeError),
         ("count=0", Counter(), 0, {}, ValueError),
         ("='frsh'.*'fresh'", Counter(), 2, {"resets": "frsh"}, ValueError),

@@ -1,4 +1,4 @@
-"""Precision and recall against brute force, and what they must say of a generator."""
+"""Precision and recall against brute force and by hand."""
 
 import sys
 

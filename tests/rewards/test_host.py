@@ -111,7 +111,7 @@ def test_a_scorer_that_raises_is_reported_with_sample_and_cause():
 
         def score(images, prompts):
             calls.append(prompts)
-            assert len(images) == len(prompts)
+            assert prompts == [PROMPTS[int(image[0, 0])] for image in images]
             if bad(prompts):
                 raise error
             return np.ones(len(prompts))
