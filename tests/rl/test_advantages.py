@@ -12,9 +12,8 @@ from tmdjax import rl
 GROUP = np.array([0, 1, 0, 2, 1, 0, 2, 1])
 REWARDS = np.array([1.0, 0.5, 3.0, -2.0, 0.25, 8.0, 2.0, 0.75], np.float32)
 NAMES = ("baseline", "scale", "ddof")
-SETTINGS = list(
-    itertools.product(("mean", "leave_one_out"), ("group", "batch", "none"), (0, 1))
-)
+BASELINES, SCALES = ("mean", "leave_one_out"), ("group", "batch", "none")
+SETTINGS = [dict(zip(NAMES, s)) for s in itertools.product(BASELINES, SCALES, (0, 1))]
 
 
 def reference(rewards, group, baseline, scale, ddof, eps):
@@ -44,20 +43,14 @@ def advantages(rewards, group=GROUP, num_groups=3, **options):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _of_all_settings(rewards, eps):
-    return [
-        jax.vmap(
-            lambda reward, s=s: rl.group_advantages(
-                reward, GROUP, num_groups=3, eps=eps, **dict(zip(NAMES, s))
-            )
-        )(rewards)
-        for s in SETTINGS
-    ]
+    of = functools.partial(rl.group_advantages, group=GROUP, num_groups=3, eps=eps)
+    return [jax.vmap(functools.partial(of, **s))(rewards) for s in SETTINGS]
 
 
 def of_all_settings(rewards, eps=0.0):
     """Advantages of each row, and the options that they were computed with."""
     found = _of_all_settings(np.asarray(rewards, np.float32), eps)
-    return [(np.asarray(a), dict(zip(NAMES, s))) for a, s in zip(found, SETTINGS)]
+    return zip(map(np.asarray, found), SETTINGS)
 
 
 def test_advantages_are_those_of_a_loop_over_samples():
@@ -84,8 +77,7 @@ def test_invariant_13_sums_shifts_scales_and_ties():
             sums = [ours[GROUP == g].sum() for g in range(3)]
             assert_allclose(sums, 0, atol=5e-6)
             assert_allclose(moved, ours, rtol=1e-5)
-            factor = 8.0 if scale == "none" else 1.0
-            assert_allclose(scaled, factor * ours, rtol=1e-5)
+            assert_allclose(scaled, (8.0 if scale == "none" else 1.0) * ours, rtol=1e-5)
             if scale == "group":  # each prompt may have its own units
                 assert_allclose(by_prompt, ours, rtol=1e-5)
             assert_array_equal(tied_some[GROUP > 0], 0)
@@ -152,14 +144,11 @@ def test_outside_jit_the_same_and_bad_values_stay_visible_inside(count_compiles)
     assert_array_equal(slope, 0)
 
 
-@pytest.mark.parametrize("dtype", [bool, int, np.float64, jnp.bfloat16])
-def test_rewards_of_any_dtype(dtype):
-    ours = advantages(np.array([1, 0, 0, 1, 1, 0, 1, 0]).astype(dtype))
-    assert ours.dtype == np.float32
-    assert_allclose(ours[4] / ours[1], -2, rtol=1e-5)
-
-
-def test_a_singleton_on_demand():
+def test_rewards_of_any_dtype_and_a_singleton_on_demand():
+    for dtype in (bool, int, np.float64, jnp.bfloat16):
+        ours = advantages(np.array([1, 0, 0, 1, 1, 0, 1, 0]).astype(dtype))
+        assert ours.dtype == np.float32
+        assert_allclose(ours[4] / ours[1], -2, rtol=1e-5, err_msg=str(dtype))
     rewards, group = np.array([5.0, 1.0, 0.0]), np.array([1, 0, 0])
     for options in ({}, {"baseline": "leave_one_out", "scale": "batch"}):
         ours = advantages(rewards, group, 2, allow_singletons=True, **options)
@@ -222,8 +211,7 @@ def test_several_rewards_are_summed_after_normalising():
         return np.asarray(several(rewards, GROUP, weights, num_groups=3, **options))
 
     ours = of(rewards, [1.0, 7.0, 0.5])
-    expected = advantages(REWARDS) + 0.5 * advantages(third)
-    assert_allclose(ours, expected, rtol=1e-5)
+    assert_allclose(ours, advantages(REWARDS) + 0.5 * advantages(third), rtol=1e-5)
     # A reward's units do not matter.
     units = np.array([1000.0, 1.0, 0.001], np.float32)
     a, b = (of(r, [1, 7, 0.5], eps=0.0) for r in (units * rewards, rewards))

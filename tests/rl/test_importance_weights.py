@@ -71,16 +71,13 @@ def test_constants_which_equal_policies_make_one_and_masks_zero(rule):
     ours = jax.jit(weights)(hole, np.where(MASK, BEHAVIOUR, np.nan), MASK)
     assert_allclose(ours, weights(TARGET, BEHAVIOUR, MASK), rtol=1e-6)
     assert ours[1, 1] == 0
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_half_precision_and_huge_ratios(rule):
+    # in half precision, and huge
     half = [jnp.asarray(x, jnp.bfloat16) for x in (TARGET, BEHAVIOUR)]
-    ours = RULES[rule](*half)
+    ours = weights(*half)
     assert ours.dtype == jnp.float32
-    assert_array_equal(ours, RULES[rule](*[x.astype(jnp.float32) for x in half]))
+    assert_array_equal(ours, weights(*[x.astype(jnp.float32) for x in half]))
     high = {} if rule == "rejecting" else {"high": math.inf}
-    ours = RULES[rule](BEHAVIOUR + np.float32(1000), BEHAVIOUR, **high)
+    ours = weights(BEHAVIOUR + np.float32(1000), BEHAVIOUR, **high)
     assert_allclose(ours, math.exp(20) if high else 0, rtol=1e-5)
 
 

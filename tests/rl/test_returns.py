@@ -69,7 +69,7 @@ def test_a_step_that_is_not_valid_is_a_cut_before_it():
     assert_allclose(advantage, brute_force(*given, 0.9, 0.8), atol=1e-5)
 
 
-def test_no_gradient_and_traced_numbers():
+def test_no_gradient_traced_numbers_and_bad_inputs(refused):
     reward, value, *rest = drawn(2)
 
     @jax.jit
@@ -78,9 +78,14 @@ def test_no_gradient_and_traced_numbers():
         return sum(rl.generalised_advantages(reward, value, *rest, **options)).sum()
 
     assert (jax.grad(total)(value, 0.9) == 0).all()
+    of, given = rl.generalised_advantages, {"discount": 0.9, "gae_lambda": 0.9}
+    short = (reward, value, rest[0], rest[1][:2], rest[2])
+    refused("terminated has shape", of, *short, **given)
+    given["discount"] = 1.5
+    refused("discount=1.5 is outside", of, reward, value, *rest, **given)
 
 
-def test_standardised_over_what_is_valid():
+def test_standardised_over_what_is_valid(refused):
     x = np.random.default_rng(0).normal(3, 2, (40, 3))
     valid = np.random.default_rng(1).random((40, 3)) > 0.3
     out = np.asarray(rl.standardise(np.where(valid, x, 1e6), valid))
@@ -89,14 +94,6 @@ def test_standardised_over_what_is_valid():
     assert_allclose(out[valid].std(ddof=1), 1, rtol=1e-5)
     whole = np.asarray(rl.standardise(x))
     assert_allclose(whole, (x - x.mean()) / x.std(ddof=1), atol=1e-5)
-
-
-def test_bad_inputs(refused):
-    arrays, of = drawn(0), rl.generalised_advantages
-    options = {"discount": 0.9, "gae_lambda": 0.9}
-    short = (*arrays[:3], arrays[3][:2], arrays[4])
-    refused("terminated has shape", of, *short, **options)
-    refused("discount=1.5 is outside", of, *arrays, discount=1.5, gae_lambda=0.9)
     refused("valid has shape", rl.standardise, np.zeros(3), np.ones(4, bool))
 
 

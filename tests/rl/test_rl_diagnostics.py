@@ -31,7 +31,14 @@ def test_by_hand():
     assert (pair["clip_fraction_low"], pair["clip_fraction_high"]) == (0, 0.25)
 
 
-def test_only_live_elements_count():
+def test_only_live_elements_count_large_and_small():
+    of = jax.jit(lambda x: rl.ratio_statistics(x, jnp.zeros_like(x), None, 0.2))
+    stats = of(jnp.zeros(10).at[3].set(300.0))
+    assert_allclose(stats["effective_sample_fraction"], 0.1, rtol=1e-6)
+    assert all(np.isfinite(v) for v in stats.values())
+    stats = of(np.array([0.0, 1e-6, -2e-6], np.float32))
+    assert_allclose(stats["ratio_error_max"], 2e-6, rtol=1e-5)
+    assert_allclose(stats["kl_k3"], 2.5e-12 / 3, rtol=1e-4)
     ratios = np.array([[0.5, 1.0, 2.0], [1.25, np.nan, np.inf]])
     mask = np.array([[1, 1, 1], [1, 0, 0]], bool)
     assert statistics(ratios, mask) == pytest.approx(statistics([0.5, 1, 2, 1.25]))
@@ -40,23 +47,17 @@ def test_only_live_elements_count():
     assert set(statistics(ratios, np.zeros((2, 3), bool)).values()) == {0.0}
 
 
-def test_one_element_outweighs_the_others_and_small_errors_are_resolved():
-    of = jax.jit(lambda x: rl.ratio_statistics(x, jnp.zeros_like(x), None, 0.2))
-    stats = of(jnp.zeros(10).at[3].set(300.0))
-    assert_allclose(stats["effective_sample_fraction"], 0.1, rtol=1e-6)
-    assert all(np.isfinite(v) for v in stats.values())
-    stats = of(np.array([0.0, 1e-6, -2e-6], np.float32))
-    assert_allclose(stats["ratio_error_max"], 2e-6, rtol=1e-5)
-    assert_allclose(stats["kl_k3"], 2.5e-12 / 3, rtol=1e-4)
-
-
-def test_equal_policies_and_no_gradient():
+def test_equal_policies_no_gradient_and_bad_inputs(refused):
     stats = statistics(np.ones(7))
     assert stats.pop("effective_sample_fraction") == 1
     assert set(stats.values()) == {0.0}
     of = lambda x: rl.ratio_statistics(x, jnp.zeros(3), None, 0.2)  # noqa: E731
     gradient = jax.grad(lambda x: sum(of(x).values()))(jnp.array([0.1, -0.3, 0.5]))
     assert_array_equal(gradient, 0)
+    of, zeros = rl.ratio_statistics, np.zeros(3)
+    refused(r"shape \(3,\) but the other log_prob", of, zeros, np.zeros(4), None, 0.2)
+    refused(r"mask has shape \(2,\)", of, zeros, zeros, np.ones(2), 0.2)
+    refused("clip_range low=-0.2", rl.check_first_ratio, 0.0, -0.2)
 
 
 def test_first_ratio():
@@ -79,10 +80,3 @@ def test_first_ratio():
     for bad in (0.0201, math.nan, math.inf):
         with pytest.raises(rl.RatioError, match=r"clip_range 0\.2"):
             rl.check_first_ratio(bad, (0.2, 0.28))
-
-
-def test_bad_inputs(refused):
-    of, zeros = rl.ratio_statistics, np.zeros(3)
-    refused(r"shape \(3,\) but the other log_prob", of, zeros, np.zeros(4), None, 0.2)
-    refused(r"mask has shape \(2,\)", of, zeros, zeros, np.ones(2), 0.2)
-    refused("clip_range low=-0.2", rl.check_first_ratio, 0.0, -0.2)

@@ -20,6 +20,7 @@ clipped = jax.jit(
     functools.partial(rl.clipped_surrogate, clip_range=0.2),
     static_argnames=("clip_range", "dual_clip"),
 )
+sequence_log_ratio = jax.jit(rl.sequence_log_ratio)
 RULES = {
     "clipped": functools.partial(rl.clipped_surrogate, clip_range=0.2),
     "clip_higher": functools.partial(rl.clipped_surrogate, clip_range=(0.1, 0.3)),
@@ -49,9 +50,6 @@ def gradients(rule, log_prob, behaviour, advantage, proximal=PROXIMAL, mask=None
     return out, found
 
 
-sequence_log_ratio = jax.jit(rl.sequence_log_ratio)
-
-
 def log(*ratios):
     return np.log(np.array(ratios, np.float32))
 
@@ -67,6 +65,12 @@ def test_clipped_surrogate_by_hand():
     ):
         ours = clipped(ratios, zeros, advantage, **options)
         assert_allclose(ours, expected, rtol=1e-6, err_msg=str(options))
+    for shape in ((), (7,), (3, 2, 2)):
+        zeros = np.zeros(shape, np.float32)
+        assert_array_equal(clipped(zeros, zeros, zeros + 1), -np.ones(shape))
+    # a square batch takes one advantage a row
+    square, rows = np.zeros((2, 2), np.float32), np.array([1, 5], np.float32)
+    assert_array_equal(clipped(square, square, rows), [[-1, -1], [-5, -5]])
     # decoupled: the product with a weight that is not truncated
     weight = np.exp(PROXIMAL.astype(float) - BEHAVIOUR)
     product = clipped(LOG_PROB, PROXIMAL, ADVANTAGE) * weight
@@ -88,9 +92,8 @@ def test_gradient_vanishes_where_clipped_and_a_policy_gradients_nowhere():
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "policy_gradient"])
 def test_gradient_is_that_of_finite_differences(rule, x64):
-    log_prob, *given = (
-        np.asarray(x, np.float64) for x in (LOG_PROB, BEHAVIOUR, ADVANTAGE, PROXIMAL)
-    )
+    arrays = (LOG_PROB, BEHAVIOUR, ADVANTAGE, PROXIMAL)
+    log_prob, *given = np.asarray(arrays, np.float64)
     step = 1e-6
     up, down = (np.asarray(values(rule, log_prob + s, *given)) for s in (step, -step))
     assert up.dtype == np.float64
@@ -113,8 +116,7 @@ def test_sigmoid_surrogate_fades_on_both_sides():
         p = 1 / (1 + math.exp(-2 * temperature))
         assert weight(3.0, advantage) == pytest.approx(4 * p * (1 - p), rel=1e-5)
     assert weight(0.5, 1.0) == pytest.approx(weight(1.5, 1.0), rel=1e-5)
-    sharp = weight(2.0, 1.0, positive_temperature=5.0)
-    assert sharp < 0.2 * weight(2.0, 1.0)
+    assert weight(2.0, 1.0, positive_temperature=5.0) < 0.2 * weight(2.0, 1.0)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -124,15 +126,6 @@ def test_advantages_of_whole_sequences_broadcast(rule):
         full = advantage.reshape(shape + (1,) * (2 - len(shape)))
         expected = values(rule, LOG_PROB, BEHAVIOUR, np.broadcast_to(full, SHAPE))
         assert_array_equal(values(rule, LOG_PROB, BEHAVIOUR, advantage), expected)
-
-
-def test_any_shape():
-    for shape in ((), (7,), (3, 2, 2)):
-        zeros = np.zeros(shape, np.float32)
-        assert_array_equal(clipped(zeros, zeros, zeros + 1), -np.ones(shape))
-    # a square batch takes one advantage a row
-    square, rows = np.zeros((2, 2), np.float32), np.array([1, 5], np.float32)
-    assert_array_equal(clipped(square, square, rows), [[-1, -1], [-5, -5]])
 
 
 @pytest.mark.parametrize("rule", RULES)

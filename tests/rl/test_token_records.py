@@ -11,17 +11,10 @@ from tmdjax.rl import TokenRecord, batch_records
 
 
 def record(number, prompt, tokens, reward=0.5, group=0):
-    count = len(tokens)
-    return TokenRecord(
-        number=number,
-        group=group,
-        prompt=tuple(prompt),
-        tokens=list(tokens),
-        log_probs=[-0.1 * (i + 1) for i in range(count)],
-        versions=[number] * count,
-        status="stop",
-        reward=reward,
-    )
+    count, given = len(tokens), {"number": number, "group": group, "reward": reward}
+    given |= {"prompt": tuple(prompt), "tokens": list(tokens), "status": "stop"}
+    log_probs = [-0.1 * (i + 1) for i in range(count)]
+    return TokenRecord(log_probs=log_probs, versions=[number] * count, **given)
 
 
 RECORDS = [
@@ -59,13 +52,10 @@ def test_a_every_token_stands_where_it_belongs(rows):
         assert batch.segments.max() == 2
 
 
-def test_padding_sequences():
+def test_padding_sequences_and_bad_records(refused):
     batch = batch_records(RECORDS, length=8, response_length=4, sequences=5, pad=9)
     assert batch.mask.shape == (5, 4) and not batch.mask[3:].any()
     assert (batch.tokens[3:] == 9).all() and (batch.segments[3:] == 0).all()
-
-
-def test_bad_records(refused):
     given = {"length": 8, "response_length": 5}
     refused("nothing to batch", batch_records, [], **given)
     for changes, options, message in (
@@ -83,14 +73,13 @@ def test_bad_records(refused):
         refused(message, batch_records, [first, *RECORDS[1:]], **given | options)
 
 
-def test_d_overlong_penalty():
+def test_d_overlong_penalty(refused):
     """DAPO's numbers: 16384 tokens are free, 20480 cost 1."""
     options = {"longest": 20480, "buffer": 4096}
     for length, expected in ((5, 0), (16384, 0), (18432, -0.5), (20480, -1)):
         assert rl.overlong_penalty(length, **options) == expected
     assert rl.overlong_penalty(20480, **options, factor=2.0) == -2
-    with pytest.raises(ValueError, match="buffer=30"):
-        rl.overlong_penalty(5, longest=20, buffer=30)
+    refused("buffer=30", rl.overlong_penalty, 5, longest=20, buffer=30)
 
 
 def test_informative_groups_are_those_with_advantages():

@@ -160,7 +160,7 @@ def test_cache_sees_a_model_that_differs_at_one_time_only(tmp_path):
     assert not np.array_equal(*costs)
 
 
-def test_chords_join_states_of_one_trajectory(found, fine):
+def test_chords_join_states_of_one_trajectory_and_are_split(found, fine):
     noise = prng.normal(keys(50, 1), (2,))
     knots = flows.fine_knots(20)
     whole = np.asarray(flows.states_at(FLOW.velocity, noise, knots, np.arange(21)))
@@ -172,10 +172,7 @@ def test_chords_join_states_of_one_trajectory(found, fine):
                 x, t = (chords[n + end][50 * i : 50 * (i + 1)] for n in "xt")
                 assert_allclose(x, whole[knot], atol=1e-5)
                 assert_allclose(t, 1 - knot / 20, atol=1e-6)
-
-
-def test_split_pools_chords_not_noises(found, fine):
-    chords = boss.chords(fine, found.schedules[6])
+    # a split pools chords, not noises
     chords["number"] = np.arange(300)
     training, held_out = boss.split(chords, jax.random.key(0))
     assert len(held_out["t"]) == 30 and len(training["t"]) == 270
@@ -362,11 +359,10 @@ def test_fine_tuning_resumes_to_the_same_parameters(student, found, fine, tmp_pa
     same(whole, run(tmp_path / "b"))
 
 
-def test_sample_walks_the_grid_which_survives_json_and_is_the_default(found):
+def test_sample_walks_the_grid_which_survives_json(found, refused):
     schedule, noise = found.schedules[6], prng.normal(keys(9), (2,))
     expected = boss.sample(FLOW.velocity, noise, schedule)
-    walked = flows.endpoints(FLOW.velocity, noise, schedule.times)
-    assert_array_equal(expected, walked)
+    assert_array_equal(expected, flows.endpoints(FLOW.velocity, noise, schedule.times))
     heun = boss.sample(FLOW.velocity, noise, schedule, method="heun")
     assert not np.allclose(heun, expected)
     grid = json.loads(json.dumps(schedule.times.tolist()))
@@ -374,11 +370,8 @@ def test_sample_walks_the_grid_which_survives_json_and_is_the_default(found):
         velocity = boss.on_grid(FLOW.velocity, times)
         assert_array_equal(boss.sample(velocity, noise), expected)
         assert_array_equal(boss.sample(velocity, noise, schedule), expected)
-
-
-def test_another_grid_is_refused_unless_allowed(found, refused):
-    noise, other = prng.normal(keys(9), (2,)), flows.uniform_grid(6)
-    velocity = boss.on_grid(FLOW.velocity, found.schedules[6])
+    # another is refused unless allowed
+    other = flows.uniform_grid(6)
     for grid in (other, found.schedules[4]):
         message = "straightened on the times.*allow_grid"
         refused(message, boss.sample, velocity, noise, grid)
@@ -402,10 +395,6 @@ def test_guidance_other_than_the_schedules_warns(found):
         boss.sample(wrapped, noise, schedule, cond)
 
 
-def never(x, t, cond):
-    raise AssertionError("the budget is checked before the network is traced")
-
-
 def test_one_key_and_numpy_budgets():
     key = jax.random.key(3)
     one = boss.search(FLOW.velocity, key, (2,), np.int64(2), samples=7, knots=5)
@@ -419,7 +408,7 @@ def test_bad_search_before_the_network(cached, tmp_path, refused):
     noisy = flows.make_table("ode", flows.uniform_grid(4))
     noisy = noisy.replace(S=np.full(4, 0.1), stochastic=True)
     budget = r"budget K=.* must be in \[1, K_max=100\]"
-    search, four = functools.partial(boss.search, never, cache=cache), keys(4)
+    search, four = functools.partial(boss.search, print, cache=cache), keys(4)
     for budgets in (0, 101, (4, 200), -1):
         refused(budget, search, four, (2,), budgets)
     refused("budgets is empty", search, four, (2,), ())
@@ -500,5 +489,4 @@ def test_cost_matrix_lowers_for_accelerators():
         given = (jax.random.wrap_key_data(data), None, knots, ones, (2,), "euler")
         return step_search._cost_sums(velocity, metric, *given)
 
-    exported = lowered(costs, jax.random.key_data(keys(4)))
-    assert exported.out_avals[0].shape == (5, 6)
+    assert lowered(costs, jax.random.key_data(keys(4))).out_avals[0].shape == (5, 6)

@@ -17,10 +17,18 @@ from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 
 MIXTURE = flows.gaussian_mixture(**data.MIXTURE)
-SPLITS = (0, 2, 4)
-Trees = functools.partial(
-    branchgrpo.Trees, grid=flows.uniform_grid(8), event_shape=(2,), splits=SPLITS
-)
+SPLITS, EIGHT = (0, 2, 4), flows.uniform_grid(8)
+Trees = functools.partial(branchgrpo.Trees, grid=EIGHT, event_shape=(2,), splits=SPLITS)
+COUNTS = [
+    (20, (0, 3, 6, 9), 2, (203, 218, 16)),
+    (6, (1, 3), 3, (26, 34, 9)),
+    (4, (), 2, (4, 4, 1)),
+]
+LAST_STEPS = (16, 17, 18, 19, 20)
+TWENTY = {"grid": flows.uniform_grid(20), "splits": (0, 3, 6, 9)}
+PAPER = functools.partial(Trees, **TWENTY, train_last=True)
+NET, PARAMS = mlp(hidden=16, depth=1)
+MIXED = {"mix": (4, 2), "correlation": 0.5, "split_scale": 3.0, "train_last": True}
 
 
 def compiled(function, *names):
@@ -36,8 +44,7 @@ rollout = compiled(flows.rollout, "velocity")
 
 
 def rewards(trees, leaves, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(trees, leaves)).astype(np.float32)
+    return np.random.default_rng(seed).normal(size=(trees, leaves)).astype(np.float32)
 
 
 def drawn(*methods, prompts=3, key=0, velocity=MIXTURE.velocity):
@@ -48,13 +55,6 @@ def drawn(*methods, prompts=3, key=0, velocity=MIXTURE.velocity):
     walk = compiled(functools.partial(methods[0].rollout, **options))
     found = [(*walk(keys, table=table), table, plan) for table, plan in plans]
     return found[0] if len(found) == 1 else found
-
-
-COUNTS = [
-    (20, (0, 3, 6, 9), 2, (203, 218, 16)),
-    (6, (1, 3), 3, (26, 34, 9)),
-    (4, (), 2, (4, 4, 1)),
-]
 
 
 @pytest.mark.parametrize("steps, splits, branches, expected", COUNTS)
@@ -111,8 +111,7 @@ def test_1_one_split_at_the_root_is_a_group_from_one_noise():
     error = np.sqrt((a.var(0) + b.var(0)) / 4000)
     assert np.all(np.abs(a.mean(0) - b.mean(0)) < 4 * error)
     reward = rewards(4000, group)
-    value = fuse(reward, method.tree)
-    advantage = advantages(value, method.tree, clip=np.inf)
+    advantage = advantages(fuse(reward, method.tree), method.tree, clip=np.inf)
     given = (reward.reshape(-1), np.repeat(np.arange(4000), group))
     ordinary = rl.group_advantages(*given, num_groups=4000, eps=1e-8)
     for depth in range(1, 9):
@@ -153,10 +152,8 @@ def test_4_advantages_by_tree_and_depth():
         assert_allclose(level.var(1, ddof=1), 1, rtol=1e-4)
     assert_allclose(np.abs(advantage[:3, :2]), np.sqrt(0.5), rtol=1e-5)
     assert_array_equal(advantage[3], 0)
-    moved = found(fuse(5 * reward + 3, tree))
-    assert_allclose(moved, advantage, atol=1e-4)
-    alone = found(fuse(reward[1:2], tree))
-    assert_allclose(alone[0], advantage[1], atol=1e-6)
+    assert_allclose(found(fuse(5 * reward + 3, tree)), advantage, atol=1e-4)
+    assert_allclose(found(fuse(reward[1:2], tree))[0], advantage[1], atol=1e-6)
     late = rl.make_tree(4, (2,), 2)
     trunk = advantages(fuse(rewards(2, 2), late), late)
     assert_array_equal(trunk[:, :2], 0)  # depths with one node
@@ -164,8 +161,7 @@ def test_4_advantages_by_tree_and_depth():
 
 def test_4_one_standard_deviation_for_the_tree_keeps_magnitudes():
     tree = rl.make_tree(4, (0, 1), 2)
-    reward = np.array([[1.0, 2.0, 5.0, 8.0], [4.0, 4.0, 4.0, 4.0]])
-    value = fuse(reward, tree)
+    value = fuse(np.array([[1.0, 2.0, 5.0, 8.0], [4.0, 4.0, 4.0, 4.0]]), tree)
     std = np.std([1, 2, 5, 8], ddof=1)
     found = advantages(value, tree, std_scope="tree")
     assert_allclose(found[0, :2], [-2.5 / std, 2.5 / std], rtol=1e-5)
@@ -218,12 +214,6 @@ def kept_edges(method, reward, iteration=0):
     return {divmod(int(e), method.tree.edges) for e in edge}, credit
 
 
-LAST_STEPS = (16, 17, 18, 19, 20)
-PAPER = functools.partial(
-    Trees, grid=flows.uniform_grid(20), splits=(0, 3, 6, 9), train_last=True
-)
-
-
 def test_7_pruning_counts_of_the_paper():
     reward = rewards(2, 16)
     tree = PAPER().tree
@@ -260,9 +250,6 @@ def test_7_width_pruning_keeps_what_it_says():
         assert len(ordered) == 160
         expected = np.concatenate([ordered[:20], ordered[-20:]])
         assert_allclose(np.sort(chosen), expected, atol=1e-6)
-
-
-NET, PARAMS = mlp(hidden=16, depth=1)
 
 
 def velocity_of(params, frozen=()):
@@ -321,8 +308,7 @@ def test_8_sliding_depths():
 
 
 def test_9_siblings():
-    method = Trees(splits=(0,), branches=2)
-    table = method.table()
+    table = Trees(splits=(0,), branches=2).table()
     silent = dataclasses.replace(table, c=np.append(0.0, table.c[1:]))
     keys = prng.sample_keys(jax.random.key(0), 2000)
 
@@ -343,8 +329,7 @@ def test_9_siblings():
         density = -0.5 * np.mean(noise**2, -1) - np.log(table.S[0] * np.sqrt(2 * np.pi))
         assert_allclose(log_prob[:, :2], density, atol=1e-4)
     assert_allclose(np.mean(correlated**2), 1, atol=0.05)
-    shared = np.mean(correlated[:, 0] * correlated[:, 1])
-    assert_allclose(shared, 1 / 5, atol=0.05)
+    assert_allclose(np.mean(correlated[:, 0] * correlated[:, 1]), 1 / 5, atol=0.05)
     for pair in (twins, silenced):
         assert_array_equal(pair[:, 0], pair[:, 1])
 
@@ -358,9 +343,6 @@ def test_10_log_prob_at_splits():
     for (_, record, *_), expected in zip(drawn(*methods, prompts=4000), laws):
         log_prob = record.log_prob.reshape(4000, -1)[:, :2]
         assert abs(log_prob.mean() - expected) < 4 * log_prob.std() / np.sqrt(8000)
-
-
-MIXED = {"mix": (4, 2), "correlation": 0.5, "split_scale": 3.0, "train_last": True}
 
 
 @pytest.mark.parametrize("options", [{}, MIXED])
@@ -404,8 +386,7 @@ def test_13_levels_in_one_batch_are_nodes_one_by_one():
     @jax.jit
     def child_of(key, child, step, here, cond):
         """Key, noise, mean and end of one node."""
-        split = jax.random.fold_in(key, (1 << 21) + child)
-        key = jnp.where(child < 0, key, split)
+        key = jnp.where(child < 0, key, jax.random.fold_in(key, (1 << 21) + child))
         rows = table.rows(step, jnp.float32)
         v = velocity(here, rows["t"][None], cond)
         mean, x0_hat = flows.transition_mean(rows, here, v)
@@ -435,8 +416,7 @@ def test_reward_rises_and_nothing_recompiles(count_compiles):
     method = Trees(strength=0.7, prune_depths=(7,), prune_interval=40)
     rule = train.make_optimizer(train.OptimizerConfig(name="adam", learning_rate=3e-3))
     given = (method, target_reward, rule, flow_rl.Objective(clip_range=0.05))
-    policy = flow_rl.Policy(velocity_of)
-    iteration = flow_rl.make_iteration(policy, *given, updates=3)
+    iteration = flow_rl.make_iteration(flow_rl.Policy(velocity_of), *given, updates=3)
     state = train.create_state(PARAMS, rule)
     batch, history = {"prompt": np.arange(8)}, []
     state, metrics = iteration(state, batch, jax.random.key(1))
@@ -463,18 +443,14 @@ def test_shuffled_credit_keeps_the_advantages_of_a_depth():
     assert not np.allclose(found.advantage, mixed.advantage)
 
 
-def test_published_settings_and_memory():
+def test_published_settings_memory_and_bad_inputs(refused):
     with pytest.warns(UserWarning, match="is biased"):
         method, objective, _ = branchgrpo.published((16, 16, 3))
     assert method.group_size == 16 and objective.clip_range == 1e-3
     assert method.memory(2) == 2 * 219 * 16 * 16 * 3 * 4
     table = method.table()
     stds = (table.c * table.S)[[0, 9]]
-    assert np.allclose(stds, [0.16, 0.23], atol=0.01)  # the sheet
-    assert table.mask.all()
-
-
-def test_bad_inputs(refused):
+    assert table.mask.all() and np.allclose(stds, [0.16, 0.23], atol=0.01)  # the sheet
     refused(r"\[0, 6\] for 8 steps; \[7\] are outside", Trees, splits=(0, 3, 7))
     refused("increasing", Trees, splits=(3, 0))
     refused("without repeats", Trees, splits=(0, 3, 3))

@@ -18,9 +18,9 @@ SHARED = {
     "depth": 2, "mlp_width": 40, "text_width": 8, "frequency_dim": 16,
     "time_scale": 4.0, "remat": False,
 }  # fmt: skip
-EVENT = (2, 4, 4, 3)
 TEXT = jax.random.normal(jax.random.key(9), (4, 4, 8))
-BATCH = {"x_data": jax.random.normal(jax.random.key(8), (4, *EVENT)), "cond": TEXT}
+VIDEO = jax.random.normal(jax.random.key(8), (4, 2, 4, 4, 3))
+BATCH = {"x_data": VIDEO, "cond": TEXT}
 KEYS = jax.random.split(jax.random.key(3), 4)
 PLAN = tmd.make_plan(2, 2, 1, 2)
 
@@ -36,8 +36,8 @@ def network(system, recipe="fp32", attention="xla", **options):
 @functools.cache
 def parameters(system):
     """Far from the start, where u would not depend on the times."""
-    x, t = BATCH["x_data"], jnp.full(4, 0.5)
-    inputs = (x, t, t, TEXT) if system == "meanflow" else (x, t, TEXT)
+    t = jnp.full(4, 0.5)
+    inputs = (VIDEO, t, t, TEXT) if system == "meanflow" else (VIDEO, t, TEXT)
     params = models.init_params(network(system), jax.random.key(1), *inputs)
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.2, p.shape)), params)
@@ -108,9 +108,7 @@ def test_differences_drown_in_bfloat16_but_not_with_the_clone(system):
     assert error(slopes(system, half, "difference")) > 0.1
 
 
-def test_fused_attention_needs_another_network_for_the_derivative(
-    traceable_cudnn, refused
-):
+def test_fused_attention_needs_another_network(traceable_cudnn, refused):
     fused, params = network("tmd", "bf16", "cudnn", remat=True), parameters("tmd")
 
     def gradient(*settings):
@@ -121,8 +119,7 @@ def test_fused_attention_needs_another_network_for_the_derivative(
     refused(message, jax.eval_shape, gradient("jvp"), params)
     program = jax.jit(gradient("jvp", network("tmd", "bf16", remat=True)))
     options = {"platforms": ["cuda"], "disabled_checks": traceable_cudnn}
-    exported = jax.export.export(program, **options)(params)
-    assert "__cudnn$fmha" in exported.mlir_module()
+    assert "__cudnn$fmha" in jax.export.export(program, **options)(params).mlir_module()
 
 
 def test_stage_one_lowers_for_cuda_and_tpu():

@@ -12,9 +12,7 @@ from tmdjax.train import on_policy
 
 BATCH = 32
 KEYS = prng.sample_keys(jax.random.key(7), BATCH)
-loss_of, losses = (
-    jax.jit(getattr(FPO, name), static_argnums=0) for name in ("loss", "losses")
-)
+loss_of, losses = (jax.jit(f, static_argnums=0) for f in (FPO.loss, FPO.losses))
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from tmdjax.systems import dmd2, meanflow, tmd
 MU, VARIANCE = 0.7, 0.25
 KEYS = jax.random.split(jax.random.key(0), 100_000)
 NOISE = prng.normal(jax.random.split(jax.random.key(1), 100_000), (1,))
+PLANS = {"ys": [(1, 1), (2, 2), (4, 4)], "y1": [(1, 2), (2, 1), (2, 2)]}
 
 
 def moments(x):
@@ -45,10 +46,8 @@ def exact(params, *inputs, method, y1=None):
     s, r = s[:, None], r[:, None]
     spread = lambda s: jnp.sqrt((1 - s) ** 2 * law["variance"] + s**2)  # noqa: E731
     # where the exact inner flow carries y from s to r
-    carried = (
-        spread(r) / spread(s) * (y - (1 - s) * law["mean"]) + (1 - r) * law["mean"]
-    )
-    average = (y - carried) / (s - r)
+    scaled = (y - (1 - s) * law["mean"]) / spread(s)
+    average = (y - (1 - r) * law["mean"] - spread(r) * scaled) / (s - r)
     return y - s * average if y1 is None else y1 - average
 
 
@@ -63,9 +62,6 @@ def walk(plan):
         law = network(x, jnp.full(len(x), t), None, method="backbone")
         x = x - (t - t_next) * tmd.inner_flow(network, law, y1, plan)
     return x
-
-
-PLANS = {"ys": [(1, 1), (2, 2), (4, 4)], "y1": [(1, 2), (2, 1), (2, 2)]}
 
 
 @pytest.mark.parametrize("average", tmd.AVERAGES)
@@ -144,7 +140,10 @@ def test_meanflow_reaches_the_data_with_the_exact_map(steps):
 TOY = {"backbone": np.float32(0.8), "head": np.float32([0.7, -0.4, 0.3])}
 DATA = np.random.default_rng(5).normal(size=(2000, 3)).astype(np.float32)
 ROWS = {"x_data": jnp.asarray(DATA)}
+CONDITIONED = {**ROWS, "cond": jnp.ones((2000, 1))}
 ROW_KEYS = KEYS[:2000]
+CONFIG = functools.partial(flows.FlowMapConfig, drop_rate=0.0, derivative="difference")
+NO_JUMPS = CONFIG(map_rate=0.0, guidance=1.0, loss_constant=0.5)
 
 
 def toy(params, *inputs, method):
@@ -198,10 +197,6 @@ def asked_by(system, config, rows=ROWS, null_cond=None, plan=PLAN):
     return np.asarray(loss), grads, list(zip(names, jax.tree.map(np.asarray, inputs)))
 
 
-CONFIG = functools.partial(flows.FlowMapConfig, drop_rate=0.0, derivative="difference")
-NO_JUMPS = CONFIG(map_rate=0.0, guidance=1.0, loss_constant=0.5)
-
-
 def check_regression(residual, value, found):
     """Value and gradient of |residual|^2 over its own size, c = 0.5 an element."""
 
@@ -238,16 +233,20 @@ def test_6_rows_without_a_jump_regress_the_head_onto_the_transition(average):
     check_regression(residual, value, found)
 
 
-def test_meanflow_without_a_jump_is_flow_matching():
+def test_meanflow_jumps_as_told_and_without_is_flow_matching():
+    config = CONFIG(map_rate=0.4, guidance=2.0)
+    loss, _, asked = asked_by("meanflow", config, CONDITIONED, np.zeros(1))
+    assert (loss >= 0).all() and (loss < 1).all()
+    (_, (_, t, same_t, null)), (_, (_, _, r, cond)) = asked[:2]
+    assert_array_equal(t, same_t)
+    assert (null == 0).all() and (cond == 1).all()
+    assert 0.36 < np.mean(r < t) < 0.44 and (r <= t).all()
     value, found, asked = asked_by("meanflow", NO_JUMPS)
     _, (x_t, t, r, _) = asked[0]
     assert_array_equal(t, r)
     v = (x_t - DATA) / t[:, None]
     assert_allclose(moments((v + DATA)[t > 0.2]), (0, 1), atol=0.08)
     check_regression(lambda p: toy_average(p, x_t, t, r, None) - v, value, found)
-
-
-CONDITIONED = {**ROWS, "cond": jnp.ones((2000, 1))}
 
 
 def test_pretraining_asks_at_the_times_of_the_plan():
@@ -268,16 +267,6 @@ def test_pretraining_asks_at_the_times_of_the_plan():
     inner = np.float32(plan.inner_times)[::-1]
     below = np.searchsorted(inner, s[jumps], side="right") - 1
     assert_array_equal(end[jumps], inner[below])
-
-
-def test_meanflow_jumps_as_often_as_it_is_told():
-    config = CONFIG(map_rate=0.4, guidance=2.0)
-    loss, _, asked = asked_by("meanflow", config, CONDITIONED, np.zeros(1))
-    assert (loss >= 0).all() and (loss < 1).all()
-    (_, (_, t, same_t, null)), (_, (_, _, r, cond)) = asked[:2]
-    assert_array_equal(t, same_t)
-    assert (null == 0).all() and (cond == 1).all()
-    assert 0.36 < np.mean(r < t) < 0.44 and (r <= t).all()
 
 
 @pytest.mark.parametrize("derivative", flows.DERIVATIVES)
@@ -313,9 +302,8 @@ def test_backbone_runs_once_and_the_derivatives_head_in_float32(derivative):
         calls.append((name, method, "bfloat16"))
         return {"hidden": jnp.bfloat16(toy(params, *inputs, method=method))}
 
-    trained, other = (
-        functools.partial(half, name) for name in ("trained", "derivative")
-    )
+    trained = functools.partial(half, "trained")
+    other = functools.partial(half, "derivative")
     config = CONFIG(map_rate=1.0, derivative=derivative)
 
     def total(params):
@@ -394,8 +382,7 @@ def test_plans_travel_with_a_model(recwarn, refused):
     draw(plan=PLAN)
     assert not recwarn.list
     refused(r"outer_times=.*allow_mismatch=True", draw, plan=plan_of(1, 2))
-    more = tmd.make_plan(2, 2, 2, 4)
-    refused("head_blocks=2, trained with 1", draw, plan=more)
+    refused("head_blocks=2, trained with 1", draw, plan=tmd.make_plan(2, 2, 2, 4))
     with pytest.warns(UserWarning, match="inner_times"):
         draw(plan=plan_of(2, 1), allow_mismatch=True)
 
@@ -407,10 +394,9 @@ SHARED = {
 }  # fmt: skip
 SPLIT = {"name": "split_dit", "shared": SHARED, "head_blocks": 1, "initial_gate": 0.3}
 SPLIT["fusion_width"] = 16  # another than the blocks': not counted as one
-EVENT = (2, 4, 4, 3)
 RNG = np.random.default_rng(8)
 BATCH = {
-    "x_data": jnp.asarray(RNG.normal(size=(4, *EVENT)), jnp.float32),
+    "x_data": jnp.asarray(RNG.normal(size=(4, 2, 4, 4, 3)), jnp.float32),
     "cond": jnp.asarray(RNG.normal(size=(4, 3, 8)), jnp.float32),
 }
 FEW = KEYS[:4]

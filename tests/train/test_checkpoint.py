@@ -112,15 +112,17 @@ def test_damaged_checkpoint_falls_back(tmp_path, checkpoints, caplog, damage):
     assert (tmp_path / "damaged_step_0000000002").exists()  # nothing is thrown away
 
 
-def test_a_given_damaged_step_is_an_error(tmp_path, checkpoints, refused):
+def test_errors_of_a_damaged_step_a_place_and_extras(tmp_path, checkpoints, refused):
     checkpoints.save(1, tree())
     arrays_of(tmp_path / "step_0000000001")[-1].unlink()
-    message = r"step 1 in .* is damaged.*missing"
-    refused(message, checkpoints.restore, step=1)
+    refused(r"step 1 in .* is damaged.*missing", checkpoints.restore, step=1)
     refused("no checkpoint of step 9", checkpoints.restore, step=9)
     (tmp_path / "file").write_text("")
     unwritable = train.Checkpoints(tmp_path / "file" / "inside")
     refused("intact: none", unwritable.save, 1, tree())
+    extra, error = {"key": object()}, TypeError
+    refused("not JSON serializable", checkpoints.save, 2, tree(), extra, error=error)
+    assert checkpoints.steps() == [1]
 
 
 def test_interrupted_save_is_ignored_and_replaced(tmp_path, checkpoints):
@@ -191,13 +193,6 @@ def test_full_disk_loses_nothing(tmp_path, checkpoints, refused):
         signal.signal(signal.SIGXFSZ, handler)
     assert checkpoints.steps() == [1] and checkpoints.restore().step == 1
     assert not (tmp_path / "step_0000000002").exists()
-
-
-def test_extra_must_be_json(checkpoints, refused):
-    checkpoints.save(1, tree())
-    extra, error = {"key": object()}, TypeError
-    refused("not JSON serializable", checkpoints.save, 1, tree(), extra, error=error)
-    assert checkpoints.restore().step == 1
 
 
 def test_exported_model_loads(tmp_path, refused):

@@ -32,14 +32,15 @@ def score(params, x, t, cond):
 
 
 def generate(params, batch, keys):
-    noise = prng.normal(keys, (2,))
-    return noise * params["std"] + params["mean"]
+    return prng.normal(keys, (2,)) * params["std"] + params["mean"]
 
 
 def discriminator(params, features):
     return features[0] @ params["w"]
 
 
+LEVELS = []
+"""What the teacher of the cycle is asked at."""
 FROZEN = {"scale": jnp.ones(())}
 GENERATOR = {"mean": jnp.array([-1.0, 1.0]), "std": jnp.ones(2)}
 _RNG = np.random.default_rng(0)
@@ -90,8 +91,7 @@ def test_9_each_loss_reaches_its_own_network_alone(trained):
     if trained == "generator":
         own, others = generator, critic["score"]
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(own))
-    for leaf in jax.tree.leaves(others):
-        assert_array_equal(leaf, 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(others))
 
 
 def test_13_guidance_of_one_costs_and_changes_nothing():
@@ -148,8 +148,7 @@ def test_negative_pass_of_its_own():
 
     def guided(params, x, t, cond):
         velocity, features = teacher(params, x, t, cond)
-        less = negative(params, x, t, 0 * cond)
-        return 3.0 * velocity - 2.0 * less, features
+        return 3.0 * velocity - 2.0 * negative(params, x, t, 0 * cond), features
 
     def loss(scale, **networks):
         config = train.DistillationConfig(guidance=scale, adversarial_weight=0.0)
@@ -201,14 +200,11 @@ def test_r1_of_a_linear_discriminator():
 
 
 def test_features_of_the_critic():
-    losses = method(plain(features="critic"))
-    critic = {**CRITIC, "discriminator": {"w": jnp.ones((32, 1))}}
-    for loss, own, other in (
-        (losses.generator_loss, GENERATOR, critic),
-        (losses.critic_loss, critic, GENERATOR),
-    ):
-        found, _ = jax.eval_shape(loss, own, BATCH, KEYS, other, FROZEN)
-        assert found.shape == (16,)
+    losses, wide = method(plain(features="critic")), {"w": jnp.ones((32, 1))}
+    both, critic = (BATCH, KEYS), {**CRITIC, "discriminator": wide}
+    found = jax.eval_shape(losses.generator_loss, GENERATOR, *both, critic, FROZEN)
+    other = jax.eval_shape(losses.critic_loss, critic, *both, GENERATOR, FROZEN)
+    assert found[0].shape == other[0].shape == (16,)
 
 
 def test_9_the_adversarial_gradient_passes_the_frozen_teacher(x64):
@@ -226,10 +222,6 @@ def test_9_the_adversarial_gradient_passes_the_frozen_teacher(x64):
         expected = (total(mean + step) - total(mean - step)) / 2e-3
         assert abs(expected) > 1e-3
         assert_allclose(slope[i], expected, rtol=2e-2)
-
-
-LEVELS = []
-"""What the teacher of the cycle is asked at."""
 
 
 @pytest.fixture(scope="module")
@@ -273,17 +265,16 @@ def test_12_each_update_leaves_the_other_alone():
         state, metrics = step(state, place(data(0.4)), jax.random.key(7))
         assert metrics["adversarial_loss"] > 0 and metrics["skipped"] == 0
         for name in before:
-            after = jax.tree.leaves(getattr(state, name).params)
-            for a, b in zip(jax.tree.leaves(before[name]), after, strict=True):
-                assert (np.asarray(a) == b).all() == (name == still)
+            after = getattr(state, name).params
+            kept = jax.tree.map(lambda a, b: bool((a == b).all()), before[name], after)
+            assert set(jax.tree.leaves(kept)) == {name == still}
     assert_array_equal(FROZEN["scale"], 1)
 
 
 def test_the_largest_weight_of_a_batch_is_logged():
-    losses = method()
+    losses, key = method(), jax.random.key(7)
     step = jax.jit(train.make_steps(losses, RULES, microbatches=2)[0])
     state = train.create_distillation_state(GENERATOR, CRITIC, RULES)
-    key = jax.random.key(7)
     _, metrics = step(state.generator, BATCH, key, CRITIC, FROZEN)
     keys = prng.sample_keys(jax.random.fold_in(key, 0), 16)
     loss = jax.jit(losses.generator_loss)
@@ -360,8 +351,7 @@ def test_bad_inputs(cycle, refused):
     given = {"x_data": np.zeros((16, 2), np.float32)}
     refused("a cycle takes 5 batches, but 16 rows", cycle[-1], given)
     refused("needs null_cond", method, train.DistillationConfig())
-    silent = train.Networks(teacher, score)
-    refused("needs a discriminator", method, PLAIN, silent)
+    refused("needs a discriminator", method, PLAIN, train.Networks(teacher, score))
     refused("critic_updates=0", plain, critic_updates=0)
     refused("shift=0.1", plain, shift=0.1)
     refused("normalisation='sum'", plain, normalisation="sum")

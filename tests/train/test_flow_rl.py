@@ -31,6 +31,19 @@ POLICY = flow_rl.Policy(
 PARAMS = {"w": jnp.asarray([[0.5, 0.1], [-0.2, 0.3]]), "b": jnp.asarray([0.1, -0.1])}
 BATCH = {"prompt": np.arange(4)}
 SGD = optax.sgd(0.1)
+PRUNED = branchgrpo.Trees(
+    grid=flows.uniform_grid(4), event_shape=(2,), splits=(0, 1), prune_width=0.5
+)
+OBJECTIVES = {
+    "plain": {},
+    "summed": {"kl_kind": "flow_grpo_code", "reduction": "sum"},
+    "weighted": {"kl_kind": "velocity_mse", "step_weight": "inverse_gain"},
+}
+FAULTS = {
+    "raises": r"raised on sample 0 \(prompt: .*array\(1\).*OSError: scoring server is",
+    "hangs": r"not answer within 2 s for samples 0 to 5 .*array\(1\)",
+    "nan": r"reward of sample 0 \(prompt: .*array\(1\).* is nan",
+}
 
 
 def chains(kind=flow_grpo.Chains, **changes):
@@ -64,9 +77,8 @@ class Weighted(flow_grpo.Chains):
     def credit(self, rewards, transitions, plan, key):
         found = super().credit(rewards, transitions, plan, key)
         index = jnp.arange(found.edge.shape[0])
-        return flow_rl.Credit(
-            found.edge, found.advantage + 0.1 * jnp.sin(index), (index % 4) * 0.5
-        )
+        advantage = found.advantage + 0.1 * jnp.sin(index)
+        return flow_rl.Credit(found.edge, advantage, (index % 4) * 0.5)
 
 
 def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
@@ -76,12 +88,11 @@ def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
     record, t, h = jax.tree.map(np.asarray, record), grid[:-1], -np.diff(grid)
     sigma = a * np.sqrt(t / (1 - np.where(t == 1, grid[1], t)))
     gain, std = -h * (1 + sigma**2 * (1 - t) / (2 * t)), sigma * np.sqrt(h)
-    inverse, step_weight = std / abs(gain), np.ones_like(t)
-    if objective.step_weight == "inverse_gain":
-        step_weight = inverse / inverse.mean()
-    t, h, sigma, gain, std, step_weight = (
-        x[record.step][:, None] for x in (t, h, sigma, gain, std, step_weight)
-    )
+    weighted = objective.step_weight == "inverse_gain"
+    step_weight = std / abs(gain) if weighted else np.ones_like(std)
+    step_weight = step_weight / step_weight.mean()
+    rows = np.stack([t, h, sigma, gain, std, step_weight])
+    t, h, sigma, gain, std, step_weight = rows[:, record.step, None]
     x, y = record.states.astype(np.float64)[np.stack([record.source, record.target])]
     v = x @ w + b + shifts[record.prompt]
     away = v - 0.4 * x - shifts[record.prompt]
@@ -95,14 +106,9 @@ def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
     surrogate = step_weight * -adv * np.where(cut, np.clip(r, low, high), r)
     d_v = -adv * r * scale * (y - mean) * gain / std**2
     d_v = step_weight * np.where(cut, 0, d_v)
-    factor = (
-        scale
-        * {
-            "transition": gain**2 / (2 * std**2),
-            "flow_grpo_code": h * gain**2 / (2 * std**2),
-            "velocity_mse": 1.0,
-        }[objective.kl_kind]
-    )
+    factors = {"transition": gain**2 / (2 * std**2), "velocity_mse": 1.0}
+    factors["flow_grpo_code"] = h * factors["transition"]
+    factor = scale * factors[objective.kl_kind]
     kl = factor * np.sum(away**2, 1, keepdims=True)
     share = (weight / weight.sum())[:, None]
     d_v = share * (d_v + objective.kl_coefficient * 2 * factor * away)
@@ -111,20 +117,12 @@ def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
     return {"w": x.T @ d_v, "b": d_v.sum(0)}, loss, np.sum(share * kl), clipped
 
 
-OBJECTIVES = {
-    "plain": {},
-    "summed": {"kl_kind": "flow_grpo_code", "reduction": "sum"},
-    "weighted": {"kl_kind": "velocity_mse", "step_weight": "inverse_gain"},
-}
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_is_the_sum_over_transitions(name):
     objective = {"kl_coefficient": 0.3, **OBJECTIVES[name]}
     # 36 transitions become 40: padding changes nothing
     microbatches = 8 if name == "weighted" else 1
-    reduction = objective.get("reduction", "mean")
-    method = chains(Weighted, reduction=reduction)
+    method = chains(Weighted, reduction=objective.get("reduction", "mean"))
     iteration = make(method, objective=objective, microbatches=microbatches)
     objective = flow_rl.Objective(clip_range=0.2, **objective)
     _, record = iteration.collect(PARAMS, SHIFTS, *arguments(method))
@@ -157,10 +155,10 @@ def update_of(params, start=PARAMS):
 
 
 def learned(iteration, method, rewards, record=None):
-    batch, key, number, _, table, plan = arguments(method)
+    batch, key, number, _, *rest = arguments(method)
     if record is None:
         _, record = iteration.collect(PARAMS, SHIFTS, *arguments(method))
-    given = (SHIFTS, batch, (record,), rewards, key, number, table, plan)
+    given = (SHIFTS, batch, (record,), rewards, key, number, *rest)
     return iteration.learn(fresh(), *given)
 
 
@@ -191,12 +189,9 @@ def test_tied_groups_count_in_neither_loss_nor_denominator():
     assert metrics["grad_norm"] == metrics["loss"] == metrics["skipped_updates"] == 0
     assert metrics["tied_group_fraction"] == 1
     assert all(np.isfinite(value) for value in metrics.values())
-
-
-def test_tied_groups_that_stay_feel_the_kl_alone():
-    method = chains(drop_tied=False, scale="group")
-    iteration = make(method, objective={"kl_coefficient": 0.3})
-    _, metrics = learned(iteration, method, np.ones(12, np.float32))
+    # those that stay feel the KL alone
+    stay = chains(drop_tied=False, scale="group")
+    _, metrics = learned(make(stay, objective=objective), stay, np.ones(12, np.float32))
     assert_allclose(metrics["loss"], 0.3 * metrics["kl"], rtol=1e-6)
     assert metrics["kl"] > 0 and metrics["grad_norm"] > 0
 
@@ -212,8 +207,7 @@ def test_chunks_and_microbatches_change_memory_not_maths():
         drawn.append(whole.collect(PARAMS, SHIFTS, *given))
     together = np.concatenate([samples for samples, _ in drawn])
     assert_allclose(together, samples, atol=1e-5)
-    joined = rl.concatenate([record for _, record in drawn], 2)
-    same(joined, record, atol=1e-5)
+    same(rl.concatenate([record for _, record in drawn], 2), record, atol=1e-5)
     expected, metrics = whole(fresh(), BATCH, KEY)
     update = update_of(expected.params)
     # 18 transitions a minibatch, padded to 20
@@ -231,15 +225,9 @@ def test_iterations_differ_and_depend_on_key_and_number_alone():
     again, _ = iteration(fresh(), BATCH, KEY)
     same(first.params, again.params)
     other, _ = iteration(fresh(), BATCH, jax.random.key(4))
-    late = fresh().replace(step=jnp.int32(1))
-    later, _ = iteration(late, BATCH, KEY)
+    later, _ = iteration(fresh().replace(step=jnp.int32(1)), BATCH, KEY)
     for state in (other, later):
         assert not np.array_equal(state.params["b"], first.params["b"])
-
-
-PRUNED = branchgrpo.Trees(
-    grid=flows.uniform_grid(4), event_shape=(2,), splits=(0, 1), prune_width=0.5
-)
 
 
 @pytest.mark.parametrize("method", [chains(), PRUNED])
@@ -249,10 +237,10 @@ def test_programs_lower_for_accelerators(method):
     samples, record = jax.eval_shape(iteration.collect, *given)
     assert samples.shape[1:] == (2,) and isinstance(record, rl.Transitions)
     lowered(iteration.collect, *given)
-    batch, key, number, _, table, plan = arguments(method)
+    batch, key, number, _, *rest = arguments(method)
     rewards = np.zeros(2 * len(samples), np.float32)
-    given = (batch, (record,) * 2, rewards, key, number, table, plan)
-    lowered(iteration.learn, fresh(), SHIFTS, *given)
+    given = (SHIFTS, batch, (record,) * 2, rewards, key, number, *rest)
+    lowered(iteration.learn, fresh(), *given)
 
 
 EIGHT_DEVICES = """
@@ -387,13 +375,6 @@ class Scorer:
         return np.where(at_fault, np.nan, images[:, 0])
 
 
-FAULTS = {
-    "raises": r"raised on sample 0 \(prompt: .*array\(1\).*OSError: scoring server is",
-    "hangs": r"not answer within 2 s for samples 0 to 5 .*array\(1\)",
-    "nan": r"reward of sample 0 \(prompt: .*array\(1\).* is nan",
-}
-
-
 def test_a_failing_reward_stops_the_run_which_resumes(tmp_path, refused):
     scorer = Scorer()
     method = chains(window={"size": 2, "iterations": 2, "high": 4}, fraction=1.0)
@@ -423,6 +404,14 @@ def scaled(x, prompts):
 
 
 def test_a_failed_iteration_leaves_its_state_usable(refused):
+    for reward, shape in (
+        (lambda x, prompts: x, r"\(12, 2\)"),
+        (lambda x, prompts: jnp.mean(x), r"\(\)"),
+        (flow_rl.HostReward(fn=lambda x, prompts: x[1:, 0]), r"\(11,\)"),
+    ):
+        message = r"one number a sample, shape \(12,\); got .*" + shape
+        given = (fresh(), BATCH, KEY)
+        refused(message, make(reward=reward), *given, error=host.RewardError)
     iteration = make(reward=scaled, chunks=2)
     good = {"prompt": np.arange(4), "scale": np.ones(4, np.float32)}
     broken = {**good, "scale": np.array([1, 1, 1, np.nan], np.float32)}
@@ -433,17 +422,6 @@ def test_a_failed_iteration_leaves_its_state_usable(refused):
     expected, _ = iteration(fresh(), good, KEY)
     same(after.params, expected.params)
     assert state.params["w"].is_deleted()  # donated by the one that went through
-
-
-def test_rewards_of_wrong_length(refused):
-    for reward, shape in (
-        (lambda x, prompts: x, r"\(12, 2\)"),
-        (lambda x, prompts: jnp.mean(x), r"\(\)"),
-        (flow_rl.HostReward(fn=lambda x, prompts: x[1:, 0]), r"\(11,\)"),
-    ):
-        message = r"one number a sample, shape \(12,\); got .*" + shape
-        given = (fresh(), BATCH, KEY)
-        refused(message, make(reward=reward), *given, error=host.RewardError)
 
 
 def test_adapters_train_and_the_base_stays():
@@ -478,8 +456,7 @@ def test_the_ratio_is_checked_once_there_is_something_to_check(refused):
     state, metrics = iteration(fresh(), {"scale": np.zeros(4, np.float32)}, KEY)
     assert metrics["tied_group_fraction"] == 1 and metrics["ratio_error"] == 0
     given = (state, {"scale": np.ones(4, np.float32)}, KEY)
-    message = "before any update.*dropout"
-    refused(message, iteration, *given, error=rl.RatioError)
+    refused("before any update.*dropout", iteration, *given, error=rl.RatioError)
 
 
 def test_skipped_updates_are_counted_and_iterations_go_on():
@@ -524,5 +501,4 @@ def test_bad_settings_batches_and_keys(refused):
     refused("the batch holds no arrays", iterate, state, {}, KEY)
     uneven = {"a": np.arange(3), "b": np.arange(6)}
     refused(r"has shape \(6,\).*batch, 3", iterate, state, uneven, KEY)
-    raw = jax.random.PRNGKey(0)
-    refused("typed key", make(), state, BATCH, raw, error=TypeError)
+    refused("typed key", make(), state, BATCH, jax.random.PRNGKey(0), error=TypeError)

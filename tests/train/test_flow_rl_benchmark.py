@@ -80,13 +80,6 @@ def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one)
     assert_allclose(norm, metrics["grad_norm"], rtol=1e-4)
 
 
-def test_chains_store_and_train_what_their_settings_say(problem, setup):
-    assert benchmark.trained_steps(setup.method) == (2, 2)
-    config = load_config("configs/flow_grpo.py:cpu", [*TINY, "rollout.steps=11"])
-    method, _, _ = benchmark.dance_grpo(dataclasses.replace(problem, config=config))
-    assert benchmark.trained_steps(method) == (10, 6)  # 0.6 of them, as published
-
-
 def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
     calls = []
 
@@ -108,7 +101,11 @@ def test_a_ratio_is_paired_in_each_repeat_and_the_first_run_does_not_count():
     assert calls[:2] == ["a", "b"] and sorted(calls[2:]) == ["a"] * 3 + ["b"] * 3
 
 
-def test_memory_counts_the_states_of_chains(ours):
+def test_chains_store_and_train_what_their_settings_say(problem, setup, ours):
+    assert benchmark.trained_steps(setup.method) == (2, 2)
+    config = load_config("configs/flow_grpo.py:cpu", [*TINY, "rollout.steps=11"])
+    method, _, _ = benchmark.dance_grpo(dataclasses.replace(problem, config=config))
+    assert benchmark.trained_steps(method) == (10, 6)  # 0.6 of them, as published
     stored, collect, learn = benchmark.memory_rows({"dance": ours})
     image = 4 * 4 * 4 * 3
     assert stored["ours"] == 3 * image  # of 3 steps the last has no log-prob
@@ -137,16 +134,12 @@ def test_the_program_prints_a_table_and_writes_json(
     assert "log-probs and record / ODE: rollout" in capsys.readouterr().out
 
 
-def test_torch_computes_the_same(problem):
-    pytest.importorskip("torch", reason="PyTorch is not installed (extra 'parity')")
+def test_torch_computes_the_same_or_is_refused(problem, monkeypatch):
+    rival = pytest.importorskip("benchmarks.torch_dance_grpo", reason="needs PyTorch")
     wide = dataclasses.replace(problem, event_shape=(4, 8, 3))
     found = benchmark.check_torch(wide)
     parts = {"velocity", "states", "samples", "log_prob", "gradient_norm"}
     assert set(found) == parts and max(found.values()) < 1e-4
-
-
-def test_torch_that_computes_something_else_is_refused(problem, monkeypatch):
-    rival = pytest.importorskip("benchmarks.torch_dance_grpo", reason="needs PyTorch")
     convert = rival.convert
 
     def other(params):

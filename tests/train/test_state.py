@@ -11,6 +11,9 @@ from numpy.testing import assert_allclose
 from tmdjax import train
 from tmdjax.core import prng
 
+SGD = optax.sgd(0.1)
+KEY = jax.random.key(0)
+
 
 def linear_loss(params, batch, keys):
     noise = 0.01 * prng.normal(keys, ())
@@ -25,10 +28,6 @@ def problem(size=16):
     x = rng.normal(size=(size, 3)).astype(np.float32)
     y = (x @ np.array([1.0, -2.0, 0.5]) + 0.3).astype(np.float32)
     return params, {"x": x, "y": y}
-
-
-SGD = optax.sgd(0.1)
-KEY = jax.random.key(0)
 
 
 @functools.cache
@@ -79,8 +78,7 @@ def test_gradient_against_finite_differences(x64):
     w = np.asarray(params["w"])
     for i, eps in enumerate(1e-6 * np.eye(3)):
         step = w[i] - np.asarray(state.params["w"])[i]
-        difference = (mean(w + eps) - mean(w - eps)) / 2e-6
-        assert_allclose(step, difference, rtol=1e-5)
+        assert_allclose(step, (mean(w + eps) - mean(w - eps)) / 2e-6, rtol=1e-5)
 
 
 def test_ema_ramp():
@@ -94,14 +92,26 @@ def test_ema_ramp():
     assert_allclose(late["w"], 0.001, rtol=1e-3)
 
 
-def test_nan_in_a_batch_is_skipped_and_counted():
-    params, batch = problem()
-    optimizer = optax.adam(0.1)
-    step = jax.jit(train.make_train_step(linear_loss, optimizer, ema_decay=0.9))
+def test_infinite_gradient_with_finite_loss_is_skipped():
+    # the gradient is infinite at 0
+    loss = lambda p, batch, keys: (jnp.sqrt(p["w"]) * jnp.ones(keys.shape), {})  # noqa: E731
+    step = jax.jit(train.make_train_step(loss, SGD))
+    state = train.create_state({"w": jnp.zeros(())}, SGD)
+    state, metrics = step(state, jnp.ones(4), KEY)
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    assert float(state.params["w"]) == 0
+
+
+def test_nan_in_a_batch_is_skipped_counted_and_reported():
+    (params, batch), optimizer = problem(), optax.adam(0.1)
+    step = program(optimizer, ema_decay=0.9)
     state = train.create_state(params, optimizer, ema=True)
     state, _ = step(state, batch, KEY)
     broken = {**batch, "x": batch["x"].copy()}
     broken["x"][3, 1] = np.nan
+    given = (params, broken, prng.sample_keys(KEY, 16))
+    text = train.nonfinite_report(linear_loss, *given)
+    assert "inputs: ['batch/x']" in text and "loss: [3]" in text and "'b', 'w'" in text
     after, metrics = step(state, broken, KEY)
     for name in ("params", "opt_state", "ema_params"):
         same(getattr(state, name), getattr(after, name))
@@ -112,28 +122,8 @@ def test_nan_in_a_batch_is_skipped_and_counted():
     assert metrics["skipped"] == 0
 
 
-def test_infinite_gradient_with_finite_loss_is_skipped():
-    def loss(params, batch, keys):
-        return jnp.sqrt(params["w"]) * jnp.ones(keys.shape), {}  # gradient inf at 0
-
-    step = jax.jit(train.make_train_step(loss, SGD))
-    state = train.create_state({"w": jnp.zeros(())}, SGD)
-    state, metrics = step(state, jnp.ones(4), KEY)
-    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
-    assert float(state.params["w"]) == 0
-
-
-def test_report_names_example_input_and_parameter():
-    params, batch = problem()
-    batch["x"][5] = np.nan
-    keys = prng.sample_keys(jax.random.key(0), 16)
-    text = train.nonfinite_report(linear_loss, params, batch, keys)
-    assert "inputs: ['batch/x']" in text and "loss: [5]" in text and "'b', 'w'" in text
-
-
 def test_compiles_once_and_donates(count_compiles):
-    params, batch = problem()
-    optimizer = optax.adam(0.1)
+    (params, batch), optimizer = problem(), optax.adam(0.1)
     step = jax.jit(train.make_train_step(linear_loss, optimizer), donate_argnums=0)
     state = train.create_state(params, optimizer)
     first = state.params["w"]

@@ -81,8 +81,7 @@ def test_persistent_nan_stops_with_the_last_good_checkpoint(tmp_path):
     message = r"20 consecutive.*batch/x.*loss: \[2\].*Last good checkpoint: step 30"
     with pytest.raises(train.NonFiniteError, match=message):
         fit(tmp_path, data, **options)
-    restored = train.Checkpoints(tmp_path).restore()
-    assert np.isfinite(restored.tree["params"]["w"]).all()
+    assert np.isfinite(train.Checkpoints(tmp_path).restore().tree["params"]["w"]).all()
 
 
 def test_diagnosis_sees_the_noise_of_the_failed_step():
