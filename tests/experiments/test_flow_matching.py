@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from checks import lowered
 
 from experiments import flow_matching, image_quality, run
 from experiments import report as report_command
@@ -47,9 +48,7 @@ def test_training_and_sampling_lower_for_accelerators():
     with config.unlocked():
         config.model.attention_implementation = "xla"
     step, (state, batch, key), _ = flow_matching.planned(config)["update"]
-    both = ("cuda", "tpu")
-    exported = jax.export.export(jax.jit(step), platforms=both)(state, batch, key)
-    assert exported.platforms == both
+    lowered(jax.jit(step), state, batch, key)
     apply_fn = models.functional(models.build(flow_matching.model_spec(config)))
     grid, null = flows.uniform_grid(4), config.data.num_classes
 
@@ -58,9 +57,7 @@ def test_training_and_sampling_lower_for_accelerators():
         guided = flows.classifier_free_guidance(velocity, 2.0, null)
         return flows.endpoints(guided, noise, grid, labels, method="heun")
 
-    exported = jax.export.export(jax.jit(sample), platforms=both)(
-        state.params, batch["image"], batch["label"]
-    )
+    exported = lowered(jax.jit(sample), state.params, batch["image"], batch["label"])
     assert exported.out_avals[0].shape == batch["image"].shape
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from checks import same
 
 from tmdjax import flows
 from tmdjax.core import conventions, prng
@@ -395,8 +396,7 @@ def test_microbatched_gradient_is_the_whole_one():
     params = jax.tree.map(lambda x: 1.01 * x, PARAMS)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     whole, parts = (gradient(params, n) for n in (None, 6))
-    for name, expected in whole.items():
-        np.testing.assert_allclose(parts[name], expected, rtol=1e-4, atol=1e-5)
+    same(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_guided_rollouts_are_scored_under_their_own_guidance(refused):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import Numbered
 from ml_collections import ConfigDict
 
 from tmdjax import harness, train
@@ -24,20 +25,11 @@ from tmdjax.harness.logs import read_rows, without_timings
 RULE = optax.sgd(0.1)
 
 
-class Draws:
-    def __init__(self):
-        self.position = 0
+def draws():
+    def batch(number):
+        return np.random.default_rng(number).normal(size=(4, 2)).astype(np.float32)
 
-    def __next__(self):
-        self.position += 1
-        rng = np.random.default_rng(self.position)
-        return rng.normal(size=(4, 2)).astype(np.float32)
-
-    def get_state(self):
-        return {"position": self.position}
-
-    def set_state(self, state):
-        self.position = state["position"]
+    return Numbered(batch)
 
 
 def loss(params, batch, keys):
@@ -71,7 +63,7 @@ def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None):
         state = context.fit(
             train.create_state(params, RULE),
             step_fn,
-            Draws(),
+            draws(),
             num_steps=config.train.steps,
             log_every=config.train.log_every,
             checkpoint_seconds=(0.0, 0.0),
@@ -381,7 +373,7 @@ def test_a_second_fit_in_a_stage_is_refused(tmp_path, refused):
     def twice(context):
         for _ in range(2):
             state = train.create_state({"w": jnp.zeros(2)}, RULE)
-            context.fit(state, STEP, Draws(), num_steps=3)
+            context.fit(state, STEP, draws(), num_steps=3)
 
     words = "calls fit a second time"
     refused(words, one_stage, tmp_path, twice, error=RuntimeError)
