@@ -197,7 +197,8 @@ def summary(
         A dict with ``SUMMARY_KEYS``. ``metrics`` are means over seeds ('name' of the
         arm 'main', 'arm/name' of others), ``wall_s`` the sum over units, in which a
         stage that several share counts once where ``stage_s`` tells, and
-        ``peak_memory_gb`` the maximum; commits and versions that differ stand side by side.
+        ``peak_memory_gb`` the maximum; commits and versions that differ stand side by
+        side.
 
     Raises:
         ValueError: no unit, one without its keys, an (arm, seed) twice with
