@@ -1,5 +1,6 @@
 """The smallest mesh on which a plan fits the memory of a device."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,16 +27,15 @@ def smallest_mesh(
 
     Numbers of devices are powers of two, and all of them cut parameters ('fsdp') but
     for the 'tensor' (1 without rules, at most 8) that a batch needs which does not
-    divide over so many. A mesh is not compiled for whose devices hold too much by its
-    arguments alone, or by their share of what a smaller one holds.
+    divide over so many.
 
     Args:
         fn: see :func:`tmdjax.train.plan`.
-        args: see :func:`tmdjax.train.plan`.
+        args: as there; so are donate_argnums, rules and batch_argnums.
         device: whose memory is to suffice.
-        donate_argnums: see :func:`tmdjax.train.plan`.
-        rules: see :func:`tmdjax.train.plan`.
-        batch_argnums: see :func:`tmdjax.train.plan`.
+        donate_argnums: as there.
+        rules: as there.
+        batch_argnums: as there.
         margin: part of the memory left free.
         max_devices: the search ends there.
 
@@ -43,26 +43,26 @@ def smallest_mesh(
         ValueError: no mesh of so many devices suffices.
     """
     traced = Traced(fn, args, donate_argnums, rules, batch_argnums, device)
-    return _search(traced, get_device(device), margin, max_devices)
+    device = get_device(device)
+    return _search(traced, device, _room(device, margin), max_devices)
 
 
 def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None:
     """Raises ValueError unless each device has room for the plan.
 
     Args:
-        plan: from :func:`tmdjax.train.plan`.
+        plan: from :func:`plan`.
         device: a :class:`tmdjax.train.Device` or its name.
         margin: part of the memory left free.
     """
-    check_range("margin", margin, 0, 1, open_high=True)
     device = get_device(device)
-    room = device.memory * (1 - margin)
+    room = _room(device, margin)
     if plan.total <= room:
         return
     remedy = "Cut its arguments over more devices."
     if plan.traced is not None:
         try:
-            found = _search(plan.traced, device, margin, 1024, plan)
+            found = _search(plan.traced, device, room, 1024, plan)
         except ValueError as error:
             remedy = str(error)
         else:
@@ -77,44 +77,41 @@ def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None
     )
 
 
+def _room(device: Device, margin: float) -> float:
+    check_range("margin", margin, 0, 1, open_high=True)
+    return device.memory * (1 - margin)
+
+
 def _search(
     traced: Traced,
     device: Device,
-    margin: float,
+    room: float,
     max_devices: int,
     known: Plan | None = None,
 ) -> Plan:
-    check_range("margin", margin, 0, 1, open_high=True)
+    """Does not compile for meshes that the arguments, or a share of known, overfill."""
     check_count("max_devices", max_devices)
-    room = device.memory * (1 - margin)
-    refused: ValueError | None = None
-    least: tuple[float, str] | None = None
-    count = 1
-    while count <= max_devices:
-        for cut in (1, 2, 4, 8) if traced.rules else (1,):
-            if cut > count:
+    least, limit = (math.inf, ""), ""
+    for count in [2**k for k in range(max_devices.bit_length())]:
+        for tensor in (1, 2, 4, 8) if traced.rules else (1,):
+            if tensor > count:
                 break
-            mesh = abstract_mesh(1, count // cut, cut)
+            mesh = abstract_mesh(1, count // tensor, tensor)
             try:
-                need = traced.held(mesh)
+                cuts = traced.cuts(mesh)
             except ValueError as error:  # the batch does not divide
-                refused = error
+                limit = f" Of larger meshes: {error}"
                 continue
+            need = traced.held(cuts)
             if known is not None:
                 need = max(need, known.total * known.devices / count)
             if need <= room:
-                known = traced.plan(mesh)
-                need = known.total
-                if need <= room:
+                known = traced.plan(cuts)
+                if known.total <= room:
                     return known
-            if least is None or need < least[0]:
-                least = need, mesh_name(mesh.shape)
+                need = known.total
+            least = min(least, (need, mesh_name(mesh.shape)))
             break  # more devices before products are cut further
-        count *= 2
-    if least is None:
-        assert refused is not None
-        raise refused
-    limit = f" Of larger meshes: {refused}" if refused else ""
     raise ValueError(
         f"no mesh of up to {max_devices} x {device.name} holds the step: it needs "
         f"at least {least[0] / 1e9:.4g} GB a device on {least[1]}, and there "
