@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from tmdjax.core.checks import check_range
 from tmdjax.core.registry import Registry
@@ -29,41 +28,23 @@ class Device:
     fused_attention: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("memory", "bandwidth"):
-            check_range(name, getattr(self, name), 0, open_low=True)
         if "float32" not in self.peak:
             raise ValueError(
                 f"peak of {self.name!r} names {sorted(self.peak)}; 'float32' must be "
                 f"there, which stands for dtypes that are not."
             )
-        for dtype, value in self.peak.items():
-            check_range(f"peak[{dtype!r}]", value, 0, open_low=True)
-        # The caller's dict may change.
-        object.__setattr__(self, "peak", MappingProxyType(dict(self.peak)))
-
-    def seconds(self, flops: Mapping[str, float], moved: float) -> float:
-        """The roofline: no device of this kind is faster.
-
-        Args:
-            flops: by the dtype of the operands.
-            moved: bytes read and written.
-
-        References:
-            Williams, Waterman, Patterson, 'Roofline' (2009).
-        """
-        compute = sum(
-            count / self.peak.get(dtype, self.peak["float32"])
-            for dtype, count in flops.items()
-        )
-        return max(compute, moved / self.bandwidth)
+        figures = {"memory": self.memory, "bandwidth": self.bandwidth}
+        figures |= {f"peak[{dtype!r}]": value for dtype, value in self.peak.items()}
+        for name, value in figures.items():
+            check_range(name, value, 0, open_low=True)
 
 
-def _nvidia(half: float, eight_bit: float | None, single: float) -> dict[str, float]:
-    peak = {"bfloat16": half, "float16": half, "float32": single}
-    if eight_bit is not None:
-        peak |= {"float8_e4m3fn": eight_bit, "float8_e5m2": eight_bit}
-        peak |= {"int8": eight_bit}
-    return peak
+_A100 = {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}
+_HOPPER = {
+    "float32": 66.9e12,
+    **dict.fromkeys(("bfloat16", "float16"), 989.4e12),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "int8"), 1978.9e12),
+}
 
 
 def _tpu(half: float, int8: float) -> dict[str, float]:
@@ -76,33 +57,23 @@ DEVICES: Registry[Device] = Registry("device")
 TF32, as our fp32 recipe runs), Cloud TPU's pages of v5e, v5p and v6e. A large bfloat16
 product reaches about 72 % of an H100's."""
 
-for _device in (
-    Device(
-        name="a100",
-        memory=80e9,
-        bandwidth=2.039e12,
-        peak=_nvidia(312e12, None, 19.5e12),
-        fused_attention=True,
-    ),
-    Device(
-        name="h100",
-        memory=80e9,
-        bandwidth=3.35e12,
-        peak=_nvidia(989.4e12, 1978.9e12, 66.9e12),
-        fused_attention=True,
-    ),
-    Device(
-        name="h200",
-        memory=141e9,
-        bandwidth=4.8e12,
-        peak=_nvidia(989.4e12, 1978.9e12, 66.9e12),
-        fused_attention=True,
-    ),
-    Device(name="v5e", memory=16e9, bandwidth=0.819e12, peak=_tpu(197e12, 394e12)),
-    Device(name="v5p", memory=95e9, bandwidth=2.765e12, peak=_tpu(459e12, 918e12)),
-    Device(name="v6e", memory=32e9, bandwidth=1.64e12, peak=_tpu(918e12, 1836e12)),
+for _name, _memory, _bandwidth, _peak, _fused in (
+    ("a100", 80e9, 2.039e12, _A100, True),
+    ("h100", 80e9, 3.35e12, _HOPPER, True),
+    ("h200", 141e9, 4.8e12, _HOPPER, True),
+    ("v5e", 16e9, 0.819e12, _tpu(197e12, 394e12), False),
+    ("v5p", 95e9, 2.765e12, _tpu(459e12, 918e12), False),
+    ("v6e", 32e9, 1.64e12, _tpu(918e12, 1836e12), False),
 ):
-    DEVICES.register(_device.name)(_device)
+    DEVICES.register(_name)(
+        Device(
+            name=_name,
+            memory=_memory,
+            bandwidth=_bandwidth,
+            peak=_peak,
+            fused_attention=_fused,
+        )
+    )
 
 
 def get_device(device: Device | str) -> Device:

@@ -10,6 +10,9 @@ import jax.extend.core as jex
 
 from tmdjax.models.block_attention import TILE
 
+_ALGORITHMS = {"BF16_BF16_F32": "bfloat16", "F16_F16_F32": "float16"}
+"""Products that round their operands first, whatever these are."""
+
 
 @dataclasses.dataclass
 class Work:
@@ -33,35 +36,6 @@ class Work:
         self.open_loops += other.open_loops
 
 
-def count_work(jaxpr: Any) -> Work:
-    """Walks a jaxpr, closed or open.
-
-    Operations whose results nobody reads do not count. Of a ``cond`` the branch that
-    costs most does; a ``scan`` counts once a step.
-    """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    work = Work()
-    for equation in _used(jaxpr):
-        name, params = equation.primitive.name, equation.params
-        bodies = [count_work(body) for body in _bodies(params)]
-        tile = TILE in str(equation.source_info.name_stack)
-        if name == "cond":
-            work.add(max(bodies, key=lambda body: sum(body.flops.values())))
-            continue
-        work.open_loops += name == "while"
-        for body in bodies:
-            body.moved *= not tile
-            work.add(body, params["length"] if name == "scan" else 1)
-        if name in _TERMS:
-            values = [v.aval for v in (*equation.invars, *equation.outvars)]
-            named = values[0].dtype.name
-            dtype = _ALGORITHMS.get(str(params["precision"])) or named
-            count = 2.0 * values[-1].size * _TERMS[name](values, params)
-            moved = sum(v.size * v.dtype.itemsize for v in values)
-            work.add(Work({dtype: count}, 0.0 if tile else moved))
-    return work
-
-
 def count_flops(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
     """FLOPs of a function's products, by the dtype of their operands.
 
@@ -72,7 +46,35 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
     return count_work(jax.make_jaxpr(fn)(*args)).flops
 
 
+def count_work(jaxpr: Any) -> Work:
+    """Walks a jaxpr, closed or open.
+
+    Operations whose results nobody reads do not count. Of a ``cond`` the branch that
+    costs most does; a ``scan`` counts once a step.
+    """
+    work = Work()
+    for equation in _used(getattr(jaxpr, "jaxpr", jaxpr)):
+        name, params = equation.primitive.name, equation.params
+        bodies = [count_work(body) for body in _bodies(params)]
+        tile = TILE in str(equation.source_info.name_stack)
+        if name == "cond":
+            bodies = [max(bodies, key=lambda body: sum(body.flops.values()))]
+        for body in bodies:
+            body.moved *= not tile
+            work.add(body, params["length"] if name == "scan" else 1)
+        work.open_loops += name == "while"
+        if name in ("dot_general", "conv_general_dilated"):
+            a, b, out = (v.aval for v in (*equation.invars, *equation.outvars))
+            terms = _convolution_terms if name.startswith("conv") else _dot_terms
+            dtype = _ALGORITHMS.get(str(params["precision"])) or a.dtype.name
+            moved = sum(v.size * v.dtype.itemsize for v in (a, b, out))
+            flops = 2.0 * out.size * terms(a, b, params)
+            work.add(Work({dtype: flops}, 0.0 if tile else moved))
+    return work
+
+
 def _used(jaxpr: Any) -> list[Any]:
+    """Operations whose results are read, or that do something besides."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
     kept = []
     for equation in reversed(jaxpr.eqns):
@@ -90,25 +92,12 @@ def _bodies(params: Any) -> Iterator[Any]:
                 yield part
 
 
-def _dot_terms(values: Any, params: Any) -> float:
+def _dot_terms(a: Any, b: Any, params: Any) -> float:
     (summed, _), _ = params["dimension_numbers"]
-    return math.prod(values[0].shape[k] for k in summed)
+    return math.prod(a.shape[k] for k in summed)
 
 
-def _convolution_terms(values: Any, params: Any) -> float:
+def _convolution_terms(a: Any, b: Any, params: Any) -> float:
     output, *_ = params["dimension_numbers"].rhs_spec
-    terms = math.prod(values[1].shape) / values[1].shape[output]
-    # Zeros put between the pixels cost nothing.
-    return terms / math.prod(params["lhs_dilation"])
-
-
-_ALGORITHMS = {
-    "BF16_BF16_F32": "bfloat16",
-    "F16_F16_F32": "float16",
-}
-"""Products that round their operands first, whatever these are."""
-
-_TERMS = {
-    "dot_general": _dot_terms,
-    "conv_general_dilated": _convolution_terms,
-}
+    # zeros put between the pixels cost nothing
+    return math.prod(b.shape) / b.shape[output] / math.prod(params["lhs_dilation"])
