@@ -52,12 +52,10 @@ NOT_DRAWN = [
         "data": "procedural captioned_shapes captions",
         "flows": "chords windows step_search tree_rollout",
         "harness": "ledger results_page",
-        "models": "dit unet text_dit flow_map_dit video_dit planned_attention "
-        "block_attention",
+        "models": "dit unet text_dit flow_map_dit video_dit block_attention",
         "systems": "boss branchgrpo tmd",
         "train": "on_policy flow_rl distillation distillation_cycle export planner "
-        "liveness propagation jaxpr_reader program axis_cuts mesh_search "
-        "devices compiled_memory flops",
+        "mesh_search devices compiled_memory flops",
     }.items()
     for name in names.split()
 ]
