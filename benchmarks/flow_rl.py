@@ -234,7 +234,7 @@ class Ours:
 
     def rollout(self) -> tuple[Array, Any]:
         """Samples and record."""
-        return self.iteration.collect(*self.collect_arguments())
+        return self.iteration.programs["rollout"](*self.collect_arguments())
 
     def whole(self) -> Any:
         """One iteration."""
@@ -245,7 +245,7 @@ class Ours:
         """Seconds of both programs, and of a whole iteration."""
         rollout, (_, record) = timed(self.rollout)
         given = jax.block_until_ready(self.learn_arguments(record))
-        update, _ = timed(lambda: self.iteration.learn(*given))
+        update, _ = timed(lambda: self.iteration.programs["update"](*given))
         whole, _ = timed(self.whole)
         return {"rollout": rollout, "update": update, "whole": whole}
 
@@ -632,10 +632,10 @@ def memory_rows(contenders: Mapping[str, Ours]) -> list[Row]:
             }
         )
         for program, given in (
-            ("collect", ours.collect_arguments()),
-            ("learn", ours.learn_arguments(record)),
+            ("rollout", ours.collect_arguments()),
+            ("update", ours.learn_arguments(record)),
         ):
-            compiled = getattr(ours.iteration, program).lower(*given).compile()
+            compiled = ours.iteration.programs[program].lower(*given).compile()
             found = compiled.memory_analysis()
             peak = (
                 found.argument_size_in_bytes

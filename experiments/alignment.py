@@ -144,7 +144,7 @@ def _iteration(
         chunks=settings.chunks,
         ema_decay=settings.ema_decay,
     )
-    return train.create_state(trained, rule, ema=True), iteration, whole, method
+    return iteration.init(trained), iteration, whole, method
 
 
 def align(config: Config, arm: str, context: StageContext) -> StageResult:
@@ -399,11 +399,11 @@ def _trace(
         state, iteration, _, method = _iteration(config, arm, task, params, key, policy)
         table, plan = method.plan(0)
         zero = np.int32(0)
-        samples, record = iteration.collect(
+        samples, record = iteration.programs["rollout"](
             state.params, params, batch, key, zero, zero, table, plan
         )
         rewards = jnp.zeros(samples.shape[0])
-        return iteration.learn(
+        return iteration.programs["update"](
             state, params, batch, (record,), rewards, key, zero, table, plan
         )
 

@@ -55,7 +55,7 @@ def test_reward_rises_with_one_compilation_of_each_program(name):
     windows = {tuple(setup.method.table(i).mask) for i in range(25)}
     assert len(windows) >= 3 or name not in WINDOWS
     # the type hook of the tests does not multiply programs
-    assert iteration.collect._cache_size() == iteration.learn._cache_size() == 1
+    assert [p._cache_size() for p in iteration.programs.values()] == [1, 1]
     assert int(state.step) == 25 * setup.updates and int(state.skipped) == 0
 
 

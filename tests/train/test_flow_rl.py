@@ -125,7 +125,7 @@ def test_gradient_is_the_sum_over_transitions(name):
     method = chains(Weighted, reduction=objective.get("reduction", "mean"))
     iteration = make(method, objective=objective, microbatches=microbatches)
     objective = flow_rl.Objective(clip_range=0.2, **objective)
-    _, record = iteration.collect(PARAMS, SHIFTS, *arguments(method))
+    _, record = iteration.programs["rollout"](PARAMS, SHIFTS, *arguments(method))
     # another behaviour policy: some ratios leave the clip range on either side
     away = 0.4 * np.sin(np.arange(36.0)).astype(np.float32)
     record = record.replace(log_prob=record.log_prob + away)
@@ -157,9 +157,9 @@ def update_of(params, start=PARAMS):
 def learned(iteration, method, rewards, record=None):
     batch, key, number, _, *rest = arguments(method)
     if record is None:
-        _, record = iteration.collect(PARAMS, SHIFTS, *arguments(method))
+        _, record = iteration.programs["rollout"](PARAMS, SHIFTS, *arguments(method))
     given = (SHIFTS, batch, (record,), rewards, key, number, *rest)
-    return iteration.learn(fresh(), *given)
+    return iteration.programs["update"](fresh(), *given)
 
 
 def test_tied_groups_count_in_neither_loss_nor_denominator():
@@ -199,12 +199,12 @@ def test_tied_groups_count_in_neither_loss_nor_denominator():
 def test_chunks_and_microbatches_change_memory_not_maths():
     method = chains(same_noise=True)
     whole = make(method, updates=2)
-    samples, record = whole.collect(PARAMS, SHIFTS, *arguments(method))
+    samples, record = whole.programs["rollout"](PARAMS, SHIFTS, *arguments(method))
     drawn = []
     for i in (0, 2):
         half = {"prompt": BATCH["prompt"][i : i + 2]}
         given = arguments(method, batch=half, first=i)
-        drawn.append(whole.collect(PARAMS, SHIFTS, *given))
+        drawn.append(whole.programs["rollout"](PARAMS, SHIFTS, *given))
     together = np.concatenate([samples for samples, _ in drawn])
     assert_allclose(together, samples, atol=1e-5)
     same(rl.concatenate([record for _, record in drawn], 2), record, atol=1e-5)
@@ -234,13 +234,13 @@ def test_iterations_differ_and_depend_on_key_and_number_alone():
 def test_programs_lower_for_accelerators(method):
     iteration = make(method, objective={"kl_coefficient": 0.1}, updates=2, chunks=2)
     given = (PARAMS, SHIFTS, *arguments(method, batch={"prompt": np.arange(2)}))
-    samples, record = jax.eval_shape(iteration.collect, *given)
+    samples, record = jax.eval_shape(iteration.programs["rollout"], *given)
     assert samples.shape[1:] == (2,) and isinstance(record, rl.Transitions)
-    lowered(iteration.collect, *given)
+    lowered(iteration.programs["rollout"], *given)
     batch, key, number, _, *rest = arguments(method)
     rewards = np.zeros(2 * len(samples), np.float32)
     given = (SHIFTS, batch, (record,) * 2, rewards, key, number, *rest)
-    lowered(iteration.learn, fresh(), *given)
+    lowered(iteration.programs["update"], fresh(), *given)
 
 
 EIGHT_DEVICES = """
@@ -276,8 +276,8 @@ def run(mesh, method, **options):
     for _ in range(3):
         state, metrics = iteration(state, batch, key)
         history.append({name: float(value) for name, value in metrics.items()})
-    programs = iteration.collect._cache_size(), iteration.learn._cache_size()
-    assert programs == (1, 1), programs
+    programs = [p._cache_size() for p in iteration.programs.values()]
+    assert programs == [1, 1], programs
     return iteration, state, history
 
 mesh = train.make_mesh(2, 4)
@@ -296,10 +296,10 @@ table, plan = method.plan(0)
 zero, half = np.int32(0), {"shift": batch["shift"][:8]}
 start = train.create_state(params, optimizer, ema=True)
 drawn = (start.params, policy.frozen, half, key, zero, zero, table, plan)
-records = (jax.eval_shape(one.collect, *drawn)[1],) * 2
+records = (jax.eval_shape(one.programs["rollout"], *drawn)[1],) * 2
 done = (start, policy.frozen, batch, records, np.zeros(48, np.float32), key, zero, table, plan)
 for whole, cut, given in (
-    (one.collect, eight.collect, drawn), (one.learn, eight.learn, done)
+    (one.programs["rollout"], eight.programs["rollout"], drawn), (one.programs["update"], eight.programs["update"], done)
 ):
     def placed(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=train.replicated(mesh))

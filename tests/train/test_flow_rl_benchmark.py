@@ -67,7 +67,7 @@ def test_one_at_a_time_walks_the_chains_of_a_batched_rollout(problem, one):
 def test_one_at_a_time_accumulates_the_gradient_of_the_batched_update(ours, one):
     (_, record), rewards = ours.rollout(), np.asarray([0.0, 1.0, 3.0, -2.0], np.float32)
     ours.rewards = rewards
-    _, metrics = ours.iteration.learn(*ours.learn_arguments(record))
+    _, metrics = ours.iteration.programs["update"](*ours.learn_arguments(record))
     states = record.states.reshape(4, 1, -1, *record.states.shape[1:])
     log_prob = record.log_prob.reshape(4, -1, 1)
     drawn = [

@@ -13,7 +13,12 @@ from tmdjax.rl.advantages import (
 from tmdjax.rl.aggregation import MODES as AGGREGATIONS
 from tmdjax.rl.aggregation import aggregate, aggregation_weights, denominators
 from tmdjax.rl.curation import is_informative, overlong_penalty
-from tmdjax.rl.diagnostics import RatioError, check_first_ratio, ratio_statistics
+from tmdjax.rl.diagnostics import (
+    RatioError,
+    beyond_clip,
+    check_first_ratio,
+    ratio_error,
+)
 from tmdjax.rl.gaussian import (
     at_bounds,
     check_std,
@@ -72,6 +77,7 @@ __all__ = [
     "at_bounds",
     "batch_records",
     "best_and_worst",
+    "beyond_clip",
     "check_clip_range",
     "check_first_ratio",
     "check_std",
@@ -90,7 +96,7 @@ __all__ = [
     "kl_estimate",
     "make_tree",
     "overlong_penalty",
-    "ratio_statistics",
+    "ratio_error",
     "rejecting_weights",
     "reward_advantages",
     "sequence_log_ratio",

@@ -30,8 +30,9 @@ from tmdjax.core.checks import (
 from tmdjax.core.mesh import cut_by_batch, under_mesh
 from tmdjax.core.types import Array, ArrayLike, Cond, Params, PyTree, Velocity
 from tmdjax.rewards import host
+from tmdjax.train.iteration import Iteration
 from tmdjax.train.sharding import fsdp_shardings
-from tmdjax.train.state import TrainState, make_train_step
+from tmdjax.train.state import TrainState, create_state, make_train_step
 
 # What a key of an iteration is folded with.
 _ROLLOUT, _UPDATE = 0, 1
@@ -155,6 +156,26 @@ def initial_noise(keys: Any, event_shape: tuple[int, ...]) -> Array:
     return prng.normal(prng.fold_in(keys, _START), event_shape)
 
 
+class Rollout(NamedTuple):
+    """What an iteration drew and how it was rewarded.
+
+    Attributes:
+        batch: the prompts, {name: [prompt, ...]}.
+        records: transitions of each chunk of the prompts, in order.
+        rewards: float32 numpy [prompt * group_size].
+        number: of the iteration, int32.
+        table: coefficients of the sampler, see :meth:`Method.plan`.
+        plan: see :meth:`Method.plan`.
+    """
+
+    batch: Any
+    records: tuple[rl.Transitions, ...]
+    rewards: np.ndarray
+    number: Any
+    table: flows.CoefficientTable
+    plan: PyTree
+
+
 class Setup(NamedTuple):
     """What a paper fixes.
 
@@ -182,13 +203,13 @@ def make_iteration(
     ema_decay: float | None = None,
     skip_above: float | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
+) -> Iteration[TrainState, Rollout]:
     """Builds ``iteration(state, batch, key) -> (state, metrics)``, a host function.
 
-    It calls two compiled programs, `collect` (once a chunk) and `learn` (once), and the
-    reward between them; :func:`tmdjax.train.fit` takes it as its step. Noise depends on
-    key, iteration, prompt and sample alone, not on chunks or devices. The number of the
-    iteration is that of the state: ``state.step // updates``.
+    Collecting runs a compiled program once a chunk, and the reward; learning runs one
+    once. Noise depends on key, iteration, prompt and sample alone, not on chunks or
+    devices. The number of the iteration is that of the state: ``state.step //
+    updates``.
 
     Args:
         policy: what is trained.
@@ -208,11 +229,12 @@ def make_iteration(
             one device.
 
     Returns:
-        The iteration. ``batch`` is {name: [prompt, ...]}; the state is donated once
-        there are rewards. Metrics are float32 scalars: reward_mean, reward_group_std,
-        tied_group_fraction, loss, grad_norm, kl (means over updates that were not
-        skipped), skipped_updates, ratio_error (max |ratio - 1| in the first
-        minibatch), clip_fraction_first and clip_fraction_last (of the minibatches).
+        The iteration; ``init(params)`` makes its state. ``batch`` is {name: [prompt,
+        ...]}; learning donates the state. Metrics are float32 scalars: reward_mean,
+        reward_group_std, tied_group_fraction, loss, grad_norm, kl (means over updates
+        that were not skipped), skipped_updates, ratio_error (max |ratio - 1| in the
+        first minibatch), clip_fraction_first and clip_fraction_last (of the
+        minibatches).
 
     Raises:
         ValueError: a KL without a reference, a reduction unlike the method's, counts
@@ -250,7 +272,7 @@ def make_iteration(
 
     @jax.jit
     @on_mesh
-    def collect(
+    def rollout(
         params: Any,
         frozen: Any,
         batch: Any,
@@ -269,7 +291,7 @@ def make_iteration(
 
     @functools.partial(jax.jit, donate_argnums=0)
     @on_mesh
-    def learn(
+    def update(
         state: TrainState,
         frozen: Any,
         batch: Any,
@@ -332,24 +354,42 @@ def make_iteration(
         )
     checked = False
 
-    def iteration(state: TrainState, batch: Any, key: Any) -> Any:
-        nonlocal checked
+    def init(params: Params) -> TrainState:
+        return create_state(params, optimizer, ema=ema_decay is not None)
+
+    def on_devices(state: TrainState) -> TrainState:
+        if mesh is None:
+            return state
+        return jax.device_put(state, fsdp_shardings(state, mesh))
+
+    def collect(state: TrainState, batch: Any, key: Any) -> Rollout:
         size = _chunk_size(batch, chunks, ways)
         number = np.int32(int(state.step) // updates)
         table, plan = method.plan(int(number))
-        if mesh is not None:
-            state = jax.device_put(state, fsdp_shardings(state, mesh))
+        params = on_devices(state).params
         records, scored = [], []
         for first in range(0, size * chunks, size):
             part = jax.tree.map(lambda leaf: leaf[first : first + size], batch)  # noqa: B023
-            samples, record = collect(
-                state.params, frozen, part, key, number, np.int32(first), table, plan
+            samples, record = rollout(
+                params, frozen, part, key, number, np.int32(first), table, plan
             )
             records.append(record)
             scored.append(_submit(reward, score, samples, part, first, group_size))
         rewards = np.concatenate([pending() for pending in scored])
-        state, metrics = learn(
-            state, frozen, batch, tuple(records), rewards, key, number, table, plan
+        return Rollout(batch, tuple(records), rewards, number, table, plan)
+
+    def learn(state: TrainState, drawn: Rollout, key: Any) -> Any:
+        nonlocal checked
+        state, metrics = update(
+            on_devices(state),
+            frozen,
+            drawn.batch,
+            drawn.records,
+            drawn.rewards,
+            key,
+            drawn.number,
+            drawn.table,
+            drawn.plan,
         )
         if not checked:
             error = float(metrics["ratio_error"])
@@ -357,9 +397,12 @@ def make_iteration(
             checked = error > 0  # at 0 nothing need have been live: look again
         return state, metrics
 
-    # the compiled programs, for tests and benchmarks
-    iteration.collect, iteration.learn = collect, learn  # pyright: ignore
-    return iteration
+    return Iteration(
+        init=init,
+        collect=collect,
+        learn=learn,
+        programs={"rollout": rollout, "update": update},
+    )
 
 
 def _chunk_size(batch: Any, chunks: int, ways: int) -> int:
@@ -486,12 +529,12 @@ def _loss(
     )
     if objective.step_weight != "none":
         surrogate *= flows.step_weights(table, objective.step_weight)[step]
-    low, high = rl.check_clip_range(objective.clip_range)
-    error = jax.lax.stop_gradient(jnp.expm1(scores.log_prob - behaviour))
+    log_ratio = scores.log_prob - behaviour
+    low, high = rl.beyond_clip(log_ratio, objective.clip_range)
     live = weight > 0
     loss = weight * (surrogate + objective.kl_coefficient * scores.kl)
     return jnp.where(live, loss, 0.0), {
         "kl": jnp.where(live, weight * scores.kl, 0.0),
-        "clip_fraction": weight * ((error < -low) | (error > high)),
-        "ratio_error": jnp.where(live, jnp.abs(error), 0.0),
+        "clip_fraction": weight * (low | high),
+        "ratio_error": jnp.where(live, rl.ratio_error(log_ratio), 0.0),
     }
