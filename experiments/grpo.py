@@ -22,7 +22,6 @@ from tmdjax.core.checks import check_count, check_range
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot
-from tmdjax.runtime import LMState
 from tmdjax.systems import grpo
 
 Config = Any
@@ -124,7 +123,7 @@ def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:
         length=sizes["length"],
         pad=language.pad,
     )
-    return iterate, LMState.start(params, optimizer)
+    return iterate, iterate.init(params)
 
 
 def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
@@ -133,7 +132,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     iterate, state = iteration(given, params, context.key)
 
     def step(state: Any, batch: None, key: Any) -> Any:
-        state, metrics = iterate(state, key)
+        state, metrics = iterate(state, None, key)
         return state, {k: v for k, v in metrics.items() if not k.startswith("skip")}
 
     state = context.fit(

@@ -54,8 +54,10 @@ NOT_DRAWN = [
         "harness": "ledger results_page",
         "models": "dit unet text_dit flow_map_dit video_dit block_attention",
         "systems": "boss branchgrpo tmd",
-        "train": "on_policy flow_rl distillation distillation_cycle export planner "
-        "mesh_search devices compiled_memory flops",
+        "train": "on_policy/settings on_policy/state on_policy/rollout "
+        "on_policy/returns on_policy/update on_policy/trainer flow_rl iteration "
+        "distillation distillation_cycle export planner mesh_search devices "
+        "compiled_memory flops",
     }.items()
     for name in names.split()
 ]
@@ -116,8 +118,15 @@ TESTS = {
     "rl/trees": "rl/test_advantages.py",
     "rl/curation": "rl/test_token_records.py",
     "rl/ratios": "rl/test_surrogates.py",
-    "runtime/lm_rl": "runtime/test_lm_rl.py -k 'definition or packing or learns or tied "
-    "or penalised or clipped or bad or truncated or recomputed'",
+    **dict.fromkeys(
+        [
+            "runtime/" + name
+            for name in "lm_rl packing scheduling scoring update".split()
+        ],
+        "runtime/test_lm_rl.py -k 'definition or packing or learns or tied or "
+        "penalised or clipped or bad or truncated or recomputed or unequal or fails'",
+    ),
+    "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",
     "systems/dmd2": "systems/test_tmd.py -k 'dmd2 or renoised'",
     "systems/meanflow": "systems/test_tmd.py -k meanflow",

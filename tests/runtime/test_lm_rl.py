@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import pytest
 from checks import same
 from numpy.testing import assert_allclose
 
-from tmdjax import models, rl
+from tmdjax import models, rl, runtime
 from tmdjax.generation import Engine, EngineConfig, Sampling, cached_decoder
-from tmdjax.runtime import lm_rl
-from tmdjax.runtime.lm_rl import LMState, Prompt, Settings
+from tmdjax.rewards.host import RewardError
+from tmdjax.runtime import LMState, Prompt, Settings
 from tmdjax.systems import grpo
 
 KEY = jax.random.key(0)
@@ -69,7 +70,7 @@ def engine():
 
 def made(objective, optimizer, settings, network=log_probs, engine=ENGINE, **options):
     given = (engine, network, objective, optimizer, settings, draw, sevens)
-    return lm_rl.make_iteration(*given, **{"length": LENGTH, **options})
+    return runtime.make_iteration(*given, **{"length": LENGTH, **options})
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def run(iterations, state=None, objective=OBJECTIVE, **changes):
     state = state or LMState.start(PARAMS, optimizer)
     found = []
     for _ in range(iterations):
-        state, metrics = iterate(state, KEY)
+        state, metrics = iterate(state, None, KEY)
         found.append(metrics)
     return state, found
 
@@ -112,18 +113,18 @@ def test_killed_and_resumed_is_the_same_run():
 
 @functools.cache
 def written():
-    return lm_rl.collect(engine(), draw, sevens, SETTINGS, 0)
+    return runtime.collect(engine(), draw, sevens, SETTINGS, 0)
 
 
 @functools.cache
 def descent(objective):
-    return lm_rl.make_update(log_probs, objective, optax.sgd(1.0))
+    return runtime.make_update(log_probs, objective, optax.sgd(1.0))
 
 
 def first_batch(objective, **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     given = (written().records, objective, settings, np.random.default_rng(0))
-    (batch,) = lm_rl.update_batches(*given, length=LENGTH)
+    (batch,) = runtime.update_batches(*given, length=LENGTH)
     return batch
 
 
@@ -142,9 +143,43 @@ def test_c_packing_and_microbatches_change_nothing(name, changes):
     same((whole, metrics), (other, others), atol=2e-6)
 
 
+def test_groups_of_unequal_size_and_parts_that_are_not_full():
+    """13 responses of 4 groups, two minibatches, microbatches of 4: 3 are padding."""
+    records = [r for i, r in enumerate(written().records) if i not in (1, 2, 6)]
+    settings = dataclasses.replace(SETTINGS, minibatches=2, microbatch=4)
+    given = (records, OBJECTIVE, settings, np.random.default_rng(0))
+    batches = list(runtime.update_batches(*given, length=LENGTH))
+    assert [batch.advantage.shape for batch in batches] == [(2, 4), (2, 4)]
+    found = [batch.texts.mask.any(-1) for batch in batches]
+    assert [live.sum() for live in found] == [7, 6]
+    for batch, live in zip(batches, found):
+        assert (batch.advantage[~live] == 0).all() and (batch.weight[~live] == 0).all()
+        assert_allclose(batch.weight.sum(), 1, rtol=1e-6)
+        assert batch.share[0] == pytest.approx(1 / batch.texts.mask.sum())
+    for g in range(4):
+        own = [b.advantage[(b.texts.group == g) & x] for b, x in zip(batches, found)]
+        assert_allclose(np.concatenate(own).mean(), 0, atol=1e-6)
+
+
+def test_a_scorer_that_fails_or_hangs_stops_the_iteration(refused):
+    def collected(score, **changes):
+        settings = dataclasses.replace(SETTINGS, **changes)
+        return runtime.collect(engine(), draw, score, settings, 0)
+
+    def hangs(problem, tokens):
+        time.sleep(5)
+
+    error = RewardError
+    refused("the scorer raised on sample", collected, lambda *_: 1 / 0, error=error)
+    refused(
+        "did not answer within 0.1 s", collected, hangs, score_timeout=0.1, error=error
+    )
+    refused("nan", collected, lambda *_: float("nan"), error=error)
+
+
 @pytest.mark.slow
 def test_the_loss_is_that_of_the_definition():
-    """Token mean of -A at ratio 1: its gradient by finite differences of log-probs."""
+    """Token mean of -A at ratio 1: the gradient of log-probs, text by text."""
     found, _ = gradients(grpo.preset("dapo"), microbatch=16)
     records = written().records
     groups = np.array([r.reward for r in records]).reshape(4, 4)
@@ -194,7 +229,7 @@ def test_recomputed_log_probs_and_a_reference(refused):
     other = jax.tree.map(lambda x: x * 1.1, PARAMS)
     iterate = made(objective, optimizer, settings, reference=other)
     engine()
-    _, metrics = iterate(LMState.start(PARAMS, optimizer), KEY)
+    _, metrics = iterate(LMState.start(PARAMS, optimizer), None, KEY)
     assert metrics["kl"] > 1e-5
     assert metrics["behaviour_weight"] == pytest.approx(1, abs=1e-4)
     assert 0 < metrics["behaviour_log_ratio_max"] < 1e-4
@@ -210,19 +245,19 @@ def test_d_dynamic_sampling_replaces_tied_groups(refused):
         return [Prompt((3, i), attempt > 0 and i > 0) for i in range(4)]
 
     settings = dataclasses.replace(SETTINGS, dynamic_sampling=True, samples=8)
-    found = lm_rl.collect(engine(), problems, sometimes, settings, 0)
+    found = runtime.collect(engine(), problems, sometimes, settings, 0)
     assert all(found.problems) and len(found.records) == 32
     assert [r.group for r in found.records] == np.repeat(range(4), 8).tolist()
     assert found.metrics["groups_left_out"] >= 5
     few = dataclasses.replace(settings, max_attempts=3)
     given = (engine(), problems, lambda problem, tokens: 1.0, few, 0)
     message = r"after max_attempts=3 .* only 0 groups"
-    refused(message, lm_rl.collect, *given, error=RuntimeError)
+    refused(message, runtime.collect, *given, error=RuntimeError)
 
 
 def test_d_long_responses_are_penalised():
     settings = dataclasses.replace(SETTINGS, overlong_buffer=4, overlong_factor=0.5)
-    found = lm_rl.collect(engine(), draw, lambda problem, tokens: 1.0, settings, 0)
+    found = runtime.collect(engine(), draw, lambda problem, tokens: 1.0, settings, 0)
     for record in found.records:
         assert record.reward == 1 - 0.5 * max(0, len(record) - 2) / 4
 
@@ -231,7 +266,7 @@ def test_another_policy_than_the_engines_is_seen(refused):
     wrong = lambda *given: tuple(2 * x for x in log_probs(*given))  # noqa: E731
     engine()
     iterate = made(OBJECTIVE, optax.sgd(0.1), SETTINGS, wrong)
-    given = (LMState.start(PARAMS, optax.sgd(0.1)), KEY)
+    given = (LMState.start(PARAMS, optax.sgd(0.1)), None, KEY)
     refused("on the first minibatch", iterate, *given, error=rl.RatioError)
 
 

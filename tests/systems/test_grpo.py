@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from tmdjax.rl import TokenBatch
-from tmdjax.runtime.lm_rl import UpdateBatch
+from tmdjax.rl import TokenBatch, TokenRecord
+from tmdjax.runtime import UpdateBatch
 from tmdjax.systems import grpo
 
 RNG = np.random.default_rng(0)
@@ -75,14 +75,17 @@ def test_c_kl_to_a_reference():
 
 
 def test_b_advantages_of_the_methods():
-    rewards, group = jnp.array([1.0, 0, 0, 1, 1, 1]), jnp.array([0, 0, 0, 1, 1, 1])
+    records = [
+        TokenRecord(number=i, group=group, prompt=(1,), reward=reward)
+        for i, (group, reward) in enumerate(zip((0, 0, 0, 1, 1, 1), (1, 0, 0, 1, 1, 1)))
+    ]
     centred = np.array([2, -1, -1, 0, 0, 0]) / 3
     for name, options, expected, rtol in (
         ("grpo", {}, centred / np.std([1, 0, 0], ddof=1), 1e-4),
         ("rloo", {}, 1.5 * centred, 1e-7),
         ("dr_grpo", {"length": 4}, centred, 1e-6),
     ):
-        ours = grpo.preset(name, **options).advantages(rewards, group, 2)
+        ours = grpo.preset(name, **options).advantages(records)
         assert_allclose(ours, expected, rtol=rtol, err_msg=name)
 
 

@@ -10,16 +10,19 @@ References:
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from tmdjax import rl
 from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array
+from tmdjax.rl import TokenRecord
 from tmdjax.rl.advantages import BASELINES, SCALES
 from tmdjax.rl.kl import KINDS
-from tmdjax.runtime.lm_rl import UpdateBatch
+from tmdjax.runtime.packing import UpdateBatch
 
 SURROGATES = ("token", "sequence", "cispo", "sapo")
 CORRECTIONS = ("none", "truncate", "sequence", "reject")
@@ -27,7 +30,7 @@ CORRECTIONS = ("none", "truncate", "sequence", "reject")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyObjective:
-    """An :class:`tmdjax.runtime.lm_rl.Objective`.
+    """A :class:`tmdjax.runtime.Objective`.
 
     Attributes:
         surrogate: ratio of each 'token', or the geometric mean of the 'sequence'
@@ -96,12 +99,13 @@ class PolicyObjective:
             return rl.sequence_log_ratio(log_prob, batch.proximal, mask)
         return jnp.where(mask, log_prob - batch.proximal, 0)
 
-    def advantages(self, rewards: Array, group: Array, num_groups: int) -> Array:
+    def advantages(self, records: Sequence[TokenRecord]) -> Array:
         """[sequence]; 0 where a group's rewards are equal."""
+        group = np.array([record.group for record in records])
         return rl.group_advantages(
-            rewards,
-            group,
-            num_groups=num_groups,
+            jnp.asarray([record.reward for record in records], jnp.float32),
+            jnp.asarray(group),
+            num_groups=int(group.max()) + 1,
             baseline=self.baseline,
             scale=self.scale,
         )

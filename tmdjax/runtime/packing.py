@@ -1,0 +1,185 @@
+"""Records of an iteration as minibatches of fixed shape, weighed as a whole."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import struct
+
+from tmdjax import rl
+from tmdjax.core.types import Array
+from tmdjax.rl import TokenBatch, TokenRecord
+from tmdjax.runtime.settings import Settings
+
+MIN_LENGTH = 32
+
+
+@struct.dataclass
+class UpdateBatch:
+    """Responses of one microbatch.
+
+    Attributes:
+        texts: see :class:`tmdjax.rl.TokenBatch`.
+        advantage: float32 [sequence].
+        weight: float32 [sequence, token], of each token in the loss of the minibatch,
+            see :func:`tmdjax.rl.aggregation_weights`.
+        proximal: float32 [sequence, token], log-probs to clip around.
+        reference: float32 [sequence, token], log-probs of the policy to stay near, or
+            None.
+        share: float32 scalar, 1 / tokens of the minibatch.
+    """
+
+    texts: TokenBatch
+    advantage: Any
+    weight: Any
+    proximal: Any
+    reference: Any
+    share: Any
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What the update optimises.
+
+    Attributes:
+        clip_range: of ratios, for the check of the first one and the metrics.
+        aggregation: mode of :func:`tmdjax.rl.aggregate`.
+        length: its constant length, or None.
+        needs: of 'proximal' (log-probs that are not the behaviour's) and 'reference'.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See the class."""
+        ...
+
+    @property
+    def clip_range(self) -> Any:
+        """See the class."""
+        ...
+
+    @property
+    def aggregation(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def length(self) -> int | None:
+        """See the class."""
+        ...
+
+    def log_ratio(self, log_prob: Array, batch: "UpdateBatch") -> Array:
+        """What the clip range is about, [sequence, token]; 0 where masked out."""
+        ...
+
+    def advantages(self, records: Sequence[TokenRecord]) -> Any:
+        """[sequence], of all responses of an iteration; groups may differ in size."""
+        ...
+
+    def loss(
+        self, log_prob: Array, batch: "UpdateBatch"
+    ) -> tuple[Array, dict[str, Array]]:
+        """Of every token, and metrics of every token, [sequence, token]."""
+        ...
+
+
+def update_batches(
+    records: Sequence[TokenRecord],
+    objective: Objective,
+    settings: Settings,
+    order: np.random.Generator,
+    *,
+    length: int,
+    pad: int = 0,
+    proximal: Callable[[TokenBatch], Array] | None = None,
+    reference: Callable[[TokenBatch], Array] | None = None,
+) -> Iterator[UpdateBatch]:
+    """Minibatches for :func:`make_update`, [microbatch, ...] each.
+
+    Texts are padded to the smallest power of two that holds the longest, so that
+    programs are few; a microbatch that is not full is padded with texts that weigh
+    nothing.
+
+    Args:
+        records: of an iteration, with rewards.
+        objective: gives advantages and the aggregation.
+        settings: see there.
+        order: shuffles responses, anew in every epoch.
+        length: the longest a text may be.
+        pad: id of padding.
+        proximal: log-probs [microbatch, sequence, token] of stacked microbatches,
+            for settings.proximal='recompute'.
+        reference: the same of a reference policy, or None.
+    """
+    count, size = len(records), settings.microbatch
+    advantage = np.asarray(objective.advantages(records), np.float32)
+    longest = max(len(record.prompt) + len(record) for record in records)
+    shape = {
+        "length": min(_power_of_two(longest), length),
+        "response_length": min(
+            _power_of_two(max(map(len, records))), settings.max_new_tokens
+        ),
+        "pad": pad,
+    }
+    if settings.pack_rows is not None:
+        shape |= {"length": length}
+
+    def parts(which: np.ndarray, **rows: int) -> list[TokenBatch]:
+        return [
+            rl.batch_records(
+                [records[i] for i in which[j : j + size]],
+                sequences=size,
+                **shape,
+                **rows,
+            )
+            for j in range(0, len(which), size)
+        ]
+
+    def stacked(which: np.ndarray) -> TokenBatch:
+        found = None
+        if settings.pack_rows is not None:
+            with contextlib.suppress(rl.DoesNotFitError):
+                found = parts(which, rows=settings.pack_rows)
+        return jax.tree.map(lambda *x: np.stack(x), *(found or parts(which)))
+
+    def spread(values: np.ndarray, which: np.ndarray, like: np.ndarray) -> np.ndarray:
+        """Values of some records, 0 for padding, in the shape of their microbatches."""
+        found = np.zeros((like.shape[0] * size, *values.shape[1:]), values.dtype)
+        found[: len(which)] = values[which]
+        return found.reshape(like.shape)
+
+    everything = stacked(np.arange(count))
+    tokens = everything.mask.shape[-1]
+    target = everything.log_prob
+    if settings.proximal == "recompute":
+        assert proximal is not None
+        target = np.asarray(proximal(everything))
+    target, anchor = target.reshape(-1, tokens), None
+    if reference is not None:
+        anchor = np.asarray(reference(everything)).reshape(-1, tokens)
+    for _ in range(settings.epochs):
+        for which in np.array_split(order.permutation(count), settings.minibatches):
+            texts = stacked(which)
+            mask = texts.mask.reshape(-1, tokens)
+            keep = None
+            if settings.mask_truncated:
+                kept = np.array([record.status != "length" for record in records])
+                keep = spread(kept, which, texts.group).reshape(-1, 1)
+                keep = np.broadcast_to(keep, mask.shape)
+            weight = rl.aggregation_weights(
+                mask, objective.aggregation, length=objective.length, keep=keep
+            )
+            yield UpdateBatch(
+                texts=texts,
+                advantage=spread(advantage, which, texts.group),
+                weight=np.asarray(weight).reshape(texts.mask.shape),
+                proximal=spread(target, which, texts.mask),
+                reference=None if anchor is None else spread(anchor, which, texts.mask),
+                share=np.full(len(texts.row), 1 / max(1, mask.sum()), np.float32),
+            )
+
+
+def _power_of_two(n: int) -> int:
+    return max(MIN_LENGTH, 1 << (n - 1).bit_length())

@@ -1,0 +1,76 @@
+"""Rewards of groups of responses, in threads beside the engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tmdjax import rl
+from tmdjax.rewards import host
+from tmdjax.rl import TokenRecord
+from tmdjax.runtime.settings import Score, Settings
+
+
+class Scoring:
+    """Scores groups as they end, a few at a time.
+
+    Args:
+        score: ``(problem, response ids) -> reward``; it is called from several threads
+            where ``settings.scored_at_once`` is above 1.
+        settings: time limit, how many at once, and the penalty of long responses.
+    """
+
+    def __init__(self, score: Score, settings: Settings):
+        self._score, self._settings = score, settings
+        self._running: list[tuple[int, Sequence[TokenRecord], host.Pending, list]] = []
+        self._scores: dict[int, np.ndarray] = {}
+
+    def submit(self, group: int, problem: Any, records: Sequence[TokenRecord]) -> None:
+        """Starts to score a group; waits while too many are being scored."""
+        while len(self._running) >= self._settings.scored_at_once:
+            self._finish(0)
+        responses = [tuple(record.tokens) for record in records]
+        exact: list[float] = []  # what comes back is float32
+
+        def scored(which: np.ndarray, problems: Sequence[Any]) -> list[float]:
+            found = [self._score(p, responses[i]) for i, p in zip(which, problems)]
+            exact[:] = found
+            return found
+
+        pending = host.submit(
+            scored,
+            np.arange(len(records)),
+            [problem] * len(records),
+            records[0].number,
+            timeout=self._settings.score_timeout,
+        )
+        self._running.append((group, records, pending, exact))
+
+    def results(self) -> dict[int, np.ndarray]:
+        """Scores of every group, without penalties; records have their rewards.
+
+        Raises:
+            RewardError: the scorer raised, took too long, or gave what is no finite
+                number; the message names the request and the problem.
+        """
+        while self._running:
+            self._finish(0)
+        return self._scores
+
+    def _finish(self, index: int) -> None:
+        group, records, pending, exact = self._running.pop(index)
+        pending.result()
+        for record, score in zip(records, exact):
+            record.reward = float(score) + _penalty(record, self._settings)
+        self._scores[group] = np.asarray(exact, np.float64)
+
+
+def _penalty(record: TokenRecord, settings: Settings) -> float:
+    if settings.overlong_buffer is None:
+        return 0.0
+    return rl.overlong_penalty(
+        len(record),
+        longest=settings.max_new_tokens,
+        buffer=settings.overlong_buffer,
+        factor=settings.overlong_factor,
+    )

@@ -1,0 +1,102 @@
+"""Prompts, scorers, and the sizes and rules of an iteration."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tmdjax.core.checks import check_choice, check_count, check_range
+
+PROXIMAL = ("behaviour", "recompute")
+
+
+class Prompt(NamedTuple):
+    """A prompt as ids, and the problem behind it, for the scorer."""
+
+    tokens: Sequence[int]
+    problem: Any
+
+
+Draw = Callable[[int, int], Sequence[Prompt]]
+"""``(iteration, attempt) -> prompts``: the same ones whenever asked again."""
+
+Score = Callable[[Any, Sequence[int]], float]
+"""``(problem, response ids) -> reward``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes and rules of an iteration.
+
+    Attributes:
+        prompts: groups an iteration.
+        samples: responses to each, at least 2.
+        max_new_tokens: of a response.
+        epochs: passes over the responses.
+        minibatches: updates a pass; they divide prompts x samples.
+        microbatch: responses in memory at a time; divides those of a minibatch.
+        pack_rows: rows a microbatch is packed into, or None for one row a response;
+            where texts do not fit, that minibatch is not packed.
+        proximal: the policy ratios are clipped around: 'behaviour', the log-probs that
+            the engine recorded, or 'recompute' them with the weights before the update
+            (where engine and training differ in precision, or in weights).
+        dynamic_sampling: groups whose rewards are all equal are replaced by others.
+        max_attempts: batches of prompts that may be drawn for that.
+        overlong_buffer: tokens before max_new_tokens where
+            :func:`tmdjax.rl.overlong_penalty` begins, or None for no penalty.
+        overlong_factor: of the penalty.
+        mask_truncated: responses that were cut off are not trained on; they still count
+            in their group and in every denominator.
+        scored_at_once: groups that are scored at the same time, each in a thread.
+        score_timeout: seconds that the scorer may take for one group.
+        check_ratio: stop where the first ratio of an iteration is not 1 (only with
+            'behaviour').
+    """
+
+    prompts: int
+    samples: int
+    max_new_tokens: int
+    epochs: int = 1
+    minibatches: int = 1
+    microbatch: int = 8
+    pack_rows: int | None = None
+    proximal: str = "behaviour"
+    dynamic_sampling: bool = False
+    max_attempts: int = 10
+    overlong_buffer: int | None = None
+    overlong_factor: float = 1.0
+    mask_truncated: bool = False
+    scored_at_once: int = 4
+    score_timeout: float = 600.0
+    check_ratio: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "prompts",
+            "max_new_tokens",
+            "epochs",
+            "minibatches",
+            "microbatch",
+            "max_attempts",
+            "scored_at_once",
+        ):
+            check_count(name, getattr(self, name))
+        check_count("samples", self.samples, 2)
+        check_choice("proximal", self.proximal, PROXIMAL)
+        check_range("overlong_factor", self.overlong_factor, 0)
+        check_range("score_timeout", self.score_timeout, 0, math.inf, open_low=True)
+        if self.overlong_buffer is not None:
+            check_range("overlong_buffer", self.overlong_buffer, 1, self.max_new_tokens)
+        if self.pack_rows is not None:
+            check_count("pack_rows", self.pack_rows)
+        total = self.prompts * self.samples
+        if total % self.minibatches:
+            raise ValueError(
+                f"prompts={self.prompts} x samples={self.samples} = {total} responses "
+                f"do not divide into minibatches={self.minibatches}; choose a divisor."
+            )
+        if total // self.minibatches % self.microbatch:
+            raise ValueError(
+                f"{total // self.minibatches} responses a minibatch do not divide into "
+                f"microbatches of microbatch={self.microbatch}; choose a divisor."
+            )

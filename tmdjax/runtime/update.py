@@ -1,0 +1,90 @@
+"""One compiled update of a minibatch, cut into microbatches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tmdjax import rl
+from tmdjax.core.types import Array, Params
+from tmdjax.runtime.packing import Objective, UpdateBatch
+from tmdjax.train.state import TrainState, make_train_step
+
+MAXIMA = ("ratio_error_max", "behaviour_log_ratio_max")
+"""Metrics of an update that are largest values."""
+
+LogProbs = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
+"""``(params, tokens, positions, segments) -> (log-probs, entropies)``, [row, position]
+each and aligned with the token they belong to."""
+
+
+def make_update(
+    log_probs: LogProbs, objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, UpdateBatch, Any], tuple[TrainState, dict[str, Array]]]:
+    """One update by a minibatch, its microbatches scanned; state donated.
+
+    Args:
+        log_probs: of texts under parameters.
+        objective: the loss.
+        optimizer: optax transformation.
+
+    Returns:
+        ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
+        tokens of the minibatch, but those of MAXIMA.
+    """
+
+    def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:
+        del keys
+        batch: UpdateBatch = jax.tree.map(lambda x: x[0], part)
+        texts = batch.texts
+        found = log_probs(params, texts.tokens, texts.positions, texts.segments)
+        log_prob, entropy = (texts.responses(x) for x in found)
+        log_prob = jnp.where(texts.mask, log_prob, 0)
+        loss, metrics = objective.loss(log_prob, batch)
+        ratio = objective.log_ratio(log_prob, batch)
+        low, high = rl.beyond_clip(ratio, objective.clip_range)
+        away = batch.proximal - texts.log_prob
+        metrics = {
+            "entropy": entropy,
+            "clip_fraction_low": low,
+            "clip_fraction_high": high,
+            "behaviour_log_ratio": jnp.abs(away),
+            "behaviour_ratio": jnp.exp(jnp.clip(away, -20, 20)),
+            "behaviour_ratio_square": jnp.exp(2 * jnp.clip(away, -20, 20)),
+            # k3 of KL(behaviour || proximal), the tokens being the behaviour's
+            "behaviour_kl": jnp.expm1(jnp.clip(away, -20, 20)) - away,
+            **metrics,
+        }
+        means = {
+            name: jnp.sum(jnp.where(texts.mask, x, 0)) * batch.share
+            for name, x in jax.lax.stop_gradient(metrics).items()
+        }
+        worst = jnp.max(jnp.where(texts.mask, rl.ratio_error(ratio), 0))
+        total = jnp.sum(jnp.where(batch.weight > 0, loss, 0) * batch.weight)
+        furthest = jnp.max(jnp.where(texts.mask, jnp.abs(away), 0))
+        each = {
+            "ratio_error_max": worst,
+            "behaviour_log_ratio_max": furthest,
+            **means,
+        }
+        return total[None], {name: x[None] for name, x in each.items()}
+
+    def update(state: TrainState, batch: UpdateBatch, key: Any) -> Any:
+        parts = batch.share.shape[0]
+
+        def whole(params: Params, part: UpdateBatch, keys: Any) -> Any:
+            loss, metrics = loss_fn(params, part, keys)  # the step means over parts
+            scaled = {k: v * (1 if k in MAXIMA else parts) for k, v in metrics.items()}
+            return loss * parts, scaled
+
+        step = make_train_step(
+            whole,
+            optimizer,
+            microbatches=parts,
+            reductions=dict.fromkeys(MAXIMA, jnp.max),
+        )
+        return step(state, batch, key)
+
+    return jax.jit(update, donate_argnums=0)
