@@ -307,16 +307,14 @@ def _brax_rate(count: int) -> float:
     return rates[-1]
 
 
-FPO = dataclasses.replace(BRAX, reward_scale=10.0, normalise="forgetful")
+FPO = dataclasses.replace(BRAX, reward_scale=10.0, normalise=fpo.RELEASED_NORMALISER)
 """Its released trainer at brax's sizes; its networks are those of :data:`BRAX`."""
 
 
 def fpo_rows(path: pathlib.Path, repeats: int) -> list[Row]:
     """An iteration of our FPO over the released trainer's."""
     count = 1024
-    settings = dataclasses.replace(
-        FPO, normalise_before_update=True, max_ratio_error=None, discount=0.995
-    )
+    settings = dataclasses.replace(FPO, max_ratio_error=None, discount=0.995)
     contenders: dict[str, Callable[[], Seconds]] = {
         "ours": Ours(fpo.FPO(bound=5.0), settings, count),
         "released": _released_fpo(path, count),

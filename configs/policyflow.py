@@ -129,8 +129,7 @@ def get_config(tier: str) -> ConfigDict:
         },
     }
     released = {
-        "normalise": "forgetful",
-        "normalise_before_update": True,
+        "normalise": "released",
         "gae": "per_minibatch",
         "max_ratio_error": None,
     }

@@ -81,6 +81,8 @@ def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
         )
     if not seeds:
         raise ValueError("train.seeds is empty; give the seeds to train side by side.")
+    if settings.get("normalise") == "released":
+        settings["normalise"] = fpo.RELEASED_NORMALISER
     method = METHODS[kind](**_tuples(given))
     trainer = on_policy.make_trainer(
         tasks.vector(env_of(config, arm), count),
@@ -198,7 +200,7 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     take = functools.partial(trees.take, rows=seeds.index(context.seed))
     policy = take(trained["policy"])
     statistics = None
-    if trainer.settings.normalise != "none" and trained["statistics"] is not None:
+    if trainer.settings.normaliser and trained["statistics"] is not None:
         statistics = rl.RunningStatistics(**take(trained["statistics"]))
 
     found, shown = tasks.judge(
@@ -302,7 +304,7 @@ def describe(config: Config) -> dict[str, Any]:
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(trainer.init, key)
         if env["name"] not in tasks.SIMULATORS:
-            jax.eval_shape(trainer.iterate, state, key)
+            jax.eval_shape(trainer.iterate, state, None, key)
         rows[f"{arm}: parameters"] = trees.count(state.learner.params)
         rows[f"{arm}: environment steps"] = trainer.steps * sizes["iterations"]
     return rows

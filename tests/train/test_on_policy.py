@@ -322,7 +322,9 @@ def test_eight_devices_equal_one(run_python):
 
 def test_an_iteration_lowers_for_accelerators():
     trainer = make_trainer(envs.Vector(MULTI, 8), METHODS["policyflow"], TINY)
-    exported = lowered(jax.jit(trainer.iterate), jax.eval_shape(trainer.init, KEY), KEY)
+    exported = lowered(
+        jax.jit(trainer.iterate), jax.eval_shape(trainer.init, KEY), None, KEY
+    )
     _, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     assert "loss" in metrics and "ratio_bias" not in metrics  # not diagnosed
 
@@ -381,7 +383,7 @@ def test_bad_settings(refused):
     refused("whole environments: 9 of them do not", make, changed(**AFRESH))
     four, adaptive = envs.Vector(MULTI, 4), changed(target_kl=0.01)
     trainer = make_trainer(four, METHODS["fpo"], adaptive)
-    given = (trainer.iterate, jax.eval_shape(trainer.init, KEY), KEY)
+    given = (trainer.iterate, jax.eval_shape(trainer.init, KEY), None, KEY)
     refused("which FPO does not report", jax.eval_shape, *given)
     mesh = train.make_mesh()
     refused("leave out the mesh", jit_iterations, trainer, seeds=True, mesh=mesh)

@@ -4,15 +4,15 @@ The ratio is exp(old loss - new loss), averaged over a few stored (noise, time) 
 each action: a lower loss stands for a higher likelihood.
 
 The released trainer also lets its statistics of observations forget their variance, and
-moves them before the update; both are settings of
-:class:`tmdjax.train.on_policy.Settings` (``normalise='forgetful'``,
-``normalise_before_update=True``), mended by 'running' and False.
+moves them before the update: ``Settings(normalise=fpo.RELEASED_NORMALISER)``, mended by
+'running'.
 
 References:
     arXiv 2507.21053 and its JAX code.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +23,16 @@ from tmdjax import flows, models, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Params
-from tmdjax.train.on_policy import Samples
+from tmdjax.train.on_policy import Normaliser, Samples
 
 RATIOS = ("mean", "per_sample")
 ERRORS = ("noise", "velocity")
+
+RELEASED_NORMALISER = Normaliser(
+    functools.partial(rl.update_statistics, forget=True), before_update=True
+)
+"""The standard deviation of observations keeps shrinking, and the first ratio is not 1:
+for comparison alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,11 @@ class FPO:
     def coefficients(self) -> Mapping[str, float]:
         """What may be vmapped."""
         return {"clip_range": self.clip_range}
+
+    @property
+    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Of a coefficient given in place of the configured one."""
+        return {"clip_range": (0, 1)}
 
     def _module(self, size: int) -> models.ControlVelocity:
         return models.ControlVelocity(
@@ -164,7 +175,7 @@ class FPO:
             samples.advantage,
             clip_range=coefficients["clip_range"],
         )
-        error = jnp.abs(jnp.expm1(log_ratio))
+        error = rl.ratio_error(log_ratio)
         if self.ratio == "per_sample":
             loss, error = loss.mean(1), error.max(1)
         return loss, {"ratio_error": error, "flow_loss": new.mean(1)}

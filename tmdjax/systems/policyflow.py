@@ -87,6 +87,11 @@ class PolicyFlow:
         }
 
     @property
+    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Of a coefficient given in place of the configured one."""
+        return {"clip_range": (0, 1)}
+
+    @property
     def nodes(self) -> np.ndarray:
         """float32 [2 K + 1]: where the solver evaluates, 1 to 0, both included."""
         return np.linspace(1, 0, 2 * self.steps + 1, dtype=np.float32)
@@ -193,7 +198,7 @@ class PolicyFlow:
         )
         return loss, {
             "kl": rl.gaussian_kl(dv, log_std, old_log_std),
-            "ratio_error": jnp.abs(jnp.expm1(log_ratio)),
+            "ratio_error": rl.ratio_error(log_ratio),
             "brownian": spread,
             "std_at_bound": rl.at_bounds(params["log_std"], self.log_std_bounds, loss),
             "std": jnp.broadcast_to(jnp.exp(log_std).mean(), loss.shape),

@@ -53,6 +53,11 @@ class GaussianPolicy:
             "entropy_coefficient": self.entropy_coefficient,
         }
 
+    @property
+    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Of a coefficient given in place of the configured one."""
+        return {"clip_range": (0, 1)}
+
     def _module(self, size: int) -> models.ControlMLP:
         return models.ControlMLP(size, self.hidden, self.activation, out_scale=0.01)
 
@@ -114,7 +119,7 @@ class GaussianPolicy:
         loss = loss - coefficients["entropy_coefficient"] * rl.gaussian_entropy(log_std)
         return loss, {
             "kl": rl.gaussian_kl(mean - record["mean"], log_std, old),
-            "ratio_error": jnp.abs(jnp.expm1(log_prob - record["log_prob"])),
+            "ratio_error": rl.ratio_error(log_prob - record["log_prob"]),
             "std_at_bound": rl.at_bounds(params["log_std"], self.log_std_bounds, loss),
             "std": jnp.broadcast_to(std.mean(), loss.shape),
         }

@@ -1,0 +1,216 @@
+"""What a method says, and what is set beside it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from tmdjax import rl
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array, Params
+
+VALUE_CLIPS = ("larger", "released")
+ADVANTAGES = ("batch", "minibatch", "none")
+TRUNCATIONS = ("final", "current")
+GAE = ("once", "per_minibatch")
+
+
+class Samples(NamedTuple):
+    """What a loss sees of the transitions of a minibatch.
+
+    Attributes:
+        observation: [batch, ...], as the policy saw it.
+        record: what :meth:`Method.act` left, [batch, ...].
+        advantage: float32 [batch].
+    """
+
+    observation: Any
+    record: Any
+    advantage: Any
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How a policy acts, and what it is trained on.
+
+    Attributes:
+        coefficients: numbers of the loss by name; they stand in the state, so that they
+            may be vmapped.
+        coefficient_bounds: (low, high) of some of them; the others are >= 0.
+    """
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """Numbers of the loss by name."""
+        ...
+
+    @property
+    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Of some of the coefficients."""
+        ...
+
+    def init(self, key: Any, observation: Any, action_size: int) -> Params:
+        """Parameters, from one observation's shape and dtype."""
+        ...
+
+    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+        """Actions [env, action_size], and what the loss needs of them, [env, ...].
+
+        An entry 'action' of the record is the action before it is squashed.
+        """
+        ...
+
+    def loss(
+        self,
+        params: Params,
+        behaviour: Params,
+        samples: Samples,
+        keys: Any,
+        coefficients: Mapping[str, Any],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Loss and metrics, [batch] each.
+
+        Metrics include 'ratio_error', |ratio - 1|, and, for an adaptive learning rate,
+        'kl', KL(behaviour || policy).
+        """
+        ...
+
+    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The spec that rebuilds ``params['network']``, and JSON-able facts beside it.
+
+        The spec is one of :func:`tmdjax.models.build`.
+        """
+        ...
+
+
+@runtime_checkable
+class Diagnosed(Protocol):
+    """A method that can say more of an update than its loss does."""
+
+    def diagnose(
+        self, params: Params, behaviour: Params, samples: Samples, keys: Any
+    ) -> dict[str, Array]:
+        """Scalars by name; arguments as those of :meth:`Method.loss`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+    """How observations are normalised by their statistics.
+
+    Attributes:
+        update: ``(statistics, observations [..., *feature]) -> statistics``.
+        before_update: they move before the update of the policy instead of after it:
+            the first ratio is then not 1.
+    """
+
+    update: Callable[[rl.RunningStatistics, Any], rl.RunningStatistics] = (
+        rl.update_statistics
+    )
+    before_update: bool = False
+
+
+NORMALISERS = {"none": None, "running": Normaliser()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything but the method.
+
+    Attributes:
+        unroll: steps of every environment an iteration.
+        epochs: passes over them.
+        minibatches: an epoch; they divide environments x unroll.
+        learning_rate: at the start.
+        target_kl: at the end of every epoch the learning rate is divided by 1.5 where
+            the mean KL is above twice this, and multiplied by 1.5 where below half of
+            it; None keeps it.
+        learning_rate_bounds: of that.
+        weight_decay: of AdamW.
+        clip_norm: of the gradient of policy and critic together; None does not clip.
+        discount: of returns.
+        gae_lambda: of advantages.
+        gae: advantages are computed 'once' an iteration, or 'per_minibatch' from the
+            values of the critic as it is by then (brax's and FPO's code); minibatches
+            are then whole unrolls of some environments. Only what a time limit cut off
+            keeps its value from before the update (with truncation='final').
+        advantages: standardised over the 'batch', each 'minibatch', or 'none'.
+        value_coefficient: of the squared error of the value (no factor 1/2).
+        value_clip: width of the band around the old value, or None.
+        value_clip_kind: 'larger' takes the larger of clipped and unclipped error (PPO),
+            'released' the clipped one alone: no gradient outside the band.
+        truncation: which value stands for what a time limit cut off: that of the
+            'final' observation, or of the 'current' one, before the step (PolicyFlow's
+            code).
+        reward_scale: rewards are multiplied by it before returns.
+        normalise: observations by 'running' statistics that move after the update, by
+            another :class:`Normaliser`, or 'none'. Images never are.
+        diagnosed_samples: transitions an iteration on which a method that has a
+            ``diagnose`` (arguments of its loss without coefficients; scalars by name)
+            is diagnosed after the update; 0 for none.
+        max_ratio_error: :func:`check` stops a run whose first minibatch of an iteration
+            is above this; None checks nothing.
+        critic_hidden: widths of the critic.
+        critic_activation: its activation.
+    """
+
+    unroll: int = 32
+    epochs: int = 5
+    minibatches: int = 4
+    learning_rate: float = 2e-4
+    target_kl: float | None = None
+    learning_rate_bounds: tuple[float, float] = (1e-6, 1e-2)
+    weight_decay: float = 1e-5
+    clip_norm: float | None = 1.0
+    discount: float = 0.99
+    gae_lambda: float = 0.95
+    gae: str = "once"
+    advantages: str = "batch"
+    value_coefficient: float = 1.0
+    value_clip: float | None = 0.2
+    value_clip_kind: str = "larger"
+    truncation: str = "final"
+    reward_scale: float = 1.0
+    normalise: str | Normaliser = "none"
+    diagnosed_samples: int = 0
+    max_ratio_error: float | None = 1e-4
+    critic_hidden: tuple[int, ...] = (256, 128, 64)
+    critic_activation: str = "mish"
+
+    def __post_init__(self) -> None:
+        for name in ("unroll", "epochs", "minibatches"):
+            check_count(name, getattr(self, name))
+        for name in ("learning_rate", "reward_scale"):
+            check_range(name, getattr(self, name), 0, open_low=True)
+        for name in ("target_kl", "clip_norm", "value_clip", "max_ratio_error"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 0, open_low=True)
+        for name in ("weight_decay", "value_coefficient"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("discount", "gae_lambda"):
+            check_range(name, getattr(self, name), 0, 1)
+        low, high = self.learning_rate_bounds
+        check_range("learning_rate_bounds, lower", low, 0, high, open_low=True)
+        check_choice("advantages", self.advantages, ADVANTAGES)
+        check_choice("value_clip_kind", self.value_clip_kind, VALUE_CLIPS)
+        check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_choice("gae", self.gae, GAE)
+        check_count("diagnosed_samples", self.diagnosed_samples, 0)
+        if self.gae == "per_minibatch" and self.advantages == "batch":
+            raise ValueError(
+                "gae='per_minibatch' has no batch of advantages to standardise over; "
+                "use advantages='minibatch' or 'none'."
+            )
+        if self.gae == "per_minibatch" and self.value_clip is not None:
+            raise ValueError(
+                f"gae='per_minibatch' has no old values to clip around; use "
+                f"value_clip=None instead of {self.value_clip}."
+            )
+        if not isinstance(self.normalise, Normaliser):
+            check_choice("normalise", self.normalise, NORMALISERS)
+
+    @property
+    def normaliser(self) -> Normaliser | None:
+        """Of observations, None for 'none'."""
+        if isinstance(self.normalise, Normaliser):
+            return self.normalise
+        return NORMALISERS[self.normalise]

@@ -1,0 +1,160 @@
+"""What an iteration changes, and what all parts of it share."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from tmdjax import envs, models, rl
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.types import Array, Params
+from tmdjax.train.on_policy.settings import Method, Settings
+from tmdjax.train.state import TrainState, create_state
+
+
+@struct.dataclass
+class OnPolicyState:
+    """Everything an iteration changes.
+
+    Attributes:
+        iteration: how many were done, int32 (environment steps overflow int32; count
+            them on the host).
+        learner: parameters {'policy', 'critic'} and optimiser state.
+        learning_rate: float32.
+        coefficients: of the method, and 'discount', 'gae_lambda'; float32 each.
+        statistics: of observations, or None for images.
+        vector: the environments.
+        running_return: float32 [env], of the episodes under way.
+        episode_return: mean of the last episodes that ended; NaN before any did.
+    """
+
+    iteration: Any
+    learner: TrainState
+    learning_rate: Any
+    coefficients: Any
+    statistics: Any
+    vector: envs.VectorState
+    running_return: Any
+    episode_return: Any
+
+    @property
+    def skipped(self) -> Any:
+        """Updates that were not finite and were skipped, of all seeds together."""
+        return jnp.sum(self.learner.skipped)
+
+    @property
+    def skipped_in_a_row(self) -> Any:
+        """Of these, how many since the last good one, of the worst seed."""
+        return jnp.max(self.learner.skipped_in_a_row)
+
+
+class Parts(NamedTuple):
+    """Environments, networks and rules of a training run.
+
+    Attributes:
+        vector: the environments.
+        method: how the policy acts and learns.
+        settings: everything else.
+        critic: the network of the value.
+        rule: the optimiser, whose learning rate stands in its state.
+    """
+
+    vector: envs.Vector | envs.GymnasiumVector
+    method: Method
+    settings: Settings
+    critic: models.ControlMLP
+    rule: optax.GradientTransformation
+
+    @property
+    def steps(self) -> int:
+        """Transitions an iteration."""
+        return self.vector.count * self.settings.unroll
+
+    @property
+    def is_image(self) -> bool:
+        """Whether observations are pixels."""
+        return self.vector.observation.dtype == jnp.uint8
+
+    def prepare(self, statistics: Any, observation: Array) -> Array:
+        """Observations as the networks see them."""
+        if statistics is None or self.settings.normaliser is None:
+            return observation
+        return statistics.normalise(observation)
+
+    def value(self, params: Params, observation: Array) -> Array:
+        """[batch]."""
+        return models.functional(self.critic)(params, observation)[:, 0]
+
+    def values(self, params: Params, observation: Array) -> Array:
+        """[time, env]; images one time step after the other, to bound memory."""
+        if self.is_image:
+            return jax.lax.map(lambda seen: self.value(params, seen), observation)
+        flat = observation.reshape(-1, *observation.shape[2:])
+        return self.value(params, flat).reshape(observation.shape[:2])
+
+
+def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
+    """The state before the first iteration.
+
+    Args:
+        parts: of the run.
+        key: of the run.
+        **changes: coefficients, and 'learning_rate', in place of the configured ones.
+
+    Raises:
+        ValueError: a coefficient that is unknown or out of range.
+    """
+    prng.check_key(key)
+    settings, method, vector = parts.settings, parts.method, parts.vector
+    known = {
+        **method.coefficients,
+        "discount": settings.discount,
+        "gae_lambda": settings.gae_lambda,
+    }
+    learning_rate = changes.pop("learning_rate", settings.learning_rate)
+    bounds = {"discount": (0, 1), "gae_lambda": (0, 1), **method.coefficient_bounds}
+    for name, value in changes.items():
+        check_choice("coefficient", name, (*known, "learning_rate"))
+        _check_coefficient(name, value, bounds)
+    # apart from the keys of the iterations, which fold their number in
+    policy_key, critic_key, reset_key = jax.random.split(
+        jax.random.fold_in(key, np.uint32(2**32 - 1)), 3
+    )
+    seen = vector.observation
+    one = jax.ShapeDtypeStruct((1, *seen.shape), seen.dtype)
+    params = {
+        "policy": method.init(policy_key, one, vector.action_size),
+        "critic": models.init_params(parts.critic, critic_key, one),
+    }
+    statistics = None if parts.is_image else rl.RunningStatistics.start(seen.shape)
+    state = OnPolicyState(
+        iteration=jnp.zeros((), jnp.int32),
+        learner=create_state(params, parts.rule),
+        learning_rate=jnp.asarray(learning_rate, jnp.float32),
+        coefficients={
+            k: jnp.asarray(v, jnp.float32) for k, v in (known | changes).items()
+        },
+        statistics=statistics,
+        vector=vector.reset(reset_key),
+        running_return=jnp.zeros(vector.count),
+        episode_return=jnp.full((), jnp.nan),
+    )
+    # weak types would become strong in the first iteration, and compile it twice; one
+    # buffer in two places could not be donated
+    return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True), state)
+
+
+def _check_coefficient(
+    name: str, value: Any, bounds: Mapping[str, tuple[float, float]]
+) -> None:
+    """What the settings check, for a number given beside them; not if traced."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    for number in np.ravel(value):
+        check_range(name, float(number), *bounds.get(name, (0, np.inf)))
