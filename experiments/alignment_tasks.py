@@ -17,11 +17,13 @@ import numpy as np
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.core.types import Array, Params
-from tmdjax.data import captioned_shapes, captions, rendered_text
+from tmdjax.data import captioned_shapes, rendered_text
+from tmdjax.domains.shapes import captions
+from tmdjax.domains.shapes import checks as shapes
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.models import lora
-from tmdjax.rewards import ocr, shapes
+from tmdjax.rewards import ocr
 from tmdjax.train import flow_rl
 
 Config = Any

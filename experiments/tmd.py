@@ -22,10 +22,10 @@ from experiments import video_tasks as tasks
 from tmdjax import models
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
+from tmdjax.domains.sprites.prompts import prompt_words
 from tmdjax.harness import Report, Stage, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.video_report import animation, video_strips
-from tmdjax.rewards.sprite_prompts import prompt_words
 
 Config = Any
 KINDS = ("teacher", "tmd", "dmd2", "kstep", "meanflow")

@@ -10,7 +10,7 @@ from experiments import video_tasks as tasks
 from tmdjax import metrics
 from tmdjax.core import prng
 from tmdjax.data import moving_sprites
-from tmdjax.rewards import moving_sprites as checker
+from tmdjax.domains.sprites import checks as checker
 
 Config = Any
 MEASURES = (

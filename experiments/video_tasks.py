@@ -15,9 +15,9 @@ import numpy as np
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.data import moving_sprites
+from tmdjax.domains.sprites import checks as checker
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.harness.config import to_plain
-from tmdjax.rewards import moving_sprites as checker
 
 Config = Any
 LATENTS, TEXT = (21, 60, 104, 16), (512, 4096)

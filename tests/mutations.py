@@ -37,7 +37,17 @@ KINDS = (
     *("sign", "comparison", "off by one", "stop_gradient", "axes", "mask", "constant"),
 )
 PACKAGES = (
-    *("rl", "flows", "models", "metrics", "rewards", "data", "envs", "train"),
+    *(
+        "rl",
+        "flows",
+        "models",
+        "metrics",
+        "domains",
+        "rewards",
+        "data",
+        "envs",
+        "train",
+    ),
     *("generation", "runtime", "systems", "harness"),
 )
 COPIED = (
@@ -49,7 +59,8 @@ COPIED = (
 NOT_DRAWN = [
     f"{package}/{name}"
     for package, names in {
-        "data": "procedural captioned_shapes captions",
+        "data": "procedural captioned_shapes",
+        "domains": "shapes/captions",
         "flows": "chords windows step_search tree_rollout",
         "harness": "ledger results_page",
         "models": "dit unet text_dit flow_map_dit video_dit block_attention",
@@ -105,9 +116,12 @@ TESTS = {
     "models/video_patches": "models/test_video_dit.py -k 'rotary or distances or patches'",
     "models/video_dit_layers": "models/test_hf_video_dit.py",
     "models/discriminator": "models/test_flow_map_dit.py -k 'discriminator or taps'",
-    "rewards/sprite_scenes": "rewards/test_moving_sprite_checks.py",
-    "rewards/sprite_prompts": "rewards/test_moving_sprite_checks.py",
-    "rewards/moving_sprites": "rewards/test_moving_sprite_checks.py",
+    "domains/shapes/checks": "domains/test_shape_checks.py",
+    "domains/sprites/scenes": "domains/test_sprite_checks.py",
+    "domains/sprites/prompts": "domains/test_sprite_checks.py",
+    "domains/sprites/checks": "domains/test_sprite_checks.py",
+    "domains/arithmetic/expressions": "domains/test_expressions.py",
+    "domains/arithmetic/written_work": "domains/test_written_work.py",
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",
     "rewards/worker_process": "rewards/test_worker.py",

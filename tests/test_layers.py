@@ -8,7 +8,7 @@ import sys
 import tmdjax
 
 ORDER = (
-    "core quant rl flows models metrics rewards data envs train generation runtime "
+    "core quant rl flows models metrics domains rewards data envs train generation runtime "
     "systems"
 ).split()
 HARNESS_MAY_USE = {"core", "metrics", "train", "harness"}

@@ -7,9 +7,10 @@ import pytest
 from scipy import ndimage
 
 from tmdjax.core.prng import sample_keys
-from tmdjax.data import captioned_shapes, captions, load
+from tmdjax.data import captioned_shapes, load
 from tmdjax.data.captioned_shapes import TAGS, capacity, prompts
-from tmdjax.rewards import shapes
+from tmdjax.domains.shapes import captions
+from tmdjax.domains.shapes import checks as shapes
 
 COUNT = 384
 sample_specs = jax.jit(captioned_shapes.sample_specs, static_argnames=("tags", "size"))

@@ -17,8 +17,8 @@ from tmdjax.data.moving_sprites import (
     prompt_words,
     text_embedding,
 )
-from tmdjax.rewards import sprite_scenes
-from tmdjax.rewards.moving_sprites import check
+from tmdjax.domains.sprites import scenes as sprite_scenes
+from tmdjax.domains.sprites.checks import check
 
 KEYS = sample_keys(jax.random.key(0), 512)
 

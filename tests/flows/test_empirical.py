@@ -9,8 +9,8 @@ from scipy.special import softmax
 from tmdjax import flows
 from tmdjax.core.prng import normal, sample_keys
 from tmdjax.data import moving_sprites
+from tmdjax.domains.sprites.checks import check
 from tmdjax.flows.empirical import empirical_flow
-from tmdjax.rewards.moving_sprites import check
 
 RNG = np.random.default_rng(0)
 BANK = RNG.uniform(-1, 1, (3, 5, 2, 4)).astype(np.float32) + np.float32(0.5)

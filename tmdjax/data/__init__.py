@@ -1,6 +1,6 @@
 """Data sources, procedural sets, and batches that resume exactly."""
 
-from tmdjax.data import captioned_shapes, captions, moving_sprites, procedural
+from tmdjax.data import captioned_shapes, moving_sprites, procedural
 from tmdjax.data.dataset import Dataset
 from tmdjax.data.pipeline import (
     Batches,
@@ -12,6 +12,7 @@ from tmdjax.data.pipeline import (
 from tmdjax.data.procedural import MIXTURE
 from tmdjax.data.sources import SOURCES, Source, load
 from tmdjax.data.video_files import video_batches
+from tmdjax.domains.shapes import captions
 
 __all__ = [
     "MIXTURE",

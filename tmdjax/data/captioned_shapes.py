@@ -1,7 +1,7 @@
 """Coloured shapes on grey by specification: sampled specs and exact images of them.
 
 A batch of specs is a plain dict of int32 arrays: 'count', 'colour' and 'shape'
-[batch, 3], 'relation' and 'tag' [batch]; see :mod:`tmdjax.rewards.shapes`, whose
+[batch, 3], 'relation' and 'tag' [batch]; see :mod:`tmdjax.domains.shapes.checks`, whose
 ``check`` gives every image of :func:`render` the score 1. Samplers are pure and
 jittable; sample i depends on key i alone.
 
@@ -25,9 +25,9 @@ import numpy as np
 from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
 from tmdjax.core.prng import check_key, fold_in, sample_keys
 from tmdjax.core.types import Array, Bool, Float, Int, Key, SampleKeys
-from tmdjax.data import captions
 from tmdjax.data.dataset import Dataset
-from tmdjax.rewards.shapes import (
+from tmdjax.domains.shapes import captions
+from tmdjax.domains.shapes.checks import (
     BACKGROUND,
     CLAUSES,
     COLOURS,

@@ -1,8 +1,8 @@
 """Videos of coloured sprites that move over a flat ground, with their prompts.
 
 Rendering is pixel exact: every pixel has a sprite's colour or the ground's. What may
-be shown is in :mod:`tmdjax.rewards.sprite_scenes`, what prompts say in
-:mod:`tmdjax.rewards.sprite_prompts`; :mod:`tmdjax.rewards.moving_sprites` checks a
+be shown is in :mod:`tmdjax.domains.sprites.scenes`, what prompts say in
+:mod:`tmdjax.domains.sprites.prompts`; :mod:`tmdjax.domains.sprites.checks` checks a
 video against its prompt.
 
 At the small scale a video is 6 x 12 x 12 and shows one sprite that moves straight at
@@ -23,7 +23,7 @@ from tmdjax.core.prng import check_key
 from tmdjax.core.types import Array, ArrayLike, Float, Int, Key, SampleKeys
 from tmdjax.data.dataset import Dataset
 from tmdjax.data.procedural import make_dataset
-from tmdjax.rewards.sprite_prompts import (
+from tmdjax.domains.sprites.prompts import (
     check_prompts,
     parse_prompt,
     prompt_factors,
@@ -31,7 +31,7 @@ from tmdjax.rewards.sprite_prompts import (
     prompt_words,
     word_ids,
 )
-from tmdjax.rewards.sprite_scenes import (
+from tmdjax.domains.sprites.scenes import (
     COLOURS,
     GAITS,
     GAPS,

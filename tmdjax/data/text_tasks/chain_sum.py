@@ -18,7 +18,7 @@ import numpy as np
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.data.text_tasks.problems import Problem
 from tmdjax.data.text_tasks.vocabulary import GIVEN, START
-from tmdjax.rewards.written_work import (
+from tmdjax.domains.arithmetic.written_work import (
     MODULI,
     chain_sum_response,
     exact_reward,

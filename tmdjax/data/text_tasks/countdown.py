@@ -19,7 +19,7 @@ from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Int
 from tmdjax.data.text_tasks.problems import Problem
 from tmdjax.data.text_tasks.vocabulary import GIVEN, START
-from tmdjax.rewards.written_work import ANSWER, END, PASS, countdown_reward
+from tmdjax.domains.arithmetic.written_work import ANSWER, END, PASS, countdown_reward
 
 FEW = {3: 1, 4: 3, 5: 27}
 """By how many numbers: at most so many solutions are few: half of all problems

@@ -2,7 +2,7 @@
 
 The prompt '>s312=' asks to sort the digits 3, 1, 2; 'r' reverses, 'd' drops repeats,
 and 'k2:' names the second largest. What a response holds says
-:func:`tmdjax.rewards.written_work.list_response`.
+:func:`tmdjax.domains.arithmetic.written_work.list_response`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.data.text_tasks.problems import Problem
 from tmdjax.data.text_tasks.vocabulary import GIVEN, START
-from tmdjax.rewards.written_work import (
+from tmdjax.domains.arithmetic.written_work import (
     OPERATIONS,
     exact_reward,
     list_response,

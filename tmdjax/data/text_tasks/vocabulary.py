@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tmdjax.core.types import Int
-from tmdjax.rewards.written_work import ANSWER, END, PASS
+from tmdjax.domains.arithmetic.written_work import ANSWER, END, PASS
 
 PAD = "_"
 START = ">"

@@ -1,8 +1,8 @@
 """What videos of moving sprites may show: colours, shapes, motions, and scales.
 
 :mod:`tmdjax.data.moving_sprites` draws such videos,
-:mod:`tmdjax.rewards.moving_sprites` checks them, and
-:mod:`tmdjax.rewards.sprite_prompts` says in words what they show.
+:mod:`tmdjax.domains.sprites.checks` checks them, and
+:mod:`tmdjax.domains.sprites.prompts` says in words what they show.
 """
 
 import dataclasses

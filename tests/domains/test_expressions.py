@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmdjax.rewards.expressions import ExpressionError, check_countdown, evaluate, parse
+from tmdjax.domains.arithmetic.expressions import (
+    ExpressionError,
+    check_countdown,
+    evaluate,
+    parse,
+)
 
 OPERATORS = {
     ast.Add: operator.add,

@@ -24,7 +24,7 @@ import numpy as np
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.registry import suggestion
 from tmdjax.core.types import Bool, Int
-from tmdjax.rewards.shapes import (
+from tmdjax.domains.shapes.checks import (
     CLAUSES,
     COLOURS,
     SHAPES,

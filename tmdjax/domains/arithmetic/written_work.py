@@ -10,7 +10,7 @@ What follows the first ``END`` is not read; a response without it was cut off an
 from collections.abc import Callable, Sequence
 
 from tmdjax.core.checks import check_choice, check_range
-from tmdjax.rewards.expressions import ExpressionError, check_countdown
+from tmdjax.domains.arithmetic.expressions import ExpressionError, check_countdown
 
 ANSWER = "#"
 """Stands before the final answer."""

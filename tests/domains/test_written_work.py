@@ -1,6 +1,6 @@
 import itertools
 
-from tmdjax.rewards.written_work import (
+from tmdjax.domains.arithmetic.written_work import (
     OPERATIONS,
     chain_sum_response,
     countdown_reward,

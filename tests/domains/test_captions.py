@@ -5,9 +5,10 @@ import jax
 import numpy as np
 
 from tmdjax.core.prng import sample_keys
-from tmdjax.data import captioned_shapes, captions
-from tmdjax.rewards import shapes
-from tmdjax.rewards.shapes import TAGS
+from tmdjax.data import captioned_shapes
+from tmdjax.domains.shapes import captions
+from tmdjax.domains.shapes import checks as shapes
+from tmdjax.domains.shapes.checks import TAGS
 
 NAMES = ("count", "colour", "shape", "relation", "tag")
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.core
 import numpy as np
 
-from tmdjax.rewards.sprite_scenes import (
+from tmdjax.domains.sprites.scenes import (
     COLOURS,
     GAITS,
     GROUNDS,

@@ -13,8 +13,8 @@ import numpy as np
 
 from tmdjax.core.checks import check_batch
 from tmdjax.core.types import ArrayLike, Bool, Float, Int
-from tmdjax.rewards.sprite_prompts import check_prompts, prompt_factors
-from tmdjax.rewards.sprite_scenes import (
+from tmdjax.domains.sprites.prompts import check_prompts, prompt_factors
+from tmdjax.domains.sprites.scenes import (
     COLOURS,
     GAITS,
     GROUNDS,

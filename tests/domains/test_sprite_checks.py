@@ -6,9 +6,9 @@ import pytest
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import moving_sprites as data
-from tmdjax.rewards.moving_sprites import check, recognise
-from tmdjax.rewards.sprite_prompts import prompt_factors, prompt_index
-from tmdjax.rewards.sprite_scenes import SCALES
+from tmdjax.domains.sprites.checks import check, recognise
+from tmdjax.domains.sprites.prompts import prompt_factors, prompt_index
+from tmdjax.domains.sprites.scenes import SCALES
 
 KEYS = sample_keys(jax.random.key(0), 512)
 

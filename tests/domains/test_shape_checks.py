@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import captioned_shapes
-from tmdjax.rewards import shapes
+from tmdjax.domains.shapes import checks as shapes
 
 COLOURS, SHAPES, RELATIONS = [*shapes.COLOURS], shapes.SHAPES, shapes.RELATIONS
 PALETTE = np.array([*shapes.COLOURS.values()], np.float32)

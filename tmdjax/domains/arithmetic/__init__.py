@@ -1,0 +1,1 @@
+"""Arithmetic in writing: expressions, and work that is written step by step."""

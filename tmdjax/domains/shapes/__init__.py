@@ -1,0 +1,1 @@
+"""Coloured shapes: captions, their grammar, and the check of an image against one."""

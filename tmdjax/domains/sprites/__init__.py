@@ -1,0 +1,1 @@
+"""Videos of moving sprites: scenes, prompts, and the check of a video against one."""
