@@ -161,6 +161,22 @@ def test_groups_of_unequal_size_and_parts_that_are_not_full():
         assert_allclose(np.concatenate(own).mean(), 0, atol=1e-6)
 
 
+def test_records_that_cannot_be_learned_from(refused):
+    records = written().records
+    settings = dataclasses.replace(SETTINGS, minibatches=4, microbatch=4)
+
+    def batches(records):
+        order = np.random.default_rng(0)
+        given = (records, OBJECTIVE, settings, order)
+        return runtime.update_batches(*given, length=LENGTH)
+
+    refused("3 responses do not fill minibatches=4", batches, records[:3])
+    mixed = [dataclasses.replace(record, group=0) for record in records]
+    refused("group 0 holds responses to several prompts", batches, mixed)
+    unscored = [*records[:4], dataclasses.replace(records[4], reward=None)]
+    refused("has reward None; score it first", batches, unscored)
+
+
 def test_a_scorer_that_fails_or_hangs_stops_the_iteration(refused):
     def collected(score, **changes):
         settings = dataclasses.replace(SETTINGS, **changes)

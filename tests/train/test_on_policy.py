@@ -378,6 +378,14 @@ def test_bad_settings(refused):
     refused("discount=1.2 is outside", start, KEY, discount=1.2)
     refused("coefficient=-1.0 is outside", start, KEY, entropy_coefficient=-1.0)
     make = functools.partial(make_trainer, envs.Vector(MULTI, 9), METHODS["ppo"])
+    refused(
+        "object has no coefficients, coefficient_bounds, init",
+        make_trainer,
+        envs.Vector(MULTI, 4),
+        object(),
+        TINY,
+        error=TypeError,
+    )
     message = "9 environments x unroll=8 = 72 transitions do"
     refused(message, make, changed(minibatches=5))
     refused("whole environments: 9 of them do not", make, changed(**AFRESH))

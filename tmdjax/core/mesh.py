@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tmdjax.core.types import PyTree
@@ -32,9 +33,9 @@ def cut_by_batch(tree: PyTree) -> PyTree:
     itself the compiler may keep the parameters where they are and hold the states of
     the whole batch on each device; told this once a block, it gathers parameters.
 
-    Without a mesh (:func:`under_mesh`), under one whose axes the compiler does not
-    choose for, or where the batch does not divide, the arrays are returned as they are.
-    The other axes stay the compiler's to cut.
+    Outside of a compiled function, without a mesh (:func:`under_mesh`), under one whose
+    axes the compiler does not choose for, or where the batch does not divide, the
+    arrays are returned as they are. The other axes stay the compiler's to cut.
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = {
@@ -48,6 +49,8 @@ def cut_by_batch(tree: PyTree) -> PyTree:
         ways *= mesh.shape[name]
 
     def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.core.Tracer):  # it lies where it lies
+            return leaf
         if leaf.ndim == 0 or leaf.shape[0] % ways:
             return leaf
         rest = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)

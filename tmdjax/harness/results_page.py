@@ -142,7 +142,7 @@ def _overview(record: Summary) -> dict[str, Any]:
         "verdicts": verdict_counts(record["claims"]) or "no claims",
         "seeds": len(record["seeds"]),
         "device": record["device"],
-        "time, summed over units": format_duration(record["wall_s"]),
+        "time, summed over stages": format_duration(record["wall_s"]),
     }
 
 

@@ -123,7 +123,8 @@ class Pending:
                 raise self._raised("") from self._cause
             raise RewardError(
                 f"the scorer did not answer within {self._timeout:g} s for "
-                f"{self._chunk()}. Raise timeout=, or give it smaller chunks."
+                f"{self._chunk()}. Raise the time limit, or give it fewer samples at "
+                f"once."
             )
         if self._rewards is None:
             assert self._error is not None

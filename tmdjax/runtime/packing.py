@@ -1,6 +1,7 @@
 """Records of an iteration as minibatches of fixed shape, weighed as a whole."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -75,7 +76,11 @@ class Objective(Protocol):
         ...
 
     def advantages(self, records: Sequence[TokenRecord]) -> Any:
-        """[sequence], of all responses of an iteration; groups may differ in size."""
+        """[sequence], of all responses of an iteration.
+
+        Groups may differ in size; whether one of a single response may train is the
+        objective's to say.
+        """
         ...
 
     def loss(
@@ -105,16 +110,66 @@ def update_batches(
     Args:
         records: of an iteration, with rewards.
         objective: gives advantages and the aggregation.
-        settings: see there.
+        settings: sizes and rules.
         order: shuffles responses, anew in every epoch.
         length: the longest a text may be.
         pad: id of padding.
         proximal: log-probs [microbatch, sequence, token] of stacked microbatches,
             for settings.proximal='recompute'.
         reference: the same of a reference policy, or None.
+
+    Raises:
+        ValueError: fewer responses than minibatches, a response without a finite
+            reward, or a group with more than one prompt.
     """
-    count, size = len(records), settings.microbatch
+    _check(records, settings)
     advantage = np.asarray(objective.advantages(records), np.float32)
+    return _minibatches(
+        records,
+        advantage,
+        objective,
+        settings,
+        order,
+        length=length,
+        pad=pad,
+        proximal=proximal,
+        reference=reference,
+    )
+
+
+def _check(records: Sequence[TokenRecord], settings: Settings) -> None:
+    if len(records) < settings.minibatches:
+        raise ValueError(
+            f"{len(records)} responses do not fill minibatches={settings.minibatches}; "
+            f"collect more, or lower it."
+        )
+    prompts: dict[int, tuple[int, ...]] = {}
+    for record in records:
+        if record.reward is None or not math.isfinite(record.reward):
+            raise ValueError(
+                f"record {record.number} has reward {record.reward}; score it first, "
+                f"with a finite number."
+            )
+        if prompts.setdefault(record.group, record.prompt) != record.prompt:
+            raise ValueError(
+                f"group {record.group} holds responses to several prompts; number the "
+                f"groups anew where rollouts are joined."
+            )
+
+
+def _minibatches(
+    records: Sequence[TokenRecord],
+    advantage: np.ndarray,
+    objective: Objective,
+    settings: Settings,
+    order: np.random.Generator,
+    *,
+    length: int,
+    pad: int,
+    proximal: Callable[[TokenBatch], Array] | None,
+    reference: Callable[[TokenBatch], Array] | None,
+) -> Iterator[UpdateBatch]:
+    count, size = len(records), settings.microbatch
     longest = max(len(record.prompt) + len(record) for record in records)
     shape = {
         "length": min(_power_of_two(longest), length),

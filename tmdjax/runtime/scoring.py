@@ -1,5 +1,6 @@
 """Rewards of groups of responses, in threads beside the engine."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Scoring:
         self._score, self._settings = score, settings
         self._running: list[tuple[int, Sequence[TokenRecord], host.Pending, list]] = []
         self._scores: dict[int, np.ndarray] = {}
+        self._failed = threading.Event()
 
     def submit(self, group: int, problem: Any, records: Sequence[TokenRecord]) -> None:
         """Starts to score a group; waits while too many are being scored."""
@@ -33,7 +35,11 @@ class Scoring:
         exact: list[float] = []  # what comes back is float32
 
         def scored(which: np.ndarray, problems: Sequence[Any]) -> list[float]:
-            found = [self._score(p, responses[i]) for i, p in zip(which, problems)]
+            found = []
+            for i, own in zip(which, problems):
+                if self._failed.is_set():  # nobody waits for these any more
+                    raise RuntimeError("another group could not be scored")
+                found.append(self._score(own, responses[i]))
             exact[:] = found
             return found
 
@@ -59,7 +65,11 @@ class Scoring:
 
     def _finish(self, index: int) -> None:
         group, records, pending, exact = self._running.pop(index)
-        pending.result()
+        try:
+            pending.result()
+        except BaseException:
+            self._failed.set()
+            raise
         for record, score in zip(records, exact):
             record.reward = float(score) + _penalty(record, self._settings)
         self._scores[group] = np.asarray(exact, np.float64)

@@ -21,7 +21,8 @@ Draw = Callable[[int, int], Sequence[Prompt]]
 """``(iteration, attempt) -> prompts``: the same ones whenever asked again."""
 
 Score = Callable[[Any, Sequence[int]], float]
-"""``(problem, response ids) -> reward``."""
+"""``(problem, response ids) -> reward``. It is called in a thread beside the engine,
+for one group at a time unless ``Settings.scored_at_once`` says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,10 @@ class Settings:
         overlong_factor: of the penalty.
         mask_truncated: responses that were cut off are not trained on; they still count
             in their group and in every denominator.
-        scored_at_once: groups that are scored at the same time, each in a thread.
-        score_timeout: seconds that the scorer may take for one group.
+        scored_at_once: groups that are scored at the same time, each in a thread of its
+            own; above 1 the scorer must bear that.
+        score_timeout: seconds that the scorer may take for one group, waiting for other
+            groups included where it lets only one in.
         check_ratio: stop where the first ratio of an iteration is not 1 (only with
             'behaviour').
     """
@@ -66,7 +69,7 @@ class Settings:
     overlong_buffer: int | None = None
     overlong_factor: float = 1.0
     mask_truncated: bool = False
-    scored_at_once: int = 4
+    scored_at_once: int = 1
     score_timeout: float = 600.0
     check_ratio: bool = True
 

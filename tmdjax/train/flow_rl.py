@@ -354,19 +354,19 @@ def make_iteration(
         )
     checked = False
 
-    def init(params: Params) -> TrainState:
-        return create_state(params, optimizer, ema=ema_decay is not None)
+    def on_devices(tree: Any) -> Any:
+        return (
+            tree if mesh is None else jax.device_put(tree, fsdp_shardings(tree, mesh))
+        )
 
-    def on_devices(state: TrainState) -> TrainState:
-        if mesh is None:
-            return state
-        return jax.device_put(state, fsdp_shardings(state, mesh))
+    def init(params: Params) -> TrainState:
+        return on_devices(create_state(params, optimizer, ema=ema_decay is not None))
 
     def collect(state: TrainState, batch: Any, key: Any) -> Rollout:
         size = _chunk_size(batch, chunks, ways)
         number = np.int32(int(state.step) // updates)
         table, plan = method.plan(int(number))
-        params = on_devices(state).params
+        params = on_devices(state.params)
         records, scored = [], []
         for first in range(0, size * chunks, size):
             part = jax.tree.map(lambda leaf: leaf[first : first + size], batch)  # noqa: B023
@@ -380,6 +380,7 @@ def make_iteration(
 
     def learn(state: TrainState, drawn: Rollout, key: Any) -> Any:
         nonlocal checked
+        _chunk_size(drawn.batch, chunks, ways)
         state, metrics = update(
             on_devices(state),
             frozen,

@@ -2,8 +2,12 @@
 
 Flow models (:mod:`tmdjax.train.flow_rl`), control (:mod:`tmdjax.train.on_policy`) and
 language models (:mod:`tmdjax.runtime.lm_rl`) all collect what the policy does and then
-learn from it. A method that keeps, adds, drops or delays rollouts calls the parts
-itself.
+learn from it. A method that looks at a rollout before it is learned from, scores it
+anew, or drops or adds a part of it calls the parts itself.
+
+A rollout belongs to the state it was collected with: it is learned from once, before
+the next one is collected. What learns from older rollouts, such as asynchronous RL,
+must bring the policy that acted along, and does not stand on this composition.
 """
 
 import dataclasses
@@ -17,7 +21,7 @@ Metrics = dict[str, Any]
 """Scalars by name."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Iteration(Generic[State, Rollout]):
     """The parts of an iteration and their composition.
 

@@ -26,7 +26,7 @@ from tmdjax.train.supervised import NonFiniteError
 MAX_ACTION = 1e3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Trainer(Iteration[OnPolicyState, Rollout]):
     """An iteration in pure functions: jitted, scanned and vmapped as a whole.
 
@@ -59,11 +59,19 @@ def make_trainer(
 
     Raises:
         ValueError: minibatches that do not divide environments x unroll (or the
-            environments, if advantages are computed per minibatch); a coefficient
-            that the method does not have; an adaptive learning rate with a method that
-            reports no KL.
-        TypeError: an environment whose observations no network takes.
+            environments, if advantages are computed per minibatch); by ``init``, a
+            coefficient that the method does not have; when learning is traced, an
+            adaptive learning rate with a method that reports no KL.
+        TypeError: a method that lacks something; an environment whose observations no
+            network takes.
     """
+    needed = "coefficients coefficient_bounds init act loss exported".split()
+    missing = [name for name in needed if not hasattr(method, name)]
+    if missing:
+        raise TypeError(
+            f"{type(method).__name__} has no {', '.join(missing)}; a method needs "
+            f"{', '.join(needed)}, see tmdjax.train.on_policy.Method."
+        )
     count, steps = vector.count, vector.count * settings.unroll
     if steps % settings.minibatches:
         raise ValueError(
