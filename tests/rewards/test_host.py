@@ -137,7 +137,9 @@ def test_a_scorer_that_raises_is_reported_with_sample_and_cause():
 
 def test_a_scorer_that_hangs_is_reported(release):
     start = time.monotonic()
-    message = r"within 0\.1 s for samples 20 to 23 \(first prompt: 'a cat'\)\. Raise the"
+    message = (
+        r"within 0\.1 s for samples 20 to 23 \(first prompt: 'a cat'\)\. Raise the"
+    )
     fails(message, lambda *a: release.wait(60), first=20, timeout=0.1)
     assert time.monotonic() - start < 10
 
