@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from configs.flow_grpo import base
 
+EXPERIMENT = "alignment"
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {

@@ -14,6 +14,7 @@ paper  a DiT as wide and deep as SD3.5-M on 64x64 images: sizes only.
 
 from ml_collections import ConfigDict
 
+EXPERIMENT = "alignment"
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {

@@ -18,6 +18,7 @@ paper  the same: sizes only.
 
 from ml_collections import ConfigDict
 
+EXPERIMENT = "control"
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {

@@ -14,13 +14,13 @@ and in README.md and docs/*.md what stands between ``<!-- table: system:tier -->
 """
 
 import argparse
-import importlib
 import json
 import pathlib
 import re
 import sys
 from collections.abc import Sequence
 
+from experiments.run import find_experiment
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import ledger, load_config
 from tmdjax.harness.compare import comparison_rows, read_run
@@ -43,8 +43,9 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
         if kind == "claims":
             rows = [claim_row(claim) for claim in record["claims"]]
         else:
-            experiment = importlib.import_module(f"experiments.{system}")
-            config = load_config(f"configs/{system}.py:{tier}")
+            path = f"configs/{system}.py:{tier}"
+            config = load_config(path)
+            experiment = find_experiment(config, path)
             rows = experiment.summary_rows(config, record["metrics"])
         lines = [
             f"<!-- {kind}: {system}:{tier} -->",

@@ -144,18 +144,21 @@ def parse(
 
 
 def find_experiment(config: Any, path: str) -> Any:
-    """The module of a config's system.
+    """The module that a config file names as EXPERIMENT, else that of its system.
 
     Raises:
         ConfigError: there is none.
     """
+    file = pathlib.Path(path.rpartition(":")[0] or path)
+    name = getattr(load_module(file), "EXPERIMENT", config.system)
     try:
-        return importlib.import_module(f"experiments.{config.system}")
+        return importlib.import_module(f"experiments.{name}")
     except ModuleNotFoundError as error:
-        if error.name != f"experiments.{config.system}":
+        if error.name != f"experiments.{name}":
             raise
         raise ConfigError(
-            f"system {config.system!r} of {path} has no experiments/{config.system}.py."
+            f"{path} names the experiment {name!r}, but there is no "
+            f"experiments/{name}.py; set EXPERIMENT in it."
         ) from None
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tmdjax
-from experiments import alignment, alignment_tasks, flow_grpo
+from experiments import alignment, alignment_tasks
 from tmdjax.data import rendered_text
 from tmdjax.harness import load_config
 
@@ -30,7 +30,7 @@ def shapes_config(*changes, arm="flow_grpo"):
 @pytest.mark.slow
 def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path, ran):
     config, workdir = shapes_config(), tmp_path / "run"
-    found = ran(flow_grpo, config)
+    found = ran(alignment, config)
     assert found["flow_grpo/first_ratio_error"] < 1e-5
     assert 0 <= found["flow_grpo/aligned.held_out.strict"] <= 1
     assert (workdir / "figures" / "samples.png").stat().st_size > 1000

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import control, control_tasks, policyflow
+from experiments import control, control_tasks
 from tmdjax.harness import load_config
 
 TINY = (
@@ -29,7 +29,7 @@ def tiny(*changes, env=None, arm="policyflow", **train):
 @pytest.mark.slow
 def test_seeds_side_by_side_are_judged_one_by_one(tmp_path, ran, refused):
     config = tiny(seeds=(3, 5))
-    ran(policyflow, config, seeds=(3, 5))
+    ran(control, config, seeds=(3, 5))
     units = [
         json.loads((tmp_path / f"run/units/policyflow-seed{s}.json").read_text())
         for s in (3, 5)
@@ -53,7 +53,7 @@ PIXELS = {"name": "push", "horizon": 5, "observation": "pixels", "side": 16}
 )
 def test_other_environments(env, measured, ran):
     config = tiny(env=env, arm="ppo")
-    found = ran(policyflow, config)
+    found = ran(control, config)
     assert control.measures(config) <= found.keys()
     assert all(0 <= found[f"ppo/{name}"] <= 1 for name in measured)
 

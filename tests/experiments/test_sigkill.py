@@ -13,8 +13,9 @@ import pytest
 from tmdjax.harness.logs import read_rows
 
 SCRIPT = """
-import functools, importlib, pathlib, sys
+import functools, pathlib, sys
 from experiments import run
+from experiments.run import find_experiment
 from tmdjax import train
 from tmdjax.harness import load_config
 
@@ -26,7 +27,7 @@ with config.unlocked():
     if ARM:
         config.arms = {ARM: config.arms[ARM]}
 options = run.Options(command="test", tier="smoke", workdir=pathlib.Path(sys.argv[1]))
-experiment = importlib.import_module("experiments.SYSTEM")
+experiment = find_experiment(config, "configs/SYSTEM.py:smoke")
 sys.exit(run.run(experiment, config, options).code)
 """
 CLOCKS = ("seconds", "seconds_per_iteration", "reward_at_time")

@@ -4,7 +4,6 @@
 """
 
 import functools
-import importlib
 import json
 import pathlib
 
@@ -40,7 +39,7 @@ def found(smoke_of):
 @each_system
 def test_it_measures_what_claims_may_be_about(system, found):
     config = load_config(f"configs/{system}.py:smoke")
-    experiment = importlib.import_module(f"experiments.{system}")
+    experiment = run.find_experiment(config, f"configs/{system}.py:smoke")
     metrics = found(system)
     assert experiment.measures(config) <= metrics.keys()
     rows = experiment.summary_rows(config, metrics)

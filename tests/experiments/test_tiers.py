@@ -1,6 +1,5 @@
 """Every tier of every config: it builds, and it claims only what it measures."""
 
-import importlib
 import pathlib
 
 import pytest
@@ -50,7 +49,7 @@ def test_it_builds(spec):
 def test_it_claims_only_what_it_measures(spec):
     assert spec.rpartition(":")[2] in ("smoke", "cpu", "gpu", "paper")
     config = load_config(spec)
-    experiment = importlib.import_module(f"experiments.{config.system}")
+    experiment = run.find_experiment(config, spec)
     claims = config.get("claims", {}).values()
     about = {name for c in claims for name in (c.ours, c.baseline) if name}
     assert about <= experiment.measures(config)
