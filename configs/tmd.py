@@ -20,7 +20,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "a minute on 2 cores, compiling",
-    "cpu": "less than an hour on 2 cores, 5 seeds, in two shards",
+    "cpu": "40 minutes on 2 cores, 5 seeds in two shards",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
@@ -105,7 +105,7 @@ def get_config(tier: str) -> ConfigDict:
     )
     config.distill = ConfigDict(
         {
-            "cycles": 160,
+            "cycles": 200,
             "batch_size": 32,
             "learning_rate": 3e-4,
             "critic_learning_rate": 3e-4,

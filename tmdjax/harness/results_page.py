@@ -101,8 +101,9 @@ def render(
     if records:
         lines += [
             "",
-            "A unit is one arm under one seed; stages that units share count in each, "
-            "so that a run takes less than the sum.",
+            "A unit is one arm under one seed. Times are sums over processes; where a "
+            "record does not hold times of stages, stages that units share count in "
+            "each, and the run took less.",
         ]
         lines += ["", *markdown_table([_overview(record) for record in records])]
     for record in records:
