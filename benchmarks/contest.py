@@ -129,6 +129,12 @@ def conclude(
             print(f"{key}: {value}")
 
 
+def _without_json(arguments: Sequence[str]) -> list[str]:
+    """Arguments but for where the file went, --json=PATH or --json PATH."""
+    pairs = zip(["", *arguments], arguments)
+    return [a for before, a in pairs if before != "--json" and "--json" not in a]
+
+
 def write(
     name: str,
     rows: Sequence[Row],
@@ -148,8 +154,7 @@ def write(
     found = {
         "benchmark": name,
         "command": shlex.join(
-            ["python", "-m", f"benchmarks.{name}"]
-            + [a for a in sys.argv[1:] if not a.startswith("--json")]
+            ["python", "-m", f"benchmarks.{name}", *_without_json(sys.argv[1:])]
         ),
         "device": device_name(),
         "versions": versions(),

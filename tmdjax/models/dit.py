@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -23,7 +22,7 @@ from tmdjax.models.layers import (
     position_embedding_2d,
     unpatchify,
 )
-from tmdjax.models.stack import run_stack
+from tmdjax.models.stack import Stacked
 from tmdjax.quant import compute_dtype
 
 _XAVIER = nn.initializers.xavier_uniform()
@@ -189,24 +188,23 @@ class DiT(nn.Module):
     def _mlp_width(self) -> int:
         return int(self.hidden * self.mlp_ratio)
 
-    def _block(self) -> _Block:
-        return _Block(
+    def _blocks(self) -> Stacked:
+        block = _Block(
             self.heads,
             self._mlp_width(),
             self.recipe,
             self.attention_implementation,
             parent=None,
         )
+        return Stacked(block, self.depth, self.remat)
 
     def _init_stack(self, key: Array) -> Any:
-        """One block's parameters, drawn ``depth`` times: leaves [depth, ...]."""
+        """Parameters of all blocks, leaves [depth, ...]."""
         h = jnp.zeros((1, 1, self.hidden), compute_dtype(self.recipe))
         c = {"modulation": jnp.zeros((1, self.hidden))}
         if self.token_width is not None:
             c |= {"tokens": h, "mask": jnp.ones((1, 1), bool)}
-        block = self._block()
-        keys = jax.random.split(key, self.depth)
-        return jax.vmap(lambda k: block.init(k, h, c)["params"])(keys)
+        return self._blocks().init(key, h, c)
 
     def __call__(
         self, x: Float[Array, "batch height width channel"], t: Any, cond: Any = None
@@ -328,17 +326,8 @@ class DiT(nn.Module):
             ValueError: an index out of range, or a layer both tapped and skipped.
             TypeError: an index that is not a static integer.
         """
-        block = self._block()
-        return run_stack(
-            lambda params, h: block.apply({"params": params}, h, c),
-            self.stack,
-            h,
-            depth=self.depth,
-            start=start,
-            stop=stop,
-            taps=taps,
-            skip=skip,
-            remat=self.remat,
+        return self._blocks().run(
+            self.stack, h, c, start=start, stop=stop, taps=taps, skip=skip
         )
 
     def output(

@@ -1,11 +1,13 @@
 """Runs a stack of equal blocks, whose parameters lie along a leading layer axis."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array
@@ -78,6 +80,46 @@ def run_stack(
             tapped[end - 1] = h
         position = end + (end in skip)
     return h, tapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Equal blocks of linen, ``block(h, c) -> h``, as one stack.
+
+    Attributes:
+        block: one of them, without a parent.
+        depth: how many.
+        remat: recompute each in the backward pass.
+    """
+
+    block: nn.Module
+    depth: int
+    remat: bool = True
+
+    def init(self, key: Array, h: Any, c: Any) -> Any:
+        """One block's parameters, drawn ``depth`` times: leaves [depth, ...]."""
+        keys = jax.random.split(key, self.depth)
+        return jax.vmap(lambda k: self.block.init(k, h, c)["params"])(keys)
+
+    def run(
+        self, params: Any, h: Array, c: Any, **which: Any
+    ) -> tuple[Array, dict[int, Array]]:
+        """:func:`run_stack` under the condition c.
+
+        Args:
+            params: from :meth:`init`.
+            h: hidden state.
+            c: what every block is given beside it.
+            **which: start, stop, taps and skip.
+        """
+        return run_stack(
+            lambda layer, h: self.block.apply({"params": layer}, h, c),
+            params,
+            h,
+            depth=self.depth,
+            remat=self.remat,
+            **which,
+        )
 
 
 def layer_of(stack: Any, layer: Any) -> Any:

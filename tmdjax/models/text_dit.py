@@ -14,7 +14,7 @@ from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.dit import DiT
 from tmdjax.models.layers import Dense, MultiHeadAttention, layer_norm
-from tmdjax.models.stack import run_stack
+from tmdjax.models.stack import Stacked
 from tmdjax.quant import compute_dtype
 
 _XAVIER = nn.initializers.xavier_uniform()
@@ -138,22 +138,21 @@ class TextEncoder(nn.Module):
     def _mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
 
-    def _block(self) -> _EncoderBlock:
-        return _EncoderBlock(
+    def _blocks(self) -> Stacked:
+        block = _EncoderBlock(
             self.heads,
             self._mlp_width(),
             self.recipe,
             self.attention_implementation,
             parent=None,
         )
+        return Stacked(block, self.depth, self.remat)
 
     def _init_stack(self, key: Array) -> Any:
-        """One block's parameters, drawn ``depth`` times: leaves [depth, ...]."""
+        """Parameters of all blocks, leaves [depth, ...]."""
         h = jnp.zeros((1, 1, self.width), compute_dtype(self.recipe))
         mask = jnp.ones((1, 1, 1, 1), bool)
-        block = self._block()
-        keys = jax.random.split(key, self.depth)
-        return jax.vmap(lambda k: block.init(k, h, mask)["params"])(keys)
+        return self._blocks().init(key, h, mask)
 
     def __call__(self, cond: Mapping[str, Any]) -> dict[str, Array]:
         """Encodes texts.
@@ -182,19 +181,9 @@ class TextEncoder(nn.Module):
         if self.depth:
             # Padding looks at itself, so that no row of the softmax is empty.
             seen = mask[:, None, None, :] | jnp.eye(length, dtype=bool)
-            h = self._run(h, seen)
+            h, _ = self._blocks().run(self.stack, h, seen)
         tokens = jnp.where(mask[:, :, None], layer_norm(h), 0.0)
         return {"tokens": tokens, "mask": mask}
-
-    def _run(self, h: Array, mask: Array) -> Array:
-        block = self._block()
-        return run_stack(
-            lambda params, h: block.apply({"params": params}, h, mask),
-            self.stack,
-            h,
-            depth=self.depth,
-            remat=self.remat,
-        )[0]
 
     def _check_condition(self, cond: Any) -> tuple[Array, Array]:
         if _keys(cond) != _RAW:

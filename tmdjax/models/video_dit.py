@@ -5,7 +5,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -16,7 +15,7 @@ from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import Dense, TimeEmbedding
-from tmdjax.models.stack import run_stack
+from tmdjax.models.stack import Stacked
 from tmdjax.models.video_dit_layers import (
     XAVIER,
     TextEmbedding,
@@ -147,8 +146,8 @@ class VideoDiT(nn.Module):
         self.stack = self.param("blocks", self._init_stack)
         self.final = VideoOutput(self.epsilon, self.recipe)
 
-    def _block(self) -> VideoBlock:
-        return VideoBlock(
+    def _blocks(self) -> Stacked:
+        block = VideoBlock(
             self.heads,
             self.mlp_width,
             self.cross_attention_norm,
@@ -157,16 +156,15 @@ class VideoDiT(nn.Module):
             self.attention_implementation,
             parent=None,
         )
+        return Stacked(block, self.depth, self.remat)
 
     def _init_stack(self, key: Array) -> Any:
-        """One block's parameters, drawn ``depth`` times: leaves [depth, ...]."""
+        """Parameters of all blocks, leaves [depth, ...]."""
         h = jnp.zeros((1, 1, self.width), compute_dtype(self.recipe))
         cos, sin = rotary_tables((1, 1, 1), self.head_dim)
         modulation = jnp.zeros((1, 6, self.width))
         c = {"modulation": modulation, "text": h, "cos": cos, "sin": sin}
-        block = self._block()
-        keys = jax.random.split(key, self.depth)
-        return jax.vmap(lambda k: block.init(k, h, c)["params"])(keys)
+        return self._blocks().init(key, h, c)
 
     def __call__(
         self, x: Float[Array, "batch frame height width channel"], t: Any, cond: Any
@@ -343,17 +341,8 @@ class VideoDiT(nn.Module):
             ValueError: an index out of range, or a layer both tapped and skipped.
             TypeError: an index that is not a static integer.
         """
-        block = self._block()
-        return run_stack(
-            lambda params, h: block.apply({"params": params}, h, c),
-            self.stack,
-            h,
-            depth=self.depth,
-            start=start,
-            stop=stop,
-            taps=taps,
-            skip=skip,
-            remat=self.remat,
+        return self._blocks().run(
+            self.stack, h, c, start=start, stop=stop, taps=taps, skip=skip
         )
 
     def output(
