@@ -65,8 +65,7 @@ NOT_DRAWN = [
         "harness": "ledger results_page",
         "models": "dit unet text_dit flow_map_dit video_dit block_attention",
         "systems": "boss branchgrpo tmd",
-        "train": "on_policy/settings on_policy/state on_policy/rollout "
-        "on_policy/returns on_policy/update on_policy/trainer flow_rl iteration "
+        "train": "on_policy flow_rl iteration "
         "distillation distillation_cycle export planner mesh_search devices "
         "compiled_memory flops",
     }.items()

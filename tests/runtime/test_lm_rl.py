@@ -293,6 +293,7 @@ def test_bad_settings_and_engines_that_cannot_train(refused):
     refused("16 responses a minibatch do not divide", changed, microbatch=3)
     refused("proximal='old'", changed, proximal="old")
     refused("overlong_buffer=7", changed, overlong_buffer=7)
+    refused("score_timeout=inf", changed, score_timeout=float("inf"))
     make = functools.partial(made, OBJECTIVE, optax.sgd(0.1), SETTINGS)
     refused("length=33 is above the 32", make, length=33)
     config = dataclasses.replace(CONFIGURED, sampling=Sampling(top_k=3))

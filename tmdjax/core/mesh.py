@@ -1,6 +1,7 @@
 """How hidden states lie on a mesh of devices, where the compiler would guess wrong."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,7 @@ def cut_by_batch(tree: PyTree) -> PyTree:
         if kind == AxisType.Auto
     }
     axes = tuple(name for name in BATCH_AXES if name in automatic)
-    ways = 1
-    for name in axes:
-        ways *= mesh.shape[name]
+    ways = math.prod(mesh.shape[name] for name in axes)
 
     def cut(leaf: Any) -> Any:
         if not isinstance(leaf, jax.core.Tracer):  # it lies where it lies

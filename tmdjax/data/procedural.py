@@ -17,6 +17,7 @@ from tmdjax.core.checks import check_range
 from tmdjax.core.prng import check_key, fold_in, sample_keys
 from tmdjax.core.types import Array, Float, Int, Key, SampleKeys
 from tmdjax.data.dataset import Dataset
+from tmdjax.domains.shapes.checks import COLOURS
 
 Sampler = Callable[[Any], dict[str, Array]]
 
@@ -33,14 +34,7 @@ MIXTURE: dict[str, tuple[Any, ...]] = {
 }
 """Components of :func:`mixture`, as ``flows.gaussian_mixture`` takes them."""
 
-SPARSE_PALETTE = {
-    "red": (1.0, -1.0, -1.0),
-    "green": (-1.0, 1.0, -1.0),
-    "blue": (-1.0, -1.0, 1.0),
-    "yellow": (1.0, 1.0, -1.0),
-    "magenta": (1.0, -1.0, 1.0),
-    "cyan": (-1.0, 1.0, 1.0),
-}
+SPARSE_PALETTE = COLOURS
 """Colours of :func:`sparse_sprites`: the primaries and their mixes."""
 
 _CHUNK = 1024

@@ -87,7 +87,14 @@ class Settings:
         check_count("samples", self.samples, 2)
         check_choice("proximal", self.proximal, PROXIMAL)
         check_range("overlong_factor", self.overlong_factor, 0)
-        check_range("score_timeout", self.score_timeout, 0, math.inf, open_low=True)
+        check_range(
+            "score_timeout",
+            self.score_timeout,
+            0,
+            math.inf,
+            open_low=True,
+            open_high=True,
+        )
         if self.overlong_buffer is not None:
             check_range("overlong_buffer", self.overlong_buffer, 1, self.max_new_tokens)
         if self.pack_rows is not None:

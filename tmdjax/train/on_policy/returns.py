@@ -56,6 +56,11 @@ class Unroll(NamedTuple):
     next_value: Array
     last: Any
 
+    def transposed(self) -> "Unroll":
+        """Environments before times, or back; 'last' has no time."""
+        swapped = jax.tree.map(lambda x: x.swapaxes(0, 1), self._replace(last=None))
+        return swapped._replace(last=self.last)
+
 
 def unroll_of(
     parts: Parts, state: OnPolicyState, rollout: Rollout, statistics: Any
@@ -217,8 +222,7 @@ class PerMinibatch:
     def data(self, unroll: Unroll, given: Targets) -> Any:
         """Of :attr:`rows`, environments first."""
         del given
-        by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), unroll._replace(last=None))
-        return by_time._replace(last=unroll.last)
+        return unroll.transposed()
 
     def batch(self, data: Any, rows: Array, scale: Array) -> Any:
         """A minibatch; scale makes a plain mean that over valid steps."""
@@ -230,15 +234,12 @@ class PerMinibatch:
 
         def loss_fn(params: Params, batch: Any, keys: Any) -> Any:
             unroll, scale = batch
-            last = unroll.last
-            unroll = jax.tree.map(
-                lambda x: x.swapaxes(0, 1), unroll._replace(last=None)
-            )
+            unroll = unroll.transposed()
             step, critic = unroll.step, params["critic"]
             shape = step.reward.shape
             value = parts.values(critic, unroll.observation)
             fixed = jax.lax.stop_gradient(value)
-            end = parts.values(jax.lax.stop_gradient(critic), last[None])
+            end = parts.values(jax.lax.stop_gradient(critic), unroll.last[None])
             following = jnp.concatenate([fixed[1:], end])
             unroll = unroll._replace(
                 value=fixed,
