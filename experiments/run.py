@@ -5,7 +5,6 @@ however hard, goes on when the same command is given again.
 """
 
 import argparse
-import importlib
 import json
 import logging
 import pathlib
@@ -20,6 +19,7 @@ from tmdjax.core.checks import check_count
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, Options, Outcome, dry_run, load_config, run
 from tmdjax.harness.config import load_module
+from tmdjax.harness.find import find_module
 from tmdjax.harness.report import text_table
 from tmdjax.harness.results_page import verdict_counts
 from tmdjax.harness.writers import WRITERS
@@ -146,20 +146,23 @@ def parse(
 def find_experiment(config: Any, path: str) -> Any:
     """The module that a config file names as EXPERIMENT, else that of its system.
 
+    Args:
+        config: of the file, which was loaded.
+        path: of the file, with or without ``:tier``.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, in ``experiments/`` or beside the config.
     """
     file = pathlib.Path(path.rpartition(":")[0] or path)
     name = getattr(load_module(file), "EXPERIMENT", config.system)
-    try:
-        return importlib.import_module(f"experiments.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"experiments.{name}":
-            raise
+    found = find_module(name, "experiments")
+    if found is None or found.__file__ == str(file.resolve()):
         raise ConfigError(
-            f"{path} names the experiment {name!r}, but there is no "
-            f"experiments/{name}.py; set EXPERIMENT in it."
-        ) from None
+            f"{path} names the experiment {name!r}, but there is neither "
+            f"experiments/{name}.py nor {file.with_name(f'{name}.py')}; write one, or "
+            f"set EXPERIMENT in the config."
+        )
+    return found
 
 
 def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:

@@ -98,6 +98,7 @@ TESTS = {
     "generation/byte_pairs": "generation/test_tokenizers.py",
     "harness/stages": "harness/test_runner.py",
     "harness/load": "harness/test_runner.py",
+    "harness/find": "test_new_paper.py",
     "harness/writers": "harness/test_logs.py",
     "harness/compare": "experiments/test_compare.py",
     "harness/environment": "harness/test_report.py harness/test_runner.py",

@@ -187,7 +187,14 @@ def _split_spec(spec: str) -> tuple[Path, str]:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Imports a config file; raises ConfigError unless it has TIERS and get_config."""
+    """Imports a config file, whose folder stays importable, after all others.
+
+    Raises:
+        ConfigError: it fails, or lacks TIERS or get_config.
+    """
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     name = f"_tmdjax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
