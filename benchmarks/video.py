@@ -37,7 +37,7 @@ import numpy as np
 from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
 from tmdjax import models, train
 from tmdjax.core import prng, trees
-from tmdjax.models import hf_video_dit
+from tmdjax.models.checkpoints import video_dit as hf_video_dit
 from tmdjax.systems import tmd
 
 # Of the difference of outputs, over the norm of one of them.

@@ -13,7 +13,7 @@ from experiments import video_tasks as tasks
 from tmdjax import flows, models, train
 from tmdjax.core import prng
 from tmdjax.harness import StageContext, StageResult
-from tmdjax.models.flow_map_dit import GATE_SCALE
+from tmdjax.models.videos.flow_maps import GATE_SCALE
 from tmdjax.systems import dmd2, meanflow, tmd
 
 Config = Any

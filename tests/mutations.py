@@ -59,27 +59,28 @@ COPIED = (
 NOT_DRAWN = [
     f"{package}/{name}"
     for package, names in {
-        "data": "procedural captioned_shapes",
+        "data": "procedural images/captioned_shapes",
         "domains": "shapes/captions",
         "flows": "chords windows step_search tree_rollout",
         "harness": "ledger results_page",
-        "models": "dit unet text_dit flow_map_dit video_dit block_attention",
+        "models": "images/dit images/unet images/text_dit videos/flow_maps videos/dit "
+        "block_attention",
         "systems": "boss branchgrpo tmd",
         "train": "on_policy flow_rl iteration "
-        "distillation distillation_cycle export planner mesh_search devices "
-        "compiled_memory flops",
+        "distillation distillation_cycle export planning",
     }.items()
     for name in names.split()
 ]
 
 # Module: what should fail, in the words of pytest's command line below tests/.
 # Several files: those that exist run.
-# A module that is not named has the file of its own name.
+# A module that is not named has those of its folder, or the file of its own name.
 TESTS = {
     "data/check": "data/test_sources.py",
     "data/dataset": "data/test_sources.py",
-    "data/fashion_mnist": "data/test_mnist.py",
-    "data/digits": "data/test_mnist.py data/test_sources.py",
+    "data/images/fashion_mnist": "data/test_mnist.py",
+    "data/images/digits": "data/test_mnist.py data/test_sources.py",
+    "data/videos/files": "data/test_video_files.py",
     "data/weights": "data/test_sources.py data/test_rendered_text.py",
     "data/text_tasks": "data/test_text_tasks.py data/test_countdown_task.py",
     "envs/base": "envs/test_vector.py envs/test_push.py",
@@ -107,15 +108,24 @@ TESTS = {
     "models/layers": "models/test_model_layers.py models/test_text_dit.py",
     "models/stack": "models/test_model_layers.py",
     "models/control": "models/test_control_networks.py",
-    "models/wrappers": "models/test_model_layers.py models/test_build.py",
-    "models/decoder_config": "models/test_hf_decoder.py",
-    "models/decoder_layers": "models/test_decoder.py",
-    "models/hf_files": "models/test_hf_decoder.py",
-    "models/hf_checkpoints": "models/test_hf_decoder.py",
-    "models/safetensors_files": "models/test_hf_decoder.py",
-    "models/video_patches": "models/test_video_dit.py -k 'rotary or distances or patches'",
-    "models/video_dit_layers": "models/test_hf_video_dit.py",
-    "models/discriminator": "models/test_flow_map_dit.py -k 'discriminator or taps'",
+    "models/wrappers": "models/test_nnx_modules.py models/test_model_layers.py "
+    "models/test_build.py",
+    "models/decoder/config": "models/test_hf_decoder.py",
+    "models/decoder/layers": "models/test_decoder.py",
+    **dict.fromkeys(
+        [
+            "models/checkpoints/" + name
+            for name in "adapters decoder layout safetensors".split()
+        ],
+        "models/test_hf_decoder.py",
+    ),
+    "models/checkpoints/gguf": "models/test_gguf_decoder.py",
+    "models/checkpoints/video_dit": "models/test_hf_video_dit.py",
+    "models/decoder/network": "models/test_decoder.py",
+    "models/decoder/cache": "models/test_decoder_cache.py",
+    "models/videos/patches": "models/test_video_dit.py -k 'rotary or distances or patches'",
+    "models/videos/layers": "models/test_hf_video_dit.py",
+    "models/videos/discriminator": "models/test_flow_map_dit.py -k 'discriminator or taps'",
     "domains/shapes/checks": "domains/test_shape_checks.py",
     "domains/sprites/scenes": "domains/test_sprite_checks.py",
     "domains/sprites/prompts": "domains/test_sprite_checks.py",
@@ -181,9 +191,8 @@ def tests_of(file: str) -> str | None:
     package, name = module.split("/", 1)
     if module in TESTS:
         return TESTS[module]
-    if "/" in name:
-        return TESTS[f"{package}/{name.split('/')[0]}"]
-    return f"{package}/test_{name}.py"
+    folder, own = name.split("/")[0], name.split("/")[-1]
+    return TESTS.get(f"{package}/{folder}", f"{package}/test_{own}.py")
 
 
 class Sites(ast.NodeVisitor):

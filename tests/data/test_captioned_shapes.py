@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import captioned_shapes, load
-from tmdjax.data.captioned_shapes import TAGS, capacity, prompts
+from tmdjax.data.images.captioned_shapes import TAGS, capacity, prompts
 from tmdjax.domains.shapes import captions
 from tmdjax.domains.shapes import checks as shapes
 

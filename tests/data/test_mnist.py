@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tmdjax.data import SOURCES, check, load, mnist, sources
-from tmdjax.data.fashion_mnist import load_fashion_mnist, read_idx
-from tmdjax.data.mnist import load_mnist
+from tmdjax.data import SOURCES, check, load, sources
+from tmdjax.data.images import mnist
+from tmdjax.data.images.fashion_mnist import load_fashion_mnist, read_idx
+from tmdjax.data.images.mnist import load_mnist
 
 TRAIN = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 TEST = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")

@@ -5,7 +5,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import load
-from tmdjax.data.moving_digits import moving_digits
+from tmdjax.data.videos.moving_digits import moving_digits
 
 KEYS = sample_keys(jax.random.key(1), 256)
 # Three digits of one level each, 2 x 3 pixels.

@@ -8,7 +8,7 @@ from scipy import stats
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import load, moving_sprites
-from tmdjax.data.moving_sprites import (
+from tmdjax.data.videos.moving_sprites import (
     SCALES,
     bank,
     parse_prompt,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tmdjax.data import array_record, load, video_batches, write_array_record
-from tmdjax.data.video_files import decode_video, open_videos, to_float, to_uint8
+from tmdjax.data.videos.files import decode_video, open_videos, to_float, to_uint8
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (9, 4, 6, 8, 3), np.uint8)
 TEXT = np.random.default_rng(1).standard_normal((9, 3, 5)).astype(np.float16)

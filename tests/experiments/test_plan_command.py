@@ -5,7 +5,7 @@ import pytest
 
 from experiments import flow_matching, plan
 from tmdjax.harness import ConfigError, load_config
-from tmdjax.train.flops import count_work
+from tmdjax.train.planning.flops import count_work
 
 PAPER = "--config=configs/flow_matching.py:paper"
 

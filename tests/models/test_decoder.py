@@ -21,7 +21,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
 from tmdjax.models import Decoder, functional
-from tmdjax.models.hf_decoder import params_from_hf
+from tmdjax.models.checkpoints.decoder import params_from_hf
 
 CASES = (
     *("llama_grouped_tied", "llama_full_untied", "qwen2_grouped_untied"),

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import Decoder, cache_bytes, decode, init_cache, prefill
-from tmdjax.models.decoder_cache import fuse_projections
+from tmdjax.models.decoder.cache import fuse_projections
 
 LENGTH, SLOTS = 12, 3
 NORMED = small_decoder(head_dim=6, qk_norm=True)

@@ -15,8 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
 from tmdjax.core import trees
-from tmdjax.models.discriminator import smallest_size
-from tmdjax.models.flow_map_dit import GATE_SCALE, Fusion
+from tmdjax.models.videos.discriminator import smallest_size
+from tmdjax.models.videos.flow_maps import GATE_SCALE, Fusion
 
 SIZES = dict(patch_size=(1, 2, 2), heads=2, head_dim=12, depth=4)
 WIDTHS = dict(mlp_width=20, text_width=8, frequency_dim=16)

@@ -13,8 +13,8 @@ from tmdjax.core.trees import count
 from tmdjax.data.weights import find_weights
 from tmdjax.generation import gguf_tokenizer, render_chat
 from tmdjax.models import load_gguf, prefill
-from tmdjax.models.gguf_decoder import dequantise, gguf_value, open_gguf
-from tmdjax.models.hf_decoder import params_from_hf
+from tmdjax.models.checkpoints.decoder import params_from_hf
+from tmdjax.models.checkpoints.gguf import dequantise, gguf_value, open_gguf
 
 gguf = pytest.importorskip("gguf")
 

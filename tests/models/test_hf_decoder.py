@@ -13,8 +13,8 @@ from numpy.testing import assert_allclose
 
 from tmdjax import models
 from tmdjax.models import DecoderConfig, load_adapters, load_decoder, lora, save_decoder
-from tmdjax.models.hf_decoder import params_from_hf, params_to_hf
-from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
+from tmdjax.models.checkpoints.decoder import params_from_hf, params_to_hf
+from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
 
 CASE = "qwen2_grouped_untied"
 OLD = dict(

@@ -13,9 +13,10 @@ from numpy.testing import assert_allclose
 
 from tmdjax import models
 from tmdjax.core.trees import flatten
-from tmdjax.models import functional, hf_video_dit, load_video_dit, save_video_dit
-from tmdjax.models.hf_video_dit import params_from_hf_video, video_dit_from_hf
-from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
+from tmdjax.models import functional, load_video_dit, save_video_dit
+from tmdjax.models.checkpoints import video_dit as hf_video_dit
+from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
+from tmdjax.models.checkpoints.video_dit import params_from_hf_video, video_dit_from_hf
 
 CASES = ("wan", "wide_patches")
 STEM = "diffusion_pytorch_model"

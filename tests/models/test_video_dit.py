@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import VideoDiT, functional, init_params
-from tmdjax.models import video_patches as patches
+from tmdjax.models.videos import patches
 
 BATCH, SIZE, CHANNEL, LENGTH = 3, (2, 4, 6), 2, 5
 

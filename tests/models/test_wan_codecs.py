@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax.models import wan_codecs
+from tmdjax.models.checkpoints import wan_codecs
 
 PROMPTS = ["a red   fox", "", "the blue &amp; old fox runs and runs and runs"]
 WORDS = "a the red blue old fox runs and &".split()

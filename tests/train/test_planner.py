@@ -12,7 +12,7 @@ import pytest
 from tmdjax import train
 from tmdjax.harness.report import text_table
 from tmdjax.models.attention import attention
-from tmdjax.train.flops import count_work
+from tmdjax.train.planning.flops import count_work
 
 Struct = jax.ShapeDtypeStruct
 KEY = jax.eval_shape(lambda: jax.random.key(0))

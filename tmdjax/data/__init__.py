@@ -1,7 +1,8 @@
 """Data sources, procedural sets, and batches that resume exactly."""
 
-from tmdjax.data import captioned_shapes, moving_sprites, procedural
+from tmdjax.data import procedural
 from tmdjax.data.dataset import Dataset
+from tmdjax.data.images import captioned_shapes, rendered_text
 from tmdjax.data.pipeline import (
     Batches,
     BatchPlan,
@@ -11,7 +12,8 @@ from tmdjax.data.pipeline import (
 )
 from tmdjax.data.procedural import MIXTURE
 from tmdjax.data.sources import SOURCES, Source, load
-from tmdjax.data.video_files import video_batches
+from tmdjax.data.videos import moving_sprites
+from tmdjax.data.videos.files import video_batches
 from tmdjax.domains.shapes import captions
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "load",
     "moving_sprites",
     "procedural",
+    "rendered_text",
     "video_batches",
     "write_array_record",
 ]

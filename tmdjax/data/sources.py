@@ -24,19 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from tmdjax.core.registry import Registry, suggestion
-from tmdjax.data import (
+from tmdjax.data import procedural, tfds_sets
+from tmdjax.data.dataset import Dataset
+from tmdjax.data.images import (
     captioned_shapes,
     digits,
     fashion_mnist,
     mnist,
-    moving_digits,
-    moving_sprites,
-    procedural,
     rendered_text,
-    tfds_sets,
-    video_files,
 )
-from tmdjax.data.dataset import Dataset
+from tmdjax.data.videos import files as video_files
+from tmdjax.data.videos import moving_digits, moving_sprites
 
 DATA_VARIABLE = "TMDJAX_DATA"
 """Environment variable: the folder with files of unpacked packages."""
@@ -310,7 +308,7 @@ def _load_moving_digits(
     frames: int = 8,
     size: int = 16,
 ) -> Dataset:
-    """Videos of :func:`tmdjax.data.moving_digits.make_moving_digits`.
+    """Videos of :func:`tmdjax.data.videos.moving_digits.make_moving_digits`.
 
     Args:
         files: none.

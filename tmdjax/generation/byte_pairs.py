@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 
 from tmdjax.core.checks import check_choice
 from tmdjax.generation.tokenizers import Tokenizer, check_ids, special_of
-from tmdjax.models.gguf_decoder import gguf_value, open_gguf
+from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 
 # How a text is cut before merging, by the names llama.cpp has for them.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

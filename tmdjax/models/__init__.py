@@ -3,28 +3,31 @@
 from tmdjax.models import lora
 from tmdjax.models.attention import attention
 from tmdjax.models.build import MODELS, build, functional, init_params, spec_of
-from tmdjax.models.classifier import Classifier
+from tmdjax.models.checkpoints.adapters import load_adapters, save_adapters
+from tmdjax.models.checkpoints.decoder import load_decoder, save_decoder
+from tmdjax.models.checkpoints.gguf import load_gguf
+from tmdjax.models.checkpoints.video_dit import load_video_dit, save_video_dit
 from tmdjax.models.control import ControlMLP, ControlVelocity, ObservationFeatures
-from tmdjax.models.decoder import Decoder
-from tmdjax.models.decoder_cache import (
+from tmdjax.models.decoder.cache import (
     cache_bytes,
     decode,
     fuse_projections,
     init_cache,
     prefill,
 )
-from tmdjax.models.decoder_config import DecoderConfig
-from tmdjax.models.discriminator import VideoDiscriminator, default_taps
-from tmdjax.models.dit import DiT
-from tmdjax.models.flow_map_dit import SplitDiT, TwoTimeDiT, student_from_teacher
-from tmdjax.models.gguf_decoder import load_gguf
-from tmdjax.models.hf_files import (
-    load_adapters,
-    load_decoder,
-    save_adapters,
-    save_decoder,
+from tmdjax.models.decoder.config import DecoderConfig
+from tmdjax.models.decoder.network import Decoder
+from tmdjax.models.decoder.token_log_probs import (
+    chunked_token_log_probs,
+    entropy_of,
+    log_prob_of,
+    token_entropies,
+    token_log_probs,
 )
-from tmdjax.models.hf_video_dit import load_video_dit, save_video_dit
+from tmdjax.models.images.classifier import Classifier
+from tmdjax.models.images.dit import DiT
+from tmdjax.models.images.text_dit import TextDiT, TextEncoder, null_condition
+from tmdjax.models.images.unet import UNet
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
@@ -36,23 +39,15 @@ from tmdjax.models.layers import (
     unpatchify,
 )
 from tmdjax.models.mlp import VelocityMLP
-from tmdjax.models.nnx_modules import from_nnx
-from tmdjax.models.text_dit import TextDiT, TextEncoder, null_condition
-from tmdjax.models.token_log_probs import (
-    chunked_token_log_probs,
-    entropy_of,
-    log_prob_of,
-    token_entropies,
-    token_log_probs,
-)
-from tmdjax.models.unet import UNet
-from tmdjax.models.video_dit import WAN_1_3B, WAN_14B, VideoDiT
-from tmdjax.models.video_patches import (
+from tmdjax.models.videos.discriminator import VideoDiscriminator, default_taps
+from tmdjax.models.videos.dit import WAN_1_3B, WAN_14B, VideoDiT
+from tmdjax.models.videos.flow_maps import SplitDiT, TwoTimeDiT, student_from_teacher
+from tmdjax.models.videos.patches import (
     patchify_video,
     rotary_tables,
     unpatchify_video,
 )
-from tmdjax.models.wrappers import rectified_flow
+from tmdjax.models.wrappers import from_nnx, rectified_flow
 
 __all__ = [
     "MODELS",

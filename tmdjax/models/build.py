@@ -12,16 +12,16 @@ from flax import linen as nn
 from tmdjax.core.prng import check_key
 from tmdjax.core.registry import Registry, suggestion
 from tmdjax.core.types import ApplyFn, Params
-from tmdjax.models.classifier import Classifier
 from tmdjax.models.control import ControlMLP, ControlVelocity
-from tmdjax.models.decoder import Decoder
-from tmdjax.models.discriminator import VideoDiscriminator
-from tmdjax.models.dit import DiT
-from tmdjax.models.flow_map_dit import SplitDiT, TwoTimeDiT
+from tmdjax.models.decoder.network import Decoder
+from tmdjax.models.images.classifier import Classifier
+from tmdjax.models.images.dit import DiT
+from tmdjax.models.images.text_dit import TextDiT
+from tmdjax.models.images.unet import UNet
 from tmdjax.models.mlp import VelocityMLP
-from tmdjax.models.text_dit import TextDiT
-from tmdjax.models.unet import UNet
-from tmdjax.models.video_dit import VideoDiT
+from tmdjax.models.videos.discriminator import VideoDiscriminator
+from tmdjax.models.videos.dit import VideoDiT
+from tmdjax.models.videos.flow_maps import SplitDiT, TwoTimeDiT
 
 MODELS: Registry[type[nn.Module]] = Registry("model")
 MODELS.register("control_mlp")(ControlMLP)

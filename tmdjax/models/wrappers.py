@@ -1,10 +1,121 @@
-"""Networks of other codebases under this one's time and sign."""
+"""Networks of others as ``apply_fn(params, *inputs)``, under the time used here."""
 
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from tmdjax.core.checks import check_range
+from tmdjax.core.prng import check_key
 from tmdjax.core.types import ApplyFn, Data, Params, Time
+
+
+def from_nnx(module: Any) -> tuple[ApplyFn, Params]:
+    """A flax.nnx module as ``(apply_fn, params)``, the contract of this project.
+
+    The module itself is left alone: its parameters are copied, so that a train step may
+    write over them. What else it holds (running statistics, say) stays as it is now.
+
+    Args:
+        module: an ``nnx.Module``, called as ``module(*inputs, **options)``.
+
+    Returns:
+        ``apply_fn(params, *inputs, key=None, **options)``, pure: without a key the
+        module is in evaluation mode (``module.eval()``: no dropout, running averages);
+        with a typed key it is in training mode, its random streams seeded by that key.
+        And the parameters, a nested dict of arrays with string keys.
+
+    Raises:
+        TypeError: not an nnx module; at the call, a key that is not a typed one.
+        ValueError: two parameters whose paths read alike; at the call, a key for a
+            module with running statistics, whose updates would be lost, or parameters
+            of another structure.
+
+    Example:
+        >>> from flax import nnx
+        >>> apply_fn, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        >>> apply_fn(params, jax.numpy.ones((4, 3))).shape
+        (4, 2)
+    """
+    from flax import nnx
+
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"module is of type {type(module).__name__}; give an instance of "
+            f"nnx.Module (a linen module is a function by models.functional)."
+        )
+    graph, weights, rest = nnx.split(module, nnx.Param, ...)
+    rest = jax.tree.map(jnp.asarray, rest)  # no longer the module's own variables
+    paths = [path for path, _ in nnx.to_flat_state(weights)]
+    params: Params = {}
+    for path, variable in nnx.to_flat_state(weights):
+        _insert(params, tuple(map(str, path)), jnp.array(variable.get_value()))
+    structure = jax.tree.structure(params)
+    statistics = [
+        "/".join(map(str, path))
+        for path, variable in nnx.to_flat_state(rest)
+        if isinstance(variable, nnx.BatchStat)
+    ]
+
+    def apply_fn(params: Params, *inputs: Any, key: Any = None, **options: Any) -> Any:
+        if jax.tree.structure(params) != structure:
+            raise ValueError(
+                f"params have the structure {jax.tree.structure(params)}, the module "
+                f"{structure}; give the parameters that from_nnx returned, or others "
+                f"like them."
+            )
+        if key is not None:
+            check_key(key)
+            if statistics:
+                raise ValueError(
+                    f"a key means training mode, in which {', '.join(statistics)} "
+                    f"would be updated, and a pure function cannot; leave the key "
+                    f"out, or use a normalisation without running statistics."
+                )
+        leaves = [_get(params, tuple(map(str, path))) for path in paths]
+        state = nnx.from_flat_state(
+            [
+                (path, variable.replace(leaf))
+                for (path, variable), leaf in zip(nnx.to_flat_state(weights), leaves)
+            ]
+        )
+        made = nnx.merge(graph, state, rest, copy=True)
+        if key is None:
+            made.eval()
+        else:
+            made.train()
+            # a stream of stacked layers holds a key a layer
+            nnx.reseed(made, policy="match_shape", **_streams(nnx, made, key))
+        return made(*inputs, **options)
+
+    return apply_fn, params
+
+
+def _streams(nnx: Any, module: Any, key: Any) -> dict[str, Any]:
+    """A key a random stream of the module, by name."""
+    names = {
+        node.tag
+        for _, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.RngStream)
+    }
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(sorted(names))}
+
+
+def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    if path[-1] in tree:
+        raise ValueError(
+            f"two parameters are called {'/'.join(path)}; rename an attribute."
+        )
+    tree[path[-1]] = leaf
+
+
+def _get(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 def rectified_flow(apply_fn: ApplyFn, eps: float = 1e-3) -> ApplyFn:

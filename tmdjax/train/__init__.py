@@ -1,7 +1,6 @@
 """Training: state, update, optimiser, checkpoints, sharding, planner, loop."""
 
 from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
-from tmdjax.train.devices import DEVICES, Device, get_device
 from tmdjax.train.distillation import Distillation, DistillationConfig, Networks
 from tmdjax.train.distillation_cycle import (
     DistillationState,
@@ -11,10 +10,11 @@ from tmdjax.train.distillation_cycle import (
 )
 from tmdjax.train.export import load_model, model_meta, save_model
 from tmdjax.train.fine_tuning import FineTuned, fine_tune
-from tmdjax.train.flops import count_flops
-from tmdjax.train.mesh_search import check_fits, smallest_mesh
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from tmdjax.train.planner import NOT_TOLD, Plan, plan
+from tmdjax.train.planning.devices import DEVICES, Device, get_device
+from tmdjax.train.planning.flops import count_flops
+from tmdjax.train.planning.mesh_search import check_fits, smallest_mesh
+from tmdjax.train.planning.plan import NOT_TOLD, Plan, plan
 from tmdjax.train.sharding import (
     DECODER_RULES,
     VIDEO_DIT_RULES,

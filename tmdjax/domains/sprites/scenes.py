@@ -1,6 +1,6 @@
 """What videos of moving sprites may show: colours, shapes, motions, and scales.
 
-:mod:`tmdjax.data.moving_sprites` draws such videos,
+:mod:`tmdjax.data.videos.moving_sprites` draws such videos,
 :mod:`tmdjax.domains.sprites.checks` checks them, and
 :mod:`tmdjax.domains.sprites.prompts` says in words what they show.
 """

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tmdjax.core.checks import check_count, check_range
-from tmdjax.train.devices import Device, get_device
-from tmdjax.train.planner import Plan, Traced, mesh_name
+from tmdjax.train.planning.devices import Device, get_device
+from tmdjax.train.planning.plan import Plan, Traced, mesh_name
 from tmdjax.train.sharding import Rules, abstract_mesh
 
 MARGIN = 0.1

@@ -16,13 +16,13 @@ from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import Dense, TimeEmbedding
 from tmdjax.models.stack import Stacked
-from tmdjax.models.video_dit_layers import (
+from tmdjax.models.videos.layers import (
     XAVIER,
     TextEmbedding,
     VideoBlock,
     VideoOutput,
 )
-from tmdjax.models.video_patches import (
+from tmdjax.models.videos.patches import (
     Size,
     check_head_dim,
     patch_grid,

@@ -16,7 +16,7 @@ import numpy as np
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.build import init_params
-from tmdjax.models.hf_checkpoints import (
+from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
     params_from_tensors,
@@ -26,7 +26,7 @@ from tmdjax.models.hf_checkpoints import (
     write_json,
     write_weights,
 )
-from tmdjax.models.video_dit import VideoDiT
+from tmdjax.models.videos.dit import VideoDiT
 
 _STEM = "diffusion_pytorch_model"
 _CLASS = "WanTransformer3DModel"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.registry import suggestion
-from tmdjax.models.decoder_config import MODEL_TYPES, DecoderConfig
-from tmdjax.models.hf_decoder import params_from_hf
+from tmdjax.models.checkpoints.decoder import params_from_hf
+from tmdjax.models.decoder.config import MODEL_TYPES, DecoderConfig
 
 QUANTISATIONS = ("F32", "Q4_1", "Q8_0")
 

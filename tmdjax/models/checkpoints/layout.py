@@ -18,7 +18,7 @@ from tmdjax.core.checks import check_count
 from tmdjax.core.files import write_atomically
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
-from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
+from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
 
 Folder = str | os.PathLike[str]
 

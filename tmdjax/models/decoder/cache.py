@@ -19,8 +19,8 @@ from tmdjax.core.checks import check_count
 from tmdjax.core.trees import nbytes
 from tmdjax.core.types import Array, Float, Int, Params
 from tmdjax.models.attention import attention
-from tmdjax.models.decoder_config import DecoderConfig
-from tmdjax.models.decoder_layers import (
+from tmdjax.models.decoder.config import DecoderConfig
+from tmdjax.models.decoder.layers import (
     default_positions,
     embed_tokens,
     output_logits,

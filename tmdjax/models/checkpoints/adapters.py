@@ -1,31 +1,17 @@
-"""Decoders and their adapters as folders in the Hugging Face layout."""
+"""Low-rank adapters of decoders as folders in the layout of the PEFT library."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
-from tmdjax.models.decoder_config import DecoderConfig
-from tmdjax.models.hf_checkpoints import (
-    Folder,
-    read_json,
-    read_weights,
-    write_json,
-    write_weights,
-)
-from tmdjax.models.hf_decoder import (
-    hf_module,
-    param_shapes,
-    params_from_hf,
-    params_to_hf,
-)
-from tmdjax.models.safetensors_files import read_safetensors, write_safetensors
+from tmdjax.models.checkpoints.decoder import hf_module, param_shapes
+from tmdjax.models.checkpoints.layout import Folder, read_json, write_json
+from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
+from tmdjax.models.decoder.config import DecoderConfig
 
-_STEM = "model"
 _ADAPTER = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -40,68 +26,6 @@ _PLAIN = {
     "modules_to_save": (None, []),
     "alpha_pattern": (None, {}),
 }
-
-
-def load_decoder(
-    folder: Folder, *, dtype: Any = np.float32, **options: Any
-) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama type.
-
-    Args:
-        folder: with config.json and model.safetensors, or the shards that
-            model.safetensors.index.json names.
-        dtype: of the parameters; None keeps that of the file.
-        **options: attributes of the configuration that take precedence, such as
-            ``recipe``, see :meth:`tmdjax.models.DecoderConfig.from_hf`.
-
-    Returns:
-        The configuration, and parameters on the host: ``apply_fn =
-        functional(Decoder(config))`` takes them.
-
-    Raises:
-        FileNotFoundError: a file is absent.
-        ValueError: a configuration the decoder does not have; a damaged file; tensors
-            missing, not expected or of another shape, all by name.
-    """
-    folder = Path(folder)
-    config = DecoderConfig.from_hf(read_json(folder / "config.json"), **options)
-    return config, params_from_hf(config, read_weights(folder, _STEM), dtype)
-
-
-def save_decoder(
-    folder: Folder,
-    config: DecoderConfig,
-    params: Params,
-    *,
-    max_shard_bytes: int = 4 * 2**30,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes a checkpoint that transformers (4 and 5) and :func:`load_decoder` read.
-
-    Adapters are merged first (:func:`tmdjax.models.lora.merge`), or saved by
-    :func:`save_adapters`.
-
-    Args:
-        folder: made if absent. The weights of an earlier checkpoint in it go.
-        config: of the decoder; weights are written in ``config.dtype``.
-        params: of the decoder.
-        max_shard_bytes: a larger checkpoint is cut into files of at most this size
-            (a larger tensor has a file of its own).
-        extra: more keys for config.json, such as ``eos_token_id``.
-
-    Raises:
-        ValueError: parameters of another decoder, or one that no checkpoint has.
-        OSError: a file cannot be written.
-    """
-    folder = Path(folder)
-    settings = config.to_hf() | dict(extra or {})
-    dtype = jnp.dtype(config.dtype)
-    tensors = {
-        name: tensor.astype(dtype, copy=False)
-        for name, tensor in params_to_hf(config, params).items()
-    }
-    write_weights(folder, _STEM, tensors, max_shard_bytes)
-    write_json(folder / "config.json", settings)
 
 
 def load_adapters(

@@ -7,9 +7,9 @@ from flax import linen as nn
 
 from tmdjax.core.types import Array
 from tmdjax.models.attention import attention
-from tmdjax.models.decoder_layers import rms_norm
+from tmdjax.models.decoder.layers import rms_norm
 from tmdjax.models.layers import Dense, layer_norm
-from tmdjax.models.video_patches import rotate_pairs
+from tmdjax.models.videos.patches import rotate_pairs
 from tmdjax.quant import compute_dtype
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -26,7 +26,7 @@ def modulate(x: Array, shift: Array, scale: Array, epsilon: float) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """:func:`tmdjax.models.decoder_layers.rms_norm` with its scale, in float32."""
+    """:func:`tmdjax.models.decoder.layers.rms_norm` with its scale, in float32."""
 
     epsilon: float
 

@@ -1,9 +1,9 @@
 """Bytes, FLOPs and a bound on the time of a step, before a device of it is there.
 
-FLOPs are counted in the step's trace (:mod:`tmdjax.train.flops`). Bytes are those of
-the step compiled for simulated devices of a CPU, from shapes alone and in a process of
-its own (:mod:`tmdjax.train.compiled_memory`). What these cannot tell of an accelerator
-stands in :data:`NOT_TOLD`.
+FLOPs are counted in the step's trace (:mod:`tmdjax.train.planning.flops`). Bytes are
+those of the step compiled for simulated devices of a CPU, from shapes alone and in a
+process of its own (:mod:`tmdjax.train.planning.compiled_memory`). What these cannot
+tell of an accelerator stands in :data:`NOT_TOLD`.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from tmdjax.core.mesh import under_mesh
 from tmdjax.core.types import PyTree
 from tmdjax.models.attention import fused_attention_planned
-from tmdjax.train.compiled_memory import compile_memory
-from tmdjax.train.devices import Device, get_device
-from tmdjax.train.flops import count_work
+from tmdjax.train.planning.compiled_memory import compile_memory
+from tmdjax.train.planning.devices import Device, get_device
+from tmdjax.train.planning.flops import count_work
 from tmdjax.train.sharding import (
     Rules,
     batch_sharding,

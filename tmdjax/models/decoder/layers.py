@@ -1,7 +1,7 @@
 """What a decoder language model is made of: pure functions of its parameters.
 
 Training (:class:`tmdjax.models.Decoder`) and cached generation
-(:mod:`tmdjax.models.decoder_cache`) share them. The parameters are::
+(:mod:`tmdjax.models.decoder.cache`) share them. The parameters are::
 
     embedding                                    [vocab, hidden]
     blocks/attention_norm/scale                  [layer, hidden]
@@ -26,7 +26,7 @@ import numpy as np
 
 from tmdjax.core.checks import check_range
 from tmdjax.core.types import Array, Float, Int, Params
-from tmdjax.models.decoder_config import DecoderConfig
+from tmdjax.models.decoder.config import DecoderConfig
 from tmdjax.quant import compute_dtype, linear
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -86,7 +86,7 @@ def _queries_keys_values(
     config: DecoderConfig, params: Params, x: Array
 ) -> tuple[Array, Array, Array]:
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    if "qkv" in params:  # from decoder_cache.fuse_projections
+    if "qkv" in params:  # from decoder.cache.fuse_projections
         joined = _dense(params["qkv"], x, config.recipe)
         joined = joined.reshape(*x.shape[:-1], heads + 2 * kv_heads, config.head_dim)
         q, k, v = jnp.split(joined, (heads, heads + kv_heads), -2)
@@ -108,7 +108,7 @@ def _queries_keys_values(
 
 
 def _feed_forward(config: DecoderConfig, params: Params, x: Array) -> Array:
-    if "gate_up" in params:  # from decoder_cache.fuse_projections
+    if "gate_up" in params:  # from decoder.cache.fuse_projections
         gate, up = jnp.split(_dense(params["gate_up"], x, config.recipe), 2, -1)
     else:
         gate = _dense(params["gate"], x, config.recipe)

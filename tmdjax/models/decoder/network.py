@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from tmdjax.core.types import Array, Float, Int
 from tmdjax.models.attention import attention
-from tmdjax.models.decoder_config import DecoderConfig
-from tmdjax.models.decoder_layers import (
+from tmdjax.models.decoder.config import DecoderConfig
+from tmdjax.models.decoder.layers import (
     default_positions,
     embed_tokens,
     init_blocks,
@@ -27,7 +27,7 @@ class Decoder(nn.Module):
     """Language model ``(tokens, positions, segments) -> logits``, causal.
 
     Block parameters are stacked on a leading layer axis and run by one ``lax.scan``
-    (:mod:`tmdjax.models.decoder_layers` shows the tree). Generation with a cache reads
+    (:mod:`tmdjax.models.decoder.layers` shows the tree). Generation with a cache reads
     the same parameters: :func:`tmdjax.models.prefill`, :func:`tmdjax.models.decode`.
 
     ``segments`` int32 [batch, position] say what belongs together: a position sees

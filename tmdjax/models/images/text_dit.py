@@ -12,7 +12,7 @@ from flax import linen as nn
 from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
-from tmdjax.models.dit import DiT
+from tmdjax.models.images.dit import DiT
 from tmdjax.models.layers import Dense, MultiHeadAttention, layer_norm
 from tmdjax.models.stack import Stacked
 from tmdjax.quant import compute_dtype

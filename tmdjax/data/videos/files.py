@@ -96,7 +96,7 @@ def open_videos(
     if video.dtype != np.uint8:
         raise ValueError(
             f"the videos of {folder} are of dtype {video.dtype}; they need uint8 "
-            f"(video_files.to_uint8 converts floats in [-1, 1])."
+            f"(data.videos.files.to_uint8 converts floats in [-1, 1])."
         )
     _check_size(folder, video.shape[1:4], frames, size)
     prompts = _prompts(folder, len(video))

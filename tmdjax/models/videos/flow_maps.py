@@ -20,7 +20,7 @@ from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Data, Float, Params
 from tmdjax.flows.flow_maps import check_order
 from tmdjax.models.layers import Dense, layer_norm, timestep_embedding
-from tmdjax.models.video_dit import VideoDiT, floating_time
+from tmdjax.models.videos.dit import VideoDiT, floating_time
 from tmdjax.quant import compute_dtype
 
 FUSIONS = ("gated", "concat")

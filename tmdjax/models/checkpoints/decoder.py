@@ -1,10 +1,11 @@
-"""Decoder parameters under the names of Hugging Face checkpoints, both ways.
+"""Decoders as folders in the Hugging Face layout, both ways.
 
 PyTorch stores a linear layer [out, in], one tensor a layer; here kernels are [in,
 out], stacked on a layer axis. Everything is on the host, in numpy.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,14 +15,20 @@ import numpy as np
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.build import init_params
-from tmdjax.models.decoder import Decoder
-from tmdjax.models.decoder_config import DecoderConfig
-from tmdjax.models.hf_checkpoints import (
+from tmdjax.models.checkpoints.layout import (
+    Folder,
     Leaf,
     params_from_tensors,
+    read_json,
+    read_weights,
     tensors_from_params,
+    write_json,
+    write_weights,
 )
+from tmdjax.models.decoder.config import DecoderConfig
+from tmdjax.models.decoder.network import Decoder
 
+_STEM = "model"
 _TOP = {
     "embedding": "model.embed_tokens.weight",
     "norm/scale": "model.norm.weight",
@@ -148,3 +155,65 @@ def params_to_hf(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]
         ValueError: leaves that are missing, not expected or of another shape.
     """
     return tensors_from_params(_leaves(config), param_shapes(config), params, "decoder")
+
+
+def load_decoder(
+    folder: Folder, *, dtype: Any = np.float32, **options: Any
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama type.
+
+    Args:
+        folder: with config.json and model.safetensors, or the shards that
+            model.safetensors.index.json names.
+        dtype: of the parameters; None keeps that of the file.
+        **options: attributes of the configuration that take precedence, such as
+            ``recipe``, see :meth:`tmdjax.models.DecoderConfig.from_hf`.
+
+    Returns:
+        The configuration, and parameters on the host: ``apply_fn =
+        functional(Decoder(config))`` takes them.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: a configuration the decoder does not have; a damaged file; tensors
+            missing, not expected or of another shape, all by name.
+    """
+    folder = Path(folder)
+    config = DecoderConfig.from_hf(read_json(folder / "config.json"), **options)
+    return config, params_from_hf(config, read_weights(folder, _STEM), dtype)
+
+
+def save_decoder(
+    folder: Folder,
+    config: DecoderConfig,
+    params: Params,
+    *,
+    max_shard_bytes: int = 4 * 2**30,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint that transformers (4 and 5) and :func:`load_decoder` read.
+
+    Adapters are merged first (:func:`tmdjax.models.lora.merge`), or saved by
+    :func:`save_adapters`.
+
+    Args:
+        folder: made if absent. The weights of an earlier checkpoint in it go.
+        config: of the decoder; weights are written in ``config.dtype``.
+        params: of the decoder.
+        max_shard_bytes: a larger checkpoint is cut into files of at most this size
+            (a larger tensor has a file of its own).
+        extra: more keys for config.json, such as ``eos_token_id``.
+
+    Raises:
+        ValueError: parameters of another decoder, or one that no checkpoint has.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    settings = config.to_hf() | dict(extra or {})
+    dtype = jnp.dtype(config.dtype)
+    tensors = {
+        name: tensor.astype(dtype, copy=False)
+        for name, tensor in params_to_hf(config, params).items()
+    }
+    write_weights(folder, _STEM, tensors, max_shard_bytes)
+    write_json(folder / "config.json", settings)

@@ -1,0 +1,1 @@
+"""Sets of videos, with labels or prompts."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other codebases: Hugging Face folders, safetensors, GGUF, Wan."""

@@ -1,0 +1,1 @@
+"""What a step costs on devices that need not be there."""
