@@ -16,7 +16,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def under_mesh(fn: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
-    """``fn``, to be compiled for a mesh: :func:`cut_by_batch` cuts for it."""
+    """``fn`` traced with the mesh around it, so that :func:`cut_by_batch` sees it."""
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
 
     @functools.wraps(fn)

@@ -41,22 +41,16 @@ class Transition(NamedTuple):
 
 @runtime_checkable
 class Environment(Protocol):
-    """One instance of an environment; everything may be jitted and vmapped.
-
-    Attributes:
-        action_size: length of an action.
-        action_bound: actions beyond +-bound are clipped by the environment; None if
-            it takes all.
-    """
+    """One instance of an environment; everything may be jitted and vmapped."""
 
     @property
     def action_size(self) -> int:
-        """See the class."""
+        """Length of an action."""
         ...
 
     @property
     def action_bound(self) -> float | None:
-        """See the class."""
+        """Actions beyond +-bound are clipped by the environment; None takes all."""
         ...
 
     def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[PyTree, Array]:
@@ -116,8 +110,8 @@ class Vector:
     """Many instances of one environment, with automatic reset.
 
     Attributes:
-        environment: see :class:`Environment`.
-        count: how many.
+        environment: any that keeps the protocol :class:`Environment`.
+        count: how many instances.
         resets: 'fresh' draws a new start for every episode; 'first' returns each
             instance to where it began (for simulators whose reset is dear).
     """
@@ -135,12 +129,12 @@ class Vector:
 
     @property
     def action_size(self) -> int:
-        """Of one instance."""
+        """Length of one instance's action."""
         return self.environment.action_size
 
     @property
     def action_bound(self) -> float | None:
-        """Of one instance."""
+        """Bound of one instance's action, None if it has none."""
         return self.environment.action_bound
 
     @property
@@ -151,7 +145,7 @@ class Vector:
         return jax.ShapeDtypeStruct(seen.shape, seen.dtype)
 
     def reset(self, key: Key[Array, ""]) -> VectorState:
-        """Starts all of them; instance i draws from ``sample_keys(key, count)[i]``."""
+        """Starts all instances; number i draws from ``sample_keys(key, count)[i]``."""
         keys = prng.sample_keys(key, self.count)
         start = jax.vmap(lambda k: self.environment.reset(k, first=True))(keys)
         keep = None
@@ -162,7 +156,7 @@ class Vector:
     def step(
         self, before: VectorState, action: Array, keys: SampleKeys
     ) -> tuple[VectorState, VectorStep]:
-        """One step of all of them; those that ended, or broke, begin anew.
+        """One step of all instances; those that ended, or broke, begin anew.
 
         Args:
             before: from :meth:`reset` or this method.

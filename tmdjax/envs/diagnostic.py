@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,33 +27,39 @@ def _at(memory: Any, steps: Any = 0) -> ProbeState:
     return ProbeState(jnp.asarray(memory, jnp.float32), jnp.asarray(steps, jnp.int32))
 
 
+class _Probe:
+    """One number seen, one number done; the observation is 0 where nothing is seen."""
+
+    action_size: ClassVar[int] = 1
+    action_bound: ClassVar[None] = None
+    optimum: ClassVar[float] = 0.0
+
+    def reset(
+        self, key: Key[Array, ""], first: bool = False
+    ) -> tuple[ProbeState, Array]:
+        """Observation 0, step 0."""
+        return _at(jnp.zeros(1)), jnp.zeros(1)
+
+
+def _last(state: ProbeState, seen: Array, reward: Array) -> Transition:
+    """The end of an episode of one step."""
+    return Transition(state, seen, reward, jnp.array(True), jnp.array(False))
+
+
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Target(_Probe):
     """One step, nothing to see: reward -(a - target)^2. The policy's gradient."""
 
     target: float = 0.7
-    action_size: int = dataclasses.field(default=1, init=False)
-    action_bound: None = dataclasses.field(default=None, init=False)
-    optimum: float = dataclasses.field(default=0.0, init=False)
-
-    def reset(self, key: Any, first: bool = False) -> tuple[ProbeState, Array]:
-        """Observation 0."""
-        return _at(0), jnp.zeros(1)
 
     def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
         """Ends at once."""
-        reward = -jnp.sum((action - self.target) ** 2)
-        end, cut = jnp.array(True), jnp.array(False)
-        return Transition(state, jnp.zeros(1), reward, end, cut)
+        return _last(state, jnp.zeros(1), -jnp.sum((action - self.target) ** 2))
 
 
 @dataclasses.dataclass(frozen=True)
-class Follow:
+class Follow(_Probe):
     """One step, the answer depends on what is seen: reward -(a - s / 2)^2."""
-
-    action_size: int = dataclasses.field(default=1, init=False)
-    action_bound: None = dataclasses.field(default=None, init=False)
-    optimum: float = dataclasses.field(default=0.0, init=False)
 
     def reset(
         self, key: Key[Array, ""], first: bool = False
@@ -65,12 +71,11 @@ class Follow:
     def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
         """Ends at once."""
         reward = -jnp.sum((action - state.memory / 2) ** 2)
-        end, cut = jnp.array(True), jnp.array(False)
-        return Transition(state, state.memory, reward, end, cut)
+        return _last(state, state.memory, reward)
 
 
 @dataclasses.dataclass(frozen=True)
-class Delayed:
+class Delayed(_Probe):
     """The first action is paid for at the last step: credit over time.
 
     Steps are numbered in the observation; the reward of the last of ``horizon`` steps
@@ -79,16 +84,9 @@ class Delayed:
     """
 
     horizon: int = 3
-    action_size: int = dataclasses.field(default=1, init=False)
-    action_bound: None = dataclasses.field(default=None, init=False)
-    optimum: float = dataclasses.field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         check_count("horizon", self.horizon, 2)
-
-    def reset(self, key: Any, first: bool = False) -> tuple[ProbeState, Array]:
-        """Step 0."""
-        return _at(jnp.zeros(1)), jnp.zeros(1)
 
     def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
         """Remembers the first action."""
@@ -101,7 +99,7 @@ class Delayed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Endless:
+class Endless(_Probe):
     """Reward 1 - (a - 0.7)^2 for ever, cut after ``horizon`` steps.
 
     The value of the best policy is 1 / (1 - discount) at every step, the last one
@@ -109,9 +107,7 @@ class Endless:
     """
 
     horizon: int = 10
-    action_size: int = dataclasses.field(default=1, init=False)
-    action_bound: None = dataclasses.field(default=None, init=False)
-    optimum: float = dataclasses.field(default=1.0, init=False)
+    optimum: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         check_count("horizon", self.horizon)
@@ -132,25 +128,18 @@ class Endless:
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoPeaks:
+class TwoPeaks(_Probe):
     """One step, two equally good answers: reward exp(-(|a| - 1)^2 / 0.08).
 
     A Gaussian policy must choose a side; a flow policy need not.
     """
 
-    action_size: int = dataclasses.field(default=1, init=False)
-    action_bound: None = dataclasses.field(default=None, init=False)
-    optimum: float = dataclasses.field(default=1.0, init=False)
-
-    def reset(self, key: Any, first: bool = False) -> tuple[ProbeState, Array]:
-        """Observation 0."""
-        return _at(0), jnp.zeros(1)
+    optimum: ClassVar[float] = 1.0
 
     def step(self, state: ProbeState, action: Array, key: Any) -> Transition:
         """Ends at once."""
         reward = jnp.exp(-jnp.sum((jnp.abs(action) - 1) ** 2) / 0.08)
-        end, cut = jnp.array(True), jnp.array(False)
-        return Transition(state, jnp.zeros(1), reward, end, cut)
+        return _last(state, jnp.zeros(1), reward)
 
 
 PROBES = {
@@ -160,4 +149,4 @@ PROBES = {
     "endless": Endless(),
     "two_peaks": TwoPeaks(),
 }
-"""All of them, by name."""
+"""All five, by name."""

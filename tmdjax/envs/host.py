@@ -113,7 +113,7 @@ class GymnasiumVector:
             )
 
     def reset(self, key: Key[Array, ""]) -> VectorState:
-        """Starts all of them, seeded by the key."""
+        """Starts all instances, seeded by the key."""
         seed = jax.random.randint(key, (), 0, np.iinfo(np.int32).max)
         observation = io_callback(self._reset, self._observations(), seed, ordered=True)
         return VectorState(jnp.zeros((), jnp.int32), observation)
@@ -121,7 +121,7 @@ class GymnasiumVector:
     def step(
         self, before: VectorState, action: Array, keys: SampleKeys
     ) -> tuple[VectorState, VectorStep]:
-        """One step of all; see :meth:`tmdjax.envs.Vector.step`.
+        """One step of all instances, as :meth:`tmdjax.envs.Vector.step` does it.
 
         Where the state is not the one the instances are in (a run that was continued),
         all begin anew and the step is marked as broken: nothing of it is learned.

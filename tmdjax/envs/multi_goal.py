@@ -41,7 +41,7 @@ class MultiGoal:
 
     Attributes:
         goals: how many, on a circle about 0, the first at angle 0.
-        radius: of that circle.
+        radius: of the circle of goals.
         start: positions begin uniform in +-start, at rest.
         wall: |coordinate| above which the episode ends.
         horizon: the step after so many truncates.
@@ -95,7 +95,10 @@ class MultiGoal:
         return state, jnp.concatenate([state.position, state.velocity])
 
     def step(self, state: MultiGoalState, action: Array, key: Any) -> Transition:
-        """See the class; deterministic."""
+        """Moves the point, then changes its velocity by the action.
+
+        The same state and action always lead to the same step; key is not used.
+        """
         position = state.position + self.dt * state.velocity
         push = jnp.clip(action, -self.action_bound, self.action_bound)
         new, observation = self.at(

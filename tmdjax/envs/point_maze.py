@@ -121,7 +121,10 @@ class PointMaze:
         return state, _observe(state)
 
     def step(self, state: PointMazeState, action: Array, key: Any) -> Transition:
-        """See the class; deterministic."""
+        """Pushes the disc for 0.01 s by the force; walls stop it.
+
+        The same state and action always lead to the same step; key is not used.
+        """
         force = jnp.clip(action, -self.action_bound, self.action_bound)
         velocity = jnp.clip(state.velocity, -_MAX_SPEED, _MAX_SPEED)
         velocity = velocity + _DT * (_GEAR * force - velocity) / _MASS

@@ -77,7 +77,10 @@ class Push:
         return state, self.observe(state)
 
     def step(self, state: PushState, action: Array, key: Any) -> Transition:
-        """See the class; deterministic."""
+        """Moves the pusher, the object if it is met, and pays at the target.
+
+        The same state and action always lead to the same step; key is not used.
+        """
         move = _SPEED * jnp.clip(action, -self.action_bound, self.action_bound)
         pusher = _clip(state.pusher + move, _PUSHER)
         gap, normal = _apart(state.object - pusher)
@@ -103,7 +106,7 @@ class Push:
         return jnp.linalg.norm(state.object - state.target, axis=-1) <= self.reach
 
     def observe(self, state: PushState) -> Array:
-        """The observation of a state, see the class."""
+        """What the policy sees of a state: float32 [6], or the image of render."""
         if self.observation == "pixels":
             return self.render(state)
         return jnp.concatenate(

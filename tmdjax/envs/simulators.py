@@ -7,7 +7,7 @@ Compiling a simulator's step takes a minute on a CPU, so give :class:`Vector`
 import dataclasses
 import functools
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,55 @@ from tmdjax.core.types import Array, Key
 from tmdjax.envs.base import Transition
 
 
+class _Simulated:
+    """What the adapters share: clipped actions, and a limit of steps an episode.
+
+    The state is that of the simulator and the steps so far.
+    """
+
+    name: str
+    horizon: int
+    action_bound: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("horizon", self.horizon)
+
+    @property
+    def simulator(self) -> Any:
+        """The simulator's own environment."""
+        raise NotImplementedError
+
+    @property
+    def action_size(self) -> int:
+        """Length of an action."""
+        return int(self.simulator.action_size)
+
+    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
+        """The simulator's own start; the first time at a random step count."""
+        start, when = jax.random.split(key)
+        state = self.simulator.reset(start)
+        steps = jax.random.randint(when, (), 0, self.horizon if first else 1)
+        return (state, steps), self._seen(state.obs)
+
+    def step(self, state: Any, action: Array, key: Any) -> Transition:
+        """The simulator's own step; its ``done`` terminates, ``horizon`` truncates."""
+        inner, steps = state
+        inner = self.simulator.step(inner, jnp.clip(action, -1, 1))
+        steps = steps + 1
+        return Transition(
+            state=(inner, steps),
+            observation=self._seen(inner.obs),
+            reward=inner.reward,
+            terminated=inner.done > 0,
+            truncated=steps >= self.horizon,
+        )
+
+    def _seen(self, observation: Any) -> Any:
+        return observation
+
+
 @dataclasses.dataclass(frozen=True)
-class Brax:
+class Brax(_Simulated):
     """An environment of brax (``pip install 'tmdjax[brax]'``).
 
     Actions are clipped to +-1. ``done`` terminates, ``horizon`` steps truncate.
@@ -32,33 +79,18 @@ class Brax:
     name: str
     backend: str = "generalized"
     horizon: int = 1000
-    action_bound: float = dataclasses.field(default=1.0, init=False)
-
-    def __post_init__(self) -> None:
-        check_count("horizon", self.horizon)
 
     @property
     def simulator(self) -> Any:
         """Brax's own environment."""
         return _brax(self.name, self.backend)
 
-    @property
-    def action_size(self) -> int:
-        """Of the environment."""
-        return int(self.simulator.action_size)
-
-    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
-        """Brax's own start; the first time at a random step count."""
-        return _start(self.simulator, key, first, self.horizon)
-
-    def step(self, state: Any, action: Array, key: Any) -> Transition:
-        """Brax's own step."""
-        return _step(self.simulator, state, action, self.horizon)
-
 
 @dataclasses.dataclass(frozen=True)
-class Playground:
+class Playground(_Simulated):
     """An environment of MuJoCo Playground (``pip install 'tmdjax[playground]'``).
+
+    Actions are clipped to +-1. ``done`` terminates, ``horizon`` steps truncate.
 
     Attributes:
         name: such as 'CheetahRun'.
@@ -72,10 +104,9 @@ class Playground:
     horizon: int = 1000
     observation: str = "state"
     implementation: str | None = None
-    action_bound: float = dataclasses.field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
-        check_count("horizon", self.horizon)
+        super().__post_init__()
         if self.implementation is not None:
             check_choice("implementation", self.implementation, ("jax", "warp"))
 
@@ -84,22 +115,7 @@ class Playground:
         """Playground's own environment."""
         return _playground(self.name, self.implementation)
 
-    @property
-    def action_size(self) -> int:
-        """Of the environment."""
-        return int(self.simulator.action_size)
-
-    def reset(self, key: Key[Array, ""], first: bool = False) -> tuple[Any, Any]:
-        """Its own start; the first time at a random step count."""
-        found = _start(self.simulator, key, first, self.horizon)
-        return found[0], self._seen(found[1])
-
-    def step(self, state: Any, action: Array, key: Any) -> Transition:
-        """Its own step."""
-        found = _step(self.simulator, state, action, self.horizon)
-        return found._replace(observation=self._seen(found.observation))
-
-    def _seen(self, observation: Any) -> Array:
+    def _seen(self, observation: Any) -> Any:
         if not isinstance(observation, dict):
             return observation
         if self.observation not in observation:
@@ -108,26 +124,6 @@ class Playground:
                 f"observation={self.observation!r}; choose one of them."
             )
         return observation[self.observation]
-
-
-def _start(simulator: Any, key: Any, first: bool, horizon: int) -> tuple[Any, Any]:
-    start, when = jax.random.split(key)
-    state = simulator.reset(start)
-    steps = jax.random.randint(when, (), 0, horizon if first else 1)
-    return (state, steps), state.obs
-
-
-def _step(simulator: Any, state: Any, action: Array, horizon: int) -> Transition:
-    inner, steps = state
-    inner = simulator.step(inner, jnp.clip(action, -1, 1))
-    steps = steps + 1
-    return Transition(
-        state=(inner, steps),
-        observation=inner.obs,
-        reward=inner.reward,
-        terminated=inner.done > 0,
-        truncated=steps >= horizon,
-    )
 
 
 @functools.lru_cache(maxsize=8)

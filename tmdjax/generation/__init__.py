@@ -1,10 +1,6 @@
 """Text from language models: slots, the engine that fills them, tokenizers."""
 
-from tmdjax.generation.byte_pairs import (
-    gguf_tokenizer,
-    load_tokenizer,
-    tiktoken_tokenizer,
-)
+from tmdjax.generation.byte_pairs import gguf_tokenizer, load_tokenizer
 from tmdjax.generation.chat import CHAT_TEMPLATES, render_chat
 from tmdjax.generation.engine import Engine, EngineConfig, describe
 from tmdjax.generation.sampling import Sampling, sample, sampling_log_probs
@@ -26,5 +22,4 @@ __all__ = [
     "render_chat",
     "sample",
     "sampling_log_probs",
-    "tiktoken_tokenizer",
 ]

@@ -1,10 +1,7 @@
-"""Byte-pair encoding: of a checkpoint, of a ranks file, of a GGUF file."""
+"""Byte-pair encoding: of a checkpoint, or of a GGUF file."""
 
-import base64
-import binascii
 import json
 import os
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -26,25 +23,17 @@ PATTERNS = {
     ),
     "smollm": "",  # digits one by one, then as gpt-2
 }
-QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CONTROL = 3  # token type of a special token in GGUF
 
 
-class _Merged:
-    """Byte-pair encoding by one of two libraries, behind two functions."""
+class _BytePairs:
+    """A tokenizer of the tokenizers library as :class:`Tokenizer`."""
 
-    def __init__(
-        self,
-        encode: Any,
-        decode: Any,
-        vocab_size: int,
-        specials: Mapping[str, int],
-        eos: str | int,
-        pad: str | int | None,
-    ):
-        self._encode, self._decode = encode, decode
-        self._specials = dict(specials)
-        self.vocab_size = vocab_size
+    def __init__(self, backend: Any, eos: str | int, pad: str | int | None):
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._specials = {token.content: index for index, token in added.items()}
+        self.vocab_size = 1 + max(backend.get_vocab().values())
         self.eos_id = self._id(eos)
         self.pad_id = self.eos_id if pad is None else self._id(pad)
 
@@ -52,10 +41,11 @@ class _Merged:
         return token if isinstance(token, int) else self.special_id(token)
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        return self._decode(check_ids(ids, self.vocab_size))
+        plain = check_ids(ids, self.vocab_size)
+        return self._backend.decode(plain, skip_special_tokens=False)
 
     def special_id(self, token: str) -> int:
         return special_of(self._specials, token)
@@ -106,7 +96,7 @@ def load_tokenizer(
             raise ValueError(
                 f"{path} cannot be read ({error}). Copy it again."
             ) from error
-        return _from_library(backend, eos, pad)
+        return _BytePairs(backend, eos, pad)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.exists() and merges.exists()):
         raise FileNotFoundError(
@@ -117,7 +107,7 @@ def load_tokenizer(
     added = config.get("added_tokens_decoder", {})
     names = [added[key]["content"] for key in sorted(added, key=int)]
     backend = _byte_pairs(_json(vocab), pairs, pattern, names)
-    return _from_library(backend, eos, pad)
+    return _BytePairs(backend, eos, pad)
 
 
 def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -149,77 +139,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         [token for token, kind in zip(tokens, types) if kind == _CONTROL],
     )
     pad = gguf_value(reader, "tokenizer.ggml.padding_token_id")
-    return _from_library(backend, int(eos), None if pad is None else int(pad))
-
-
-def tiktoken_tokenizer(
-    path: str | os.PathLike[str],
-    *,
-    specials: Sequence[str] = QWEN_SPECIALS,
-    eos: str = "<|im_end|>",
-    pad: str = "<|endoftext|>",
-    pattern: str = "qwen2",
-) -> Tokenizer:
-    """A tokenizer from a file of ranks: a token in base64 and its rank a line.
-
-    Args:
-        path: of the file.
-        specials: special tokens; their ids follow the ranks. Those of Qwen2 and
-            later begin with the three by default, at 151643.
-        eos: special token that ends a response.
-        pad: special token that pads.
-        pattern: a key of ``PATTERNS``.
-
-    Raises:
-        ModuleNotFoundError: the tiktoken package is absent.
-        FileNotFoundError: there is no such file.
-        ValueError: a line that is no token and rank, ranks with gaps, an unknown
-            pattern, a special token that is not there.
-    """
-    try:
-        import tiktoken
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "ranks files are read by the package tiktoken. Run: pip install "
-            "'tmdjax[llm]'"
-        ) from None
-    check_choice("pattern", pattern, [name for name, cut in PATTERNS.items() if cut])
-    ranks = _read_ranks(Path(path))
-    names = {name: len(ranks) + index for index, name in enumerate(specials)}
-    encoding = tiktoken.Encoding(
-        Path(path).stem,
-        pat_str=PATTERNS[pattern],
-        mergeable_ranks=ranks,
-        special_tokens=names,
-    )
-
-    def encode(text: str) -> list[int]:
-        if pattern == "qwen2":  # its texts were composed like this
-            text = unicodedata.normalize("NFC", text)
-        return encoding.encode(text, allowed_special="all")
-
-    return _Merged(encode, encoding.decode, encoding.n_vocab, names, eos, pad)
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is absent; give the path of a ranks file.")
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise ValueError(
-                f"{path}, line {number}: {line[:40]!r} is not a token in base64 and "
-                f"its rank. Copy the file again."
-            ) from None
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(
-            f"{path} holds {len(ranks)} tokens whose ranks are not 0 to "
-            f"{len(ranks) - 1}: lines are missing or doubled. Copy it again."
-        )
-    return ranks
+    return _BytePairs(backend, int(eos), None if pad is None else int(pad))
 
 
 def _tokenizers_library() -> Any:
@@ -261,20 +181,6 @@ def _byte_pairs(
         [library.AddedToken(name, special=True, normalized=False) for name in specials]
     )
     return backend
-
-
-def _from_library(backend: Any, eos: str | int, pad: str | int | None) -> Tokenizer:
-    added = backend.get_added_tokens_decoder()
-    specials = {token.content: index for index, token in added.items()}
-
-    def encode(text: str) -> list[int]:
-        return list(backend.encode(text, add_special_tokens=False).ids)
-
-    def decode(ids: Iterable[SupportsIndex]) -> str:
-        return backend.decode(ids, skip_special_tokens=False)
-
-    size = 1 + max(backend.get_vocab().values())
-    return _Merged(encode, decode, size, specials, eos, pad)
 
 
 def _token_name(token: Any) -> str | None:

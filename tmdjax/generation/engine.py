@@ -32,8 +32,9 @@ class EngineConfig:
 
     Attributes:
         slots: texts written side by side.
-        length: longest text, prompt and response together.
-        steps: tokens a slot between two looks of the host.
+        length: tokens of the longest text, prompt and response together.
+        steps: tokens drawn in each slot by one compiled call; only between calls does
+            the host see which texts ended.
         prefill_rows: prompts prefilled at a time.
         sampling: how tokens are drawn.
         stop: ids that end a text; they belong to it.
@@ -74,11 +75,11 @@ class Engine:
         """Builds it and allocates the cache.
 
         Args:
-            model: whose functions.
+            model: the functions of the language model.
             params: of the model.
             config: sizes and rules.
-            key: of all randomness; a text's is this with its number folded in.
-            version: of params.
+            key: typed key; a text draws from it with its request's number folded in.
+            version: number of these params; it rises with every update.
 
         Raises:
             TypeError: key is not a typed key.
@@ -135,11 +136,11 @@ class Engine:
         """Asks for a response to a prompt under each of some numbers.
 
         Args:
-            numbers: of the requests, in [0, 2^32), unique among those under way; each
-                keys its own randomness.
+            numbers: identify the requests, in [0, 2^32), unique among those under way;
+                each keys its own randomness.
             prompt: token ids, at least one. Requests for one prompt share its prefill.
-            group: of their records.
-            max_new_tokens: of each response, over all its segments.
+            group: number that their records carry, by which advantages group them.
+            max_new_tokens: most tokens of each response, over all its segments.
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, a number in use,
@@ -164,7 +165,7 @@ class Engine:
 
         Args:
             record: from :meth:`abort`, of this or another engine.
-            max_new_tokens: of the whole response, tokens so far included.
+            max_new_tokens: most tokens of the whole response, those so far included.
 
         Raises:
             ValueError: it is not aborted, malformed, of newer weights than these,
@@ -260,10 +261,10 @@ class Engine:
         return sorted(found, key=lambda record: record.number)
 
     def abort(self, numbers: Iterable[int] | None = None) -> list[TokenRecord]:
-        """Stops some texts, or all, and returns what there is of them.
+        """Stops some texts, or all, and returns what was written so far.
 
         Args:
-            numbers: of the requests; those that are not under way are passed over.
+            numbers: requests to stop; those that are not under way are passed over.
                 None means all.
 
         Returns:
@@ -295,8 +296,9 @@ class Engine:
             params: same shapes as before.
             version: above the present one.
             recompute: run the texts under way through the new weights, so that every
-                token is drawn as if its text had been; False keeps the keys and values
-                of the old ones, cheaper, and marks the records ``kv_mixed``.
+                further token is drawn as if the new weights had read its whole text;
+                False keeps the keys and values of the old weights, which is cheaper,
+                and marks the records ``kv_mixed``.
 
         Raises:
             ValueError: a version that does not rise.

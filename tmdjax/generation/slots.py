@@ -43,7 +43,7 @@ class CachedModel(NamedTuple):
 
 
 def cached_decoder(config: models.DecoderConfig, dtype: Any = None) -> CachedModel:
-    """A :class:`tmdjax.models.Decoder`; dtype is that of the cache."""
+    """The functions of a :class:`tmdjax.models.Decoder`, its cache in ``dtype``."""
     return CachedModel(
         config.vocab_size,
         lambda slots, length: models.init_cache(config, slots, length, dtype),
@@ -63,7 +63,7 @@ class Slots:
     Attributes:
         cache: [layer, slot, position, ...].
         token: int32 [slot], the token that is read next.
-        position: int32 [slot], where it stands.
+        position: int32 [slot], place of that token in its text.
         active: bool [slot]; the others wait for a text.
         drawn: int32 [slot], how many tokens of the response there are.
         remaining: int32 [slot], how many more there may be.
@@ -84,10 +84,10 @@ class Entry(NamedTuple):
 
     Attributes:
         count: int32 scalar.
-        row: int32 [slot], which row of the prefilled cache.
-        slot: int32 [slot], where to.
+        row: int32 [slot], the text's row of the prefilled cache.
+        slot: int32 [slot], the slot that it enters.
         token: int32 [slot], last token of the text so far.
-        position: int32 [slot], where that stands.
+        position: int32 [slot], place of that token in the text.
         drawn: int32 [slot], tokens of the response so far.
         remaining: int32 [slot], how many more there may be, at least 1.
         key: typed keys [slot].
@@ -133,7 +133,7 @@ def init_slots(model: CachedModel, slots: int, length: int) -> Slots:
 
 
 def prefill(model: CachedModel, params: Params, tokens: Array, lengths: Array) -> Any:
-    """The cache of some texts, [layer, batch, length, ...]; see CachedModel."""
+    """The cache [layer, batch, length, ...] of texts, from the model's own prefill."""
     return model.prefill(params, tokens, lengths)[1]
 
 
@@ -141,10 +141,10 @@ def insert(state: Slots, prefilled: PyTree, entry: Entry) -> Slots:
     """Puts texts into slots: their rows of a prefilled cache, and what comes next.
 
     Args:
-        state: before; donate it.
+        state: the slots before; donate it.
         prefilled: from :func:`prefill`, no longer than the slots; None where no text
             has more than one token.
-        entry: which, and where to.
+        entry: which rows go to which slots, and how far each text is.
 
     Returns:
         The state with those slots active.
@@ -187,15 +187,15 @@ def generate(
     """Draws up to ``steps`` tokens in every active slot, in one scan.
 
     Args:
-        model: whose functions.
+        model: the functions of the language model.
         params: of the model.
-        state: before; donate it.
+        state: the slots before; donate it.
         steps: static; a slot that ends in between waits.
         sampling: how tokens are drawn.
         stop: ids that end a text; they belong to it.
 
     Returns:
-        The state, and the tokens.
+        The slots after, and the tokens that were drawn.
     """
     length = jax.tree.leaves(state.cache)[0].shape[2]
 

@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         """Id of a special token.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: there is no special token of this name.
         """
         ...
 
@@ -113,11 +113,19 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids; see :class:`Tokenizer`."""
+        """Text of ids, special tokens by their names.
+
+        Raises:
+            ValueError: an id out of range.
+        """
         return "".join(self._tokens[i] for i in check_ids(ids, self.vocab_size))
 
     def special_id(self, token: str) -> int:
-        """Id of a special token; see :class:`Tokenizer`."""
+        """Id of a special token.
+
+        Raises:
+            ValueError: there is no special token of this name.
+        """
         return special_of(self._specials, token)
 
 

@@ -7,16 +7,14 @@ import numpy as np
 from tmdjax.core.checks import check_batch, check_range
 
 
-def position_entropy(
-    positions: Any, groups: Any, *, cell: float = 1.0, correct_bias: bool = False
-) -> float:
+def position_entropy(positions: Any, groups: Any, *, cell: float = 1.0) -> float:
     """Entropy of where samples are, given their group; the mean over groups.
 
     -sum_b p_b log p_b over the histogram of a group's positions, in nats. 0 is one
     place for all; places that are all equally likely give the log of their number.
 
     With few samples a group the estimate is low, by about (places - 1) / (2 n):
-    compare at equal n, with real samples beside, or correct it.
+    compare at equal n, with real samples beside.
 
     Args:
         positions: [n, dim]; a row that is not finite (nothing was there) is left out,
@@ -25,8 +23,6 @@ def position_entropy(
         cell: side of a bin, > 0. Bins begin a quarter of a cell below the whole
             numbers, so whole and half multiples, where sprites have their middles, lie
             off their edges.
-        correct_bias: adds (occupied bins - 1) / (2 n) to each group's entropy (Miller
-            and Madow).
 
     Returns:
         The mean, >= 0.
@@ -52,8 +48,5 @@ def position_entropy(
         bins = np.floor(rows / cell + 0.25)
         counts = np.unique(bins, axis=0, return_counts=True)[1]
         share = counts / len(rows)
-        entropy = -float(np.sum(share * np.log(share)))
-        if correct_bias:
-            entropy += (len(counts) - 1) / (2 * len(rows))
-        entropies.append(entropy)
+        entropies.append(-float(np.sum(share * np.log(share))))
     return max(0.0, float(np.mean(entropies)))

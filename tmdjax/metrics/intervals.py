@@ -125,8 +125,8 @@ def paired_p_value(
 def adjusted_p_values(p_values: Sequence[float] | Any) -> list[float]:
     """Holm's adjustment for several tests.
 
-    Where those below a level are rejected, the chance that any of them is a false
-    rejection stays below that level.
+    Where all hypotheses whose adjusted p-value is below a level are rejected, the
+    chance of one false rejection or more stays below that level.
 
     Args:
         p_values: each in [0, 1], in any order.

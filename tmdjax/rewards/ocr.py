@@ -223,7 +223,15 @@ def score(texts: Sequence[str], words: Sequence[str]) -> Float[np.ndarray, "n"]:
 def exact(texts: Sequence[str], words: Sequence[str]) -> Float[np.ndarray, "n"]:
     """1 where a text is its word, white space and case apart, else 0.
 
-    Args, shapes and errors are those of :func:`score`.
+    Args:
+        texts: n strings that were read.
+        words: n strings that were asked for.
+
+    Returns:
+        float32 [n], 0 or 1.
+
+    Raises:
+        TypeError, ValueError: the same as of :func:`score`.
     """
     return np.array([a == b for a, b in _plain_pairs(texts, words)], np.float32)
 

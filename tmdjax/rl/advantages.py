@@ -90,14 +90,34 @@ def group_advantages(
         GRPO: arXiv 2402.03300 sec. 4.1. Dr. GRPO: arXiv 2503.20783. RLOO: arXiv
         2402.14740. Flow-GRPO: arXiv 2505.05470. DanceGRPO: arXiv 2505.07818.
     """
-    rewards, group, live = _samples(rewards, group, num_groups, mask, ndim=1)
-    _check_options(baseline, scale, ddof, eps, clip)
+    rewards, group, live = _samples(rewards, group, num_groups, mask)
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("scale", scale, SCALES)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof={ddof} must be 0 (population std) or 1 (sample std).")
+    check_range("eps", eps, 0)
+    _check_clip(clip)
     if not allow_singletons:
         _refuse_singletons(group, live, num_groups)
-    advantages = _normalised(
-        rewards, group, live, num_groups, baseline, scale, ddof, eps
-    )
-    return _clip(advantages, clip)
+    groups = _moments(rewards, group, live, num_groups)
+    advantages = groups.deviation
+    if baseline == "leave_one_out":
+        others = jnp.maximum(groups.count - 1, 1)
+        advantages = advantages * (groups.count / others)[group]
+    signal = live & ~groups.tied[group]
+    if scale != "none":
+        if scale == "group":
+            over, of_sample = groups, group
+        else:
+            of_sample = jnp.zeros_like(group)
+            over = _moments(rewards, of_sample, live, 1)
+        std = jnp.sqrt(over.squares / jnp.maximum(over.count - ddof, 1))
+        advantages = advantages / jnp.where(signal, std[of_sample] + eps, 1)
+    advantages = jnp.where(signal, advantages, 0)
+    if clip is not None:
+        advantages = jnp.clip(advantages, -clip, clip)
+    in_range = (group >= 0) & (group < num_groups)
+    return jax.lax.stop_gradient(jnp.where(in_range | ~live, advantages, jnp.nan))
 
 
 def reward_advantages(
@@ -105,14 +125,8 @@ def reward_advantages(
     group: Any,
     weights: Any,
     *,
-    num_groups: int,
-    baseline: str = "mean",
-    scale: str = "group",
-    ddof: int = 1,
-    eps: float = 1e-6,
     clip: float | None = None,
-    mask: Any = None,
-    allow_singletons: bool = False,
+    **options: Any,
 ) -> PerExample:
     """Weighted sum of the group advantages of several rewards.
 
@@ -123,14 +137,9 @@ def reward_advantages(
         rewards: [batch, reward].
         group: [batch] integers in [0, num_groups).
         weights: [reward] finite numbers.
-        num_groups: static.
-        baseline: as in :func:`group_advantages`, like all options below.
-        scale: see there.
-        ddof: see there.
-        eps: see there.
-        clip: bound of the sum's absolute value, or None.
-        mask: [batch], False for samples that do not count in any reward.
-        allow_singletons: see there.
+        clip: > 0, bound of the sum's absolute value, or None.
+        **options: of :func:`group_advantages`, the same for every reward; num_groups
+            must be among them.
 
     Returns:
         [batch] float32, without gradient.
@@ -142,24 +151,19 @@ def reward_advantages(
     References:
         MixGRPO: arXiv 2507.21802, its option of summed advantages.
     """
-    rewards, group, live = _samples(rewards, group, num_groups, mask, ndim=2)
-    _check_options(baseline, scale, ddof, eps, clip)
+    rewards = rewards if isinstance(rewards, jax.Array) else np.asarray(rewards)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards has shape {rewards.shape}; give [batch, reward].")
     if np.shape(weights) != rewards.shape[1:]:
         raise ValueError(
             f"weights has shape {np.shape(weights)} but rewards has shape "
             f"{rewards.shape}; give one weight a reward, {rewards.shape[1:]}."
         )
     check_finite(weights, "weights", "Give 0 to leave a reward out.")
-    if not allow_singletons:
-        _refuse_singletons(group, live, num_groups)
-    each = jax.vmap(
-        lambda reward: _normalised(
-            reward, group, live, num_groups, baseline, scale, ddof, eps
-        ),
-        in_axes=1,
-        out_axes=1,
-    )(rewards)
-    return _clip(jnp.sum(each * jnp.asarray(weights, jnp.float32), axis=1), clip)
+    _check_clip(clip)
+    each = [group_advantages(reward, group, **options) for reward in rewards.T]
+    total = jnp.sum(jnp.stack(each, 1) * jnp.asarray(weights, jnp.float32), axis=1)
+    return total if clip is None else jnp.clip(total, -clip, clip)
 
 
 def best_and_worst(
@@ -201,7 +205,7 @@ def best_and_worst(
             f"best={best} and worst={worst} keep nothing; one of them must be at "
             f"least 1."
         )
-    rewards, group, live = _samples(rewards, group, num_groups, mask, ndim=1)
+    rewards, group, live = _samples(rewards, group, num_groups, mask)
     sizes = _concrete_sizes(group, live, num_groups)
     if sizes is not None and ((sizes > 0) & (sizes < best + worst)).any():
         small = int(np.argmax((sizes > 0) & (sizes < best + worst)))
@@ -239,7 +243,7 @@ def group_statistics(
         TypeError, ValueError: as :func:`group_advantages`; a group of one sample is
             tied and no error.
     """
-    rewards, group, live = _samples(rewards, group, num_groups, mask, ndim=1)
+    rewards, group, live = _samples(rewards, group, num_groups, mask)
     groups = _moments(rewards, group, live, num_groups)
     filled = groups.count > 0
     num_filled = jnp.maximum(jnp.sum(filled), 1)
@@ -279,53 +283,13 @@ def _moments(rewards: Array, group: Array, live: Array, num_groups: int) -> _Mom
     return _Moments(count, mean, deviation, squares, tied)
 
 
-def _normalised(
-    rewards: Array,
-    group: Array,
-    live: Array,
-    num_groups: int,
-    baseline: str,
-    scale: str,
-    ddof: int,
-    eps: float,
-) -> Array:
-    groups = _moments(rewards, group, live, num_groups)
-    advantages = groups.deviation
-    if baseline == "leave_one_out":
-        others = jnp.maximum(groups.count - 1, 1)
-        advantages = advantages * (groups.count / others)[group]
-    signal = live & ~groups.tied[group]
-    if scale != "none":
-        if scale == "group":
-            over, of_sample = groups, group
-        else:
-            of_sample = jnp.zeros_like(group)
-            over = _moments(rewards, of_sample, live, 1)
-        std = jnp.sqrt(over.squares / jnp.maximum(over.count - ddof, 1))
-        advantages = advantages / jnp.where(signal, std[of_sample] + eps, 1)
-    advantages = jnp.where(signal, advantages, 0)
-    in_range = (group >= 0) & (group < num_groups)
-    return jax.lax.stop_gradient(jnp.where(in_range | ~live, advantages, jnp.nan))
-
-
-def _clip(advantages: Array, clip: float | None) -> Array:
-    return advantages if clip is None else jnp.clip(advantages, -clip, clip)
-
-
-def _check_options(
-    baseline: str, scale: str, ddof: int, eps: float, clip: float | None
-) -> None:
-    check_choice("baseline", baseline, BASELINES)
-    check_choice("scale", scale, SCALES)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof={ddof} must be 0 (population std) or 1 (sample std).")
-    check_range("eps", eps, 0)
+def _check_clip(clip: float | None) -> None:
     if clip is not None:
         check_range("clip", clip, 0, open_low=True)
 
 
 def _samples(
-    rewards: Any, group: Any, num_groups: int, mask: Any, *, ndim: int
+    rewards: Any, group: Any, num_groups: int, mask: Any
 ) -> tuple[Array, Array, Array]:
     """Checked arrays: rewards float32, group ids, which samples are live."""
     check_count("num_groups", num_groups)
@@ -333,10 +297,9 @@ def _samples(
         x if x is None or isinstance(x, jax.Array) else np.asarray(x)
         for x in (rewards, group, mask)
     )
-    axes = ("[batch]", "[batch, reward]")[ndim - 1]
-    if np.ndim(rewards) != ndim:
-        raise ValueError(f"rewards has shape {np.shape(rewards)}; give {axes}.")
-    batch = np.shape(rewards)[:1]
+    batch = np.shape(rewards)
+    if len(batch) != 1:
+        raise ValueError(f"rewards has shape {batch}; give [batch].")
     for name, array in (("group", group), ("mask", mask)):
         if array is not None and np.shape(array) != batch:
             raise ValueError(
@@ -371,16 +334,13 @@ def _check_values(rewards: Any, group: Any, num_groups: int, live: Any) -> None:
     if isinstance(rewards, jax.core.Tracer):
         return
     values = np.asarray(rewards)
-    bad = ~np.isfinite(values.astype(np.float32)) & live.reshape(
-        live.shape + (1,) * (values.ndim - 1)
-    )
+    bad = ~np.isfinite(values.astype(np.float32)) & live
     if bad.any():
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        first = int(np.argmax(bad))
         raise ValueError(
             f"rewards holds {int(bad.sum())} non-finite value(s), the first is "
-            f"{values[first]} at index {first} (sample {first[0]} of group "
-            f"{group[first[0]]}). Mend the reward, or mask the sample out; it is never "
-            f"replaced silently."
+            f"{values[first]}, of sample {first} in group {group[first]}. Mend the "
+            f"reward, or mask the sample out; it is never replaced silently."
         )
 
 

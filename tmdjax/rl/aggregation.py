@@ -122,14 +122,16 @@ def aggregation_weights(
     Args:
         mask: [batch, position], or [element] for 'token-mean'.
         mode: one of MODES.
-        length: as in :func:`aggregate`.
-        keep: as there.
+        length: > 0, the largest response length, for 'seq-mean-token-sum-norm' alone.
+        keep: mask's shape or None; False gives an element the weight 0 but leaves it in
+            every count.
 
     Returns:
         float32 of mask's shape, 0 where masked out or not kept.
 
     Raises:
-        ValueError: as :func:`aggregate`.
+        ValueError: unknown mode, shapes that disagree, or a length that is missing or
+            has no use.
     """
     ones = jnp.ones(jnp.shape(mask), jnp.float32)
     return jax.grad(lambda loss: aggregate(loss, mask, mode, length=length, keep=keep))(

@@ -27,8 +27,8 @@ def overlong_penalty(
 
     Args:
         length: of the response, in tokens (not characters).
-        longest: it may have, at least 1.
-        buffer: tokens before that where the penalty begins, in [1, longest].
+        longest: the most tokens a response may have, at least 1.
+        buffer: how many tokens before ``longest`` the penalty begins, in [1, longest].
         factor: >= 0.
 
     Returns:

@@ -57,7 +57,7 @@ def check_first_ratio(max_error: Any, clip_range: ClipRange) -> None:
     Args:
         max_error: a number, the largest :func:`ratio_error` in the first minibatch of
             the run.
-        clip_range: of the loss; the smaller side counts.
+        clip_range: what the loss clips to; the smaller side counts.
 
     Raises:
         RatioError: max_error is not below 0.1 clip_range (NaN included).

@@ -26,11 +26,12 @@ def at_bounds(log_std: Any, bounds: tuple[float, float], like: Any) -> Array:
 
     Args:
         log_std: [dim].
-        bounds: within which it is learned.
-        like: an array of the shape wanted.
+        bounds: lowest and highest log_std; beyond them it has no gradient.
+        like: an array whose shape the result gets, so that it averages like the other
+            metrics of a batch.
 
     Returns:
-        The share, once an element of ``like``.
+        The share, the same number at every element of ``like``.
     """
     low, high = bounds
     share = jnp.mean((log_std <= low) | (log_std >= high))
@@ -47,8 +48,8 @@ def gaussian_kl(shift: Any, log_std: Any, behaviour_log_std: Any) -> Array:
 
     Args:
         shift: mean of the policy less that of the behaviour, [..., dim].
-        log_std: of the policy, to broadcast over shift.
-        behaviour_log_std: of the policy that acted.
+        log_std: logarithm of the policy's std, broadcast over shift.
+        behaviour_log_std: logarithm of the std of the policy that acted, likewise.
 
     Returns:
         [...] in nats, >= 0; exactly 0 where the two are equal.
@@ -69,8 +70,8 @@ def shifted_log_ratio(
     Args:
         delta: what was drawn, less the mean of the policy that acted, [..., dim].
         shift: mean of the policy less that of the behaviour, the same shape.
-        log_std: of the policy, to broadcast over delta.
-        behaviour_log_std: of the policy that acted.
+        log_std: logarithm of the policy's std, broadcast over delta.
+        behaviour_log_std: logarithm of the std of the policy that acted, likewise.
 
     Returns:
         [...] in nats, a sum over dim.

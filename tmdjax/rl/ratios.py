@@ -44,7 +44,7 @@ def ratio(difference: Array) -> Array:
 
 
 def fixed_ratio(difference: Array) -> Array:
-    """The same, without gradient: a weight."""
+    """:func:`ratio` as a constant: it weighs a loss and has no gradient."""
     return jax.lax.stop_gradient(ratio(difference))
 
 

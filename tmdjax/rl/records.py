@@ -43,7 +43,8 @@ def concatenate(parts: Sequence[Transitions], prompts: int) -> Transitions:
 
     Args:
         parts: records with the same number of nodes and edges.
-        prompts: conditions a part; those of part i are counted from i ``prompts``.
+        prompts: number of conditions in each part; the ``prompt`` of part i is raised
+            by i * ``prompts``.
 
     Raises:
         ValueError: no parts, or parts of different shape.

@@ -25,12 +25,13 @@ class TokenRecord:
     """One response to one prompt, on the host.
 
     Attributes:
-        number: of the request; its randomness is keyed by it.
-        group: of the prompt; responses to one prompt share it.
+        number: identifies the request; its randomness is keyed by this number.
+        group: number of the prompt; responses to one prompt share it.
         prompt: token ids.
         tokens: ids of the response so far, over all its segments.
-        log_probs: of each, under the distribution it was drawn from.
-        versions: of the weights that drew each.
+        log_probs: one a token of the response, under the distribution that it was
+            drawn from.
+        versions: one a token of the response, of the weights that drew it.
         status: 'running', or how it ended: by a 'stop' token, at its largest 'length',
             'aborted' (it may be resumed).
         segments: how many times it was handed to an engine.
@@ -137,8 +138,8 @@ def batch_records(
 
     Args:
         records: finished, with rewards.
-        length: of a row; at least the longest text.
-        response_length: at least the longest response.
+        length: positions of a row; at least the longest text (prompt and response).
+        response_length: positions of a response; at least the longest one.
         rows: how many rows texts are packed into, longest first into the first row
             with room; None gives each text its own.
         sequences: fixed number of sequences; the rest is padding. None means as many

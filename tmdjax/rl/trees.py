@@ -29,8 +29,8 @@ class Tree:
         parent: int [node], -1 for the root.
         depth: int [node].
         live: int [step], nodes before each step: the network calls.
-        leaves: how many.
-        last_split: its last split step, -1 without.
+        leaves: number of nodes of the last depth.
+        last_split: the last step that splits, -1 if none does.
     """
 
     parent: np.ndarray
@@ -146,7 +146,7 @@ def depth_advantages(
     std_scope: str = "depth",
     clip: float = 5.0,
 ) -> Array:
-    """Advantage of every edge: of the node it leads to, among its depth in its tree.
+    """Advantage of every edge: its end node's, among the nodes of that depth and tree.
 
     (value - mean) / (std + 1e-8), ddof 1, 0 for ties and single nodes. Depths with two
     nodes therefore give +-1/sqrt(2) whatever their difference.
@@ -154,8 +154,8 @@ def depth_advantages(
     Args:
         value: [tree, node], of :func:`fuse_rewards`.
         tree: its shape.
-        baseline: 'depth', the mean of the depth; 'parent', the value of the parent:
-            the credit of that branching alone.
+        baseline: 'depth', the mean value at the node's depth; 'parent', the value of
+            the node's parent, so that an edge is credited with its own branching alone.
         std_scope: 'depth'; or 'tree', one standard deviation (of the leaves) for all
             depths, which keeps magnitudes. The parent's baseline uses 'tree'.
         clip: bound of the absolute value.
