@@ -51,7 +51,7 @@ class Rival:
         module: models.DiT,
         params: Params,
         method: flow_grpo.Chains,
-        objective: flow_rl.Objective,
+        objective: flow_rl.FlowObjective,
         table: CoefficientTable,
         stored: int,
         trained: int,

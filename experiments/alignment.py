@@ -66,18 +66,12 @@ def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> flow_rl.Set
     given: dict[str, Any] = to_plain(config.arms[arm])
     given = {k: v for k, v in given.items() if k not in BASE}
     kind = given.pop("method")
-    check_choice(f"arms.{arm}.method", kind, (*flow_grpo.PRESETS, "branchgrpo"))
+    check_choice(f"arms.{arm}.method", kind, (*flow_grpo.PRESETS, *branchgrpo.PRESETS))
     objective = {**to_plain(config.objective), **given.pop("objective", {})}
     steps, shift = config.rollout.steps, config.rollout.shift
     updates = given.pop("updates", config.rl.updates)
-    if kind == "branchgrpo":
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
-        }
-        grid = flows.shifted_grid(steps, shift)
-        method = branchgrpo.Trees(grid=grid, event_shape=event_shape, **fields)
-        return flow_rl.Setup(method, flow_rl.Objective(**objective), updates)
-    return flow_grpo.preset(
+    system = branchgrpo if kind in branchgrpo.PRESETS else flow_grpo
+    return system.preset(
         kind,
         event_shape,
         objective=objective,

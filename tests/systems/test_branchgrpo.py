@@ -415,7 +415,7 @@ def test_13_levels_in_one_batch_are_nodes_one_by_one():
 def test_reward_rises_and_nothing_recompiles(count_compiles):
     method = Trees(strength=0.7, prune_depths=(7,), prune_interval=40)
     rule = train.make_optimizer(train.OptimizerConfig(name="adam", learning_rate=3e-3))
-    given = (method, target_reward, rule, flow_rl.Objective(clip_range=0.05))
+    given = (method, target_reward, rule, flow_rl.FlowObjective(clip_range=0.05))
     iteration = flow_rl.make_iteration(flow_rl.Policy(velocity_of), *given, updates=3)
     state = train.create_state(PARAMS, rule)
     batch, history = {"prompt": np.arange(8)}, []
@@ -445,8 +445,12 @@ def test_shuffled_credit_keeps_the_advantages_of_a_depth():
 
 def test_published_settings_memory_and_bad_inputs(refused):
     with pytest.warns(UserWarning, match="is biased"):
-        method, objective, _ = branchgrpo.published((16, 16, 3))
-    assert method.group_size == 16 and objective.clip_range == 1e-3
+        released = branchgrpo.preset("branchgrpo_released", (16, 16, 3))
+    method, objective, updates = released
+    assert method.group_size == 16 and objective.clip_range == 1e-3 and updates == 18
+    corrected = branchgrpo.preset("branchgrpo", [2], splits=[0, 2], steps=4, shift=1.0)
+    assert corrected.method == Trees(splits=(0, 2), grid=corrected.method.grid)
+    assert_array_equal(corrected.method.grid, flows.uniform_grid(4))
     assert method.memory(2) == 2 * 219 * 16 * 16 * 3 * 4
     table = method.table()
     stds = (table.c * table.S)[[0, 9]]

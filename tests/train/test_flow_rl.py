@@ -56,7 +56,7 @@ def first_coordinate(x, prompts):
 
 
 def make(method=None, reward=first_coordinate, objective=(), policy=POLICY, **options):
-    objective = flow_rl.Objective(**{"clip_range": 0.2, **dict(objective)})
+    objective = flow_rl.FlowObjective(**{"clip_range": 0.2, **dict(objective)})
     given = (policy, method or chains(), reward, SGD, objective)
     return flow_rl.make_iteration(*given, **options)
 
@@ -124,7 +124,7 @@ def test_gradient_is_the_sum_over_transitions(name):
     microbatches = 8 if name == "weighted" else 1
     method = chains(Weighted, reduction=objective.get("reduction", "mean"))
     iteration = make(method, objective=objective, microbatches=microbatches)
-    objective = flow_rl.Objective(clip_range=0.2, **objective)
+    objective = flow_rl.FlowObjective(clip_range=0.2, **objective)
     _, record = iteration.programs["rollout"](PARAMS, SHIFTS, *arguments(method))
     # another behaviour policy: some ratios leave the clip range on either side
     away = 0.4 * np.sin(np.arange(36.0)).astype(np.float32)
@@ -269,7 +269,7 @@ key = jax.random.key(3)
 def run(mesh, method, **options):
     iteration = flow_rl.make_iteration(
         policy, method, lambda x, prompts: x[:, 0] + prompts["shift"][:, 1], optimizer,
-        flow_rl.Objective(clip_range=0.2, kl_coefficient=0.1), mesh=mesh, updates=2,
+        flow_rl.FlowObjective(clip_range=0.2, kl_coefficient=0.1), mesh=mesh, updates=2,
         ema_decay=0.9, **options)
     state = train.create_state(params, optimizer, ema=True)
     history = []
@@ -495,7 +495,7 @@ def test_bad_settings_batches_and_keys(refused):
     given = {"policy": flow_rl.Policy(affine), "objective": {"kl_coefficient": 0.1}}
     refused("kl_coefficient=0.1 needs a reference policy", make, **given)
     with pytest.warns(UserWarning, match="no clipping will ever happen"):
-        flow_rl.Objective(clip_range=0.5)
+        flow_rl.FlowObjective(clip_range=0.5)
     iterate, state = make(chunks=3), fresh()
     refused("4 prompts do not divide into chunks=3", iterate, state, BATCH, KEY)
     refused("the batch holds no arrays", iterate, state, {}, KEY)

@@ -7,7 +7,7 @@ become advantages. ``preset(name)`` has the published settings.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from tmdjax.train import flow_rl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chains:
-    """A :class:`tmdjax.train.flow_rl.Method`: G independent samples a prompt.
+    """A :class:`tmdjax.train.flow_rl.FlowMethod`: G independent samples a prompt.
 
     Attributes:
         grid: times, see :mod:`tmdjax.flows.grids`.
@@ -204,8 +204,9 @@ class Chains:
 
 
 _BY_GROUP = {"scale": "group", "ddof": 1, "eps": 1e-8, "drop_tied": False}
+_WITH_KL = {"objective": {"kl_coefficient": 0.04, "kl_kind": "flow_grpo_code"}}
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    "flow_grpo": {"steps": 10, "updates": 2, "group_size": 24},
+    "flow_grpo": {"steps": 10, "updates": 2, "group_size": 24, **_WITH_KL},
     "flow_grpo_fast": {
         "steps": 10,
         "updates": 2,
@@ -213,6 +214,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "window": {"schedule": "random", "size": 3, "high": 5},
         "same_noise": True,
         "fraction": 1.0,
+        **_WITH_KL,
     },
     "dance_grpo": {
         "steps": 16,
@@ -236,13 +238,12 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         **_BY_GROUP,
     },
 }
-_KL = {"kl_coefficient": 0.04, "kl_kind": "flow_grpo_code"}
 PRESETS = tuple(_PUBLISHED)
 
 
 def preset(
     name: str,
-    event_shape: tuple[int, ...],
+    event_shape: Sequence[int],
     *,
     objective: Mapping[str, Any] | None = None,
     **changes: Any,
@@ -276,16 +277,5 @@ def preset(
         arXiv 2505.07818 (FLUX). MixGRPO, arXiv 2507.21802 (FLUX).
     """
     check_choice("preset", name, PRESETS)
-    fields = {"shift": 3.0, **_PUBLISHED[name], **changes}
-    updates, steps, shift = (fields.pop(n) for n in ("updates", "steps", "shift"))
-    if "grid" not in fields:
-        fields["grid"] = flows.shifted_grid(steps, shift)
-    elif "steps" in changes or "shift" in changes:
-        raise ValueError("'grid' is all of the grid; drop 'steps' and 'shift'.")
-    method = Chains(event_shape=tuple(event_shape), **fields)
-    loss = {
-        **(_KL if name.startswith("flow_grpo") else {}),
-        "reduction": method.reduction,
-        **(objective or {}),
-    }
-    return flow_rl.Setup(method, flow_rl.Objective(**loss), updates)
+    published = _PUBLISHED[name]
+    return flow_rl.make_setup(Chains, event_shape, published, changes, objective)

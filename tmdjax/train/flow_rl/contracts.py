@@ -1,0 +1,206 @@
+"""What plugs into RL on flow models: policy, method, reward, objective.
+
+What differs between methods is how samples are drawn and how rewards become the
+advantages of single transitions; a :class:`FlowMethod` says both.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from tmdjax import flows, rl
+from tmdjax.core import prng
+from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.types import Array, Cond, Params, PyTree, Velocity
+
+
+class Policy(NamedTuple):
+    """A flow model as RL sees it: what is trained, and what is held constant.
+
+    Attributes:
+        velocity: ``(params, frozen) -> velocity(x, t, cond)``, the same function in
+            rollout and update, with its guidance.
+        reference: ``frozen -> velocity`` that the KL refers to, or None.
+        condition: ``(frozen, batch) -> cond`` [prompt, ...], such as the encoding of a
+            text; computed once for the rollout and once for the update.
+        frozen: arrays that no update changes (a base under adapters, an encoder).
+    """
+
+    velocity: Callable[[Params, PyTree], Velocity]
+    reference: Callable[[PyTree], Velocity] | None = None
+    condition: Callable[[PyTree, Any], Cond] = lambda frozen, batch: None
+    frozen: PyTree = ()
+
+
+class Credit(NamedTuple):
+    """Which transitions train, and how.
+
+    Attributes:
+        edge: int [n], transitions of the record, n known before the rewards.
+        advantage: float32 [n].
+        weight: float32 [n] >= 0, 0 leaves a transition out of loss and denominator.
+    """
+
+    edge: Any
+    advantage: Any
+    weight: Any
+
+
+@runtime_checkable
+class FlowMethod(Protocol):
+    """How samples are drawn and how credit is given; pure but for ``plan``.
+
+    Attributes:
+        group_size: samples a prompt.
+        reduction: of log-probs over event dimensions, that of the objective.
+    """
+
+    group_size: int
+    reduction: str
+
+    def plan(self, iteration: int) -> tuple[flows.CoefficientTable, PyTree]:
+        """Table and plan of an iteration, on the host (arrays of recurring shapes)."""
+        ...
+
+    def rollout(
+        self,
+        keys: Any,
+        velocity: Velocity,
+        cond: Cond,
+        table: flows.CoefficientTable,
+        plan: PyTree,
+    ) -> tuple[Array, rl.Transitions]:
+        """Samples [prompt * group_size, *event], groups in a row, and transitions.
+
+        Nodes and edges of the record are ordered by prompt first. Keys are [prompt].
+        """
+        ...
+
+    def credit(
+        self, rewards: Array, transitions: rl.Transitions, plan: PyTree, key: Any
+    ) -> Credit:
+        """Credit from the rewards [prompt * group_size]; traced."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostReward:
+    """A reward computed on the host, see :mod:`tmdjax.rewards.host`.
+
+    Attributes:
+        fn: ``(images numpy [n, ...], prompts: list of n rows) -> n numbers``; a row is
+            the batch at that prompt, {name: numpy array}. It runs in a thread; with
+            several chunks it may run in several at once.
+        timeout: seconds for one chunk.
+    """
+
+    fn: Callable[[np.ndarray, list[Any]], Any]
+    timeout: float = 600.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowObjective:
+    """The loss of a transition: clipped surrogate and KL to the reference.
+
+    Attributes:
+        clip_range: of the ratio, a number or (low, high); it belongs to `reduction`.
+        reduction: of log-probs over event dimensions, 'mean' or 'sum'.
+        kl_coefficient: weight of the KL, >= 0.
+        kl_kind: see :func:`tmdjax.flows.transition_kl`.
+        step_weight: see :func:`tmdjax.flows.step_weights`.
+    """
+
+    clip_range: rl.ClipRange = 1e-4
+    reduction: str = "mean"
+    kl_coefficient: float = 0.0
+    kl_kind: str = "transition"
+    step_weight: str = "none"
+
+    def __post_init__(self) -> None:
+        rl.check_clip_range(self.clip_range, self.reduction)
+        check_range("kl_coefficient", self.kl_coefficient, 0)
+        check_choice("kl_kind", self.kl_kind, flows.KL_KINDS)
+        check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
+
+
+_START = 1 << 20
+"""Folded into a key for the initial noise; steps of a grid are below it."""
+
+
+def initial_noise(keys: Any, event_shape: tuple[int, ...]) -> Array:
+    """Where the walks under these keys start: standard normal [key, *event]."""
+    return prng.normal(prng.fold_in(keys, _START), event_shape)
+
+
+class Rollout(NamedTuple):
+    """What an iteration drew and how it was rewarded.
+
+    Attributes:
+        batch: the prompts, {name: [prompt, ...]}.
+        records: transitions of each chunk of the prompts, in order.
+        rewards: float32 numpy [prompt * group_size].
+        number: of the iteration, int32.
+        table: coefficients of the sampler, see :meth:`FlowMethod.plan`.
+        plan: see :meth:`FlowMethod.plan`.
+    """
+
+    batch: Any
+    records: tuple[rl.Transitions, ...]
+    rewards: np.ndarray
+    number: Any
+    table: flows.CoefficientTable
+    plan: PyTree
+
+
+class Setup(NamedTuple):
+    """What a paper fixes.
+
+    Attributes:
+        method: how samples are drawn and credited.
+        objective: the loss.
+        updates: minibatches an iteration.
+    """
+
+    method: Any
+    objective: FlowObjective
+    updates: int
+
+
+def make_setup(
+    method: Callable[..., FlowMethod],
+    event_shape: Sequence[int],
+    published: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    objective: Mapping[str, Any] | None = None,
+) -> Setup:
+    """A paper's settings with changes: what a system's ``preset`` returns.
+
+    Args:
+        method: builds the method from keyword arguments, 'event_shape' and 'grid' among
+            them.
+        event_shape: of one sample.
+        published: 'steps' of the grid, 'updates', 'objective' (fields of
+            :class:`FlowObjective`), and fields of the method.
+        changes: the same but for 'objective', also 'shift' of the grid (3 where nothing
+            is said) or the whole 'grid'. Lists, as JSON and configs have them, become
+            tuples.
+        objective: changed fields of the objective; log-probs are reduced as the method
+            does unless it says otherwise.
+
+    Raises:
+        ValueError: settings out of range, or a grid given twice.
+        TypeError: an unknown field.
+    """
+    if "grid" in changes and ("steps" in changes or "shift" in changes):
+        raise ValueError("'grid' is all of the grid; drop 'steps' and 'shift'.")
+    fields = {"shift": 3.0, "objective": {}, **published, **changes}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    steps, shift, updates, loss = (
+        fields.pop(name) for name in ("steps", "shift", "updates", "objective")
+    )
+    fields.setdefault("grid", flows.shifted_grid(steps, shift))
+    built = method(event_shape=tuple(event_shape), **fields)
+    loss = {"reduction": built.reduction, **loss, **(objective or {})}
+    return Setup(built, FlowObjective(**loss), updates)

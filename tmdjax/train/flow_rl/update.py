@@ -1,0 +1,179 @@
+"""The updates of an iteration of RL on a flow model: credit, minibatches, loss."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tmdjax import flows, rl
+from tmdjax.core.checks import check_same_shape
+from tmdjax.core.mesh import cut_by_batch, under_mesh
+from tmdjax.core.types import Array, Params
+from tmdjax.train.flow_rl.contracts import Credit, FlowMethod, FlowObjective, Policy
+from tmdjax.train.sharding import fsdp_shardings
+from tmdjax.train.state import TrainState, make_train_step
+
+_UPDATE = 1
+"""Folded into the key of an iteration; its rollout folds 0."""
+
+
+def make_update(
+    policy: Policy,
+    method: FlowMethod,
+    optimizer: optax.GradientTransformation,
+    objective: FlowObjective,
+    *,
+    updates: int,
+    microbatches: int,
+    ema_decay: float | None,
+    skip_above: float | None,
+    mesh: Mesh | None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The compiled program that learns from a rollout; options as of the iteration.
+
+    Returns:
+        ``(state, frozen, batch, records, rewards, key, number, table, plan) -> (state,
+        metrics)``; the state is donated.
+    """
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    group_size = method.group_size
+
+    def update(
+        state: TrainState,
+        frozen: Any,
+        batch: Any,
+        records: Any,
+        rewards: Array,
+        key: Any,
+        number: Any,
+        table: flows.CoefficientTable,
+        plan: Any,
+    ) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(key, number), _UPDATE)
+        credit_key, order_key, step_key = jax.random.split(key, 3)
+        prompts = rewards.shape[0] // group_size
+        transitions = rl.concatenate(records, prompts // len(records))
+        credit = method.credit(rewards, transitions, plan, credit_key)
+        check_same_shape("advantage", credit.advantage, "edge", credit.edge)
+        check_same_shape("weight", credit.weight, "edge", credit.edge)
+        loss_fn = functools.partial(
+            transition_loss,
+            policy,
+            objective,
+            frozen,
+            policy.condition(frozen, cut_by_batch(batch)),
+            transitions,
+            table,
+        )
+        step = make_train_step(
+            loss_fn,
+            optimizer,
+            ema_decay=ema_decay,
+            microbatches=microbatches,
+            reductions={"ratio_error": jnp.max},
+            skip_above=skip_above,
+        )
+        parts = _minibatches(credit, updates, microbatches * ways, order_key)
+        initial = state
+        state, each = jax.lax.scan(
+            lambda state, part: step(state, cut_by_batch(part), step_key), state, parts
+        )
+        if mesh is not None:
+            shardings = fsdp_shardings(initial, mesh)
+            state = jax.lax.with_sharding_constraint(state, shardings)
+        group = jnp.repeat(jnp.arange(prompts), group_size)
+        metrics = rl.group_statistics(rewards, group, prompts)
+        good = each["skipped"] == 0
+        done = jnp.maximum(jnp.sum(good), 1)
+        for name in ("loss", "kl", "grad_norm"):
+            metrics[name] = jnp.sum(jnp.where(good, each[name], 0)) / done
+        metrics["skipped_updates"] = jnp.sum(each["skipped"])
+        metrics["ratio_error"] = each["ratio_error"][0]
+        clipped = jnp.where(good, each["clip_fraction"], 0)
+        metrics["clip_fraction_first"] = clipped[0]
+        metrics["clip_fraction_last"] = clipped[-1]
+        return state, metrics
+
+    traced = update if mesh is None else under_mesh(update, mesh)
+    return jax.jit(traced, donate_argnums=0)
+
+
+def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
+    """[updates, n] each: transitions in random order, padded with weight 0.
+
+    n is a multiple of the one given, which does not change what is in a minibatch.
+    Weights are scaled so that a plain mean over a minibatch is its weighted mean.
+    """
+    count = credit.edge.shape[0]
+    share = -(-count // updates)
+    size = -(-share // multiple) * multiple
+    parts = {
+        "edge": credit.edge,
+        "advantage": credit.advantage,
+        "weight": credit.weight,
+    }
+    if updates > 1:
+        order = jax.random.permutation(key, count)
+        parts = {name: column[order] for name, column in parts.items()}
+    parts = {
+        name: jnp.pad(
+            jnp.pad(column, (0, updates * share - count)).reshape(updates, share),
+            ((0, 0), (0, size - share)),
+        )
+        for name, column in parts.items()
+    }
+    total = jnp.sum(parts["weight"], axis=1, keepdims=True)
+    parts["weight"] *= size / jnp.where(total > 0, total, 1)
+    return parts
+
+
+def transition_loss(
+    policy: Policy,
+    objective: FlowObjective,
+    frozen: Any,
+    cond: Any,
+    transitions: rl.Transitions,
+    table: flows.CoefficientTable,
+    params: Params,
+    part: Any,
+    keys: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted loss and metrics of each transition of a microbatch."""
+    del keys
+    edge, weight = part["edge"], part["weight"]
+    step = transitions.step[edge]
+    reference = None
+    if objective.kl_coefficient and policy.reference is not None:
+        reference = policy.reference(frozen)
+    scores = flows.score_transitions(
+        policy.velocity(params, frozen),
+        transitions.states[transitions.source[edge]],
+        transitions.states[transitions.target[edge]],
+        table.rows(step, jnp.float32),
+        jax.tree.map(lambda leaf: leaf[transitions.prompt[edge]], cond),
+        reduction=objective.reduction,
+        reference=reference,
+        kl_kind=objective.kl_kind,
+    )
+    behaviour = transitions.log_prob[edge]
+    surrogate = rl.clipped_surrogate(
+        scores.log_prob,
+        behaviour,
+        part["advantage"],
+        clip_range=objective.clip_range,
+    )
+    if objective.step_weight != "none":
+        surrogate *= flows.step_weights(table, objective.step_weight)[step]
+    log_ratio = scores.log_prob - behaviour
+    low, high = rl.beyond_clip(log_ratio, objective.clip_range)
+    live = weight > 0
+    loss = weight * (surrogate + objective.kl_coefficient * scores.kl)
+    return jnp.where(live, loss, 0.0), {
+        "kl": jnp.where(live, weight * scores.kl, 0.0),
+        "clip_fraction": weight * (low | high),
+        "ratio_error": jnp.where(live, rl.ratio_error(log_ratio), 0.0),
+    }
