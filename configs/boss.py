@@ -47,7 +47,7 @@ def get_config(tier: str) -> ConfigDict:
         }
     )
     # Straightening and its baselines, all with the same steps and batch.
-    config.straighten = ConfigDict(
+    config.fine_tune = ConfigDict(
         {
             "noises": 512,
             "eval_fraction": 0.1,
@@ -68,7 +68,7 @@ def get_config(tier: str) -> ConfigDict:
         config.data.options = ConfigDict({"train_count": 2048, "test_count": 1024})
         config.model = ConfigDict({"name": "mlp", "hidden": 64, "depth": 2})
         config.search.update(samples=100, budgets=(2, 4))
-        config.straighten.update(noises=512, steps=100, log_every=20)
+        config.fine_tune.update(noises=512, steps=100, log_every=20)
         config.sample.count = 512
         config.claims = ConfigDict()
     elif tier == "gpu":
@@ -94,7 +94,7 @@ def get_config(tier: str) -> ConfigDict:
         config.train.update(steps=8000, batch_size=256, ema_decay=0.999, log_every=500)
         config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
         config.features.update(steps=2000, width=32, feature_dim=128)
-        config.straighten.update(
+        config.fine_tune.update(
             noises=2000,
             steps=1000,
             batch_size=128,
@@ -122,7 +122,7 @@ def get_config(tier: str) -> ConfigDict:
         )
         config.train.update(steps=1_000_000, batch_size=64, ema_decay=0.999)
         config.search.memory_limit_gb = 2.0
-        config.straighten.update(
+        config.fine_tune.update(
             noises=5000,
             steps=12_000,
             batch_size=15,

@@ -35,7 +35,7 @@ SETS = (*SHOWN, "edm", "gaussian", "heun", "midpoint", "reflow")
 SHOWN_SAMPLES = 16
 COUNTS = {
     "search": ("samples", "knots"),
-    "straighten": ("noises", "steps", "batch_size", "log_every"),
+    "fine_tune": ("noises", "steps", "batch_size", "log_every"),
     "sample": ("count",),
 }
 
@@ -60,7 +60,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
         return {name: plain[name] for name in names}
 
     guided = groups("search") | {"guidance": config.sample.guidance}
-    noises = {"noises": config.straighten.noises}
+    noises = {"noises": config.fine_tune.noises}
     found = [
         stage("train", few_step.teacher, groups(*few_step.TEACHER)),
         stage("search", search, guided, "train"),
@@ -68,7 +68,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     ]
     for name in tuned:
         rule = fine_tune if name.startswith("straighten") else fine_tune_reflow
-        settings = groups("straighten")
+        settings = groups("fine_tune")
         found.append(stage(name, rule, settings, "train", "search", "trajectories"))
     parents = ("train", "search", *tuned)
     if few_step.has_images(config):
@@ -145,7 +145,7 @@ def trajectories(config: Config, context: StageContext) -> StageResult:
     velocity = few_step.velocity_of(
         config, context.inputs["train"].outputs["params"], True
     )
-    keys, labels = few_step.draw(config, context.key, config.straighten.noises)
+    keys, labels = few_step.draw(config, context.key, config.fine_tune.noises)
     schedules = [
         schedule_of(config, context, "bellman", k) for k in config.search.budgets
     ]
@@ -162,7 +162,7 @@ def budget_of(context: StageContext) -> int:
 
 def fine_tune(config: Config, context: StageContext) -> StageResult:
     """Straightens the teacher (or adapters of it) on one budget's grid."""
-    k, settings = budget_of(context), config.straighten
+    k, settings = budget_of(context), config.fine_tune
     kept = context.inputs["trajectories"].outputs
     schedule = schedule_of(config, context, "bellman", k)
     fine = boss.FineStates(kept["states"], kept["index"], schedule.knots, kept["cond"])
@@ -206,7 +206,7 @@ def fine_tune_reflow(config: Config, context: StageContext) -> StageResult:
     """Distill-k-Reflow ('distill6') and Uniform-Reflow ('reflow'), trained alike."""
     kept = context.inputs["trajectories"].outputs
     params, apply_fn, whole = few_step.tuned_part(config, context)
-    tuned = reflow.straighten(
+    tuned = reflow.rectify(
         params,
         apply_fn,
         {
@@ -379,16 +379,16 @@ def describe(config: Config) -> dict[str, Any]:
     for group, names in COUNTS.items():
         for name in names:
             check_count(f"{group}.{name}", config[group][name])
-    settings, tuned = config.search, config.straighten
-    check_choice("straighten.weight", tuned.weight, boss.WEIGHTS)
-    check_range("straighten.eval_fraction", tuned.eval_fraction, 0, 1, open_high=True)
+    settings, tuned = config.search, config.fine_tune
+    check_choice("fine_tune.weight", tuned.weight, boss.WEIGHTS)
+    check_range("fine_tune.eval_fraction", tuned.eval_fraction, 0, 1, open_high=True)
     for budget in settings.budgets:
         flows.check_budget(budget, settings.knots)
     if list(settings.budgets) != sorted(set(settings.budgets)):
         raise ValueError(f"search.budgets={settings.budgets} must increase.")
     if int(tuned.eval_fraction * tuned.noises) < 1:
         raise ValueError(
-            f"straighten.eval_fraction={tuned.eval_fraction} of {tuned.noises} noises "
+            f"fine_tune.eval_fraction={tuned.eval_fraction} of {tuned.noises} noises "
             f"holds out nothing; raise it."
         )
     found: dict[str, Any] = {}

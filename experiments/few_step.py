@@ -226,7 +226,7 @@ def report(
 
 def tuning(config: Config, context: StageContext) -> dict[str, Any]:
     """What all fine-tuning has in common: steps, batch, optimiser."""
-    settings = config.straighten
+    settings = config.fine_tune
     return {
         "key": context.key,
         "steps": settings.steps,
@@ -246,7 +246,7 @@ def tuned_part(config: Config, context: StageContext) -> tuple[Any, Any, Any]:
     """What is trained, its apply_fn, and how whole parameters are made of it."""
     apply_fn, _ = network(config)
     base = jax.tree.map(jnp.asarray, context.inputs["train"].outputs["params"])
-    rank = config.straighten.lora_rank
+    rank = config.fine_tune.lora_rank
     if not rank:
         return base, apply_fn, lambda params: params
     key = jax.random.fold_in(context.key, 2)

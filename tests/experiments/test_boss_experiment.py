@@ -18,8 +18,8 @@ SMOKE = "--config=configs/boss.py:smoke"
 TINY_IMAGES = (
     "model.hidden=32 model.depth=2 model.heads=2 train.steps=60 train.batch_size=32 "
     "train.log_every=20 optimizer.warmup_steps=10 features.steps=30 features.batch_size=32 search.samples=10 "
-    "search.knots=20 straighten.noises=64 straighten.steps=20 "
-    "straighten.batch_size=32 straighten.warmup_steps=2 straighten.lora_rank=2 "
+    "search.knots=20 fine_tune.noises=64 fine_tune.steps=20 "
+    "fine_tune.batch_size=32 fine_tune.warmup_steps=2 fine_tune.lora_rank=2 "
     "sample.count=100 evaluate.projections=16"
 ).split()
 
@@ -94,11 +94,11 @@ def test_claims_about_budgets_that_are_not_run_stop_at_once(tmp_path, refused):
     [
         ("search.budgets=(2,200)", r"budget K=200 must be in \[1, K_max=100\]"),
         ("search.samples=0", "search.samples=0 must be at least 1"),
-        ("straighten.steps=0", "straighten.steps=0"),
+        ("fine_tune.steps=0", "fine_tune.steps=0"),
         ("search.memory_limit_gb=0.000001", "raise it or take fewer knots"),
-        ("straighten.weight=width", "weight='width'.*Did you mean 'width2'"),
-        ("straighten.eval_fraction=1.0", "eval_fraction=1"),
-        ("straighten.eval_fraction=0.001", "holds out nothing"),
+        ("fine_tune.weight=width", "weight='width'.*Did you mean 'width2'"),
+        ("fine_tune.eval_fraction=1.0", "eval_fraction=1"),
+        ("fine_tune.eval_fraction=0.001", "holds out nothing"),
         ("search.budgets=(4,2)", "must increase"),
     ],
 )

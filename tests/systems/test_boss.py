@@ -329,7 +329,7 @@ def test_reflow_regresses_onto_lines_at_its_times_alone(steps_distilled, learned
 
     rule = train.OptimizerConfig(name="adam", learning_rate=0.05)
     pairs = {"x_noise": x + np.float32([0.3, -0.2]), "x_data": x}
-    tuned = reflow.straighten(
+    tuned = reflow.rectify(
         {"v": jnp.zeros((6, 2))}, table, pairs, steps_distilled=steps_distilled,
         key=jax.random.key(0), steps=60, optimizer=rule,
     )  # fmt: skip

@@ -18,14 +18,14 @@ def pair_loss(
     keys: Any,
     time_sampler: flows.TimeSampler | None = None,
 ) -> Any:
-    """Flow matching along the line of each pair, per example; see :func:`straighten`.
+    """Flow matching along the line of each pair, per example.
 
     Args:
         params: of the network.
         apply_fn: ``(params, x, t, cond) -> v``.
         batch: 'x_noise' and 'x_data' [batch, *event], and 'cond' if there is one.
         keys: [batch].
-        time_sampler: None is uniform.
+        time_sampler: draws the times, keys -> t [batch]; None is uniform.
 
     Returns:
         loss [batch] and metrics [batch].
@@ -41,7 +41,7 @@ def pair_loss(
     )
 
 
-def straighten(
+def rectify(
     params: Params,
     apply_fn: ApplyFn,
     pairs: Mapping[str, Any],
@@ -61,8 +61,8 @@ def straighten(
         **options: of :func:`tmdjax.train.fine_tune`.
 
     References:
-        arXiv 2209.03003, sec. 2; distillation: sec. 2.3 there, and the baselines of
-        arXiv 2312.16414, table 2.
+        arXiv 2209.03003, sec. 2, and sec. 2.3 of distillation; both are the baselines
+        of arXiv 2312.16414, table 2.
     """
     sampler = None
     if steps_distilled is not None:
