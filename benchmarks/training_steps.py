@@ -120,7 +120,7 @@ def loops_of(system: str, tier: str, folder: pathlib.Path) -> dict[str, dict]:
     changes = case.changes if tier == "gpu" else ()
     config: Any = load_config(f"configs/{system}.py:{tier}", changes)
     experiment = find_experiment(config, f"configs/{system}.py")
-    arms = experiment.arms(config) if hasattr(experiment, "arms") else ("main",)
+    arms = experiment.arms(config)
     arm = case.arm if case.arm in arms else arms[0]
     loops: dict[str, dict] = {}
     results: dict[str, Any] = {}

@@ -21,8 +21,8 @@ from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.flows.chords import landing_errors
 from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness.claims import MAIN_ARM
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.ledger import MAIN_ARM
 from tmdjax.harness.report import line_plot
 from tmdjax.systems import boss, reflow
 

@@ -18,8 +18,8 @@ from experiments import flow_matching, image_quality
 from tmdjax import data, flows, metrics, models, train
 from tmdjax.core import prng
 from tmdjax.harness import Report, StageContext, StageResult
+from tmdjax.harness.claims import MAIN_ARM
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.ledger import MAIN_ARM
 from tmdjax.harness.report import image_grid, line_plot
 from tmdjax.models import lora
 

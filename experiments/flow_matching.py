@@ -18,7 +18,7 @@ from experiments import image_quality
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
-from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness import Report, Stage, StageContext, StageResult, Update
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import image_grid, line_plot
 
@@ -244,7 +244,7 @@ def describe_training(config: Config) -> dict[str, Any]:
     for group in ("train", "features"):
         for name in COUNTS[group]:
             check_count(f"{group}.{name}", config[group][name])
-    step, shapes, _ = planned(config)["update"]
+    step, shapes, _ = updates(config)["update"]
     state, _ = jax.eval_shape(step, *shapes)
     return {
         "parameters": trees.count(state.params),
@@ -255,7 +255,7 @@ def describe_training(config: Config) -> dict[str, Any]:
     }
 
 
-def planned(config: Config) -> dict[str, tuple[Any, tuple[Any, ...], int]]:
+def updates(config: Config) -> dict[str, Update]:
     """The update, the shapes of its arguments, and which it may write over."""
     made = {}
 
@@ -270,4 +270,4 @@ def planned(config: Config) -> dict[str, tuple[Any, tuple[Any, ...], int]]:
         "image": jax.ShapeDtypeStruct((size, *config.data.shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    return {"update": (made["step"], (state, batch, key), 0)}
+    return {"update": Update(made["step"], (state, batch, key), 0)}

@@ -3,10 +3,8 @@
     python -m experiments.plan --config=configs/flow_matching.py:paper --device=h100
     python -m experiments.plan --config=... --mesh=data=1,fsdp=8,tensor=1
 
-An experiment has them planned by a function ``planned(config)``, which returns
-``{name: (step, shapes of its arguments, donated arguments)}``: the second argument of a
-step is its batch. It may name ``RULES`` by which parameters are cut. The exit status is
-1 if a step does not fit the device.
+The steps are those of the experiment's ``updates(config)``; its ``RULES`` say how
+parameters are cut over a mesh. The exit status is 1 if a step does not fit the device.
 """
 
 import argparse
@@ -49,19 +47,20 @@ def main(arguments: Sequence[str]) -> int:
     described = experiment.describe(config)  # refuses impossible settings
     rows = [{"what": name, "value": value} for name, value in described.items()]
     print(text_table(rows))
-    if not hasattr(experiment, "planned"):
+    updates = experiment.updates(config)
+    if not updates:
         raise ConfigError(
-            f"experiments/{config.system}.py names no step to plan (it has no "
-            f"planned(config)); what it describes stands above."
+            f"the experiment of {flags.config} names no step to plan (it has no "
+            f"updates(config)); what it describes stands above."
         )
     status = 0
-    for name, (step, shapes, donated) in experiment.planned(config).items():
+    for name, (step, shapes, donated) in updates.items():
         found = train.plan(
             step,
             *shapes,
             donate_argnums=donated,
             mesh=flags.mesh,
-            rules=getattr(experiment, "RULES", ()),
+            rules=experiment.RULES,
             device=device,
         )
         print(f"\n{name}\n{text_table(found.rows(device))}")

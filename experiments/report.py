@@ -14,7 +14,6 @@ and in README.md and docs/*.md what stands between ``<!-- table: system:tier -->
 """
 
 import argparse
-import json
 import pathlib
 import re
 import sys
@@ -22,18 +21,20 @@ from collections.abc import Sequence
 
 from experiments.run import find_experiment
 from tmdjax.core.files import write_atomically
-from tmdjax.harness import ledger, load_config
+from tmdjax.harness import load_config
 from tmdjax.harness.compare import comparison_rows, read_run
-from tmdjax.harness.config import from_plain
+from tmdjax.harness.config import read_json
+from tmdjax.harness.records import copy_figures, read_records, write_record
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.results_page import markdown_table, write_results
+from tmdjax.harness.summaries import merge
 
 _MARKED = re.compile(r"<!-- (table|claims): (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
 
 
 def fill_tables(text: str, results: pathlib.Path) -> str:
     """Renders the marked tables of a Markdown text from the records."""
-    records = {(r["system"], r["tier"]): r for r in ledger.read_records(results)}
+    records = {(r["system"], r["tier"]): r for r in read_records(results)}
 
     def table(found: re.Match[str]) -> str:
         kind, system, tier = found.groups()
@@ -63,17 +64,6 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
 def pages(root: pathlib.Path) -> list[pathlib.Path]:
     """The Markdown pages that hold tables."""
     return [root / "README.md", *sorted(root.glob("docs/*.md"))]
-
-
-def copy_figures(workdirs: Sequence[pathlib.Path], record: pathlib.Path) -> None:
-    """Puts the figures of shards beside a record, each from the first that has it."""
-    figures: dict[str, pathlib.Path] = {}
-    for workdir in workdirs:
-        for path in sorted((workdir / "figures").glob("*")):
-            figures.setdefault(path.name, path)
-    for name, path in figures.items():
-        target = record.with_name(f"{record.stem}-{name}")
-        write_atomically(target, path.read_bytes())
 
 
 def comparison(runs: Sequence[str], metrics: Sequence[str]) -> str:
@@ -106,10 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         print(comparison(given.compare, given.metrics))
     if given.merge:
         paths = [p / "summary.json" if p.is_dir() else p for p in given.merge]
-        merged = ledger.merge([from_plain(json.loads(p.read_text())) for p in paths])
+        merged = merge([read_json(path) for path in paths])
         print(text_table([claim_row(claim) for claim in merged["claims"]]))
         if given.record:
-            record = ledger.write_record(given.results, merged)
+            record = write_record(given.results, merged)
             copy_figures(given.merge, record)
             print(f"recorded {record}")
     if given.render or given.record:

@@ -17,7 +17,16 @@ from typing import Any, NoReturn
 from tmdjax.core import compilation_cache
 from tmdjax.core.checks import check_count
 from tmdjax.core.registry import suggestion
-from tmdjax.harness import ConfigError, Options, Outcome, dry_run, load_config, run
+from tmdjax.harness import (
+    ConfigError,
+    Experiment,
+    Options,
+    Outcome,
+    check_experiment,
+    dry_run,
+    load_config,
+    run,
+)
 from tmdjax.harness.config import load_module
 from tmdjax.harness.find import find_module
 from tmdjax.harness.report import text_table
@@ -143,7 +152,7 @@ def parse(
     return found, overrides
 
 
-def find_experiment(config: Any, path: str) -> Any:
+def find_experiment(config: Any, path: str) -> Experiment:
     """The module that a config file names as EXPERIMENT, else that of its system.
 
     Args:
@@ -152,6 +161,7 @@ def find_experiment(config: Any, path: str) -> Any:
 
     Raises:
         ConfigError: there is none, in ``experiments/`` or beside the config.
+        TypeError: the module lacks a member of an experiment.
     """
     file = pathlib.Path(path.rpartition(":")[0] or path)
     name = getattr(load_module(file), "EXPERIMENT", config.system)
@@ -162,7 +172,7 @@ def find_experiment(config: Any, path: str) -> Any:
             f"experiments/{name}.py nor {file.with_name(f'{name}.py')}; write one, or "
             f"set EXPERIMENT in the config."
         )
-    return found
+    return check_experiment(found)
 
 
 def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -183,7 +193,7 @@ def _is_override(argument: str) -> bool:
 
 
 def command(flags: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """What to type for the same result; the ledger adds the seeds."""
+    """What to type for the same result; the summary adds the seeds."""
     parts = ["python", "-m", "experiments.run", f"--config={flags.config}"]
     return shlex.join(parts + [f"--config.{override}" for override in overrides])
 

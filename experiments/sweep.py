@@ -123,14 +123,13 @@ def _check(
     root = given.workdir or pathlib.Path("runs") / f"{configs[0].system}-{tier}-sweep"
     for config in configs:
         check_run(experiment, config, run.options_of(given, overrides))
-        if hasattr(experiment, "measures"):
-            measured = experiment.measures(config)
-            for metric in given.metrics:
-                if metric not in measured:
-                    raise ConfigError(
-                        f"--metrics: {metric!r} is not measured by every run."
-                        f"{suggestion(metric, measured)}"
-                    )
+        measured = experiment.measures(config)
+        for metric in given.metrics:
+            if metric not in measured:
+                raise ConfigError(
+                    f"--metrics: {metric!r} is not measured by every run."
+                    f"{suggestion(metric, measured)}"
+                )
     return root, configs
 
 

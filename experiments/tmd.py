@@ -23,7 +23,7 @@ from tmdjax import models
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.domains.sprites.prompts import prompt_words
-from tmdjax.harness import Report, Stage, StageResult
+from tmdjax.harness import Report, Stage, StageResult, Update
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.video_report import animation, video_strips
 
@@ -204,11 +204,11 @@ def describe(config: Config) -> dict[str, Any]:
         if settings.student.kind == "dmd2":
             rows[f"{arm}: NFE"] = settings.student.outer
     if config.mesh:
-        rows |= memory.check_memory(config, planned(config))
+        rows |= memory.check_memory(config, updates(config))
     return rows
 
 
-def planned(config: Config) -> dict[str, memory.Step]:
+def updates(config: Config) -> dict[str, Update]:
     """The updates of the arms that the config has planned.
 
     Raises:

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from experiments import video_students as students
 from experiments import video_tasks as tasks
 from tmdjax import models, train
+from tmdjax.harness import Update
 from tmdjax.harness.config import to_plain
 
 Config = Any
-Step = tuple[Any, tuple[Any, ...], int]
-"""An update, shapes of its arguments, and the number of the one it overwrites."""
 
 
-def updates(config: Config) -> dict[str, Step]:
+def updates(config: Config) -> dict[str, Update]:
     """Of generator and critic, with all four networks; the config is of one arm."""
     method, rules = students.distillation(config), students.optimizers(config)
     module = models.build(students.student_spec(config))
@@ -44,12 +43,12 @@ def updates(config: Config) -> dict[str, Step]:
     )
     generator, critic, batch = state.generator, state.critic, batch_of(config)
     return {
-        "generator update": (
+        "generator update": Update(
             steps[0],
             (generator, batch, key, critic.params, frozen),
             0,
         ),
-        "critic update": (
+        "critic update": Update(
             steps[1],
             (critic, batch, key, generator.params, frozen),
             0,
@@ -68,7 +67,7 @@ def batch_of(config: Config) -> dict[str, Any]:
     return {"x_data": video, "cond": cond}
 
 
-def check_memory(config: Config, steps: Mapping[str, Step]) -> dict[str, Any]:
+def check_memory(config: Config, steps: Mapping[str, Update]) -> dict[str, Any]:
     """What a device holds on the config's mesh, in GB, and computes, in PFLOP.
 
     Raises:

@@ -62,7 +62,7 @@ NOT_DRAWN = [
         "data": "procedural images/captioned_shapes",
         "domains": "shapes/captions",
         "flows": "chords windows step_search tree_rollout",
-        "harness": "ledger results_page",
+        "harness": "claims summaries records results_page",
         "models": "images/dit images/unet images/text_dit videos/flow_maps videos/dit "
         "block_attention",
         "systems": "boss branchgrpo tmd",
@@ -100,6 +100,8 @@ TESTS = {
     "harness/stages": "harness/test_runner.py",
     "harness/load": "harness/test_runner.py",
     "harness/find": "test_new_paper.py",
+    "harness/experiment": "harness/test_runner.py",
+    "harness/run_folder": "harness/test_runner.py",
     "harness/writers": "harness/test_logs.py",
     "harness/compare": "experiments/test_compare.py",
     "harness/environment": "harness/test_report.py harness/test_runner.py",

@@ -1,6 +1,10 @@
 """Units of runs and claims about them, for tests of records and of what shows them."""
 
-from tmdjax.harness.ledger import Claim
+import re
+
+import pytest
+
+from tmdjax.harness.claims import Claim
 
 
 def unit(arm, seed, metrics, **changes):
@@ -15,3 +19,10 @@ def claim(**changes):
     fields |= {"published": "1.5x", "statistic": "difference", "direction": "greater"}
     fields |= {"threshold": 0.0, "ours": "boss/score", "baseline": "uniform/score"}
     return Claim(**(fields | changes))
+
+
+def refuses(words, call, *arguments, **options):
+    """An error of one line that says these words as they stand."""
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)

@@ -39,6 +39,10 @@ def report(config, results, folder):
 
 def describe(config):
     return {"factor": config.factor}
+
+
+def measures(config):
+    return {"product"}
 """
 METHOD = """
 ANSWER = 42

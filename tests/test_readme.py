@@ -49,9 +49,10 @@ def test_tables_are_those_of_the_records():
 
 
 def test_results_page_is_rendered(tmp_path):
-    from tmdjax.harness import ledger, results_page
+    from tmdjax.harness import results_page
+    from tmdjax.harness.records import read_records
 
-    records = ledger.read_records(ROOT / "results")
+    records = read_records(ROOT / "results")
     findings = results_page.read_findings(ROOT / "results")
     benchmarks = results_page.read_benchmarks(ROOT / "benchmarks" / "results")
     rendered = results_page.render(records, findings, benchmarks)

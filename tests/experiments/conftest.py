@@ -31,7 +31,8 @@ def ran(tmp_path):
 
     def metrics(experiment, config, **options):
         given = {"command": "test", "tier": "smoke", "workdir": tmp_path / "run"}
-        outcome = run.run(experiment, config, run.Options(**given, **options))
+        options = run.Options(**given, **options)
+        outcome = run.run(run.check_experiment(experiment), config, options)
         assert outcome.code == 0
         return outcome.summary and outcome.summary["metrics"]
 

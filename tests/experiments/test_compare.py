@@ -9,7 +9,7 @@ from records import unit
 
 from experiments import report, sweep
 from experiments import run as run_command
-from tmdjax.harness import Outcome, ledger
+from tmdjax.harness import Outcome, summaries
 from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.metrics.intervals import adjusted_p_values, paired_p_value
 
@@ -23,7 +23,7 @@ def write_run(folder, by_arm, device="cpu, 2 cores"):
     ]
     given = {"system": "tiny", "tier": "cpu", "command": "run", "config_hash": "0"}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(ledger.summary(**given, units=units))
+    text = json.dumps(summaries.summary(**given, units=units))
     (folder / "summary.json").write_text(text)
     return str(folder)
 

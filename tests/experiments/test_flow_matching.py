@@ -47,7 +47,7 @@ def test_training_and_sampling_lower_for_accelerators():
     config = load_config(f"{CONFIG}:smoke", ["model.depth=1", "model.recipe=bf16"])
     with config.unlocked():
         config.model.attention_implementation = "xla"
-    step, (state, batch, key), _ = flow_matching.planned(config)["update"]
+    step, (state, batch, key), _ = flow_matching.updates(config)["update"]
     lowered(jax.jit(step), state, batch, key)
     apply_fn = models.functional(models.build(flow_matching.model_spec(config)))
     grid, null = flows.uniform_grid(4), config.data.num_classes

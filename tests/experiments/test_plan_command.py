@@ -11,7 +11,7 @@ PAPER = "--config=configs/flow_matching.py:paper"
 
 
 def test_flops_of_the_published_network():
-    step, shapes, _ = flow_matching.planned(load_config(PAPER[9:]))["update"]
+    step, shapes, _ = flow_matching.updates(load_config(PAPER[9:]))["update"]
     # DiT-XL/2 is 118.64 G multiply-adds an image (arXiv 2212.09748, table 4): forward,
     # twice backward, and once more for remat.
     published = 2 * 118.64e9 * 4 * 256
@@ -41,7 +41,7 @@ def test_bad_inputs(refused):
         refused(words, plan.main, [*arguments], error=error)
 
     smoke = "--config=configs/boss.py:smoke"
-    plan_refused("boss.py names no step to plan", smoke)
+    plan_refused("boss.py:smoke names no step to plan", smoke)
     plan_refused("'fdsp=8' is not like data=1,fsdp=8", PAPER, "--mesh=fdsp=8")
     plan_refused("unknown device 'h10'", PAPER, "--device=h10", error=ValueError)
     words = "unknown argument '--devices'. Did you"

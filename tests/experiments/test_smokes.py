@@ -43,8 +43,7 @@ def test_it_measures_what_claims_may_be_about(system, found):
     metrics = found(system)
     assert experiment.measures(config) <= metrics.keys()
     rows = experiment.summary_rows(config, metrics)
-    arms = experiment.arms(config) if hasattr(experiment, "arms") else ("main",)
-    assert len(rows) >= len(arms)
+    assert len(rows) >= len(experiment.arms(config))
     for name, value in metrics.items():
         if name.endswith("skipped_updates"):
             assert value == 0, name

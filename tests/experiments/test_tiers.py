@@ -53,7 +53,7 @@ def test_it_claims_only_what_it_measures(spec):
     claims = config.get("claims", {}).values()
     about = {name for c in claims for name in (c.ours, c.baseline) if name}
     assert about <= experiment.measures(config)
-    for arm in experiment.arms(config) if hasattr(experiment, "arms") else ("main",):
+    for arm in experiment.arms(config):
         stages = experiment.stages(config, arm)
         names = [stage.name for stage in stages]
         assert len(set(names)) == len(names)

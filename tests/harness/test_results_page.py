@@ -2,7 +2,7 @@
 
 from records import claim, unit
 
-from tmdjax.harness import ledger, results_page
+from tmdjax.harness import records, results_page, summaries
 
 CLAIM = claim(statement="a | b\nc", ours="loss", baseline=None)
 
@@ -15,20 +15,20 @@ def record(system="boss", tier="cpu", device="cpu, 2 cores", claims=(CLAIM,)):
     ]
     command = f"python -m experiments.run --config=configs/{system}.py:{tier}"
     given = {"system": system, "tier": tier, "command": command, "config_hash": "0"}
-    return ledger.summary(**given, units=units, claims=claims)
+    return summaries.summary(**given, units=units, claims=claims)
 
 
 def test_page_holds_claims_findings_and_commands_but_no_metrics():
-    records = [record(), record("appo", claims=()), record(tier="smoke")]
+    made = [record(), record("appo", claims=()), record(tier="smoke")]
     findings = {"boss": {"cpu": {"finding": "It works.", "picture": "cpu-a.png"}}}
-    text = results_page.render(records, findings)
-    assert text == results_page.render(records[::-1], findings)
+    text = results_page.render(made, findings)
+    assert text == results_page.render(made[::-1], findings)
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == [
         "# Results", "## appo, cpu tier", "## boss, smoke tier", "## boss, cpu tier"
     ]  # fmt: skip
     assert "It works.\n\n![boss, cpu tier](results/boss/cpu-a.png)" in text
-    assert f"{records[0]['command']}\n" in text and "peak memory 1.25 GB" in text
+    assert f"{made[0]['command']}\n" in text and "peak memory 1.25 GB" in text
     rows = [line for line in text.splitlines() if "a \\| b c" in line]
     assert len(rows) == 2
     for shown in ("B1", "1.5x", "> 0", "1.2", "reproduced", "5"):
@@ -59,7 +59,7 @@ def test_benchmarks_are_ratios_against_their_rival():
 
 def test_page_is_written_beside_the_records(tmp_path, refused):
     results = tmp_path / "results"
-    ledger.write_record(results, record())
+    records.write_record(results, record())
     written = results_page.write_results(results)
     assert written.read_text() == results_page.render([record()])
     (results / "findings.toml").write_text('[boss.cpu]\npicture = "gone.png"\n')

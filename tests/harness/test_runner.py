@@ -17,7 +17,7 @@ from checks import Numbered
 from ml_collections import ConfigDict
 
 from tmdjax import harness, train
-from tmdjax.harness import environment, ledger
+from tmdjax.harness import environment, summaries
 from tmdjax.harness import stages as stages_module
 from tmdjax.harness.environment import InUse, locked
 from tmdjax.harness.logs import read_rows, without_timings
@@ -95,6 +95,7 @@ def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None):
         report=report,
         describe=lambda config: {"parameters": 2},
         arms=lambda config: arms,
+        measures=lambda config: {"error", "w0"},
     )
 
 
@@ -119,6 +120,7 @@ def options(tmp_path, **changes):
 def run(tmp_path, experiment=None, config=None, **changes):
     """Runs the tiny experiment, or another one, in ``tmp_path / "run"``."""
     experiment, config = experiment or make_experiment(), config or make_config()
+    experiment = harness.check_experiment(experiment)
     return harness.run(experiment, config, options(tmp_path, **changes))
 
 
@@ -128,7 +130,7 @@ def test_a_run_leaves_its_records(tmp_path, capsys):
     for name in "config.json environment.json metrics.csv report.html".split():
         assert (workdir / name).exists()
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary.keys() >= set(ledger.SUMMARY_KEYS)
+    assert summary.keys() >= set(summaries.SUMMARY_KEYS)
     assert summary["claims"][0]["verdict"] == "reported"  # one seed gives no verdict
     assert summary["labels"] == {"net": "n1"}
     rows = read_rows(workdir / "metrics.jsonl")
@@ -225,7 +227,7 @@ def test_seeds_and_shards(tmp_path):
         for i in range(2)
     ]
     assert [s["seeds"] for s in shards] == [[0, 2, 4], [1, 3]]
-    merged = ledger.merge(shards)
+    merged = summaries.merge(shards)
     assert merged["metrics"] == whole["metrics"]
     assert merged["claims"][0]["verdict"] == "reproduced"
 
@@ -326,7 +328,8 @@ def test_metrics_of_one_name_in_two_stages_are_refused(tmp_path, refused):
 
 def test_dry_run_makes_nothing(tmp_path, capsys):
     calls = []
-    harness.dry_run(make_experiment(calls), make_config(), options(tmp_path))
+    experiment = harness.check_experiment(make_experiment(calls))
+    harness.dry_run(experiment, make_config(), options(tmp_path))
     assert not calls and not list(pathlib.Path(tmp_path).iterdir())
     out = capsys.readouterr().out
     assert "parameters" in out and "to run" in out
@@ -453,3 +456,35 @@ def test_peak_memory_counts_kilobytes_but_on_macos(monkeypatch):
     monkeypatch.setattr(environment.sys, "platform", "linux")
     assert environment.peak_memory_gb() == pytest.approx(1024 * bytes_, rel=0.1)
     assert environment.peak_memory_gb() > 0.05  # an interpreter with jax
+
+
+def test_an_experiment_is_checked_and_gets_its_defaults(tmp_path, refused):
+    given = make_experiment()
+    del given.arms
+    found = harness.check_experiment(given)
+    assert list(found.arms(None)) == ["main"] and found.updates(None) == {}
+    assert found.summary_rows(None, {"a": 1.0}) == [{"metric": "a", "value": 1.0}]
+    assert (found.PAIRING, found.REPORT_ARMS, found.RULES) == ("separate", False, ())
+    again = harness.check_experiment(found)
+    assert again.stages is given.stages and again.PAIRING == "separate"
+
+    def wrong(words, error=TypeError, **changes):
+        bad = types.SimpleNamespace(**{**vars(given), **changes})
+        refused(words, harness.check_experiment, bad, error=error)
+
+    wrong(r"\.report is called with \(config, results, folder\)", report=lambda c: None)
+    wrong(r"\.arms is called with \(config\).*not a callable", arms=("main",))
+    wrong("PAIRING='mixed' is not one of", PAIRING="mixed", error=ValueError)
+    empty = types.ModuleType("eleventh")
+    words = "eleventh is no experiment: it lacks stages, report, describe, measures"
+    refused(words, harness.check_experiment, empty, error=TypeError)
+
+
+def test_a_claim_about_what_is_not_measured_is_refused_before_the_run(
+    tmp_path, refused
+):
+    calls, config = [], make_config()
+    config.claims.T1.ours = "eror"
+    words = "'T1' is about 'eror', which .*Did you mean 'error'"
+    refused(words, run, tmp_path, make_experiment(calls), config)
+    assert not calls

@@ -1,12 +1,14 @@
-"""Experiment machinery: stages, configs, logs, reports and the ledger."""
+"""Experiment machinery: configs, stages, runs, claims, records, logs and reports."""
 
 from tmdjax.harness.config import ConfigError, load_config
+from tmdjax.harness.experiment import Experiment, Report, Update, check_experiment
 from tmdjax.harness.load import load
-from tmdjax.harness.runner import Options, Outcome, Report, check_run, dry_run, run
+from tmdjax.harness.runner import Options, Outcome, check_run, dry_run, run
 from tmdjax.harness.stages import Paused, Stage, StageContext, StageResult
 
 __all__ = [
     "ConfigError",
+    "Experiment",
     "Options",
     "Outcome",
     "Paused",
@@ -14,6 +16,8 @@ __all__ = [
     "Stage",
     "StageContext",
     "StageResult",
+    "Update",
+    "check_experiment",
     "check_run",
     "dry_run",
     "load",

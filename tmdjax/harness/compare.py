@@ -1,14 +1,14 @@
 """Runs side by side: the same metrics over the same seeds, with their significance."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tmdjax.core.registry import suggestion
-from tmdjax.harness.config import from_plain
-from tmdjax.harness.ledger import MAIN_ARM, Summary
+from tmdjax.harness.claims import metric_name
+from tmdjax.harness.config import read_json
+from tmdjax.harness.summaries import Summary
 from tmdjax.metrics.intervals import adjusted_p_values, paired_interval, paired_p_value
 
 
@@ -48,7 +48,7 @@ def read_run(text: str) -> Run:
             f"or a record under results/, each with :ARM for one arm."
         )
     try:
-        summary: Summary = from_plain(json.loads(file.read_text()))
+        summary: Summary = read_json(file)
         units = [(u["arm"], int(u["seed"]), u["metrics"]) for u in summary["units"]]
         device = summary["device"]
     except (ValueError, KeyError, TypeError) as error:
@@ -63,9 +63,12 @@ def read_run(text: str) -> Run:
     for name, seed, metrics in units:
         if arm not in (None, name):
             continue
-        prefix = "" if arm or name == MAIN_ARM else f"{name}/"
-        found = {f"{prefix}{key}": float(value) for key, value in metrics.items()}
-        seeds.setdefault(seed, {}).update(found)
+        seeds.setdefault(seed, {}).update(
+            {
+                key if arm else metric_name(name, key): float(value)
+                for key, value in metrics.items()
+            }
+        )
     return Run(text, device, seeds)
 
 

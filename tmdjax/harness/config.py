@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
+from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 
 _EXPECTED = {
@@ -119,6 +121,27 @@ def from_plain(plain: Any) -> Any:
     if isinstance(plain, str) and plain in _NOT_FINITE:
         return float(plain)
     return plain
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes plain values as an indented JSON file, atomically.
+
+    Raises:
+        ConfigError: :func:`to_plain` has no form for a value; names its key.
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(to_plain(value), indent=1, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads what :func:`write_json` wrote; tuples come back as lists.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON.
+    """
+    return from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def flatten(plain: Mapping[str, Any]) -> dict[str, Any]:

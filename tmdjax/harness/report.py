@@ -269,7 +269,7 @@ def claim_row(claim: Row) -> dict[str, Any]:
     """One line about a judged claim, for a table.
 
     Args:
-        claim: a dict from ``ledger.judge``.
+        claim: a dict from ``claims.judge``.
 
     Returns:
         Columns id, statement, published, value, 95 % interval, threshold,

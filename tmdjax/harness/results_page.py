@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tmdjax.core.files import write_atomically
-from tmdjax.harness import ledger
-from tmdjax.harness.ledger import Summary
 from tmdjax.harness.logs import format_duration
+from tmdjax.harness.records import order, read_records
 from tmdjax.harness.report import claim_row, format_value
+from tmdjax.harness.summaries import Summary
 
 Findings = Mapping[str, Mapping[str, Mapping[str, str]]]
 """By system and tier: "finding", a sentence, and "picture", a file beside it."""
@@ -41,7 +41,7 @@ def write_results(results: str | os.PathLike[str]) -> Path:
     """
     results = Path(results)
     text = render(
-        ledger.read_records(results),
+        read_records(results),
         read_findings(results),
         read_benchmarks(results.parent / "benchmarks" / "results"),
     )
@@ -89,11 +89,11 @@ def render(
     """The page; the same text in any order of records.
 
     Args:
-        records: as read by :func:`tmdjax.harness.ledger.read_records`.
+        records: as read by :func:`tmdjax.harness.records.read_records`.
         findings: see :data:`Findings`.
         benchmarks: as read by :func:`read_benchmarks`.
     """
-    records = sorted(records, key=ledger.order)
+    records = sorted(records, key=order)
     lines = ["# Results", ""]
     lines += ["Rendered by `python -m experiments.report --render`; do not edit."]
     if all(record["device"].startswith("cpu") for record in records):

@@ -1,47 +1,29 @@
-"""Runs an experiment: units, stages, records, figures, report.
-
-An experiment is a module (or any object) with
-
-    stages(config, arm) -> list[Stage]
-    report(config, results, folder) -> Report      figures and tables of one unit
-    describe(config) -> dict[str, Any]             sizes, without allocating
-
-and optionally ``arms(config)``, the names of its arms (``("main",)`` if absent), and
-``measures(config)``, the metrics that its units will have, named as in a summary:
-claims about others are then refused before the run. ``planned(config)`` names steps for
-``experiments.plan``. A unit is one arm under one seed; shards share the units out.
-``PAIRING = "vmapped"`` says that a stage trains all seeds side by side. Arms that the
-config names in ``one_seed_arms`` (ablations) run under the first seed alone, and claims
-about them are 'reported'.
-"""
+"""Runs an experiment: its units, one after another, each stage by stage."""
 
 import contextlib
 import dataclasses
-import json
-import logging
 import os
 import pathlib
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tmdjax import train
 from tmdjax.core.checks import check_choice
-from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
-from tmdjax.harness import environment, ledger, report, results_page
-from tmdjax.harness.config import (
-    ConfigError,
-    config_hash,
-    differences,
-    from_plain,
-    to_plain,
+from tmdjax.harness import (
+    environment,
+    records,
+    report,
+    results_page,
+    run_folder,
+    summaries,
 )
-from tmdjax.harness.load import model_folder
-from tmdjax.harness.logs import format_duration, read_rows, write_csv
+from tmdjax.harness.claims import Claim
+from tmdjax.harness.config import ConfigError, config_hash, to_plain
+from tmdjax.harness.experiment import Experiment, Report
+from tmdjax.harness.logs import format_duration, read_rows
 from tmdjax.harness.stages import (
     Paused,
     StageCache,
@@ -49,31 +31,6 @@ from tmdjax.harness.stages import (
     select,
     stage_hashes,
 )
-
-logger = logging.getLogger("tmdjax")
-
-UNITS = "units"
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What an experiment shows.
-
-    Attributes:
-        tables: (caption, rows), printed and in report.html.
-        figures: (caption, path of a PNG or HTML page, or None).
-    """
-
-    tables: list[tuple[str, list[dict[str, Any]]]] = dataclasses.field(
-        default_factory=list
-    )
-    figures: list[tuple[str, pathlib.Path | None]] = dataclasses.field(
-        default_factory=list
-    )
-
-    def __add__(self, other: "Report") -> "Report":
-        """Both, one after the other."""
-        return Report(self.tables + other.tables, self.figures + other.figures)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,17 +83,20 @@ class Outcome(NamedTuple):
     finished: bool = True
 
 
-def run(experiment: Any, config: Any, options: Options) -> Outcome:
+def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
     """Runs an experiment, or goes on with it.
 
     Args:
-        experiment: see the module.
+        experiment: from :func:`tmdjax.harness.check_experiment`.
         config: locked config with 'system' and, optionally, 'claims' (fields of
-            :class:`~tmdjax.harness.ledger.Claim` by id).
+            :class:`~tmdjax.harness.claims.Claim` by id) and 'one_seed_arms', the arms
+            that run under the first seed alone.
         options: how.
 
     Raises:
-        ConfigError: the workdir belongs to another config.
+        ConfigError: the workdir belongs to another config, or options that do not go
+            together.
+        ValueError: impossible settings, or an unknown stage.
         OSError: the workdir cannot be written.
         RuntimeError: another run uses it.
     """
@@ -153,49 +113,56 @@ def run(experiment: Any, config: Any, options: Options) -> Outcome:
             cache_root, stopper.should_stop, options.writers, options.profiled_steps
         )
         if options.fresh:
-            _discard(experiment, config, options, workdir, cache)
-        _claim_workdir(workdir, config, options)
+            for arm, seed in units:
+                stages = experiment.stages(config, arm)
+                for name, hash_ in stage_hashes(stages, seed).items():
+                    cache.discard(name, hash_)
+            run_folder.discard(workdir)
+        run_folder.claim_workdir(workdir, config, options.tier)
         shown: Report | None = None
         reported: set[str] = set()
-        finished = True
+        paused = False
         for arm, seed in units:
             try:
                 results = _run_unit(
                     experiment, config, options, workdir, cache, arm, seed
                 )
-            except Paused as paused:
-                print(f"paused: {paused}. The same command goes on from here.")
-                finished = False
+            except Paused as reason:
+                print(f"paused: {reason}. The same command goes on from here.")
+                paused = True
                 break
-            if shown is None or (
-                getattr(experiment, "REPORT_ARMS", False) and arm not in reported
-            ):
+            if shown is None or (experiment.REPORT_ARMS and arm not in reported):
                 reported.add(arm)
-                more = experiment.report(config, results, workdir / "figures")
+                figures = workdir / run_folder.FIGURES
+                more = experiment.report(config, results, figures)
                 shown = more if shown is None else shown + more
-        done = _finished_units(experiment, config, workdir)
-        _collect_metrics(done, workdir)
+        code = stopper.code if paused else 0
+        finished = not paused and not stopper.should_stop()
+        done = run_folder.finished_units(experiment, config, workdir)
+        run_folder.write_metrics(workdir, done)
         if shown is None or options.stage is not None or not done:
             for _, path in shown.figures if shown else []:
                 print(f"wrote {path}")
-            code = 0 if finished else stopper.code
-            return Outcome(code, None, finished and not stopper.should_stop())
-        summary = _summarise(experiment, config, options, done, claims)
-        _write_json(workdir / "summary.json", summary)
-        _show(config, options, workdir, summary, shown)
-        if options.record and finished:
-            path = ledger.write_record(options.results, summary)
-            for _, figure in shown.figures:
-                if figure is not None:
-                    copy = path.with_name(f"{path.stem}-{figure.name}")
-                    write_atomically(copy, figure.read_bytes())
+            return Outcome(code, None, finished)
+        found = summaries.summary(
+            system=config.system,
+            tier=options.tier,
+            command=options.command,
+            config_hash=config_hash(to_plain(config)),
+            units=[each["unit"] for each in done],
+            claims=claims,
+            pairing=experiment.PAIRING,
+        )
+        run_folder.show(workdir, found, shown)
+        if options.record and not paused:
+            record = records.write_record(options.results, found)
+            records.copy_figures([workdir], record)
             results_page.write_results(options.results)
-            print(f"recorded {path}")
-        code = 0 if finished else stopper.code
-        return Outcome(code, summary, finished and not stopper.should_stop())
+            print(f"recorded {record}")
+        return Outcome(code, found, finished)
 
 
-def check_run(experiment: Any, config: Any, options: Options) -> list[ledger.Claim]:
+def check_run(experiment: Experiment, config: Any, options: Options) -> list[Claim]:
     """Refuses what cannot work before anything is compiled; returns the claims.
 
     Raises:
@@ -203,17 +170,25 @@ def check_run(experiment: Any, config: Any, options: Options) -> list[ledger.Cla
         ValueError: impossible settings, or an unknown stage.
     """
     claims = [
-        ledger.Claim(id=name, **fields)
+        Claim(id=name, **fields)
         for name, fields in to_plain(config.get("claims", {})).items()
     ]
     experiment.describe(config)
-    _check_claims(experiment, config, claims)
-    for arm in _arms(experiment, config):
+    measured = experiment.measures(config)
+    for claim in claims:
+        for name in filter(None, (claim.ours, claim.baseline)):
+            if name not in measured:
+                raise ConfigError(
+                    f"claim {claim.id!r} is about {name!r}, which this config does not "
+                    f"measure; change its settings or clear the claim."
+                    f"{suggestion(name, measured)}"
+                )
+    for arm in experiment.arms(config):
         select(experiment.stages(config, arm), options.stage)
     return claims
 
 
-def dry_run(experiment: Any, config: Any, options: Options) -> None:
+def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
     """Prints sizes and stages without training or allocating anything."""
     cache = StageCache(_places(config, options)[1])
     rows = []
@@ -248,33 +223,15 @@ def _places(config: Any, options: Options) -> tuple[pathlib.Path, pathlib.Path]:
     return workdir, options.cache or workdir.parent / "stages"
 
 
-def _arms(experiment: Any, config: Any) -> tuple[str, ...]:
-    if not hasattr(experiment, "arms"):
-        return (ledger.MAIN_ARM,)
-    return tuple(experiment.arms(config))
-
-
-def _check_claims(experiment: Any, config: Any, claims: Sequence[ledger.Claim]) -> None:
-    if not hasattr(experiment, "measures"):
-        return
-    measured = set(experiment.measures(config))
-    for claim in claims:
-        for name in filter(None, (claim.ours, claim.baseline)):
-            if name not in measured:
-                raise ConfigError(
-                    f"claim {claim.id!r} is about {name!r}, which this config does not "
-                    f"measure; change its settings or clear the claim."
-                    f"{suggestion(name, measured)}"
-                )
-
-
-def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, int]]:
+def _units(
+    experiment: Experiment, config: Any, options: Options
+) -> list[tuple[str, int]]:
     index, count = options.shard
     if not 0 <= index < count:
         raise ConfigError(
             f"--shard={index}/{count}: the index must be in [0, {count})."
         )
-    arms = _arms(experiment, config)
+    arms = tuple(experiment.arms(config))
     alone = tuple(config.get("one_seed_arms", ()))
     for arm in alone:
         check_choice("one_seed_arms", arm, arms)
@@ -283,7 +240,7 @@ def _units(experiment: Any, config: Any, options: Options) -> list[tuple[str, in
         for arm in arms
         for seed in (options.seeds[:1] if arm in alone else options.seeds)
     ]
-    together = getattr(experiment, "PAIRING", "separate") == "vmapped"
+    together = experiment.PAIRING == "vmapped"
     what, size = "units (arms x seeds)", len(units)
     if together:  # all seeds of an arm are one training, and stay in one shard
         what, size = "arms, whose seeds are trained together", len(arms)
@@ -335,58 +292,8 @@ def _stopper(max_seconds: float | None) -> Iterator[_Stopper]:
             signal.signal(number, old)
 
 
-def _discard(
-    experiment: Any,
-    config: Any,
-    options: Options,
-    workdir: pathlib.Path,
-    cache: StageCache,
-) -> None:
-    """Removes what a run wrote; nothing else that lies in the workdir."""
-    for arm, seed in _units(experiment, config, options):
-        for name, hash_ in stage_hashes(experiment.stages(config, arm), seed).items():
-            cache.discard(name, hash_)
-    for name in (UNITS, "figures", "models"):
-        if (workdir / name).exists():
-            shutil.rmtree(workdir / name)
-    for name in (
-        "config.json",
-        "environment.json",
-        "summary.json",
-        "metrics.jsonl",
-        "metrics.csv",
-        "report.html",
-    ):
-        (workdir / name).unlink(missing_ok=True)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    text = json.dumps(to_plain(value), indent=1, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
-
-
-def _claim_workdir(workdir: pathlib.Path, config: Any, options: Options) -> None:
-    """Writes config.json, or refuses a workdir that belongs to another config."""
-    plain = to_plain(config)
-    path = workdir / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        changed = differences(old["config"], plain)
-        if old["tier"] != options.tier:
-            changed.insert(0, f"tier: {old['tier']} -> {options.tier}")
-        if changed:
-            raise ConfigError(
-                f"{workdir} belongs to another config ({'; '.join(changed)}); give "
-                f"another --workdir, or --fresh to discard it."
-            )
-    _write_json(
-        path, {"tier": options.tier, "hash": config_hash(plain), "config": plain}
-    )
-    _write_json(workdir / "environment.json", environment.environment())
-
-
 def _run_unit(
-    experiment: Any,
+    experiment: Experiment,
     config: Any,
     options: Options,
     workdir: pathlib.Path,
@@ -394,11 +301,17 @@ def _run_unit(
     arm: str,
     seed: int,
 ) -> dict[str, StageResult]:
+    """The results of the stages of one unit; once all are there, the unit is stored.
+
+    Raises:
+        Paused: it is time to leave, or another run holds a stage.
+        ValueError: two stages report a metric of one name.
+    """
     stages = select(experiment.stages(config, arm), options.stage)
     hashes = stage_hashes(stages, seed)
     results: dict[str, StageResult] = {}
+    made: dict[str, dict[str, Any]] = {}
     metrics: dict[str, float] = {}
-    records = []
     labels: dict[str, str] = {}
     logs: dict[str, Any] = {}
     for stage in stages:
@@ -414,137 +327,20 @@ def _run_unit(
             )
         metrics |= result.metrics
         labels |= result.labels
-        results[stage.name] = result
-        records.append(record)
+        results[stage.name], made[hash_] = result, record
         rows = cache.metrics_path(stage.name, hash_)
         if rows.exists():
             logs[stage.name] = read_rows(rows)
-    if options.stage is not None:
-        return results
-    meta = {
-        "config": to_plain(config),
-        "tier": options.tier,
-        "arm": arm,
-        "seed": seed,
-        "metrics": metrics,
-        "stages": hashes,
-    }
-    trained = [(r, r.model) for r in results.values() if r.model is not None]
-    if trained:
-        result, model = trained[-1]  # the last one is the model of the run
-        spec, facts = dict(model), meta | dict(result.meta)
-        folder = model_folder(workdir, arm, seed)
-        if train.model_meta(folder) != facts | {"spec": spec}:
-            train.save_model(folder, spec, result.outputs["params"], facts)
-    unit = {
-        "arm": arm,
-        "seed": seed,
-        "metrics": metrics,
-        # what this unit costs alone: stages shared with others count in each
-        "wall_s": sum(record["wall_s"] for record in records),
-        "stage_s": {
-            hashes[stage.name]: record["wall_s"]
-            for stage, record in zip(stages, records)
-        },
-        "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
-        "device": ledger.side_by_side(
-            (record["device"] for record in records), " and "
-        ),
-        "commit": ledger.side_by_side(record["commit"] for record in records),
-        "versions": {
-            name: ledger.side_by_side(
-                r["versions"][name] for r in records if name in r["versions"]
-            )
-            for name in records[-1]["versions"]
-        },
-        "labels": labels,
-    }
-    _write_json(
-        workdir / UNITS / f"{arm}-seed{seed}.json",
-        {"unit": unit, "logs": logs, "stages": hashes},
-    )
+    if options.stage is None:
+        facts = {
+            "config": to_plain(config),
+            "tier": options.tier,
+            "arm": arm,
+            "seed": seed,
+            "metrics": metrics,
+            "stages": hashes,
+        }
+        run_folder.save_model(workdir, list(results.values()), facts)
+        unit = summaries.unit(arm, seed, metrics, labels, made)
+        run_folder.write_unit(workdir, unit, hashes, logs)
     return results
-
-
-def _finished_units(
-    experiment: Any, config: Any, workdir: pathlib.Path
-) -> list[dict[str, Any]]:
-    """Units in the workdir whose stages are those of today's code and config."""
-    found = []
-    for path in sorted((workdir / UNITS).glob("*.json")):
-        try:
-            unit = from_plain(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); remove it and run the same command: "
-                f"its stages are cached."
-            ) from error
-        arm, seed = unit["unit"]["arm"], unit["unit"]["seed"]
-        if unit["stages"] == stage_hashes(experiment.stages(config, arm), seed):
-            found.append(unit)
-        else:
-            logger.warning("%s is of an earlier version and left out", path.name)
-    return found
-
-
-def _collect_metrics(units: Iterable[dict[str, Any]], workdir: pathlib.Path) -> None:
-    """metrics.jsonl and metrics.csv of finished units, one row a log."""
-    rows = [
-        {"arm": unit["unit"]["arm"], "seed": unit["unit"]["seed"], "stage": name, **row}
-        for unit in units
-        for name, log in unit["logs"].items()
-        for row in log
-    ]
-    lines = "".join(json.dumps(to_plain(row)) + "\n" for row in rows)
-    write_atomically(workdir / "metrics.jsonl", lines.encode())
-    write_csv(rows, workdir / "metrics.csv")
-
-
-def _summarise(
-    experiment: Any,
-    config: Any,
-    options: Options,
-    finished: Sequence[dict[str, Any]],
-    claims: Sequence[ledger.Claim],
-) -> dict[str, Any]:
-    units = [unit["unit"] for unit in finished]
-    return ledger.summary(
-        system=config.system,
-        tier=options.tier,
-        command=options.command,
-        config_hash=config_hash(to_plain(config)),
-        units=units,
-        claims=claims,
-        pairing=getattr(experiment, "PAIRING", "separate"),
-        complete={unit["arm"] for unit in units} == set(_arms(experiment, config)),
-    )
-
-
-def _show(
-    config: Any,
-    options: Options,
-    workdir: pathlib.Path,
-    summary: Mapping[str, Any],
-    shown: Report,
-) -> None:
-    for caption, rows in shown.tables:
-        print(f"\n{caption}\n{report.text_table(rows)}")
-    if summary["claims"]:
-        rows = [report.claim_row(claim) for claim in summary["claims"]]
-        print(f"\nClaims\n{report.text_table(rows)}")
-    path = report.write_report(
-        workdir / "report.html",
-        title=f"{config.system}: {options.tier}",
-        command=summary["command"],
-        environment=environment.environment()
-        | {
-            "seeds": summary["seeds"],
-            "wall_s": round(summary["wall_s"], 1),
-            "peak_memory_gb": summary["peak_memory_gb"],
-            "config": config_hash(to_plain(config)),
-        },
-        tables=shown.tables,
-        figures=shown.figures,
-        claims=summary["claims"],
-    )
-    print(f"\nwrote {path} and {workdir / 'summary.json'}")

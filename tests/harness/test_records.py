@@ -1,169 +1,19 @@
+"""Summaries of runs, their merge, and the records that they become."""
+
 import json
 import math
 import random
-import re
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import claim, unit
-from scipy import stats
+from records import claim, refuses, unit
 
-from tmdjax.harness.ledger import (
-    SUMMARY_KEYS,
-    judge,
-    merge,
-    read_records,
-    summary,
-    with_seeds,
-    write_record,
-)
+from tmdjax.harness.records import read_records, write_record
+from tmdjax.harness.summaries import SUMMARY_KEYS, merge, summary, with_seeds
 
 EXACT = {"statistic": "exact", "direction": "equal"}
-
-
 REPORT = {"statistic": "report", "direction": None, "threshold": None}
-
-
-def refuses(words, call, *arguments, **options):
-    """An error of one line that says these words as they stand."""
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-
-
-def judged(ours, baseline=None, **changes):
-    per_seed = [{"boss/score": x} for x in ours]
-    for metrics, x in zip(per_seed, baseline or []):
-        metrics["uniform/score"] = x
-    if baseline is None:
-        changes["baseline"] = None
-    return judge(claim(**changes), per_seed, list(range(len(ours))), "cpu")
-
-
-# --- claims -----------------------------------------------------------------
-
-
-def test_claims_that_do_not_fit_together_are_refused():
-    refuses("claim 'B1'", claim, statistic="ratios")
-    refuses("'ratios' is not one of", claim, statistic="ratios")
-    refuses("Did you mean 'ratio'?", claim, statistic="ratios")
-    words = "direction='equal' is not one of 'greater', 'less'"
-    refuses(words, claim, direction="equal")
-    refuses("direction='None' is not one of", claim, direction=None)
-    refuses("direction='greater' is not one of 'equal'", claim, statistic="exact")
-    words = "threshold is None; a difference needs a finite one"
-    refuses(words, claim, threshold=None)
-    refuses("threshold is inf", claim, threshold=math.inf)
-    refuses("ours is empty", claim, ours=" ")
-    refuses("claim '': id is empty", claim, id="")
-    words = "baseline and ours are both 'boss/score'"
-    refuses(words, claim, baseline="boss/score")
-
-
-# --- verdicts ---------------------------------------------------------------
-
-FIVE = [1.0, 1.1, 0.9, 1.05, 0.95]
-
-
-@pytest.mark.parametrize(
-    "ours, changes, verdict",
-    [
-        (FIVE, {"threshold": 0.5}, "reproduced"),
-        (FIVE, {"threshold": 1.5}, "not reproduced"),
-        (FIVE, {"threshold": 1.01}, "inconclusive"),
-        (FIVE, {"threshold": 1.5, "direction": "less"}, "reproduced"),
-        (FIVE, {"threshold": 0.5, "direction": "less"}, "not reproduced"),
-        (FIVE, {"threshold": 0.99, "direction": "less"}, "inconclusive"),
-        ([1.0] * 5, {"threshold": 1.0}, "inconclusive"),
-        ([*FIVE, math.nan], {"threshold": 0.5}, "inconclusive"),
-        ([*FIVE, math.inf], {"threshold": 0.5}, "inconclusive"),
-        (FIVE[:4], {"threshold": 0.5}, "pilot"),
-        (FIVE[:3], {"threshold": 1.5}, "pilot"),
-        (FIVE[:2], {"threshold": 0.5}, "reported"),
-        (FIVE[:1], {"threshold": 0.5}, "reported"),
-        (FIVE, {"threshold": 0.5, "simulated": True}, "simulated"),
-        (FIVE[:1], REPORT, "reported"),
-        (FIVE, {"statistic": "report", "threshold": 0.5}, "reported"),
-        ([3.0], {**EXACT, "threshold": 3}, "exact"),
-        ([3.0, 3.0 + 1e-15, 3.0], {**EXACT, "threshold": 3.0}, "not reproduced"),
-        ([3.0, math.nan], {**EXACT, "threshold": 3.0}, "not reproduced"),
-    ],
-)
-def test_verdicts(ours, changes, verdict):
-    assert judged(ours, **changes)["verdict"] == verdict
-
-
-def test_difference_interval_is_the_paired_t_interval_of_scipy():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(1, 0.3, 6).tolist(), rng.normal(0, 0.3, 6).tolist()
-    result = judged(a, b)
-    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
-    np.testing.assert_allclose(result["ci95"], [low, high], rtol=1e-10)
-    np.testing.assert_allclose(result["value"], np.mean(a) - np.mean(b), rtol=1e-10)
-    assert result["ours"] == a
-    assert result["baseline"] == b
-    # A common shift of both arms in a seed changes nothing: seeds are paired.
-    shift = rng.normal(0, 50, 6)
-    moved = judged((a + shift).tolist(), (b + shift).tolist())
-    np.testing.assert_allclose(moved["ci95"], [low, high], rtol=1e-9)
-
-
-def test_single_arm_interval_is_the_t_interval_of_scipy():
-    result = judged(FIVE, threshold=0.5)
-    low, high = stats.ttest_1samp(FIVE, 0).confidence_interval(0.95)
-    np.testing.assert_allclose(result["ci95"], [low, high], rtol=1e-10)
-    assert result["baseline"] is None
-
-
-def test_ratio_is_blind_to_the_unit_of_each_seed():
-    ours, base = [2.0, 4.2, 8.1, 1.9, 2.2], [1.0, 2.0, 4.0, 1.0, 1.0]
-    ratio = {"statistic": "ratio", "threshold": 1.5}
-    result = judged(ours, base, **ratio)
-    assert result["verdict"] == "reproduced"
-    scale = [1, 10, 0.1, 7, 3]
-    ours, base = ([x * s for x, s in zip(values, scale)] for values in (ours, base))
-    scaled = judged(ours, base, **ratio)
-    np.testing.assert_allclose(scaled["ci95"], result["ci95"], rtol=1e-12)
-
-
-def test_a_ratio_that_does_not_exist_is_inconclusive_not_an_error():
-    result = judged([1.0] * 5, [1.0, 1.0, 0.0, 1.0, 1.0], statistic="ratio")
-    assert result["verdict"] == "inconclusive"
-    assert result["value"] is None and result["ci95"] == [None, None]
-
-
-def test_exact_compares_arms_seed_by_seed_and_shows_the_worst():
-    fields = {**EXACT, "threshold": 0.0}
-    assert judged([0.1, 0.7], [0.1, 0.7], **fields)["verdict"] == "exact"
-    result = judged([0.1, 0.75, 0.5], [0.1, 0.5, 0.625], **fields)
-    assert result["verdict"] == "not reproduced" and result["value"] == 0.25
-
-
-def test_one_seed_has_a_value_but_no_interval():
-    result = judged([2.0], [0.5])
-    assert result["value"] == 1.5 and result["ci95"] == [None, None]
-
-
-def test_judge_refuses_bad_input():
-    near = [{"boss/score": 1.0, "uniform/scor": 2.0}]
-    cases = (
-        ("at least one", [], []),
-        ("metrics of 1 seed(s) for seeds [0, 1]", [{}], [0, 1]),
-        ("a seed twice: [3, 3]", [{}, {}], [3, 3]),
-        ("needs metric 'uniform/score', which seed 7 of tier 'cpu' lacks", near, [7]),
-        ("Did you mean 'uniform/scor'?", near, [7]),
-    )
-    for words, per_seed, seeds in cases:
-        refuses(words, judge, claim(), per_seed, seeds, "cpu")
-    words = "pairing='mixed' is not one of"
-    refuses(words, judge, claim(), [{}], [0], "cpu", pairing="mixed")
-
-
-# --- summaries and their merge ------------------------------------------------
-
-
 MADE = {"device": "NVIDIA H100", "versions": {"jax": "0.10.2"}}
 MADE["labels"] = {"frechet": "FD-net@1"}
 
@@ -240,12 +90,6 @@ def test_summary_refuses_bad_input():
     words = "arm 'a' seed 0 stands twice with different content"
     refuses(words, summarise, twice, [])
     refuses("two claims share an id", summarise, claims=[claim(), claim()])
-    other = [claim(ours="boss/scores")]
-    words = "metric 'boss/scores', which no unit measured"
-    refuses(words, summarise, claims=other)
-    refuses("Did you mean 'boss/score'?", summarise, claims=other)
-    other = [claim(baseline="unifrm/score")]
-    refuses("Did you mean 'uniform/score'?", summarise, claims=other)
 
 
 def shards(assignment, order, repeated=()):
@@ -253,7 +97,7 @@ def shards(assignment, order, repeated=()):
         rows = zip(UNITS, assignment)
         return [u for u, part in rows if part == n or (n, u["seed"]) in repeated]
 
-    parts = [summarise(of(n), complete=False) for n in sorted(set(assignment))]
+    parts = [summarise(of(n)) for n in sorted(set(assignment))]
     order.shuffle(parts)
     return parts
 
@@ -270,9 +114,9 @@ def test_merge_refuses_what_differs():
     refuses("boss gpu differ in the definition", merge, [summarise(), moved])
     tpu = summarise([u | {"device": "TPU v5e"} for u in UNITS])
     refuses("differ in device: 'NVIDIA H100' and 'TPU", merge, [summarise(), tpu])
-    slower = summarise([UNITS[0] | {"wall_s": 99.0}], complete=False)
+    slower = summarise([UNITS[0] | {"wall_s": 99.0}])
     assert merge([summarise(), slower]) == summarise()  # a rerun may take longer
-    other = summarise([UNITS[0] | {"metrics": {"score": 9.0}}], complete=False)
+    other = summarise([UNITS[0] | {"metrics": {"score": 9.0}}])
     refuses("arm 'boss' seed 0 stands twice", merge, [summarise(), other])
 
 
@@ -321,7 +165,7 @@ def test_units_of_two_nets_or_devices_are_not_pooled(refused):
         other = [*UNITS[:-1], UNITS[-1] | change]
         refused(r"units differ in .*cannot be judged", summarise, other)
     halves = (UNITS[:5], [u | net for u in UNITS[5:]])
-    shards = [summarise(units, complete=False) for units in halves]
+    shards = [summarise(units) for units in halves]
     refused(r"FD-net@1, FD-net@2", merge, shards)
 
 
@@ -376,7 +220,7 @@ def test_a_missing_key_is_refused_in_both_directions(tmp_path):
 
 
 def test_an_unfinished_summary_is_not_recorded(tmp_path):
-    shard = summarise(UNITS[:5], complete=False)
+    shard = summarise(UNITS[:5])
     words = "claim 'B1' has no seed with 'boss/score' and 'uniform/score'"
     refuses(words, write_record, tmp_path, shard)
 

@@ -1,0 +1,172 @@
+"""What an experiment is: the members that the runner and the commands call.
+
+A module of ``experiments/``, or any object, with the members of :class:`Experiment`.
+Those in ``REQUIRED`` must be there; of the others, what stands here is the default.
+"""
+
+import dataclasses
+import inspect
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from tmdjax.core.checks import check_choice
+from tmdjax.harness.claims import MAIN_ARM, PAIRINGS
+from tmdjax.harness.stages import Stage, StageResult
+
+Config = Any
+"""A locked ``ConfigDict``, as :func:`tmdjax.harness.load_config` returns it."""
+
+REQUIRED = ("stages", "report", "describe", "measures")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an experiment shows.
+
+    Attributes:
+        tables: (caption, rows), printed and in report.html.
+        figures: (caption, path of a PNG, GIF or HTML page, or None for one left out).
+    """
+
+    tables: list[tuple[str, list[dict[str, Any]]]] = dataclasses.field(
+        default_factory=list
+    )
+    figures: list[tuple[str, pathlib.Path | None]] = dataclasses.field(
+        default_factory=list
+    )
+
+    def __add__(self, other: "Report") -> "Report":
+        """Both, one after the other."""
+        return Report(self.tables + other.tables, self.figures + other.figures)
+
+
+class Update(NamedTuple):
+    """A compiled step of an experiment, from shapes alone.
+
+    Attributes:
+        step: a function that can be traced; not yet jitted.
+        shapes: of its arguments, of which the second is the batch.
+        donated: the numbers of the arguments that it may write over.
+    """
+
+    step: Any
+    shapes: tuple[Any, ...]
+    donated: int | tuple[int, ...]
+
+
+@runtime_checkable
+class Experiment(Protocol):
+    """Stages under some arms and seeds, what they measure, and what is shown of them.
+
+    A unit is one arm under one seed; shards of a run share the units out. Functions
+    must refuse settings that cannot work (ValueError) before anything is compiled.
+
+    Attributes:
+        PAIRING: 'separate', or 'vmapped' where a stage trains all seeds of an arm side
+            by side; those then stay in one shard.
+        REPORT_ARMS: whether :meth:`report` is called for the first finished unit of
+            every arm, not only for the first of all.
+        RULES: by which ``experiments.plan`` cuts parameters over a mesh, in the form
+            of :data:`tmdjax.train.DECODER_RULES`.
+    """
+
+    PAIRING: str = "separate"
+    REPORT_ARMS: bool = False
+    RULES: Sequence[Any] = ()
+
+    def stages(self, config: Config, arm: str) -> list[Stage]:
+        """The stages of one arm; a stage stands after those whose results it reads."""
+        ...
+
+    def report(
+        self,
+        config: Config,
+        results: Mapping[str, StageResult],
+        folder: pathlib.Path,
+    ) -> Report:
+        """Tables and figures of one unit.
+
+        Args:
+            config: of the run.
+            results: by stage; the last stages are absent under ``--stage``.
+            folder: where figures go; it may not exist yet.
+        """
+        ...
+
+    def describe(self, config: Config) -> dict[str, Any]:
+        """Sizes by name, found without allocating or training anything.
+
+        Raises:
+            ValueError: settings that cannot work.
+        """
+        ...
+
+    def measures(self, config: Config) -> set[str]:
+        """The metrics that units will have: 'arm/name', or 'name' of the arm 'main'.
+
+        A claim about any other is refused before the run.
+        """
+        ...
+
+    def arms(self, config: Config) -> Sequence[str]:
+        """The names of the arms.
+
+        Arms that the config lists in ``one_seed_arms`` (ablations) run under the first
+        seed alone.
+        """
+        return (MAIN_ARM,)
+
+    def summary_rows(
+        self, config: Config, found: Mapping[str, float]
+    ) -> list[dict[str, Any]]:
+        """The table of a record in README and docs, from its metrics by name."""
+        return [{"metric": name, "value": value} for name, value in found.items()]
+
+    def updates(self, config: Config) -> Mapping[str, Update]:
+        """The steps whose memory and FLOPs ``experiments.plan`` asks the compiler."""
+        return {}
+
+
+class _Checked(Experiment):
+    """The members of an experiment, and the defaults of those that it lacks."""
+
+
+def check_experiment(given: Any) -> Experiment:
+    """An experiment from a module or object, complete and of the right shape.
+
+    Args:
+        given: has the members of :class:`Experiment`; others are its own.
+
+    Raises:
+        TypeError: a member is missing, or does not take what it is called with.
+        ValueError: PAIRING is unknown.
+    """
+    name = getattr(given, "__name__", type(given).__name__)
+    missing = [member for member in REQUIRED if not hasattr(given, member)]
+    if missing:
+        raise TypeError(
+            f"{name} is no experiment: it lacks {', '.join(missing)}. Define what "
+            f"tmdjax.harness.Experiment names."
+        )
+    found = _Checked()
+    for member, default in vars(Experiment).items():
+        if member.startswith("_") or not hasattr(given, member):
+            continue
+        value = getattr(given, member)
+        if callable(default):
+            _check_call(f"{name}.{member}", value, default)
+        setattr(found, member, value)
+    check_choice(f"{name}.PAIRING", found.PAIRING, PAIRINGS)
+    return found
+
+
+def _check_call(name: str, function: Any, contract: Any) -> None:
+    """Refuses what cannot be called with the positional arguments of a contract."""
+    arguments = list(inspect.signature(contract).parameters)[1:]
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is called with ({', '.join(arguments)}): {error}."
+        ) from None

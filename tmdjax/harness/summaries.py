@@ -1,0 +1,290 @@
+"""Summaries: what a run found, unit by unit, and how shards of one run are joined.
+
+A unit is one arm under one seed. The summary of a run holds its units, their means and
+the judged claims.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tmdjax.harness.claims import PAIRINGS, Claim, judge, metric_name, stated
+
+SUMMARY_KEYS = (
+    "system",
+    "tier",
+    "metrics",
+    "device",
+    "wall_s",
+    "peak_memory_gb",
+    "seeds",
+    "command",
+    "commit",
+    "claims",
+    "config_hash",
+    "versions",
+    "labels",
+    "units",
+)
+UNIT_KEYS = (
+    "arm",
+    "seed",
+    "metrics",
+    "wall_s",
+    "peak_memory_gb",
+    "device",
+    "commit",
+    "versions",
+    "labels",
+)
+
+Summary = dict[str, Any]
+
+
+def unit(
+    arm: str,
+    seed: int,
+    metrics: Mapping[str, float],
+    labels: Mapping[str, str],
+    records: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What a run notes of one arm under one seed.
+
+    Args:
+        arm: of the experiment.
+        seed: of the unit.
+        metrics: of all its stages.
+        labels: of all its stages, such as that of the net behind a Frechet distance.
+        records: by the hash of the stage, how its result was made, as
+            :meth:`tmdjax.harness.stages.StageCache.run` returns it.
+
+    Returns:
+        A dict with ``UNIT_KEYS``. ``wall_s`` is what the unit costs alone: stages that
+        it shares with others count in each of them.
+    """
+    made = list(records.values())
+    return {
+        "arm": arm,
+        "seed": seed,
+        "metrics": dict(metrics),
+        "wall_s": sum(record["wall_s"] for record in made),
+        "stage_s": {name: record["wall_s"] for name, record in records.items()},
+        "peak_memory_gb": max(record["peak_memory_gb"] for record in made),
+        "device": side_by_side((record["device"] for record in made), " and "),
+        "commit": side_by_side(record["commit"] for record in made),
+        "versions": versions_side_by_side(record["versions"] for record in made),
+        "labels": dict(labels),
+    }
+
+
+def summary(
+    *,
+    system: str,
+    tier: str,
+    command: str,
+    config_hash: str,
+    units: Iterable[Mapping[str, Any]],
+    claims: Sequence[Claim] = (),
+    pairing: str = "separate",
+) -> Summary:
+    """Builds the summary of a run, or of a shard of one.
+
+    Args:
+        system: name of the system.
+        tier: name of the tier.
+        command: what to type, without seeds and shards: the seeds of the units are
+            added.
+        config_hash: from :func:`tmdjax.harness.config.config_hash`.
+        units: from :func:`unit`, one an arm and seed. Those of old records lack
+            ``stage_s``.
+        claims: what to judge. A claim takes the seeds that have both its metrics, and
+            stays open where none has: no numbers, 'reported'.
+        pairing: how seeds were run, 'separate' or 'vmapped'.
+
+    Returns:
+        A dict with ``SUMMARY_KEYS``. ``metrics`` are means over seeds ('name' of the
+        arm 'main', 'arm/name' of others), ``wall_s`` the sum over units, in which a
+        stage that several share counts once where ``stage_s`` tells, and
+        ``peak_memory_gb`` the maximum; commits and versions that differ stand side by
+        side.
+
+    Raises:
+        ValueError: no unit, one without its keys, an (arm, seed) twice with
+            different content, units of several devices or labels, or two claims of one
+            id.
+    """
+    units = _join_units(units)
+    ids = [claim.id for claim in claims]
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"two claims share an id: {ids}; ids are unique in a system.")
+    per_seed = _metrics_by_seed(units)
+    measured = sorted({name for metrics in per_seed.values() for name in metrics})
+    peaks = [u["peak_memory_gb"] for u in units if u["peak_memory_gb"] is not None]
+    names = sorted({name for unit in units for name in unit["labels"]})
+    seeds = sorted(per_seed)
+    return {
+        "system": system,
+        "tier": tier,
+        "metrics": {name: _mean(name, per_seed) for name in measured},
+        "device": _common("device", [unit["device"] for unit in units]),
+        "wall_s": _seconds(units),
+        "peak_memory_gb": max(peaks, default=None),
+        "seeds": seeds,
+        "command": with_seeds(command, seeds),
+        "commit": side_by_side(unit["commit"] for unit in units),
+        "claims": [judge(claim, per_seed, pairing=pairing) for claim in claims],
+        "config_hash": config_hash,
+        "versions": versions_side_by_side(unit["versions"] for unit in units),
+        "labels": {
+            name: _common(
+                f"label {name!r}",
+                [u["labels"][name] for u in units if name in u["labels"]],
+            )
+            for name in names
+        },
+        "units": units,
+    }
+
+
+def with_seeds(command: str, seeds: Sequence[int]) -> str:
+    """The command for these seeds (0 is the default and is left out)."""
+    lines = [re.sub(r" --(seeds|shard)=\S+", "", line) for line in command.split("\n")]
+    seeds = sorted(seeds)
+    if seeds == [0]:
+        suffix = ""
+    elif len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        suffix = f" --seeds={seeds[0]}..{seeds[-1]}"
+    else:
+        suffix = f" --seeds={','.join(map(str, seeds))}"
+    return "\n".join(f"{line}{suffix}" for line in dict.fromkeys(lines))
+
+
+def merge(summaries: Sequence[Summary]) -> Summary:
+    """Joins the shards of one run; the claims are judged again on all seeds.
+
+    Shards may come in any order, and the merge of a merge is the merge of all.
+
+    Args:
+        summaries: of one system, tier, config and device kind. Units may repeat if
+            their metrics and labels are equal.
+
+    Raises:
+        ValueError: no summary; another system, tier, config hash or device kind;
+            labels or claims that differ; a unit twice with different content.
+    """
+    if not summaries:
+        raise ValueError("nothing to merge; give at least one summary.")
+    first = summaries[0]
+    claims, pairing = _stated(first)
+    for other in summaries[1:]:
+        for key in ("system", "tier", "config_hash", "device"):
+            if other[key] != first[key]:
+                raise ValueError(
+                    f"shards differ in {key}: {first[key]!r} and {other[key]!r}; merge "
+                    f"shards of one run only."
+                )
+        if _stated(other) != (claims, pairing):
+            raise ValueError(
+                f"shards of {first['system']} {first['tier']} differ in the definition "
+                f"of their claims; run the older shards again."
+            )
+    return summary(
+        system=first["system"],
+        tier=first["tier"],
+        command="\n".join(sorted({s["command"] for s in summaries})),
+        config_hash=first["config_hash"],
+        units=[unit for s in summaries for unit in s["units"]],
+        claims=claims,
+        pairing=pairing,
+    )
+
+
+def _stated(summary: Summary) -> tuple[list[Claim], str]:
+    """The claims of a summary before they were judged, and how seeds were paired."""
+    pairings = [judged["pairing"] for judged in summary["claims"]]
+    return stated(summary["claims"]), next(iter(pairings), PAIRINGS[0])
+
+
+def _seconds(units: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of all units, shared stages once; of those of old records each time."""
+    # a stage read from the cache says what it took when it ran; shards with caches of
+    # their own ran it twice
+    stages = {item for unit in units for item in unit.get("stage_s", {}).items()}
+    old = [unit["wall_s"] for unit in units if "stage_s" not in unit]
+    return math.fsum([*(seconds for _, seconds in stages), *old])
+
+
+def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Units sorted by arm and seed, equal ones once."""
+    joined: dict[tuple[str, int], dict[str, Any]] = {}
+    for unit in units:
+        missing = [key for key in UNIT_KEYS if key not in unit]
+        if missing:
+            raise ValueError(
+                f"a unit lacks {', '.join(missing)}; it needs {', '.join(UNIT_KEYS)}."
+            )
+        key = (unit["arm"], unit["seed"])
+        peak = unit["peak_memory_gb"]
+        clean = {
+            "arm": unit["arm"],
+            "seed": int(unit["seed"]),
+            "metrics": {k: float(v) for k, v in sorted(unit["metrics"].items())},
+            "wall_s": float(unit["wall_s"]),
+            "peak_memory_gb": None if peak is None else float(peak),
+            "device": unit["device"],
+            "commit": unit["commit"],
+            "versions": dict(unit["versions"]),
+            "labels": dict(unit["labels"]),
+            **({"stage_s": dict(unit["stage_s"])} if "stage_s" in unit else {}),
+        }
+        # Compared as text: NaN does not equal itself. Timings and machines may differ.
+        if key not in joined:
+            joined[key] = clean
+        elif any(repr(joined[key][k]) != repr(clean[k]) for k in ("metrics", "labels")):
+            raise ValueError(
+                f"arm {key[0]!r} seed {key[1]} stands twice with different content; "
+                f"remove one of the two shards."
+            )
+    if not joined:
+        raise ValueError("a summary needs at least one unit (arm, seed).")
+    return [joined[key] for key in sorted(joined)]
+
+
+def _common(what: str, values: Sequence[str]) -> str:
+    """The value that all units share."""
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"units differ in {what}: {', '.join(sorted(set(values)))}; their numbers "
+            f"cannot be judged together. Run them again under one."
+        )
+    return values[0]
+
+
+def _metrics_by_seed(
+    units: Iterable[Mapping[str, Any]],
+) -> dict[int, dict[str, float]]:
+    per_seed: dict[int, dict[str, float]] = {}
+    for unit in units:
+        metrics = per_seed.setdefault(unit["seed"], {})
+        for name, value in unit["metrics"].items():
+            metrics[metric_name(unit["arm"], name)] = value
+    return per_seed
+
+
+def _mean(name: str, per_seed: Mapping[int, Mapping[str, float]]) -> float:
+    values = [per_seed[s][name] for s in sorted(per_seed) if name in per_seed[s]]
+    return sum(values) / len(values)
+
+
+def side_by_side(texts: Iterable[str], separator: str = ", ") -> str:
+    """Distinct texts, sorted; texts joined before are taken apart first."""
+    parts = {part for text in texts for part in text.split(separator)}
+    return separator.join(sorted(parts))
+
+
+def versions_side_by_side(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The distinct versions of each package, as one text a package."""
+    found = list(found)
+    names = sorted({name for versions in found for name in versions})
+    return {name: side_by_side(v[name] for v in found if name in v) for name in names}
