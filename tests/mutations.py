@@ -60,7 +60,7 @@ NOT_DRAWN = [
     f"{package}/{name}"
     for package, names in {
         "data": "procedural images/captioned_shapes",
-        "domains": "shapes/captions",
+        "domains": "shapes/captions shapes/drawing shapes/grammar",
         "flows": "chords windows step_search tree_rollout",
         "harness": "claims summaries records results_page",
         "models": "images/dit images/unet images/text_dit videos/flow_maps videos/dit "
@@ -128,12 +128,9 @@ TESTS = {
     "models/videos/patches": "models/test_video_dit.py -k 'rotary or distances or patches'",
     "models/videos/layers": "models/test_hf_video_dit.py",
     "models/videos/discriminator": "models/test_flow_map_dit.py -k 'discriminator or taps'",
-    "domains/shapes/checks": "domains/test_shape_checks.py",
-    "domains/sprites/scenes": "domains/test_sprite_checks.py",
-    "domains/sprites/prompts": "domains/test_sprite_checks.py",
-    "domains/sprites/checks": "domains/test_sprite_checks.py",
-    "domains/arithmetic/expressions": "domains/test_expressions.py",
-    "domains/arithmetic/written_work": "domains/test_written_work.py",
+    "domains/shapes": "domains/test_shape_checks.py",
+    "domains/sprites/drawing": "data/test_moving_sprites.py",
+    "domains/sprites": "domains/test_sprite_checks.py",
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",
     "rewards/worker_process": "rewards/test_worker.py",

@@ -8,17 +8,17 @@ from scipy import stats
 
 from tmdjax.core.prng import sample_keys
 from tmdjax.data import load, moving_sprites
-from tmdjax.data.videos.moving_sprites import (
-    SCALES,
-    bank,
+from tmdjax.domains.sprites import scenes as sprite_scenes
+from tmdjax.domains.sprites.checks import check
+from tmdjax.domains.sprites.drawing import bank
+from tmdjax.domains.sprites.prompts import (
     parse_prompt,
     prompt_factors,
     prompt_index,
     prompt_words,
     text_embedding,
 )
-from tmdjax.domains.sprites import scenes as sprite_scenes
-from tmdjax.domains.sprites.checks import check
+from tmdjax.domains.sprites.scenes import SCALES
 
 KEYS = sample_keys(jax.random.key(0), 512)
 

@@ -5,17 +5,16 @@ import jax
 import numpy as np
 
 from tmdjax.core.prng import sample_keys
-from tmdjax.data import captioned_shapes
-from tmdjax.domains.shapes import captions
+from tmdjax.domains.shapes import captions, drawing, grammar
 from tmdjax.domains.shapes import checks as shapes
-from tmdjax.domains.shapes.checks import TAGS
+from tmdjax.domains.shapes.specs import TAGS, tag_of
 
 NAMES = ("count", "colour", "shape", "relation", "tag")
 
 
 @functools.cache
 def specs(count=256):
-    sample = functools.partial(captioned_shapes.sample_specs, size=32)
+    sample = functools.partial(drawing.sample_specs, size=32)
     return jax.device_get(jax.jit(sample)(sample_keys(jax.random.key(0), count)))
 
 
@@ -38,7 +37,7 @@ def said():
     return [
         [
             captions.caption(row(i), template, np.random.default_rng((i, template)))
-            for template in range(len(captions.TEMPLATES))
+            for template in range(len(grammar.TEMPLATES))
         ]
         for i in range(16)
     ]
@@ -51,8 +50,8 @@ def test_invariant_11_parse_inverts_every_template():
 
 
 def test_invariant_11_wordings_are_disjoint():
-    numbers = [captions.templates_of(wording) for wording in captions.WORDINGS]
-    assert sorted(sum(numbers, ())) == list(range(len(captions.TEMPLATES)))
+    numbers = [grammar.templates_of(wording) for wording in grammar.WORDINGS]
+    assert sorted(sum(numbers, ())) == list(range(len(grammar.TEMPLATES)))
     assert len(numbers[0]) == 1 and min(map(len, numbers[1:])) >= 20
     texts = [{texts[n] for texts in said() for n in own} for own in numbers]
     assert sum(map(len, texts)) == len(set().union(*texts))
@@ -108,7 +107,7 @@ def test_the_first_clause_may_come_last():
 
 def test_the_tag_is_that_of_the_sampler():
     for i in range(256):
-        assert captions.tag_of(row(i)) == row(i)["tag"]
+        assert tag_of(row(i)) == row(i)["tag"]
 
 
 def test_what_cannot_be_read(refused):
@@ -138,7 +137,7 @@ def test_invariant_6_the_scorer_reads_specs_alone():
     """Other words for the same specs change no reward, of good and of bad images."""
     some = {name: array[:32] for name, array in specs().items()}
     keys = sample_keys(jax.random.key(1), 32)
-    images = jax.jit(captioned_shapes.render, static_argnums=2)(keys, some, 32)
+    images = jax.jit(drawing.render, static_argnums=2)(keys, some, 32)
     images = np.where(np.arange(32)[:, None, None, None] % 2, images, 0)
     check = jax.jit(shapes.check)
     scores = []
@@ -167,7 +166,7 @@ def test_vocabulary():
     words = captions.VOCABULARY
     assert len(words) == len(set(words)) < 300
     assert words[:2] == (captions.PAD, captions.UNKNOWN)
-    for wording in captions.WORDINGS:
+    for wording in grammar.WORDINGS:
         for text in captions.batch(specs(), wording):
             assert set(text.split()) <= set(words[len(captions.SPECIALS) :])
 
@@ -181,7 +180,7 @@ def test_longest():
         "attribution": [spec_of(RED_SQUARE, BLUE_DISC)],
         "counting": [spec_of((4, -1, 0))],
     }  # fmt: skip
-    every = itertools.product(range(len(captions.TEMPLATES)), range(2))
+    every = itertools.product(range(len(grammar.TEMPLATES)), range(2))
     draws = [(template, np.random.default_rng(i)) for template, i in every]
     for tag, specs in most.items():
         texts = [captions.caption(spec, *draw) for spec in specs for draw in draws]
@@ -202,7 +201,7 @@ def test_tokenise():
 
 
 def test_tokens_bring_texts_back():
-    texts = captions.batch(specs(), captions.WORDINGS)
+    texts = captions.batch(specs(), grammar.WORDINGS)
     assert captions.detokenise(**captions.tokenise(texts, captions.LONGEST)) == texts
 
 
@@ -213,7 +212,7 @@ def test_bad_input(refused):
     refused("length=0 must be at least 1", captions.tokenise, ["a"], 0)
     refused("wording='W9' is not one of 'W0'", captions.batch, specs(), "W9")
     refused("wordings is empty; give some of W0", captions.batch, specs(), ())
-    refused("wording='w1' is not one of", captions.templates_of, "w1")
+    refused("wording='w1' is not one of", grammar.templates_of, "w1")
     refused("template=76 is outside", captions.caption, row(0), 76, rng)
     bad = spec_of((1, 0, 9))
     refused("a shape lies outside", captions.caption, bad, 0, rng)

@@ -8,8 +8,9 @@ import pytest
 from scipy import ndimage
 
 from tmdjax.core.prng import sample_keys
-from tmdjax.data import captioned_shapes
 from tmdjax.domains.shapes import checks as shapes
+from tmdjax.domains.shapes import drawing
+from tmdjax.domains.shapes.specs import TAGS
 
 COLOURS, SHAPES, RELATIONS = [*shapes.COLOURS], shapes.SHAPES, shapes.RELATIONS
 PALETTE = np.array([*shapes.COLOURS.values()], np.float32)
@@ -56,8 +57,8 @@ def rendered(size, count=128):
     @jax.jit
     def sample():
         keys = [sample_keys(jax.random.key(i), count) for i in range(2)]
-        specs = captioned_shapes.sample_specs(keys[0], size=size)
-        return specs, captioned_shapes.render(keys[1], specs, size)
+        specs = drawing.sample_specs(keys[0], size=size)
+        return specs, drawing.render(keys[1], specs, size)
 
     return jax.device_get(sample())
 
@@ -202,8 +203,8 @@ def test_invariant_10_strict_on_10000_rendered_images(size):
     @jax.jit
     def chunk(start):
         keys = [sample_keys(jax.random.key(i), 1000, start) for i in range(2)]
-        specs = captioned_shapes.sample_specs(keys[0], size=size)
-        images = captioned_shapes.render(keys[1], specs, size)
+        specs = drawing.sample_specs(keys[0], size=size)
+        images = drawing.render(keys[1], specs, size)
         return specs["tag"], shapes.check(images, specs)
 
     tags = []
@@ -213,7 +214,7 @@ def test_invariant_10_strict_on_10000_rendered_images(size):
         assert (result["score"] == 1).all()
         tags.append(tag)
     assert np.bincount(np.concatenate(tags)).min() > 1000
-    assert len(np.unique(np.concatenate(tags))) == len(captioned_shapes.TAGS)
+    assert len(np.unique(np.concatenate(tags))) == len(TAGS)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 3.0])

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from tmdjax.core.prng import sample_keys
-from tmdjax.data import moving_sprites as data
 from tmdjax.domains.sprites.checks import check, recognise
+from tmdjax.domains.sprites.drawing import moving_sprites
 from tmdjax.domains.sprites.prompts import prompt_factors, prompt_index
 from tmdjax.domains.sprites.scenes import SCALES
 
 KEYS = sample_keys(jax.random.key(0), 512)
 
 
-draw = jax.jit(data.moving_sprites, static_argnames="scale")
+draw = jax.jit(moving_sprites, static_argnames="scale")
 
 
 @functools.cache

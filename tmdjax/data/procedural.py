@@ -17,7 +17,7 @@ from tmdjax.core.checks import check_range
 from tmdjax.core.prng import check_key, fold_in, sample_keys
 from tmdjax.core.types import Array, Float, Int, Key, SampleKeys
 from tmdjax.data.dataset import Dataset
-from tmdjax.domains.shapes.checks import COLOURS
+from tmdjax.domains.shapes.specs import COLOURS
 
 Sampler = Callable[[Any], dict[str, Array]]
 

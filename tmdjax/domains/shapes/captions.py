@@ -1,9 +1,7 @@
-"""English captions of captioned shapes: a grammar that writes and one that reads.
+"""English captions of captioned shapes: written, read, and as ids of words.
 
-``TEMPLATES`` numbers the ways to say a spec. They fall into three wordings that share
-no sentence: 'W0' is the one canonical form of GenEval, 'W1' the corpus of a prompt
-refiner, 'W2' paraphrases that are held out. :func:`parse` inverts all of them, and
-more: any of their openings, numbers, synonyms and endings in any mixture:
+:func:`parse` inverts every template of :mod:`tmdjax.domains.shapes.grammar`, and more:
+any of their openings, numbers, synonyms and endings in any mixture:
 
     text     = [opening] scene [ending]
     scene    = object relation object [and object] | relation object verb object
@@ -11,193 +9,29 @@ more: any of their openings, numbers, synonyms and endings in any mixture:
                | besides object [and object] verb object
     object   = number {adjective} [colour] shape [in colour]
 
-Adjectives of ``ADJECTIVES`` mean nothing; they distract. Host code.
+Adjectives of ``grammar.ADJECTIVES`` mean nothing; they distract. Host code.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.registry import suggestion
 from tmdjax.core.types import Bool, Int
-from tmdjax.domains.shapes.checks import (
+from tmdjax.domains.shapes import grammar
+from tmdjax.domains.shapes.grammar import TEMPLATES, Template
+from tmdjax.domains.shapes.specs import (
     CLAUSES,
     COLOURS,
+    FIELDS,
     SHAPES,
-    TAGS,
     Specs,
     check_specs,
+    tag_of,
 )
-
-WORDINGS = ("W0", "W1", "W2")
-
-ADJECTIVES = ("nice", "lovely", "neat", "plain", "crisp", "tidy", "pretty", "simple")
-
-_OPENINGS = {
-    "W0": ("a photo of",),
-    "W1": (
-        "an image of",
-        "a picture of",
-        "please draw",
-        "show me",
-        "i would like to see",
-        "can you paint",
-        "make",
-        "here is",
-    ),
-    "W2": (
-        "kindly render",
-        "depict",
-        "an illustration featuring",
-        "let us have",
-        "would you mind sketching",
-        "imagine",
-    ),
-}
-_ENDINGS = {
-    "W0": (),
-    "W1": ("please", "should be drawn", "can be seen in a picture", "is shown"),
-    "W2": ("if you can", "must appear on the canvas", "was painted by someone"),
-}
-# Before a scene whose first clause comes last.
-_INTRODUCTIONS = {
-    "W1": ("the scene goes like this", "it looks like this"),
-    "W2": ("my wish reads", "the plan says"),
-}
-_SYNONYMS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
-    "W0": {"colours": (), "shapes": ()},
-    "W1": {
-        "colours": (
-            ("scarlet",),
-            ("emerald",),
-            ("azure",),
-            ("golden",),
-            ("pink",),
-            ("turquoise",),
-        ),
-        "shapes": (("box",), ("circle",), ("pyramid",), ("plus",)),
-    },
-    "W2": {
-        "colours": (
-            ("crimson", "ruby"),
-            ("lime",),
-            ("navy", "cobalt"),
-            ("amber", "lemon"),
-            ("fuchsia",),
-            ("aqua", "teal"),
-        ),
-        "shapes": (("block",), ("dot", "ball"), ("wedge",), ("crosshair",)),
-    },
-}
-_PLURALS = {"box": "boxes", "cross": "crosses", "plus": "pluses"}
-_NUMBERS = {
-    "articles": (("a", "an"), ("two",), ("three",), ("four",)),
-    "words": (("one",), ("two",), ("three",), ("four",)),
-    "digits": (("1",), ("2",), ("3",), ("4",)),
-    "groups": (("a single",), ("a pair of",), ("a trio of",), ("a group of four",)),
-}
-# By wording, for left of, right of, above, below.
-_RELATIONS = {
-    "W0": (("left of",), ("right of",), ("above",), ("below",)),
-    "W1": (
-        ("to the left of", "on the left side of"),
-        ("to the right of", "on the right side of"),
-        ("over", "higher than"),
-        ("under", "lower than"),
-    ),
-    "W2": (
-        ("placed leftward of", "located left from"),
-        ("placed rightward of", "located right from"),
-        ("placed on top of", "located over"),
-        ("placed beneath", "located underneath"),
-    ),
-}
-_AND = {"W0": ("and",), "W1": ("and", "with"), "W2": ("along with", "as well as")}
-_BESIDES = {"W1": ("besides", "in addition to"), "W2": ("apart from", "aside from")}
-_VERBS = {"W1": ("is", "there is"), "W2": ("sits", "lies")}
-_POST_COLOUR = {"W1": "in", "W2": "coloured"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Template:
-    """One way to say a spec.
-
-    Attributes:
-        wording: of ``WORDINGS``.
-        opening: words before the scene.
-        ending: words after it.
-        numbers: 'articles' (a, two), 'words' (one, two), 'digits' or 'groups'.
-        synonyms: whether shapes and colours go by the wording's other names.
-        adjectives: whether a meaningless adjective stands before each object.
-        inverted: whether the first clause comes last ("left of a red disc is ...").
-        colour_last: whether colours follow their shape ("a disc in red").
-    """
-
-    wording: str
-    opening: str = ""
-    ending: str = ""
-    numbers: str = "articles"
-    synonyms: bool = False
-    adjectives: bool = False
-    inverted: bool = False
-    colour_last: bool = False
-
-
-def _templates() -> tuple[Template, ...]:
-    """The canonical form; then all frames in three laps with other options each."""
-    templates = [Template(wording="W0", opening="a photo of")]
-    numbers = tuple(_NUMBERS)
-    for wording in ("W1", "W2"):
-        frames = [(opening, "", False) for opening in _OPENINGS[wording]]
-        frames += [("", ending, False) for ending in _ENDINGS[wording]]
-        frames += [(opening, "", True) for opening in _INTRODUCTIONS[wording]]
-        for lap in range(3):
-            templates += [
-                Template(
-                    wording=wording,
-                    opening=opening,
-                    ending=ending,
-                    inverted=inverted,
-                    numbers=numbers[(i + lap) % len(numbers)],
-                    synonyms=lap != 1,
-                    adjectives=lap == 2,
-                    colour_last=(i + lap) % 5 == 3,
-                )
-                for i, (opening, ending, inverted) in enumerate(frames)
-            ]
-    return tuple(templates)
-
-
-TEMPLATES = _templates()
-"""All templates; their numbers are what :func:`caption` takes."""
-
-
-def templates_of(wording: str) -> tuple[int, ...]:
-    """Numbers of the templates of a wording.
-
-    Raises:
-        ValueError: unknown wording.
-    """
-    check_choice("wording", wording, WORDINGS)
-    return tuple(i for i, t in enumerate(TEMPLATES) if t.wording == wording)
-
-
-def check_wordings(wordings: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns one or several wordings as a tuple.
-
-    Raises:
-        ValueError: none, or an unknown one.
-    """
-    wordings = (wordings,) if isinstance(wordings, str) else tuple(wordings)
-    if not wordings:
-        raise ValueError(f"wordings is empty; give some of {', '.join(WORDINGS)}.")
-    for wording in wordings:
-        check_choice("wording", wording, WORDINGS)
-    return wordings
 
 
 def caption(spec: Mapping[str, Any], template: int, rng: np.random.Generator) -> str:
@@ -225,17 +59,18 @@ def _say(spec: Mapping[str, Any], form: Template, rng: np.random.Generator) -> s
     objects = [_object(spec, k, form, rng) for k in used]
     relation = int(spec["relation"])
     wording = form.wording
-    conjunction = f" {_pick(_AND[wording], rng)} "
+    conjunction = f" {_pick(grammar.AND[wording], rng)} "
     if relation:
-        phrase = _pick(_RELATIONS[wording][relation - 1], rng)
+        phrase = _pick(grammar.RELATIONS[wording][relation - 1], rng)
         if form.inverted:
-            verb = _pick(_VERBS[wording], rng)
+            verb = _pick(grammar.VERBS[wording], rng)
             pair = f"{phrase} {objects[1]} {verb} {objects[0]}"
         else:
             pair = f"{objects[0]} {phrase} {objects[1]}"
         scene = conjunction.join([pair, *objects[2:]])
     elif form.inverted and len(objects) > 1:
-        besides, verb = _pick(_BESIDES[wording], rng), _pick(_VERBS[wording], rng)
+        besides = _pick(grammar.BESIDES[wording], rng)
+        verb = _pick(grammar.VERBS[wording], rng)
         scene = f"{besides} {conjunction.join(objects[1:])} {verb} {objects[0]}"
     else:
         scene = conjunction.join(objects)
@@ -249,10 +84,8 @@ def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
 def _object(
     spec: Mapping[str, Any], clause: int, form: Template, rng: np.random.Generator
 ) -> str:
-    count, colour, shape = (
-        int(spec[name][clause]) for name in ("count", "colour", "shape")
-    )
-    other = _SYNONYMS[form.wording]
+    count, colour, shape = (int(spec[name][clause]) for name in FIELDS[:3])
+    other = grammar.SYNONYMS[form.wording]
     noun, hue = SHAPES[shape], ""
     if form.synonyms:
         noun = _pick(other["shapes"][shape], rng)
@@ -260,21 +93,14 @@ def _object(
         hue = [*COLOURS][colour]
         if form.synonyms:
             hue = _pick(other["colours"][colour], rng)
-    words = [_pick(ADJECTIVES, rng)] if form.adjectives else []
+    words = [_pick(grammar.ADJECTIVES, rng)] if form.adjectives else []
     if hue and not form.colour_last:
         words.append(hue)
-    words.append(noun if count == 1 else _plural(noun))
+    words.append(noun if count == 1 else grammar.plural(noun))
     if hue and form.colour_last:
-        words += [_POST_COLOUR[form.wording], hue]
-    number = _NUMBERS[form.numbers][count - 1]
+        words += [grammar.POST_COLOUR[form.wording], hue]
+    number = grammar.NUMBERS[form.numbers][count - 1]
     return " ".join([number[len(number) > 1 and words[0][0] in "aeiou"], *words])
-
-
-def _plural(noun: str) -> str:
-    return _PLURALS.get(noun, noun + "s")
-
-
-# ---- reading ----
 
 
 def _phrases(*texts: str) -> list[tuple[str, ...]]:
@@ -294,36 +120,34 @@ def _flat(table: Mapping[str, Sequence[str]]) -> list[str]:
 
 _NUMBER_PHRASES = _by_phrase(
     (text, count)
-    for style in _NUMBERS.values()
+    for style in grammar.NUMBERS.values()
     for count, texts in enumerate(style, 1)
     for text in texts
 )
 _RELATION_PHRASES = _by_phrase(
     (text, relation)
-    for style in _RELATIONS.values()
+    for style in grammar.RELATIONS.values()
     for relation, texts in enumerate(style, 1)
     for text in texts
 )
-_HUES = {name: i for i, name in enumerate(COLOURS)} | {
-    name: i
-    for table in _SYNONYMS.values()
-    for i, names in enumerate(table["colours"])
-    for name in names
-}
-_NOUNS = {name: i for i, name in enumerate(SHAPES)} | {
-    name: i
-    for table in _SYNONYMS.values()
-    for i, names in enumerate(table["shapes"])
-    for name in names
-}
-_PLURAL_NOUNS = {_plural(noun): i for noun, i in _NOUNS.items()}
-_OPENING_PHRASES = _phrases(*_flat(_OPENINGS), *_flat(_INTRODUCTIONS))
-_ENDING_PHRASES = _phrases(*_flat(_ENDINGS))
-_AND_PHRASES = _phrases(*_flat(_AND))
-_BESIDES_PHRASES = _phrases(*_flat(_BESIDES))
-_VERB_PHRASES = _phrases(*_flat(_VERBS))
-
+_HUES, _NOUNS = (
+    {name: i for i, name in enumerate(plain)}
+    | {
+        name: i
+        for table in grammar.SYNONYMS.values()
+        for i, names in enumerate(table[kind])
+        for name in names
+    }
+    for kind, plain in (("colours", COLOURS), ("shapes", SHAPES))
+)
+_PLURAL_NOUNS = {grammar.plural(noun): i for noun, i in _NOUNS.items()}
+_OPENING_PHRASES = _phrases(*_flat(grammar.OPENINGS), *_flat(grammar.INTRODUCTIONS))
+_ENDING_PHRASES = _phrases(*_flat(grammar.ENDINGS))
+_AND_PHRASES = _phrases(*_flat(grammar.AND))
+_BESIDES_PHRASES = _phrases(*_flat(grammar.BESIDES))
+_VERB_PHRASES = _phrases(*_flat(grammar.VERBS))
 PAD, UNKNOWN, START, END = "<pad>", "<unknown>", "<start>", "<end>"
+
 SPECIALS = (PAD, UNKNOWN, START, END, "<answer>", "</answer>")
 """Words of a language model's own; no caption holds them."""
 
@@ -343,7 +167,13 @@ VOCABULARY: tuple[str, ...] = SPECIALS + tuple(
             for phrase in phrases
             for word in phrase
         }
-        | {*ADJECTIVES, *_HUES, *_NOUNS, *_PLURAL_NOUNS, *_POST_COLOUR.values()}
+        | {
+            *grammar.ADJECTIVES,
+            *_HUES,
+            *_NOUNS,
+            *_PLURAL_NOUNS,
+            *grammar.POST_COLOUR.values(),
+        }
     )
 )
 """Every word by its id."""
@@ -352,7 +182,6 @@ LONGEST = 36
 """No caption has more words."""
 
 _LONGEST_OF_TWO = 24
-
 _IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
 
@@ -391,7 +220,7 @@ class _Reader:
         if number is None:
             return self.fail(at, "a number of objects")
         count, at = _NUMBER_PHRASES[number], at + len(number)
-        while at < len(self.words) and self.words[at] in ADJECTIVES:
+        while at < len(self.words) and self.words[at] in grammar.ADJECTIVES:
             at += 1
         colour = -1
         if at < len(self.words) and self.words[at] in _HUES:
@@ -401,7 +230,7 @@ class _Reader:
             one = "a shape" if count == 1 else "a shape in the plural"
             return self.fail(at, one if colour >= 0 else f"a colour or {one}")
         shape, at = nouns[self.words[at]], at + 1
-        if at < len(self.words) and self.words[at] in _POST_COLOUR.values():
+        if at < len(self.words) and self.words[at] in grammar.POST_COLOUR.values():
             hue = self.words[at + 1 : at + 2]
             if colour < 0 and hue and hue[0] in _HUES:
                 return at + 2, (count, _HUES[hue[0]], shape)
@@ -513,30 +342,6 @@ def _spec(
     return {**spec, "tag": np.array(tag_of(spec), np.int32)}
 
 
-def tag_of(spec: Mapping[str, Any]) -> int:
-    """The tag that the content of one spec row has, an index into ``TAGS``."""
-    counts = [int(n) for n in spec["count"] if n]
-    colours = [int(c) for c, n in zip(spec["colour"], spec["count"]) if n]
-    named = [c >= 0 for c in colours]
-    relation = int(spec["relation"])
-    if len(counts) == 1 and not all(named):
-        tag = "single" if counts == [1] else "counting"
-    elif counts == [1]:
-        tag = "colours"
-    elif counts == [1, 1] and relation and all(named):
-        tag = "position"
-    elif counts == [1, 1] and not relation and not any(named):
-        tag = "two"
-    elif counts == [1, 1] and not relation and all(named) and colours[0] != colours[1]:
-        tag = "attribution"
-    else:
-        tag = "mixed"
-    return TAGS.index(tag)
-
-
-# ---- batches ----
-
-
 def batch(specs: Specs, wordings: str | Sequence[str], seed: int = 0) -> list[str]:
     """One caption a spec, each by a random template of a random wording.
 
@@ -549,12 +354,9 @@ def batch(specs: Specs, wordings: str | Sequence[str], seed: int = 0) -> list[st
     Raises:
         ValueError: no wording, an unknown one, or bad specs.
     """
-    numbers = [templates_of(wording) for wording in check_wordings(wordings)]
+    numbers = [grammar.templates_of(w) for w in grammar.check_wordings(wordings)]
     count = check_specs(specs)
-    arrays = {
-        name: np.asarray(specs[name])
-        for name in ("count", "colour", "shape", "relation")
-    }
+    arrays = {name: np.asarray(specs[name]) for name in FIELDS}
     texts = []
     for i in range(count):
         rng = np.random.default_rng((seed, i))

@@ -1,4 +1,4 @@
-"""Prompts of moving sprites: one integer, its factors, its words.
+"""Prompts of moving sprites: one integer, its factors, its words, their vectors.
 
 The factors (colour, shape, motion, ...) are the digits of the integer in mixed radix,
 the first the slowest; ``scale.num_prompts``, one past the last, is the null prompt.
@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
+from tmdjax.core.checks import check_count
+from tmdjax.core.types import Array, ArrayLike, Float, Int
 from tmdjax.domains.sprites.scenes import (
     COLOURS,
     GAITS,
@@ -21,6 +24,10 @@ from tmdjax.domains.sprites.scenes import (
     get_scale,
 )
 
+TEXT_WIDTH = 32
+"""Numbers that stand for a word."""
+
+_EMBEDDING_SEED = 2601_09881
 _NO_WORD = "-"
 
 
@@ -62,7 +69,7 @@ def prompt_factors(prompts: Any, scale: str | Scale) -> dict[str, Any]:
 
     Returns:
         Integers [batch]: 'colour', 'shape', 'motion', 'gait' and 'ground', indices
-        into the tables of ``sprite_scenes``; 'second_colour' and 'second_shape', -1
+        into the tables of ``scenes``; 'second_colour' and 'second_shape', -1
         where one sprite is asked for.
 
     Raises:
@@ -217,3 +224,42 @@ def word_ids(scale: Scale) -> tuple[np.ndarray, tuple[tuple[int, str], ...]]:
         rows.append([ids.setdefault(place, len(ids)) for place in places])
     rows.append([0] * scale.length)
     return np.array(rows, np.int32), tuple(ids)
+
+
+def text_embedding(
+    prompts: Int[ArrayLike, "batch"],
+    scale: str | Scale = "small",
+    width: int = TEXT_WIDTH,
+) -> Float[Array, "batch word width"]:
+    """Fixed random numbers for each word of a prompt. Jittable.
+
+    Standard normal. The vector of a word depends on the word and its place alone, so
+    scales share what they have in common; the null prompt has one vector of its own,
+    in every place.
+
+    Args:
+        prompts: int [batch] in [0, num_prompts], the last the null prompt.
+        scale: or its name.
+        width: of a vector, >= 1.
+
+    Returns:
+        float32 [batch, length, width].
+
+    Raises:
+        TypeError: prompts that are not integers.
+        ValueError: concrete prompts out of range.
+    """
+    scale = get_scale(scale)
+    check_prompts(prompts, scale, null=True)
+    ids, _ = word_ids(scale)
+    table = _word_vectors(scale, check_count("width", width))
+    return jnp.asarray(table)[jnp.asarray(ids)[jnp.asarray(prompts)]]
+
+
+@functools.cache
+def _word_vectors(scale: Scale, width: int) -> np.ndarray:
+    rows = []
+    for place, word in word_ids(scale)[1]:
+        rng = np.random.default_rng([_EMBEDDING_SEED, place, *word.encode()])
+        rows.append(rng.standard_normal(width))
+    return np.stack(rows).astype(np.float32)
