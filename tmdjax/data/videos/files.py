@@ -210,11 +210,8 @@ def video_batches(
     batch_size: int,
     seed: int = 0,
     *,
-    shuffle: bool = True,
-    drop_remainder: bool = True,
-    shard_index: int = 0,
-    shard_count: int = 1,
     threads: int = 1,
+    **options: Any,
 ) -> Batches:
     """Endless batches of videos; only those of a batch are read and made floats.
 
@@ -223,13 +220,11 @@ def video_batches(
 
     Args:
         arrays: a split of :func:`load_video_files`, or what :func:`open_videos` gave.
-        batch_size: see ``data.BatchPlan``, as for the rest.
+        batch_size: videos of a batch.
         seed: of the shuffle.
-        shuffle: a new order every epoch.
-        drop_remainder: leave out an epoch's incomplete batch.
-        shard_index: of this process.
-        shard_count: number of processes.
         threads: that read ahead, two batches each; 0 reads when asked.
+        **options: shuffle, drop_remainder, shard_index and shard_count of
+            ``data.BatchPlan``.
 
     Returns:
         Iterator over 'video' [batch, frame, height, width, channel], float32 in
@@ -247,15 +242,7 @@ def video_batches(
         )
     for name, array in arrays.items():
         check_batch(f"arrays[{name!r}]", array, len(video))
-    plan = BatchPlan(
-        count=len(video),
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        drop_remainder=drop_remainder,
-        shard_index=shard_index,
-        shard_count=shard_count,
-    )
+    plan = BatchPlan(count=len(video), batch_size=batch_size, seed=seed, **options)
 
     def gather(indices: np.ndarray) -> Batch:
         rows = {name: np.asarray(array[indices]) for name, array in arrays.items()}
