@@ -7,7 +7,7 @@ import pytest
 from tmdjax.core.prng import sample_keys
 from tmdjax.domains.sprites.checks import check, recognise
 from tmdjax.domains.sprites.drawing import moving_sprites
-from tmdjax.domains.sprites.prompts import prompt_factors, prompt_index
+from tmdjax.domains.sprites.prompts import prompt_factors
 from tmdjax.domains.sprites.scenes import SCALES
 
 KEYS = sample_keys(jax.random.key(0), 512)
@@ -75,6 +75,13 @@ SHOWN = {
 }
 ALONE = {"second_colour": -1, "second_shape": -1}
 SWAPPED = {"colour": 2, "shape": 2, "second_colour": 0, "second_shape": 0}
+ALL = prompt_factors(np.arange(5760), "large")
+
+
+def prompt_of(factors):
+    """The large scale's one prompt with these factors."""
+    same = np.all([ALL[name] == value for name, value in factors.items()], axis=0)
+    return np.flatnonzero(same).item()
 
 
 @pytest.mark.parametrize(
@@ -93,21 +100,16 @@ SWAPPED = {"colour": 2, "shape": 2, "second_colour": 0, "second_shape": 0}
     ],
 )
 def test_one_wrong_thing_fails_its_factor_alone(changes, wrong):
-    def index(values):
-        return prompt_index({k: np.array([v]) for k, v in values.items()}, "large")
-
-    videos, prompts = drawn(int(index(SHOWN)[0]))
+    videos, prompts = drawn(prompt_of(SHOWN))
     assert check(videos, prompts, "large")["all"].all()
-    results = check(videos, index(SHOWN | changes).repeat(3), "large")
+    results = check(videos, np.full(3, prompt_of(SHOWN | changes)), "large")
     for name, right in results.items():
         assert (~right if name in wrong | {"all"} else right).all(), name
 
 
 def test_a_missing_second_sprite_fails_the_relation():
-    one = dict.fromkeys(("colour", "shape", "motion"), np.array([0]))
-    alone = prompt_index(one, "large")
-    videos, _ = drawn(int(alone[0]))
-    results = check(videos, (alone + 1).repeat(3), "large")
+    videos, _ = drawn(0)  # alone
+    results = check(videos, np.full(3, 1), "large")
     assert not (results["relation"] | results["colour"] | results["shape"]).any()
     assert results["motion"].all() and results["ground"].all()
 

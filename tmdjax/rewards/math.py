@@ -103,18 +103,12 @@ def normalise(text: str) -> str:
     return _ASSIGNED.sub("", text.strip()).strip()
 
 
-def parse_number(text: str) -> Fraction | None:
-    """The exact value of a number in any of the forms above, or None.
+def parse_number(text: str) -> tuple[Fraction, bool] | None:
+    """Exact value of a number as :func:`normalise` leaves it, and whether it has a '%'.
 
     A percentage gives its hundredth. Exponents beyond 400, and texts of more than 100
-    characters, are no numbers here.
+    characters, are no numbers here: they give None, as what is no number does.
     """
-    value = _number(normalise(text))
-    return value[0] if value else None
-
-
-def _number(text: str) -> tuple[Fraction, bool] | None:
-    """Value of a normalised text, and whether it is a percentage."""
     if len(text) > _LONGEST_NUMBER:
         return None
     percent = text.endswith("%")
@@ -227,7 +221,7 @@ class MathVerifier:
             return "equal" if found else "different"
         if not found:
             return "no answer"
-        numbers = _number(found), _number(gold)
+        numbers = parse_number(found), parse_number(gold)
         if numbers[0] and numbers[1]:
             return "equal" if self._close(numbers[0], numbers[1]) else "different"
         if self._equal is None or len(found) > _LONGEST_FORMULA:

@@ -5,7 +5,6 @@ the first the slowest; ``scale.num_prompts``, one past the last, is the null pro
 """
 
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.core
@@ -95,62 +94,6 @@ def prompt_factors(prompts: Any, scale: str | Scale) -> dict[str, Any]:
     }
 
 
-def prompt_index(factors: Mapping[str, Any], scale: str | Scale) -> Any:
-    """Inverse of :func:`prompt_factors`.
-
-    Args:
-        factors: integers [batch] by name; one that the scale does not vary may be
-            left out.
-        scale: or its name.
-
-    Returns:
-        Integers [batch].
-
-    Raises:
-        ValueError: a factor that is missing, out of range (where concrete), unknown
-            to the scale, or two sprites of one colour.
-    """
-    scale = get_scale(scale)
-    known = [*[*scale.radices][:-1], "second_colour", "second_shape"]
-    missing = {"colour", "shape", "motion"} - set(factors)
-    if missing or set(factors) - set(known):
-        raise ValueError(
-            f"factors are {sorted(factors)}; give colour, shape and motion, and any "
-            f"of {', '.join(known[3:])}."
-        )
-    zero = factors["colour"] * 0
-    given = {name: factors.get(name, zero) for name in known[:-2]}
-    colour = factors.get("second_colour", zero - 1)
-    shape = factors.get("second_shape", zero - 1)
-    for name, value in given.items():
-        _check_factor(name, value, 0, scale.radices[name])
-    _check_factor("second_colour", colour, -1, scale.colours if scale.pairs else 0)
-    _check_factor("second_shape", shape, -1, scale.shapes if scale.pairs else 0)
-    step = (colour - given["colour"]) % scale.colours
-    has_second = (colour >= 0) * 1
-    if not isinstance(step, jax.core.Tracer):
-        if np.any(has_second * (step == 0)):
-            raise ValueError("both sprites have one colour; give two.")
-        if np.any((np.asarray(shape) >= 0) != has_second):
-            raise ValueError("second_colour and second_shape must be -1 together.")
-    given["second"] = has_second * ((step - 1) * scale.shapes + shape + 1)
-    prompts = zero
-    for name, radix in scale.radices.items():
-        prompts = prompts * radix + given[name]
-    return prompts
-
-
-def _check_factor(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, jax.core.Tracer):
-        return
-    bad = (np.asarray(value) < low) | (np.asarray(value) >= high)
-    if bad.any():
-        raise ValueError(
-            f"{name} has the value {np.asarray(value)[bad].flat[0]}, outside "
-            f"[{low}, {high - 1}]."
-        )
-
-
 def prompt_words(prompt: int, scale: str | Scale) -> tuple[str, ...]:
     """The words of one prompt, as many as ``scale.length``.
 
@@ -183,27 +126,6 @@ def prompt_words(prompt: int, scale: str | Scale) -> tuple[str, ...]:
         colour, shape = value["second_colour"], value["second_shape"]
         words += ["left of", [*COLOURS][colour], SHAPES[shape]]
     return tuple(words)
-
-
-def parse_prompt(words: Sequence[str], scale: str | Scale) -> int:
-    """Inverse of :func:`prompt_words`.
-
-    Raises:
-        ValueError: words of no prompt of the scale.
-    """
-    scale = get_scale(scale)
-    number = _prompt_numbers(scale).get(tuple(words))
-    if number is None:
-        raise ValueError(
-            f"{tuple(words)} is no prompt of scale {scale.name!r}; one is "
-            f"{prompt_words(0, scale)}."
-        )
-    return number
-
-
-@functools.cache
-def _prompt_numbers(scale: Scale) -> dict[tuple[str, ...], int]:
-    return {prompt_words(i, scale): i for i in range(scale.num_prompts + 1)}
 
 
 @functools.cache
