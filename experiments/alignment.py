@@ -21,7 +21,8 @@ from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import image_grid, line_plot
+from tmdjax.harness.pictures import image_grid
+from tmdjax.harness.report import line_plot
 from tmdjax.systems import branchgrpo, flow_grpo
 from tmdjax.train import flow_rl
 

@@ -20,7 +20,8 @@ from tmdjax.core import prng
 from tmdjax.harness import Report, StageContext, StageResult
 from tmdjax.harness.claims import MAIN_ARM
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import image_grid, line_plot
+from tmdjax.harness.pictures import image_grid
+from tmdjax.harness.report import line_plot
 from tmdjax.models import lora
 
 Config = Any

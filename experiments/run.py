@@ -5,7 +5,6 @@ however hard, goes on when the same command is given again.
 """
 
 import argparse
-import json
 import logging
 import pathlib
 import re
@@ -27,7 +26,7 @@ from tmdjax.harness import (
     load_config,
     run,
 )
-from tmdjax.harness.config import load_module
+from tmdjax.harness.config import load_module, read_json
 from tmdjax.harness.find import find_module
 from tmdjax.harness.report import text_table
 from tmdjax.harness.results_page import verdict_counts
@@ -207,8 +206,7 @@ def listing() -> list[dict[str, Any]]:
             record = pathlib.Path("results", path.stem, f"{tier}.json")
             verdicts = "-"
             if record.exists():
-                claims = json.loads(record.read_text())["claims"]
-                verdicts = verdict_counts(claims)
+                verdicts = verdict_counts(read_json(record)["claims"])
             rows.append(
                 {
                     "config": f"{path.as_posix()}:{tier}",

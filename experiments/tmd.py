@@ -25,7 +25,7 @@ from tmdjax.core.checks import check_choice, check_count
 from tmdjax.domains.sprites.prompts import prompt_words
 from tmdjax.harness import Report, Stage, StageResult, Update
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.video_report import animation, video_strips
+from tmdjax.harness.pictures import animation, video_strips
 
 Config = Any
 KINDS = ("teacher", "tmd", "dmd2", "kstep", "meanflow")

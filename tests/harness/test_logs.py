@@ -4,11 +4,8 @@ import io
 import json
 import math
 import sys
-import time
 import types
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,29 +65,10 @@ def test_appending_goes_on_where_a_file_ends(tmp_path):
     assert same(read_rows(path), [*EXPECTED, {"step": 6, "loss": 0.0}])
 
 
-def test_array_scalars_are_stored_exactly(tmp_path, as_shipped):
-    metrics = {"f32": jnp.float32(0.1), "bf16": jnp.bfloat16(0.1)}
-    metrics |= {"i": jnp.int32(7), "np": np.float32("nan")}
+def test_rows_that_cannot_be_written_are_refused_and_leave_no_trace(tmp_path, refused):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        log.append(np.int64(3), metrics)
-    (row,) = read_rows(tmp_path / "metrics.jsonl")
-    assert row["step"] == 3 and row["i"] == 7
-    assert np.float32(row["f32"]) == np.float32(0.1)
-    assert row["bf16"] == float(jnp.bfloat16(0.1))
-    assert math.isnan(row["np"])
-
-
-def test_other_values_are_refused_by_name_and_leave_no_trace(tmp_path, refused):
-    with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        for value, what in (
-            (np.zeros(3), r"of shape \(3,\); log one number"),
-            ([1.0], "list"),
-            (None, "NoneType"),
-            (True, "bool"),
-        ):
-            metrics, words = {"loss": 0.0, "x": value}, f"metric 'x' is {what}"
-            refused(words, log.append, 1, metrics, error=TypeError)
         refused("'step' is the row's own", log.append, 1, {"step": 2})
+        refused("x is of type object", log.append, 1, {"loss": 0.0, "x": object()})
         assert log.rows() == []
 
 
@@ -193,13 +171,12 @@ def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, packag
     calls = package("tensorboardX", "SummaryWriter")
     writers = open_writers(["tensorboard"], tmp_path, "run", {})
     with MetricsLog(tmp_path / "metrics.jsonl", writers=writers) as log:
-        log.append(4, {"loss": 0.5, "note": "x"})
+        log.append(4, {"loss": 0.5})
         log.truncate(3)
     folder = str(tmp_path)
     assert calls == [
         ("open", {"logdir": folder}),
         ("add_scalar", "loss", 0.5, 4),
-        ("add_text", "note", "x", 4),
         ("close",),
         ("open", {"logdir": folder, "purge_step": 4}),
         ("close",),
@@ -231,10 +208,11 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, package, monkeypatch
     assert calls[-1] == ("finish", {"exit_code": 1})
 
 
-def plain(**options):
+def plain(total):
     clock, out = types.SimpleNamespace(now=100.0), io.StringIO()
-    options["console"] = Console(file=out, force_terminal=False, width=40)
-    return Progress("train", clock=lambda: clock.now, **options), clock, out
+    console = Console(file=out, force_terminal=False, width=40)
+    progress = Progress("train", total, console=console, clock=lambda: clock.now)
+    return progress, clock, out
 
 
 def terminal(name):
@@ -251,7 +229,7 @@ def terminal(name):
 
 
 def test_plain_lines_first_at_intervals_and_last():
-    progress, clock, out = plain(total=100, interval=10)
+    progress, clock, out = plain(100)
     with progress:
         for step in range(1, 32):
             clock.now += 1
@@ -265,37 +243,30 @@ def test_plain_lines_first_at_intervals_and_last():
 
 def test_the_last_line_comes_once_and_after_an_error_too():
     for steps in ((), (1,), (1, 2)):
-        progress, _, out = plain()
+        progress, _, out = plain(2)
         fails = len(steps) > 1
         ending = pytest.raises(RuntimeError) if fails else contextlib.nullcontext()
         with ending, progress:
             for step in steps:
-                progress.update(step)
+                progress.update(step, {})
             if fails:
                 raise RuntimeError
-        lines = [f"[train]  step {step}" for step in steps]
+        lines = [f"[train]  step {step}/2" for step in steps]
         assert out.getvalue().splitlines() == lines
 
 
 def test_rate_and_eta_of_a_resumed_stage_start_at_its_first_step():
-    progress, clock, out = plain(total=1000, interval=0)
+    progress, clock, out = plain(1000)
     with progress:
-        progress.update(500)
-        clock.now += 4
-        progress.update(508)
-    assert "2 steps/s  ETA 4m06s" in out.getvalue()
-
-
-def test_chosen_metrics_are_shown_in_the_given_order():
-    progress, _, out = plain(keys=("b", "gone", "time/x"))
-    with progress:
-        progress.update(1, {"a": 1.0, "time/x": 2.0, "b": 123456.789})
-    assert out.getvalue() == "[train]  step 1  b 1.235e+05  time/x 2\n"
+        progress.update(500, {})
+        clock.now += 10
+        progress.update(520, {})
+    assert "2 steps/s  ETA 4m00s" in out.getvalue()
 
 
 def test_text_is_printed_as_it_is_in_both_modes():
     text = "[bold]not markup[/bold] " + "x" * 60
-    progress, _, out = plain()
+    progress, _, out = plain(10)
     with progress:
         progress.say(text)
     assert out.getvalue() == text + "\n"
@@ -309,57 +280,11 @@ def test_text_is_printed_as_it_is_in_both_modes():
 def test_live_display_shows_stage_step_and_metrics():
     progress, clock, out = terminal("distil")
     with progress:
-        progress.update(1)
+        progress.update(1, {})
         clock.now += 2
         progress.update(5, {"loss": 0.25})
     for shown in ("distil", "step 5/10", "2 steps/s", "ETA 2s", "loss 0.25"):
         assert shown in out.getvalue()
-
-
-class Pending:
-    """A device array that is still being computed."""
-
-    shape = ()
-    ready = False
-    deleted = False
-
-    def is_ready(self):
-        return self.ready
-
-    def is_deleted(self):
-        return self.deleted
-
-    def item(self):
-        assert self.ready and not self.deleted, "waited for the device"
-        return 0.5
-
-
-def test_a_metric_still_on_its_way_is_not_waited_for():
-    progress, _, out = plain(interval=0)
-    loss = Pending()
-    with progress:
-        progress.update(1, {"loss": loss})
-        loss.ready = True
-        progress.update(2, {"loss": loss})
-        loss.deleted = True
-        progress.update(3, {"loss": loss})
-        progress.update(4, {"loss": jnp.float32(2).block_until_ready()})
-    shown = ["step 1", "step 2  loss 0.5", "step 3", "step 4  loss 2"]
-    assert out.getvalue().splitlines() == [f"[train]  {line}" for line in shown]
-
-
-def test_an_update_that_draws_nothing_is_cheap():
-    console = Console(file=io.StringIO(), force_terminal=False)
-    progress = Progress("train", 10**9, interval=1e9, console=console)
-    metrics = {"loss": 1.0}
-    progress.update(0, metrics)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        for step in range(2000):
-            progress.update(step, metrics)
-        best = min(best, (time.perf_counter() - start) / 2000)
-    assert best < 20e-6
 
 
 def test_durations():

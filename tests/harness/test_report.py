@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import (
     claim_row,
     format_value,
-    image_grid,
     line_plot,
     text_table,
     write_report,
@@ -20,65 +20,11 @@ from tmdjax.harness.report import (
 
 def pixels(path):
     with Image.open(path) as picture:
-        return picture.mode, np.asarray(picture)
+        return np.asarray(picture)
 
 
 def plot(path, series, **options):
     return line_plot(series, path, "quality against NFE", "NFE", "distance", **options)
-
-
-def test_grid_places_every_image_and_scales_it(tmp_path):
-    levels = [-1.0, -0.5, 0.0, 0.5, 1.0]
-    images = np.stack([np.full((3, 2, 1), v) for v in levels])
-    images[4, 0, 1] = -1
-    path = image_grid(images, tmp_path / "a" / "grid.png", columns=3, scale=2)
-    mode, grid = pixels(path)
-    assert mode == "L"
-    assert grid.shape == (3 * 2 * 2 + 2, 2 * 2 * 3 + 4)
-    assert [grid[0, x] for x in (0, 6, 12)] == [0, 64, 128]
-    last = grid[8:14, 6:10]
-    np.testing.assert_array_equal(last[:2, 2:], 0)
-    np.testing.assert_array_equal(last[2:], 255)
-    assert (grid[8:, 12:] == 255).all()  # the place of a sixth image
-    assert (grid[6:8] == 255).all()
-
-
-def test_grid_keeps_colours_and_clips(tmp_path):
-    images = np.array([1.0, -1.0, 7.0]).reshape(1, 1, 1, 3)
-    mode, grid = pixels(image_grid(images, tmp_path / "grid.png", scale=1))
-    assert mode == "RGB" and grid.tolist() == [[[255, 0, 255]]]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_row_labels_stand_left_of_their_rows(tmp_path, channels):
-    images = -np.ones((4, 6, 6, channels))
-    _, bare = pixels(image_grid(images, tmp_path / "bare.png", columns=2))
-    path = image_grid(images, tmp_path / "grid.png", 2, row_labels=["1 step", "|"])
-    _, grid = pixels(path)
-    margin = grid.shape[1] - bare.shape[1]
-    np.testing.assert_array_equal(grid[:, margin:], bare)
-    dark = (grid[:, :margin].reshape(grid.shape[0], -1) < 128).sum(axis=1)
-    assert dark[:24].sum() > dark[26:].sum() > 0
-
-
-def test_grid_refuses_bad_input(tmp_path, refused):
-    def grid_refused(words, *shape, **options):
-        images = options.pop("images", np.zeros(shape))
-        refused(words, image_grid, images, tmp_path / "grid.png", **options)
-
-    words = r"shape \(2, 4, 4\); give \[n, height, width, channel\]"
-    grid_refused(words, 2, 4, 4)
-    grid_refused("1 or 3 channels", 2, 4, 4, 2)
-    grid_refused("n >= 1", 0, 4, 4, 1)
-    words = "columns=0 and scale=4 must be at least 1"
-    grid_refused(words, 2, 4, 4, 1, columns=0)
-    grid_refused("scale=0", 2, 4, 4, 1, scale=0)
-    words = r"1 row labels for 2 rows \(4 images in 2 columns\)"
-    grid_refused(words, 4, 4, 4, 1, columns=2, row_labels=["a"])
-    images = np.zeros((2, 2, 2, 1))
-    images[1, 0, 1, 0] = math.nan
-    grid_refused(r"at index \(1, 0, 1, 0\)", images=images)
-    assert not (tmp_path / "grid.png").exists()
 
 
 def test_line_plot_writes_a_png_that_depends_on_its_data(tmp_path):
@@ -88,7 +34,7 @@ def test_line_plot_writes_a_png_that_depends_on_its_data(tmp_path):
     one = plot(tmp_path / "f" / "one.png", {"uniform": (x, x)})
     two = plot(tmp_path / "two.png", {"uniform": (x, x[::-1])})
     log = plot(tmp_path / "log.png", {"uniform": (x, x)}, log_y=True)
-    pictures = [pixels(path)[1] for path in (one, two, log)]
+    pictures = [pixels(path) for path in (one, two, log)]
     assert all(p.ndim == 3 and p.min() < 128 for p in pictures)
     assert len({p.tobytes() for p in pictures}) == 3
     assert ("matplotlib.pyplot" in sys.modules) == stateful
@@ -123,8 +69,6 @@ def test_text_table_aligns_numbers_right_and_text_left():
         "uniform    4  0.3333",
         "bellman   16       -",
     ]
-    assert text_table(rows, ["nfe", "grid"]).splitlines()[2] == "  4  uniform"
-    assert text_table([], ["a", "b"]).splitlines() == ["a  b", "-  -"]
 
 
 CLAIM = {"id": "B1", "statement": "fewer <steps> & better", "published": None}
@@ -162,7 +106,7 @@ class Page(html.parser.HTMLParser):
 
 def test_report_is_one_self_contained_escaped_page(tmp_path):
     nasty = "<script>alert('x')</script> & \"q\""
-    grid = image_grid(np.zeros((1, 2, 2, 1)), tmp_path / "grid.png")
+    grid = image_grid(np.zeros((1, 2, 2, 1)), tmp_path / "grid.png", 1)
     path = write_report(
         tmp_path / "out" / "report.html",
         title=nasty,

@@ -24,6 +24,9 @@ from tmdjax.harness.writers import Writer
 TIME_PREFIX = "time/"
 """Columns that hold timings start so; two equal runs may differ in them."""
 
+INTERVAL = 10.0
+"""Seconds between plain lines of progress."""
+
 Row = dict[str, Any]
 
 
@@ -88,19 +91,17 @@ class MetricsLog:
 
         Args:
             step: the training step.
-            metrics: numbers (Python, or arrays of shape ()) or text, by name. A
-                device array is waited for here.
+            metrics: numbers by name.
 
         Raises:
-            TypeError: a value that is neither; names the metric.
+            ConfigError: a value that JSON cannot hold; names the metric.
             ValueError: a metric called 'step'.
-        OSError: the disk is full; names the file.
+            OSError: the disk is full; names the file.
         """
         if "step" in metrics:
             raise ValueError("metric 'step' is the row's own; give it another name.")
-        values = {name: _scalar(name, value) for name, value in metrics.items()}
         try:
-            self._file.write(_line({"step": int(step), **values}))
+            self._file.write(_line({"step": step, **metrics}))
             self._file.flush()
         except OSError as error:
             raise OSError(
@@ -108,7 +109,7 @@ class MetricsLog:
                 f"mend permissions, then run the same command to go on."
             ) from error
         for writer in self._writers:
-            writer.write(int(step), values)
+            writer.write(step, metrics)
 
     def truncate(self, step: int) -> None:
         """Drops the rows beyond a step, which a resumed run writes again."""
@@ -141,20 +142,17 @@ class MetricsLog:
 class Progress:
     """What a stage is doing: a live line in a terminal, plain lines elsewhere.
 
-    Plain lines come at the first update, then at most every ``interval`` seconds,
-    and at the end. ``update`` stores what it is given and never waits for a
-    device: a metric still being computed is shown once it is there.
+    Plain lines come at the first update, then at most every ``INTERVAL`` seconds,
+    and at the end; the first four metrics that are not timings are shown.
 
     Args:
         stage: name of the stage.
-        total: number of steps, for the ETA; None if unknown.
-        keys: metrics to show; by default the first four that are not timings.
-        interval: seconds between plain lines.
+        total: number of steps, for the ETA.
         console: a rich console; by default standard output.
         clock: seconds that only grow.
 
     Example:
-        >>> with Progress("train", total=2) as progress:  # doctest: +SKIP
+        >>> with Progress("train", 2) as progress:  # doctest: +SKIP
         ...     for step in range(1, 3):
         ...         progress.update(step, {"loss": 0.5})
     """
@@ -162,17 +160,13 @@ class Progress:
     def __init__(
         self,
         stage: str,
-        total: int | None = None,
+        total: int,
         *,
-        keys: Sequence[str] = (),
-        interval: float = 10.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stage = stage
         self._total = total
-        self._keys = tuple(keys)
-        self._interval = interval
         self._console = console or Console()
         self._clock = clock
         self._step: int | None = None
@@ -202,14 +196,12 @@ class Progress:
         elif self._step is not None and self._printed != self._step:
             self._print(self._clock())
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Notes the step reached, and the latest metrics."""
         now = self._clock()
         if self._step is None:
             self._origin = (now, step)
-        self._step = step
-        if metrics is not None:
-            self._metrics = metrics
+        self._step, self._metrics = step, metrics
         if self._live is None and now >= self._due:
             self._print(now)
 
@@ -218,38 +210,29 @@ class Progress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _print(self, now: float) -> None:
-        self._due = now + self._interval
+        self._due = now + INTERVAL
         self._printed = self._step
         self.say("  ".join([f"[{self._stage}]", *self._parts(now)]))
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 1))
-        cells: list[Any] = [self._stage]
-        if self._total:
-            cells.append(
-                ProgressBar(total=self._total, completed=self._step or 0, width=24)
-            )
-        table.add_row(*cells, *self._parts(self._clock()))
+        bar = ProgressBar(total=self._total, completed=self._step or 0, width=24)
+        table.add_row(self._stage, bar, *self._parts(self._clock()))
         return table
 
     def _parts(self, now: float) -> list[str]:
         if self._step is None:
             return ["starting"]
-        total = "" if self._total is None else f"/{self._total}"
-        parts = [f"step {self._step}{total}"]
+        parts = [f"step {self._step}/{self._total}"]
         start, first = self._origin
         done = self._step - first
         if done > 0 and now > start:
             rate = done / (now - start)
+            left = max(self._total - self._step, 0) / rate
             parts.append(f"{format_value(rate)} steps/s")
-            if self._total is not None:
-                left = max(self._total - self._step, 0) / rate
-                parts.append(f"ETA {format_duration(left)}")
-        metrics = self._metrics
-        keys = self._keys or [k for k in metrics if not k.startswith(TIME_PREFIX)][:4]
-        shown = ((key, metrics.get(key)) for key in keys)
-        parts += [f"{k} {format_value(_on_host(v))}" for k, v in shown if _is_ready(v)]
-        return parts
+            parts.append(f"ETA {format_duration(left)}")
+        keys = [k for k in self._metrics if not k.startswith(TIME_PREFIX)][:4]
+        return parts + [f"{key} {format_value(self._metrics[key])}" for key in keys]
 
 
 def format_duration(seconds: float) -> str:
@@ -260,30 +243,6 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def _is_ready(value: Any) -> bool:
-    """Whether a value can be read without waiting for a device."""
-    if value is None:
-        return False
-    if hasattr(value, "is_ready"):
-        return not value.is_deleted() and value.is_ready()
-    return True
-
-
-def _on_host(value: Any) -> Any:
-    return value.item() if getattr(value, "shape", None) == () else value
-
-
-def _scalar(name: str, value: Any) -> int | float | str:
-    value = _on_host(value)
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return value
-    shape = getattr(value, "shape", None)
-    what = f"of shape {tuple(shape)}" if shape is not None else type(value).__name__
-    raise TypeError(
-        f"metric {name!r} is {what}; log one number (reduce it first) or text."
-    )
 
 
 def _line(row: Row) -> bytes:

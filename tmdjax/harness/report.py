@@ -1,22 +1,16 @@
-"""What a run leaves to look at: picture grids, plots, tables, one HTML page."""
+"""What a run leaves to look at: plots, tables, one HTML page."""
 
 import base64
 import html
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from tmdjax.core.checks import check_finite
 
 _LOGGER = logging.getLogger(__name__)
-_GAP = 2  # pixels between the images of a grid
-_WHITE = 255
 
 Row = Mapping[str, Any]
 
@@ -30,17 +24,17 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-def text_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+def text_table(rows: Sequence[Row]) -> str:
     """An aligned table for the terminal; numbers are flush right.
 
     Args:
-        rows: dicts; what a row lacks is shown as '-'.
-        columns: which columns, in order; by default all, as they first appear.
+        rows: dicts, whose columns stand as they first appear; what a row lacks is
+            shown as '-'.
 
     Returns:
         Header, rule and rows, without a last newline.
     """
-    columns = _columns(rows, columns)
+    columns = _columns(rows)
     cells = [[format_value(row.get(name)) for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
     right = [_is_numeric(rows, name) for name in columns]
@@ -54,66 +48,6 @@ def text_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(columns), rule, *map(line, cells)])
-
-
-def image_grid(
-    images: Any,
-    path: str | os.PathLike[str],
-    columns: int | None = None,
-    scale: int = 4,
-    row_labels: Sequence[str] = (),
-) -> Path:
-    """Writes images side by side as one PNG.
-
-    Args:
-        images: [n, height, width, 1 or 3], values in [-1, 1] (clipped).
-        path: the PNG to write; folders are made.
-        columns: images a row; by default the square root of n, rounded up.
-        scale: how many pixels wide a pixel becomes (nearest neighbour).
-        row_labels: one text a row, drawn to its left.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: another shape, no image, NaN or infinity, columns or scale
-            below 1, or as many labels as there are not rows.
-    """
-    images = np.asarray(images, np.float32)
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(
-            f"images have shape {images.shape}; give [n, height, width, channel] with "
-            f"n >= 1 and 1 or 3 channels."
-        )
-    check_finite(images, "images")
-    count, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(count)) if columns is None else columns
-    if columns < 1 or scale < 1:
-        raise ValueError(f"columns={columns} and scale={scale} must be at least 1.")
-    rows = math.ceil(count / columns)
-    if row_labels and len(row_labels) != rows:
-        raise ValueError(
-            f"{len(row_labels)} row labels for {rows} rows ({count} images in "
-            f"{columns} columns); give one a row."
-        )
-    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    step_y, step_x = height * scale + _GAP, width * scale + _GAP
-    canvas = np.full(
-        (rows * step_y - _GAP, columns * step_x - _GAP, channels),
-        _WHITE,
-        np.uint8,
-    )
-    for index, image in enumerate(pixels):
-        y, x = index // columns * step_y, index % columns * step_x
-        canvas[y : y + height * scale, x : x + width * scale] = image
-    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
-    if row_labels:
-        picture = _label_rows(picture, row_labels, step_y)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
-    return path
 
 
 def line_plot(
@@ -293,27 +227,13 @@ def claim_row(claim: Row) -> dict[str, Any]:
     }
 
 
-def _columns(rows: Sequence[Row], columns: Sequence[str] | None = None) -> list[str]:
-    if columns is not None:
-        return list(columns)
+def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _is_numeric(rows: Sequence[Row], name: str) -> bool:
     values = [row.get(name) for row in rows]
     return all(v is None or isinstance(v, int | float | np.number) for v in values)
-
-
-def _label_rows(picture: Image.Image, labels: Sequence[str], step: int) -> Image.Image:
-    font = ImageFont.load_default()
-    margin = math.ceil(max(font.getlength(label) for label in labels)) + 2 * _GAP
-    size = (picture.width + margin, picture.height)
-    labelled = Image.new(picture.mode, size, "white")
-    labelled.paste(picture, (margin, 0))
-    draw = ImageDraw.Draw(labelled)
-    for index, label in enumerate(labels):
-        draw.text((_GAP, index * step), label, fill="black", font=font)
-    return labelled
 
 
 def _html_table(caption: str, rows: Sequence[Row]) -> str:

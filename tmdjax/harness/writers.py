@@ -15,7 +15,7 @@ WRITERS = ("tensorboard", "wandb")
 class Writer(Protocol):
     """Takes the rows of a log as they are written."""
 
-    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row."""
 
     def rewind(self, step: int) -> None:
@@ -48,12 +48,10 @@ class TensorBoard:
             ) from error
         return SummaryWriter(logdir=str(self._folder), **options)
 
-    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row."""
         for name, value in values.items():
-            is_text = isinstance(value, str)
-            add = self._events.add_text if is_text else self._events.add_scalar
-            add(name, value, step)
+            self._events.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
         """Hides the events beyond a step."""
@@ -106,12 +104,12 @@ class WandB:
         )
         self._run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row."""
         self._run.log({"step": step, **values})
 
     def rewind(self, step: int) -> None:
-        """Nothing to do: see the class."""
+        """Nothing to do: rows that are written again equal those they replace."""
 
     def close(self, failed: bool = False) -> None:
         """Ends the run."""

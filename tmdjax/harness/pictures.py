@@ -1,4 +1,4 @@
-"""Videos to look at: contact sheets (PNG) and animations (GIF), models side by side."""
+"""Pictures of samples: grids of images, contact sheets and animations of videos."""
 
 import math
 import os
@@ -9,13 +9,51 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tmdjax.core.checks import check_count, check_finite, check_range
+from tmdjax.core.checks import check_count, check_finite
 
 _GAP = 2  # pixels between frames and rows
 _MODEL_GAP = 10  # between models
 _WHITE = 255
+_FRAME_MS = 250  # of an animation
 _MOST_COLOURS = 256  # of a GIF
 _NO_SHADES = "1"  # text in plain black: colours are scarce in a GIF
+
+
+def image_grid(
+    images: Any,
+    path: str | os.PathLike[str],
+    columns: int,
+    *,
+    row_labels: Sequence[str] = (),
+    scale: int = 4,
+) -> Path:
+    """Writes images side by side as one PNG.
+
+    Args:
+        images: [n, height, width, 1 or 3], values in [-1, 1] (clipped).
+        path: the PNG to write; folders are made.
+        columns: images a row; the last row may have fewer.
+        row_labels: one text a row, drawn to its left.
+        scale: how many pixels wide a pixel becomes (nearest neighbour).
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another shape, no image, NaN or infinity, columns or scale
+            below 1, or as many labels as there are not rows.
+    """
+    check_count("columns", columns)
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"images have shape {images.shape}; give [n, height, width, channel] with "
+            f"n >= 1 and 1 or 3 channels."
+        )
+    check_finite(images, "images")
+    white = np.ones((-len(images) % columns, *images.shape[1:]))
+    rows = np.concatenate([images, white]).reshape(-1, columns, *images.shape[1:])
+    return video_strips(rows, path, row_labels=row_labels, scale=scale)
 
 
 def video_strips(
@@ -24,7 +62,6 @@ def video_strips(
     *,
     row_labels: Sequence[str] = (),
     scale: int = 4,
-    every: int = 1,
 ) -> Path:
     """Writes a contact sheet: a row a video, its frames side by side.
 
@@ -35,20 +72,17 @@ def video_strips(
         path: the PNG to write; folders are made.
         row_labels: one text a video, such as its prompt, drawn to its left.
         scale: how many pixels wide a pixel becomes (nearest neighbour).
-        every: shows each so-many-th frame, from the first.
 
     Returns:
         The path.
 
     Raises:
         ValueError: another shape, shapes that differ, no video, NaN or infinity, scale
-            or every below 1, or as many labels as there are not videos.
+            below 1, or as many labels as there are not videos.
     """
-    check_count("every", every)
     blocks = _pixels(videos, scale)
-    # Frames become columns of the cell.
-    sheets = {name: _beside(block[:, ::every]) for name, block in blocks.items()}
-    canvas = _sheet({name: sheet[None] for name, sheet in sheets.items()}, row_labels)
+    sheets = {name: _beside(block)[None] for name, block in blocks.items()}
+    canvas = _sheet(sheets, row_labels)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas[0]).save(path, format="PNG")
@@ -60,39 +94,32 @@ def animation(
     path: str | os.PathLike[str],
     *,
     row_labels: Sequence[str] = (),
-    columns: int = 1,
     scale: int = 4,
-    fps: float = 4.0,
 ) -> Path:
-    """Writes videos that play at once, for ever, as a GIF.
+    """Writes videos that play at once, four frames a second and for ever, as a GIF.
 
     Up to 256 colours are kept exactly; of more, the nearest of a common palette are
     shown. A frame that equals the one before is stored as a longer one.
 
     Args:
-        videos: see :func:`video_strips`; models stand beside each other.
+        videos: [n, frame, height, width, 1 or 3], values in [-1, 1] (clipped), one a
+            row; or such arrays, all of one shape, by the name that is written above
+            them: models beside each other.
         path: the GIF to write; folders are made.
         row_labels: one text a row, drawn to its left.
-        columns: videos of one model beside each other.
         scale: how many pixels wide a pixel becomes (nearest neighbour).
-        fps: frames a second, in (0, 50]; the format has steps of 10 ms.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: as :func:`video_strips`, columns below 1, or fps out of range.
+        ValueError: another shape, shapes that differ, no video, NaN or infinity, scale
+            below 1, or as many labels as there are not videos.
     """
-    check_count("columns", columns)
-    check_range("fps", fps, 0, 50, open_low=True)
-    blocks = {}
-    for name, block in _pixels(videos, scale).items():
-        blank = np.full_like(block[:1], _WHITE)
-        rows = math.ceil(len(block) / columns)
-        padded = np.concatenate([block, *[blank] * (rows * columns - len(block))])
-        # [row, column, frame, ...] to [frame, row, column, ...]
-        grid = padded.reshape(rows, columns, *block.shape[1:])
-        blocks[name] = np.stack([_beside(grid[:, :, i]) for i in range(block.shape[1])])
+    blocks = {
+        name: block.swapaxes(0, 1)  # [frame, row, ...]
+        for name, block in _pixels(videos, scale).items()
+    }
     frames = _in_one_palette(_sheet(blocks, row_labels))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +128,7 @@ def animation(
         format="GIF",
         save_all=True,
         append_images=frames[1:],
-        duration=max(2, round(100 / fps)) * 10,
+        duration=_FRAME_MS,
         loop=0,
         optimize=False,
     )
