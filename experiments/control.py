@@ -131,8 +131,7 @@ def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
         state, metrics = run(state, keys)
         metrics = jax.device_get(metrics)
         on_policy.check(metrics, trainer.settings)
-        # skipped updates are none of fit's: it would leave their windows out
-        row = {k: v.mean() for k, v in metrics.items() if not k.startswith("skipped")}
+        row = {k: v.mean() for k, v in metrics.items()}
         row["first_ratio_error"] = metrics["first_ratio_error"].max()
         for i, seed in enumerate(seeds):
             row[f"reward_mean.seed{seed}"] = metrics["reward_mean"][i].mean()

@@ -131,13 +131,9 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     params = start_of(given, context)
     iterate, state = iteration(given, params, context.key)
 
-    def step(state: Any, batch: None, key: Any) -> Any:
-        state, metrics = iterate(state, None, key)
-        return state, {k: v for k, v in metrics.items() if not k.startswith("skip")}
-
     state = context.fit(
         state,
-        step,
+        iterate,
         train.NoData(),
         num_steps=given["rl"]["iterations"],
         log_every=1,

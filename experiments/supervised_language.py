@@ -12,10 +12,11 @@ from tmdjax import models, train
 from tmdjax.core import trees
 from tmdjax.data import in_memory
 from tmdjax.harness import StageContext, StageResult
+from tmdjax.train.state import LearnerCounts
 
 
 @struct.dataclass
-class Gated:
+class Gated(LearnerCounts):
     """Supervised training that stops learning once it is good enough.
 
     Attributes:
@@ -27,16 +28,6 @@ class Gated:
     learner: Any
     passed: Any
     accuracy: Any
-
-    @property
-    def skipped(self) -> Any:
-        """Updates that were not finite."""
-        return self.learner.skipped
-
-    @property
-    def skipped_in_a_row(self) -> Any:
-        """Of these, since the last good one."""
-        return self.learner.skipped_in_a_row
 
 
 def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
@@ -80,7 +71,6 @@ def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
             seen = look(learner.params)
             accuracy = jnp.float32(seen["accuracy"])
             passed = accuracy >= settings["gate"]
-        metrics = {k: v for k, v in metrics.items() if k != "skipped"}
         return Gated(learner, passed, accuracy), metrics | {"accuracy": accuracy}
 
     initial = train.create_state(language.parameters(context.key), optimizer)

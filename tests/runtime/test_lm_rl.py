@@ -91,12 +91,12 @@ def run(iterations, state=None, objective=OBJECTIVE, **changes):
 
 
 def test_it_learns_what_is_rewarded():
-    _, found = run(25, **TWICE)
+    state, found = run(25, **TWICE)
     scores = [m["score"] for m in found]
     assert np.mean(scores[:3]) < 0.3 and np.mean(scores[-3:]) > 0.8
     assert max(m["first_ratio_error"] for m in found) < 1e-4
     assert found[0]["tied_group_fraction"] < 1 and found[0]["entropy"] > 1
-    assert found[0]["behaviour_kl"] < 1e-6 and found[0]["skipped"] == 0
+    assert found[0]["behaviour_kl"] < 1e-6 and state.skipped == 0
     assert found[0]["effective_sample_fraction"] == pytest.approx(1, abs=1e-6)
     assert all(m["staleness_max"] == 0 for m in found)
 

@@ -1,9 +1,12 @@
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from checks import Numbered, same
+from numpy.testing import assert_array_equal
 
 from tmdjax import train
 from tmdjax.core import prng
@@ -69,6 +72,30 @@ def test_skipped_updates_are_counted_and_kept_out_of_the_means():
     assert all(np.isfinite(m["loss"]) for _, m in rows)
     _, rows = fit(data=counted(broken=range(10)))
     assert np.isnan(rows[0][1]["loss"]) and rows[0][1]["skipped"] == 10
+
+
+class Counting(NamedTuple):
+    number: int
+    skipped: int
+
+
+def test_what_a_step_that_skips_still_measured_is_kept():
+    """An iteration of RL: its rewards count where no update of it was good."""
+
+    def step(state, batch, key):
+        number, broken = state.number + 1, state.number in (1, 3)
+        loss = np.nan if broken or number == 6 else number
+        state = Counting(number, state.skipped + 3 * broken)
+        return state, {"reward": number, "loss": loss}
+
+    rows = []
+    options = {"key": KEY, "num_steps": 6, "log_every": 2}
+    note = lambda step, row: rows.append(row)  # noqa: E731
+    train.fit(Counting(0, 0), step, train.NoData(), on_metrics=note, **options)
+    assert [row["reward"] for row in rows] == [1.5, 3.5, 5.5]
+    assert [row["skipped"] for row in rows] == [3, 3, 0]
+    # what is no number where nothing was skipped is shown
+    assert_array_equal([row["loss"] for row in rows], [1, 3, np.nan])
 
 
 def test_persistent_nan_stops_with_the_last_good_checkpoint(tmp_path):

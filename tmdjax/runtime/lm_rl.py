@@ -27,11 +27,11 @@ from tmdjax.runtime.scheduling import Rollout, collect
 from tmdjax.runtime.settings import Draw, Score, Settings
 from tmdjax.runtime.update import LogProbs, make_update
 from tmdjax.train.iteration import Iteration
-from tmdjax.train.state import TrainState, create_state
+from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
 
 @struct.dataclass
-class LMState:
+class LMState(LearnerCounts):
     """Everything an iteration changes.
 
     Attributes:
@@ -41,16 +41,6 @@ class LMState:
 
     iteration: Any
     learner: TrainState
-
-    @property
-    def skipped(self) -> Any:
-        """Updates that were not finite and were skipped."""
-        return self.learner.skipped
-
-    @property
-    def skipped_in_a_row(self) -> Any:
-        """Of these, how many since the last good one."""
-        return self.learner.skipped_in_a_row
 
     @classmethod
     def start(

@@ -150,7 +150,7 @@ def compile_cycle(
         The cycle, the state placed on the mesh, and the function that cuts a batch of
         ``config.batches`` batches in a row (the generator's, then the critic's) into
         placed parts. Metrics: those of the generator, the critic's last ones under
-        'critic/', and 'skipped', 1 where an update of either was not finite.
+        'critic/'.
     """
     mesh = make_mesh() if mesh is None else mesh
     steps = make_steps(
@@ -169,12 +169,11 @@ def compile_cycle(
         generator, metrics = update_generator(
             state.generator, parts[0], key, state.critic.params, frozen
         )
-        critic, skipped, found = state.critic, metrics["skipped"], {}
+        critic, found = state.critic, {}
         for part in parts[1:]:
             critic, found = update_critic(critic, part, key, generator.params, frozen)
-            skipped = jnp.maximum(skipped, found["skipped"])
         metrics |= {f"critic/{name}": value for name, value in found.items()}
-        return DistillationState(generator, critic), metrics | {"skipped": skipped}
+        return DistillationState(generator, critic), metrics
 
     count = method.config.batches
 

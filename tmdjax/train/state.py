@@ -12,7 +12,7 @@ from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, Params, PyTree, SampleKeys
 
-RESERVED = ("loss", "grad_norm", "skipped")
+RESERVED = ("loss", "grad_norm")
 """Metrics that the train step reports itself."""
 
 LossFn = Callable[[Params, Any, SampleKeys], tuple[Array, dict[str, Array]]]
@@ -44,6 +44,25 @@ class TrainState:
     def eval_params(self) -> Any:
         """The averaged parameters where there are any, else the raw ones."""
         return self.params if self.ema_params is None else self.ema_params
+
+
+class LearnerCounts:
+    """What was skipped, for a state whose ``learner`` is a :class:`TrainState`.
+
+    The learner may hold several runs side by side, with a leading axis of runs.
+    """
+
+    learner: Any
+
+    @property
+    def skipped(self) -> Array:
+        """Updates that were skipped, of all runs together."""
+        return jnp.sum(self.learner.skipped)
+
+    @property
+    def skipped_in_a_row(self) -> Array:
+        """Of these, how many since the last good one, of the worst run."""
+        return jnp.max(self.learner.skipped_in_a_row)
 
 
 def create_state(
@@ -117,8 +136,8 @@ def make_train_step(
             non-finite ones; None skips none.
 
     Returns:
-        The step. Its metrics are float32 scalars: 'loss', 'grad_norm', 'skipped'
-        (0 or 1) and what loss_fn reports, reduced.
+        The step. Its metrics are float32 scalars: 'loss', 'grad_norm' and what loss_fn
+        reports, reduced. The state counts what was skipped.
 
     Raises:
         ValueError: a number out of range; on tracing: the batch does not divide into
@@ -220,8 +239,7 @@ def make_train_step(
             skipped=state.skipped + bad,
             skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
         )
-        skipped = bad.astype(jnp.float32)
-        return state, metrics | {"grad_norm": grad_norm, "skipped": skipped}
+        return state, metrics | {"grad_norm": grad_norm}
 
     return step
 

@@ -80,15 +80,17 @@ def fit(
     Args:
         state: initial :class:`~tmdjax.train.state.TrainState` (donated).
         step_fn: jitted ``(state, batch, key) -> (state, metrics)``, metrics a flat
-            dict of scalars. A metric 'skipped' (0 or 1) and a state's
-            'skipped_in_a_row' are used where there are any.
+            dict of scalars. Where the state has the fields 'skipped' and
+            'skipped_in_a_row' of a :class:`~tmdjax.train.state.TrainState`, skipped
+            updates are counted and looked at.
         data: endless iterator with a position.
         key: typed key of the run; the step folds its number in.
         num_steps: steps in all, resumed ones included.
         checkpoints: where to save; None saves nothing.
         place: puts a batch on devices; None leaves it to jit.
-        log_every: steps a window; metrics are means over the window, except
-            'skipped', which is their sum.
+        log_every: steps a window; metrics are means over the window, and 'skipped' is
+            how many updates were skipped in it. Where some were, values that are not
+            finite are left out of the means.
         checkpoint_seconds: shortest and longest time between saves; within it, saving
             takes about 1 % of the time.
         on_metrics: called with (step, metrics) at each log.
@@ -118,6 +120,8 @@ def fit(
     if on_resume is not None:
         on_resume(start)
     window: list[dict[str, Any]] = []
+    skipped = getattr(state, "skipped", None)
+    before = None if skipped is None else int(skipped)
     saved_at, interval = time.monotonic(), checkpoint_seconds[0]
     for step in range(start + 1, num_steps + 1):
         batch = next(data)
@@ -127,7 +131,7 @@ def fit(
         window.append(metrics)
         if step % log_every and step != num_steps:
             continue
-        means = _window_means(window)
+        means, before = _window_means(window, state, before)
         window.clear()
         in_a_row = int(getattr(state, "skipped_in_a_row", 0))
         if in_a_row >= max_skipped:
@@ -160,18 +164,19 @@ def fit(
     return FitResult(state, True)
 
 
-def _window_means(window: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over good updates; 'skipped' is a count; NaN if none was good."""
+def _window_means(
+    window: list[dict[str, Any]], state: Any, before: int | None
+) -> tuple[dict[str, float], int | None]:
+    """Means over a window, and updates skipped until now; ``before``: until its start.
+
+    Where updates were skipped, values that are not finite are left out; NaN if none is.
+    """
     host = jax.device_get(window)
-    columns = {
-        name: np.asarray([float(m[name]) for m in host], np.float64) for name in host[0]
-    }
-    if "skipped" not in columns:
-        return {name: float(column.mean()) for name, column in columns.items()}
-    good = columns["skipped"] == 0
-    means = {
-        name: float(column[good].mean()) if good.any() else float("nan")
-        for name, column in columns.items()
-    }
-    means["skipped"] = float(columns["skipped"].sum())
-    return means
+    columns = {name: np.array([float(m[name]) for m in host]) for name in host[0]}
+    if before is None:
+        return {name: float(column.mean()) for name, column in columns.items()}, None
+    now = int(state.skipped)
+    if now > before:
+        columns = {k: v[np.isfinite(v)] for k, v in columns.items()}
+    means = {k: float(v.mean()) if v.size else float("nan") for k, v in columns.items()}
+    return means | {"skipped": float(now - before)}, now

@@ -78,8 +78,8 @@ def make_iteration(
         The iteration; ``init(params)`` makes its state. ``batch`` is {name: [prompt,
         ...]}; learning donates the state. Metrics are float32 scalars: reward_mean,
         reward_group_std, tied_group_fraction, loss, grad_norm, kl (means over updates
-        that were not skipped), skipped_updates, ratio_error (max |ratio - 1| in the
-        first minibatch), clip_fraction_first and clip_fraction_last (of the
+        that were not skipped; the state counts the others), ratio_error (max |ratio -
+        1| in the first minibatch), clip_fraction_first and clip_fraction_last (of the
         minibatches).
 
     Raises:

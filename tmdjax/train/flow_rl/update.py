@@ -79,19 +79,21 @@ def make_update(
         )
         parts = _minibatches(credit, updates, microbatches * ways, order_key)
         initial = state
-        state, each = jax.lax.scan(
-            lambda state, part: step(state, cut_by_batch(part), step_key), state, parts
-        )
+
+        def one(state: TrainState, part: Any) -> tuple[TrainState, dict[str, Array]]:
+            after, found = step(state, cut_by_batch(part), step_key)
+            return after, {**found, "good": after.skipped == state.skipped}
+
+        state, each = jax.lax.scan(one, state, parts)
         if mesh is not None:
             shardings = fsdp_shardings(initial, mesh)
             state = jax.lax.with_sharding_constraint(state, shardings)
         group = jnp.repeat(jnp.arange(prompts), group_size)
         metrics = rl.group_statistics(rewards, group, prompts)
-        good = each["skipped"] == 0
+        good = each["good"]
         done = jnp.maximum(jnp.sum(good), 1)
         for name in ("loss", "kl", "grad_norm"):
             metrics[name] = jnp.sum(jnp.where(good, each[name], 0)) / done
-        metrics["skipped_updates"] = jnp.sum(each["skipped"])
         metrics["ratio_error"] = each["ratio_error"][0]
         clipped = jnp.where(good, each["clip_fraction"], 0)
         metrics["clip_fraction_first"] = clipped[0]

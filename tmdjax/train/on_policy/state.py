@@ -15,11 +15,11 @@ from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array, Params
 from tmdjax.train.on_policy.settings import Method, Settings
-from tmdjax.train.state import TrainState, create_state
+from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
 
 @struct.dataclass
-class OnPolicyState:
+class OnPolicyState(LearnerCounts):
     """Everything an iteration changes.
 
     Attributes:
@@ -42,16 +42,6 @@ class OnPolicyState:
     vector: envs.VectorState
     running_return: Any
     episode_return: Any
-
-    @property
-    def skipped(self) -> Any:
-        """Updates that were not finite and were skipped, of all seeds together."""
-        return jnp.sum(self.learner.skipped)
-
-    @property
-    def skipped_in_a_row(self) -> Any:
-        """Of these, how many since the last good one, of the worst seed."""
-        return jnp.max(self.learner.skipped_in_a_row)
 
 
 class Parts(NamedTuple):

@@ -75,8 +75,9 @@ def update(
         key: of the update.
 
     Returns:
-        The learner, the learning rate, and metrics: means over minibatches, but
-        'first_ratio_error', 'skipped' (a sum) and 'skipped_in_a_row'.
+        The learner, the learning rate, and metrics: means over minibatches, but for
+        'first_ratio_error' and 'skipped_in_a_row', the largest number of consecutive
+        updates that were skipped, whatever followed them.
     """
     settings = parts.settings
     shuffle, noise = jax.random.split(key)
@@ -89,8 +90,7 @@ def update(
     def minibatch(learner: TrainState, rows: Array) -> tuple[Any, Any]:
         batch = returns.batch(data, rows, scale)
         learner, metrics = train_step(learner, batch, noise)
-        in_a_row = learner.skipped_in_a_row.astype(jnp.float32)
-        return learner, {**metrics, "skipped_in_a_row": in_a_row}
+        return learner, {**metrics, "skipped_in_a_row": learner.skipped_in_a_row}
 
     def epoch(carry: Any, key: Any) -> tuple[Any, Any]:
         learner, learning_rate = carry
@@ -111,9 +111,8 @@ def update(
         (learner, state.learning_rate),
         jax.random.split(shuffle, settings.epochs),
     )
-    last = {
+    apart = {
         "first_ratio_error": metrics.pop("ratio_error")[0, 0],
-        "skipped": metrics.pop("skipped").sum(),
         "skipped_in_a_row": metrics.pop("skipped_in_a_row").max(),
     }
-    return learner, learning_rate, {k: v.mean() for k, v in metrics.items()} | last
+    return learner, learning_rate, {k: v.mean() for k, v in metrics.items()} | apart
