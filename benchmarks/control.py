@@ -48,7 +48,7 @@ PHYSICS_GOALS = {"whole": 1.5}
 """Of PolicyFlow over Gaussian PPO."""
 
 WIDTHS = {"hidden": (32, 32, 32, 32), "activation": "silu"}
-BRAX = on_policy.Settings(
+BRAX = on_policy.ControlSettings(
     unroll=80,
     epochs=4,
     minibatches=8,
@@ -74,7 +74,7 @@ class Ours:
     def __init__(
         self,
         method: Any,
-        settings: on_policy.Settings,
+        settings: on_policy.ControlSettings,
         count: int,
         environment: Any = None,
     ):
@@ -160,7 +160,7 @@ def _speeds(
 def method_rows(count: int, repeats: int) -> list[Row]:
     """PolicyFlow and FPO over Gaussian PPO."""
     hidden = (256, 128, 64)
-    settings = on_policy.Settings(target_kl=None)
+    settings = on_policy.ControlSettings(target_kl=None)
     methods: dict[str, Any] = {
         "ppo": ppo.GaussianPolicy(hidden=hidden),
         "policyflow": policyflow.PolicyFlow(hidden=hidden),
@@ -184,7 +184,7 @@ def method_rows(count: int, repeats: int) -> list[Row]:
 
 def physics_rows(count: int, repeats: int) -> list[Row]:
     """PolicyFlow over Gaussian PPO where a simulator takes part of the time."""
-    settings = on_policy.Settings(target_kl=None, unroll=24, normalise="running")
+    settings = on_policy.ControlSettings(target_kl=None, unroll=24, normalise="running")
     hopper = envs.Brax("hopper", backend="spring")
     methods: dict[str, Any] = {
         "ppo": ppo.GaussianPolicy(hidden=(128,) * 3),

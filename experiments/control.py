@@ -87,7 +87,7 @@ def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
     trainer = on_policy.make_trainer(
         tasks.vector(env_of(config, arm), count),
         method,
-        on_policy.Settings(**_tuples(settings)),
+        on_policy.ControlSettings(**_tuples(settings)),
     )
     return trainer, method
 

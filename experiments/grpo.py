@@ -81,7 +81,7 @@ def start_of(given: dict[str, Any], context: StageContext) -> Any:
     return tasks.language(given["model"]).parameters(context.key)
 
 
-def settings_of(given: dict[str, Any]) -> tuple[runtime.Settings, Any, Any]:
+def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, Any]:
     """Settings of the iteration, the objective and the optimiser of an arm."""
     sizes = dict(given["rl"])
     for name in ("iterations", "slots", "chunk", "length"):
@@ -95,7 +95,7 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.Settings, Any, Any]:
     optimizer = train.make_optimizer(
         train.OptimizerConfig(learning_rate=rate, warmup_steps=sizes.pop("warmup"))
     )
-    return runtime.Settings(**sizes), objective, optimizer
+    return runtime.LanguageSettings(**sizes), objective, optimizer
 
 
 def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:

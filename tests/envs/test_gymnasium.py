@@ -110,7 +110,9 @@ def test_a_continued_run_begins_its_episodes_anew(vector):
 
 def test_the_trainer_learns_in_it(refused):
     build = functools.partial(make, *[False, True] * 8, env=Seven)
-    settings = on_policy.Settings(unroll=8, learning_rate=3e-3, critic_hidden=(16,))
+    settings = on_policy.ControlSettings(
+        unroll=8, learning_rate=3e-3, critic_hidden=(16,)
+    )
     policy = ppo.GaussianPolicy(hidden=(16,), initial_std=0.3)
     trainer = on_policy.make_trainer(envs.GymnasiumVector(build), policy, settings)
     key = jax.random.key(0)

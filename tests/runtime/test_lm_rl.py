@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose
 from tmdjax import models, rl, runtime
 from tmdjax.generation import Engine, EngineConfig, Sampling, cached_decoder
 from tmdjax.rewards.host import RewardError
-from tmdjax.runtime import LMState, Prompt, Settings
+from tmdjax.runtime import LanguageSettings, LMState, Prompt
 from tmdjax.systems import grpo
 
 KEY = jax.random.key(0)
@@ -27,7 +27,7 @@ DECODER = models.Decoder(CONFIG)
 APPLY = models.functional(DECODER)
 PARAMS = models.init_params(DECODER, KEY, jax.ShapeDtypeStruct((1, 4), jnp.int32))
 STOP, LENGTH = 10, 32
-SETTINGS = Settings(prompts=4, samples=4, max_new_tokens=6, microbatch=8)
+SETTINGS = LanguageSettings(prompts=4, samples=4, max_new_tokens=6, microbatch=8)
 CONFIGURED = EngineConfig(slots=8, length=LENGTH, steps=3, stop=(STOP,))
 
 
@@ -240,7 +240,7 @@ def test_c_truncated_responses_may_be_left_out():
 
 def test_recomputed_log_probs_and_a_reference(refused):
     options = {"kl_coefficient": 0.1, "correction": "truncate", "clip_range": 0.3}
-    objective, optimizer = grpo.PolicyObjective(**options), optax.sgd(0.0)
+    objective, optimizer = grpo.GroupRelativeObjective(**options), optax.sgd(0.0)
     settings = dataclasses.replace(SETTINGS, proximal="recompute")
     other = jax.tree.map(lambda x: x * 1.1, PARAMS)
     iterate = made(objective, optimizer, settings, reference=other)

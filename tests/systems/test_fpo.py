@@ -78,7 +78,7 @@ def test_as_released_the_first_ratio_is_off_and_mended_it_is_one():
     common = {"unroll": 8, "epochs": 1, "minibatches": 2, "max_ratio_error": None}
 
     def first_ratio_error(**options):
-        settings = on_policy.Settings(critic_hidden=(16,), **common, **options)
+        settings = on_policy.ControlSettings(critic_hidden=(16,), **common, **options)
         vector = envs.Vector(envs.MultiGoal(), 16)
         trainer = on_policy.make_trainer(vector, method, settings)
         run = on_policy.jit_iterations(trainer, 3)

@@ -15,7 +15,7 @@ from tmdjax.systems.fpo import FPO
 from tmdjax.systems.policyflow import PolicyFlow
 from tmdjax.systems.ppo import GaussianPolicy
 from tmdjax.train import NonFiniteError, on_policy
-from tmdjax.train.on_policy import Settings, check, jit_iterations, make_trainer
+from tmdjax.train.on_policy import ControlSettings, check, jit_iterations, make_trainer
 
 KEY = jax.random.key(0)
 METHODS = {
@@ -27,7 +27,7 @@ METHODS = {
     ),
     "fpo": FPO(hidden=(16,), steps=3, pairs=2),
 }  # fmt: skip
-TINY = Settings(unroll=8, epochs=2, minibatches=2, critic_hidden=(16,))
+TINY = ControlSettings(unroll=8, epochs=2, minibatches=2, critic_hidden=(16,))
 MULTI = envs.MultiGoal()
 LEARNING = {
     "iterations": 120, "learning_rate": 3e-3, "discount": 0.9, "epochs": 4,
@@ -295,12 +295,12 @@ EIGHT_DEVICES = """
 import jax, numpy as np
 from tmdjax import envs, train
 from tmdjax.systems.ppo import GaussianPolicy
-from tmdjax.train.on_policy import Settings, jit_iterations, make_trainer
+from tmdjax.train.on_policy import ControlSettings, jit_iterations, make_trainer
 assert jax.device_count() == 8
 trainer = make_trainer(
     envs.Vector(envs.MultiGoal(), 16),
     GaussianPolicy(hidden=(16,)),
-    Settings(unroll=4, epochs=2, minibatches=2, critic_hidden=(16,), normalise="running"),
+    ControlSettings(unroll=4, epochs=2, minibatches=2, critic_hidden=(16,), normalise="running"),
 )
 key = jax.random.key(0)
 start, mesh = jax.jit(trainer.init), train.make_mesh()

@@ -22,9 +22,9 @@ from tmdjax import rl
 from tmdjax.core.types import Array, Params
 from tmdjax.generation import Engine
 from tmdjax.rl import TokenBatch
-from tmdjax.runtime.packing import Objective, update_batches
+from tmdjax.runtime.packing import TokenObjective, update_batches
 from tmdjax.runtime.scheduling import Rollout, collect
-from tmdjax.runtime.settings import Draw, Score, Settings
+from tmdjax.runtime.settings import Draw, LanguageSettings, Score
 from tmdjax.runtime.update import LogProbs, make_update
 from tmdjax.train.iteration import Iteration
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
@@ -53,9 +53,9 @@ class LMState(LearnerCounts):
 def make_iteration(
     engine: Engine,
     log_probs: LogProbs,
-    objective: Objective,
+    objective: TokenObjective,
     optimizer: optax.GradientTransformation,
-    settings: Settings,
+    settings: LanguageSettings,
     draw: Draw,
     score: Score,
     *,

@@ -12,7 +12,7 @@ from flax import struct
 from tmdjax import rl
 from tmdjax.core.types import Array
 from tmdjax.rl import TokenBatch, TokenRecord
-from tmdjax.runtime.settings import Settings
+from tmdjax.runtime.settings import LanguageSettings
 
 MIN_LENGTH = 32
 
@@ -41,7 +41,7 @@ class UpdateBatch:
 
 
 @runtime_checkable
-class Objective(Protocol):
+class TokenObjective(Protocol):
     """What the update optimises.
 
     Attributes:
@@ -92,8 +92,8 @@ class Objective(Protocol):
 
 def update_batches(
     records: Sequence[TokenRecord],
-    objective: Objective,
-    settings: Settings,
+    objective: TokenObjective,
+    settings: LanguageSettings,
     order: np.random.Generator,
     *,
     length: int,
@@ -137,7 +137,7 @@ def update_batches(
     )
 
 
-def _check(records: Sequence[TokenRecord], settings: Settings) -> None:
+def _check(records: Sequence[TokenRecord], settings: LanguageSettings) -> None:
     if len(records) < settings.minibatches:
         raise ValueError(
             f"{len(records)} responses do not fill minibatches={settings.minibatches}; "
@@ -160,8 +160,8 @@ def _check(records: Sequence[TokenRecord], settings: Settings) -> None:
 def _minibatches(
     records: Sequence[TokenRecord],
     advantage: np.ndarray,
-    objective: Objective,
-    settings: Settings,
+    objective: TokenObjective,
+    settings: LanguageSettings,
     order: np.random.Generator,
     *,
     length: int,

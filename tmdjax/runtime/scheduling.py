@@ -10,7 +10,7 @@ from tmdjax import rl
 from tmdjax.generation import Engine
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.scoring import Scoring
-from tmdjax.runtime.settings import Draw, Prompt, Score, Settings
+from tmdjax.runtime.settings import Draw, LanguageSettings, Prompt, Score
 
 
 class Group(NamedTuple):
@@ -52,7 +52,7 @@ class Rollout(NamedTuple):
 
 
 def collect(
-    engine: Engine, draw: Draw, score: Score, settings: Settings, iteration: int
+    engine: Engine, draw: Draw, score: Score, settings: LanguageSettings, iteration: int
 ) -> Rollout:
     """Responses of an iteration, with rewards.
 
@@ -111,7 +111,7 @@ def _answered(
     prompts: Sequence[Prompt],
     first: int,
     score: Score,
-    settings: Settings,
+    settings: LanguageSettings,
 ) -> list[Group]:
     """All responses to some prompts, scored as their groups end."""
     for g, prompt in enumerate(prompts):

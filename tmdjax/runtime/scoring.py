@@ -9,7 +9,7 @@ import numpy as np
 from tmdjax import rl
 from tmdjax.rewards import host
 from tmdjax.rl import TokenRecord
-from tmdjax.runtime.settings import Score, Settings
+from tmdjax.runtime.settings import LanguageSettings, Score
 
 
 class Scoring:
@@ -21,7 +21,7 @@ class Scoring:
         settings: time limit, how many at once, and the penalty of long responses.
     """
 
-    def __init__(self, score: Score, settings: Settings):
+    def __init__(self, score: Score, settings: LanguageSettings):
         self._score, self._settings = score, settings
         self._running: list[tuple[int, Sequence[TokenRecord], host.Pending, list]] = []
         self._scores: dict[int, np.ndarray] = {}
@@ -75,7 +75,7 @@ class Scoring:
         self._scores[group] = np.asarray(exact, np.float64)
 
 
-def _penalty(record: TokenRecord, settings: Settings) -> float:
+def _penalty(record: TokenRecord, settings: LanguageSettings) -> float:
     if settings.overlong_buffer is None:
         return 0.0
     return rl.overlong_penalty(

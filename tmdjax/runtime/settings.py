@@ -22,11 +22,11 @@ Draw = Callable[[int, int], Sequence[Prompt]]
 
 Score = Callable[[Any, Sequence[int]], float]
 """``(problem, response ids) -> reward``. It is called in a thread beside the engine,
-for one group at a time unless ``Settings.scored_at_once`` says otherwise."""
+for one group at a time unless ``LanguageSettings.scored_at_once`` says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class LanguageSettings:
     """Sizes and rules of an iteration.
 
     Attributes:

@@ -9,7 +9,7 @@ import optax
 
 from tmdjax import rl
 from tmdjax.core.types import Array, Params
-from tmdjax.runtime.packing import Objective, UpdateBatch
+from tmdjax.runtime.packing import TokenObjective, UpdateBatch
 from tmdjax.train.state import TrainState, make_train_step
 
 MAXIMA = ("ratio_error_max", "behaviour_log_ratio_max")
@@ -21,7 +21,9 @@ each and aligned with the token they belong to."""
 
 
 def make_update(
-    log_probs: LogProbs, objective: Objective, optimizer: optax.GradientTransformation
+    log_probs: LogProbs,
+    objective: TokenObjective,
+    optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, UpdateBatch, Any], tuple[TrainState, dict[str, Array]]]:
     """One update by a minibatch, its microbatches scanned; state donated.
 

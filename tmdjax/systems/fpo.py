@@ -4,8 +4,8 @@ The ratio is exp(old loss - new loss), averaged over a few stored (noise, time) 
 each action: a lower loss stands for a higher likelihood.
 
 The released trainer also lets its statistics of observations forget their variance, and
-moves them before the update: ``Settings(normalise=fpo.RELEASED_NORMALISER)``, mended by
-'running'.
+moves them before the update: ``ControlSettings(normalise=fpo.RELEASED_NORMALISER)``,
+mended by 'running'.
 
 References:
     arXiv 2507.21053 and its JAX code.
@@ -37,7 +37,7 @@ for comparison alone."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FPO:
-    """A :class:`tmdjax.train.on_policy.Method`.
+    """A :class:`tmdjax.train.on_policy.ControlMethod`.
 
     Attributes:
         hidden: widths of the velocity network.

@@ -29,8 +29,8 @@ CORRECTIONS = ("none", "truncate", "sequence", "reject")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyObjective:
-    """A :class:`tmdjax.runtime.Objective`.
+class GroupRelativeObjective:
+    """A :class:`tmdjax.runtime.TokenObjective`.
 
     Attributes:
         surrogate: ratio of each 'token', or the geometric mean of the 'sequence'
@@ -178,11 +178,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 'dr_grpo' needs a length; 'decoupled' wants ``proximal='recompute'``."""
 
 
-def preset(name: str, **changes: Any) -> PolicyObjective:
+def preset(name: str, **changes: Any) -> GroupRelativeObjective:
     """The objective of a published method.
 
     Raises:
         ValueError: an unknown name, or options out of range.
     """
     check_choice("method", name, PRESETS)
-    return PolicyObjective(**PRESETS[name] | changes)
+    return GroupRelativeObjective(**PRESETS[name] | changes)

@@ -33,7 +33,7 @@ REDUCTIONS = ("mean", "sum")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyFlow:
-    """A :class:`tmdjax.train.on_policy.Method`.
+    """A :class:`tmdjax.train.on_policy.ControlMethod`.
 
     Attributes:
         hidden: widths of the velocity network.

@@ -22,7 +22,7 @@ from tmdjax.train.on_policy import Samples
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianPolicy:
-    """A :class:`tmdjax.train.on_policy.Method`.
+    """A :class:`tmdjax.train.on_policy.ControlMethod`.
 
     Attributes:
         hidden: widths of the network of the mean.

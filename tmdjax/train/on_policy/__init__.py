@@ -6,18 +6,18 @@
     statistics  of observations, after the update: within an iteration nothing moves
 
 What differs between methods is how they act and what they are trained on; a
-:class:`Method` says both. Everything is a pure function of the state: `jax.vmap` of
-``Trainer.iterate`` over states made from several keys, or with several coefficients,
+:class:`ControlMethod` says both. Everything is a pure function of the state: `jax.vmap`
+of ``Trainer.iterate`` over states made from several keys, or with several coefficients,
 trains them side by side.
 """
 
 from tmdjax.train.on_policy.rollout import Rollout
 from tmdjax.train.on_policy.settings import (
+    ControlMethod,
+    ControlSettings,
     Diagnosed,
-    Method,
     Normaliser,
     Samples,
-    Settings,
 )
 from tmdjax.train.on_policy.state import OnPolicyState
 from tmdjax.train.on_policy.trainer import (
@@ -29,13 +29,13 @@ from tmdjax.train.on_policy.trainer import (
 from tmdjax.train.on_policy.update import adapted_learning_rate
 
 __all__ = [
+    "ControlMethod",
+    "ControlSettings",
     "Diagnosed",
-    "Method",
     "Normaliser",
     "OnPolicyState",
     "Rollout",
     "Samples",
-    "Settings",
     "Trainer",
     "adapted_learning_rate",
     "check",

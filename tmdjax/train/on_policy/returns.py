@@ -15,7 +15,7 @@ from tmdjax import rl
 from tmdjax.core import prng
 from tmdjax.core.types import Array, Params
 from tmdjax.train.on_policy.rollout import Rollout
-from tmdjax.train.on_policy.settings import Samples, Settings
+from tmdjax.train.on_policy.settings import ControlSettings, Samples
 from tmdjax.train.on_policy.state import OnPolicyState, Parts
 
 Loss = Callable[[Params, Any, Any], tuple[Array, dict[str, Array]]]
@@ -25,7 +25,7 @@ class Targets(NamedTuple):
     """What a loss takes of transitions, [batch] each.
 
     Attributes:
-        samples: what :meth:`Method.loss` sees.
+        samples: what :meth:`ControlMethod.loss` sees.
         value: of the critic before the update.
         returns: what the value is regressed to.
         weight: float32, 0 where a step was not valid.
@@ -42,7 +42,7 @@ class Unroll(NamedTuple):
 
     Attributes:
         observation: as the policy saw it.
-        record: what :meth:`Method.act` left.
+        record: what :meth:`ControlMethod.act` left.
         step: what the environments answered, without final observations.
         value: of the observations.
         next_value: of what followed each.
@@ -89,7 +89,7 @@ def unroll_of(
     )
 
 
-def targets(unroll: Unroll, settings: Settings, coefficients: Any) -> Targets:
+def targets(unroll: Unroll, settings: ControlSettings, coefficients: Any) -> Targets:
     """Advantages and returns of transitions, as [time * env]."""
     step, value, next_value = unroll.step, unroll.value, unroll.next_value
     if settings.truncation == "current":
@@ -118,7 +118,9 @@ def _standardised(given: Targets) -> Targets:
     return given._replace(samples=given.samples._replace(advantage=advantage))
 
 
-def _value_error(value: Array, old: Array, returns: Array, settings: Settings) -> Array:
+def _value_error(
+    value: Array, old: Array, returns: Array, settings: ControlSettings
+) -> Array:
     error = (value - returns) ** 2
     if settings.value_clip is None:
         return error

@@ -20,7 +20,7 @@ class Rollout(NamedTuple):
         episodes: int32, how many ended.
         episode_returns: float32, the sum of their returns.
         observation: [time, env, ...], as the environments gave it.
-        record: what :meth:`Method.act` left, [time, env, ...].
+        record: what :meth:`ControlMethod.act` left, [time, env, ...].
         step: what the environments answered, [time, env, ...].
         action_size: float32 [time, env], the largest entry of an action before it is
             squashed.

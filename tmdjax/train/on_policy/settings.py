@@ -19,7 +19,7 @@ class Samples(NamedTuple):
 
     Attributes:
         observation: [batch, ...], as the policy saw it.
-        record: what :meth:`Method.act` left, [batch, ...].
+        record: what :meth:`ControlMethod.act` left, [batch, ...].
         advantage: float32 [batch].
     """
 
@@ -29,7 +29,7 @@ class Samples(NamedTuple):
 
 
 @runtime_checkable
-class Method(Protocol):
+class ControlMethod(Protocol):
     """How a policy acts, and what it is trained on.
 
     Attributes:
@@ -89,7 +89,7 @@ class Diagnosed(Protocol):
     def diagnose(
         self, params: Params, behaviour: Params, samples: Samples, keys: Any
     ) -> dict[str, Array]:
-        """Scalars by name; arguments as those of :meth:`Method.loss`."""
+        """Scalars by name; arguments as those of :meth:`ControlMethod.loss`."""
         ...
 
 
@@ -113,7 +113,7 @@ NORMALISERS = {"none": None, "running": Normaliser()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class ControlSettings:
     """Everything but the method.
 
     Attributes:

@@ -14,7 +14,7 @@ from tmdjax import envs, models, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array, Params
-from tmdjax.train.on_policy.settings import Method, Settings
+from tmdjax.train.on_policy.settings import ControlMethod, ControlSettings
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
 
@@ -56,8 +56,8 @@ class Parts(NamedTuple):
     """
 
     vector: envs.Vector | envs.GymnasiumVector
-    method: Method
-    settings: Settings
+    method: ControlMethod
+    settings: ControlSettings
     critic: models.ControlMLP
     rule: optax.GradientTransformation
 

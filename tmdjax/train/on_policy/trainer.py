@@ -17,7 +17,7 @@ from tmdjax.core.types import Array
 from tmdjax.train.iteration import Iteration
 from tmdjax.train.on_policy.returns import Once, PerMinibatch, targets, unroll_of
 from tmdjax.train.on_policy.rollout import Rollout, collect
-from tmdjax.train.on_policy.settings import Diagnosed, Method, Settings
+from tmdjax.train.on_policy.settings import ControlMethod, ControlSettings, Diagnosed
 from tmdjax.train.on_policy.state import OnPolicyState, Parts, start
 from tmdjax.train.on_policy.update import make_rule, update
 from tmdjax.train.sharding import batch_sharding, replicated
@@ -39,19 +39,21 @@ class Trainer(Iteration[OnPolicyState, Rollout]):
         on_host: whether the environments run in Python: one run, one device.
     """
 
-    settings: Settings
+    settings: ControlSettings
     steps: int
     on_host: bool = False
 
 
 def make_trainer(
-    vector: envs.Vector | envs.GymnasiumVector, method: Method, settings: Settings
+    vector: envs.Vector | envs.GymnasiumVector,
+    method: ControlMethod,
+    settings: ControlSettings,
 ) -> Trainer:
     """Builds the functions of a training run.
 
     Args:
         vector: the environments: of this library, or of gymnasium.
-        method: see :class:`Method`.
+        method: see :class:`ControlMethod`.
         settings: everything else.
 
     Returns:
@@ -70,7 +72,7 @@ def make_trainer(
     if missing:
         raise TypeError(
             f"{type(method).__name__} has no {', '.join(missing)}; a method needs "
-            f"{', '.join(needed)}, see tmdjax.train.on_policy.Method."
+            f"{', '.join(needed)}, see tmdjax.train.on_policy.ControlMethod."
         )
     count, steps = vector.count, vector.count * settings.unroll
     if steps % settings.minibatches:
@@ -232,7 +234,7 @@ def jit_iterations(
     )
 
 
-def check(metrics: Mapping[str, Any], settings: Settings) -> None:
+def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
     """Looks at the metrics of some iterations; call it where they reach the host.
 
     Args:

@@ -9,13 +9,13 @@ import optax
 
 from tmdjax.core.types import Array
 from tmdjax.train.on_policy.returns import Once, PerMinibatch
-from tmdjax.train.on_policy.settings import Settings
+from tmdjax.train.on_policy.settings import ControlSettings
 from tmdjax.train.on_policy.state import OnPolicyState, Parts
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer
 from tmdjax.train.state import TrainState, make_train_step
 
 
-def make_rule(settings: Settings) -> optax.GradientTransformation:
+def make_rule(settings: ControlSettings) -> optax.GradientTransformation:
     """AdamW whose learning rate is an array in its state."""
     rule = make_optimizer(
         OptimizerConfig(
@@ -34,7 +34,9 @@ def _with_learning_rate(learner: TrainState, rate: Array) -> TrainState:
     return dataclasses.replace(learner, opt_state=opt_state)
 
 
-def adapted_learning_rate(learning_rate: Any, kl: Any, settings: Settings) -> Array:
+def adapted_learning_rate(
+    learning_rate: Any, kl: Any, settings: ControlSettings
+) -> Array:
     """Divided by 1.5 where the KL is too large (or NaN), multiplied where too small.
 
     Args:
