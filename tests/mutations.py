@@ -115,10 +115,7 @@ TESTS = {
     "models/decoder/config": "models/test_hf_decoder.py",
     "models/decoder/layers": "models/test_decoder.py",
     **dict.fromkeys(
-        [
-            "models/checkpoints/" + name
-            for name in "adapters decoder layout safetensors".split()
-        ],
+        ["models/checkpoints/" + name for name in "adapters decoder layout".split()],
         "models/test_hf_decoder.py",
     ),
     "models/checkpoints/gguf": "models/test_gguf_decoder.py",

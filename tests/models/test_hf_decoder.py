@@ -171,45 +171,12 @@ def test_tensors_that_do_not_fit_are_all_named(refused):
 
 def test_damaged_files(folder, refused):
     path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    header = int.from_bytes(whole[:8], "little")
-    long = whole.replace(b'"shape":[16]', b'"shape":[17]', 1)
-    for data, message in (
-        (whole[:-4], rf"cut off in tensor '.*': its \d+ bytes end at {len(whole)}"),
-        (whole[: 8 + header + 5], r"is cut off in tensor"),
-        (whole[:header], rf"its header should end at byte {8 + header}"),
-        (whole[:3], "no whole safetensors file"),
-        (whole[:8] + b"x" * header + whole[8 + header :], "its header is not JSON"),
-        (long, r"of shape \[17\] and dtype F32 takes 68 byt"),
-        (whole.replace(b'"F32"', b'"F33"', 1), "has dtype 'F33'; known: F64"),
-    ):
-        path.write_bytes(data)
-        refused(f"{path}.*{message}", load_decoder, folder)
+    path.write_bytes(path.read_bytes()[:-4])
+    refused(f"{path} is cut off in tensor", load_decoder, folder)
     path.unlink()
     refused("neither model.safet", load_decoder, folder, error=FileNotFoundError)
     (folder / "config.json").write_text("{")
     refused("config.json is not JSON", load_decoder, folder)
-
-
-@pytest.mark.parametrize(
-    "dtype", [np.float64, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
-)
-def test_file_format_is_that_of_the_library(tmp_path, dtype, refused):
-    library = pytest.importorskip("safetensors.numpy")
-    tensors = {
-        "b": np.arange(6).reshape(2, 3).astype(dtype),
-        "a": np.array(3.5, np.float32),
-        "empty": np.zeros((0, 4), np.float32),
-    }
-    write_safetensors(tmp_path / "ours", tensors, {"k": "v"})
-    library.save_file(tensors, tmp_path / "theirs", {"k": "v"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    found = read_safetensors(tmp_path / "theirs")
-    equal(found, tensors)
-    for name, array in tensors.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-    path, wrong = tmp_path / "c", {"c": np.zeros(2, np.complex64)}
-    refused("'c' has dtype complex64", write_safetensors, path, wrong, error=TypeError)
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """The safetensors file format: named arrays behind a JSON header.
 
 Read here rather than by its library so that a damaged file is named with the tensor
-and the size that were expected, and so that 16- and 8-bit floats come as numpy arrays.
+and the size that were expected, that 16- and 8-bit floats come as numpy arrays, and
+that nothing is read before it is used. What the library refuses is refused here.
+
+References:
+    https://huggingface.co/docs/safetensors (format).
 """
 
 import json
@@ -34,6 +38,8 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
+_LONGEST_HEADER = 100_000_000
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -46,50 +52,78 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or cut off; the message names it, the first
             tensor concerned, and the size it should have.
-
-    References:
-        https://huggingface.co/docs/safetensors (format).
     """
     path = Path(path)
-    size = path.stat().st_size
-    header, start = _read_header(path, size)
+    header, start, size = _read_header(path)
     kinds = {name: _check_entry(path, name, entry) for name, entry in header.items()}
     spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
     whole = start + max((end for _, end in spans.values()), default=0)
+    last = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != last:
+            raise ValueError(
+                f"{path}: tensor {name!r} begins at byte {begin} of the data, the one "
+                f"before it ends at {last}; tensors leave no gap and share no byte: "
+                f"the file is damaged. Copy it again."
+            )
         if start + end > size:
             raise ValueError(
                 f"{path} is cut off in tensor {name!r}: its {end - begin} bytes end at "
                 f"{start + end}, the file has {size} bytes of {whole}. Copy it again."
             )
-    data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        last = end
+    if size != whole:
+        raise ValueError(
+            f"{path} has {size} bytes, {size - whole} more than its header tells of. "
+            f"Copy it again."
+        )
+    data = np.memmap(path, np.uint8, "r")[start:]
     return {
-        name: data[start + begin : start + end].view(dtype).reshape(shape)
+        name: data[begin:end].view(dtype).reshape(shape)
         for (name, (dtype, shape)), (begin, end) in zip(kinds.items(), spans.values())
     }
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The entries, and where the data start."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The entries of the tensors, where the data start, and the size of the file."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
+        if size < 8 or 8 + length > size or length > _LONGEST_HEADER:
             raise ValueError(
                 f"{path} is no whole safetensors file: its header should end at byte "
-                f"{8 + length if size >= 8 else 8}, the file has {size}. Copy it again."
+                f"{8 + length if size >= 8 else 8} (of at most {_LONGEST_HEADER}), the "
+                f"file has {size}. Copy it again."
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("no object")
-    except ValueError as error:
+        header = json.loads(text.decode(), object_pairs_hook=_object, parse_int=_whole)
+        metadata = header.pop(_METADATA, None)
+        words = [*sum(metadata.items(), ())] if metadata is not None else []
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{_METADATA} holds other things than strings")
+        "".join([*header, *words]).encode()  # refuses half of a surrogate pair
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no safetensors file: its header is not JSON ({error}). Copy "
-            f"it again."
+            f"{path} is no safetensors file: its header is not JSON as it should be "
+            f"({error}). Copy it again."
         ) from None
-    header.pop("__metadata__", None)
-    return header, 8 + length
+    return header, 8 + length, size
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose names stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands in it twice")
+    return found
+
+
+def _whole(digits: str) -> float:
+    """A whole number; '-0' is none, as the library has it."""
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[Any, tuple[int, ...]]:
@@ -97,18 +131,20 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[Any, tuple[int, ...
     try:
         kind, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path}: the header entry of tensor {name!r} is damaged: {entry!r}. Copy "
             f"the file again."
         ) from None
-    if kind not in _DTYPES:
+    if str(kind) not in _DTYPES:
         raise ValueError(
             f"{path}: tensor {name!r} has dtype {kind!r}; known: {', '.join(_DTYPES)}."
         )
     dtype = np.dtype(_DTYPES[kind])
     expected = math.prod(shape) * dtype.itemsize
-    if end - begin != expected or begin < 0:
+    if end - begin != expected:
         raise ValueError(
             f"{path}: tensor {name!r} of shape {list(shape)} and dtype {kind} takes "
             f"{expected} bytes, the header gives it bytes {begin} to {end}: the file "
@@ -117,32 +153,30 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[Any, tuple[int, ...
     return dtype, shape
 
 
-def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
     """Writes arrays so that the file is whole or not there.
+
+    Its metadata name the layout as PyTorch's, which transformers asks for.
 
     Args:
         path: of the file.
         tensors: arrays by name.
-        metadata: strings by name; None marks the layout as PyTorch's, which
-            transformers asks for.
 
     Raises:
         TypeError: a dtype that the format lacks.
+        ValueError: a tensor of the name that the format keeps for itself.
         OSError: the file cannot be written.
     """
-    metadata = {"format": "pt"} if metadata is None else dict(metadata)
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    if _METADATA in arrays:
+        raise ValueError(f"no tensor may be called {_METADATA!r}; rename it.")
     for name, array in arrays.items():
         if array.dtype not in _NAMES:
             raise TypeError(
                 f"tensor {name!r} has dtype {array.dtype}; safetensors holds "
                 f"{', '.join(str(dtype) for dtype in _NAMES)}."
             )
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     position = 0
     # Wide numbers first: each then lies at a multiple of its size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -150,7 +184,7 @@ def write_safetensors(
         array = arrays[name]
         header[name] = {
             "dtype": _NAMES[array.dtype],
-            "shape": list(np.shape(tensors[name])),
+            "shape": list(array.shape),
             "data_offsets": [position, position + array.nbytes],
         }
         position += array.nbytes
