@@ -64,8 +64,17 @@ def get_config(tier: str) -> ConfigDict:
     config = ConfigDict()
     config.system = "grpo"
     config.model = ConfigDict(
-        {**MODELS[tier], **HEADS[tier], "tied_embedding": True, "remat": large}
+        {
+            "name": "decoder",
+            **MODELS[tier],
+            **HEADS[tier],
+            "tied_embedding": True,
+            "remat": large,
+        }
     )
+    high = {"smoke": 5, "cpu": 8}.get(tier, 40)
+    config.task = ConfigDict({"name": "chain_sum", "high": high})
+    config.method = ConfigDict({"name": "grpo"})
     config.sft = ConfigDict(
         {
             "pairs": 256 if small else 20000,
@@ -98,35 +107,24 @@ def get_config(tier: str) -> ConfigDict:
             "overlong_buffer": 0,  # 0: no penalty
             "overlong_factor": 1.0,
             "mask_truncated": False,
-            "objective": {},  # changes of the method's preset
         }
     )
     config.judge = ConfigDict(
         {"problems": 16 if small else 256, "samples": 2 if small else 4}
     )
-    high = {"smoke": 5, "cpu": 8}.get(tier, 40)
-    counts = (3,) if tier in ("smoke", "cpu") else (3, 4)
-    config.arms = ConfigDict(
-        {
-            "chain_sum": {
-                "method": "grpo",
-                "task": {"name": "chain_sum", "high": high},
-            },
-            "countdown": {
-                "method": "grpo",
-                "task": {"name": "countdown", "counts": counts},
-                "sft": {"gate": 0.1},
-            },
-        }
-    )
-    if small:
-        del config.arms["countdown"]
+    counts = (3, 4) if large else (3,)
+    countdown = {
+        "task": {"name": "countdown", "counts": counts},
+        "sft": {"gate": 0.1},
+    }
+    config.arms = ConfigDict({"chain_sum": {}})
+    if not small:
+        config.arms.countdown = ConfigDict(countdown)
     if large:
         for generator in ("chain_sum", "word_sorting", "letter_counting"):
             config.arms[f"smollm2_{generator}"] = ConfigDict(
                 {
-                    "method": "grpo",
-                    "model": {"weights": "smollm2"},
+                    "model": {"name": "packaged", "weights": "smollm2"},
                     "task": {"name": "reasoning_gym", "generator": generator},
                     "rl": SMOLLM2 if tier == "paper" else {**SMOLLM2, **SHORTER},
                 }
@@ -134,8 +132,12 @@ def get_config(tier: str) -> ConfigDict:
     if tier == "paper":
         config.arms.qwen_gsm8k = ConfigDict(
             {
-                "method": "dapo",
-                "model": {"folder": "Qwen2.5-1.5B-Instruct", "template": "qwen2.5"},
+                "method": {"name": "grpo:dapo"},
+                "model": {
+                    "name": "folder",
+                    "folder": "Qwen2.5-1.5B-Instruct",
+                    "template": "qwen2.5",
+                },
                 "task": {
                     "name": "math_file",
                     "path": "gsm8k/train.jsonl",

@@ -17,6 +17,7 @@ paper  the same: sizes only.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 EXPERIMENT = "control"
 TIERS = ("smoke", "cpu", "gpu", "paper")
@@ -29,58 +30,55 @@ COST = {
 }
 
 
-PHYSICS = {"envs": 2048, "iterations": 150, "iterations_per_call": 10}
+PHYSICS = {
+    "envs": 2048,
+    "iterations": 150,
+    "iterations_per_call": 10,
+    "normalise": "running",
+    "learning_rate": 1e-3,
+}
 TASKS = {
     "maze": {
         "env": {"name": "point_maze"},
         "train": {"envs": 2048, "iterations": 600, "learning_rate": 1e-4},
-        "entropy_coefficient": 0.01,
-        "bound": 1.0,
+        "method": {"entropy_coefficient": 0.01},
     },
     "hopper": {
         "env": {"name": "brax", "task": "hopper", "backend": "spring"},
-        "train": {**PHYSICS, "normalise": "running", "learning_rate": 1e-3},
+        "train": PHYSICS,
         "evaluate": {"agents": 128},
-        "brownian_coefficient": 0.005,
-        "bound": 1.0,
+        "method": {"brownian_coefficient": 0.005},
     },
     "cheetah": {
         "env": {"name": "playground", "task": "CheetahRun", "implementation": "jax"},
-        "train": {**PHYSICS, "normalise": "running", "learning_rate": 1e-3},
+        "train": PHYSICS,
         "evaluate": {"agents": 128},
-        "brownian_coefficient": 0.005,
-        "bound": 1.0,
+        "method": {"brownian_coefficient": 0.005},
     },
 }
 """Other environments of the large tiers, by the prefix of their arms. As many
 environment steps for every method of one; the gpu tier takes ``GPU_ITERATIONS``."""
 
 GPU_ITERATIONS = {"maze": 300, "hopper": 80, "cheetah": 80}
+FPO_TRAIN = ("envs", "iterations", "iterations_per_call")
+"""FPO keeps its own learning rate and statistics everywhere."""
 
 
-def _changed(arm: dict, changes: dict) -> dict:
-    """An arm in another environment."""
-    found, train = dict(arm), dict(changes["train"])
-    if arm["method"] == "fpo":  # keeps its own learning rate and statistics
-        found["bound"] = changes["bound"]
-        train = {
-            k: train[k]
-            for k in ("envs", "iterations", "iterations_per_call")
-            if k in train
-        }
-    elif "entropy_coefficient" in changes:
-        found["entropy_coefficient"] = changes["entropy_coefficient"]
-    if arm.get("brownian_coefficient"):
-        default = arm["brownian_coefficient"]
-        found["brownian_coefficient"] = changes.get("brownian_coefficient", default)
-    found |= {k: changes[k] for k in ("env", "evaluate") if k in changes}
-    return found | {"train": {**arm.get("train", {}), **train}}
+def _moved(arm: dict, task: dict, iterations: int) -> dict:
+    """An arm in another environment; what it has of its own stays."""
+    method, train = {**task["method"], **arm["method"]}, dict(task["train"])
+    if method["name"] == "ppo":
+        method.pop("brownian_coefficient", None)
+    if method["name"].startswith("fpo"):
+        method = {**arm["method"], "bound": 1.0}
+        train = {k: v for k, v in train.items() if k in FPO_TRAIN}
+    train = {**arm.get("train", {}), **train, "iterations": iterations}
+    return {**task, "method": method, "train": train}
 
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""
     large = tier in ("gpu", "paper")
-    hidden = {"smoke": (32, 32), "cpu": (128, 64)}.get(tier, (256, 128, 64))
     config = ConfigDict()
     config.system = "policyflow"
     config.env = ConfigDict({"name": "multi_goal"})
@@ -88,73 +86,45 @@ def get_config(tier: str) -> ConfigDict:
         {
             "seeds": (0,) if tier == "smoke" else (0, 1, 2, 3, 4),
             "envs": {"smoke": 64, "cpu": 256}.get(tier, 4096),
-            "unroll": 16 if tier == "smoke" else 32,
             "iterations": {"smoke": 40, "cpu": 150, "gpu": 600}.get(tier, 2000),
             "iterations_per_call": {"smoke": 8, "cpu": 5}.get(tier, 25),
-            "epochs": 5,
-            "minibatches": 4,
-            "learning_rate": 1e-3 if tier == "smoke" else 2e-4,
-            "target_kl": 0.01,
-            "critic_hidden": hidden,
+            "diagnosed_samples": 0,
+            # none: as the preset of an arm's method has it
+            "unroll": placeholder(int),
+            "epochs": placeholder(int),
+            "minibatches": placeholder(int),
+            "learning_rate": placeholder(float),
+            "normalise": placeholder(str),
+            "critic_hidden": placeholder(tuple),
         }
     )
     config.evaluate = ConfigDict({"agents": 1000})
+    flow = {"name": "policyflow"}
+    ppo = {"name": "ppo"}
+    if not large:
+        hidden = (32, 32) if tier == "smoke" else (128, 64)
+        config.train.critic_hidden = hidden
+        ppo |= {"hidden": hidden}
+        flow |= {"hidden": hidden, "frequencies": (1.0, 100.0, 8)}
     if tier == "smoke":
+        config.train.update(unroll=16, learning_rate=1e-3)
         config.evaluate.agents = 200
-    velocity = {"frequencies": (1.0, 100.0, 32 if large else 8)}
-    flow = {
-        "method": "policyflow",
-        "hidden": hidden,
-        **velocity,
-        "train": {"diagnosed_samples": 256},
-    }
-    fpo = {
-        "method": "fpo",
-        "bound": 5.0,
-        "train": {
-            "unroll": 32,
-            "epochs": 16,
-            "minibatches": 32,
-            "learning_rate": 3e-4,
-            "target_kl": None,
-            "weight_decay": 0.0,
-            "clip_norm": None,
-            "discount": 0.995,
-            "reward_scale": 10.0,
-            "advantages": "minibatch",
-            "value_coefficient": 0.25,
-            "value_clip": None,
-            "normalise": "running",
-            "critic_hidden": (256,) * 5,
-            "critic_activation": "silu",
-        },
-    }
-    released = {
-        "normalise": "released",
-        "gae": "per_minibatch",
-        "max_ratio_error": None,
-    }
+    look = {"train": {"diagnosed_samples": 256}}
     arms: dict[str, dict] = {
-        "ppo": {"method": "ppo", "hidden": hidden},
-        "policyflow": {**flow, "brownian_coefficient": 0.25},
-        "policyflow_plain": {**flow, "brownian_coefficient": 0.0},
+        "ppo": {"method": ppo},
+        "policyflow": {"method": flow, **look},
+        "policyflow_plain": {"method": {**flow, "brownian_coefficient": 0.0}, **look},
     }
     if large:
-        arms["fpo"] = fpo
-        arms["fpo_released"] = {**fpo, "train": {**fpo["train"], **released}}
-        for prefix, changes in TASKS.items():
-            if tier == "gpu":
-                shorter = {**changes["train"], "iterations": GPU_ITERATIONS[prefix]}
-                changes = {**changes, "train": shorter}
+        arms["fpo"] = {"method": {"name": "fpo", "bound": 5.0}}
+        arms["fpo_released"] = {"method": {"name": "fpo:released", "bound": 5.0}}
+        here = dict(arms)
+        for prefix, task in TASKS.items():
+            length = task["train"]["iterations"]
+            length = GPU_ITERATIONS[prefix] if tier == "gpu" else length
             arms |= {
-                f"{prefix}_{name}": _changed(arms[name], changes)
-                for name in (
-                    "ppo",
-                    "policyflow",
-                    "policyflow_plain",
-                    "fpo",
-                    "fpo_released",
-                )
+                f"{prefix}_{name}": _moved(arm, task, length)
+                for name, arm in here.items()
             }
     config.arms = ConfigDict(arms)
     config.claims = ConfigDict(_claims(tier) if tier in ("cpu", "gpu") else {})

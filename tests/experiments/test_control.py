@@ -20,7 +20,7 @@ def tiny(*changes, env=None, arm="policyflow", **train):
     config = load_config("configs/policyflow.py:smoke", [*TINY, *changes])
     with config.unlocked():
         config.arms = {arm: config.arms[arm]}
-        config.arms[arm].hidden = (16,)
+        config.arms[arm].method.hidden = (16,)
         config.train.update(train)
         config.env = env or config.env
     return config
@@ -37,7 +37,7 @@ def test_seeds_side_by_side_are_judged_one_by_one(tmp_path, ran, refused):
     rewards = [unit["unit"]["metrics"]["training_reward"] for unit in units]
     assert rewards[0] != rewards[1]
     words = r"seed 4 was not trained: .*--seeds=3..5"
-    refused(words, ran, policyflow, config, seeds=(3, 4))
+    refused(words, ran, control, config, seeds=(3, 4))
 
 
 PIXELS = {"name": "push", "horizon": 5, "observation": "pixels", "side": 16}
@@ -98,7 +98,7 @@ def test_bad_inputs(refused):
         refused(words, control.describe, tiny(change))
     config = tiny()
     with config.unlocked():
-        config.arms.policyflow.method = "policy_flow"
+        config.arms.policyflow.method.name = "policy_flow"
     refused("Did you mean 'policyflow'", control.describe, config)
     other = tiny(env={"name": "multigoal"})
     refused("Did you mean 'multi_goal'", control.describe, other)

@@ -58,7 +58,9 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 16}
 
 
 LANGUAGE = tasks.language(
-    SIZES | dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 1)
+    {"name": "decoder"}
+    | SIZES
+    | dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 1)
 )
 
 
@@ -89,7 +91,7 @@ def test_bad_inputs(refused):
     refused("Did you mean 'chain_sum'", tasks.build, {"name": "chainsum"})
     config = tiny()
     with config.unlocked():
-        config.arms.chain_sum.method = "gropo"
+        config.method.name = "gropo"
     refused("Did you mean 'grpo'", grpo.describe, config)
 
 

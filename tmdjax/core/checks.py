@@ -4,6 +4,7 @@ Values can only be checked where they are concrete: a check of a traced array
 passes, so call these at the entrance, outside ``jit``.
 """
 
+import dataclasses
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +28,17 @@ def check_choice(name: str, value: str, options: Iterable[str]) -> None:
         raise ValueError(
             f"{name}={value!r} is not one of {known}.{suggestion(value, options)}"
         )
+
+
+def check_fields(kind: type, names: Iterable[str]) -> None:
+    """Raises TypeError unless all names are fields of a dataclass."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for name in names:
+        if name not in fields:
+            raise TypeError(
+                f"{kind.__name__} has no setting {name!r}; it has {', '.join(fields)}."
+                f"{suggestion(name, fields)}"
+            )
 
 
 def check_range(

@@ -23,6 +23,7 @@ from tmdjax import flows, models, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Params
+from tmdjax.train import on_policy
 from tmdjax.train.on_policy import Normaliser, Samples
 
 RATIOS = ("mean", "per_sample")
@@ -179,3 +180,48 @@ class FPO:
         if self.ratio == "per_sample":
             loss, error = loss.mean(1), error.max(1)
         return loss, {"ratio_error": error, "flow_loss": new.mean(1)}
+
+
+_TRAINER = {
+    "epochs": 16,
+    "minibatches": 32,
+    "learning_rate": 3e-4,
+    "target_kl": None,
+    "weight_decay": 0.0,
+    "clip_norm": None,
+    "discount": 0.995,
+    "reward_scale": 10.0,
+    "advantages": "minibatch",
+    "value_coefficient": 0.25,
+    "value_clip": None,
+    "normalise": "running",
+    "critic_hidden": (256,) * 5,
+    "critic_activation": "silu",
+}
+_RELEASED = {
+    "normalise": RELEASED_NORMALISER,
+    "gae": "per_minibatch",
+    "max_ratio_error": None,
+}
+_PUBLISHED = {"fpo": _TRAINER, "released": {**_TRAINER, **_RELEASED}}
+PRESETS = tuple(_PUBLISHED)
+
+
+def preset(
+    name: str, *, settings: Mapping[str, Any] | None = None, **changes: Any
+) -> on_policy.ControlSetup:
+    """The settings of the JAX code, with changes.
+
+    Args:
+        name: 'fpo', mended: statistics of observations keep their variance and move
+            after the update, advantages come once an iteration; or 'released', as it
+            is.
+        settings: changed fields of :class:`tmdjax.train.on_policy.ControlSettings`.
+        **changes: fields of :class:`FPO`.
+
+    Raises:
+        ValueError: an unknown preset, or settings out of range.
+        TypeError: an unknown field.
+    """
+    check_choice("preset", name, PRESETS)
+    return on_policy.make_setup(FPO, _PUBLISHED[name], changes, settings)

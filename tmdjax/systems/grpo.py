@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import rl
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.checks import check_choice, check_fields, check_range
 from tmdjax.core.types import Array
 from tmdjax.rl import TokenRecord
 from tmdjax.rl.advantages import BASELINES, SCALES
@@ -181,8 +181,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str, **changes: Any) -> GroupRelativeObjective:
     """The objective of a published method.
 
+    Args:
+        name: one of :data:`PRESETS`.
+        **changes: fields of :class:`GroupRelativeObjective`.
+
     Raises:
         ValueError: an unknown name, or options out of range.
+        TypeError: an unknown field.
     """
-    check_choice("method", name, PRESETS)
+    check_choice("preset", name, PRESETS)
+    check_fields(GroupRelativeObjective, changes)
     return GroupRelativeObjective(**PRESETS[name] | changes)

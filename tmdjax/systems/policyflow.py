@@ -25,6 +25,7 @@ from tmdjax import flows, models, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
 from tmdjax.core.types import Array, Params
+from tmdjax.train import on_policy
 from tmdjax.train.on_policy import Samples
 
 PATHS = ("rectified_flow", "stochastic_interpolant", "trigflow")
@@ -278,6 +279,24 @@ class PolicyFlow:
             "ratio_rms_error": jnp.sqrt(jnp.mean(away**2)),
             "ratio_spread": exact.std(),
         }
+
+
+def preset(
+    name: str, *, settings: Mapping[str, Any] | None = None, **changes: Any
+) -> on_policy.ControlSetup:
+    """The settings of the released code (MultiGoal), with changes.
+
+    Args:
+        name: 'policyflow'.
+        settings: changed fields of :class:`tmdjax.train.on_policy.ControlSettings`.
+        **changes: fields of :class:`PolicyFlow`.
+
+    Raises:
+        ValueError: an unknown preset, or settings out of range.
+        TypeError: an unknown field.
+    """
+    check_choice("preset", name, ("policyflow",))
+    return on_policy.make_setup(PolicyFlow, {"target_kl": 0.01}, changes, settings)
 
 
 def path_point(path: str, x_0: Array, x_1: Array, t: Array, z: Any = None) -> Array:

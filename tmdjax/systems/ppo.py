@@ -15,8 +15,9 @@ import numpy as np
 
 from tmdjax import flows, models, rl
 from tmdjax.core import prng
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array, Params
+from tmdjax.train import on_policy
 from tmdjax.train.on_policy import Samples
 
 
@@ -123,3 +124,21 @@ class GaussianPolicy:
             "std_at_bound": rl.at_bounds(params["log_std"], self.log_std_bounds, loss),
             "std": jnp.broadcast_to(std.mean(), loss.shape),
         }
+
+
+def preset(
+    name: str, *, settings: Mapping[str, Any] | None = None, **changes: Any
+) -> on_policy.ControlSetup:
+    """PPO as PolicyFlow compares with it, with changes.
+
+    Args:
+        name: 'ppo'.
+        settings: changed fields of :class:`tmdjax.train.on_policy.ControlSettings`.
+        **changes: fields of :class:`GaussianPolicy`.
+
+    Raises:
+        ValueError: an unknown preset, or settings out of range.
+        TypeError: an unknown field.
+    """
+    check_choice("preset", name, ("ppo",))
+    return on_policy.make_setup(GaussianPolicy, {"target_kl": 0.01}, changes, settings)

@@ -15,9 +15,11 @@ from tmdjax.train.on_policy.rollout import Rollout
 from tmdjax.train.on_policy.settings import (
     ControlMethod,
     ControlSettings,
+    ControlSetup,
     Diagnosed,
     Normaliser,
     Samples,
+    make_setup,
 )
 from tmdjax.train.on_policy.state import OnPolicyState
 from tmdjax.train.on_policy.trainer import (
@@ -31,6 +33,7 @@ from tmdjax.train.on_policy.update import adapted_learning_rate
 __all__ = [
     "ControlMethod",
     "ControlSettings",
+    "ControlSetup",
     "Diagnosed",
     "Normaliser",
     "OnPolicyState",
@@ -40,5 +43,6 @@ __all__ = [
     "adapted_learning_rate",
     "check",
     "jit_iterations",
+    "make_setup",
     "make_trainer",
 ]

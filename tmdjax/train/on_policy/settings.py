@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tmdjax import rl
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
 from tmdjax.core.types import Array, Params
 
 VALUE_CLIPS = ("larger", "released")
@@ -214,3 +214,39 @@ class ControlSettings:
         if isinstance(self.normalise, Normaliser):
             return self.normalise
         return NORMALISERS[self.normalise]
+
+
+class ControlSetup(NamedTuple):
+    """What a paper fixes, as its system's ``preset`` returns it.
+
+    Attributes:
+        method: how the policy acts and learns.
+        settings: of the trainer.
+    """
+
+    method: Any
+    settings: ControlSettings
+
+
+def make_setup(
+    method: type,
+    published: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> ControlSetup:
+    """A paper's settings with changes: what a system's ``preset`` returns.
+
+    Args:
+        method: dataclass of the method; its defaults are the published ones.
+        published: fields of :class:`ControlSettings` that the paper sets.
+        changes: fields of the method.
+        settings: fields of :class:`ControlSettings`, over the published ones.
+
+    Raises:
+        TypeError: an unknown field.
+        ValueError: settings out of range.
+    """
+    found = {**published, **(settings or {})}
+    check_fields(method, changes)
+    check_fields(ControlSettings, found)
+    return ControlSetup(method(**changes), ControlSettings(**found))

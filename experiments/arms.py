@@ -1,0 +1,140 @@
+"""Arms of an experiment: what each changes of the config, and the method it names.
+
+``config.arms`` is ``{arm: {group: {setting: value}}}``. A group is one of the config,
+such as 'train', and an arm has its settings over those of all. The group 'method' holds
+a 'name', ``"SYSTEM"`` or ``"SYSTEM:PRESET"``, and what is changed of that preset: a new
+method is a file with a function ``preset`` in ``tmdjax/systems/`` or beside the config.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from tmdjax import systems
+from tmdjax.core.checks import check_choice
+from tmdjax.core.registry import suggestion
+from tmdjax.harness import ConfigError
+from tmdjax.harness.claims import MAIN_ARM
+from tmdjax.harness.find import find_module
+
+T = TypeVar("T")
+METHOD = "method"
+NO_GROUPS = ("arms", "claims")
+
+
+def arms(config: Any) -> tuple[str, ...]:
+    """Names of a config's arms; ('main',) where it has none."""
+    return tuple(config.get("arms", ())) or (MAIN_ARM,)
+
+
+def of_arm(config: Any, arm: str) -> Any:
+    """The config of an arm: its own settings over those of all.
+
+    A group with another 'name' than the config's (another task, environment or data
+    set) stands in its place, for what it names has settings of its own. In any other
+    group an arm may change what the config has. Settings of the method are left to the
+    preset, which knows them.
+
+    Args:
+        config: a ConfigDict; one without arms is returned as it is.
+        arm: one of :func:`arms`.
+
+    Raises:
+        ConfigError: an unknown group or setting.
+        ValueError: an unknown arm.
+    """
+    if not config.get("arms"):
+        return config
+    check_choice("arm", arm, config.arms)
+    own = config.copy_and_resolve_references()
+    groups = [k for k, v in config.items() if isinstance(v, ConfigDict)]
+    groups = [k for k in groups if k not in (*NO_GROUPS, METHOD)]
+    with own.unlocked():
+        for group, changes in config.arms[arm].items():
+            if group not in (*groups, METHOD) or not isinstance(changes, ConfigDict):
+                raise ConfigError(
+                    f"arms.{arm}.{group} is no group of settings; an arm changes those "
+                    f"of {', '.join((*groups, METHOD))}.{suggestion(group, groups)}"
+                )
+            given = own.get(group, ConfigDict())
+            if changes.get("name", given.get("name")) != given.get("name"):
+                given = ConfigDict()
+            elif group != METHOD:
+                _check_known(f"arms.{arm}.{group}", changes, given)
+            own[group] = ConfigDict({**given, **changes})
+    return own
+
+
+def _check_known(where: str, changes: Any, given: Any) -> None:
+    for name in changes:
+        if name not in given:
+            raise ConfigError(
+                f"{where}.{name} changes no setting; there are {', '.join(given)}."
+                f"{suggestion(name, given)}"
+            )
+
+
+def build_method(
+    method: Mapping[str, Any], kind: type[T], *arguments: Any, **options: Any
+) -> T:
+    """The method that an arm names, made by the preset of its system.
+
+    Args:
+        method: the group 'method' of an arm: 'name', ``"SYSTEM:PRESET"``, or
+            ``"SYSTEM"`` for the preset of that name; the rest are changes of the
+            preset. Lists become tuples.
+        kind: what presets of this family of methods return.
+        *arguments: of the preset, after its name.
+        **options: of the preset, beside the changes.
+
+    Raises:
+        ConfigError: no name, no such system, a system without a preset, or a method of
+            another family.
+        ValueError: an unknown preset, or settings that it refuses.
+    """
+    given = tuples(method)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"method.name={name!r}: name the method's system, such as 'grpo', or a "
+            f"preset of it, such as 'grpo:dapo'."
+        )
+    system, _, preset = name.partition(":")
+    make = getattr(find_module(system, systems.__name__), "preset", None)
+    if make is None:
+        known = _systems()
+        raise ConfigError(
+            f"method.name={name!r}: neither tmdjax/systems/{system}.py nor {system}.py "
+            f"beside the config has a function preset(name, ...); systems with one: "
+            f"{', '.join(known)}.{suggestion(system, known)}"
+        )
+    try:
+        inspect.signature(make).bind(preset or system, *arguments, **options, **given)
+    except TypeError as error:
+        raise ConfigError(
+            f"method.name={name!r} is no {kind.__name__}: its preset"
+            f"{inspect.signature(make)} cannot be called ({error})."
+        ) from None
+    found = make(preset or system, *arguments, **options, **given)
+    if not isinstance(found, kind):
+        raise ConfigError(
+            f"method.name={name!r} makes a {type(found).__name__}, and this experiment "
+            f"needs a {kind.__name__}; name a method of its family."
+        )
+    return found
+
+
+def tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with tuples in place of the lists of JSON, as dataclasses want them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+def _systems() -> list[str]:
+    """Systems of the package that have a preset."""
+    names = [module.name for module in pkgutil.iter_modules(systems.__path__)]
+    found = {n: importlib.import_module(f"{systems.__name__}.{n}") for n in names}
+    return [n for n in names if hasattr(found[n], "preset")]

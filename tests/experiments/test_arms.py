@@ -1,0 +1,85 @@
+"""Arms: settings of their own over those of all, and methods found by their system."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.arms import arms, build_method, of_arm
+from tmdjax import runtime
+from tmdjax.harness import ConfigError
+from tmdjax.train import flow_rl, on_policy
+
+SETTINGS = {
+    "system": "paper",
+    "task": {"name": "shapes", "size": 8},
+    "train": {"steps": 10, "rate": 0.1},
+    "method": {"name": "grpo", "scale": "none"},
+    "claims": {},
+    "arms": {
+        "plain": {},
+        "long": {"train": {"steps": 20}, "method": {"scale": "batch"}},
+        "larger": {"task": {"name": "shapes", "size": 16}},
+        "words": {"task": {"name": "words", "font": 3}},
+        "other": {"method": {"name": "grpo:dapo", "clip_range": (0.1, 0.3)}},
+    },
+}
+
+
+def test_an_arm_changes_settings_of_all():
+    config = ConfigDict(SETTINGS).lock()
+    assert sorted(arms(config)) == sorted(SETTINGS["arms"])
+    found = {arm: of_arm(config, arm) for arm in arms(config)}
+    assert found["plain"].to_dict() == config.to_dict()
+    assert found["long"].train.to_dict() == {"steps": 20, "rate": 0.1}
+    assert found["long"].method.to_dict() == {"name": "grpo", "scale": "batch"}
+    assert found["larger"].task.size == 16
+    # another task or method has settings of its own
+    assert found["words"].task.to_dict() == {"name": "words", "font": 3}
+    assert found["other"].method.clip_range == (0.1, 0.3)
+    assert "scale" not in found["other"].method
+    assert config.to_dict() == SETTINGS  # as it was
+    alone = ConfigDict({"train": {"steps": 1}})
+    assert arms(alone) == ("main",) and of_arm(alone, "main") is alone
+
+
+def test_what_an_arm_cannot_change_is_refused(refused):
+    for given, words in (
+        ({"train": {"step": 3}}, r"arms.x.train.step changes no.*mean 'steps'"),
+        ({"trian": {"steps": 3}}, "arms.x.trian is no group.*mean 'train'"),
+        ({"method": "grpo"}, "arms.x.method is no group of settings"),
+        ({"claims": {"a": 1}}, "arms.x.claims is no group"),
+    ):
+        config = ConfigDict({**SETTINGS, "arms": {"x": given}})
+        refused(words, of_arm, config, "x", error=ConfigError)
+    refused("Did you mean 'words'", of_arm, ConfigDict(SETTINGS), "word")
+
+
+def test_a_method_is_what_the_preset_of_its_system_makes(refused):
+    found = build_method(
+        {"name": "grpo", "clip_range": [0.1, 0.3]}, runtime.TokenObjective
+    )
+    assert found.clip_range == (0.1, 0.3) and found.aggregation == "seq-mean-token-mean"
+    found = build_method({"name": "grpo:dapo"}, runtime.TokenObjective)
+    assert found.aggregation == "token-mean"
+    for name, group in (("branchgrpo", 16), ("flow_grpo:mix_grpo", 12)):
+        found = build_method({"name": name}, flow_rl.Setup, (8, 8, 3), steps=20)
+        assert found.method.group_size == group and len(found.method.grid) == 21
+    for system, ratio in (("policyflow", 1e-4), ("ppo", 1e-4), ("fpo:released", None)):
+        found = build_method({"name": system}, on_policy.ControlSetup, settings={})
+        assert found.settings.max_ratio_error == ratio
+
+
+@pytest.mark.parametrize(
+    "method, error, words",
+    [
+        ({}, ConfigError, "name=None: name the method's system, such as 'grpo'"),
+        ({"name": "gropo"}, ConfigError, "gropo.py beside the config.*mean 'grpo'"),
+        ({"name": "boss"}, ConfigError, "has a function preset"),
+        ({"name": "../grpo"}, ConfigError, "has a function preset"),
+        ({"name": "ppo"}, ConfigError, "method.name='ppo' makes a ControlSetup"),
+        ({"name": "flow_grpo"}, ConfigError, "is no TokenObjective: .*event_shape"),
+        ({"name": "grpo:dappo"}, ValueError, "preset='dappo'.*mean 'dapo'"),
+        ({"name": "grpo", "scal": 1}, TypeError, "no setting 'scal'.*mean 'scale'"),
+    ],
+)
+def test_a_method_that_is_not_there_is_refused(method, error, words, refused):
+    refused(words, build_method, method, runtime.TokenObjective, error=error)
