@@ -107,14 +107,34 @@ def test_bad_inputs(refused):
     refused("Did you mean 'velocity'", flows.as_velocity, affine, "velocty")
 
 
-def test_guidance_scale_is_known():
-    assert flows.guidance_scale(lambda x, t, c: x) == 1.0
-    guided = flows.classifier_free_guidance(lambda x, t, c: x, 3, 0)
-    assert flows.guidance_scale(guided) == 3.0
-    assert flows.guidance_scale(flows.as_pytree(guided)) == 3.0
+def test_facts_pass_our_wrappers_and_are_unknown_behind_a_lambda():
+    plain = lambda x, t, c: x  # noqa: E731
+    guided = flows.classifier_free_guidance(plain, 3, 0)
+    wrapped = conventions.flip_velocity(flows.as_velocity(guided, "noise"))
+    wrapped = flows.OnGrid(flows.as_pytree(wrapped), np.array([1.0, 0.0]))
+    for known in (guided, flows.as_pytree(guided), wrapped):
+        assert flows.guidance_scale(known) == 3.0
+    assert flows.around(wrapped, flows.Guided).scale == 3.0
+    assert flows.around(guided, flows.OnGrid) is None
+    for unknown in (plain, lambda *at: guided(*at), functools.partial(guided)):
+        assert flows.guidance_scale(unknown) is None
+    seen = jax.jit(lambda v: jnp.array(flows.guidance_scale(v) is None))(guided)
+    assert seen  # a traced scale has no value
 
 
-def test_as_pytree_keeps_values_and_exposes_parameters():
+def test_an_unknown_scale_may_be_one_and_nothing_else():
+    for a, b, differs in (
+        (None, None, False),
+        (None, 1.0, False),
+        (2.0, 2.0, False),
+        (None, 2.0, True),
+        (None, 0.0, True),
+        (1.0, 2.0, True),
+    ):
+        assert flows.guidance_differs(a, b) == flows.guidance_differs(b, a) == differs
+
+
+def test_as_pytree_keeps_values_and_exposes_parameters(refused):
     def apply_fn(params, x, t, cond, power=1):
         return params["w"] * x**power
 
@@ -129,6 +149,11 @@ def test_as_pytree_keeps_values_and_exposes_parameters():
         other = flows.as_pytree(functools.partial(apply_fn, params, power=power))
         assert len(jax.tree.leaves(other)) == 1
         np.testing.assert_array_equal(call(other, x), params["w"] * x**power)
+    held = jax.tree_util.Partial(apply_fn, params)
+    again = flows.as_pytree(held)
+    assert jax.tree.structure(again) == jax.tree.structure(held)
+    listed = functools.partial(apply_fn, params, power={1})
+    refused(r"holds \{1\}, which a compiled", flows.as_pytree, listed, error=TypeError)
 
 
 def test_as_pytree_compiles_once_for_other_parameters(count_compiles):
@@ -137,7 +162,8 @@ def test_as_pytree_compiles_once_for_other_parameters(count_compiles):
 
     def velocity(value):
         inner = functools.partial(apply_fn, np.float32(value), train=True, scale=2.0)
-        return flows.as_pytree(conventions.flip_velocity(inner))
+        outer = flows.as_velocity(conventions.flip_velocity(inner), "velocity")
+        return flows.as_pytree(outer)
 
     x, t = jnp.ones((3, 2)), jnp.ones(3)
     call = jax.jit(lambda velocity, x: velocity(x, t, None))

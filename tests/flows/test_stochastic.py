@@ -413,8 +413,15 @@ def test_guided_rollouts_are_scored_under_their_own_guidance(refused):
     assert sample.guidance == 3.0
     found = rescored(frozen, sample, table, cond, steps=(0, 1)).log_prob
     np.testing.assert_allclose(found, np.asarray(sample.log_prob)[:2], atol=1e-6)
-    words = r"guidance scale 3.0, the velocity has 1.0"
-    refused(words, flows.rescore, network, sample, table, cond)
+    other = flows.classifier_free_guidance(network, 2.0, np.zeros(3))
+    words = r"guidance scale 3.0, the velocity has 2.0"
+    refused(words, flows.rescore, other, sample, table, cond)
+    hidden = lambda x, t, cond: guided(x, t, cond)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"scale 3.0, the velocity has None"):
+        unseen = rescored(hidden, sample, table, cond, steps=(0, 1)).log_prob
+    np.testing.assert_array_equal(unseen, found)
+    known = sample.replace(guidance=None)  # a warning would be an error
+    rescored(hidden, known, table, cond, steps=(0, 1))
 
 
 def test_a_frozen_null_branch_gets_no_gradient():

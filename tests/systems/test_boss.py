@@ -83,7 +83,7 @@ def test_guided_search_differs_and_is_labelled():
         for scale in (1.0, 3.0)
     )
     assert not np.allclose(plain.costs, guided.costs)
-    assert plain.schedules[4].guidance_scale == 1.0
+    assert plain.schedules[4].guidance_scale is None  # an unguided one cannot tell
     assert guided.schedules[4].guidance_scale == 3.0
 
 
@@ -384,12 +384,18 @@ def test_guidance_other_than_the_schedules_warns(found):
     """A straightened model has absorbed its teacher's: none around it fits."""
     guided = flows.classifier_free_guidance(conditional, 2.0, 0.0)
     noise, cond = prng.normal(keys(4), (2,)), jnp.ones(4)
-    with pytest.warns(UserWarning, match=r"at guidance scale 1.0.*sampled at 2.0"):
+    with pytest.warns(UserWarning, match=r"at guidance scale None.*sampled at 2.0"):
         boss.sample(guided, noise, found.schedules[4], cond)
     schedule = boss.search(guided, keys(4), (2,), (2,), cond, knots=6).schedules[2]
     student = boss.on_grid(conditional, schedule)
     for fitting in (guided, student):  # a warning would be an error
         boss.sample(fitting, noise, schedule, cond)
+    hidden = lambda x, t, cond: guided(x, t, cond)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"at guidance scale 2.0.*sampled at None"):
+        boss.sample(hidden, noise, schedule, cond)
+    boss.sample(hidden, noise, schedule, cond, guidance_scale=2.0)  # the user knows
+    told = boss.search(hidden, keys(4), (2,), (2,), cond, knots=6, guidance_scale=2.0)
+    assert told.schedules[2].guidance_scale == 2.0
     wrapped = flows.classifier_free_guidance(student, 2.0, 0.0)
     with pytest.warns(UserWarning, match="absorbed its teacher's"):
         boss.sample(wrapped, noise, schedule, cond)

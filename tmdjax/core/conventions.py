@@ -9,12 +9,13 @@ velocity u = x_data - x_noise = -v. The bridge below is the only place where the
 two meet; it is its own inverse.
 """
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
+from flax import struct
 
 from tmdjax.core.checks import check_time
+from tmdjax.core.functions import VelocityWrapper, as_pytree
 from tmdjax.core.types import Array, ArrayLike, Velocity
 
 
@@ -32,11 +33,13 @@ def flip_velocity(velocity: Velocity) -> Velocity:
     Returns:
         The same field in the other convention.
     """
-    return functools.partial(_flipped, velocity)
+    return _Flipped(as_pytree(velocity))
 
 
-def _flipped(velocity: Velocity, x: Any, t: Any, cond: Any = None) -> Any:
-    return -velocity(x, flip_time(t), cond)
+@struct.dataclass(eq=False)
+class _Flipped(VelocityWrapper):
+    def __call__(self, x: Any, t: Any, cond: Any = None) -> Any:
+        return -self.velocity(x, flip_time(t), cond)
 
 
 def expand_time(t: ArrayLike, batch: int, dtype: Any = jnp.float32) -> Array:

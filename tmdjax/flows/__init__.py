@@ -1,5 +1,6 @@
 """Flows: paths, grids, solvers with log-probs, guidance, matching losses."""
 
+from tmdjax.core.functions import VelocityWrapper, around, as_pytree
 from tmdjax.flows.adaptive import AdaptiveSolution, rk45
 from tmdjax.flows.coupling import (
     Coupling,
@@ -42,16 +43,10 @@ from tmdjax.flows.grids import (
     truncated_grid,
     uniform_grid,
 )
-from tmdjax.flows.guidance import (
-    as_pytree,
-    classifier_free_guidance,
-    drop_condition,
-    find_partial,
-    guidance_scale,
-)
 from tmdjax.flows.matching import (
     TimeSampler,
     discrete_time,
+    drop_condition,
     flow_matching_loss,
     logit_normal_time,
     noised_start,
@@ -110,6 +105,13 @@ from tmdjax.flows.transition import (
     transition_mean,
 )
 from tmdjax.flows.tree_rollout import tree_rollout
+from tmdjax.flows.velocities import (
+    Guided,
+    OnGrid,
+    classifier_free_guidance,
+    guidance_differs,
+    guidance_scale,
+)
 from tmdjax.flows.windows import (
     WINDOW_SCHEDULES,
     periodic_windows,
@@ -134,14 +136,18 @@ __all__ = [
     "Coupling",
     "FlowMapConfig",
     "GaussianMixture",
+    "Guided",
     "Metric",
+    "OnGrid",
     "Paths",
     "Schedule",
     "Scores",
     "TimeSampler",
     "Trajectory",
+    "VelocityWrapper",
     "apply_map",
     "approximate_r1",
+    "around",
     "as_pytree",
     "as_velocity",
     "cheapest_paths",
@@ -166,7 +172,6 @@ __all__ = [
     "empirical_flow",
     "endpoints",
     "entropic_coupling",
-    "find_partial",
     "fine_knots",
     "fitting_batch",
     "floor_to_grid",
@@ -176,6 +181,7 @@ __all__ = [
     "gaussian_mixture",
     "gaussian_transition",
     "generator_loss",
+    "guidance_differs",
     "guidance_scale",
     "guided_target",
     "interpolate",

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.checks import check_range, check_same_shape
+from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Cond, Data, Velocity
-from tmdjax.flows.guidance import as_pytree
 
 
 class AdaptiveSolution(NamedTuple):

@@ -17,8 +17,8 @@ import numpy as np
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
 from tmdjax.core.conventions import time_like
+from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import ApplyFn, Array, Grid, Params, Velocity
-from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.reference import states_at
 from tmdjax.flows.step_search import (
     Schedule,

@@ -4,7 +4,6 @@ A model that needs no training: its marginal velocity, guidance included, is kno
 closed form, so whatever is distilled from it can be compared with the truth.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -46,8 +45,8 @@ def empirical_flow(bank: Any) -> Velocity:
         ``velocity(x, t, cond=None)`` for x [batch, *event], t [batch] in [0, 1] and
         cond int32 [batch] in [0, group], where ``group`` (one past the last) and None
         stand for all groups: the null condition. The result is in the dtype of x. It is
-        a ``functools.partial`` that holds the bank, so :func:`~tmdjax.flows.as_pytree`
-        makes an argument of it.
+        a ``jax.tree_util.Partial`` that holds the bank, so a compiled program can take
+        it as an argument.
 
     Raises:
         ValueError: a bank of fewer axes, without samples or with a value that is not
@@ -63,7 +62,7 @@ def empirical_flow(bank: Any) -> Velocity:
     check_finite(bank, "bank")
     # A common offset would cost digits where squared norms cancel.
     mean = bank.mean((0, 1))
-    return functools.partial(_velocity, bank - mean, mean)
+    return jax.tree_util.Partial(_velocity, bank - mean, mean)
 
 
 def _velocity(

@@ -12,7 +12,6 @@ from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, SampleKeys, Time
 from tmdjax.flows.coupling import Coupling
 from tmdjax.flows.grids import custom_grid, shift_time
-from tmdjax.flows.guidance import drop_condition
 from tmdjax.flows.paths import conditional_velocity, interpolate
 
 TimeSampler = Callable[[SampleKeys], Time]
@@ -88,6 +87,29 @@ def noised_start(x_data: Data, keys: SampleKeys, times: Any) -> tuple[Data, Time
     weight = jnp.where(t >= jnp.float32(times[0]), 0.0, 1 - t)
     x_t = time_like(weight, x_data) * x_data + time_like(t, x_data) * noise
     return x_t, t, noise
+
+
+def drop_condition(keys: SampleKeys, cond: Cond, null_cond: Cond, rate: float) -> Any:
+    """Replaces each sample's condition by the null condition with probability rate.
+
+    Args:
+        keys: [batch] typed keys.
+        cond: pytree of [batch, ...] arrays.
+        null_cond: the same tree without batch axis.
+        rate: in [0, 1].
+
+    Returns:
+        A tree like cond.
+    """
+    check_range("rate", rate, 0, 1)
+    drop = prng.uniform(keys) < rate
+    return jax.tree.map(
+        lambda c, n: jnp.where(
+            drop.reshape(drop.shape + (1,) * (c.ndim - 1)), jnp.asarray(n, c.dtype), c
+        ),
+        cond,
+        null_cond,
+    )
 
 
 def flow_matching_loss(

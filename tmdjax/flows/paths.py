@@ -18,8 +18,11 @@ References:
 
 from typing import Any
 
+from flax import struct
+
 from tmdjax.core.checks import check_choice, check_time
 from tmdjax.core.conventions import time_like
+from tmdjax.core.functions import VelocityWrapper, as_pytree
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 
 PARAMETRISATIONS = ("velocity", "data", "noise", "score")
@@ -83,8 +86,12 @@ def convert(value: Data, source: str, target: str, x: Data, t: Time) -> Data:
 def as_velocity(predict: Velocity, source: str) -> Velocity:
     """Wraps a network that predicts `source` as a velocity(x, t, cond)."""
     check_choice("source", source, PARAMETRISATIONS)
+    return _Converted(as_pytree(predict), source)
 
-    def velocity(x: Data, t: Time, cond: Cond = None) -> Data:
-        return convert(predict(x, t, cond), source, "velocity", x, t)
 
-    return velocity
+@struct.dataclass(eq=False)
+class _Converted(VelocityWrapper):
+    source: str = struct.field(pytree_node=False)
+
+    def __call__(self, x: Data, t: Time, cond: Cond = None) -> Data:
+        return convert(self.velocity(x, t, cond), self.source, "velocity", x, t)

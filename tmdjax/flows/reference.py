@@ -10,8 +10,8 @@ import numpy as np
 
 from tmdjax.core import trees
 from tmdjax.core.checks import check_batch, check_count
+from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, Velocity
-from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.rollout import rollout
 from tmdjax.flows.step_search import checked, micro_batches, squared_l2
 from tmdjax.flows.table import CoefficientTable, make_table

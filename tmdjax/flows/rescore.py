@@ -5,6 +5,7 @@ of them, so a policy other than the one that walked the trajectory (an updated o
 reference) can be asked for its own, in any order and on any subset of the steps.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ from tmdjax.core.checks import (
     check_same_shape,
 )
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
-from tmdjax.flows.guidance import known_guidance
 from tmdjax.flows.rollout import Trajectory
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import REDUCTIONS, gaussian_log_prob, transition_mean
+from tmdjax.flows.velocities import guidance_differs, guidance_scale
 
 STEP_WEIGHTS = ("none", "inverse_gain")
 KL_KINDS = ("transition", "flow_grpo_code", "velocity_mse")
@@ -180,15 +181,12 @@ def rescore(
             different length; another guidance scale than in the rollout; a
             micro_batch that does not divide the pairs.
         TypeError: states narrower than float32.
+
+    Warns:
+        UserWarning: guidance that is known of one of the two alone.
     """
     check_batch("trajectory.states", trajectory.states, len(table) + 1)
-    scale, drawn = known_guidance(velocity), trajectory.guidance
-    if scale is not None and drawn is not None and scale != drawn:
-        raise ValueError(
-            f"the trajectory was drawn with guidance scale {drawn}, the velocity has "
-            f"{scale}: their ratio would not be 1. Score with the scale of the rollout "
-            f"(guidance is seen through functools.partial, not through a lambda)."
-        )
+    _check_guidance(velocity, trajectory)
     steps = _stochastic_steps(table, steps)
     count, batch = len(steps), trajectory.states.shape[1]
     step = jnp.repeat(jnp.asarray(steps), batch)
@@ -224,6 +222,25 @@ def rescore(
         parts = (step.reshape(-1, micro_batch), sample.reshape(-1, micro_batch))
         scores = jax.lax.map(jax.checkpoint(score), parts)
     return Scores(*(x.reshape(count, batch) for x in scores))
+
+
+def _check_guidance(velocity: Velocity, trajectory: Trajectory) -> None:
+    scale, drawn = guidance_scale(velocity), trajectory.guidance
+    if not guidance_differs(scale, drawn):
+        return
+    if scale is not None and drawn is not None:
+        raise ValueError(
+            f"the trajectory was drawn with guidance scale {drawn}, the velocity has "
+            f"{scale}: their ratio would not be 1. Score with the scale of the rollout."
+        )
+    warnings.warn(
+        f"the trajectory was drawn with guidance scale {drawn}, the velocity has "
+        f"{scale} (None is unknown): if they differ, their ratio is not 1. Score the "
+        f"flows.Guided velocity itself, not a function around it; or say that you "
+        f"know, trajectory.replace(guidance=None).",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _stochastic_steps(table: CoefficientTable, steps: Any) -> np.ndarray:

@@ -15,7 +15,6 @@ from flax import struct
 from tmdjax.core import prng
 from tmdjax.core.checks import check_batch, check_choice, check_same_shape
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
-from tmdjax.flows.guidance import known_guidance
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import (
     REDUCTIONS,
@@ -23,6 +22,7 @@ from tmdjax.flows.transition import (
     gaussian_transition,
     transition_mean,
 )
+from tmdjax.flows.velocities import guidance_scale
 
 # Explicit Runge-Kutta tableaus: (stage matrix rows, weights, stage times).
 METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple, tuple]] = {
@@ -46,15 +46,15 @@ class Trajectory:
         log_prob: [step, batch], log-prob of each transition, 0 where it has none.
         mask: [step] bool, True where a transition has a log-prob.
         x0_hat: [batch, *event], data estimate of the last step.
-        guidance: scale of the velocity's classifier-free guidance, 1 without; None
-            where it was traced.
+        guidance: scale of the velocity's classifier-free guidance; None where it is
+            not known (:func:`~tmdjax.flows.guidance_scale`).
     """
 
     states: Any
     log_prob: Any
     mask: Any
     x0_hat: Any
-    guidance: float | None = struct.field(pytree_node=False, default=1.0)
+    guidance: float | None = struct.field(pytree_node=False, default=None)
 
 
 def nfe(table: CoefficientTable, method: str = "euler") -> int:
@@ -203,5 +203,5 @@ def rollout(
         log_prob=log_prob,
         mask=rows["mask"],
         x0_hat=x0_hat,
-        guidance=known_guidance(velocity),
+        guidance=guidance_scale(velocity),
     )

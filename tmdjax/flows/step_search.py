@@ -23,9 +23,9 @@ import numpy as np
 
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
+from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, PerExample, Velocity
 from tmdjax.flows.grids import custom_grid, uniform_grid
-from tmdjax.flows.guidance import as_pytree
 from tmdjax.flows.rollout import METHODS, solver_velocity
 from tmdjax.flows.table import CoefficientTable
 
@@ -413,13 +413,13 @@ class Schedule:
         index: knots walked, int [K + 1], from 0 to the last.
         knots: times of all knots, from 1 to 0.
         cost: sum of its local errors, in the units of the metric.
-        guidance_scale: of the velocity that was searched.
+        guidance_scale: of the velocity that was searched; None is unknown.
     """
 
     index: np.ndarray
     knots: Grid
     cost: float
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
 
     @property
     def times(self) -> Grid:

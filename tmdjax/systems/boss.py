@@ -86,6 +86,7 @@ def search(
     memory_limit: float = 2e9,
     cache: str | os.PathLike | None = None,
     dtype: Any = jnp.float32,
+    guidance_scale: float | None = None,
 ) -> Search:
     """Finds the Bellman-optimal grids of all budgets from one cost matrix.
 
@@ -110,6 +111,8 @@ def search(
         cache: .npz file that keeps the matrix. It is used again only if model,
             noise, conditions, knots and metric give the same values on a probe.
         dtype: of the states; float64 under x64.
+        guidance_scale: of the velocity, kept in the schedules; None takes that of a
+            :class:`tmdjax.flows.Guided` one, and of others is unknown.
 
     Raises:
         ValueError: a budget outside [1, K_max], bad knots (or a table that adds
@@ -148,7 +151,7 @@ def search(
         content = flows.costs_fingerprint(velocity, keys, shape, cond, **options)
         costs = files.cached_array(cache, content, compute)
     paths = flows.cheapest_paths(costs, max(wanted), future_weight=future_weight)
-    scale = flows.guidance_scale(velocity)
+    scale = flows.guidance_scale(velocity) if guidance_scale is None else guidance_scale
     schedules = {}
     for k in wanted if several else range(1, wanted[0] + 1):
         index = paths.index[k - 1]
@@ -263,12 +266,7 @@ def on_grid(velocity: Velocity, times: Any) -> Velocity:
         times: a schedule, or times [K + 1] (``meta["grid"]`` of a finished run).
     """
     times = times.times if isinstance(times, Schedule) else times
-    return functools.partial(_on_grid, velocity, flows.custom_grid(times))
-
-
-def _on_grid(velocity: Velocity, times: Any, x: Data, t: Any, cond: Cond) -> Data:
-    del times
-    return velocity(x, t, cond)
+    return flows.OnGrid(flows.as_pytree(velocity), flows.custom_grid(times))
 
 
 def sample(
@@ -279,6 +277,7 @@ def sample(
     *,
     allow_grid_mismatch: bool = False,
     method: str = "euler",
+    guidance_scale: float | None = None,
 ) -> Data:
     """Samples on a grid; a straightened model only on the grid it was made for.
 
@@ -290,6 +289,8 @@ def sample(
         cond: pytree of [batch, ...], or None.
         allow_grid_mismatch: walk another grid than the velocity's own all the same.
         method: solver; 'heun' and 'midpoint' cost two evaluations a step.
+        guidance_scale: of the velocity; None takes that of a
+            :class:`tmdjax.flows.Guided` one, and of others is unknown.
 
     Returns:
         [batch, *event] at t = 0.
@@ -301,8 +302,8 @@ def sample(
         UserWarning: guidance at another scale than the schedule was searched at, or
             around a straightened model, which has absorbed its teacher's.
     """
-    carried = flows.find_partial(velocity, _on_grid)
-    own = None if carried is None else carried.args[1]
+    carried = flows.around(velocity, flows.OnGrid)
+    own = None if carried is None else carried.times
     if grid is None:
         grid = own
     if grid is None:
@@ -316,20 +317,21 @@ def sample(
                 f"and knows no others, but the grid is {np.round(times, 4).tolist()}. "
                 f"Leave the grid out, or set allow_grid_mismatch=True."
             )
-    scale = flows.guidance_scale(velocity)
+    scale = flows.guidance_scale(velocity) if guidance_scale is None else guidance_scale
     searched = grid.guidance_scale if isinstance(grid, Schedule) else scale
-    if own is not None and scale != 1:
+    if own is not None and flows.guidance_differs(scale, 1.0):
         warnings.warn(
             f"guidance of scale {scale} is wrapped around a straightened model, which "
             f"has absorbed its teacher's; sample it without.",
             UserWarning,
             stacklevel=2,
         )
-    elif own is None and scale != searched:
+    elif own is None and flows.guidance_differs(scale, searched):
         warnings.warn(
-            f"the schedule was searched at guidance scale {searched}, but the model "
-            f"is sampled at {scale}: its step sizes are those of another flow. Search "
-            f"again on the guided velocity.",
+            f"the schedule was searched at guidance scale {searched}, but the model is "
+            f"sampled at {scale} (None is unknown): its step sizes are those of "
+            f"another flow. Search again on the guided velocity, or say guidance_scale="
+            f" of a function around one.",
             UserWarning,
             stacklevel=2,
         )
