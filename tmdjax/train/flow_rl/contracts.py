@@ -169,7 +169,7 @@ class Setup(NamedTuple):
 
 
 def make_setup(
-    method: Callable[..., FlowMethod],
+    method: Callable[..., Any],
     event_shape: Sequence[int],
     published: Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -195,8 +195,10 @@ def make_setup(
     """
     if "grid" in changes and ("steps" in changes or "shift" in changes):
         raise ValueError("'grid' is all of the grid; drop 'steps' and 'shift'.")
-    fields = {"shift": 3.0, "objective": {}, **published, **changes}
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    given = {"shift": 3.0, "objective": {}, **published, **changes}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+    }
     steps, shift, updates, loss = (
         fields.pop(name) for name in ("steps", "shift", "updates", "objective")
     )
