@@ -95,9 +95,8 @@ class Ours:
     def __init__(self, config: models.DecoderConfig, count: int):
         self.config, self.count = config, count
         self.model = generation.cached_decoder(config)
-        dtype = "bfloat16" if config.recipe == "bf16" else None
         self.params = jax.jit(
-            lambda key: models.fuse_projections(_parameters(config, key), dtype)
+            lambda key: models.fuse_projections(_parameters(config, key), config)
         )(jax.random.key(0))
         slots = slots_module.init_slots(self.model, count, LENGTH)
         self.state = dataclasses.replace(
@@ -158,7 +157,7 @@ def rival(config: models.DecoderConfig, count: int) -> Callable[[], Seconds]:
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if config.recipe == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.recipe.name == "bf16" else torch.float32
     theirs = transformers.Qwen2Config(
         **{k: v for k, v in config.to_hf().items() if k != "architectures"}
     )

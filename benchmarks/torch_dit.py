@@ -134,7 +134,7 @@ class DiT(nn.Module):
                 "num_classes."
             )
         token_width = module.token_width
-        self.dtype, self.remat = _DTYPES[module.recipe], module.remat
+        self.dtype, self.remat = _DTYPES[module.recipe.name], module.remat
         self.patch, self.grid = patch, (height // patch, width // patch)
         features = patch * patch * channel
         self.patch_embedding = nn.Linear(features, hidden)

@@ -99,7 +99,7 @@ class Ours:
     """A forward of ours, compiled."""
 
     def __init__(self, module: models.VideoDiT, tensors: Any, given: Any):
-        dtype = jnp.bfloat16 if module.recipe == "bf16" else np.float32
+        dtype = jnp.bfloat16 if module.recipe.name == "bf16" else np.float32
         params = hf_video_dit.params_from_hf_video(
             module, given.channels, tensors, dtype
         )
@@ -140,7 +140,7 @@ class Diffusers:
         self.torch = torch
         self.name = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if module.recipe == "bf16" else torch.float32
+        dtype = torch.bfloat16 if module.recipe.name == "bf16" else torch.float32
         config = hf_video_dit.video_dit_to_hf(module, given.channels)
         kind = diffusers.WanTransformer3DModel
         with torch.device("meta"):
@@ -312,7 +312,7 @@ def measure(given: Any) -> tuple[list[Row], dict[str, Any]]:
         del tensors
         notes["compile_seconds"]["rival"] = rival.compile_seconds
         notes["rival"] = rival.name
-        notes["difference"] = check(ours, rival, module.recipe)
+        notes["difference"] = check(ours, rival, module.recipe.name)
         found = in_turn({"ours": ours, "rival": rival}, given.repeats)
         rows = compare("video", found["ours"], found["rival"], {"forward": 1.0})
     else:

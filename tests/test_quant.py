@@ -1,17 +1,69 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import quant
+from tmdjax.quant import RECIPES, Precision, Recipe, as_recipe, rounding_recipe
+
+HALF = rounding_recipe("half", jnp.float16)
+EVERY = pytest.mark.parametrize("recipe", [*RECIPES, HALF], ids=str)
 
 
-def test_fp32_against_float64():
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(4, 5, 64)), rng.normal(size=(64, 32))
-    got = quant.linear(jnp.float32(x), jnp.float32(w), "fp32")
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-5)
+def drawn(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@EVERY
+def test_product_against_float64(recipe):
+    """Operands and result are rounded once each; the sum between them is not."""
+    found = as_recipe(recipe)
+    x, w = drawn(4, 5, 64), drawn(64, 32, seed=1)
+    got = quant.linear(jnp.float32(x), jnp.float32(w), recipe)
+    assert got.dtype == found.dtype
+    unit = float(jnp.finfo(found.dtype).eps) / 2
+    size = np.abs(x) @ np.abs(w)  # what relative errors of the operands add up to
+    exact = x @ w
+    error = np.abs(np.float64(got) - exact)
+    assert (error <= 2.1 * unit * size + unit * np.abs(exact) + 1e-5 * size).all()
+    if not found.exact:  # and it did round
+        assert error.max() > unit * size.max() / 20
+    rounded = [np.asarray(jnp.asarray(a).astype(found.dtype), float) for a in (x, w)]
+    # products of rounded operands, summed exactly: within the rounding of the result
+    sums = rounded[0] @ rounded[1]
+    assert_allclose(np.float64(got), sums, rtol=1.1 * unit, atol=2e-6 * size.max())
+
+
+@EVERY
+def test_prepared_weights_change_no_bit(recipe):
+    """Neither of one layer nor of a stack, nor when they are prepared twice."""
+    found, x = as_recipe(recipe), jnp.float32(drawn(3, 8))
+    stack = jnp.float32(drawn(2, 8, 4, seed=1))
+    once = found.prepare(stack)
+    assert_array_equal(found.prepare(once), once)
+    for w, prepared in zip(stack, once):
+        assert_array_equal(quant.linear(x, w, found), found.matmul(x, prepared))
+
+
+@EVERY
+def test_rows_do_not_meet_where_a_recipe_says_so(recipe):
+    found, x = as_recipe(recipe), jnp.float32(drawn(3, 8))
+    w = jnp.float32(drawn(8, 4, seed=1))
+    assert found.batch_independent
+    loud = x.at[1:].multiply(1e4)
+    first, other = (quant.linear(rows, w, found)[0] for rows in (x, loud))
+    assert_array_equal(first, other)
+
+    def per_tensor(x, w):  # what the flag is there for
+        scale = jnp.abs(x).max() / 7
+        return scale * jnp.round(x / scale) @ w
+
+    meets = dataclasses.replace(found, matmul=per_tensor, batch_independent=False)
+    first, other = (quant.linear(rows, w, meets)[0] for rows in (x, loud))
+    assert np.abs(first - other).max() > 0.1
 
 
 def test_fp32_is_not_tf32_forward_or_backward():
@@ -30,31 +82,42 @@ def test_fp32_is_not_tf32_forward_or_backward():
         assert all(e.params["precision"] == (highest, highest) for e in found)
 
 
-def test_bf16_rounds_operands_and_accumulates_in_float32():
+def test_bf16_accumulates_in_float32():
     # 4096 ones: a bfloat16 accumulator would stop at 256.
-    x, w = jnp.ones((1, 4096)), jnp.ones((4096, 1))
-    got = quant.linear(x, w, "bf16")
+    got = quant.linear(jnp.ones((1, 4096)), jnp.ones((4096, 1)), "bf16")
     assert got.dtype == jnp.bfloat16 and float(got[0, 0]) == 4096
-    a, b = 1 + 2**-9, 3.0  # a rounds to 1 in bfloat16
-    product = quant.linear(jnp.full((1, 1), a), jnp.full((1, 1), b), "bf16")
-    assert float(product[0, 0]) == 3
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+@EVERY
 def test_gradient_dtype_follows_the_weight(recipe):
     w = jnp.ones((3, 2))
     x, linear = jnp.ones((4, 3)), quant.linear
     grad = jax.grad(lambda w: linear(x, w, recipe).sum().astype(jnp.float32))(w)
     assert grad.dtype == jnp.float32
-    np.testing.assert_allclose(grad, 4.0)
+    assert_allclose(grad, 4.0)
 
 
 def test_bad_inputs(refused):
     x, words = jnp.ones((1, 2)), r"unknown GEMM recipe 'bf61'.*'bf16'"
     refused(words, quant.linear, x, jnp.ones((2, 2)), "bf61")
     refused("w is stored", quant.linear, x, jnp.ones((3, 2)))
+    refused("recipe=16 is of type int.*bf16, fp32", as_recipe, 16, error=TypeError)
 
 
-def test_compute_dtype():
-    assert quant.compute_dtype("fp32") == jnp.float32
-    assert quant.compute_dtype("bf16") == jnp.bfloat16
+def test_a_pair_resolves_its_names_and_says_where_it_disagrees(refused):
+    pair = Precision(rollout="bf16", train=HALF)
+    assert pair == Precision(rollout=RECIPES["bf16"], train=HALF)
+    assert "rollout='bf16' and updates under precision.train='half'" in (
+        pair.disagreement()
+    )
+    assert Precision().disagreement() == ""
+    assert "both 'bf16'" in Precision(rollout="bf16", train="bf16").disagreement()
+    apart = dataclasses.replace(RECIPES["fp32"], batch_independent=False)
+    assert "both 'fp32'" in Precision(rollout=apart, train=apart).disagreement()
+    assert hash(pair) == hash(Precision(rollout="bf16", train=HALF))
+    message = "precision.train: unknown GEMM recipe 'fp23'.*Did you mean 'fp32'"
+    refused(message, Precision, train="fp23")
+
+
+def test_a_recipe_shows_its_name():
+    assert repr(HALF) == "Recipe('half')" and isinstance(HALF, Recipe)

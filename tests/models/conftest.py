@@ -41,6 +41,12 @@ def equations():
 
 
 @pytest.fixture
+def equation_list():
+    """Every equation of a function."""
+    return lambda *call: list(equations_of(*call))
+
+
+@pytest.fixture
 def equation_outputs():
     """Shapes and dtypes of everything that a function computes on its way."""
     return lambda *call: [

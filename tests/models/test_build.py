@@ -4,18 +4,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from model_helpers import equal, shapes_of
+from flax import linen as nn
+from model_helpers import equal, shapes_of, small_decoder
 from numpy.testing import assert_array_equal
 
 from tmdjax.models import (
     MODELS,
     Classifier,
+    Decoder,
     DiT,
     VelocityMLP,
     build,
     functional,
     init_params,
+    spec_of,
+    with_recipe,
 )
+from tmdjax.quant import rounding_recipe
 
 X, T = jnp.ones((2, 3)), jnp.array([0.1, 0.9])
 
@@ -64,3 +69,30 @@ def test_functional_is_module_apply():
     v = functional(module)(params, X, T)
     assert_array_equal(v, module.apply({"params": params}, X, T))
     assert_array_equal(functional(module)(params, X, T, method="__call__"), v)
+
+
+def test_a_network_under_another_recipe(refused):
+    video = dict(name="video_dit", heads=2, head_dim=6, depth=2, mlp_width=8)
+    for spec in (
+        {"name": "mlp"},
+        {"name": "two_time_dit", "shared": video},
+        spec_of(Decoder(small_decoder())),
+    ):
+        module = build(spec)
+        half = with_recipe(module, "bf16")
+        assert half != module and build(spec_of(half)) == half
+        # one function, hence one program, where nothing changes
+        assert functional(with_recipe(module, "fp32")) is functional(module)
+    exact_head = Decoder(small_decoder(head_recipe="fp32"))
+    assert with_recipe(exact_head, "bf16").config.output_recipe.name == "fp32"
+    assert with_recipe(module, "bf16").config.output_recipe.name == "bf16"
+    refused("VisionNet has no attribute 'recipe'", with_recipe, VisionNet(), "bf16")
+    refused("unknown GEMM recipe 'bf61'", with_recipe, module, "bf61")
+    own = with_recipe(build({"name": "mlp"}), rounding_recipe("bf16", jnp.bfloat16))
+    refused(r"Recipe\('bf16'\) is not quant.RECIPES\['bf16'\]", spec_of, own)
+
+
+class VisionNet(nn.Module):
+    """It computes as it pleases."""
+
+    width: int = 3

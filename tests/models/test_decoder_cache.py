@@ -114,7 +114,7 @@ def test_cache_bytes():
 def test_decoding_lowers_for_cuda_and_tpu():
     config = dataclasses.replace(NORMED, recipe="bf16", attention_implementation="xla")
     idle = jnp.zeros(SLOTS, jnp.int32)
-    fused = fuse_projections(random_params(NORMED), jnp.bfloat16)
+    fused = fuse_projections(random_params(NORMED), config)
     arguments = jax.eval_shape(lambda: (fused, empty(config), idle, idle))
     step = jax.jit(functools.partial(decode, config), donate_argnums=1)
     exported = jax.export.export(step, platforms=["cuda", "tpu"])(*arguments)
@@ -123,13 +123,36 @@ def test_decoding_lowers_for_cuda_and_tpu():
 
 def test_fused_parameters():
     params = random_params(BIASED)
-    fused = fuse_projections(params, jnp.bfloat16)
+    half = dataclasses.replace(BIASED, recipe="bf16")
+    fused = fuse_projections(params, half)
     blocks = fused["blocks"]
     assert set(blocks["attention"]) == {"qkv", "out"}
     assert blocks["attention"]["qkv"]["bias"].shape == (3, 48)
     assert set(blocks["mlp"]) == {"gate_up", "down"}
-    assert {leaf.dtype for leaf in jax.tree.leaves(fused)} == {jnp.dtype("bfloat16")}
     assert trees.count(fused) == trees.count(params)
+    narrow = {k for k, v in trees.flatten(fused).items() if v.dtype == jnp.bfloat16}
+    kernels = {k for k in trees.flatten(fused) if k.endswith("/kernel")}
+    assert narrow == kernels | {"embedding"} and len(kernels) == 4
+    exact_head = dataclasses.replace(half, head_recipe="fp32")  # the tied embedding
+    assert fuse_projections(params, exact_head)["embedding"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_prepared_weights_change_no_bit_of_a_decoding_step(tied):
+    config = small_decoder(
+        head_dim=6,
+        qkv_bias=True,
+        tied_embedding=tied,
+        recipe="bf16",
+        head_recipe="fp32",
+    )
+    params, idle = random_params(config), jnp.zeros(SLOTS, jnp.int32)
+    each = [fuse_projections(params, c) for c in (None, config)]
+    logits, cache = zip(
+        *(steps(config)[1](p, empty(config), idle + 3, idle) for p in each)
+    )
+    assert_array_equal(logits[0], logits[1])
+    equal(*(c for c in cache))
 
 
 def test_wrong_inputs(refused):

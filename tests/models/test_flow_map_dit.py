@@ -17,6 +17,7 @@ from tmdjax import models
 from tmdjax.core import trees
 from tmdjax.models.videos.discriminator import smallest_size
 from tmdjax.models.videos.flow_maps import GATE_SCALE, Fusion
+from tmdjax.quant import as_recipe
 
 SIZES = dict(patch_size=(1, 2, 2), heads=2, head_dim=12, depth=4)
 WIDTHS = dict(mlp_width=20, text_width=8, frequency_dim=16)
@@ -101,7 +102,9 @@ def test_8_initial_gate_is_the_effective_one():
     modulation = jax.random.normal(jax.random.key(3), (2, 6, 8))
 
     def fused(gate, m=m):
-        module = Fusion("gated", mlp_width=12, initial_gate=gate, recipe="fp32")
+        module = Fusion(
+            "gated", mlp_width=12, initial_gate=gate, recipe=as_recipe("fp32")
+        )
         out, variables = module.init_with_output(jax.random.key(4), m, q, modulation)
         return out, variables["params"]["gate"]
 

@@ -82,7 +82,7 @@ def test_is_the_checkpoint(tmp_path, case):
     config, params = load_gguf(write(tmp_path / "a.gguf", case))
     assert config == expected_config
     equal(params, params_from_hf(expected_config, weights))
-    assert load_gguf(tmp_path / "a.gguf", recipe="bf16")[0].recipe == "bf16"
+    assert load_gguf(tmp_path / "a.gguf", recipe="bf16")[0].recipe.name == "bf16"
 
 
 def test_blocks_of_four_and_eight_bits(tmp_path):

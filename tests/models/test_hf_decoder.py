@@ -49,7 +49,7 @@ def test_old_new_and_written_layouts_are_one_configuration():
     assert new == DecoderConfig.from_hf(OLD)
     assert (new.rope_theta, new.qkv_bias, new.head_dim) == (1e6, True, 4)
     half = DecoderConfig.from_hf(OLD | {"torch_dtype": "bfloat16"})
-    assert (half.dtype, half.recipe) == ("bfloat16", "bf16")
+    assert (half.dtype, half.recipe.name) == ("bfloat16", "bf16")
     assert DecoderConfig.from_hf(OLD, recipe="bf16").dtype == "float32"
     for case in (CASE, "llama_grouped_tied", "qwen3_wide_untied", "qwen3_full_tied"):
         config = DecoderConfig.from_hf(new_config(case))
@@ -61,7 +61,11 @@ def test_defaults_of_absent_keys():
     small = {k: v for k, v in OLD.items() if k not in ("rope_theta", "torch_dtype")}
     absent = dict(model_type="llama", sliding_window=None, head_dim=None)
     config = DecoderConfig.from_hf(small | absent)
-    assert (config.rope_theta, config.head_dim, config.recipe) == (10000.0, 4, "fp32")
+    assert (config.rope_theta, config.head_dim, config.recipe.name) == (
+        10000.0,
+        4,
+        "fp32",
+    )
     assert DecoderConfig.from_hf(OLD | {"model_type": "qwen3"}).head_dim == 128
 
 
@@ -130,7 +134,7 @@ def test_half_precision_files(folder, tmp_path):
     config = DecoderConfig.from_hf(OLD, dtype="bfloat16")
     save_decoder(tmp_path / "out", config, params)
     config, kept = load_decoder(tmp_path / "out", dtype=None)
-    assert config.recipe == "bf16"
+    assert config.recipe.name == "bf16"
     kinds = {leaf.dtype for leaf in jax.tree.leaves(kept)}
     assert kinds == {np.dtype(ml_dtypes.bfloat16)}
     _, wide = load_decoder(tmp_path / "out")

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import UNet, build, functional, init_params, timestep_embedding
-from tmdjax.models.images.unet import _Convolution
+from tmdjax.models.layers import Convolution
 
 BATCH, HEIGHT, WIDTH, CHANNEL = 3, 8, 4, 2
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2)
@@ -228,7 +228,7 @@ def test_products_run_in_the_compute_dtype(recipe, dtype):
 
 def test_bfloat16_gradients_over_many_pixels():
     """4096 pixels a sum: a bfloat16 sum over them stalls at 256."""
-    module = _Convolution(4, "bf16")
+    module = Convolution(4, (3, 3), "bf16")
     x = jnp.ones((16, 16, 16, 2))
     params = init_params(module, jax.random.key(0), x)
     gradient = jax.jit(jax.grad(lambda p: functional(module)(p, x).sum()))(params)

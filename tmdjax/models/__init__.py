@@ -2,7 +2,14 @@
 
 from tmdjax.models import lora
 from tmdjax.models.attention import attention
-from tmdjax.models.build import MODELS, build, functional, init_params, spec_of
+from tmdjax.models.build import (
+    MODELS,
+    build,
+    functional,
+    init_params,
+    spec_of,
+    with_recipe,
+)
 from tmdjax.models.checkpoints.adapters import load_adapters, save_adapters
 from tmdjax.models.checkpoints.decoder import load_decoder, save_decoder
 from tmdjax.models.checkpoints.gguf import load_gguf
@@ -107,4 +114,5 @@ __all__ = [
     "token_log_probs",
     "unpatchify",
     "unpatchify_video",
+    "with_recipe",
 ]

@@ -39,7 +39,7 @@ def fused_attention_planned() -> Iterator[None]:
 def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -> str:
     """What 'auto' stands for: 'cudnn' where it can run, else 'xla'.
 
-    Under :func:`fused_attention_planned` 'blocks' takes the place of 'cudnn'.
+    Float16 on a CPU, which 'xla' cannot do there, is 'blocks'. Under :func:`fused_attention_planned` 'blocks' takes the place of 'cudnn'.
 
     Args:
         q: queries [batch, position, heads, head_dim], an array or shape struct.
@@ -52,7 +52,7 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
             planned for.
 
     Returns:
-        'cudnn', 'xla' or, in plans, 'blocks'.
+        'cudnn', 'xla' or 'blocks'.
     """
     head_dim, single = q.shape[-1], q.shape[1] == 1 and not masked
     planned = device is None and _PLANNED.get()
@@ -67,7 +67,9 @@ def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -
         and (single or not (q.shape[1] % 2 or k.shape[1] % 2))
     )
     if not fits:
-        return "xla"
+        place = (_default_device() if device is None else device).platform
+        # on a CPU, XLA has no product of float16 with a float32 sum
+        return "blocks" if q.dtype == jnp.float16 and place == "cpu" else "xla"
     return "blocks" if planned else "cudnn"
 
 

@@ -22,6 +22,7 @@ from tmdjax.models.mlp import VelocityMLP
 from tmdjax.models.videos.discriminator import VideoDiscriminator
 from tmdjax.models.videos.dit import VideoDiT
 from tmdjax.models.videos.flow_maps import SplitDiT, TwoTimeDiT
+from tmdjax.quant import RECIPES, Recipe, as_recipe
 
 MODELS: Registry[type[nn.Module]] = Registry("model")
 MODELS.register("control_mlp")(ControlMLP)
@@ -96,11 +97,12 @@ def _attribute(value: Any) -> Any:
 def spec_of(module: nn.Module) -> dict[str, Any]:
     """The spec from which :func:`build` makes an equal module.
 
-    An attribute that is a module stands in it as its spec, one that is another
-    dataclass as a dict.
+    An attribute that is a module stands in it as its spec, a recipe as its name,
+    another dataclass as a dict.
 
     Raises:
-        ValueError: its class is not in ``MODELS``.
+        ValueError: its class is not in ``MODELS``, or its recipe not in
+            ``quant.RECIPES``.
     """
     names = [name for name in MODELS if MODELS[name] is type(module)]
     if not names:
@@ -109,15 +111,62 @@ def spec_of(module: nn.Module) -> dict[str, Any]:
         )
     fields = dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
     attributes = [f.name for f in fields if f.name not in ("name", "parent")]
-    spec: dict[str, Any] = {"name": names[0]}
-    for name in attributes:
-        value: Any = getattr(module, name)
-        if isinstance(value, nn.Module):
-            value = spec_of(value)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = dataclasses.asdict(value)
-        spec[name] = value
-    return spec
+    return {"name": names[0]} | {k: _plain(getattr(module, k)) for k in attributes}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Recipe):
+        if value.name not in RECIPES or RECIPES[value.name] != value:
+            raise ValueError(
+                f"{value!r} is not quant.RECIPES[{value.name!r}], where a spec looks "
+                f"for it; register it there."
+            )
+        return value.name
+    if isinstance(value, nn.Module):
+        return spec_of(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name)) for name in names}
+    return value
+
+
+def with_recipe(module: nn.Module, recipe: str | Recipe) -> nn.Module:
+    """The same network computed under another recipe; parameters fit both.
+
+    Networks and configs inside it follow; ``DecoderConfig.head_recipe``, where it is
+    set, stays. Under the recipe that it has already the module comes out equal, and
+    :func:`functional` then gives one and the same function.
+
+    Args:
+        module: with an attribute ``recipe``, or one of its attributes has it.
+        recipe: a :class:`tmdjax.quant.Recipe`, or the name of one.
+
+    Raises:
+        ValueError: no recipe anywhere in it, or an unknown name.
+    """
+    found = _with_recipe(module, as_recipe(recipe))
+    if found is None:
+        raise ValueError(
+            f"{type(module).__name__} has no attribute 'recipe' to set to "
+            f"{as_recipe(recipe).name!r}; its precision is what it was written in."
+        )
+    return found
+
+
+def _with_recipe(owner: Any, recipe: Recipe) -> Any:
+    """A dataclass under another recipe, or None where there is none in it."""
+    if isinstance(owner, Recipe | type) or not dataclasses.is_dataclass(owner):
+        return None
+    changes = {"recipe": recipe} if hasattr(owner, "recipe") else {}
+    for field in dataclasses.fields(owner):
+        if field.name not in ("recipe", "parent"):
+            inner = _with_recipe(getattr(owner, field.name), recipe)
+            changes |= {} if inner is None else {field.name: inner}
+    if not changes:
+        return None
+    if isinstance(owner, nn.Module):
+        return owner.clone(**changes)
+    return dataclasses.replace(owner, **changes)
 
 
 def functional(module: nn.Module) -> ApplyFn:

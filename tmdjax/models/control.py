@@ -9,6 +9,7 @@ from flax import linen as nn
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array
 from tmdjax.models.layers import Dense, patchify
+from tmdjax.quant import as_recipe
 
 ACTIVATIONS = {
     "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
@@ -40,11 +41,13 @@ class ObservationFeatures(nn.Module):
         patch_size: side of a patch of an image; it divides the image's sides.
         patch_width: features of a patch.
         width: of the result, for images.
+        recipe: GEMM recipe, or its name.
     """
 
     patch_size: int = 8
     patch_width: int = 16
     width: int = 128
+    recipe: Any = "fp32"
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
@@ -57,8 +60,9 @@ class ObservationFeatures(nn.Module):
                 f"float32 [batch, feature] or uint8 [batch, height, width, channel]."
             )
         patches = patchify(observation.astype(jnp.float32) / 127.5 - 1, self.patch_size)
-        h = nn.relu(Dense(self.patch_width, name="patch")(patches))
-        return nn.relu(Dense(self.width, name="image")(h.reshape(h.shape[0], -1)))
+        h = nn.relu(Dense(self.patch_width, self.recipe, name="patch")(patches))
+        h = h.reshape(h.shape[0], -1)
+        return nn.relu(Dense(self.width, self.recipe, name="image")(h))
 
 
 class ControlMLP(nn.Module):
@@ -69,26 +73,30 @@ class ControlMLP(nn.Module):
         hidden: widths of the hidden layers.
         activation: one of ACTIVATIONS.
         out_scale: standard deviation of the output at the start, about; 0 for zeros.
+        recipe: GEMM recipe, or its name.
     """
 
     features: int
     hidden: tuple[int, ...] = (256, 128, 64)
     activation: str = "mish"
     out_scale: float = 1.0
+    recipe: Any = "fp32"
 
     def __post_init__(self):
         _check(self.hidden, self.activation)
+        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
         """float32 [batch, features]."""
         act = ACTIVATIONS[self.activation]
-        h = ObservationFeatures(name="observation")(observation)
+        h = ObservationFeatures(recipe=self.recipe, name="observation")(observation)
         for i, width in enumerate(self.hidden):
-            h = act(Dense(width, name=f"hidden_{i}")(h))
-        out = Dense(self.features, name="out", kernel_init=_out_init(self.out_scale))
-        return out(h)
+            h = act(Dense(width, self.recipe, name=f"hidden_{i}")(h))
+        init = _out_init(self.out_scale)
+        out = Dense(self.features, self.recipe, name="out", kernel_init=init)
+        return out(h).astype(jnp.float32)
 
 
 class ControlVelocity(nn.Module):
@@ -105,6 +113,7 @@ class ControlVelocity(nn.Module):
             (in geometric steps).
         out_scale: of the output's kernel at the start; 0 for zeros.
         output_scale: what the output is multiplied by.
+        recipe: GEMM recipe, or its name.
     """
 
     action_size: int
@@ -113,9 +122,11 @@ class ControlVelocity(nn.Module):
     frequencies: tuple[float, float, int] = (1.0, 100.0, 32)
     out_scale: float = 0.01
     output_scale: float = 1.0
+    recipe: Any = "fp32"
 
     def __post_init__(self):
         _check(self.hidden, self.activation)
+        self.recipe = as_recipe(self.recipe)
         low, high, count = self.frequencies
         check_count("frequencies, how many", count)
         check_range("frequencies, lowest", low, 0, high, open_low=True)
@@ -123,13 +134,14 @@ class ControlVelocity(nn.Module):
 
     def setup(self):
         """The layers."""
-        first, *rest = self.hidden
-        self.observation = ObservationFeatures()
-        self.from_observation = Dense(first)
-        self.from_action = Dense(first, use_bias=False)
-        self.from_time = Dense(first, use_bias=False)
-        self.layers = [Dense(width) for width in rest]
-        self.out = Dense(self.action_size, kernel_init=_out_init(self.out_scale))
+        (first, *rest), recipe = self.hidden, self.recipe
+        self.observation = ObservationFeatures(recipe=recipe)
+        self.from_observation = Dense(first, recipe)
+        self.from_action = Dense(first, recipe, use_bias=False)
+        self.from_time = Dense(first, recipe, use_bias=False)
+        self.layers = [Dense(width, recipe) for width in rest]
+        init = _out_init(self.out_scale)
+        self.out = Dense(self.action_size, recipe, kernel_init=init)
 
     def embed(self, observation: Array) -> Array:
         """What an observation adds to the first layer, [batch, hidden[0]]."""
@@ -149,7 +161,7 @@ class ControlVelocity(nn.Module):
         h = act(self.from_action(x) + self.from_time(time) + embedded)
         for layer in self.layers:
             h = act(layer(h))
-        return self.output_scale * self.out(h)
+        return self.output_scale * self.out(h).astype(jnp.float32)
 
     def __call__(self, x: Array, t: Array, observation: Array) -> Array:
         """Both at once."""

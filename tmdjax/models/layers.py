@@ -13,7 +13,7 @@ from flax import linen as nn
 from tmdjax.core.checks import check_batch, check_range
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import attention
-from tmdjax.quant import linear
+from tmdjax.quant import as_recipe, linear
 
 
 class Dense(nn.Module):
@@ -21,13 +21,13 @@ class Dense(nn.Module):
 
     Attributes:
         features: output width.
-        recipe: name of the GEMM recipe; it sets the output dtype.
+        recipe: a :class:`tmdjax.quant.Recipe` or its name; it sets the output dtype.
         use_bias: whether a bias is added, in float32 before rounding.
         kernel_init: initialiser of the kernel, float32 [in, out].
     """
 
     features: int
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     use_bias: bool = True
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
 
@@ -45,6 +45,48 @@ class Dense(nn.Module):
             # dtype of this addition.
             y = (y.astype(jnp.float32) + bias).astype(y.dtype)
         return y
+
+
+class Convolution(nn.Module):
+    """Convolution of [batch, *sizes, channel] in the dtype of a recipe.
+
+    Under 'fp32' no product is TF32. Not ``nn.Conv``: it adds the bias in the compute
+    dtype, and its gradient, a sum over all positions, would be taken in 16 bits.
+
+    Attributes:
+        features: channels of the result.
+        kernel_size: along each size; two or three of them.
+        recipe: a :class:`tmdjax.quant.Recipe` or its name; it sets the output dtype.
+        strides: along each size, or one for all.
+        padding: zeros on both ends of each size, or 'SAME'.
+        kernel_init: initialiser of the kernel, float32 [*kernel_size, in, out].
+    """
+
+    features: int
+    kernel_size: tuple[int, ...]
+    recipe: Any = "fp32"
+    strides: int | tuple[int, ...] = 1
+    padding: int | str = 1
+    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [batch, *sizes, in] to [batch, *sizes / strides, features]."""
+        recipe, rank = as_recipe(self.recipe), len(self.kernel_size)
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        zeros = nn.initializers.zeros
+        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        strides, padding, axes = self.strides, self.padding, "DHW"[3 - rank :]
+        y = jax.lax.conv_general_dilated(
+            x.astype(recipe.dtype),
+            kernel.astype(recipe.dtype),
+            (strides,) * rank if isinstance(strides, int) else strides,
+            [(padding,) * 2] * rank if isinstance(padding, int) else padding,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+            precision=recipe.lax_precision,
+        )
+        return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
 def layer_norm(
@@ -116,7 +158,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     heads: int
-    recipe: str
+    recipe: Any
     implementation: str
     out_init: Callable[..., Any] = _XAVIER
 
@@ -160,7 +202,7 @@ class TimeEmbedding(nn.Module):
     features: int
     frequency_dim: int = 256
     time_scale: float = 1000.0
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
 
     @nn.compact
     def __call__(self, t: Float[Array, "batch"]) -> Array:

@@ -14,7 +14,7 @@ from tmdjax.models.layers import (
     TimeEmbedding,
     check_unconditional,
 )
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import as_recipe
 
 
 class VelocityMLP(nn.Module):
@@ -34,7 +34,7 @@ class VelocityMLP(nn.Module):
     hidden: int = 128
     depth: int = 3
     num_classes: int | None = None
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     time_scale: float = 1000.0
 
     def __post_init__(self):
@@ -42,7 +42,7 @@ class VelocityMLP(nn.Module):
         check_count("depth", self.depth)
         if self.num_classes is not None:
             check_count("num_classes", self.num_classes)
-        compute_dtype(self.recipe)
+        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     @nn.compact

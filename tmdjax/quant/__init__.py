@@ -1,5 +1,19 @@
-"""Matrix products by named precision recipe."""
+"""Matrix products by precision recipe."""
 
-from tmdjax.quant.linear import RECIPES, compute_dtype, linear
+from tmdjax.quant.linear import linear
+from tmdjax.quant.recipes import (
+    RECIPES,
+    Precision,
+    Recipe,
+    as_recipe,
+    rounding_recipe,
+)
 
-__all__ = ["RECIPES", "compute_dtype", "linear"]
+__all__ = [
+    "RECIPES",
+    "Precision",
+    "Recipe",
+    "as_recipe",
+    "linear",
+    "rounding_recipe",
+]

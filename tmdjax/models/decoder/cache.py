@@ -28,7 +28,6 @@ from tmdjax.models.decoder.layers import (
     run_block,
 )
 from tmdjax.models.stack import layer_of
-from tmdjax.quant import compute_dtype
 
 Cache = dict[str, Array]
 
@@ -61,7 +60,7 @@ def init_cache(
         config.num_kv_heads,
         config.head_dim,
     )
-    dtype = compute_dtype(config.recipe) if dtype is None else dtype
+    dtype = config.recipe.dtype if dtype is None else dtype
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
@@ -107,7 +106,7 @@ def prefill(
             f"[batch, length] or embeddings [batch, length, hidden], and one length "
             f"a row."
         )
-    dtype = compute_dtype(config.recipe) if dtype is None else dtype
+    dtype = config.recipe.dtype if dtype is None else dtype
     rotation = rotations(config, default_positions(h.shape[:2]))
 
     def body(h: Array, layer: Any) -> tuple[Array, Cache]:
@@ -197,8 +196,10 @@ def decode(
     return output_logits(config, params, h[:, 0]), cache
 
 
-def fuse_projections(params: Params, dtype: Any = None) -> dict[str, Any]:
-    """Parameters for generation: fewer, wider products, cast once.
+def fuse_projections(
+    params: Params, config: DecoderConfig | None = None
+) -> dict[str, Any]:
+    """Parameters for generation: fewer, wider products, weights prepared once.
 
     Query, key and value become one product, gate and up another: two in place of
     five a layer, of the same numbers. :func:`prefill` and :func:`decode` take the
@@ -206,8 +207,9 @@ def fuse_projections(params: Params, dtype: Any = None) -> dict[str, Any]:
 
     Args:
         params: of a Decoder.
-        dtype: of all leaves of the result; None leaves them as they are. 'bfloat16'
-            halves what each token reads, where the recipe casts to it anyway.
+        config: that of the decoder: its recipes prepare the weights of products, which
+            changes no result. Under 'bf16' each token then reads half as many bytes.
+            None leaves them as they are.
 
     Returns:
         The tree with ``attention/qkv`` in place of query, key and value, and
@@ -232,6 +234,16 @@ def fuse_projections(params: Params, dtype: Any = None) -> dict[str, Any]:
             "mlp": replaced("mlp", "gate_up", ("gate", "up")),
         }
     }
-    if dtype is None:
+    if config is None:
         return fused
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), fused)
+    head = config.output_recipe
+
+    def prepared(path: Any, leaf: Array) -> Any:
+        *parents, name = (entry.key for entry in path)
+        if name == "kernel":
+            return (head if parents == ["head"] else config.recipe).prepare(leaf)
+        if name == "embedding":  # rows are looked up in it, and a tied head multiplies
+            return leaf.astype(jnp.promote_types(config.recipe.dtype, head.dtype))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(prepared, fused)

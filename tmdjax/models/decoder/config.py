@@ -6,7 +6,7 @@ from typing import Any
 
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.models.attention import IMPLEMENTATIONS
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import Recipe, as_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -47,10 +47,11 @@ class DecoderConfig:
             to config.json and limits nothing here.
         dtype: of the weights in a checkpoint, one of 'float32', 'bfloat16',
             'float16'.
-        recipe: GEMM recipe of every dense layer, see :mod:`tmdjax.quant`; it sets
-            the dtype of activations.
-        head_recipe: recipe of the head; None means ``recipe``. Under 'bf16' logits
-            are rounded to 8 bits before they become float32.
+        recipe: a :class:`tmdjax.quant.Recipe` or its name, of every dense layer; it
+            sets the dtype of activations.
+        head_recipe: of the head, which decides most of how far log-probs of rollout and
+            training differ; None means ``recipe``. Under 'bf16' logits are rounded to 8
+            bits before they become float32.
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention.attention`.
 
@@ -74,8 +75,8 @@ class DecoderConfig:
     qk_norm: bool = False
     max_position_embeddings: int = 32768
     dtype: str = "float32"
-    recipe: str = "fp32"
-    head_recipe: str | None = None
+    recipe: Any = "fp32"
+    head_recipe: Any = None
     remat: bool = True
     attention_implementation: str = "auto"
 
@@ -107,11 +108,12 @@ class DecoderConfig:
         check_choice(
             "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
         )
-        compute_dtype(self.recipe)
-        compute_dtype(self.output_recipe)
+        object.__setattr__(self, "recipe", as_recipe(self.recipe))
+        if self.head_recipe is not None:
+            object.__setattr__(self, "head_recipe", as_recipe(self.head_recipe))
 
     @property
-    def output_recipe(self) -> str:
+    def output_recipe(self) -> Recipe:
         """The recipe of the head."""
         return self.recipe if self.head_recipe is None else self.head_recipe
 

@@ -27,7 +27,7 @@ import numpy as np
 from tmdjax.core.checks import check_range
 from tmdjax.core.types import Array, Float, Int, Params
 from tmdjax.models.decoder.config import DecoderConfig
-from tmdjax.quant import compute_dtype, linear
+from tmdjax.quant import Recipe, linear
 
 Attend = Callable[[Array, Array, Array], Array]
 """``attend(q, k, v)``, arrays [batch, position, heads, head_dim], output like q."""
@@ -74,7 +74,7 @@ def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def _dense(params: Params, x: Array, recipe: str) -> Array:
+def _dense(params: Params, x: Array, recipe: Recipe) -> Array:
     y = linear(x, params["kernel"], recipe)
     if "bias" in params:  # added in float32, see models.Dense
         bias = params["bias"].astype(jnp.float32)
@@ -150,7 +150,7 @@ def embed_tokens(config: DecoderConfig, params: Params, tokens: Array) -> Array:
         ValueError: embeddings of another width, or a (concrete) id outside the
             vocabulary. A traced id outside it, negative too, gives NaN.
     """
-    dtype = compute_dtype(config.recipe)
+    dtype = config.recipe.dtype
     if jnp.issubdtype(tokens.dtype, jnp.floating):
         if tokens.shape[-1] != config.hidden_size:
             raise ValueError(

@@ -1,15 +1,15 @@
 """Small convolutional classifier, and the features that distances are taken in."""
 
 import math
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tmdjax.core.checks import check_count
 from tmdjax.core.types import Array, Float
-from tmdjax.models.layers import Dense
-from tmdjax.quant import compute_dtype
+from tmdjax.models.layers import Convolution, Dense
+from tmdjax.quant import as_recipe
 
 
 class Classifier(nn.Module):
@@ -29,24 +29,19 @@ class Classifier(nn.Module):
     num_classes: int
     width: int = 32
     feature_dim: int = 128
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
 
     def __post_init__(self):
         for name in ("num_classes", "width", "feature_dim"):
             check_count(name, getattr(self, name))
-        compute_dtype(self.recipe)
+        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     def setup(self):
         """Declares the layers."""
         widths = [self.width, 2 * self.width, 4 * self.width]
         self.convolutions = [
-            nn.Conv(
-                width,
-                (3, 3),
-                strides=1 if i == 0 else 2,
-                precision=jax.lax.Precision.HIGHEST,
-            )
+            Convolution(width, (3, 3), strides=1 if i == 0 else 2, padding="SAME")
             for i, width in enumerate(widths)
         ]
         self.norms = [nn.GroupNorm(math.gcd(8, width)) for width in widths]

@@ -23,16 +23,16 @@ from tmdjax.models.layers import (
     unpatchify,
 )
 from tmdjax.models.stack import Stacked
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import Recipe, as_recipe
 
 _XAVIER = nn.initializers.xavier_uniform()
 _ZEROS = nn.initializers.zeros
 
 
-def _modulate(x: Array, shift: Array, scale: Array, recipe: str) -> Array:
+def _modulate(x: Array, shift: Array, scale: Array, recipe: Recipe) -> Array:
     """Layer norm, then scale and shift in float32; out in the compute dtype."""
     y = layer_norm(x) * (1 + scale) + shift
-    return y.astype(compute_dtype(recipe))
+    return y.astype(recipe.dtype)
 
 
 class _Block(nn.Module):
@@ -40,7 +40,7 @@ class _Block(nn.Module):
 
     heads: int
     mlp_width: int
-    recipe: str
+    recipe: Recipe
     implementation: str
 
     @nn.compact
@@ -77,7 +77,7 @@ class _Block(nn.Module):
 
 
 class _Output(nn.Module):
-    recipe: str
+    recipe: Recipe
 
     @nn.compact
     def __call__(self, h: Array, modulation: Array, features: int) -> Array:
@@ -137,7 +137,7 @@ class DiT(nn.Module):
     num_classes: int | None = None
     token_width: int | None = None
     out_channels: int | None = None
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     remat: bool = True
     attention_implementation: str = "auto"
     time_scale: float = 1000.0
@@ -153,7 +153,7 @@ class DiT(nn.Module):
         check_choice(
             "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
         )
-        compute_dtype(self.recipe)
+        self.recipe = as_recipe(self.recipe)
         if self.hidden % self.heads or self.hidden % 4:
             raise ValueError(
                 f"hidden={self.hidden} must be a multiple of heads={self.heads} and "
@@ -200,7 +200,7 @@ class DiT(nn.Module):
 
     def _init_stack(self, key: Array) -> Any:
         """Parameters of all blocks, leaves [depth, ...]."""
-        h = jnp.zeros((1, 1, self.hidden), compute_dtype(self.recipe))
+        h = jnp.zeros((1, 1, self.hidden), self.recipe.dtype)
         c = {"modulation": jnp.zeros((1, self.hidden))}
         if self.token_width is not None:
             c |= {"tokens": h, "mask": jnp.ones((1, 1), bool)}
@@ -258,10 +258,10 @@ class DiT(nn.Module):
             height // self.patch_size, width // self.patch_size, self.hidden
         )
         h = self.patch_embedding(patches) + positions
-        return h.astype(compute_dtype(self.recipe)), cut_by_batch(c)
+        return h.astype(self.recipe.dtype), cut_by_batch(c)
 
     def _embed_tokens(self, cond: Any, batch: int) -> dict[str, Array]:
-        dtype = compute_dtype(self.recipe)
+        dtype = self.recipe.dtype
         null = jnp.broadcast_to(self.null_token, (batch, 1, self.hidden)).astype(dtype)
         always = jnp.ones((batch, 1), bool)
         if cond is None:

@@ -15,7 +15,7 @@ from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.images.dit import DiT
 from tmdjax.models.layers import Dense, MultiHeadAttention, layer_norm
 from tmdjax.models.stack import Stacked
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import Recipe, as_recipe
 
 _XAVIER = nn.initializers.xavier_uniform()
 _ZEROS = nn.initializers.zeros
@@ -56,7 +56,7 @@ class _EncoderBlock(nn.Module):
 
     heads: int
     mlp_width: int
-    recipe: str
+    recipe: Recipe
     implementation: str
 
     @nn.compact
@@ -108,7 +108,7 @@ class TextEncoder(nn.Module):
     depth: int = 2
     heads: int = 4
     mlp_ratio: float = 4.0
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     remat: bool = True
     attention_implementation: str = "auto"
 
@@ -119,7 +119,7 @@ class TextEncoder(nn.Module):
         check_choice(
             "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
         )
-        compute_dtype(self.recipe)
+        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     def setup(self):
@@ -150,7 +150,7 @@ class TextEncoder(nn.Module):
 
     def _init_stack(self, key: Array) -> Any:
         """Parameters of all blocks, leaves [depth, ...]."""
-        h = jnp.zeros((1, 1, self.width), compute_dtype(self.recipe))
+        h = jnp.zeros((1, 1, self.width), self.recipe.dtype)
         mask = jnp.ones((1, 1, 1, 1), bool)
         return self._blocks().init(key, h, mask)
 
@@ -177,7 +177,7 @@ class TextEncoder(nn.Module):
         ids = jnp.where(mask, ids, 0)
         words = self.words.at[ids].get(mode="fill", wrap_negative_indices=False)
         length = ids.shape[1]
-        h = (words + self.positions[:length]).astype(compute_dtype(self.recipe))
+        h = (words + self.positions[:length]).astype(self.recipe.dtype)
         if self.depth:
             # Padding looks at itself, so that no row of the softmax is empty.
             seen = mask[:, None, None, :] | jnp.eye(length, dtype=bool)
@@ -268,13 +268,14 @@ class TextDiT(nn.Module):
     heads: int = 6
     mlp_ratio: float = 4.0
     out_channels: int | None = None
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     remat: bool = True
     attention_implementation: str = "auto"
     time_scale: float = 1000.0
 
     def __post_init__(self):
         _check_sizes(self, "text_")
+        self.recipe = as_recipe(self.recipe)
         # They check what they are given.
         self.dit_module()
         self._encoder_module()

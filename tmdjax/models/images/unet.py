@@ -1,10 +1,9 @@
 """U-Net with residual blocks modulated by time and class (arXiv 2105.05233)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -14,44 +13,16 @@ from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import (
     ClassEmbedding,
+    Convolution,
     Dense,
     MultiHeadAttention,
     TimeEmbedding,
     check_unconditional,
 )
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import Recipe, as_recipe
 
 _ZEROS = nn.initializers.zeros
-
-
-class _Convolution(nn.Module):
-    """3 x 3, zero-padded by one; the sides are divided by the stride.
-
-    The products run in the compute dtype, under 'fp32' without TF32. Not
-    ``nn.Conv``: it adds the bias in the compute dtype, and its gradient, a sum over
-    all pixels, would be taken in bfloat16.
-    """
-
-    features: int
-    recipe: str
-    stride: int = 1
-    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", _ZEROS, (self.features,), jnp.float32)
-        dtype = compute_dtype(self.recipe)
-        y = jax.lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            (self.stride, self.stride),
-            ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        )
-        return (y.astype(jnp.float32) + bias).astype(dtype)
+_SIZE = (3, 3)
 
 
 def _group_norm(channels: int, name: str) -> nn.GroupNorm:
@@ -66,13 +37,13 @@ class _Block(nn.Module):
     """Residual block of two convolutions, and self-attention where asked."""
 
     features: int
-    recipe: str
+    recipe: Recipe
     heads: int | None
     implementation: str
 
     @nn.compact
     def __call__(self, h: Array, modulation: Array, skip: Array | None = None) -> Array:
-        dtype = compute_dtype(self.recipe)
+        dtype = self.recipe.dtype
         if skip is not None:
             h = jnp.concatenate([h, skip], -1)
         modulation = Dense(2 * self.features, self.recipe, name="modulation")(
@@ -81,10 +52,10 @@ class _Block(nn.Module):
         scale, shift = jnp.split(modulation.astype(jnp.float32)[:, None, None], 2, -1)
 
         x = nn.silu(_group_norm(h.shape[-1], "norm_1")(h))
-        x = _Convolution(self.features, self.recipe, name="convolution_1")(x)
+        x = Convolution(self.features, _SIZE, self.recipe, name="convolution_1")(x)
         x = _group_norm(self.features, "norm_2")(x) * (1 + scale) + shift
-        x = _Convolution(
-            self.features, self.recipe, kernel_init=_ZEROS, name="convolution_2"
+        x = Convolution(
+            self.features, _SIZE, self.recipe, kernel_init=_ZEROS, name="convolution_2"
         )(nn.silu(x))
         if h.shape[-1] != self.features:
             h = Dense(self.features, self.recipe, name="shortcut")(h)
@@ -143,7 +114,7 @@ class UNet(nn.Module):
     attention_levels: Sequence[int] = (1,)
     heads: int = 4
     num_classes: int | None = None
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     remat: bool = True
     attention_implementation: str = "auto"
     time_scale: float = 1000.0
@@ -156,7 +127,7 @@ class UNet(nn.Module):
         check_choice(
             "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
         )
-        compute_dtype(self.recipe)
+        self.recipe = as_recipe(self.recipe)
         # Tuples, so that a module built from JSON lists can be hashed.
         self.multipliers = _integers("multipliers", self.multipliers, 1)
         self.attention_levels = _integers("attention_levels", self.attention_levels, 0)
@@ -220,13 +191,17 @@ class UNet(nn.Module):
                 name=name,
             )(*inputs)
 
-        h = _Convolution(self.width, self.recipe, name="input")(x)
+        h = Convolution(self.width, _SIZE, self.recipe, name="input")(x)
         skips = [h]
         for level in levels:
             attends = level in self.attention_levels
             if level:
-                h = _Convolution(
-                    h.shape[-1], self.recipe, stride=2, name=f"downsample_{level}"
+                h = Convolution(
+                    h.shape[-1],
+                    _SIZE,
+                    self.recipe,
+                    strides=2,
+                    name=f"downsample_{level}",
                 )(h)
                 skips.append(h)
             for i in range(self.blocks):
@@ -240,10 +215,12 @@ class UNet(nn.Module):
                 h = block(f"up_{level}_{i}", level, attends, h, modulation, skips.pop())
             if level:
                 h = h.repeat(2, 1).repeat(2, 2)
-                h = _Convolution(h.shape[-1], self.recipe, name=f"upsample_{level}")(h)
+                h = Convolution(
+                    h.shape[-1], _SIZE, self.recipe, name=f"upsample_{level}"
+                )(h)
         h = nn.silu(_group_norm(h.shape[-1], "output_norm")(h))
-        output = _Convolution(
-            x.shape[-1], self.recipe, kernel_init=_ZEROS, name="output"
+        output = Convolution(
+            x.shape[-1], _SIZE, self.recipe, kernel_init=_ZEROS, name="output"
         )
         return output(h).astype(jnp.float32)
 

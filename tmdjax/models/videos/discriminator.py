@@ -1,12 +1,15 @@
 """Discriminator heads on the features of a frozen video network."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tmdjax.core.checks import check_count
 from tmdjax.core.types import Array, Float
+from tmdjax.models.layers import Convolution, Dense
+from tmdjax.quant import Recipe, as_recipe
 
 _KERNELS = ((3, 4, 4), (3, 4, 4), (3, 3, 3), (3, 3, 3))
 _STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -44,30 +47,35 @@ class _Head(nn.Module):
     """Four strided convolutions, the mean over positions, two dense layers."""
 
     widths: tuple[int, ...]
+    recipe: Recipe
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for index, width in enumerate(self.widths):
-            x = nn.Conv(
+            x = Convolution(
                 width,
                 _KERNELS[index],
+                self.recipe,
                 _STRIDES[index],
-                padding=[(1, 1)] * 3,
                 name=f"convolution_{index}",
             )(x)
             x = nn.GroupNorm(_groups(width), name=f"norm_{index}")(x)
             x = nn.leaky_relu(x, _SLOPE)
         x = jnp.mean(x, (1, 2, 3))
-        x = nn.leaky_relu(nn.Dense(self.widths[-1], name="hidden")(x), _SLOPE)
-        return nn.Dense(1, name="out")(x)[:, 0]
+        x = Dense(self.widths[-1], self.recipe, name="hidden")(x)
+        x = Dense(1, self.recipe, name="out")(nn.leaky_relu(x, _SLOPE))
+        return x[:, 0].astype(jnp.float32)
 
 
 class VideoDiscriminator(nn.Module):
-    """One convolutional head a feature, ``features -> logits``, in float32.
+    """One convolutional head a feature, ``features -> logits``.
+
+    Norms, the mean over positions and the logits are in float32 under every recipe.
 
     Attributes:
         width: channels of the first convolution; the others have 2, 4 and 4 times as
             many.
+        recipe: GEMM recipe of dense layers and convolutions, or its name.
 
     References:
         Kernels and strides as arXiv 2601.09881, appendix A.3 ('Conv3D'); its widths
@@ -75,9 +83,11 @@ class VideoDiscriminator(nn.Module):
     """
 
     width: int = 64
+    recipe: Any = "fp32"
 
     def __post_init__(self):
         check_count("width", self.width)
+        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     @nn.compact
@@ -99,6 +109,6 @@ class VideoDiscriminator(nn.Module):
                     f"features of {feature.shape[1:4]} (frames, height, width) are too "
                     f"small for four strided convolutions; at least {least}."
                 )
-            head = _Head(widths, name=f"head_{index}")
-            logits.append(head(feature.astype(jnp.float32)))
+            head = _Head(widths, self.recipe, name=f"head_{index}")
+            logits.append(head(feature))
         return jnp.stack(logits, -1)

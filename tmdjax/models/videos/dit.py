@@ -30,7 +30,7 @@ from tmdjax.models.videos.patches import (
     rotary_tables,
     unpatchify_video,
 )
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import as_recipe
 
 WAN_1_3B: dict[str, Any] = {
     "name": "video_dit",
@@ -97,7 +97,7 @@ class VideoDiT(nn.Module):
     cross_attention_norm: bool = True
     rope_length: int = 1024
     epsilon: float = 1e-6
-    recipe: str = "fp32"
+    recipe: Any = "fp32"
     remat: bool = True
     attention_implementation: str = "auto"
     time_scale: float = 1000.0
@@ -126,7 +126,7 @@ class VideoDiT(nn.Module):
         check_choice(
             "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
         )
-        compute_dtype(self.recipe)
+        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     @property
@@ -160,7 +160,7 @@ class VideoDiT(nn.Module):
 
     def _init_stack(self, key: Array) -> Any:
         """Parameters of all blocks, leaves [depth, ...]."""
-        h = jnp.zeros((1, 1, self.width), compute_dtype(self.recipe))
+        h = jnp.zeros((1, 1, self.width), self.recipe.dtype)
         cos, sin = rotary_tables((1, 1, 1), self.head_dim)
         modulation = jnp.zeros((1, 6, self.width))
         c = {"modulation": modulation, "text": h, "cos": cos, "sin": sin}
@@ -272,7 +272,7 @@ class VideoDiT(nn.Module):
         """
         patches = patchify_video(x, self.patch_size)
         self._grid(x.shape[1:4])
-        return self.patch_embedding(patches).astype(compute_dtype(self.recipe))
+        return self.patch_embedding(patches).astype(self.recipe.dtype)
 
     def embed_time(self, t: Any) -> tuple[Array, Array]:
         """Embedding of the time, and what modulates the blocks before their tables.

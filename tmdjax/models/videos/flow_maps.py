@@ -21,7 +21,7 @@ from tmdjax.core.types import Array, Data, Float, Params
 from tmdjax.flows.flow_maps import check_order
 from tmdjax.models.layers import Dense, layer_norm, timestep_embedding
 from tmdjax.models.videos.dit import VideoDiT, floating_time
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import Recipe
 
 FUSIONS = ("gated", "concat")
 
@@ -95,7 +95,7 @@ class Fusion(nn.Module):
     kind: str
     mlp_width: int
     initial_gate: float
-    recipe: str
+    recipe: Recipe
 
     @nn.compact
     def __call__(self, m: Array, q: Array, modulation: Array) -> Array:
@@ -117,7 +117,7 @@ class Fusion(nn.Module):
         rows = (modulation[:, 3:] + table)[:, :, None]
         shift, scale, gate = rows[:, 0], rows[:, 1], rows[:, 2]
         y = layer_norm(q) * (1 + scale) + shift
-        y = y.astype(compute_dtype(self.recipe))
+        y = y.astype(self.recipe.dtype)
         y = Dense(self.mlp_width, self.recipe, name="mlp_in")(y)
         y = Dense(width, self.recipe, name="mlp_out")(nn.gelu(y, approximate=True))
         q = q.astype(jnp.float32) + gate * y.astype(jnp.float32)

@@ -10,7 +10,7 @@ from tmdjax.models.attention import attention
 from tmdjax.models.decoder.layers import rms_norm
 from tmdjax.models.layers import Dense, layer_norm
 from tmdjax.models.videos.patches import rotate_pairs
-from tmdjax.quant import compute_dtype
+from tmdjax.quant import Recipe
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -63,7 +63,7 @@ class VideoAttention(nn.Module):
     """
 
     heads: int
-    recipe: str
+    recipe: Recipe
     implementation: str
     epsilon: float
 
@@ -121,7 +121,7 @@ class VideoBlock(nn.Module):
     mlp_width: int
     cross_attention_norm: bool
     epsilon: float
-    recipe: str
+    recipe: Recipe
     implementation: str
 
     @nn.compact
@@ -157,7 +157,7 @@ class TextEmbedding(nn.Module):
     """Text states through two dense layers to the width of the network."""
 
     width: int
-    recipe: str
+    recipe: Recipe
 
     @nn.compact
     def __call__(self, text: Array) -> Array:
@@ -166,7 +166,7 @@ class TextEmbedding(nn.Module):
         y = Dense(self.width, self.recipe, kernel_init=init, name="hidden")(text)
         y = nn.gelu(y, approximate=True)
         y = Dense(self.width, self.recipe, kernel_init=init, name="out")(y)
-        return y.astype(compute_dtype(self.recipe))
+        return y.astype(self.recipe.dtype)
 
 
 class VideoOutput(nn.Module):
@@ -178,7 +178,7 @@ class VideoOutput(nn.Module):
     """
 
     epsilon: float
-    recipe: str
+    recipe: Recipe
 
     @nn.compact
     def __call__(self, h: Array, time: Array, features: int) -> Array:
