@@ -39,7 +39,8 @@ def fused_attention_planned() -> Iterator[None]:
 def select_implementation(q: Any, k: Any, *, masked: bool, device: Any = None) -> str:
     """What 'auto' stands for: 'cudnn' where it can run, else 'xla'.
 
-    Float16 on a CPU, which 'xla' cannot do there, is 'blocks'. Under :func:`fused_attention_planned` 'blocks' takes the place of 'cudnn'.
+    Float16 on a CPU, which 'xla' cannot do there, is 'blocks'; and under
+    :func:`fused_attention_planned` that takes the place of 'cudnn'.
 
     Args:
         q: queries [batch, position, heads, head_dim], an array or shape struct.

@@ -157,16 +157,12 @@ def _with_recipe(owner: Any, recipe: Recipe) -> Any:
     """A dataclass under another recipe, or None where there is none in it."""
     if isinstance(owner, Recipe | type) or not dataclasses.is_dataclass(owner):
         return None
-    changes = {"recipe": recipe} if hasattr(owner, "recipe") else {}
+    changes: dict[str, Any] = {"recipe": recipe} if hasattr(owner, "recipe") else {}
     for field in dataclasses.fields(owner):
         if field.name not in ("recipe", "parent"):
             inner = _with_recipe(getattr(owner, field.name), recipe)
             changes |= {} if inner is None else {field.name: inner}
-    if not changes:
-        return None
-    if isinstance(owner, nn.Module):
-        return owner.clone(**changes)
-    return dataclasses.replace(owner, **changes)
+    return dataclasses.replace(owner, **changes) if changes else None  # pyright: ignore
 
 
 def functional(module: nn.Module) -> ApplyFn:

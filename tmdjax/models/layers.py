@@ -77,12 +77,13 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         zeros = nn.initializers.zeros
         bias = self.param("bias", zeros, (self.features,), jnp.float32)
-        strides, padding, axes = self.strides, self.padding, "DHW"[3 - rank :]
+        strides, axes = self.strides, "DHW"[3 - rank :]
+        ends = self.padding
         y = jax.lax.conv_general_dilated(
             x.astype(recipe.dtype),
             kernel.astype(recipe.dtype),
             (strides,) * rank if isinstance(strides, int) else strides,
-            [(padding,) * 2] * rank if isinstance(padding, int) else padding,
+            [(ends, ends)] * rank if isinstance(ends, int) else ends,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             precision=recipe.lax_precision,
         )
