@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tmdjax.core.mesh import cut_by_batch
-from tmdjax.core.types import Array
+from tmdjax.core.types import Array, Float
 
 Block = Callable[[Any, Any], Any]
 """``block(params, h) -> h``, one layer's parameters and the hidden state."""
@@ -120,6 +120,53 @@ class Stacked:
             remat=self.remat,
             **which,
         )
+
+
+class StackedNetwork(nn.Module):
+    """A network whose ``stack`` holds the parameters of its ``_blocks()``."""
+
+    def blocks(
+        self,
+        h: Float[Array, "batch position hidden"],
+        c: Mapping[str, Any],
+        start: int = 0,
+        stop: int | None = None,
+        taps: Sequence[int] = (),
+        skip: Sequence[int] = (),
+    ) -> tuple[Array, dict[int, Array]]:
+        """Runs the blocks ``start .. stop - 1``.
+
+        One ``lax.scan`` a run of layers; the scan is cut at taps and skips. With remat
+        no run copies the stacked weights.
+
+        Args:
+            h: hidden state [batch, position, width] from the network's ``embed``.
+            c: condition from the network's ``embed``.
+            start: first layer, static.
+            stop: one past the last layer, static; None means ``depth``.
+            taps: layers whose output is returned, static.
+            skip: layers left out (the identity stands for them), static.
+
+        Returns:
+            h after the last layer, and ``{layer: output of that layer}`` for taps.
+
+        Raises:
+            ValueError: an index out of range, or a layer both tapped and skipped.
+            TypeError: an index that is not a static integer.
+        """
+        return self._blocks().run(
+            self.stack, h, c, start=start, stop=stop, taps=taps, skip=skip
+        )
+
+    def _blocks(self) -> Stacked:
+        raise NotImplementedError
+
+    def output_channels(self, patch_volume: int) -> int:
+        """Channels of the velocity: ``out_channels``, or as many as the input has."""
+        if self.out_channels is not None:
+            return self.out_channels
+        kernel = self.variables["params"]["patch_embedding"]["kernel"]
+        return kernel.shape[0] // patch_volume
 
 
 def layer_of(stack: Any, layer: Any) -> Any:

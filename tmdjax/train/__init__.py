@@ -13,7 +13,7 @@ from tmdjax.train.fine_tuning import FineTuned, fine_tune
 from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tmdjax.train.planning.devices import DEVICES, Device, get_device
 from tmdjax.train.planning.flops import count_flops
-from tmdjax.train.planning.mesh_search import check_fits, smallest_mesh
+from tmdjax.train.planning.mesh_search import check_fits
 from tmdjax.train.planning.plan import NOT_TOLD, Plan, plan
 from tmdjax.train.sharding import (
     DECODER_RULES,
@@ -87,5 +87,4 @@ __all__ = [
     "plan",
     "replicated",
     "save_model",
-    "smallest_mesh",
 ]

@@ -1,6 +1,6 @@
 """Diffusion transformer with adaptive layer norm (arXiv 2212.09748)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from tmdjax.models.layers import (
     position_embedding_2d,
     unpatchify,
 )
-from tmdjax.models.stack import Stacked
+from tmdjax.models.stack import Stacked, StackedNetwork
 from tmdjax.quant import Recipe, as_recipe
 
 _XAVIER = nn.initializers.xavier_uniform()
@@ -89,7 +89,7 @@ class _Output(nn.Module):
         return Dense(features, self.recipe, kernel_init=_ZEROS, name="projection")(h)
 
 
-class DiT(nn.Module):
+class DiT(StackedNetwork):
     """Velocity network ``(x, t, cond) -> velocity`` for images.
 
     The block parameters are stacked on a leading layer axis (``params['blocks']``,
@@ -297,39 +297,6 @@ class DiT(nn.Module):
             "mask": jnp.concatenate([always, mask], 1),
         }
 
-    def blocks(
-        self,
-        h: Float[Array, "batch position hidden"],
-        c: Mapping[str, Any],
-        start: int = 0,
-        stop: int | None = None,
-        taps: Sequence[int] = (),
-        skip: Sequence[int] = (),
-    ) -> tuple[Array, dict[int, Array]]:
-        """Runs the blocks ``start .. stop - 1``.
-
-        One ``lax.scan`` a run of layers; the scan is cut at taps and skips. With remat
-        no run copies the stacked weights.
-
-        Args:
-            h: hidden state [batch, position, hidden].
-            c: condition from :meth:`embed`.
-            start: first layer, static.
-            stop: one past the last layer, static; None means ``depth``.
-            taps: layers whose output is returned, static.
-            skip: layers left out (the identity stands for them), static.
-
-        Returns:
-            h after the last layer, and ``{layer: output of that layer}`` for taps.
-
-        Raises:
-            ValueError: an index out of range, or a layer both tapped and skipped.
-            TypeError: an index that is not a static integer.
-        """
-        return self._blocks().run(
-            self.stack, h, c, start=start, stop=stop, taps=taps, skip=skip
-        )
-
     def output(
         self,
         h: Float[Array, "batch position hidden"],
@@ -350,9 +317,6 @@ class DiT(nn.Module):
             ValueError: the positions do not fill an image of that size.
         """
         patch_area = self.patch_size**2
-        channels = self.out_channels
-        if channels is None:
-            kernel = self.variables["params"]["patch_embedding"]["kernel"]
-            channels = kernel.shape[0] // patch_area
-        y = self.final(h, c["modulation"], patch_area * channels)
+        features = patch_area * self.output_channels(patch_area)
+        y = self.final(h, c["modulation"], features)
         return unpatchify(y.astype(jnp.float32), self.patch_size, *size)

@@ -15,7 +15,7 @@ from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
 from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import Dense, TimeEmbedding
-from tmdjax.models.stack import Stacked
+from tmdjax.models.stack import Stacked, StackedNetwork
 from tmdjax.models.videos.layers import (
     XAVIER,
     TextEmbedding,
@@ -48,7 +48,7 @@ WAN_14B: dict[str, Any] = WAN_1_3B | {"heads": 40, "depth": 40, "mlp_width": 138
 """Spec of the Wan 2.1 text-to-video network with 14 B parameters, 16 channels in."""
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(StackedNetwork):
     """Velocity network ``(x, t, cond) -> velocity`` for videos.
 
     Each block attends to all positions of the video (rotary positions along frames,
@@ -315,36 +315,6 @@ class VideoDiT(nn.Module):
             )
         return self.text_embedding(cond)
 
-    def blocks(
-        self,
-        h: Float[Array, "batch position hidden"],
-        c: Mapping[str, Any],
-        start: int = 0,
-        stop: int | None = None,
-        taps: Sequence[int] = (),
-        skip: Sequence[int] = (),
-    ) -> tuple[Array, dict[int, Array]]:
-        """Runs the blocks ``start .. stop - 1``, see :mod:`tmdjax.models.stack`.
-
-        Args:
-            h: hidden state [batch, position, width].
-            c: condition from :meth:`embed`.
-            start: first layer, static.
-            stop: one past the last layer, static; None means ``depth``.
-            taps: layers whose output is returned, static.
-            skip: layers left out (the identity stands for them), static.
-
-        Returns:
-            h after the last layer, and ``{layer: output of that layer}`` for taps.
-
-        Raises:
-            ValueError: an index out of range, or a layer both tapped and skipped.
-            TypeError: an index that is not a static integer.
-        """
-        return self._blocks().run(
-            self.stack, h, c, start=start, stop=stop, taps=taps, skip=skip
-        )
-
     def output(
         self,
         h: Float[Array, "batch position hidden"],
@@ -364,13 +334,8 @@ class VideoDiT(nn.Module):
         Raises:
             ValueError: the positions do not fill a video of that size.
         """
-        frames, rows, columns = self.patch_size
-        volume = frames * rows * columns
-        channels = self.out_channels
-        if channels is None:
-            kernel = self.variables["params"]["patch_embedding"]["kernel"]
-            channels = kernel.shape[0] // volume
-        y = self.final(h, c["time"], volume * channels)
+        volume = math.prod(self.patch_size)
+        y = self.final(h, c["time"], volume * self.output_channels(volume))
         return unpatchify_video(y.astype(jnp.float32), self.patch_size, size)
 
     def _grid(self, size: Sequence[int]) -> Size:

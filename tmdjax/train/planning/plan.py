@@ -17,7 +17,6 @@ import jax.export
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from tmdjax.core.mesh import under_mesh
-from tmdjax.core.types import PyTree
 from tmdjax.models.attention import fused_attention_planned
 from tmdjax.train.planning.compiled_memory import compile_memory
 from tmdjax.train.planning.devices import Device, get_device
@@ -55,8 +54,7 @@ class Plan:
         moved: bytes that products, or arguments and outputs, read and write at least.
         open_loops: loops of unknown length; their bodies count once.
         mesh: sizes of the mesh axes; empty is one device.
-        traced: the step, to be planned on another mesh; None if its shardings were
-            given.
+        traced: the step, to be planned on another mesh.
     """
 
     arguments: int
@@ -68,7 +66,7 @@ class Plan:
     moved: float
     open_loops: int = 0
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    traced: "Traced | None" = dataclasses.field(default=None, repr=False, compare=False)
+    traced: "Traced" = dataclasses.field(repr=False, compare=False)
 
     @property
     def total(self) -> int:
@@ -124,7 +122,6 @@ def plan(
     mesh: AnyMesh | None = None,
     rules: Rules = (),
     batch_argnums: Sequence[int] = (1,),
-    shardings: Sequence[PyTree] | None = None,
     device: Device | str | None = None,
 ) -> Plan:
     """Plans a step from the shapes of its arguments.
@@ -140,26 +137,17 @@ def plan(
             over data and fsdp, all else by :func:`tmdjax.train.fsdp_shardings`.
         rules: cuts by path, see :func:`tmdjax.train.fsdp_shardings`.
         batch_argnums: which arguments are batches.
-        shardings: of every argument, a tree of NamedSharding or None (one copy a
-            device), instead of mesh, rules and batch_argnums.
         device: planned for; None is the CPU that runs this.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: unknown device, mesh and shardings both, a batch that the mesh
-            does not divide, or what fn refuses.
-        TypeError: a sharding that is no NamedSharding.
+        ValueError: unknown device, a batch that the mesh does not divide, or what fn
+            refuses.
         RuntimeError: the compiler refuses the step.
     """
-    if mesh is not None and shardings is not None:
-        raise ValueError(
-            "mesh and shardings are both given; shardings name their mesh already."
-        )
     traced = Traced(fn, args, donate_argnums, rules, batch_argnums, device)
-    if shardings is not None:
-        return dataclasses.replace(traced.plan(traced.given(shardings)), traced=None)
     return traced.plan(
         [None] * len(traced.leaves) if mesh is None else traced.cuts(mesh)
     )
@@ -223,25 +211,6 @@ class Traced:
                     )
                 found.append(batch_sharding(mesh) if leaf.shape else replicated(mesh))
         return found
-
-    def given(self, shardings: Sequence[PyTree]) -> list[NamedSharding | None]:
-        """Of every leaf of the arguments, by trees that may end above the leaves."""
-        if len(shardings) != len(self.args):
-            raise ValueError(
-                f"{len(shardings)} shardings are given for {len(self.args)} "
-                f"arguments; give one each, None for a copy a device."
-            )
-        whole = jax.tree.broadcast(tuple(shardings), self.args, lambda s: s is None)
-        found = jax.tree.structure(self.args).flatten_up_to(whole)
-        for sharding in found:
-            if not isinstance(sharding, NamedSharding | None):
-                raise TypeError(
-                    f"a sharding of type {type(sharding).__name__} does not name mesh "
-                    f"axes; give jax.sharding.NamedSharding."
-                )
-        return [
-            cut and NamedSharding(cut.mesh.abstract_mesh, cut.spec) for cut in found
-        ]
 
     def held(self, cuts: Sequence[NamedSharding]) -> int:
         """Bytes of arguments and constants on a device: no plan takes less."""
