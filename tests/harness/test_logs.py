@@ -16,7 +16,6 @@ from tmdjax.harness.logs import (
     Progress,
     format_duration,
     read_rows,
-    without_timings,
     write_csv,
 )
 from tmdjax.harness.writers import open_writers
@@ -143,11 +142,6 @@ def package(monkeypatch):
         return double.calls
 
     return stand_in
-
-
-def test_timings_are_set_apart():
-    rows = without_timings([{"step": 1, "time/step": 2.0, "times": 1.0}])
-    assert rows == [{"step": 1, "times": 1.0}]
 
 
 @settings(max_examples=30, deadline=None)

@@ -84,8 +84,6 @@ def test_a_claim_takes_the_seeds_that_have_both_arms():
 
 def test_summary_refuses_bad_input():
     refuses("at least one unit", summarise, [], [])
-    words = "a unit lacks metrics, wall_s, peak_memory_gb, device"
-    refuses(words, summarise, [{"arm": "a", "seed": 0}], [])
     twice = [unit("a", 0, {"x": x}) for x in (1.0, 2.0)]
     words = "arm 'a' seed 0 stands twice with different content"
     refuses(words, summarise, twice, [])

@@ -39,14 +39,6 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     return [from_plain(row) for row in _parse_lines(Path(path))]
 
 
-def without_timings(rows: Iterable[Row]) -> list[Row]:
-    """Rows without their 'time/...' columns: what equal runs must agree in."""
-    return [
-        {name: v for name, v in row.items() if not name.startswith(TIME_PREFIX)}
-        for row in rows
-    ]
-
-
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Writes rows as CSV, atomically.
 

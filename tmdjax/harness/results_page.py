@@ -90,7 +90,8 @@ def render(
 
     Args:
         records: as read by :func:`tmdjax.harness.records.read_records`.
-        findings: see :data:`Findings`.
+        findings: by system and tier, "finding", a sentence, and "picture", the name of
+            a file in the system's folder of records.
         benchmarks: as read by :func:`read_benchmarks`.
     """
     records = sorted(records, key=order)

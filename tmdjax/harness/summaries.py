@@ -27,18 +27,6 @@ SUMMARY_KEYS = (
     "labels",
     "units",
 )
-UNIT_KEYS = (
-    "arm",
-    "seed",
-    "metrics",
-    "wall_s",
-    "peak_memory_gb",
-    "device",
-    "commit",
-    "versions",
-    "labels",
-)
-
 Summary = dict[str, Any]
 
 
@@ -60,14 +48,14 @@ def unit(
             :meth:`tmdjax.harness.stages.StageCache.run` returns it.
 
     Returns:
-        A dict with ``UNIT_KEYS``. ``wall_s`` is what the unit costs alone: stages that
-        it shares with others count in each of them.
+        A dict, plain as JSON. ``wall_s`` is what the unit costs alone: stages that it
+        shares with others count in each of them.
     """
     made = list(records.values())
     return {
         "arm": arm,
         "seed": seed,
-        "metrics": dict(metrics),
+        "metrics": {name: float(metrics[name]) for name in sorted(metrics)},
         "wall_s": sum(record["wall_s"] for record in made),
         "stage_s": {name: record["wall_s"] for name, record in records.items()},
         "peak_memory_gb": max(record["peak_memory_gb"] for record in made),
@@ -110,9 +98,8 @@ def summary(
         side.
 
     Raises:
-        ValueError: no unit, one without its keys, an (arm, seed) twice with
-            different content, units of several devices or labels, or two claims of one
-            id.
+        ValueError: no unit, an (arm, seed) twice with different content, units of
+            several devices or labels, or two claims of one id.
     """
     units = _join_units(units)
     ids = [claim.id for claim in claims]
@@ -216,35 +203,15 @@ def _seconds(units: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Units sorted by arm and seed, equal ones once."""
+    """Units sorted by arm and seed, equal ones once; the first keeps its timings."""
     joined: dict[tuple[str, int], dict[str, Any]] = {}
     for unit in units:
-        missing = [key for key in UNIT_KEYS if key not in unit]
-        if missing:
+        first = joined.setdefault((unit["arm"], unit["seed"]), dict(unit))
+        # compared as text: NaN does not equal itself
+        if any(repr(first[k]) != repr(unit[k]) for k in ("metrics", "labels")):
             raise ValueError(
-                f"a unit lacks {', '.join(missing)}; it needs {', '.join(UNIT_KEYS)}."
-            )
-        key = (unit["arm"], unit["seed"])
-        peak = unit["peak_memory_gb"]
-        clean = {
-            "arm": unit["arm"],
-            "seed": int(unit["seed"]),
-            "metrics": {k: float(v) for k, v in sorted(unit["metrics"].items())},
-            "wall_s": float(unit["wall_s"]),
-            "peak_memory_gb": None if peak is None else float(peak),
-            "device": unit["device"],
-            "commit": unit["commit"],
-            "versions": dict(unit["versions"]),
-            "labels": dict(unit["labels"]),
-            **({"stage_s": dict(unit["stage_s"])} if "stage_s" in unit else {}),
-        }
-        # Compared as text: NaN does not equal itself. Timings and machines may differ.
-        if key not in joined:
-            joined[key] = clean
-        elif any(repr(joined[key][k]) != repr(clean[k]) for k in ("metrics", "labels")):
-            raise ValueError(
-                f"arm {key[0]!r} seed {key[1]} stands twice with different content; "
-                f"remove one of the two shards."
+                f"arm {unit['arm']!r} seed {unit['seed']} stands twice with different "
+                f"content; remove one of the two shards."
             )
     if not joined:
         raise ValueError("a summary needs at least one unit (arm, seed).")
