@@ -7,7 +7,7 @@ and after.
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,7 +83,12 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
     return runtime.LanguageSettings(**sizes), objective, optimizer
 
 
-def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:
+def iteration(
+    given: dict[str, Any],
+    params: Any,
+    key: Any,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Any:
     """The function of an iteration, its engine built."""
     task, sizes = tasks.build(given["task"]), given["rl"]
     language = tasks.language(given["model"])
@@ -107,6 +112,7 @@ def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:
         tasks.scorer(task, language),
         length=sizes["length"],
         pad=language.pad,
+        should_stop=should_stop,
     )
     return iterate, iterate.init(params)
 
@@ -114,7 +120,7 @@ def iteration(given: dict[str, Any], params: Any, key: Any) -> Any:
 def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     """Reinforcement learning from the supervised policy."""
     params = start_of(given, context)
-    iterate, state = iteration(given, params, context.key)
+    iterate, state = iteration(given, params, context.key, context.should_stop)
 
     state = context.fit(
         state,

@@ -142,11 +142,13 @@ TESTS = {
     **dict.fromkeys(
         [
             "runtime/" + name
-            for name in "lm_rl packing scheduling scoring update".split()
+            for name in "lm_rl packing scoring update".split()
         ],
         "runtime/test_lm_rl.py -k 'definition or packing or learns or tied or "
         "penalised or clipped or bad or truncated or recomputed or unequal or fails'",
     ),
+    "runtime/scheduling": "runtime/test_interruption.py runtime/test_lm_rl.py "
+    "-k 'interrupted or gone or stopped or tied or fails'",
     "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",
     "systems/dmd2": "systems/test_tmd.py -k 'dmd2 or renoised'",

@@ -192,7 +192,10 @@ def test_g4_weights_swapped_in_the_middle(recompute, refused):
         assert record.kv_mixed is not recompute
     fresh = oracle(PROMPTS[0], 20, 6, salts=lambda i: 11, stop=())
     assert found[2].tokens == fresh[0] and found[2].versions == [3] * 6
-    refused("3 must be above the present one, 3", engine.update_weights, PARAMS, 3)
+    engine.update_weights(PARAMS, 1)  # no text is there whose versions could fall
+    engine.submit([30], PROMPTS[0], max_new_tokens=6)
+    message = "1 must be above the present one, 1, while 1 texts"
+    refused(message, engine.update_weights, PARAMS, 1)
 
 
 def test_greedy_takes_the_most_likely():

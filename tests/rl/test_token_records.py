@@ -107,3 +107,12 @@ def test_c_weights_of_an_aggregation(mode, kept):
     expected = rl.aggregate(loss, mask, mode, length=length, keep=keep)
     assert_allclose((weights * loss).sum(), expected, rtol=1e-5)
     assert (np.asarray(weights)[~mask] == 0).all()
+
+
+def test_packed_records_are_equal_in_every_field():
+    again = dataclasses.replace(RECORDS[1], status="aborted", reward=None, score=0.1)
+    given = [RECORDS[0], dataclasses.replace(again, kv_mixed=True, segments=3)]
+    packed = rl.pack_records(given)
+    assert packed.dtype == np.uint8 and packed.ndim == 1
+    assert rl.unpack_records(packed) == given
+    assert rl.unpack_records(rl.pack_records([])) == [] == rl.unpack_records(packed[:0])

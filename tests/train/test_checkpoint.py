@@ -179,6 +179,19 @@ def test_every_bit_of_the_manifest_counts(tmp_path, checkpoints, refused):
             refused("damaged", checkpoints.restore, step=7)
 
 
+def test_a_queue_may_have_any_length(checkpoints, refused):
+    """A vector of length 0 takes what was saved, whatever its length."""
+    queue = np.arange(5, dtype=np.uint8)
+    for step, saved in enumerate((queue, queue[:0])):
+        checkpoints.save(step, {"queue": saved, "w": jnp.ones(2)})
+        like = {"queue": np.zeros(0, np.uint8), "w": jnp.zeros(2)}
+        found = checkpoints.restore(like=like).tree
+        assert found["queue"].dtype == np.uint8
+        same(found, {"queue": saved, "w": jnp.ones(2)})
+    like = {"queue": queue, "w": jnp.zeros(2)}
+    refused("another model", checkpoints.restore, like=like, step=1)
+
+
 def test_full_disk_loses_nothing(tmp_path, checkpoints, refused):
     checkpoints.save(1, tree())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -294,18 +294,20 @@ class Engine:
 
         Args:
             params: same shapes as before.
-            version: above the present one.
+            version: above the present one, as versions never fall within a text; an
+                engine without any text under way takes every version.
             recompute: run the texts under way through the new weights, so that every
                 further token is drawn as if the new weights had read its whole text;
                 False keeps the keys and values of the old weights, which is cheaper,
                 and marks the records ``kv_mixed``.
 
         Raises:
-            ValueError: a version that does not rise.
+            ValueError: a version that does not rise while texts are under way.
         """
-        if version <= self.version:
+        if self._limits and version <= self.version:
             raise ValueError(
-                f"version={version} must be above the present one, {self.version}."
+                f"version={version} must be above the present one, {self.version}, "
+                f"while {len(self._limits)} texts are under way; abort them first."
             )
         self._params, self.version = params, version
         self._shared.clear()

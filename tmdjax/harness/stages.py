@@ -67,6 +67,7 @@ class StageContext:
         key: typed key of this stage and seed.
         inputs: results of the parents, by name.
         directory: the stage's own folder.
+        should_stop: whether the time is up, for what can be stopped within a step.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class StageContext:
         self.key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         self.inputs = inputs
         self.directory = directory
-        self._should_stop = should_stop
+        self.should_stop = should_stop
         self._writers = writers
         self._profiled_steps = profiled_steps
         self._settings = {**(settings or {}), "seed": seed}
@@ -174,7 +175,7 @@ class StageContext:
                 checkpoints=checkpoints,
                 on_metrics=on_metrics,
                 on_resume=on_resume,
-                should_stop=self._should_stop,
+                should_stop=self.should_stop,
                 score=score,
                 **options,
             )

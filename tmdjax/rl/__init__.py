@@ -48,6 +48,8 @@ from tmdjax.rl.token_records import (
     TokenBatch,
     TokenRecord,
     batch_records,
+    pack_records,
+    unpack_records,
 )
 from tmdjax.rl.trees import (
     FUSIONS,
@@ -96,6 +98,7 @@ __all__ = [
     "kl_estimate",
     "make_tree",
     "overlong_penalty",
+    "pack_records",
     "ratio_error",
     "rejecting_weights",
     "reward_advantages",
@@ -105,5 +108,6 @@ __all__ = [
     "sigmoid_surrogate",
     "standardise",
     "truncated_weights",
+    "unpack_records",
     "update_statistics",
 ]

@@ -4,6 +4,7 @@ Log-probs, masks and versions are aligned with the token they belong to, never s
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.types import ArrayLike
 
 STATUSES = ("running", "stop", "length", "aborted")
 
@@ -36,7 +38,8 @@ class TokenRecord:
             'aborted' (it may be resumed).
         segments: how many times it was handed to an engine.
         kv_mixed: whether tokens were drawn from keys and values of older weights.
-        reward: of the finished response, or None.
+        score: of the finished response, as the scorer gave it, or None.
+        reward: what is learned from: the score, with penalties; or None.
     """
 
     number: int
@@ -48,6 +51,7 @@ class TokenRecord:
     status: str = "running"
     segments: int = 1
     kv_mixed: bool = False
+    score: float | None = None
     reward: float | None = None
 
     def __len__(self) -> int:
@@ -88,6 +92,23 @@ class TokenRecord:
                 f"record {self.number} has versions {self.versions}, which fall; "
                 f"tokens are appended in the order they were drawn."
             )
+
+
+def pack_records(records: Sequence[TokenRecord]) -> np.ndarray:
+    """Records as an array that a checkpoint holds: JSON in bytes, uint8 [n].
+
+    No record is an array without elements.
+    """
+    text = json.dumps([dataclasses.asdict(record) for record in records])
+    return np.frombuffer(text.encode() if records else b"", np.uint8)
+
+
+def unpack_records(packed: ArrayLike) -> list[TokenRecord]:
+    """The records of :func:`pack_records`, equal in every field."""
+    found = json.loads(np.asarray(packed, np.uint8).tobytes() or "[]")
+    return [
+        TokenRecord(**{**fields, "prompt": tuple(fields["prompt"])}) for fields in found
+    ]
 
 
 @struct.dataclass

@@ -6,9 +6,11 @@
     update       one compiled update of a minibatch, cut into microbatches
 
 Randomness follows from the key of the run and the number of the iteration alone, and
-the engine is empty between iterations: a run that is killed goes on from its state.
+the engine is empty between iterations: a run that is killed goes on from its state. One
+that is asked to stop while it collects keeps what was written so far in its state.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,7 @@ from tmdjax.runtime.packing import TokenObjective, update_batches
 from tmdjax.runtime.scheduling import Rollout, collect
 from tmdjax.runtime.settings import Draw, LanguageSettings, Score
 from tmdjax.runtime.update import LogProbs, make_update
-from tmdjax.train.iteration import Iteration
+from tmdjax.train.iteration import Interrupted, Iteration
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
 
@@ -37,17 +39,21 @@ class LMState(LearnerCounts):
     Attributes:
         iteration: how many were done, int32.
         learner: parameters and optimiser state.
+        pending: responses that the next iteration goes on with, uint8 [bytes], see
+            :func:`tmdjax.rl.pack_records`; none for the most part.
     """
 
     iteration: Any
     learner: TrainState
+    pending: Any
 
     @classmethod
     def start(
         cls, params: Params, optimizer: optax.GradientTransformation
     ) -> "LMState":
         """Before the first iteration."""
-        return cls(jnp.zeros((), jnp.int32), create_state(params, optimizer))
+        learner = create_state(params, optimizer)
+        return cls(jnp.zeros((), jnp.int32), learner, rl.pack_records([]))
 
 
 def make_iteration(
@@ -63,6 +69,7 @@ def make_iteration(
     pad: int = 0,
     generation_params: Callable[[Params], Params] = lambda params: params,
     reference: Params | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iteration[LMState, Rollout]:
     """Builds the iteration: the engine writes, the scorer judges, updates follow.
 
@@ -83,6 +90,12 @@ def make_iteration(
             :func:`tmdjax.models.fuse_projections`.
         reference: parameters of the policy that an objective with a KL term stays
             near.
+        should_stop: asked between two chunks of the engine; True raises
+            :class:`tmdjax.train.iteration.Interrupted`, whose state goes on.
+
+    Returns:
+        The iteration. The version of the weights that each token carries is the number
+        of the iteration.
 
     Raises:
         ValueError: the engine draws from a truncated distribution, under which the
@@ -123,9 +136,21 @@ def make_iteration(
     def collected(state: LMState, batch: None, key: Any) -> Rollout:
         del batch, key  # the engine has its own
         engine.abort()
-        params = generation_params(state.learner.params)
-        engine.update_weights(params, engine.version + 1)
-        return collect(engine, draw, score, settings, int(state.iteration))
+        number = int(state.iteration)
+        engine.update_weights(generation_params(state.learner.params), number)
+        rollout = collect(
+            engine,
+            draw,
+            score,
+            settings,
+            number,
+            pending=rl.unpack_records(state.pending),
+            should_stop=should_stop,
+        )
+        if not rollout.records:
+            pending = rl.pack_records(rollout.pending)
+            raise Interrupted(dataclasses.replace(state, pending=pending))
+        return rollout
 
     def learn(
         state: LMState, rollout: Rollout, key: Any
@@ -157,7 +182,8 @@ def make_iteration(
         square = means.pop("behaviour_ratio_square")
         means["effective_sample_fraction"] = means.pop("behaviour_ratio") ** 2 / square
         means["first_ratio_error"] = float(host[0]["ratio_error_max"])
-        state = LMState(state.iteration + 1, learner)
+        pending = rl.pack_records(rollout.pending)
+        state = LMState(state.iteration + 1, learner, pending)
         return state, rollout.metrics | means
 
     return Iteration(

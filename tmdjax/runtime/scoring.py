@@ -23,14 +23,13 @@ class Scoring:
 
     def __init__(self, score: Score, settings: LanguageSettings):
         self._score, self._settings = score, settings
-        self._running: list[tuple[int, Sequence[TokenRecord], host.Pending, list]] = []
-        self._scores: dict[int, np.ndarray] = {}
+        self._running: list[tuple[Sequence[TokenRecord], host.Pending, list]] = []
         self._failed = threading.Event()
 
-    def submit(self, group: int, problem: Any, records: Sequence[TokenRecord]) -> None:
+    def submit(self, problem: Any, records: Sequence[TokenRecord]) -> None:
         """Starts to score a group; waits while too many are being scored."""
         while len(self._running) >= self._settings.scored_at_once:
-            self._finish(0)
+            self._finish_first()
         responses = [tuple(record.tokens) for record in records]
         exact: list[float] = []  # what comes back is float32
 
@@ -50,29 +49,28 @@ class Scoring:
             records[0].number,
             timeout=self._settings.score_timeout,
         )
-        self._running.append((group, records, pending, exact))
+        self._running.append((records, pending, exact))
 
-    def results(self) -> dict[int, np.ndarray]:
-        """Scores of every group, without penalties; records have their rewards.
+    def finish(self) -> None:
+        """Waits until every record that was submitted has its score and reward.
 
         Raises:
             RewardError: the scorer raised, took too long, or gave what is no finite
                 number; the message names the request and the problem.
         """
         while self._running:
-            self._finish(0)
-        return self._scores
+            self._finish_first()
 
-    def _finish(self, index: int) -> None:
-        group, records, pending, exact = self._running.pop(index)
+    def _finish_first(self) -> None:
+        records, pending, exact = self._running.pop(0)
         try:
             pending.result()
         except BaseException:
             self._failed.set()
             raise
         for record, score in zip(records, exact):
-            record.reward = float(score) + _penalty(record, self._settings)
-        self._scores[group] = np.asarray(exact, np.float64)
+            record.score = float(score)
+            record.reward = record.score + _penalty(record, self._settings)
 
 
 def _penalty(record: TokenRecord, settings: LanguageSettings) -> float:

@@ -152,7 +152,8 @@ class Checkpoints:
 
         Args:
             like: a tree of arrays or shape structs that says structure, dtype and
-                sharding; None returns plain nested dicts of numpy arrays.
+                sharding; None returns plain nested dicts of numpy arrays. A vector
+                of length 0 there stands for one of any length, such as a queue.
             step: that checkpoint and no other.
 
         Returns:
@@ -221,17 +222,23 @@ class Checkpoints:
                 tree = jax.tree.map(np.asarray, _with_empty(found, empty))
             else:
                 target = serialization.to_state_dict(like)
-                self._check_structure(step, _with_empty(saved, empty), target)
+                held = trees.flatten(_with_empty(saved, empty))
+                target = trees.map_with_path(
+                    lambda name, leaf: _with_length(leaf, held.get(name)), target
+                )
+                self._check_structure(step, held, trees.flatten(target))
                 target = jax.tree.map(_abstract, _without_empty(target))
                 args = ocp.args.StandardRestore(target)
                 found = _with_empty(checkpointer.restore(path, args=args), empty)
                 tree = serialization.from_state_dict(like, found)
         return Restored(step, tree, body["extra"])
 
-    def _check_structure(self, step: int, saved: PyTree, target: PyTree) -> None:
+    def _check_structure(
+        self, step: int, saved: dict[str, Any], target: dict[str, Any]
+    ) -> None:
         found, wanted = (
-            {name: tuple(np.shape(leaf)) for name, leaf in trees.flatten(tree).items()}
-            for tree in (saved, target)
+            {name: tuple(np.shape(leaf)) for name, leaf in leaves.items()}
+            for leaves in (saved, target)
         )
         if found != wanted:
             differing = sorted(set(found.items()) ^ set(wanted.items()))[:4]
@@ -318,6 +325,13 @@ def _without_empty(tree: PyTree) -> PyTree:
 def _with_empty(tree: PyTree, empty: dict[str, Any]) -> PyTree:
     """The opposite; ``empty`` holds them by name."""
     return trees.map_with_path(lambda name, leaf: empty.get(name, leaf), tree)
+
+
+def _with_length(leaf: Any, saved: Any) -> Any:
+    """A vector of length 0 in the length of the saved one; other leaves as they are."""
+    if np.shape(leaf) != (0,) or len(np.shape(saved)) != 1:
+        return leaf
+    return jax.ShapeDtypeStruct(np.shape(saved), leaf.dtype)
 
 
 def _abstract(leaf: Any) -> Any:

@@ -21,6 +21,19 @@ Metrics = dict[str, Any]
 """Scalars by name."""
 
 
+class Interrupted(Exception):
+    """An iteration was stopped while it collected; nothing of it is lost.
+
+    Attributes:
+        state: before the iteration, and what it has collected: called with this state
+            the iteration goes on from there.
+    """
+
+    def __init__(self, state: Any):
+        super().__init__("stopped while collecting; go on from the state of this error")
+        self.state = state
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Iteration(Generic[State, Rollout]):
     """The parts of an iteration and their composition.

@@ -9,6 +9,7 @@ import numpy as np
 
 from tmdjax.core.checks import check_count
 from tmdjax.train.checkpoint import Checkpoints
+from tmdjax.train.iteration import Interrupted
 
 
 @runtime_checkable
@@ -82,7 +83,9 @@ def fit(
         step_fn: jitted ``(state, batch, key) -> (state, metrics)``, metrics a flat
             dict of scalars. Where the state has the fields 'skipped' and
             'skipped_in_a_row' of a :class:`~tmdjax.train.state.TrainState`, skipped
-            updates are counted and looked at.
+            updates are counted and looked at. An iteration that draws its own problems
+            may be stopped within (:class:`~tmdjax.train.iteration.Interrupted`): its
+            state is saved, and the run goes on from there.
         data: endless iterator with a position.
         key: typed key of the run; the step folds its number in.
         num_steps: steps in all, resumed ones included.
@@ -127,7 +130,13 @@ def fit(
         batch = next(data)
         if place is not None:
             batch = place(batch)
-        state, metrics = step_fn(state, batch, key)
+        try:
+            state, metrics = step_fn(state, batch, key)
+        except Interrupted as stopped:
+            if checkpoints is not None:
+                extra = {"data": data.get_state()}
+                checkpoints.save(step - 1, stopped.state, extra)
+            return FitResult(stopped.state, False)
         window.append(metrics)
         if step % log_every and step != num_steps:
             continue
