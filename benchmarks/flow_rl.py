@@ -49,8 +49,9 @@ from benchmarks.contest import (
     in_turn,
     timed,
 )
-from experiments import alignment
+from experiments import alignment_iteration as alignment
 from experiments import alignment_tasks as tasks
+from experiments.arms import of_arm
 from tmdjax import flows, models, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.types import Array
@@ -156,7 +157,7 @@ def dance_grpo(problem: Problem) -> flow_rl.Setup:
 
 def arm(problem: Problem, name: str) -> flow_rl.Setup:
     """An arm of the problem's config."""
-    found = alignment.setup(problem.config, name, problem.event_shape)
+    found = alignment.setup(of_arm(problem.config, name), problem.event_shape)
     objective = dataclasses.replace(found.objective, clip_range=_CLIP_RANGE)
     return found._replace(objective=objective)
 

@@ -51,7 +51,10 @@ class Case(NamedTuple):
 CASES = {
     "flow_matching": Case("main", "train", ("data.options.train_count=1024",)),
     "boss": Case(
-        "sprites", "train", ("arms.sprites.options.train_count=1024",), "straighten2"
+        "sprites",
+        "train",
+        ("arms.sprites.data.options.train_count=1024",),
+        "straighten2",
     ),
     "flow_grpo": Case("flow_grpo", "align", ("train.images=1024",)),
     "branchgrpo": Case("branch", "align", ("train.images=1024",)),

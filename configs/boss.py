@@ -75,16 +75,24 @@ def get_config(tier: str) -> ConfigDict:
         config.arms = ConfigDict(
             {
                 "fashion": {
-                    "name": "fashion_mnist",
-                    "options": {},
-                    "shape": (28, 28, 1),
-                    "num_classes": 10,
+                    "data": {
+                        "name": "fashion_mnist",
+                        "options": {},
+                        "shape": (28, 28, 1),
+                        "num_classes": 10,
+                    }
                 },
                 "sprites": {
-                    "name": "sparse_sprites",
-                    "options": {"size": 32, "train_count": 40_000, "test_count": 5_000},
-                    "shape": (32, 32, 3),
-                    "num_classes": 8,
+                    "data": {
+                        "name": "sparse_sprites",
+                        "options": {
+                            "size": 32,
+                            "train_count": 40_000,
+                            "test_count": 5_000,
+                        },
+                        "shape": (32, 32, 3),
+                        "num_classes": 8,
+                    }
                 },
             }
         )

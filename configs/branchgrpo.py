@@ -15,7 +15,10 @@ gpu    32x32, 16 leaves (splits 0, 3, 6, 9 of 20 steps), as published; three arm
 paper  a DiT as wide and deep as SD3.5-M on 64x64 images: sizes only.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.flow_grpo import base
 
@@ -41,45 +44,26 @@ def get_config(tier: str) -> ConfigDict:
     config.objective = ConfigDict(
         {
             "clip_range": 1e-4,
-            "kl_coefficient": 0.0,
-            "kl_kind": "transition",
             "step_weight": "inverse_gain",
+            # none: as the preset of an arm's method has it
+            "kl_coefficient": placeholder(float),
+            "kl_kind": placeholder(str),
         }
     )
-    chains = {
+    dance = {"name": "flow_grpo:dance_grpo", "group_size": leaves, "fraction": 1.0}
+    mix = {
+        "name": "flow_grpo:mix_grpo",
         "group_size": leaves,
-        "same_noise": True,
-        "scale": "group",
-        "ddof": 1,
-        "eps": 1e-8,
-        "drop_tied": False,
+        "window": {"schedule": "progressive", "size": 4, "iterations": 10},
     }
-    dance = {
-        "method": "dance_grpo",
-        **chains,
-        "strength": 0.3,
-        "trained": "random",
-    }
-    tree = {
-        "method": "branchgrpo",
-        "splits": (0, 3, 6, 9) if large else (0, 2, 4),
-        "strength": 0.3,
-        "split_scale": 1.0,
-        "split_log_prob": "proposal",
-        "fusion": "mean",
-        "baseline": "depth",
-        "std_scope": "depth",
-    }
+    tree: dict[str, Any] = {"name": "branchgrpo"}
+    if not large:
+        tree["splits"] = (0, 2, 4)
     tail = tuple(range(16, 21)) if large else (7, 8)
-    arms: dict[str, dict] = {
-        "dance": {**dance, "fraction": 1.0},
+    methods: dict[str, dict] = {
+        "dance": dance,
         "dance_part": {**dance, "fraction": 0.6},
-        "mix_grpo": {
-            "method": "mix_grpo",
-            **chains,
-            "strength": 0.7,
-            "window": {"schedule": "progressive", "size": 4, "iterations": 10},
-        },
+        "mix_grpo": mix,
         "branch": tree,
         "branch_depth": {**tree, "prune_depths": tail, "prune_interval": 30},
         "branch_width": {**tree, "prune_width": 0.5},
@@ -94,13 +78,13 @@ def get_config(tier: str) -> ConfigDict:
         # of two dimensions, not of an image
         config.update({"objective": {"clip_range": 0.05}})
         # more noise than on images: a ratio of two dimensions has more rounding
-        arms = {
-            name: {**arms[name], "strength": 0.7}
+        methods = {
+            name: {**methods[name], "strength": 0.7}
             for name in ("dance", "branch", "branch_depth")
         }
     elif tier == "cpu":
-        arms = {
-            name: arms[name]
+        methods = {
+            name: methods[name]
             for name in ("dance", "branch", "branch_depth", "branch_shuffled")
         }
         # 40 iterations of the slowest arm here take about 50 s
@@ -117,7 +101,7 @@ def get_config(tier: str) -> ConfigDict:
         config.update({"rollout": {"shift": 3.0}})
         rl = {"guidance": 3.5, "prompts": 16, "lora_rank": 0, "learning_rate": 1e-5}
         config.update({"rl": rl})
-    config.arms = ConfigDict(arms)
+    config.arms = ConfigDict({name: {"method": m} for name, m in methods.items()})
     return config
 
 

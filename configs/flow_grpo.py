@@ -13,6 +13,7 @@ paper  a DiT as wide and deep as SD3.5-M on 64x64 images: sizes only.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 EXPERIMENT = "alignment"
 TIERS = ("smoke", "cpu", "gpu", "paper")
@@ -33,62 +34,28 @@ def get_config(tier: str) -> ConfigDict:
     config.rollout = ConfigDict({"steps": 10, "shift": 1.0})
     config.objective = ConfigDict(
         {
-            "clip_range": 1e-4,
-            "kl_coefficient": 0.04,
-            "kl_kind": "flow_grpo_code",
             # late steps have many times the gradient of early ones; without this, the
             # reward of an uncounted pilot seed fell (learning rate 3e-4, cpu tier)
             "step_weight": "inverse_gain",
+            # none: as the preset of an arm's method has it
+            "clip_range": placeholder(float),
+            "kl_coefficient": placeholder(float),
+            "kl_kind": placeholder(str),
         }
     )
-    arm = {"group_size": 8, "same_noise": False}
-    by_group = {"scale": "group", "ddof": 1, "eps": 1e-8, "drop_tied": False}
-    no_kl = {"objective": {"kl_coefficient": 0.0}}
     arms: dict[str, dict] = {
-        "flow_grpo": {
-            "method": "flow_grpo",
-            **arm,
-            "strength": 0.7,
-            "fraction": 0.99,
-            "scale": "batch",
-            "ddof": 0,
-            "eps": 1e-4,
-            "drop_tied": True,
-        },
-        "flow_grpo_fast": {
-            "method": "flow_grpo_fast",
-            **arm,
-            "same_noise": True,
-            "strength": 0.7,
-            "window": {"schedule": "random", "size": 3, "high": 5},
-        },
-        "dance_grpo": {
-            "method": "dance_grpo",
-            **arm,
-            **by_group,
-            **no_kl,
-            "same_noise": True,
-            "strength": 0.3,
-            "trained": "random",
-            "fraction": 0.6,
-        },
-        "mix_grpo": {
-            "method": "mix_grpo",
-            **arm,
-            **by_group,
-            **no_kl,
-            "same_noise": True,
-            "strength": 0.7,
-            "window": {"schedule": "progressive", "size": 4, "iterations": 8},
-        },
+        name: {"method": {"name": f"flow_grpo:{name}", "group_size": 8}}
+        for name in ("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo")
     }
+    progressive = {"schedule": "progressive", "size": 4, "iterations": 8}
+    arms["mix_grpo"]["method"]["window"] = progressive
     claims: dict[str, dict] = {}
     if tier == "smoke":
         config.update({"rollout": {"steps": 6}})
         # of two dimensions, not of an image
         config.update({"objective": {"clip_range": 0.05, "kl_coefficient": 0.0}})
         # more noise, less rounding in a ratio of two dimensions
-        arms["dance_grpo"]["strength"] = 0.7
+        arms["dance_grpo"]["method"]["strength"] = 0.7
     elif tier == "cpu":
         arms = {"flow_grpo": arms["flow_grpo"]}
         claims = {
@@ -107,8 +74,7 @@ def get_config(tier: str) -> ConfigDict:
             ) | _before_and_after(name, "held_out.strict")
         # noise makes words hard to read, so the image is x0_hat
         arms["words"] = {
-            **arms["flow_grpo"],
-            "final": "x0_hat",
+            "method": {**arms["flow_grpo"]["method"], "final": "x0_hat"},
             "task": {
                 "name": "words",
                 "size": 64,

@@ -142,11 +142,11 @@ def get_config(tier: str) -> ConfigDict:
     )
     config.arms = ConfigDict(
         {
-            "teacher": {"kind": "teacher"},
-            "tmd": {"kind": "tmd"},
-            "tmd_one": {"kind": "tmd", "outer": 1},
-            "dmd2": {"kind": "dmd2"},
-            "dmd2_one": {"kind": "dmd2", "outer": 1},
+            "teacher": {"student": {"kind": "teacher"}},
+            "tmd": {},
+            "tmd_one": {"student": {"outer": 1}},
+            "dmd2": {"student": {"kind": "dmd2"}},
+            "dmd2_one": {"student": {"kind": "dmd2", "outer": 1}},
         }
     )
     config.planned = ("tmd",)  # arms whose updates experiments.plan takes
@@ -218,29 +218,22 @@ def _enlarge(config: Any) -> None:
     config.sample.update(
         count=1024, teacher_steps=(50, 16, 4, 3, 2, 1), projections=256
     )
-    tmd = {"kind": "tmd"}
-    config.arms = ConfigDict(
+    config.arms.update(
         {
-            "teacher": {"kind": "teacher"},
-            "tmd": tmd,
-            "tmd_one": {**tmd, "outer": 1},
-            "tmd_four": {**tmd, "inner": 4},
-            "dmd2": {"kind": "dmd2"},
-            "dmd2_three": {"kind": "dmd2", "outer": 3},
-            "dmd2_one": {"kind": "dmd2", "outer": 1},
-            "kstep": {"kind": "kstep"},
-            "meanflow": {"kind": "meanflow"},
-            "tmd_no_rollout": {**tmd, "rollout": False},
-            "tmd_no_pretraining": {**tmd, "pretrain": {"steps": 0}},
-            "tmd_matching_only": {**tmd, "pretrain": {"map_rate": 0.0}},
-            "tmd_no_adversary": {**tmd, "distill": {"adversarial_weight": 0.0}},
-            "tmd_no_shift": {**tmd, "distill": {"shift": 1.0}},
-            "tmd_concat": {**tmd, "fusion": "concat"},
-            "tmd_consistent": {**tmd, "average": "ys"},
-            "tmd_stage_one": {**tmd, "distill": {"cycles": 0}},
+            "tmd_four": {"student": {"inner": 4}},
+            "dmd2_three": {"student": {"kind": "dmd2", "outer": 3}},
+            "kstep": {"student": {"kind": "kstep"}},
+            "meanflow": {"student": {"kind": "meanflow"}},
+            "tmd_no_rollout": {"student": {"rollout": False}},
+            "tmd_no_pretraining": {"pretrain": {"steps": 0}},
+            "tmd_matching_only": {"pretrain": {"map_rate": 0.0}},
+            "tmd_no_adversary": {"distill": {"adversarial_weight": 0.0}},
+            "tmd_no_shift": {"distill": {"shift": 1.0}},
+            "tmd_concat": {"student": {"fusion": "concat"}},
+            "tmd_consistent": {"student": {"average": "ys"}},
+            "tmd_stage_one": {"distill": {"cycles": 0}},
             "tmd_stage_one_consistent": {
-                **tmd,
-                "average": "ys",
+                "student": {"average": "ys"},
                 "distill": {"cycles": 0},
             },
         }
@@ -271,17 +264,13 @@ def _publish(config: Any) -> None:
         discriminator_width=128,
     )
     large = {
-        "inner": 4,
+        "student": {"inner": 4},
         "model": {"heads": 40, "depth": 40, "mlp_width": 13_824},
         "pretrain": {"learning_rate": 1e-5, "loss_constant": 1e-5},
         "distill": {"cycles": 200},
     }
     config.arms = ConfigDict(
-        {
-            "tmd": {"kind": "tmd"},
-            "dmd2": {"kind": "dmd2"},
-            "tmd_large": {"kind": "tmd", **large},
-        }
+        {"tmd": {}, "dmd2": {"student": {"kind": "dmd2"}}, "tmd_large": large}
     )
     config.planned = ("tmd", "tmd_large")
     config.mesh = ConfigDict({"data": 1, "fsdp": 64, "tensor": 1})

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import alignment_iteration as iterations
 from experiments import alignment_tasks as tasks
-from tmdjax import data, flows, train
+from experiments.arms import arms, of_arm
+from tmdjax import data, flows
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import line_plot
-from tmdjax.systems import branchgrpo, flow_grpo
-from tmdjax.train import flow_rl
 
 Config = Any
 SETS = ("train", "held_out")
@@ -44,45 +44,6 @@ COURSE = (
 """What RL itself reports, beside the evaluation."""
 
 
-def arms(config: Config) -> tuple[str, ...]:
-    """One arm a method."""
-    return tuple(config.arms)
-
-
-def of_arm(config: Config, arm: str) -> Config:
-    """The config with the task of an arm, and what else it changes of the base."""
-    changes = {k: v for k, v in config.arms[arm].items() if k in BASE}
-    if not changes:
-        return config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        if "task" in changes:
-            config.task = changes.pop("task")
-        config.update(changes)
-    return config
-
-
-def setup(config: Config, arm: str, event_shape: tuple[int, ...]) -> flow_rl.Setup:
-    """Method, objective and number of updates of an arm."""
-    given: dict[str, Any] = to_plain(config.arms[arm])
-    given = {k: v for k, v in given.items() if k not in BASE}
-    kind = given.pop("method")
-    check_choice(f"arms.{arm}.method", kind, (*flow_grpo.PRESETS, *branchgrpo.PRESETS))
-    objective = {**to_plain(config.objective), **given.pop("objective", {})}
-    steps, shift = config.rollout.steps, config.rollout.shift
-    updates = given.pop("updates", config.rl.updates)
-    system = branchgrpo if kind in branchgrpo.PRESETS else flow_grpo
-    return system.preset(
-        kind,
-        event_shape,
-        objective=objective,
-        steps=steps,
-        shift=shift,
-        updates=updates,
-        **given,
-    )
-
-
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
     config = of_arm(config, arm)
@@ -97,10 +58,9 @@ def stages(config: Config, arm: str) -> list[Stage]:
         ),
         Stage(
             name="align",
-            run=functools.partial(align, config, arm),
+            run=functools.partial(align, config),
             config={
-                "arm": plain["arms"][arm],
-                **{k: plain[k] for k in ("task", "rollout", "objective", "rl")},
+                k: plain[k] for k in ("method", "task", "rollout", "objective", "rl")
             },
             parents=("pretrain",),
         ),
@@ -113,41 +73,12 @@ def stages(config: Config, arm: str) -> list[Stage]:
     ]
 
 
-def _iteration(
-    config: Config, arm: str, task: tasks.Task, params: Any, key: Any, policy: Any
-) -> Any:
-    """State, iteration, ``trained -> whole params`` and the method of an arm."""
-    method, objective, updates = setup(config, arm, task.event_shape)
-    trained, policy, whole = policy(config, params, key)
-    settings = config.rl
-    rule = train.make_optimizer(
-        train.OptimizerConfig(
-            name="adamw",
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-        )
-    )
-    iteration = flow_rl.make_iteration(
-        policy,
-        method,
-        task.reward,
-        rule,
-        objective,
-        updates=updates,
-        microbatches=settings.microbatches,
-        chunks=settings.chunks,
-        ema_decay=settings.ema_decay,
-    )
-    return iteration.init(trained), iteration, whole, method
-
-
-def align(config: Config, arm: str, context: StageContext) -> StageResult:
+def align(config: Config, context: StageContext) -> StageResult:
     """RL of one arm."""
     task = tasks.build(config)
     params = jax.tree.map(jnp.asarray, context.inputs["pretrain"].outputs["params"])
-    state, iteration, whole, method = _iteration(
-        config, arm, task, params, jax.random.fold_in(context.key, 1), tasks.policy
+    state, iteration, whole, method = iterations.build(
+        config, task, params, jax.random.fold_in(context.key, 1)
     )
     settings = config.rl
     state = context.fit(
@@ -170,7 +101,7 @@ def align(config: Config, arm: str, context: StageContext) -> StageResult:
         "reward_gain": float(reward[-end:].mean() - reward[:end].mean()),
         "seconds_per_iteration": float(1 / np.median(rate[len(rows) // 4 :])),
         "first_ratio_error": float(rows[0]["ratio_error"]),
-        "network_calls_per_sample": calls_per_sample(config, method),
+        "network_calls_per_sample": iterations.calls_per_sample(config, method),
         "skipped_updates": float(state.skipped),
     }
     # the first row is compilation; a resumed run compiles once more
@@ -180,25 +111,6 @@ def align(config: Config, arm: str, context: StageContext) -> StageResult:
         metrics,
         model=tasks.model_spec(config),
     )
-
-
-def calls_per_sample(config: Config, method: Any) -> float:
-    """Network evaluations of a rollout over its samples, counted as they happen."""
-    rows: list[int] = []
-
-    def velocity(x: Any, t: Any, cond: Any) -> Any:
-        jax.debug.callback(lambda t: rows.append(len(t)), t)
-        return jnp.zeros_like(x)
-
-    table, plan = method.plan(0)
-    keys = prng.sample_keys(jax.random.key(0), 1)
-    walk = jax.jit(
-        lambda keys, table: method.rollout(keys, velocity, None, table, plan)
-    )
-    jax.block_until_ready(walk(keys, table))
-    jax.effects_barrier()
-    guided = config.task.name != "mixture" and config.rl.guidance != 1.0
-    return sum(rows) * (1 + guided) / method.group_size
 
 
 def reward_at(curve: Mapping[str, Any], seconds: float) -> float:
@@ -347,12 +259,12 @@ def describe(config: Config) -> dict[str, Any]:
     for arm in arms(config):
         own = of_arm(config, arm)
         base = json.dumps({k: to_plain(own[k]) for k in BASE})
-        policy = tasks.policy if base not in built else _linear_policy
+        policy = tasks.policy if base not in built else iterations.linear_policy
         if base not in built:
             params = jax.eval_shape(functools.partial(tasks.initial, own), key)
             built[base] = tasks.build(own), params
         (task, params), name = built[base], own.task.name
-        method, _, _ = setup(config, arm, task.event_shape)
+        method, _, _ = iterations.setup(own, task.event_shape)
         stored = method.memory(config.rl.prompts) / 1e9
         if stored > config.rl.memory_limit_gb:
             raise ValueError(
@@ -360,46 +272,10 @@ def describe(config: Config) -> dict[str, Any]:
                 f"rl.memory_limit_gb={config.rl.memory_limit_gb}; draw fewer prompts, "
                 f"train fewer steps (a window, or fewer splits), or raise the limit."
             )
-        _trace(own, arm, task, params, policy)
+        iterations.trace(own, task, params, policy)
         rows[f"{name}: parameters"] = trees.count(params)
         if name != "mixture":
             rows[f"{name}: pretraining updates"] = own.train.steps
         rows[f"{arm}: samples an iteration"] = method.group_size * config.rl.prompts
         rows[f"{arm}: stored states, GB"] = stored
     return rows
-
-
-def _linear_policy(config: Config, params: Any, key: Any) -> Any:
-    """In place of a network that was traced under another arm already."""
-    linear = flow_rl.Policy(
-        velocity=lambda params, frozen: lambda x, t, cond=None: params["scale"] * x,
-        reference=lambda frozen: lambda x, t, cond=None: x,
-    )
-    return {"scale": jnp.ones(())}, linear, lambda trained: trained
-
-
-def _trace(
-    config: Config, arm: str, task: tasks.Task, params: Any, policy: Any
-) -> None:
-    """Traces one iteration from the shapes of a base's parameters."""
-    available = len(next(iter(task.prompts.values())))
-    if config.rl.prompts > available:
-        raise ValueError(
-            f"rl.prompts={config.rl.prompts} an iteration, but task.prompts="
-            f"{available}; draw more of them."
-        )
-    batch = trees.take(task.prompts, np.arange(config.rl.prompts // config.rl.chunks))
-
-    def once(params: Any, key: Any) -> Any:
-        state, iteration, _, method = _iteration(config, arm, task, params, key, policy)
-        table, plan = method.plan(0)
-        zero = np.int32(0)
-        samples, record = iteration.programs["rollout"](
-            state.params, params, batch, key, zero, zero, table, plan
-        )
-        rewards = jnp.zeros(samples.shape[0])
-        return iteration.programs["update"](
-            state, params, batch, (record,), rewards, key, zero, table, plan
-        )
-
-    jax.eval_shape(once, params, jax.random.key(0))

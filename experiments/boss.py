@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import few_step, flow_matching, image_quality
+from experiments.arms import arms, of_arm
 from tmdjax import flows
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count, check_range
@@ -27,7 +28,6 @@ from tmdjax.harness.report import line_plot
 from tmdjax.systems import boss, reflow
 
 Config = Any
-arms = few_step.arms
 SHOWN = ("uniform", "bellman", "polished", "straightened", "distilled")
 """Rows of the table, each at every budget."""
 
@@ -42,7 +42,7 @@ COUNTS = {
 
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
-    config = few_step.of_arm(config, arm)
+    config = of_arm(config, arm)
     plain = to_plain(config)
     budgets = config.search.budgets
     # the last one trained, on the longest grid, is the model of the run
@@ -393,7 +393,7 @@ def describe(config: Config) -> dict[str, Any]:
         )
     found: dict[str, Any] = {}
     for arm in arms(config):
-        one = few_step.of_arm(config, arm)
+        one = of_arm(config, arm)
         mark = few_step.mark(arm)
         shape = tuple(one.data.shape)
         each = flows.cost_memory(shape, settings.knots) / 1e9

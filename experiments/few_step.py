@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flow_matching, image_quality
+from experiments.arms import arms
 from tmdjax import data, flows, metrics, models, train
 from tmdjax.core import prng
 from tmdjax.harness import Report, StageContext, StageResult
@@ -122,11 +123,6 @@ def compare(config: Config, context: StageContext, sets: Any, labels: Any) -> An
     return found
 
 
-def arms(config: Config) -> tuple[str, ...]:
-    """One arm a data set."""
-    return tuple(config.arms) or (MAIN_ARM,)
-
-
 def mark(arm: str) -> str:
     """What stands before an arm's metrics in a summary."""
     return "" if arm == MAIN_ARM else f"{arm}/"
@@ -135,16 +131,6 @@ def mark(arm: str) -> str:
 def measures(config: Config) -> tuple[str, ...]:
     """What :func:`compare` finds of each set."""
     return image_quality.MEASURES if has_images(config) else POINT_MEASURES
-
-
-def of_arm(config: Config, arm: str) -> Config:
-    """The config with the data set of an arm."""
-    if not config.arms:
-        return config
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data = config.arms[arm]
-    return config
 
 
 def summary_rows(

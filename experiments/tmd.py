@@ -19,6 +19,7 @@ from experiments import video_memory as memory
 from experiments import video_samples as samples
 from experiments import video_students as students
 from experiments import video_tasks as tasks
+from experiments.arms import arms, of_arm
 from tmdjax import models
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
@@ -28,35 +29,8 @@ from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import animation, video_strips
 
 Config = Any
-KINDS = ("teacher", "tmd", "dmd2", "kstep", "meanflow")
 REPORT_ARMS = True
 RULES = students.RULES
-GROUPS = ("student", "model", "pretrain", "distill", "pairs")
-"""Groups of settings that an arm may change."""
-
-
-def arms(config: Config) -> tuple[str, ...]:
-    """One arm a student."""
-    return tuple(config.arms)
-
-
-def of_arm(config: Config, arm: str) -> Config:
-    """The config with an arm's changes; its kind and steps stand in 'student'."""
-    config = config.copy_and_resolve_references()
-    given = to_plain(config.arms[arm])
-    check_choice(f"arms.{arm}.kind", given.get("kind", "?"), KINDS)
-    with config.unlocked():
-        for group in GROUPS:
-            changes = given.pop(group, {})
-            for name in changes:
-                if name not in config[group]:
-                    raise ValueError(
-                        f"arms.{arm}.{group}.{name} changes no setting; {group} has "
-                        f"{', '.join(config[group])}."
-                    )
-            config[group].update(changes)
-        config.student.update(given)
-    return config
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -217,7 +191,8 @@ def updates(config: Config) -> dict[str, Update]:
     found = {}
     for arm in config.planned:
         settings = of_arm(config, arm)
-        check_choice(f"kind of arms.{arm}", settings.student.kind, ("tmd", "dmd2"))
+        kind = settings.student.kind
+        check_choice(f"arms.{arm}.student.kind", kind, ("tmd", "dmd2"))
         for name, step in memory.updates(settings).items():
             found[f"{arm}, {name}"] = step
     return found

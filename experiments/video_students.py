@@ -1,6 +1,6 @@
 """Students of a video model and how they are trained, one function a stage.
 
-A config is that of one arm here (see ``experiments.tmd.of_arm``): its kind and its
+A config is that of one arm here, see :func:`experiments.arms.of_arm`: its kind and its
 steps stand in 'student'.
 """
 
@@ -15,12 +15,14 @@ import numpy as np
 from experiments import video_tasks as tasks
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng
+from tmdjax.core.checks import check_choice
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.systems import dmd2, meanflow, reflow, tmd
 
 Config = Any
 RULES = train.VIDEO_DIT_RULES
+KINDS = ("teacher", "tmd", "dmd2", "kstep", "meanflow")
 TRAINING = ("teacher", "fit", "pretrain", "distill")
 """Stages that train a network, in the order in which an arm may have them."""
 
@@ -28,6 +30,7 @@ TRAINING = ("teacher", "fit", "pretrain", "distill")
 def student_spec(config: Config) -> dict[str, Any]:
     """The student's network."""
     shared, settings = tasks.network_spec(config), config.student
+    check_choice("student.kind", settings.kind, KINDS)
     if settings.kind == "meanflow":
         return {"name": "two_time_dit", "shared": shared}
     if settings.kind != "tmd":

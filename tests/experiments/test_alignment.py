@@ -74,7 +74,7 @@ def test_words_are_read_by_the_real_model():
 def test_bad_inputs(refused):
     config = shapes_config()
     with config.unlocked():
-        config.arms.flow_grpo.method = "dance_grp"
+        config.arms.flow_grpo.method.name = "flow_grpo:dance_grp"
     refused("Did you mean 'dance_grpo'", alignment.describe, config)
     refused("rl.updates=0", alignment.describe, shapes_config("rl.updates=0"))
     config = shapes_config("rl.prompts=4", "rl.chunks=3")

@@ -33,7 +33,7 @@ def tiny(arms, *changes):
     return config
 
 
-ONE = {"tmd": {"kind": "tmd"}}
+ONE = {"tmd": {}}
 
 
 @pytest.mark.slow
@@ -50,13 +50,13 @@ TRAINED = ("teacher.exact=False", "distill.features=teacher")
 
 
 KINDS = {
-    "dmd2": {"kind": "dmd2"},
-    "kstep": {"kind": "kstep"},
-    "meanflow": {"kind": "meanflow"},
-    "warm": {"kind": "dmd2", "outer": 1, "warm_up": True},
-    "concat": {"kind": "tmd", "fusion": "concat", "average": "ys"},
-    "no_rollout": {"kind": "tmd", "rollout": False, "pretrain": {"steps": 0}},
-    "stage_one": {"kind": "tmd", "distill": {"cycles": 0}},
+    "dmd2": {"student": {"kind": "dmd2"}},
+    "kstep": {"student": {"kind": "kstep"}},
+    "meanflow": {"student": {"kind": "meanflow"}},
+    "warm": {"student": {"kind": "dmd2", "outer": 1, "warm_up": True}},
+    "concat": {"student": {"fusion": "concat", "average": "ys"}},
+    "no_rollout": {"student": {"rollout": False}, "pretrain": {"steps": 0}},
+    "stage_one": {"distill": {"cycles": 0}},
 }
 
 
@@ -77,22 +77,22 @@ def test_every_kind_of_student(tmp_path, ran):
 def test_stages_depend_on_what_they_read():
     """Arms share what is the same, and nothing that is not."""
 
-    def hashes(arm, *changes):
-        return stage_hashes(tmd.stages(tiny({"arm": arm}, *changes), "arm"), 0)
+    def hashes(*changes, **student):
+        config = tiny({"arm": {"student": student}}, *changes)
+        return stage_hashes(tmd.stages(config, "arm"), 0)
 
-    student = {"kind": "tmd"}
-    base = hashes(student)
+    base = hashes()
     assert list(base) == ["teacher", "pretrain", "distill", "sample"]
-    no_rollout = hashes({**student, "rollout": False})
+    no_rollout = hashes(rollout=False)
     assert no_rollout["pretrain"] == base["pretrain"]
     assert no_rollout["distill"] != base["distill"]
-    pairs = hashes({"kind": "kstep"})
+    pairs = hashes(kind="kstep")
     for changed in ("distill.guidance=1.0", "teacher.exact=False"):
-        assert hashes({"kind": "kstep"}, changed)["pairs"] != pairs["pairs"]
-        teacher = hashes({"kind": "teacher"}, changed)
-        assert teacher["sample"] != hashes({"kind": "teacher"})["sample"]
+        assert hashes(changed, kind="kstep")["pairs"] != pairs["pairs"]
+        teacher = hashes(changed, kind="teacher")
+        assert teacher["sample"] != hashes(kind="teacher")["sample"]
         assert teacher["teacher"] == base["teacher"]
-    assert hashes(student, "model.depth=4")["teacher"] != base["teacher"]
+    assert hashes("model.depth=4")["teacher"] != base["teacher"]
 
 
 def test_updates_lower_for_accelerators():
@@ -184,12 +184,12 @@ def test_bad_inputs(refused):
         ({"head_blocks": 3}, r"head_blocks=3 must lie in 1..L-1 = 1..2"),
         ({"outer": 0}, "steps=0"),
         ({"inner": 0}, "steps=0"),
-        ({"kind": "tdm"}, "arms.x.kind='tdm'"),
+        ({"kind": "tdm"}, "student.kind='tdm'.*mean 'tmd'"),
         ({"fusion": "sum"}, "fusion='sum'"),
-        ({"distill": {"cycle": 1}}, "arms.x.distill.cycle changes no setting"),
-        ({"pretrain": {"steps": 0}, "distill": {"cycles": 0}}, "trains no student"),
     ):
-        refused(words, setup, tiny({"x": {"kind": "tmd", **given}}))
+        refused(words, setup, tiny({"x": {"student": given}}))
+    nothing = {"pretrain": {"steps": 0}, "distill": {"cycles": 0}}
+    refused("trains no student", setup, tiny({"x": nothing}))
     for changes, words in (
         (["sample.count=0"], "sample.count=0"),
         (["teacher.exact=False", "teacher.steps=0"], "teacher.steps=0"),
@@ -200,6 +200,6 @@ def test_bad_inputs(refused):
 
 @pytest.mark.slow
 def test_warm_up_with_two_steps_is_warned_of(ran):
-    config = tiny({"x": {"kind": "dmd2", "outer": 2, "warm_up": True}})
+    config = tiny({"x": {"student": {"kind": "dmd2", "outer": 2, "warm_up": True}}})
     with pytest.warns(UserWarning, match=r"83.79 with it and 84.39 without"):
         ran(tmd, config, stage="fit")
