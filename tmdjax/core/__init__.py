@@ -3,6 +3,10 @@
 ``core.compilation_cache`` keeps compiled programs between processes.
 """
 
-from tmdjax.core import checks, conventions, files, prng, registry, trees, types
-
-__all__ = ["checks", "conventions", "files", "prng", "registry", "trees", "types"]
+from tmdjax.core import checks as checks
+from tmdjax.core import conventions as conventions
+from tmdjax.core import files as files
+from tmdjax.core import prng as prng
+from tmdjax.core import registry as registry
+from tmdjax.core import trees as trees
+from tmdjax.core import types as types

@@ -1,36 +1,18 @@
 """Data sources, procedural sets, and batches that resume exactly."""
 
-from tmdjax.data import procedural
-from tmdjax.data.dataset import Dataset
-from tmdjax.data.images import captioned_shapes, rendered_text
-from tmdjax.data.pipeline import (
-    Batches,
-    BatchPlan,
-    array_record,
-    in_memory,
-    write_array_record,
-)
-from tmdjax.data.procedural import MIXTURE
-from tmdjax.data.sources import SOURCES, Source, load
-from tmdjax.data.videos import moving_sprites
-from tmdjax.data.videos.files import video_batches
-from tmdjax.domains.shapes import captions
-
-__all__ = [
-    "MIXTURE",
-    "SOURCES",
-    "BatchPlan",
-    "Batches",
-    "Dataset",
-    "Source",
-    "array_record",
-    "captioned_shapes",
-    "captions",
-    "in_memory",
-    "load",
-    "moving_sprites",
-    "procedural",
-    "rendered_text",
-    "video_batches",
-    "write_array_record",
-]
+from tmdjax.data import procedural as procedural
+from tmdjax.data.dataset import Dataset as Dataset
+from tmdjax.data.images import captioned_shapes as captioned_shapes
+from tmdjax.data.images import rendered_text as rendered_text
+from tmdjax.data.pipeline import Batches as Batches
+from tmdjax.data.pipeline import BatchPlan as BatchPlan
+from tmdjax.data.pipeline import array_record as array_record
+from tmdjax.data.pipeline import in_memory as in_memory
+from tmdjax.data.pipeline import write_array_record as write_array_record
+from tmdjax.data.procedural import MIXTURE as MIXTURE
+from tmdjax.data.sources import SOURCES as SOURCES
+from tmdjax.data.sources import Source as Source
+from tmdjax.data.sources import load as load
+from tmdjax.data.videos import moving_sprites as moving_sprites
+from tmdjax.data.videos.files import video_batches as video_batches
+from tmdjax.domains.shapes import captions as captions

@@ -1,226 +1,107 @@
 """Flows: paths, grids, solvers with log-probs, guidance, matching losses."""
 
-from tmdjax.core.functions import VelocityWrapper, around, as_pytree
-from tmdjax.flows.adaptive import AdaptiveSolution, rk45
-from tmdjax.flows.coupling import (
-    Coupling,
-    entropic_coupling,
-    optimal_coupling,
-    transport_cost,
-    transport_plan,
-)
+from tmdjax.core.functions import VelocityWrapper as VelocityWrapper
+from tmdjax.core.functions import around as around
+from tmdjax.core.functions import as_pytree as as_pytree
+from tmdjax.flows.adaptive import AdaptiveSolution as AdaptiveSolution
+from tmdjax.flows.adaptive import rk45 as rk45
+from tmdjax.flows.coupling import Coupling as Coupling
+from tmdjax.flows.coupling import entropic_coupling as entropic_coupling
+from tmdjax.flows.coupling import optimal_coupling as optimal_coupling
+from tmdjax.flows.coupling import transport_cost as transport_cost
+from tmdjax.flows.coupling import transport_plan as transport_plan
+from tmdjax.flows.distribution_matching import NORMALISATIONS as NORMALISATIONS
+from tmdjax.flows.distribution_matching import approximate_r1 as approximate_r1
+from tmdjax.flows.distribution_matching import denoising_loss as denoising_loss
+from tmdjax.flows.distribution_matching import discriminator_loss as discriminator_loss
 from tmdjax.flows.distribution_matching import (
-    NORMALISATIONS,
-    approximate_r1,
-    denoising_loss,
-    discriminator_loss,
-    distribution_matching_loss,
-    generator_loss,
+    distribution_matching_loss as distribution_matching_loss,
 )
-from tmdjax.flows.empirical import empirical_flow
-from tmdjax.flows.flow_map_training import (
-    FlowMapConfig,
-    draw_roles,
-    flow_map_loss,
-    guided_target,
-)
-from tmdjax.flows.flow_maps import (
-    DERIVATIVES,
-    AverageVelocity,
-    apply_map,
-    check_order,
-    floor_to_grid,
-    map_endpoints,
-    meanflow_error,
-    normalised_loss,
-    total_derivative,
-)
-from tmdjax.flows.grids import (
-    custom_grid,
-    edm_grid,
-    shift_time,
-    shifted_grid,
-    truncated_grid,
-    uniform_grid,
-)
-from tmdjax.flows.matching import (
-    TimeSampler,
-    discrete_time,
-    drop_condition,
-    flow_matching_loss,
-    logit_normal_time,
-    noised_start,
-    ranged_time,
-    shifted_time,
-    uniform_time,
-)
-from tmdjax.flows.mixture import GaussianMixture, gaussian_mixture
-from tmdjax.flows.paths import (
-    PARAMETRISATIONS,
-    as_velocity,
-    conditional_velocity,
-    convert,
-    interpolate,
-)
-from tmdjax.flows.reference import (
-    descend_on_error,
-    endpoints,
-    states_at,
-    terminal_errors,
-)
-from tmdjax.flows.rescore import (
-    KL_KINDS,
-    STEP_WEIGHTS,
-    Scores,
-    rescore,
-    score_transitions,
-    step_weights,
-    transition_kl,
-)
-from tmdjax.flows.rollout import METHODS, Trajectory, nfe, rollout, solver_velocity
-from tmdjax.flows.step_search import (
-    Metric,
-    Paths,
-    Schedule,
-    cheapest_paths,
-    check_budget,
-    check_costs,
-    check_samples,
-    cost_memory,
-    costs_fingerprint,
-    fine_knots,
-    fitting_batch,
-    local_error_costs,
-    micro_batches,
-    path_cost,
-    squared_l2,
-    uniform_index,
-)
-from tmdjax.flows.stochastic import noise_excess
-from tmdjax.flows.table import FINAL_RULES, PRESETS, CoefficientTable, make_table
-from tmdjax.flows.transition import (
-    REDUCTIONS,
-    gaussian_log_prob,
-    gaussian_transition,
-    transition_mean,
-)
-from tmdjax.flows.tree_rollout import tree_rollout
-from tmdjax.flows.velocities import (
-    Guided,
-    OnGrid,
-    classifier_free_guidance,
-    guidance_differs,
-    guidance_scale,
-)
-from tmdjax.flows.windows import (
-    WINDOW_SCHEDULES,
-    periodic_windows,
-    window,
-    window_start,
-)
-
-__all__ = [
-    "DERIVATIVES",
-    "FINAL_RULES",
-    "KL_KINDS",
-    "METHODS",
-    "NORMALISATIONS",
-    "PARAMETRISATIONS",
-    "PRESETS",
-    "REDUCTIONS",
-    "STEP_WEIGHTS",
-    "WINDOW_SCHEDULES",
-    "AdaptiveSolution",
-    "AverageVelocity",
-    "CoefficientTable",
-    "Coupling",
-    "FlowMapConfig",
-    "GaussianMixture",
-    "Guided",
-    "Metric",
-    "OnGrid",
-    "Paths",
-    "Schedule",
-    "Scores",
-    "TimeSampler",
-    "Trajectory",
-    "VelocityWrapper",
-    "apply_map",
-    "approximate_r1",
-    "around",
-    "as_pytree",
-    "as_velocity",
-    "cheapest_paths",
-    "check_budget",
-    "check_costs",
-    "check_order",
-    "check_samples",
-    "classifier_free_guidance",
-    "conditional_velocity",
-    "convert",
-    "cost_memory",
-    "costs_fingerprint",
-    "custom_grid",
-    "denoising_loss",
-    "descend_on_error",
-    "discrete_time",
-    "discriminator_loss",
-    "distribution_matching_loss",
-    "draw_roles",
-    "drop_condition",
-    "edm_grid",
-    "empirical_flow",
-    "endpoints",
-    "entropic_coupling",
-    "fine_knots",
-    "fitting_batch",
-    "floor_to_grid",
-    "flow_map_loss",
-    "flow_matching_loss",
-    "gaussian_log_prob",
-    "gaussian_mixture",
-    "gaussian_transition",
-    "generator_loss",
-    "guidance_differs",
-    "guidance_scale",
-    "guided_target",
-    "interpolate",
-    "local_error_costs",
-    "logit_normal_time",
-    "make_table",
-    "map_endpoints",
-    "meanflow_error",
-    "micro_batches",
-    "nfe",
-    "noise_excess",
-    "noised_start",
-    "normalised_loss",
-    "optimal_coupling",
-    "path_cost",
-    "periodic_windows",
-    "ranged_time",
-    "rescore",
-    "rk45",
-    "rollout",
-    "score_transitions",
-    "shift_time",
-    "shifted_grid",
-    "shifted_time",
-    "solver_velocity",
-    "squared_l2",
-    "states_at",
-    "step_weights",
-    "terminal_errors",
-    "total_derivative",
-    "transition_kl",
-    "transition_mean",
-    "transport_cost",
-    "transport_plan",
-    "tree_rollout",
-    "truncated_grid",
-    "uniform_grid",
-    "uniform_index",
-    "uniform_time",
-    "window",
-    "window_start",
-]
+from tmdjax.flows.distribution_matching import generator_loss as generator_loss
+from tmdjax.flows.empirical import empirical_flow as empirical_flow
+from tmdjax.flows.flow_map_training import FlowMapConfig as FlowMapConfig
+from tmdjax.flows.flow_map_training import draw_roles as draw_roles
+from tmdjax.flows.flow_map_training import flow_map_loss as flow_map_loss
+from tmdjax.flows.flow_map_training import guided_target as guided_target
+from tmdjax.flows.flow_maps import DERIVATIVES as DERIVATIVES
+from tmdjax.flows.flow_maps import AverageVelocity as AverageVelocity
+from tmdjax.flows.flow_maps import apply_map as apply_map
+from tmdjax.flows.flow_maps import check_order as check_order
+from tmdjax.flows.flow_maps import floor_to_grid as floor_to_grid
+from tmdjax.flows.flow_maps import map_endpoints as map_endpoints
+from tmdjax.flows.flow_maps import meanflow_error as meanflow_error
+from tmdjax.flows.flow_maps import normalised_loss as normalised_loss
+from tmdjax.flows.flow_maps import total_derivative as total_derivative
+from tmdjax.flows.grids import custom_grid as custom_grid
+from tmdjax.flows.grids import edm_grid as edm_grid
+from tmdjax.flows.grids import shift_time as shift_time
+from tmdjax.flows.grids import shifted_grid as shifted_grid
+from tmdjax.flows.grids import truncated_grid as truncated_grid
+from tmdjax.flows.grids import uniform_grid as uniform_grid
+from tmdjax.flows.matching import TimeSampler as TimeSampler
+from tmdjax.flows.matching import discrete_time as discrete_time
+from tmdjax.flows.matching import drop_condition as drop_condition
+from tmdjax.flows.matching import flow_matching_loss as flow_matching_loss
+from tmdjax.flows.matching import logit_normal_time as logit_normal_time
+from tmdjax.flows.matching import noised_start as noised_start
+from tmdjax.flows.matching import ranged_time as ranged_time
+from tmdjax.flows.matching import shifted_time as shifted_time
+from tmdjax.flows.matching import uniform_time as uniform_time
+from tmdjax.flows.mixture import GaussianMixture as GaussianMixture
+from tmdjax.flows.mixture import gaussian_mixture as gaussian_mixture
+from tmdjax.flows.paths import PARAMETRISATIONS as PARAMETRISATIONS
+from tmdjax.flows.paths import as_velocity as as_velocity
+from tmdjax.flows.paths import conditional_velocity as conditional_velocity
+from tmdjax.flows.paths import convert as convert
+from tmdjax.flows.paths import interpolate as interpolate
+from tmdjax.flows.reference import descend_on_error as descend_on_error
+from tmdjax.flows.reference import endpoints as endpoints
+from tmdjax.flows.reference import states_at as states_at
+from tmdjax.flows.reference import terminal_errors as terminal_errors
+from tmdjax.flows.rescore import KL_KINDS as KL_KINDS
+from tmdjax.flows.rescore import STEP_WEIGHTS as STEP_WEIGHTS
+from tmdjax.flows.rescore import Scores as Scores
+from tmdjax.flows.rescore import rescore as rescore
+from tmdjax.flows.rescore import score_transitions as score_transitions
+from tmdjax.flows.rescore import step_weights as step_weights
+from tmdjax.flows.rescore import transition_kl as transition_kl
+from tmdjax.flows.rollout import METHODS as METHODS
+from tmdjax.flows.rollout import Trajectory as Trajectory
+from tmdjax.flows.rollout import nfe as nfe
+from tmdjax.flows.rollout import rollout as rollout
+from tmdjax.flows.rollout import solver_velocity as solver_velocity
+from tmdjax.flows.step_search import Metric as Metric
+from tmdjax.flows.step_search import Paths as Paths
+from tmdjax.flows.step_search import Schedule as Schedule
+from tmdjax.flows.step_search import cheapest_paths as cheapest_paths
+from tmdjax.flows.step_search import check_budget as check_budget
+from tmdjax.flows.step_search import check_costs as check_costs
+from tmdjax.flows.step_search import check_samples as check_samples
+from tmdjax.flows.step_search import cost_memory as cost_memory
+from tmdjax.flows.step_search import costs_fingerprint as costs_fingerprint
+from tmdjax.flows.step_search import fine_knots as fine_knots
+from tmdjax.flows.step_search import fitting_batch as fitting_batch
+from tmdjax.flows.step_search import local_error_costs as local_error_costs
+from tmdjax.flows.step_search import micro_batches as micro_batches
+from tmdjax.flows.step_search import path_cost as path_cost
+from tmdjax.flows.step_search import squared_l2 as squared_l2
+from tmdjax.flows.step_search import uniform_index as uniform_index
+from tmdjax.flows.stochastic import noise_excess as noise_excess
+from tmdjax.flows.table import FINAL_RULES as FINAL_RULES
+from tmdjax.flows.table import PRESETS as PRESETS
+from tmdjax.flows.table import CoefficientTable as CoefficientTable
+from tmdjax.flows.table import make_table as make_table
+from tmdjax.flows.transition import REDUCTIONS as REDUCTIONS
+from tmdjax.flows.transition import gaussian_log_prob as gaussian_log_prob
+from tmdjax.flows.transition import gaussian_transition as gaussian_transition
+from tmdjax.flows.transition import transition_mean as transition_mean
+from tmdjax.flows.tree_rollout import tree_rollout as tree_rollout
+from tmdjax.flows.velocities import Guided as Guided
+from tmdjax.flows.velocities import OnGrid as OnGrid
+from tmdjax.flows.velocities import classifier_free_guidance as classifier_free_guidance
+from tmdjax.flows.velocities import guidance_differs as guidance_differs
+from tmdjax.flows.velocities import guidance_scale as guidance_scale
+from tmdjax.flows.windows import WINDOW_SCHEDULES as WINDOW_SCHEDULES
+from tmdjax.flows.windows import periodic_windows as periodic_windows
+from tmdjax.flows.windows import window as window
+from tmdjax.flows.windows import window_start as window_start

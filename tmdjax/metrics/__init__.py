@@ -1,41 +1,17 @@
 """Numbers that compare samples, and intervals over seeds and samples."""
 
-from tmdjax.metrics.diversity import position_entropy
-from tmdjax.metrics.frechet import (
-    GaussianStatistics,
-    frechet_distance,
-    frechet_label,
-    gaussian_statistics,
-)
-from tmdjax.metrics.intervals import (
-    STATISTICS,
-    Interval,
-    bootstrap_interval,
-    paired_interval,
-    t_interval,
-)
-from tmdjax.metrics.precision_recall import precision_recall
-from tmdjax.metrics.sliced_wasserstein import sliced_wasserstein
-from tmdjax.metrics.video_features import (
-    conv3d_layers,
-    random_conv3d,
-    video_features,
-)
-
-__all__ = [
-    "STATISTICS",
-    "GaussianStatistics",
-    "Interval",
-    "bootstrap_interval",
-    "conv3d_layers",
-    "frechet_distance",
-    "frechet_label",
-    "gaussian_statistics",
-    "paired_interval",
-    "position_entropy",
-    "precision_recall",
-    "random_conv3d",
-    "sliced_wasserstein",
-    "t_interval",
-    "video_features",
-]
+from tmdjax.metrics.diversity import position_entropy as position_entropy
+from tmdjax.metrics.frechet import GaussianStatistics as GaussianStatistics
+from tmdjax.metrics.frechet import frechet_distance as frechet_distance
+from tmdjax.metrics.frechet import frechet_label as frechet_label
+from tmdjax.metrics.frechet import gaussian_statistics as gaussian_statistics
+from tmdjax.metrics.intervals import STATISTICS as STATISTICS
+from tmdjax.metrics.intervals import Interval as Interval
+from tmdjax.metrics.intervals import bootstrap_interval as bootstrap_interval
+from tmdjax.metrics.intervals import paired_interval as paired_interval
+from tmdjax.metrics.intervals import t_interval as t_interval
+from tmdjax.metrics.precision_recall import precision_recall as precision_recall
+from tmdjax.metrics.sliced_wasserstein import sliced_wasserstein as sliced_wasserstein
+from tmdjax.metrics.video_features import conv3d_layers as conv3d_layers
+from tmdjax.metrics.video_features import random_conv3d as random_conv3d
+from tmdjax.metrics.video_features import video_features as video_features

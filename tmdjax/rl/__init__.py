@@ -4,110 +4,51 @@ Pure functions on arrays, whatever the action is: a token [batch, position], a
 denoising step [transition], a motor command [time, env].
 """
 
-from tmdjax.rl.advantages import (
-    best_and_worst,
-    group_advantages,
-    group_statistics,
-    reward_advantages,
-)
+from tmdjax.rl.advantages import best_and_worst as best_and_worst
+from tmdjax.rl.advantages import group_advantages as group_advantages
+from tmdjax.rl.advantages import group_statistics as group_statistics
+from tmdjax.rl.advantages import reward_advantages as reward_advantages
 from tmdjax.rl.aggregation import MODES as AGGREGATIONS
-from tmdjax.rl.aggregation import aggregate, aggregation_weights, denominators
-from tmdjax.rl.curation import is_informative, overlong_penalty
-from tmdjax.rl.diagnostics import (
-    RatioError,
-    beyond_clip,
-    check_first_ratio,
-    ratio_error,
-)
-from tmdjax.rl.gaussian import (
-    at_bounds,
-    check_std,
-    gaussian_entropy,
-    gaussian_kl,
-    shifted_log_ratio,
-)
-from tmdjax.rl.importance_weights import (
-    rejecting_weights,
-    sequence_weights,
-    truncated_weights,
-)
-from tmdjax.rl.kl import kl_estimate
-from tmdjax.rl.records import Transitions, concatenate
-from tmdjax.rl.returns import generalised_advantages, standardise
-from tmdjax.rl.running_statistics import RunningStatistics, update_statistics
-from tmdjax.rl.surrogates import (
-    ClipRange,
-    check_clip_range,
-    clipped_policy_gradient,
-    clipped_surrogate,
-    sequence_log_ratio,
-    sigmoid_surrogate,
-)
-from tmdjax.rl.token_records import (
-    DoesNotFitError,
-    TokenBatch,
-    TokenRecord,
-    batch_records,
-    pack_records,
-    unpack_records,
-)
-from tmdjax.rl.trees import (
-    FUSIONS,
-    STD_SCOPES,
-    TREE_BASELINES,
-    Tree,
-    depth_advantages,
-    fuse_rewards,
-    make_tree,
-)
-
-__all__ = [
-    "AGGREGATIONS",
-    "FUSIONS",
-    "STD_SCOPES",
-    "TREE_BASELINES",
-    "ClipRange",
-    "DoesNotFitError",
-    "RatioError",
-    "RunningStatistics",
-    "TokenBatch",
-    "TokenRecord",
-    "Transitions",
-    "Tree",
-    "aggregate",
-    "aggregation_weights",
-    "at_bounds",
-    "batch_records",
-    "best_and_worst",
-    "beyond_clip",
-    "check_clip_range",
-    "check_first_ratio",
-    "check_std",
-    "clipped_policy_gradient",
-    "clipped_surrogate",
-    "concatenate",
-    "denominators",
-    "depth_advantages",
-    "fuse_rewards",
-    "gaussian_entropy",
-    "gaussian_kl",
-    "generalised_advantages",
-    "group_advantages",
-    "group_statistics",
-    "is_informative",
-    "kl_estimate",
-    "make_tree",
-    "overlong_penalty",
-    "pack_records",
-    "ratio_error",
-    "rejecting_weights",
-    "reward_advantages",
-    "sequence_log_ratio",
-    "sequence_weights",
-    "shifted_log_ratio",
-    "sigmoid_surrogate",
-    "standardise",
-    "truncated_weights",
-    "unpack_records",
-    "update_statistics",
-]
+from tmdjax.rl.aggregation import aggregate as aggregate
+from tmdjax.rl.aggregation import aggregation_weights as aggregation_weights
+from tmdjax.rl.aggregation import denominators as denominators
+from tmdjax.rl.curation import is_informative as is_informative
+from tmdjax.rl.curation import overlong_penalty as overlong_penalty
+from tmdjax.rl.diagnostics import RatioError as RatioError
+from tmdjax.rl.diagnostics import beyond_clip as beyond_clip
+from tmdjax.rl.diagnostics import check_first_ratio as check_first_ratio
+from tmdjax.rl.diagnostics import ratio_error as ratio_error
+from tmdjax.rl.gaussian import at_bounds as at_bounds
+from tmdjax.rl.gaussian import check_std as check_std
+from tmdjax.rl.gaussian import gaussian_entropy as gaussian_entropy
+from tmdjax.rl.gaussian import gaussian_kl as gaussian_kl
+from tmdjax.rl.gaussian import shifted_log_ratio as shifted_log_ratio
+from tmdjax.rl.importance_weights import rejecting_weights as rejecting_weights
+from tmdjax.rl.importance_weights import sequence_weights as sequence_weights
+from tmdjax.rl.importance_weights import truncated_weights as truncated_weights
+from tmdjax.rl.kl import kl_estimate as kl_estimate
+from tmdjax.rl.records import Transitions as Transitions
+from tmdjax.rl.records import concatenate as concatenate
+from tmdjax.rl.returns import generalised_advantages as generalised_advantages
+from tmdjax.rl.returns import standardise as standardise
+from tmdjax.rl.running_statistics import RunningStatistics as RunningStatistics
+from tmdjax.rl.running_statistics import update_statistics as update_statistics
+from tmdjax.rl.surrogates import ClipRange as ClipRange
+from tmdjax.rl.surrogates import check_clip_range as check_clip_range
+from tmdjax.rl.surrogates import clipped_policy_gradient as clipped_policy_gradient
+from tmdjax.rl.surrogates import clipped_surrogate as clipped_surrogate
+from tmdjax.rl.surrogates import sequence_log_ratio as sequence_log_ratio
+from tmdjax.rl.surrogates import sigmoid_surrogate as sigmoid_surrogate
+from tmdjax.rl.token_records import DoesNotFitError as DoesNotFitError
+from tmdjax.rl.token_records import TokenBatch as TokenBatch
+from tmdjax.rl.token_records import TokenRecord as TokenRecord
+from tmdjax.rl.token_records import batch_records as batch_records
+from tmdjax.rl.token_records import pack_records as pack_records
+from tmdjax.rl.token_records import unpack_records as unpack_records
+from tmdjax.rl.trees import FUSIONS as FUSIONS
+from tmdjax.rl.trees import STD_SCOPES as STD_SCOPES
+from tmdjax.rl.trees import TREE_BASELINES as TREE_BASELINES
+from tmdjax.rl.trees import Tree as Tree
+from tmdjax.rl.trees import depth_advantages as depth_advantages
+from tmdjax.rl.trees import fuse_rewards as fuse_rewards
+from tmdjax.rl.trees import make_tree as make_tree

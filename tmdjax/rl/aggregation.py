@@ -16,7 +16,7 @@ from tmdjax.core.checks import check_choice, check_range, check_same_shape
 from tmdjax.core.types import Array, Float
 from tmdjax.rl.ratios import as_mask, masked
 
-MODES = (
+AGGREGATIONS = (
     "token-mean",
     "seq-mean-token-sum",
     "seq-mean-token-mean",
@@ -96,7 +96,7 @@ def denominators(mask: Any, mode: str) -> Float[Array, ""]:
     Args:
         mask: [batch, position, ...], or [element] for 'token-mean'. Where devices
             hold parts of it, sum their results.
-        mode: one of MODES.
+        mode: one of AGGREGATIONS.
 
     Returns:
         float32 scalar: live positions for 'token-mean', else live sequences.
@@ -121,7 +121,7 @@ def aggregation_weights(
 
     Args:
         mask: [batch, position], or [element] for 'token-mean'.
-        mode: one of MODES.
+        mode: one of AGGREGATIONS.
         length: > 0, the largest response length, for 'seq-mean-token-sum-norm' alone.
         keep: mask's shape or None; False gives an element the weight 0 but leaves it in
             every count.
@@ -140,7 +140,7 @@ def aggregation_weights(
 
 
 def _check_mode(mode: str, array: Any, name: str) -> None:
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, AGGREGATIONS)
     least = 1 if mode == "token-mean" else 2
     if jnp.ndim(array) < least:
         raise ValueError(

@@ -1,24 +1,15 @@
 """How generation, scoring and training take turns."""
 
-from tmdjax.runtime.lm_rl import LMState, make_iteration
-from tmdjax.runtime.packing import TokenObjective, UpdateBatch, update_batches
-from tmdjax.runtime.scheduling import Group, Rollout, collect
-from tmdjax.runtime.scoring import Scoring
-from tmdjax.runtime.settings import LanguageSettings, Prompt, Score
-from tmdjax.runtime.update import make_update
-
-__all__ = [
-    "Group",
-    "LMState",
-    "LanguageSettings",
-    "Prompt",
-    "Rollout",
-    "Score",
-    "Scoring",
-    "TokenObjective",
-    "UpdateBatch",
-    "collect",
-    "make_iteration",
-    "make_update",
-    "update_batches",
-]
+from tmdjax.runtime.lm_rl import LMState as LMState
+from tmdjax.runtime.lm_rl import make_iteration as make_iteration
+from tmdjax.runtime.packing import TokenObjective as TokenObjective
+from tmdjax.runtime.packing import UpdateBatch as UpdateBatch
+from tmdjax.runtime.packing import update_batches as update_batches
+from tmdjax.runtime.scheduling import Group as Group
+from tmdjax.runtime.scheduling import Rollout as Rollout
+from tmdjax.runtime.scheduling import collect as collect
+from tmdjax.runtime.scoring import Scoring as Scoring
+from tmdjax.runtime.settings import LanguageSettings as LanguageSettings
+from tmdjax.runtime.settings import Prompt as Prompt
+from tmdjax.runtime.settings import Score as Score
+from tmdjax.runtime.update import make_update as make_update

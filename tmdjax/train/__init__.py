@@ -1,90 +1,49 @@
 """Training: state, update, optimiser, checkpoints, sharding, planner, loop."""
 
-from tmdjax.train.checkpoint import CheckpointError, Checkpoints, Restored
-from tmdjax.train.distillation import Distillation, DistillationConfig, Networks
+from tmdjax.train.checkpoint import CheckpointError as CheckpointError
+from tmdjax.train.checkpoint import Checkpoints as Checkpoints
+from tmdjax.train.checkpoint import Restored as Restored
+from tmdjax.train.distillation import Distillation as Distillation
+from tmdjax.train.distillation import DistillationConfig as DistillationConfig
+from tmdjax.train.distillation import Networks as Networks
+from tmdjax.train.distillation_cycle import DistillationState as DistillationState
+from tmdjax.train.distillation_cycle import compile_cycle as compile_cycle
 from tmdjax.train.distillation_cycle import (
-    DistillationState,
-    compile_cycle,
-    create_distillation_state,
-    make_steps,
+    create_distillation_state as create_distillation_state,
 )
-from tmdjax.train.export import load_model, model_meta, save_model
-from tmdjax.train.fine_tuning import FineTuned, fine_tune
-from tmdjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from tmdjax.train.planning.devices import DEVICES, Device, get_device
-from tmdjax.train.planning.flops import count_flops
-from tmdjax.train.planning.mesh_search import check_fits
-from tmdjax.train.planning.plan import NOT_TOLD, Plan, plan
-from tmdjax.train.sharding import (
-    DECODER_RULES,
-    VIDEO_DIT_RULES,
-    abstract_mesh,
-    batch_sharding,
-    fsdp_shardings,
-    jit_on_mesh,
-    jit_train_step,
-    make_mesh,
-    replicated,
-)
-from tmdjax.train.state import (
-    TrainState,
-    create_state,
-    ema_update,
-    make_train_step,
-    nonfinite_report,
-)
-from tmdjax.train.supervised import (
-    DataIterator,
-    FitResult,
-    NoData,
-    NonFiniteError,
-    fit,
-)
-
-__all__ = [
-    "DECODER_RULES",
-    "DEVICES",
-    "NOT_TOLD",
-    "VIDEO_DIT_RULES",
-    "CheckpointError",
-    "Checkpoints",
-    "DataIterator",
-    "Device",
-    "Distillation",
-    "DistillationConfig",
-    "DistillationState",
-    "FineTuned",
-    "FitResult",
-    "Networks",
-    "NoData",
-    "NonFiniteError",
-    "OptimizerConfig",
-    "Plan",
-    "Restored",
-    "TrainState",
-    "abstract_mesh",
-    "batch_sharding",
-    "check_fits",
-    "compile_cycle",
-    "count_flops",
-    "create_distillation_state",
-    "create_state",
-    "ema_update",
-    "fine_tune",
-    "fit",
-    "fsdp_shardings",
-    "get_device",
-    "jit_on_mesh",
-    "jit_train_step",
-    "load_model",
-    "make_mesh",
-    "make_optimizer",
-    "make_schedule",
-    "make_steps",
-    "make_train_step",
-    "model_meta",
-    "nonfinite_report",
-    "plan",
-    "replicated",
-    "save_model",
-]
+from tmdjax.train.distillation_cycle import make_steps as make_steps
+from tmdjax.train.export import load_model as load_model
+from tmdjax.train.export import model_meta as model_meta
+from tmdjax.train.export import save_model as save_model
+from tmdjax.train.fine_tuning import FineTuned as FineTuned
+from tmdjax.train.fine_tuning import fine_tune as fine_tune
+from tmdjax.train.optimizer import OptimizerConfig as OptimizerConfig
+from tmdjax.train.optimizer import make_optimizer as make_optimizer
+from tmdjax.train.optimizer import make_schedule as make_schedule
+from tmdjax.train.planning.devices import DEVICES as DEVICES
+from tmdjax.train.planning.devices import Device as Device
+from tmdjax.train.planning.devices import get_device as get_device
+from tmdjax.train.planning.flops import count_flops as count_flops
+from tmdjax.train.planning.mesh_search import check_fits as check_fits
+from tmdjax.train.planning.plan import NOT_TOLD as NOT_TOLD
+from tmdjax.train.planning.plan import Plan as Plan
+from tmdjax.train.planning.plan import plan as plan
+from tmdjax.train.sharding import DECODER_RULES as DECODER_RULES
+from tmdjax.train.sharding import VIDEO_DIT_RULES as VIDEO_DIT_RULES
+from tmdjax.train.sharding import abstract_mesh as abstract_mesh
+from tmdjax.train.sharding import batch_sharding as batch_sharding
+from tmdjax.train.sharding import fsdp_shardings as fsdp_shardings
+from tmdjax.train.sharding import jit_on_mesh as jit_on_mesh
+from tmdjax.train.sharding import jit_train_step as jit_train_step
+from tmdjax.train.sharding import make_mesh as make_mesh
+from tmdjax.train.sharding import replicated as replicated
+from tmdjax.train.state import TrainState as TrainState
+from tmdjax.train.state import create_state as create_state
+from tmdjax.train.state import ema_update as ema_update
+from tmdjax.train.state import make_train_step as make_train_step
+from tmdjax.train.state import nonfinite_report as nonfinite_report
+from tmdjax.train.supervised import DataIterator as DataIterator
+from tmdjax.train.supervised import FitResult as FitResult
+from tmdjax.train.supervised import NoData as NoData
+from tmdjax.train.supervised import NonFiniteError as NonFiniteError
+from tmdjax.train.supervised import fit as fit

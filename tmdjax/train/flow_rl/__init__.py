@@ -1,27 +1,12 @@
 """RL on flow models: what plugs into it, and its iteration."""
 
-from tmdjax.train.flow_rl.contracts import (
-    Credit,
-    FlowMethod,
-    FlowObjective,
-    HostReward,
-    Policy,
-    Rollout,
-    Setup,
-    initial_noise,
-    make_setup,
-)
-from tmdjax.train.flow_rl.iteration import make_iteration
-
-__all__ = [
-    "Credit",
-    "FlowMethod",
-    "FlowObjective",
-    "HostReward",
-    "Policy",
-    "Rollout",
-    "Setup",
-    "initial_noise",
-    "make_iteration",
-    "make_setup",
-]
+from tmdjax.train.flow_rl.contracts import Credit as Credit
+from tmdjax.train.flow_rl.contracts import FlowMethod as FlowMethod
+from tmdjax.train.flow_rl.contracts import FlowObjective as FlowObjective
+from tmdjax.train.flow_rl.contracts import HostReward as HostReward
+from tmdjax.train.flow_rl.contracts import Policy as Policy
+from tmdjax.train.flow_rl.contracts import Rollout as Rollout
+from tmdjax.train.flow_rl.contracts import Setup as Setup
+from tmdjax.train.flow_rl.contracts import initial_noise as initial_noise
+from tmdjax.train.flow_rl.contracts import make_setup as make_setup
+from tmdjax.train.flow_rl.iteration import make_iteration as make_iteration

@@ -11,38 +11,17 @@ of ``Trainer.iterate`` over states made from several keys, or with several coeff
 trains them side by side.
 """
 
-from tmdjax.train.on_policy.rollout import Rollout
-from tmdjax.train.on_policy.settings import (
-    ControlMethod,
-    ControlSettings,
-    ControlSetup,
-    Diagnosed,
-    Normaliser,
-    Samples,
-    make_setup,
-)
-from tmdjax.train.on_policy.state import OnPolicyState
-from tmdjax.train.on_policy.trainer import (
-    Trainer,
-    check,
-    jit_iterations,
-    make_trainer,
-)
-from tmdjax.train.on_policy.update import adapted_learning_rate
-
-__all__ = [
-    "ControlMethod",
-    "ControlSettings",
-    "ControlSetup",
-    "Diagnosed",
-    "Normaliser",
-    "OnPolicyState",
-    "Rollout",
-    "Samples",
-    "Trainer",
-    "adapted_learning_rate",
-    "check",
-    "jit_iterations",
-    "make_setup",
-    "make_trainer",
-]
+from tmdjax.train.on_policy.rollout import Rollout as Rollout
+from tmdjax.train.on_policy.settings import ControlMethod as ControlMethod
+from tmdjax.train.on_policy.settings import ControlSettings as ControlSettings
+from tmdjax.train.on_policy.settings import ControlSetup as ControlSetup
+from tmdjax.train.on_policy.settings import Diagnosed as Diagnosed
+from tmdjax.train.on_policy.settings import Normaliser as Normaliser
+from tmdjax.train.on_policy.settings import Samples as Samples
+from tmdjax.train.on_policy.settings import make_setup as make_setup
+from tmdjax.train.on_policy.state import OnPolicyState as OnPolicyState
+from tmdjax.train.on_policy.trainer import Trainer as Trainer
+from tmdjax.train.on_policy.trainer import check as check
+from tmdjax.train.on_policy.trainer import jit_iterations as jit_iterations
+from tmdjax.train.on_policy.trainer import make_trainer as make_trainer
+from tmdjax.train.on_policy.update import adapted_learning_rate as adapted_learning_rate
