@@ -8,7 +8,7 @@ from tmdjax.rl.advantages import best_and_worst as best_and_worst
 from tmdjax.rl.advantages import group_advantages as group_advantages
 from tmdjax.rl.advantages import group_statistics as group_statistics
 from tmdjax.rl.advantages import reward_advantages as reward_advantages
-from tmdjax.rl.aggregation import MODES as AGGREGATIONS
+from tmdjax.rl.aggregation import AGGREGATIONS as AGGREGATIONS
 from tmdjax.rl.aggregation import aggregate as aggregate
 from tmdjax.rl.aggregation import aggregation_weights as aggregation_weights
 from tmdjax.rl.aggregation import denominators as denominators
