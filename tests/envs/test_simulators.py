@@ -9,6 +9,7 @@ import pytest
 from flax import struct
 
 from tmdjax import envs
+from tmdjax.core.optional import import_optional
 from tmdjax.envs import simulators
 
 
@@ -99,8 +100,9 @@ def test_one_of_several_observations(simulator, refused):
 
 
 def test_absent_simulators_name_their_extra(refused):
-    extra = r"pip install 'tmdjax\[none\]'"
-    refused(extra, simulators._module, "no_such_simulator", "none", error=ImportError)
+    asked = ("no_such_simulator", "this", "none")
+    extra = r"this needs no_such_simulator: .*pip install 'tmdjax\[none\]'"
+    refused(extra, import_optional, *asked, error=ImportError)
     refused("horizon=0", envs.Brax, "hopper", horizon=0)
 
 

@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tmdjax.core.checks import check_batch, check_count
+from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -289,13 +290,7 @@ def write_tfds(
         raise FileExistsError(
             f"{folder} is there; give another --name or --version, or delete it."
         )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"writing a set needs the package tensorflow-datasets ({error}). Run: pip "
-            f"install 'tmdjax[tfds]'"
-        ) from error
+    tfds = import_optional("tensorflow_datasets", "writing a set", "tfds")
     count = next(iter(columns.values())).count
     for key, column in columns.items():
         check_batch(f"columns[{key!r}]", np.empty(column.count), count)

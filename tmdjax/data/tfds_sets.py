@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.data.dataset import Dataset
 
@@ -161,13 +162,7 @@ def load_tfds(
             f"it, in this environment or another: {prepare}. Or name the folder that "
             f"holds all prepared sets: data_dir= or {FOLDER_VARIABLE}."
         )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"data source {name!r} needs the package tensorflow-datasets ({error}). "
-            f"Run: pip install 'tmdjax[tfds]'"
-        ) from error
+    tfds = import_optional("tensorflow_datasets", f"data source {name!r}", "tfds")
     keys = _check_kinds(name, folder, keys)
     reader: Any = _open(name, folder, tfds)
     features, splits = reader.info.features, reader.info.splits

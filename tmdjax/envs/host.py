@@ -6,7 +6,6 @@ saved: a run that is continued starts its episodes anew.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jax.experimental import io_callback
 
 from tmdjax.core.checks import check_batch
+from tmdjax.core.optional import import_optional
 from tmdjax.core.types import Array, Key, SampleKeys
 from tmdjax.envs.base import VectorState, VectorStep
 
@@ -97,12 +97,7 @@ class GymnasiumVector:
         self._steps = -1  # since the reset; what the state says must agree
 
     def _check_mode(self) -> None:
-        try:
-            vector = importlib.import_module("gymnasium.vector")
-        except ImportError as error:
-            raise ImportError(
-                "gymnasium is not installed: pip install 'tmdjax[gymnasium]'."
-            ) from error
+        vector = import_optional("gymnasium.vector", "GymnasiumVector", "gymnasium")
         mode = self._environment.metadata.get("autoreset_mode")
         if mode != vector.AutoresetMode.SAME_STEP:
             raise ValueError(

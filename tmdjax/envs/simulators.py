@@ -6,13 +6,13 @@ Compiling a simulator's step takes a minute on a CPU, so give :class:`Vector`
 
 import dataclasses
 import functools
-import importlib
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.optional import import_optional
 from tmdjax.core.types import Array, Key
 from tmdjax.envs.base import Transition
 
@@ -128,23 +128,16 @@ class Playground(_Simulated):
 
 @functools.lru_cache(maxsize=8)
 def _brax(name: str, backend: str) -> Any:
-    return _module("brax.envs", "brax").get_environment(name, backend=backend)
+    module = import_optional("brax.envs", "envs.Brax", "brax")
+    return module.get_environment(name, backend=backend)
 
 
 @functools.lru_cache(maxsize=8)
 def _playground(name: str, implementation: str | None) -> Any:
-    registry = _module("mujoco_playground", "playground").registry
+    module = import_optional("mujoco_playground", "envs.Playground", "playground")
+    registry = module.registry
     config = registry.get_default_config(name)
     if "impl" in config:
         chosen = "warp" if jax.default_backend() == "gpu" else "jax"
         config.impl = implementation or chosen
     return registry.load(name, config=config)
-
-
-def _module(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not installed: pip install 'tmdjax[{extra}]'."
-        ) from error

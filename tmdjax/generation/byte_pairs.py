@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.optional import import_optional
 from tmdjax.generation.tokenizers import Tokenizer, check_ids, special_of
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 
@@ -69,12 +70,12 @@ def load_tokenizer(
             tokenizer.json says it itself.
 
     Raises:
-        ModuleNotFoundError: the tokenizers package is absent.
+        ImportError: the tokenizers package is absent.
         FileNotFoundError: neither is in the folder.
         ValueError: a file that cannot be read; an unknown pattern; a special token
             that is not there, by name.
     """
-    library = _tokenizers_library()
+    library = import_optional("tokenizers", "reading a tokenizer", "llm")
     folder = Path(folder)
     config = {}
     if (folder / "tokenizer_config.json").exists():
@@ -114,7 +115,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a GGUF file, byte-pair encoding alone.
 
     Raises:
-        ModuleNotFoundError: the gguf or the tokenizers package is absent.
+        ImportError: the gguf or the tokenizers package is absent.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its tokenizer of another kind, by name.
     """
@@ -142,17 +143,6 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return _BytePairs(backend, int(eos), None if pad is None else int(pad))
 
 
-def _tokenizers_library() -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "tokenizers of checkpoints are read by the package tokenizers. Run: pip "
-            "install 'tmdjax[llm]'"
-        ) from None
-    return tokenizers
-
-
 def _byte_pairs(
     vocab: Mapping[str, int],
     merges: Sequence[str],
@@ -160,7 +150,7 @@ def _byte_pairs(
     specials: Sequence[str],
 ) -> Any:
     """A tokenizer of the tokenizers library from its parts."""
-    library = _tokenizers_library()
+    library = import_optional("tokenizers", "reading a tokenizer", "llm")
     check_choice("pattern", pattern, PATTERNS)
     pairs = [tuple(merge.split(" ")) for merge in merges]
     backend = library.Tokenizer(library.models.BPE(vocab=dict(vocab), merges=pairs))

@@ -1,43 +1,25 @@
 """Conversations as the text a model was trained to continue."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from tmdjax.core.checks import check_choice
-from tmdjax.core.registry import Registry
 
 ROLES = ("system", "user", "assistant")
 
 _START, _END = "<|im_start|>", "<|im_end|>"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatTemplate:
-    """ChatML: a mark with the role, a line break, the content, an end mark.
+CHAT_TEMPLATES = {
+    "chatml": None,
+    "qwen2": "You are a helpful assistant.",
+    "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "qwen3": None,
+    "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+}
+"""System messages of conversations that bring none, by template; None adds none.
 
-    Attributes:
-        default_system: system message of conversations that bring none; None adds
-            none.
-    """
-
-    default_system: str | None = None
-
-
-CHAT_TEMPLATES: Registry[ChatTemplate] = Registry("chat template")
-for _name, _system in (
-    ("chatml", None),
-    ("qwen2", "You are a helpful assistant."),
-    (
-        "qwen2.5",
-        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    ),
-    ("qwen3", None),
-    (
-        "smollm2",
-        "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    ),
-):
-    CHAT_TEMPLATES.register(_name)(ChatTemplate(default_system=_system))
+All are ChatML: a mark with the role, a line break, the content, an end mark.
+"""
 
 
 def render_chat(
@@ -64,7 +46,8 @@ def render_chat(
             is not the first, a message with other keys, or content that holds a
             mark itself.
     """
-    system = CHAT_TEMPLATES[template].default_system
+    check_choice("template", template, CHAT_TEMPLATES)
+    system = CHAT_TEMPLATES[template]
     if not messages:
         raise ValueError("messages is empty; give at least one, of the user, say.")
     parts = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.optional import import_optional
 
 WRITERS = ("tensorboard", "wandb")
 
@@ -40,13 +41,8 @@ class TensorBoard:
         self._events = self._open()
 
     def _open(self, **options: Any) -> Any:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "--tensorboard needs tensorboardX: pip install 'tmdjax[logging]'."
-            ) from error
-        return SummaryWriter(logdir=str(self._folder), **options)
+        package = import_optional("tensorboardX", "--tensorboard", "logging")
+        return package.SummaryWriter(logdir=str(self._folder), **options)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row."""
@@ -82,12 +78,7 @@ class WandB:
     def __init__(
         self, folder: str | os.PathLike[str], name: str, settings: Mapping[str, Any]
     ):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(
-                "--wandb needs wandb: pip install 'tmdjax[logging]'."
-            ) from error
+        wandb = import_optional("wandb", "--wandb", "logging")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "wandb_id"

@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 
 from tmdjax.core.checks import check_choice, check_count, check_finite
+from tmdjax.core.optional import import_optional
 from tmdjax.core.types import ArrayLike, Float
 
 MODEL_FILE = "models/ch_PP-OCRv4_rec_infer.onnx"
@@ -47,7 +48,6 @@ REGIONS = ("band", "full")
 SMALLEST = 32
 
 _INPUT_HEIGHT = 48
-_INSTALL = "pip install 'tmdjax[ocr]'"
 
 
 def text_band(height: int) -> slice:
@@ -87,12 +87,7 @@ def load(
     check_choice("region", region, REGIONS)
     threads = check_count("threads", threads)
     batch_size = check_count("batch_size", batch_size)
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            f"reading text needs the package onnxruntime ({error}). Run: {_INSTALL}"
-        ) from error
+    onnxruntime = import_optional("onnxruntime", "reading text", "ocr")
     path = _packaged_model() if model is None else Path(model)
     if not path.is_file():
         raise FileNotFoundError(f"model={str(path)!r} is not a file.")
@@ -299,9 +294,9 @@ def _packaged_model() -> Path:
     if path is None:
         raise ImportError(
             f"reading text needs the recogniser inside the package "
-            f"rapidocr-onnxruntime, which is not installed. Run: {_INSTALL} (the "
-            f"package is for Python before 3.13; elsewhere unpack its wheel and give "
-            f"model=, the path of its {MODEL_FILE})"
+            f"rapidocr-onnxruntime, which is not installed. Run: pip install "
+            f"'tmdjax[ocr]' (the package is for Python before 3.13; elsewhere unpack "
+            f"its wheel and give model=, the path of its {MODEL_FILE})"
         )
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != MODEL_SHA256:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.models.checkpoints.decoder import params_from_hf
 from tmdjax.models.decoder.config import MODEL_TYPES, DecoderConfig
@@ -36,16 +37,11 @@ def open_gguf(path: str | os.PathLike[str]) -> Any:
     """Opens a file; returns a ``gguf.GGUFReader``, which maps it into memory.
 
     Raises:
-        ModuleNotFoundError: the gguf package is absent.
+        ImportError: the gguf package is absent.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or cut off.
     """
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "GGUF files are read by the package gguf. Run: pip install 'tmdjax[llm]'"
-        ) from None
+    gguf = import_optional("gguf", "reading a GGUF file", "llm")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is absent; give the path of a GGUF file.")
@@ -79,7 +75,7 @@ def load_gguf(
         The configuration, and parameters on the host.
 
     Raises:
-        ModuleNotFoundError: the gguf package is absent.
+        ImportError: the gguf package is absent.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged; an architecture, a rotary scaling or a
             quantisation that is not read here, by name; tensors missing, not expected

@@ -11,7 +11,6 @@ device named, and arrays come back on the host.
 """
 
 import html
-import importlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.checks import check_count
+from tmdjax.core.optional import import_optional
 
 Folder = str | os.PathLike[str]
 
@@ -168,13 +168,8 @@ def load_autoencoder(
 
 
 def _packages() -> list[Any]:
-    try:
-        return [importlib.import_module(name) for name in _PACKAGES]
-    except ImportError as error:
-        raise ImportError(
-            f"the text encoder and the autoencoder of Wan run on {error.name}, which "
-            f"is not installed: pip install 'tmdjax[wan]'."
-        ) from error
+    purpose = "the text encoder and the autoencoder of Wan"
+    return [import_optional(name, purpose, "wan") for name in _PACKAGES]
 
 
 def _part(folder: Folder, name: str) -> str:
