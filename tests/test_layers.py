@@ -53,6 +53,10 @@ def test_imports_point_one_way():
                 assert before, f"{path} imports {name}"
 
 
+def test_every_package_is_an_attribute():
+    assert {*tmdjax.__all__} == {*ORDER, "harness", "load", "__version__"}
+
+
 def test_the_rule_sees_a_wrong_import(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text("def f():\n    from tmdjax.train import state\n")
