@@ -1,11 +1,19 @@
-"""The README's Python runs as it stands."""
+"""README and documentation: Python runs, names exist, code fits, tables are rendered."""
 
+import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *DOCS]
+COLUMN = 76  # characters of code that the site's text column holds
+
+sys.path.insert(0, str(ROOT / "docs"))
+import names  # noqa: E402
 
 
 def executed(page):
@@ -29,11 +37,78 @@ def test_python_blocks_run(capsys):
 
 @pytest.mark.parametrize(
     "page",
-    [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent.name != "api"],
+    [p for p in DOCS if "```python" in p.read_text() and p.name != "devices.md"],
     ids=lambda p: p.name,
 )
 def test_python_of_the_docs_runs(page):
     assert executed(page)[0]
+
+
+def test_python_of_several_devices_runs(run_python):
+    text = (ROOT / "docs/concepts/devices.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    said = run_python(code, devices=8).splitlines()
+    assert said == ["(32, 2)", "{0.5, 1.0}"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_and_paths_exist(page):
+    text = page.read_text()
+    for name in names.names(text):
+        names.find(name)
+    assert not names.missing_paths(text)
+
+
+def test_names_that_are_gone_are_seen():
+    text = "`flows.rollout(keys)`, `flows.roll_out`, `np.asarray`, `rl.rate=8`, `a.md`"
+    found = list(names.names(text))
+    assert found == ["flows.rollout", "flows.roll_out", "np.asarray"]
+    assert names.find("np.asarray") is None
+    assert names.identifier("flows.rollout") == "tmdjax.flows.rollout.rollout"
+    with pytest.raises(AttributeError, match="roll_out"):
+        names.find("flows.roll_out")
+    text = "`train/state.py`, `train/stale.py`, `results/SYSTEM/TIER.json`\n"
+    text += "```\npython -m experiments.walk --config=configs/bos.py:cpu\n```\n"
+    gone = ["train/stale.py", "experiments/walk.py", "configs/bos.py"]
+    assert names.missing_paths(text) == gone
+
+
+@pytest.mark.parametrize("page", [*DOCS, ROOT / "RESULTS.md"], ids=lambda p: p.name)
+def test_code_fits_its_column(page):
+    fences = re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text(), re.S | re.M)
+    lines = [line for block in fences for line in block.splitlines()]
+    assert [line for line in lines if len(line) > COLUMN] == []
+
+
+def test_messages_of_the_docs_are_those_of_the_code():
+    said = []
+    for path in [*(ROOT / "tmdjax").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                said.append(
+                    "".join(
+                        getattr(part, "value", "")
+                        for part in node.values
+                        if isinstance(part, ast.Constant)
+                    )
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    messages = [
+        message
+        for block in re.findall(r"```text\n(.*?)```", text, re.S)
+        for message in block.strip().split("\n\n")
+    ]
+    assert len(messages) >= 8
+    for message in messages:
+        message = re.sub(
+            r"^\w+Error: |^InUse: |^\[...\] ", "", " ".join(message.split())
+        )
+        parts = [
+            re.escape(part.strip()) for part in message.split("...") if part.strip()
+        ]
+        assert any(re.search(".*".join(parts), text) for text in said), message
 
 
 def test_tables_are_those_of_the_records():
