@@ -33,7 +33,8 @@ def main() -> None:
     config: Any = load_config(given.config)
     dataset = image_quality.load_data(config)
     key = jax.random.key(0)
-    state, step, _ = flow_matching.training(config, key)
+    training = flow_matching.training(config)
+    state, step = training.begin(key), training.step()
     initial = jax.device_get(state)
     step, state, place = train.jit_train_step(step, state, train.make_mesh())
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.supervised import Supervised
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.core.types import Array, Params
@@ -242,8 +243,8 @@ def initial(config: Config, key: Any) -> Params:
     return models.init_params(module, key, image, jnp.zeros(1), text)
 
 
-def pretraining(config: Config, key: Any) -> tuple[train.TrainState, Any]:
-    """Initial state and train step (not yet jitted) of the base; traceable."""
+def pretraining(config: Config) -> Supervised:
+    """Flow matching of the base on images and their texts."""
     module: Any = models.build(model_spec(config))
     apply_fn = models.functional(module)
     settings, null = config.train, models.null_condition(module.max_length)
@@ -260,11 +261,15 @@ def pretraining(config: Config, key: Any) -> tuple[train.TrainState, Any]:
             drop_rate=settings.drop_rate,
         )
 
-    rule = train.make_optimizer(
-        train.OptimizerConfig(**to_plain(config.optimizer), total_steps=settings.steps)
+    rule = train.OptimizerConfig(
+        **to_plain(config.optimizer), total_steps=settings.steps
     )
-    step = train.make_train_step(loss, rule, ema_decay=settings.ema_decay)
-    return train.create_state(initial(config, key), rule, ema=True), step
+    return Supervised(
+        init=functools.partial(initial, config),
+        loss=loss,
+        optimizer=train.make_optimizer(rule),
+        ema_decay=settings.ema_decay,
+    )
 
 
 def pretrain(config: Config, context: StageContext) -> StageResult:
@@ -283,16 +288,7 @@ def pretrain(config: Config, context: StageContext) -> StageResult:
         }
     source = {"shapes": "captioned_shapes", "words": "rendered_text"}[settings.name]
     loaded = data.load(source, train_count=config.train.images, **options).train
-    state, step = pretraining(config, context.key)
-    count = trees.count(state.params)
-    step, state, place = train.jit_train_step(step, state, train.make_mesh())
     arrays = {name: loaded[name] for name in ("image", "ids", "mask")}
-    state = context.fit(
-        state,
-        step,
-        data.in_memory(arrays, config.train.batch_size, seed=0),
-        num_steps=config.train.steps,
-        place=place,
-        log_every=config.train.log_every,
-    )
-    return StageResult({"params": state.eval_params}, {"parameters": count})
+    state = pretraining(config).fit(context, arrays, config.train)
+    found = {"parameters": trees.count(state.params)}
+    return StageResult({"params": state.eval_params}, found)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import image_quality
-from tmdjax import data, flows, models, train
+from experiments.supervised import Supervised
+from tmdjax import flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult, Update
@@ -63,8 +64,8 @@ def model_spec(config: Config) -> dict[str, Any]:
     return {**to_plain(config.model), "num_classes": config.data.num_classes}
 
 
-def training(config: Config, key: Any) -> tuple[train.TrainState, Any, Any]:
-    """Initial state, train step (not yet jitted) and loss; traceable."""
+def training(config: Config) -> Supervised:
+    """Flow matching of the images, classes dropped at times."""
     module = models.build(model_spec(config))
     apply_fn = models.functional(module)
     classes, settings = config.data.num_classes, config.train
@@ -80,43 +81,25 @@ def training(config: Config, key: Any) -> tuple[train.TrainState, Any, Any]:
             drop_rate=settings.drop_rate,
         )
 
-    rule = train.make_optimizer(
-        train.OptimizerConfig(**to_plain(config.optimizer), total_steps=settings.steps)
-    )
-    step = train.make_train_step(
-        loss,
-        rule,
+    image, label = jnp.zeros((1, *config.data.shape)), jnp.zeros(1, jnp.int32)
+    return Supervised(
+        init=lambda key: models.init_params(module, key, image, jnp.zeros(1), label),
+        loss=loss,
+        optimizer=train.make_optimizer(
+            train.OptimizerConfig(
+                **to_plain(config.optimizer), total_steps=settings.steps
+            )
+        ),
         ema_decay=settings.ema_decay,
         microbatches=settings.microbatches,
     )
-    image = jnp.zeros((1, *config.data.shape))
-    initial = models.init_params(
-        module, key, image, jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    )
-    return train.create_state(initial, rule, ema=True), step, loss
 
 
 def train_flow(config: Config, context: StageContext) -> StageResult:
     """Trains the velocity network; the result holds its averaged parameters."""
-    dataset = image_quality.load_data(config)
-    settings = config.train
-    state, step, loss = training(config, context.key)
-    initial = jax.device_get(state.params)
-    step, state, place = train.jit_train_step(step, state, train.make_mesh())
-
-    def diagnose(state: Any, batch: Any, key: Any) -> str:
-        keys = prng.sample_keys(key, settings.batch_size)
-        return train.nonfinite_report(loss, state.params, batch, keys)
-
-    state = context.fit(
-        state,
-        step,
-        data.in_memory(dataset.train, settings.batch_size, seed=context.seed),
-        num_steps=settings.steps,
-        place=place,
-        log_every=settings.log_every,
-        diagnose=diagnose,
-    )
+    dataset, found = image_quality.load_data(config), training(config)
+    initial = jax.device_get(found.init(context.key))
+    state = found.fit(context, dataset.train, config.train)
     return StageResult(
         {"params": state.eval_params, "initial": initial},
         {"parameters": trees.count(initial), "skipped_updates": state.skipped},
@@ -258,17 +241,9 @@ def describe_training(config: Config) -> dict[str, Any]:
 
 def updates(config: Config) -> dict[str, Update]:
     """The update, the shapes of its arguments, and which it may write over."""
-    made = {}
-
-    def initial(key: Any) -> Any:
-        state, made["step"], _ = training(config, key)
-        return state
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(initial, key)
     size = config.train.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((size, *config.data.shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    return {"update": Update(made["step"], (state, batch, key), 0)}
+    return {"update": training(config).update(batch)}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.supervised import Supervised
 from tmdjax import data, metrics, models, train
 from tmdjax.core.types import Params
 from tmdjax.harness import Stage, StageContext, StageResult
@@ -135,7 +136,6 @@ def _train(config: Config, label: str, context: StageContext) -> StageResult:
     settings = config.features
     module = _module(config)
     apply_fn = models.functional(module)
-    params = models.init_params(module, context.key, dataset.train["image"][:1])
 
     def loss(params: Params, batch: Any, keys: Any) -> Any:
         del keys
@@ -151,12 +151,13 @@ def _train(config: Config, label: str, context: StageContext) -> StageResult:
             total_steps=settings.steps,
         )
     )
-    state = context.fit(
-        train.create_state(params, rule),
-        jax.jit(train.make_train_step(loss, rule), donate_argnums=0),
-        data.in_memory(dataset.train, settings.batch_size, seed=0),
-        num_steps=settings.steps,
+    image = dataset.train["image"][:1]
+    found = Supervised(
+        init=lambda key: models.init_params(module, key, image),
+        loss=loss,
+        optimizer=rule,
     )
+    state = found.fit(context, dataset.train, settings)
     logits = jax.jit(apply_fn)(state.params, dataset.test["image"])
     accuracy = np.mean(np.argmax(logits, -1) == dataset.test["label"])
     return StageResult(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import video_tasks as tasks
+from experiments.supervised import Supervised
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice
@@ -98,18 +99,13 @@ def fit_simple(
     settings: Config,
 ) -> StageResult:
     """A supervised stage: parameters, averaged, and updates that were skipped."""
-    rule = tasks.optimizer(settings, settings.steps)
-    step = train.make_train_step(loss, rule, ema_decay=settings.ema_decay)
-    state = train.create_state(params, rule, ema=True)
-    step, state, place = train.jit_train_step(step, state, train.make_mesh())
-    state = context.fit(
-        state,
-        step,
-        data.in_memory(arrays, settings.batch_size, seed=context.seed),
-        num_steps=settings.steps,
-        place=place,
-        log_every=settings.log_every,
+    found = Supervised(
+        init=lambda key: params,
+        loss=loss,
+        optimizer=tasks.optimizer(settings, settings.steps),
+        ema_decay=settings.ema_decay,
     )
+    state = found.fit(context, arrays, settings)
     return StageResult(
         {"params": state.eval_params},
         {f"{context.name}.skipped_updates": state.skipped},

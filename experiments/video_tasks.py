@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.supervised import Supervised
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng, trees
 from tmdjax.data import moving_sprites
@@ -167,18 +168,13 @@ def train_teacher(config: Config, context: StageContext) -> StageResult:
             drop_rate=settings.drop_rate,
         )
 
-    rule = optimizer(settings, settings.steps)
-    step = train.make_train_step(loss, rule, ema_decay=settings.ema_decay)
-    state = train.create_state(params, rule, ema=True)
-    step, state, place = train.jit_train_step(step, state, train.make_mesh())
-    state = context.fit(
-        state,
-        step,
-        data.in_memory(rows(config), settings.batch_size, seed=context.seed),
-        num_steps=settings.steps,
-        place=place,
-        log_every=settings.log_every,
+    training = Supervised(
+        init=lambda key: params,
+        loss=loss,
+        optimizer=optimizer(settings, settings.steps),
+        ema_decay=settings.ema_decay,
     )
+    state = training.fit(context, rows(config), settings)
     found = teacher_adherence(config, state.eval_params)
     if found < settings.gate:
         raise ValueError(
