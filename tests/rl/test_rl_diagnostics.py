@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import rl
+from tmdjax import quant, rl
 
 
 def test_ratios_by_hand_small_and_large(refused):
@@ -43,6 +43,11 @@ def test_first_ratio():
         "dropout",
     ):
         assert part in message
+    assert "precision" not in message
+    half = quant.Precision(rollout="bf16")
+    with pytest.raises(rl.RatioError, match="precision.rollout='bf16'.*'recompute'"):
+        rl.check_first_ratio(1e-3, 1e-4, half)
+    rl.check_first_ratio(9e-6, 1e-4, half)
     for bad in (0.0201, math.nan, math.inf):
         with pytest.raises(rl.RatioError, match=r"clip_range 0\.2"):
             rl.check_first_ratio(bad, (0.2, 0.28))

@@ -12,7 +12,7 @@ import pytest
 from checks import same
 from numpy.testing import assert_allclose
 
-from tmdjax import models, rl, runtime
+from tmdjax import models, quant, rl, runtime
 from tmdjax.generation import Engine, EngineConfig, Sampling, cached_decoder
 from tmdjax.rewards.host import RewardError
 from tmdjax.runtime import LanguageSettings, LMState, Prompt
@@ -252,6 +252,28 @@ def test_recomputed_log_probs_and_a_reference(refused):
     uncorrected = dataclasses.replace(objective, correction="none")
     refused("needs a reference policy", run, 1, objective=uncorrected)
     refused("there is nothing to correct", run, 1, objective=objective)
+
+
+def test_engine_and_update_in_two_precisions(refused):
+    """The records keep the engine's log-probs; ratios to recomputed ones start at 1."""
+    pair = quant.Precision(rollout="bf16", train="fp32")
+    narrow = models.with_recipe(CONFIG, pair.rollout)
+    other = Engine(cached_decoder(narrow), PARAMS, CONFIGURED, KEY)
+    given = {"engine": other, "precision": pair}
+    objective = grpo.preset("decoupled", clip_range=1e-3, correction="truncate")
+    corrected = dataclasses.replace(SETTINGS, proximal="recompute")
+    optimizer = optax.sgd(0.1)
+    iterate = made(objective, optimizer, corrected, **given)
+    state, metrics = iterate(LMState.start(PARAMS, optimizer), None, KEY)
+    assert metrics["first_ratio_error"] < 1e-5 and state.skipped == 0
+    assert metrics["behaviour_log_ratio_max"] > 1e-4
+    assert 0 < metrics["behaviour_kl"] < 1e-3
+    assert abs(metrics["behaviour_weight"] - 1) < 1e-3
+    uncorrected = dataclasses.replace(objective, correction="none")
+    iterate = made(uncorrected, optimizer, SETTINGS, **given)
+    start = LMState.start(PARAMS, optimizer)
+    message = "rollout='bf16' and updates under precision.train='fp32'"
+    refused(message, iterate, start, None, KEY, error=rl.RatioError)
 
 
 def test_d_dynamic_sampling_replaces_tied_groups(refused):

@@ -8,7 +8,7 @@ import pytest
 from checks import Numbered, lowered, mlp, same
 from numpy.testing import assert_allclose
 
-from tmdjax import flows, rl, train
+from tmdjax import flows, models, quant, rl, train
 from tmdjax.models import lora
 from tmdjax.rewards import host
 from tmdjax.systems import branchgrpo, flow_grpo
@@ -160,6 +160,46 @@ def learned(iteration, method, rewards, record=None):
         _, record = iteration.programs["rollout"](PARAMS, SHIFTS, *arguments(method))
     given = (SHIFTS, batch, (record,), rewards, key, number, *rest)
     return iteration.programs["update"](fresh(), *given)
+
+
+def test_rollout_and_update_in_two_precisions():
+    """The behaviour's log-probs are those of the rollout; ratios are to recomputed ones."""
+    module = models.build({"name": "mlp", "hidden": 16, "depth": 1})
+    inputs = (jnp.zeros((1, 2)), jnp.zeros(1), None)
+    params = models.init_params(module, jax.random.key(0), *inputs)
+    pair = quant.Precision(rollout="bf16", train="fp32")
+    narrow, wide = (
+        models.functional(models.with_recipe(module, recipe))
+        for recipe in (pair.rollout, pair.train)
+    )
+    policy = flow_rl.Policy(
+        velocity=lambda params, frozen: lambda x, t, cond: wide(params, x, t),
+        rollout_velocity=lambda params, frozen: lambda x, t, cond: narrow(params, x, t),
+        precision=pair,
+    )
+    plain = make(policy=policy, objective={"clip_range": 0.01})
+    drawn = plain.collect(fresh(params), BATCH, KEY)
+    record = drawn.records[0]
+
+    def scored(velocity):
+        found = flows.score_transitions(
+            velocity(params, ()),
+            record.states[record.source],
+            record.states[record.target],
+            drawn.table.rows(record.step, jnp.float32),
+        )
+        return np.max(np.abs(found.log_prob - record.log_prob))
+
+    assert scored(policy.acting) < 1e-5 and scored(policy.velocity) > 1e-3
+    with pytest.raises(rl.RatioError, match="rollout='bf16'.*train='fp32'.*recompute"):
+        plain.learn(fresh(params), drawn, KEY)
+    objective = {"clip_range": 0.01, "proximal": "recompute"}
+    # 24 transitions of 36 in two microbatches: recomputed as they are trained
+    corrected = make(policy=policy, objective=objective, microbatches=2)
+    state, metrics = corrected.learn(fresh(params), drawn, KEY)
+    assert metrics["ratio_error"] < 1e-5 and metrics["clip_fraction_first"] == 0
+    assert_allclose(metrics["behaviour_ratio_error"], scored(policy.velocity), rtol=0.1)
+    assert np.abs(update_of(state.params, params)["out"]["kernel"]).max() > 0
 
 
 def test_tied_groups_count_in_neither_loss_nor_denominator():

@@ -10,7 +10,7 @@ import pytest
 from checks import lowered, same
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import envs, models, rl, train
+from tmdjax import envs, models, quant, rl, train
 from tmdjax.systems.fpo import FPO
 from tmdjax.systems.policyflow import PolicyFlow
 from tmdjax.systems.ppo import GaussianPolicy
@@ -334,6 +334,25 @@ def test_images_are_learned_from(name):
     pixels = envs.Push("pixels", side=16)
     _, state, metrics = trained(METHODS[name], pixels, count=8, iterations=2)
     assert state.statistics is None and np.isfinite(metrics["loss"]).all()
+
+
+def test_acting_and_learning_in_two_precisions(refused):
+    pair = quant.Precision(rollout="bf16", train="fp32")
+    trainer, _, metrics = trained(METHODS["ppo"], iterations=1, precision=pair)
+    assert 1e-4 < metrics["first_ratio_error"].max() < 0.2
+    message = "rollout='bf16'.*train='fp32': set both to 'fp32', or max_ratio_error"
+    refused(message, check, metrics, trainer.settings, error=rl.RatioError)
+    # what ratios are of is computed in the update alone: the flow's shift
+    flow = METHODS["policyflow"]
+    vector = envs.Vector(MULTI, 16)
+    made = make_trainer(vector, flow, dataclasses.replace(TINY, precision=pair))
+    state = jax.eval_shape(made.init, KEY)
+    drawn = jax.eval_shape(made.collect, state, None, KEY)
+    acting, learning = (
+        str(jax.make_jaxpr(part)(state, *given, KEY))
+        for part, given in ((made.collect, (None,)), (made.learn, (drawn,)))
+    )
+    assert "bf16" in acting and "bf16" not in learning
 
 
 def test_faults_stop_a_run_or_are_warned_of(refused):

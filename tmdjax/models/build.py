@@ -130,24 +130,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def with_recipe(module: nn.Module, recipe: str | Recipe) -> nn.Module:
+def with_recipe(owner: Any, recipe: str | Recipe) -> Any:
     """The same network computed under another recipe; parameters fit both.
 
-    Networks and configs inside it follow; ``DecoderConfig.head_recipe``, where it is
-    set, stays. Under the recipe that it has already the module comes out equal, and
-    :func:`functional` then gives one and the same function.
+    What is inside follows; ``DecoderConfig.head_recipe``, where it is set, stays. Under
+    the recipe that it has already a module comes out equal, and :func:`functional` then
+    gives one and the same function.
 
     Args:
-        module: with an attribute ``recipe``, or one of its attributes has it.
+        owner: a module, a :class:`DecoderConfig`, a method of control: any dataclass
+            with an attribute ``recipe``, or with an attribute that has one.
         recipe: a :class:`tmdjax.quant.Recipe`, or the name of one.
 
     Raises:
         ValueError: no recipe anywhere in it, or an unknown name.
     """
-    found = _with_recipe(module, as_recipe(recipe))
+    found = _with_recipe(owner, as_recipe(recipe))
     if found is None:
         raise ValueError(
-            f"{type(module).__name__} has no attribute 'recipe' to set to "
+            f"{type(owner).__name__} has no attribute 'recipe' to set to "
             f"{as_recipe(recipe).name!r}; its precision is what it was written in."
         )
     return found

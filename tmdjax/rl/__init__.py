@@ -14,6 +14,7 @@ from tmdjax.rl.aggregation import aggregation_weights as aggregation_weights
 from tmdjax.rl.aggregation import denominators as denominators
 from tmdjax.rl.curation import is_informative as is_informative
 from tmdjax.rl.curation import overlong_penalty as overlong_penalty
+from tmdjax.rl.diagnostics import PROXIMAL as PROXIMAL
 from tmdjax.rl.diagnostics import RatioError as RatioError
 from tmdjax.rl.diagnostics import beyond_clip as beyond_clip
 from tmdjax.rl.diagnostics import check_first_ratio as check_first_ratio

@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax.core.types import Array, ArrayLike
+from tmdjax.quant import Precision
 from tmdjax.rl.ratios import MAX_LOG_RATIO
 from tmdjax.rl.surrogates import ClipRange, check_clip_range
 
 FIRST_RATIO_SHARE = 0.1
+PROXIMAL = ("behaviour", "recompute")
+"""Whose log-probs ratios are clipped around: those that the rollout recorded, or those
+that training computes before its update."""
 
 
 class RatioError(RuntimeError):
@@ -47,7 +51,9 @@ def _less_one(log_ratio: ArrayLike) -> Array:
     return jax.lax.stop_gradient(jnp.expm1(d))
 
 
-def check_first_ratio(max_error: Any, clip_range: ClipRange) -> None:
+def check_first_ratio(
+    max_error: Any, clip_range: ClipRange, precision: Precision | None = None
+) -> None:
     """Stops a run whose ratio is not 1 before the first update.
 
     Nothing was learned yet, so every ratio must be 1 up to rounding. If rounding
@@ -58,6 +64,8 @@ def check_first_ratio(max_error: Any, clip_range: ClipRange) -> None:
         max_error: a number, the largest :func:`ratio_error` in the first minibatch of
             the run.
         clip_range: what the loss clips to; the smaller side counts.
+        precision: recipes of rollout and update; the message says where they are the
+            reason.
 
     Raises:
         RatioError: max_error is not below 0.1 clip_range (NaN included).
@@ -67,6 +75,13 @@ def check_first_ratio(max_error: Any, clip_range: ClipRange) -> None:
     error = float(max_error)
     if error < bound:
         return
+    why = "" if precision is None else precision.disagreement()
+    if why:
+        why = (
+            f" Here {why}: set both to 'fp32', or proximal='recompute', which clips "
+            f"around what precision.train gave before the update; the log-probs of the "
+            f"rollout remain the behaviour's."
+        )
     raise RatioError(
         f"max |ratio - 1| = {error:.3g} on the first minibatch, before any update; it "
         f"must be below {FIRST_RATIO_SHARE:g} x clip_range = {bound:.3g} (clip_range "
@@ -74,7 +89,5 @@ def check_first_ratio(max_error: Any, clip_range: ClipRange) -> None:
         f"log-probs stored in fewer bits than they were drawn in (store float32); "
         f"times truncated before the network (pass the exact t); another guidance "
         f"scale, temperature or dropout in training than in sampling (use the same "
-        f"function for both); another batch shape or GEMM precision (set "
-        f"precision.rollout and precision.train alike). If the difference is "
-        f"intended, correct it by importance weights against a proximal policy."
+        f"function for both).{why}"
     )

@@ -23,6 +23,7 @@ from flax import struct
 from tmdjax import rl
 from tmdjax.core.types import Array, Params
 from tmdjax.generation import Engine
+from tmdjax.quant import Precision
 from tmdjax.rl import TokenBatch
 from tmdjax.runtime.packing import TokenObjective, update_batches
 from tmdjax.runtime.scheduling import Rollout, collect
@@ -70,6 +71,7 @@ def make_iteration(
     generation_params: Callable[[Params], Params] = lambda params: params,
     reference: Params | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    precision: Precision | None = None,
 ) -> Iteration[LMState, Rollout]:
     """Builds the iteration: the engine writes, the scorer judges, updates follow.
 
@@ -90,6 +92,8 @@ def make_iteration(
             :func:`tmdjax.models.fuse_projections`.
         reference: parameters of the policy that an objective with a KL term stays
             near.
+        precision: the recipes that the engine's model and ``log_probs`` were built
+            under, for what a failing check of the ratio says.
         should_stop: asked between two chunks of the engine; True raises
             :class:`tmdjax.train.iteration.Interrupted`, whose state goes on.
 
@@ -174,7 +178,8 @@ def make_iteration(
         for batch in batches:
             learner, metrics = update(learner, batch, key)
             if not found and settings.check_ratio and settings.proximal == "behaviour":
-                rl.check_first_ratio(metrics["ratio_error_max"], objective.clip_range)
+                error = metrics["ratio_error_max"]
+                rl.check_first_ratio(error, objective.clip_range, precision)
             found.append(metrics)
         host = jax.device_get(found)
         means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}

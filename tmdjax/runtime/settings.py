@@ -5,9 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from tmdjax import rl
 from tmdjax.core.checks import check_choice, check_count, check_range
-
-PROXIMAL = ("behaviour", "recompute")
 
 
 class Prompt(NamedTuple):
@@ -85,7 +84,7 @@ class LanguageSettings:
         ):
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
-        check_choice("proximal", self.proximal, PROXIMAL)
+        check_choice("proximal", self.proximal, rl.PROXIMAL)
         check_range("overlong_factor", self.overlong_factor, 0)
         check_range(
             "score_timeout",

@@ -43,6 +43,7 @@ class FPO:
     Attributes:
         hidden: widths of the velocity network.
         activation: its activation.
+        recipe: its GEMM recipe, or the name of one.
         frequencies: of its time embedding.
         output_scale: what its output is multiplied by.
         steps: of the Euler solver.
@@ -58,6 +59,7 @@ class FPO:
 
     hidden: tuple[int, ...] = (32, 32, 32, 32)
     activation: str = "silu"
+    recipe: Any = "fp32"
     frequencies: tuple[float, float, int] = (1.0, 8.0, 4)
     output_scale: float = 0.25
     steps: int = 10
@@ -94,6 +96,7 @@ class FPO:
             self.frequencies,
             out_scale=1.0,
             output_scale=self.output_scale,
+            recipe=self.recipe,
         )
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:

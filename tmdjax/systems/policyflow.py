@@ -39,6 +39,7 @@ class PolicyFlow:
     Attributes:
         hidden: widths of the velocity network.
         activation: its activation.
+        recipe: its GEMM recipe, or the name of one.
         frequencies: of its time embedding, see :class:`tmdjax.models.ControlVelocity`.
         out_scale: of its output at the start; the paper starts at 0.
         steps: K, of the midpoint solver; 2 K evaluations an action.
@@ -55,6 +56,7 @@ class PolicyFlow:
 
     hidden: tuple[int, ...] = (256, 128, 64)
     activation: str = "mish"
+    recipe: Any = "fp32"
     frequencies: tuple[float, float, int] = (1.0, 100.0, 32)
     out_scale: float = 0.01
     steps: int = 10
@@ -99,7 +101,12 @@ class PolicyFlow:
 
     def _module(self, size: int) -> models.ControlVelocity:
         return models.ControlVelocity(
-            size, self.hidden, self.activation, self.frequencies, self.out_scale
+            size,
+            self.hidden,
+            self.activation,
+            self.frequencies,
+            self.out_scale,
+            recipe=self.recipe,
         )
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:

@@ -28,6 +28,7 @@ class GaussianPolicy:
     Attributes:
         hidden: widths of the network of the mean.
         activation: its activation.
+        recipe: its GEMM recipe, or the name of one.
         initial_std: standard deviation at the start.
         log_std_bounds: within which it is learned.
         clip_range: of the ratio, in (0, 1).
@@ -36,6 +37,7 @@ class GaussianPolicy:
 
     hidden: tuple[int, ...] = (256, 128, 64)
     activation: str = "mish"
+    recipe: Any = "fp32"
     initial_std: float = 1.0
     log_std_bounds: tuple[float, float] = (-20.0, 4.0)
     clip_range: float = 0.2
@@ -60,7 +62,9 @@ class GaussianPolicy:
         return {"clip_range": (0, 1)}
 
     def _module(self, size: int) -> models.ControlMLP:
-        return models.ControlMLP(size, self.hidden, self.activation, out_scale=0.01)
+        return models.ControlMLP(
+            size, self.hidden, self.activation, out_scale=0.01, recipe=self.recipe
+        )
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:
         """{'network', 'log_std'}."""

@@ -14,24 +14,35 @@ from tmdjax import flows, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree, Velocity
+from tmdjax.quant import Precision
 
 
 class Policy(NamedTuple):
     """A flow model as RL sees it: what is trained, and what is held constant.
 
     Attributes:
-        velocity: ``(params, frozen) -> velocity(x, t, cond)``, the same function in
-            rollout and update, with its guidance.
+        velocity: ``(params, frozen) -> velocity(x, t, cond)`` with its guidance, as
+            updates compute it.
         reference: ``frozen -> velocity`` that the KL refers to, or None.
         condition: ``(frozen, batch) -> cond`` [prompt, ...], such as the encoding of a
             text; computed once for the rollout and once for the update.
         frozen: arrays that no update changes (a base under adapters, an encoder).
+        rollout_velocity: the same under another recipe, as rollouts compute it: its
+            log-probs are the behaviour's. None where that is ``velocity`` itself.
+        precision: the recipes of both, for what a failing check of the ratio says.
     """
 
     velocity: Callable[[Params, PyTree], Velocity]
     reference: Callable[[PyTree], Velocity] | None = None
     condition: Callable[[PyTree, Any], Cond] = lambda frozen, batch: None
     frozen: PyTree = ()
+    rollout_velocity: Callable[[Params, PyTree], Velocity] | None = None
+    precision: Precision | None = None
+
+    @property
+    def acting(self) -> Callable[[Params, PyTree], Velocity]:
+        """What samples: ``(params, frozen) -> velocity``."""
+        return self.rollout_velocity or self.velocity
 
 
 class Credit(NamedTuple):
@@ -110,6 +121,9 @@ class FlowObjective:
         kl_coefficient: weight of the KL, >= 0.
         kl_kind: see :func:`tmdjax.flows.transition_kl`.
         step_weight: see :func:`tmdjax.flows.step_weights`.
+        proximal: what ratios are clipped around: the 'behaviour', log-probs that the
+            rollout recorded, or 'recompute', those that ``Policy.velocity`` gives
+            before the update (where rollout and update differ in precision).
     """
 
     clip_range: rl.ClipRange = 1e-4
@@ -117,12 +131,14 @@ class FlowObjective:
     kl_coefficient: float = 0.0
     kl_kind: str = "transition"
     step_weight: str = "none"
+    proximal: str = "behaviour"
 
     def __post_init__(self) -> None:
         rl.check_clip_range(self.clip_range, self.reduction)
         check_range("kl_coefficient", self.kl_coefficient, 0)
         check_choice("kl_kind", self.kl_kind, flows.KL_KINDS)
         check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
+        check_choice("proximal", self.proximal, rl.PROXIMAL)
 
 
 _START = 1 << 20

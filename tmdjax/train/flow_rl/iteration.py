@@ -126,7 +126,7 @@ def make_iteration(
         size = jax.tree.leaves(batch)[0].shape[0]
         key = jax.random.fold_in(jax.random.fold_in(key, number), _ROLLOUT)
         keys = cut_by_batch(prng.sample_keys(key, size, first))
-        velocity = policy.velocity(params, frozen)
+        velocity = policy.acting(params, frozen)
         cond = policy.condition(frozen, cut_by_batch(batch))
         return method.rollout(keys, velocity, cond, table, plan)
 
@@ -189,7 +189,7 @@ def make_iteration(
         )
         if not checked:
             error = float(metrics["ratio_error"])
-            rl.check_first_ratio(error, objective.clip_range)
+            rl.check_first_ratio(error, objective.clip_range, policy.precision)
             checked = error > 0  # at 0 nothing need have been live: look again
         return state, metrics
 

@@ -60,17 +60,10 @@ def make_update(
         credit = method.credit(rewards, transitions, plan, credit_key)
         check_same_shape("advantage", credit.advantage, "edge", credit.edge)
         check_same_shape("weight", credit.weight, "edge", credit.edge)
-        loss_fn = functools.partial(
-            transition_loss,
-            policy,
-            objective,
-            frozen,
-            policy.condition(frozen, cut_by_batch(batch)),
-            transitions,
-            table,
-        )
+        cond = policy.condition(frozen, cut_by_batch(batch))
+        given = (policy, objective, frozen, cond, transitions, table)
         step = make_train_step(
-            loss_fn,
+            functools.partial(transition_loss, *given),
             optimizer,
             ema_decay=ema_decay,
             microbatches=microbatches,
@@ -78,6 +71,12 @@ def make_update(
             skip_above=skip_above,
         )
         parts = _minibatches(credit, updates, microbatches * ways, order_key)
+        if objective.proximal == "recompute":
+            edges = parts["edge"].reshape(updates * microbatches, -1)
+            parts["proximal"] = jax.lax.map(
+                lambda edge: _score(*given, state.params, cut_by_batch(edge)).log_prob,
+                edges,
+            ).reshape(parts["edge"].shape)
         initial = state
 
         def one(state: TrainState, part: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -96,6 +95,11 @@ def make_update(
             metrics[name] = jnp.sum(jnp.where(good, each[name], 0)) / done
         metrics["ratio_error"] = each["ratio_error"][0]
         clipped = jnp.where(good, each["clip_fraction"], 0)
+        if objective.proximal == "recompute":
+            away = parts["proximal"] - transitions.log_prob[parts["edge"]]
+            live = parts["weight"] > 0
+            error = jnp.where(live, rl.ratio_error(away), 0)
+            metrics["behaviour_ratio_error"] = jnp.max(error)
         metrics["clip_fraction_first"] = clipped[0]
         metrics["clip_fraction_last"] = clipped[-1]
         return state, metrics
@@ -133,6 +137,30 @@ def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
     return parts
 
 
+def _score(
+    policy: Policy,
+    objective: FlowObjective,
+    frozen: Any,
+    cond: Any,
+    transitions: rl.Transitions,
+    table: flows.CoefficientTable,
+    params: Params,
+    edge: Array,
+    reference: Any = None,
+) -> Any:
+    """Log-probs of some transitions under the policy as it is trained, and their KL."""
+    return flows.score_transitions(
+        policy.velocity(params, frozen),
+        transitions.states[transitions.source[edge]],
+        transitions.states[transitions.target[edge]],
+        table.rows(transitions.step[edge], jnp.float32),
+        jax.tree.map(lambda leaf: leaf[transitions.prompt[edge]], cond),
+        reduction=objective.reduction,
+        reference=reference,
+        kl_kind=objective.kl_kind,
+    )
+
+
 def transition_loss(
     policy: Policy,
     objective: FlowObjective,
@@ -151,26 +179,18 @@ def transition_loss(
     reference = None
     if objective.kl_coefficient and policy.reference is not None:
         reference = policy.reference(frozen)
-    scores = flows.score_transitions(
-        policy.velocity(params, frozen),
-        transitions.states[transitions.source[edge]],
-        transitions.states[transitions.target[edge]],
-        table.rows(step, jnp.float32),
-        jax.tree.map(lambda leaf: leaf[transitions.prompt[edge]], cond),
-        reduction=objective.reduction,
-        reference=reference,
-        kl_kind=objective.kl_kind,
-    )
-    behaviour = transitions.log_prob[edge]
+    given = (policy, objective, frozen, cond, transitions, table, params, edge)
+    scores = _score(*given, reference)
+    proximal = part.get("proximal", transitions.log_prob[edge])
     surrogate = rl.clipped_surrogate(
         scores.log_prob,
-        behaviour,
+        proximal,
         part["advantage"],
         clip_range=objective.clip_range,
     )
     if objective.step_weight != "none":
         surrogate *= flows.step_weights(table, objective.step_weight)[step]
-    log_ratio = scores.log_prob - behaviour
+    log_ratio = scores.log_prob - proximal
     low, high = rl.beyond_clip(log_ratio, objective.clip_range)
     live = weight > 0
     loss = weight * (surrogate + objective.kl_coefficient * scores.kl)

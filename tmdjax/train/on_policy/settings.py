@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from tmdjax import rl
 from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
 from tmdjax.core.types import Array, Params
+from tmdjax.quant import Precision
 
 VALUE_CLIPS = ("larger", "released")
 ADVANTAGES = ("batch", "minibatch", "none")
@@ -149,6 +150,9 @@ class ControlSettings:
             is diagnosed after the update; 0 for none.
         max_ratio_error: :func:`check` stops a run whose first minibatch of an iteration
             is above this; None checks nothing.
+        precision: recipes of the policy as it acts, and of policy and critic as they
+            are trained; None leaves each with its own. Where they differ, ratios to the
+            log-probs of the rollout do not start at 1.
         critic_hidden: widths of the critic.
         critic_activation: its activation.
     """
@@ -173,6 +177,7 @@ class ControlSettings:
     normalise: str | Normaliser = "none"
     diagnosed_samples: int = 0
     max_ratio_error: float | None = 1e-4
+    precision: Precision | None = None
     critic_hidden: tuple[int, ...] = (256, 128, 64)
     critic_activation: str = "mish"
 

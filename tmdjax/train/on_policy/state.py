@@ -49,13 +49,15 @@ class Parts(NamedTuple):
 
     Attributes:
         vector: the environments.
-        method: how the policy acts and learns.
+        acting: how the policy acts.
+        method: the same under the recipe that it is trained under: how it learns.
         settings: everything else.
         critic: the network of the value.
         rule: the optimiser, whose learning rate stands in its state.
     """
 
     vector: envs.Vector | envs.GymnasiumVector
+    acting: ControlMethod
     method: ControlMethod
     settings: ControlSettings
     critic: models.ControlMLP

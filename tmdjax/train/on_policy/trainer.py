@@ -88,7 +88,12 @@ def make_trainer(
     critic = models.ControlMLP(
         1, settings.critic_hidden, settings.critic_activation, out_scale=0.01
     )
-    parts = Parts(vector, method, settings, critic, make_rule(settings))
+    acting, precision = method, settings.precision
+    if precision is not None:
+        acting = models.with_recipe(method, precision.rollout)
+        method = models.with_recipe(method, precision.train)
+        critic = models.with_recipe(critic, precision.train)
+    parts = Parts(vector, acting, method, settings, critic, make_rule(settings))
     returns = (PerMinibatch if settings.gae == "per_minibatch" else Once)(parts)
 
     def keys_of(state: OnPolicyState, key: Any) -> Array:
@@ -268,12 +273,13 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
         )
     error, most = host["first_ratio_error"].max(), settings.max_ratio_error
     if most is not None and not error <= most:
+        why = "" if settings.precision is None else settings.precision.disagreement()
+        why = why and f" Here {why}: set both to 'fp32', or max_ratio_error=None."
         raise rl.RatioError(
             f"max |ratio - 1| = {error:.3g} in the first minibatch of an iteration, "
             f"before any update; it must be below max_ratio_error={most:g}. Usual "
             f"causes: acting with averaged parameters but updating against the raw "
-            f"ones; statistics of observations that moved in between; a network in 16 "
-            f"bits."
+            f"ones; statistics of observations that moved in between.{why}"
         )
     if host.get("std_at_bound", np.zeros(1)).max() >= 1:
         warnings.warn(
