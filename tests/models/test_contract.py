@@ -440,7 +440,7 @@ def test_bad_classes(name, refused):
     module, (x, t, classes) = NETWORKS[name].module, NETWORKS[name].inputs
     call = functools.partial(models.functional(module), initial(name), x, t)
     refused(r"=5 is outside \[0, 4\]", call, classes + 1)
-    refused("integer array of classes", call, classes * 1.0, error=TypeError)
+    refused(r"classes\) must be an integer array", call, classes * 1.0, error=TypeError)
     plain = module.clone(num_classes=None)
     params = models.init_params(plain, jax.random.key(0), x, t)
     message = "built unconditional but got cond"

@@ -162,6 +162,6 @@ def test_wrong_inputs(refused):
     start = functools.partial(prefill, NORMED, params)
     ids = jnp.zeros((2, 4), int)
     refused(r"lengths \(3,\); give ids", start, ids, jnp.ones(3, int))
-    message = r"an id\)=-1 is outside \[0, 12\]"
+    message = r"tokens \(ids.*\)=-1 is outside \[0, 12\]"
     refused(message, start, ids - 1, two + 1)
     refused("slots=0 must be at least 1", init_cache, NORMED, 0, 4)

@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tmdjax import flows, models
 from tmdjax.core import trees
 from tmdjax.models import TextDiT, TextEncoder, functional, init_params
+from tmdjax.quant import RECIPES
 
 BATCH, LENGTH, WORDS = 3, 5, 11
 IMAGES = dict(patch_size=2, hidden=16, depth=2, heads=2, mlp_ratio=2.0)
@@ -174,6 +175,7 @@ def test_attributes_reach_both_networks():
     module = models.build({"name": "text_dit"} | SPEC | spec)
     assert module == small(**spec)
     dit, text = module.dit_module(), module.bind({"params": initial()}).encoder
+    spec["recipe"] = shared["recipe"] = RECIPES["bf16"]
     assert {name: getattr(dit, name) for name in spec} == spec
     assert {name: getattr(text, name) for name in shared} == shared
     text = small(attention_implementation="cudnn").bind({"params": initial()}).encoder
@@ -260,8 +262,8 @@ def test_bad_conditions(refused):
 
     refused_text("integer array.*float64", ids + 0.0, mask, error=TypeError)
     refused_text("integer array.*list", ids.tolist(), mask, error=TypeError)
-    refused_text(r"\(a word\)=11 is outside \[0, 10\]", ids + WORDS, mask)
-    refused_text(r"\(a word\)=-1 is outside", ids - 1, mask)
+    refused_text(r"\(words\)=11 is outside \[0, 10\]", ids + WORDS, mask)
+    refused_text(r"\(words\)=-1 is outside", ids - 1, mask)
     refused_text(r"float64\[3, 5\]; give booleans", ids, mask * 1.0)
     refused_text(r"booleans of shape \(3, 5\)", ids, mask[:, 1:])
     refused_text(r"None\[3, 5\]; give booleans", ids, mask.tolist())

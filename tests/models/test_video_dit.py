@@ -186,7 +186,7 @@ def test_taps_are_layers_and_the_output_has_a_size_that_fits(refused):
     run = functools.partial(functional(small()), initial())
     tapped = functools.partial(run, *inputs(), method="velocity_and_features")
     for tap in (4, -1):
-        message = rf"taps holds \[{tap}\]; a network of depth=4 has the layers 0..3"
+        message = rf"taps holds \[{tap}\], outside the layers 0..3"
         refused(message, tapped, taps=(1, tap))
     refused("integer", tapped, taps=(1.5,), error=TypeError)
     h, c = jnp.zeros((BATCH, 12, 16)), {"time": jnp.zeros((BATCH, 16))}

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tmdjax.core.checks import check_batch, check_range
+from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
 from tmdjax.core.types import Array, Float
-from tmdjax.models.attention import attention
+from tmdjax.models.attention import IMPLEMENTATIONS, attention
 from tmdjax.quant import as_recipe, linear
 
 
@@ -102,6 +102,72 @@ def layer_norm(
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(variance + epsilon)
+
+
+def rms_norm(
+    x: Float[Array, "*batch features"], scale: Float[Array, "features"], epsilon: float
+) -> Float[Array, "*batch features"]:
+    """X / sqrt(mean(x²) + epsilon), times a scale, over the last axis.
+
+    The quotient is taken in float32 and rounded to the dtype of x before the scale
+    (cast likewise) multiplies it, the order in which checkpoints were trained.
+
+    References:
+        arXiv 1910.07467.
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide).mean(-1, keepdims=True)
+    y = (wide * jax.lax.rsqrt(square + epsilon)).astype(x.dtype)
+    return y * scale.astype(x.dtype)
+
+
+def check_attributes(module: Any, *sizes: str) -> None:
+    """Checks what networks have in common, and looks their recipe up.
+
+    Args:
+        module: a network or a configuration. Where it has an
+            ``attention_implementation``, that is checked; where it has a ``recipe``,
+            that becomes a :class:`tmdjax.quant.Recipe`.
+        *sizes: names of attributes that are integers of at least 1, or None where that
+            is the default.
+
+    Raises:
+        TypeError: a size that is not an integer, a recipe that is no name or recipe.
+        ValueError: a size below 1, an unknown implementation or recipe.
+    """
+    for name in sizes:
+        value = getattr(module, name)
+        if value is not None or getattr(type(module), name, 0) is not None:
+            check_count(name, value)
+    if hasattr(module, "attention_implementation"):
+        name = "attention_implementation"
+        check_choice(name, getattr(module, name), IMPLEMENTATIONS)
+    if hasattr(module, "recipe"):
+        object.__setattr__(module, "recipe", as_recipe(module.recipe))
+
+
+def check_ids(name: str, ids: Any, count: int) -> None:
+    """Checks indices of rows before :func:`rows_of` reads these.
+
+    Raises:
+        TypeError: not an integer array.
+        ValueError: a (concrete) index outside [0, count).
+    """
+    dtype = getattr(ids, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be an integer array; got {type(ids).__name__} of dtype "
+            f"{dtype}."
+        )
+    if not isinstance(ids, jax.core.Tracer):
+        values = np.asarray(ids)
+        for extreme in (values.min(initial=0), values.max(initial=0)):
+            check_range(name, int(extreme), 0, count - 1)
+
+
+def rows_of(table: Float[Array, "row features"], ids: Array) -> Array:
+    """Rows of a table by index; a (traced) index outside it gives a row of NaN."""
+    return table.at[ids].get(mode="fill", wrap_negative_indices=False)
 
 
 def timestep_embedding(
@@ -252,21 +318,13 @@ class ClassEmbedding(nn.Module):
         )
         if cond is None:
             cond = jnp.full((batch,), self.num_classes, jnp.int32)
-        if not (hasattr(cond, "dtype") and jnp.issubdtype(cond.dtype, jnp.integer)):
-            raise TypeError(
-                f"cond must be an integer array of classes, one a sample, got "
-                f"{type(cond).__name__} of dtype {getattr(cond, 'dtype', None)}."
-            )
+        check_ids("cond (classes)", cond, self.num_classes + 1)
         if cond.ndim != 1:
             raise ValueError(
                 f"cond has shape {cond.shape}; give one class a sample, ({batch},)."
             )
         check_batch("cond", cond, batch)
-        if not isinstance(cond, jax.core.Tracer):
-            classes = np.asarray(cond)
-            for extreme in (classes.min(initial=0), classes.max(initial=0)):
-                check_range("cond (a class)", int(extreme), 0, self.num_classes)
-        return table.at[cond].get(mode="fill", wrap_negative_indices=False)
+        return rows_of(table, cond)
 
 
 def check_unconditional(cond: Any) -> None:

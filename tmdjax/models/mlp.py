@@ -5,16 +5,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_count
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Float
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
     TimeEmbedding,
+    check_attributes,
     check_unconditional,
 )
-from tmdjax.quant import as_recipe
 
 
 class VelocityMLP(nn.Module):
@@ -38,11 +37,7 @@ class VelocityMLP(nn.Module):
     time_scale: float = 1000.0
 
     def __post_init__(self):
-        check_count("hidden", self.hidden)
-        check_count("depth", self.depth)
-        if self.num_classes is not None:
-            check_count("num_classes", self.num_classes)
-        self.recipe = as_recipe(self.recipe)
+        check_attributes(self, "hidden", "depth", "num_classes")
         super().__post_init__()
 
     @nn.compact

@@ -1,5 +1,6 @@
 """Low-rank adapters of decoders as folders in the layout of the PEFT library."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,13 @@ import numpy as np
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.checkpoints.decoder import hf_module, param_shapes
-from tmdjax.models.checkpoints.layout import Folder, read_json, write_json
+from tmdjax.models.checkpoints.layout import (
+    Folder,
+    Leaf,
+    params_from_tensors,
+    read_json,
+    write_json,
+)
 from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
 from tmdjax.models.decoder.config import DecoderConfig
 
@@ -55,61 +62,50 @@ def load_adapters(
                 f"supported; adapters here have {key}={values[0]!r}."
             )
     tensors = read_safetensors(folder / _ADAPTER)
-    names = set(tensors)
-    adapters: dict[str, Any] = {}
-    problems = []
-    for path, leaf in flatten(param_shapes(config)).items():
+    leaves = list(_leaves(config, tensors))
+    if not leaves:
+        raise ValueError(
+            f"{folder / _ADAPTER} holds no adapter of this decoder, but "
+            f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}."
+        )
+    adapters = params_from_tensors(
+        leaves,
+        tensors,
+        lambda leaf: np.float32,
+        f"adapters of all layers of this decoder ({folder / _ADAPTER})",
+    )
+    return adapters, float(settings.get("lora_alpha", 8))
+
+
+def _leaves(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[Leaf]:
+    """Adapters of the modules of which there is any tensor, of the first's rank."""
+    for path, struct in flatten(param_shapes(config)).items():
         module, _, last = path.rpartition("/")
         if last != "kernel":
             continue
-        stacked = leaf.ndim == 3
+        stacked, name = struct.ndim == 3, _PREFIX + hf_module(module)
         layers = range(config.num_layers if stacked else 1)
-        modules = [_PREFIX + hf_module(module).format(layer=i) for i in layers]
-        wanted = {
-            side: [f"{name}.lora_{side.upper()}.weight" for name in modules]
-            for side in "ab"
-        }
-        if not names.intersection(*[wanted["a"] + wanted["b"]]):
-            continue
-        problems += [
-            f"{name} is missing"
-            for side in wanted.values()
-            for name in side
-            if name not in names
-        ]
-        names -= {*wanted["a"], *wanted["b"]}
-        if problems:
-            continue
-        sides = {
-            side: [np.asarray(tensors[name], np.float32).T for name in listed]
-            for side, listed in wanted.items()
-        }
-        rank = sides["a"][0].shape[-1]
-        shapes = {"a": (leaf.shape[-2], rank), "b": (rank, leaf.shape[-1])}
-        for side, listed in wanted.items():
-            problems += [
-                f"{name} has shape {list(array.shape[::-1])}, expected "
-                f"{list(shapes[side][::-1])}"
-                for name, array in zip(listed, sides[side])
-                if array.shape != shapes[side]
-            ]
-        if problems:
-            continue
-        node = adapters
-        for parent in module.split("/"):
-            node = node.setdefault(parent, {})
-        node["kernel"] = {
-            side: np.stack(arrays) if stacked else np.ascontiguousarray(arrays[0])
-            for side, arrays in sides.items()
-        }
-    problems += [f"{name} is not expected" for name in names]
-    if problems or not adapters:
-        raise ValueError(
-            f"{folder / _ADAPTER} does not hold adapters of this decoder: "
-            f"{'; '.join(sorted(problems)) or 'it is empty'}. Adapters belong to the "
-            f"checkpoint they were trained on, and to all of its layers."
+        a, b = (
+            [f"{name.format(layer=i)}.lora_{side}.weight" for i in layers]
+            for side in "AB"
         )
-    return adapters, float(settings.get("lora_alpha", 8))
+        ranks = [n for key in a if key in tensors for n in tensors[key].shape[:1]]
+        ranks += [n for key in b if key in tensors for n in tensors[key].shape[-1:]]
+        if not ranks:
+            continue
+        inputs, outputs = struct.shape[-2:]
+        for side, names, shape in (
+            ("a", a, (ranks[0], inputs)),
+            ("b", b, (outputs, ranks[0])),
+        ):
+            yield Leaf(
+                path=f"{path}/{side}",
+                names=names,
+                shape=shape,
+                stacked=stacked,
+                read=np.transpose,
+                write=np.transpose,
+            )
 
 
 def save_adapters(

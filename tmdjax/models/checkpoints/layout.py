@@ -86,8 +86,8 @@ def params_from_tensors(
     if problems:
         raise ValueError(
             f"{len(problems)} tensor(s) do not fit {network}: "
-            f"{'; '.join(sorted(problems))}. Take the config.json that came with the "
-            f"weights."
+            f"{'; '.join(sorted(problems))}. Take configuration and tensors of one "
+            f"checkpoint."
         )
     params: dict[str, Any] = {}
     for leaf in leaves:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tmdjax.core.checks import check_choice, check_count, check_range
-from tmdjax.models.attention import IMPLEMENTATIONS
+from tmdjax.core.checks import check_choice, check_range
+from tmdjax.models.layers import check_attributes
 from tmdjax.quant import Recipe, as_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,17 +81,9 @@ class DecoderConfig:
     attention_implementation: str = "auto"
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            check_count(name, getattr(self, name))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
+        sizes += ("num_heads", "num_kv_heads", "head_dim", "max_position_embeddings")
+        check_attributes(self, *sizes)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -105,10 +97,6 @@ class DecoderConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             check_range(name, getattr(self, name), 0, open_low=True, open_high=True)
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice(
-            "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
-        )
-        object.__setattr__(self, "recipe", as_recipe(self.recipe))
         if self.head_recipe is not None:
             object.__setattr__(self, "head_recipe", as_recipe(self.head_recipe))
 

@@ -20,34 +20,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_range
 from tmdjax.core.types import Array, Float, Int, Params
 from tmdjax.models.decoder.config import DecoderConfig
+from tmdjax.models.layers import check_ids, rms_norm, rows_of
 from tmdjax.quant import Recipe, linear
 
 Attend = Callable[[Array, Array, Array], Array]
 """``attend(q, k, v)``, arrays [batch, position, heads, head_dim], output like q."""
-
-
-def rms_norm(
-    x: Float[Array, "*batch features"], scale: Float[Array, "features"], epsilon: float
-) -> Float[Array, "*batch features"]:
-    """X / sqrt(mean(x²) + epsilon), times a scale, over the last axis.
-
-    The quotient is taken in float32 and rounded to the dtype of x before the scale
-    (cast likewise) multiplies it, the order in which checkpoints were trained.
-
-    References:
-        arXiv 1910.07467.
-    """
-    wide = x.astype(jnp.float32)
-    square = jnp.square(wide).mean(-1, keepdims=True)
-    y = (wide * jax.lax.rsqrt(square + epsilon)).astype(x.dtype)
-    return y * scale.astype(x.dtype)
 
 
 def rotations(
@@ -158,17 +140,10 @@ def embed_tokens(config: DecoderConfig, params: Params, tokens: Array) -> Array:
                 f"hidden_size={config.hidden_size}."
             )
         return tokens.astype(dtype)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(
-            f"tokens have dtype {tokens.dtype}; give integer ids, or embeddings of a "
-            f"floating dtype."
-        )
-    if not isinstance(tokens, jax.core.Tracer):
-        ids = np.asarray(tokens)
-        for extreme in (ids.min(initial=0), ids.max(initial=0)):
-            check_range("tokens (an id)", int(extreme), 0, config.vocab_size - 1)
-    rows = params["embedding"].at[tokens]
-    return rows.get(mode="fill", wrap_negative_indices=False).astype(dtype)
+    check_ids(
+        "tokens (ids, or embeddings of a floating dtype)", tokens, config.vocab_size
+    )
+    return rows_of(params["embedding"], tokens).astype(dtype)
 
 
 def output_logits(

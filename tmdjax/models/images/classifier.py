@@ -6,10 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_count
 from tmdjax.core.types import Array, Float
-from tmdjax.models.layers import Convolution, Dense
-from tmdjax.quant import as_recipe
+from tmdjax.models.layers import Convolution, Dense, check_attributes
 
 
 class Classifier(nn.Module):
@@ -32,9 +30,7 @@ class Classifier(nn.Module):
     recipe: Any = "fp32"
 
     def __post_init__(self):
-        for name in ("num_classes", "width", "feature_dim"):
-            check_count(name, getattr(self, name))
-        self.recipe = as_recipe(self.recipe)
+        check_attributes(self, "num_classes", "width", "feature_dim")
         super().__post_init__()
 
     def setup(self):

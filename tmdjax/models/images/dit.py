@@ -6,16 +6,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
-from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import (
     ClassEmbedding,
     Dense,
     MultiHeadAttention,
     TimeEmbedding,
+    check_attributes,
     check_unconditional,
     layer_norm,
     patchify,
@@ -23,7 +23,7 @@ from tmdjax.models.layers import (
     unpatchify,
 )
 from tmdjax.models.stack import Stacked, StackedNetwork
-from tmdjax.quant import Recipe, as_recipe
+from tmdjax.quant import Recipe
 
 _XAVIER = nn.initializers.xavier_uniform()
 _ZEROS = nn.initializers.zeros
@@ -143,17 +143,10 @@ class DiT(StackedNetwork):
     time_scale: float = 1000.0
 
     def __post_init__(self):
-        for name in ("patch_size", "hidden", "depth", "heads"):
-            check_count(name, getattr(self, name))
-        for name in ("num_classes", "token_width", "out_channels"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        sizes = ("patch_size", "hidden", "depth", "heads", "num_classes", "token_width")
+        check_attributes(self, *sizes, "out_channels")
         check_range("mlp_ratio", self.mlp_ratio, 0, open_low=True, open_high=True)
         check_count("int(hidden * mlp_ratio)", self._mlp_width())
-        check_choice(
-            "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
-        )
-        self.recipe = as_recipe(self.recipe)
         if self.hidden % self.heads or self.hidden % 4:
             raise ValueError(
                 f"hidden={self.hidden} must be a multiple of heads={self.heads} and "

@@ -7,19 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.checks import check_count
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Float
-from tmdjax.models.attention import IMPLEMENTATIONS
 from tmdjax.models.layers import (
     ClassEmbedding,
     Convolution,
     Dense,
     MultiHeadAttention,
     TimeEmbedding,
+    check_attributes,
     check_unconditional,
 )
-from tmdjax.quant import Recipe, as_recipe
+from tmdjax.quant import Recipe
 
 _ZEROS = nn.initializers.zeros
 _SIZE = (3, 3)
@@ -120,14 +120,7 @@ class UNet(nn.Module):
     time_scale: float = 1000.0
 
     def __post_init__(self):
-        for name in ("width", "blocks", "heads"):
-            check_count(name, getattr(self, name))
-        if self.num_classes is not None:
-            check_count("num_classes", self.num_classes)
-        check_choice(
-            "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
-        )
-        self.recipe = as_recipe(self.recipe)
+        check_attributes(self, "width", "blocks", "heads", "num_classes")
         # Tuples, so that a module built from JSON lists can be hashed.
         self.multipliers = _integers("multipliers", self.multipliers, 1)
         self.attention_levels = _integers("attention_levels", self.attention_levels, 0)

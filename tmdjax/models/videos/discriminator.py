@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from tmdjax.core.checks import check_count
 from tmdjax.core.types import Array, Float
-from tmdjax.models.layers import Convolution, Dense
-from tmdjax.quant import Recipe, as_recipe
+from tmdjax.models.layers import Convolution, Dense, check_attributes
+from tmdjax.quant import Recipe
 
 _KERNELS = ((3, 4, 4), (3, 4, 4), (3, 3, 3), (3, 3, 3))
 _STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -86,8 +86,7 @@ class VideoDiscriminator(nn.Module):
     recipe: Any = "fp32"
 
     def __post_init__(self):
-        check_count("width", self.width)
-        self.recipe = as_recipe(self.recipe)
+        check_attributes(self, "width")
         super().__post_init__()
 
     @nn.compact

@@ -1,7 +1,6 @@
 """Video diffusion transformer conditioned on text, in the layout of Wan 2.1."""
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
-from tmdjax.models.attention import IMPLEMENTATIONS
-from tmdjax.models.layers import Dense, TimeEmbedding
+from tmdjax.models.layers import Dense, TimeEmbedding, check_attributes
 from tmdjax.models.stack import Stacked, StackedNetwork
 from tmdjax.models.videos.layers import (
     XAVIER,
@@ -30,7 +28,6 @@ from tmdjax.models.videos.patches import (
     rotary_tables,
     unpatchify_video,
 )
-from tmdjax.quant import as_recipe
 
 WAN_1_3B: dict[str, Any] = {
     "name": "video_dit",
@@ -103,12 +100,8 @@ class VideoDiT(StackedNetwork):
     time_scale: float = 1000.0
 
     def __post_init__(self):
-        for name in ("heads", "head_dim", "depth", "mlp_width", "text_width"):
-            check_count(name, getattr(self, name))
-        for name in ("frequency_dim", "rope_length"):
-            check_count(name, getattr(self, name))
-        if self.out_channels is not None:
-            check_count("out_channels", self.out_channels)
+        sizes = ("heads", "head_dim", "depth", "mlp_width", "text_width")
+        check_attributes(self, *sizes, "frequency_dim", "rope_length", "out_channels")
         if not isinstance(self.patch_size, tuple) or len(self.patch_size) != 3:
             raise ValueError(
                 f"patch_size={self.patch_size!r} must be a tuple of three sizes, "
@@ -123,10 +116,6 @@ class VideoDiT(StackedNetwork):
             )
         check_head_dim(self.head_dim)
         check_range("epsilon", self.epsilon, 0, open_low=True)
-        check_choice(
-            "attention_implementation", self.attention_implementation, IMPLEMENTATIONS
-        )
-        self.recipe = as_recipe(self.recipe)
         super().__post_init__()
 
     @property
@@ -205,16 +194,10 @@ class VideoDiT(StackedNetwork):
             width, width of the network / volume of a patch] in the compute dtype.
 
         Raises:
-            ValueError: a tap that is no layer, features that a patch's volume does not
-                divide, and what :meth:`blocks` refuses.
+            ValueError: features that a patch's volume does not divide, and what
+                :meth:`blocks` refuses (a tap that is no layer).
             TypeError: an index that is not a static integer.
         """
-        outside = [i for i in map(operator.index, taps) if not 0 <= i < self.depth]
-        if outside:
-            raise ValueError(
-                f"taps holds {outside}; a network of depth={self.depth} has the layers "
-                f"0..{self.depth - 1}, and negative indices are not read."
-            )
         volume = math.prod(self.patch_size)
         if taps and self.width % volume:
             raise ValueError(

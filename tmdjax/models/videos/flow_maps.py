@@ -15,11 +15,16 @@ import numpy as np
 from flax import linen as nn
 
 from tmdjax.core import trees
-from tmdjax.core.checks import check_choice, check_count, check_time
+from tmdjax.core.checks import check_choice, check_time
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Data, Float, Params
 from tmdjax.flows.flow_maps import check_order
-from tmdjax.models.layers import Dense, layer_norm, timestep_embedding
+from tmdjax.models.layers import (
+    Dense,
+    check_attributes,
+    layer_norm,
+    timestep_embedding,
+)
 from tmdjax.models.videos.dit import VideoDiT, floating_time
 from tmdjax.quant import Recipe
 
@@ -221,9 +226,7 @@ class SplitDiT(nn.Module):
 
     def __post_init__(self):
         check_choice("fusion", self.fusion, FUSIONS)
-        check_count("head_blocks", self.head_blocks)
-        if self.fusion_width is not None:
-            check_count("fusion_width", self.fusion_width)
+        check_attributes(self, "head_blocks", "fusion_width")
         # linen replaces the attribute by a bound copy while it runs
         depth = getattr(self.shared, "depth", None)
         if depth is not None and not self.head_blocks < depth:

@@ -7,8 +7,7 @@ from flax import linen as nn
 
 from tmdjax.core.types import Array
 from tmdjax.models.attention import attention
-from tmdjax.models.decoder.layers import rms_norm
-from tmdjax.models.layers import Dense, layer_norm
+from tmdjax.models.layers import Dense, layer_norm, rms_norm
 from tmdjax.models.videos.patches import rotate_pairs
 from tmdjax.quant import Recipe
 
@@ -26,7 +25,7 @@ def modulate(x: Array, shift: Array, scale: Array, epsilon: float) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """:func:`tmdjax.models.decoder.layers.rms_norm` with its scale, in float32."""
+    """:func:`tmdjax.models.layers.rms_norm` with its scale, in float32."""
 
     epsilon: float
 
