@@ -394,10 +394,11 @@ def test_bad_settings(refused):
     refused("Did you mean 'entropy_coefficient'", start, KEY, **mistyped)
     refused("clip_range=2.0 is outside", start, KEY, clip_range=2.0)
     refused("discount=1.2 is outside", start, KEY, discount=1.2)
+    refused("learning_rate=0.0 is outside", start, KEY, learning_rate=0.0)
     refused("coefficient=-1.0 is outside", start, KEY, entropy_coefficient=-1.0)
     make = functools.partial(make_trainer, envs.Vector(MULTI, 9), METHODS["ppo"])
     refused(
-        "object has no coefficients, coefficient_bounds, init",
+        "object has no coefficients, init",
         make_trainer,
         envs.Vector(MULTI, 4),
         object(),

@@ -18,6 +18,7 @@ from tmdjax.models.checkpoints.video_dit import save_video_dit as save_video_dit
 from tmdjax.models.control import ControlMLP as ControlMLP
 from tmdjax.models.control import ControlVelocity as ControlVelocity
 from tmdjax.models.control import ObservationFeatures as ObservationFeatures
+from tmdjax.models.control import solve_action as solve_action
 from tmdjax.models.decoder.cache import cache_bytes as cache_bytes
 from tmdjax.models.decoder.cache import decode as decode
 from tmdjax.models.decoder.cache import fuse_projections as fuse_projections

@@ -1,13 +1,15 @@
 """Small networks of control: observation to action, value, or velocity of an action."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from tmdjax import flows
 from tmdjax.core.checks import check_choice, check_count, check_range
-from tmdjax.core.types import Array
+from tmdjax.core.types import Array, Params
 from tmdjax.models.layers import Dense, patchify
 from tmdjax.quant import as_recipe
 
@@ -166,3 +168,42 @@ class ControlVelocity(nn.Module):
     def __call__(self, x: Array, t: Array, observation: Array) -> Array:
         """Both at once."""
         return self.velocity(x, t, self.embed(observation))
+
+
+def solve_action(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    observation: Array,
+    noise: Array,
+    *,
+    steps: int,
+    solver: str,
+) -> Array:
+    """Where the flow of a :class:`ControlVelocity` takes noise: the action.
+
+    Args:
+        apply_fn: its function, from :func:`tmdjax.models.functional`.
+        params: its parameters.
+        observation: [batch, ...].
+        noise: [batch, action_size], at t = 1.
+        steps: of the solver, equally long.
+        solver: 'euler', 'midpoint' and so on, see :func:`tmdjax.flows.rollout`.
+
+    Returns:
+        float32 [batch, action_size], at t = 0.
+    """
+
+    def velocity(x: Array, t: Array, embedded: Array) -> Array:
+        # one time for all: what it adds to the first layer is computed once
+        return apply_fn(params, x, t[:1], embedded, method="velocity")
+
+    return flows.rollout(
+        None,
+        velocity,
+        noise,
+        flows.make_table("ode", flows.uniform_grid(steps)),
+        apply_fn(params, observation, method="embed"),
+        method=solver,
+        store=False,
+        unroll=10,
+    )

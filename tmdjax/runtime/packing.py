@@ -42,33 +42,26 @@ class UpdateBatch:
 
 @runtime_checkable
 class TokenObjective(Protocol):
-    """What the update optimises.
-
-    Attributes:
-        clip_range: of ratios, for the check of the first one and the metrics.
-        aggregation: mode of :func:`tmdjax.rl.aggregate`.
-        length: its constant length, or None.
-        needs: of 'proximal' (log-probs that are not the behaviour's) and 'reference'.
-    """
+    """What the update of a language model optimises, token by token."""
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """See the class."""
+        """'proximal', log-probs that are not the behaviour's, and 'reference'."""
         ...
 
     @property
     def clip_range(self) -> Any:
-        """See the class."""
+        """Of ratios: for the check of the first one, and for metrics."""
         ...
 
     @property
     def aggregation(self) -> str:
-        """See the class."""
+        """How tokens' losses become one, a mode of :func:`tmdjax.rl.aggregate`."""
         ...
 
     @property
     def length(self) -> int | None:
-        """See the class."""
+        """The constant length of an aggregation that divides by one, or None."""
         ...
 
     def log_ratio(self, log_prob: Array, batch: "UpdateBatch") -> Array:
@@ -120,55 +113,11 @@ def update_batches(
 
     Raises:
         ValueError: fewer responses than minibatches, a response without a finite
-            reward, or a group with more than one prompt.
+            reward, a group with more than one prompt, or no ``proximal`` where the
+            settings ask for it.
     """
     _check(records, settings)
     advantage = np.asarray(objective.advantages(records), np.float32)
-    return _minibatches(
-        records,
-        advantage,
-        objective,
-        settings,
-        order,
-        length=length,
-        pad=pad,
-        proximal=proximal,
-        reference=reference,
-    )
-
-
-def _check(records: Sequence[TokenRecord], settings: LanguageSettings) -> None:
-    if len(records) < settings.minibatches:
-        raise ValueError(
-            f"{len(records)} responses do not fill minibatches={settings.minibatches}; "
-            f"collect more, or lower it."
-        )
-    prompts: dict[int, tuple[int, ...]] = {}
-    for record in records:
-        if record.reward is None or not math.isfinite(record.reward):
-            raise ValueError(
-                f"record {record.number} has reward {record.reward}; score it first, "
-                f"with a finite number."
-            )
-        if prompts.setdefault(record.group, record.prompt) != record.prompt:
-            raise ValueError(
-                f"group {record.group} holds responses to several prompts; number the "
-                f"groups anew where rollouts are joined."
-            )
-
-
-def _minibatches(
-    records: Sequence[TokenRecord],
-    advantage: np.ndarray,
-    objective: TokenObjective,
-    settings: LanguageSettings,
-    order: np.random.Generator,
-    *,
-    length: int,
-    pad: int,
-    proximal: Callable[[TokenBatch], Array] | None,
-    reference: Callable[[TokenBatch], Array] | None,
-) -> Iterator[UpdateBatch]:
     count, size = len(records), settings.microbatch
     longest = max(len(record.prompt) + len(record) for record in records)
     shape = {
@@ -209,30 +158,59 @@ def _minibatches(
     tokens = everything.mask.shape[-1]
     target = everything.log_prob
     if settings.proximal == "recompute":
-        assert proximal is not None
+        if proximal is None:
+            raise ValueError(
+                "settings.proximal='recompute' needs proximal=, which computes "
+                "log-probs; give it, or use proximal='behaviour'."
+            )
         target = np.asarray(proximal(everything))
     target, anchor = target.reshape(-1, tokens), None
     if reference is not None:
         anchor = np.asarray(reference(everything)).reshape(-1, tokens)
-    for _ in range(settings.epochs):
-        for which in np.array_split(order.permutation(count), settings.minibatches):
-            texts = stacked(which)
-            mask = texts.mask.reshape(-1, tokens)
-            keep = None
-            if settings.mask_truncated:
-                kept = np.array([record.status != "length" for record in records])
-                keep = spread(kept, which, texts.group).reshape(-1, 1)
-                keep = np.broadcast_to(keep, mask.shape)
-            weight = rl.aggregation_weights(
-                mask, objective.aggregation, length=objective.length, keep=keep
+    kept = np.array([record.status != "length" for record in records])
+
+    def minibatch(which: np.ndarray) -> UpdateBatch:
+        texts, keep = stacked(which), None
+        mask = texts.mask.reshape(-1, tokens)
+        if settings.mask_truncated:
+            keep = spread(kept, which, texts.group).reshape(-1, 1)
+            keep = np.broadcast_to(keep, mask.shape)
+        weight = rl.aggregation_weights(
+            mask, objective.aggregation, length=objective.length, keep=keep
+        )
+        return UpdateBatch(
+            texts=texts,
+            advantage=spread(advantage, which, texts.group),
+            weight=np.asarray(weight).reshape(texts.mask.shape),
+            proximal=spread(target, which, texts.mask),
+            reference=None if anchor is None else spread(anchor, which, texts.mask),
+            share=np.full(len(texts.row), 1 / max(1, mask.sum()), np.float32),
+        )
+
+    return (
+        minibatch(which)
+        for _ in range(settings.epochs)
+        for which in np.array_split(order.permutation(count), settings.minibatches)
+    )
+
+
+def _check(records: Sequence[TokenRecord], settings: LanguageSettings) -> None:
+    if len(records) < settings.minibatches:
+        raise ValueError(
+            f"{len(records)} responses do not fill minibatches={settings.minibatches}; "
+            f"collect more, or lower it."
+        )
+    prompts: dict[int, tuple[int, ...]] = {}
+    for record in records:
+        if record.reward is None or not math.isfinite(record.reward):
+            raise ValueError(
+                f"record {record.number} has reward {record.reward}; score it first, "
+                f"with a finite number."
             )
-            yield UpdateBatch(
-                texts=texts,
-                advantage=spread(advantage, which, texts.group),
-                weight=np.asarray(weight).reshape(texts.mask.shape),
-                proximal=spread(target, which, texts.mask),
-                reference=None if anchor is None else spread(anchor, which, texts.mask),
-                share=np.full(len(texts.row), 1 / max(1, mask.sum()), np.float32),
+        if prompts.setdefault(record.group, record.prompt) != record.prompt:
+            raise ValueError(
+                f"group {record.group} holds responses to several prompts; number the "
+                f"groups anew where rollouts are joined."
             )
 
 

@@ -83,11 +83,6 @@ class FPO:
         """What may be vmapped."""
         return {"clip_range": self.clip_range}
 
-    @property
-    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
-        """Of a coefficient given in place of the configured one."""
-        return {"clip_range": (0, 1)}
-
     def _module(self, size: int) -> models.ControlVelocity:
         return models.ControlVelocity(
             size,
@@ -109,22 +104,15 @@ class FPO:
     def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
         """An action, its (noise, time) pairs and their losses."""
         size = params["network"]["out"]["bias"].shape
-        apply_fn = models.functional(self._module(*size))
-
-        def velocity(x: Array, t: Array, embedded: Array) -> Array:
-            return apply_fn(params["network"], x, t[:1], embedded, method="velocity")
-
-        grid = flows.uniform_grid(self.steps)
-        x = flows.rollout(
-            None,
-            velocity,
+        x = models.solve_action(
+            models.functional(self._module(*size)),
+            params["network"],
+            observation,
             prng.normal(prng.fold_in(keys, 0), size),
-            flows.make_table("ode", grid),
-            apply_fn(params["network"], observation, method="embed"),
-            store=False,
-            unroll=10,
+            steps=self.steps,
+            solver="euler",
         )
-        starts = jnp.asarray(grid[:-1], jnp.float32)
+        starts = jnp.asarray(flows.uniform_grid(self.steps)[:-1], jnp.float32)
         pick = jax.vmap(lambda k: jax.random.randint(k, (self.pairs,), 0, self.steps))
         t = starts[pick(prng.fold_in(keys, 1))]
         noise = prng.normal(prng.fold_in(keys, 2), (self.pairs, *size))

@@ -90,11 +90,6 @@ class PolicyFlow:
         }
 
     @property
-    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
-        """Of a coefficient given in place of the configured one."""
-        return {"clip_range": (0, 1)}
-
-    @property
     def nodes(self) -> np.ndarray:
         """float32 [2 K + 1]: where the solver evaluates, 1 to 0, both included."""
         return np.linspace(1, 0, 2 * self.steps + 1, dtype=np.float32)
@@ -144,22 +139,13 @@ class PolicyFlow:
         Returns:
             x_1 [batch, action_size], at t = 0.
         """
-        apply_fn = models.functional(self._module(x_0.shape[-1]))
-        network = params["network"]
-
-        def velocity(x: Array, t: Array, embedded: Array) -> Array:
-            # one time for all: what it adds to the first layer is computed once
-            return apply_fn(network, x, t[:1], embedded, method="velocity")
-
-        return flows.rollout(
-            None,
-            velocity,
+        return models.solve_action(
+            models.functional(self._module(x_0.shape[-1])),
+            params["network"],
+            observation,
             x_0,
-            flows.make_table("ode", flows.uniform_grid(self.steps)),
-            apply_fn(network, observation, method="embed"),
-            method="midpoint",
-            store=False,
-            unroll=10,
+            steps=self.steps,
+            solver="midpoint",
         )
 
     def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:

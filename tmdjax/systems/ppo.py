@@ -56,11 +56,6 @@ class GaussianPolicy:
             "entropy_coefficient": self.entropy_coefficient,
         }
 
-    @property
-    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
-        """Of a coefficient given in place of the configured one."""
-        return {"clip_range": (0, 1)}
-
     def _module(self, size: int) -> models.ControlMLP:
         return models.ControlMLP(
             size, self.hidden, self.activation, out_scale=0.01, recipe=self.recipe

@@ -33,20 +33,13 @@ class Samples(NamedTuple):
 class ControlMethod(Protocol):
     """How a policy acts, and what it is trained on.
 
-    Attributes:
-        coefficients: numbers of the loss by name; they stand in the state, so that they
-            may be vmapped.
-        coefficient_bounds: (low, high) of some of them; the others are >= 0.
+    Where it is a dataclass whose fields have the names of its coefficients, another
+    value of one is refused by what refuses it when the method is made.
     """
 
     @property
     def coefficients(self) -> Mapping[str, float]:
-        """Numbers of the loss by name."""
-        ...
-
-    @property
-    def coefficient_bounds(self) -> Mapping[str, tuple[float, float]]:
-        """Of some of the coefficients."""
+        """Numbers of the loss by name; they stand in the state and may be vmapped."""
         ...
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:

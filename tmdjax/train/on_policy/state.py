@@ -1,6 +1,6 @@
 """What an iteration changes, and what all parts of it share."""
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from flax import struct
 
 from tmdjax import envs, models, rl
 from tmdjax.core import prng
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.checks import check_choice
 from tmdjax.core.types import Array, Params
 from tmdjax.train.on_policy.settings import ControlMethod, ControlSettings
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
@@ -109,11 +109,11 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
         "discount": settings.discount,
         "gae_lambda": settings.gae_lambda,
     }
-    learning_rate = changes.pop("learning_rate", settings.learning_rate)
-    bounds = {"discount": (0, 1), "gae_lambda": (0, 1), **method.coefficient_bounds}
     for name, value in changes.items():
         check_choice("coefficient", name, (*known, "learning_rate"))
-        _check_coefficient(name, value, bounds)
+        owner = method if name in method.coefficients else settings
+        _check_coefficient(owner, name, value)
+    learning_rate = changes.pop("learning_rate", settings.learning_rate)
     # apart from the keys of the iterations, which fold their number in
     policy_key, critic_key, reset_key = jax.random.split(
         jax.random.fold_in(key, np.uint32(2**32 - 1)), 3
@@ -142,11 +142,9 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
     return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True), state)
 
 
-def _check_coefficient(
-    name: str, value: Any, bounds: Mapping[str, tuple[float, float]]
-) -> None:
-    """What the settings check, for a number given beside them; not if traced."""
-    if isinstance(value, jax.core.Tracer):
+def _check_coefficient(owner: Any, name: str, value: Any) -> None:
+    """Raises what the settings or the method raise if made with it; not if traced."""
+    if isinstance(value, jax.core.Tracer) or not hasattr(owner, name):
         return
     for number in np.ravel(value):
-        check_range(name, float(number), *bounds.get(name, (0, np.inf)))
+        dataclasses.replace(owner, **{name: float(number)})

@@ -67,7 +67,7 @@ def make_trainer(
         TypeError: a method that lacks something; an environment whose observations no
             network takes.
     """
-    needed = "coefficients coefficient_bounds init act loss exported".split()
+    needed = "coefficients init act loss exported".split()
     missing = [name for name in needed if not hasattr(method, name)]
     if missing:
         raise TypeError(
