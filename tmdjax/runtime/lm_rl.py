@@ -52,7 +52,7 @@ class LMState(LearnerCounts):
     def start(
         cls, params: Params, optimizer: optax.GradientTransformation
     ) -> "LMState":
-        """Before the first iteration."""
+        """The state before the first iteration."""
         learner = create_state(params, optimizer)
         return cls(jnp.zeros((), jnp.int32), learner, rl.pack_records([]))
 

@@ -51,7 +51,7 @@ class TokenObjective(Protocol):
 
     @property
     def clip_range(self) -> Any:
-        """Of ratios: for the check of the first one, and for metrics."""
+        """Where ratios are clipped: the first one is checked by it, others counted."""
         ...
 
     @property
@@ -65,11 +65,11 @@ class TokenObjective(Protocol):
         ...
 
     def log_ratio(self, log_prob: Array, batch: "UpdateBatch") -> Array:
-        """What the clip range is about, [sequence, token]; 0 where masked out."""
+        """Logarithm of the clipped ratio, [sequence, token]; 0 where masked out."""
         ...
 
     def advantages(self, records: Sequence[TokenRecord]) -> Any:
-        """[sequence], of all responses of an iteration.
+        """Advantages of all responses of an iteration, [sequence].
 
         Groups may differ in size; whether one of a single response may train is the
         objective's to say.
@@ -79,7 +79,7 @@ class TokenObjective(Protocol):
     def loss(
         self, log_prob: Array, batch: "UpdateBatch"
     ) -> tuple[Array, dict[str, Array]]:
-        """Of every token, and metrics of every token, [sequence, token]."""
+        """Loss and metrics of every token, [sequence, token]."""
         ...
 
 

@@ -30,17 +30,17 @@ class Group(NamedTuple):
 
     @property
     def rewards(self) -> list[float]:
-        """Of the responses, penalties included."""
+        """Rewards of the responses, penalties included."""
         return [r.reward for r in self.records if r.reward is not None]
 
     @property
     def mean_score(self) -> float:
-        """Of the responses, without penalties."""
+        """Mean of the responses' scores, without penalties."""
         return float(np.mean([r.score for r in self.records if r.score is not None]))
 
 
 class Rollout(NamedTuple):
-    """What was written and scored.
+    """Responses of an iteration, written and scored.
 
     Attributes:
         records: of the groups to train on, group after group, numbered from 0.

@@ -34,7 +34,7 @@ def make_update(
 
     Returns:
         ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
-        tokens of the minibatch, but those of MAXIMA.
+        tokens of the minibatch, those named in MAXIMA the largest of any token.
     """
 
     def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:

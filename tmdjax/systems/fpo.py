@@ -53,7 +53,7 @@ class FPO:
         ratio: of the 'mean' loss, or 'per_sample', each clipped at e^+-3, with the
             surrogate averaged over pairs.
         squash: the environment gets bound tanh(action).
-        bound: of that.
+        bound: the largest action that squashing gives.
         clip_range: of the ratio, in (0, 1).
     """
 
@@ -80,7 +80,7 @@ class FPO:
 
     @property
     def coefficients(self) -> Mapping[str, float]:
-        """What may be vmapped."""
+        """Numbers of the loss that stand in the state, where they may be vmapped."""
         return {"clip_range": self.clip_range}
 
     def _module(self, size: int) -> models.ControlVelocity:
@@ -95,7 +95,7 @@ class FPO:
         )
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:
-        """{'network'}."""
+        """Parameters: those of the velocity network."""
         point = jax.ShapeDtypeStruct((1, action_size), jnp.float32)
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         module = self._module(action_size)

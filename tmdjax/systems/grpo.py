@@ -93,14 +93,14 @@ class GroupRelativeObjective:
         return (*found, "reference") if self.kl_coefficient else found
 
     def log_ratio(self, log_prob: Array, batch: UpdateBatch) -> Array:
-        """What the clip range is about, [sequence, token]; 0 where masked out."""
+        """Logarithm of the clipped ratio, [sequence, token]; 0 where masked out."""
         mask = batch.texts.mask
         if self.surrogate == "sequence":
             return rl.sequence_log_ratio(log_prob, batch.proximal, mask)
         return jnp.where(mask, log_prob - batch.proximal, 0)
 
     def advantages(self, records: Sequence[TokenRecord]) -> Array:
-        """[sequence]; 0 where a group's rewards are equal."""
+        """Advantages, float32 [sequence]; 0 where a group's rewards are equal."""
         group = np.array([record.group for record in records])
         return rl.group_advantages(
             jnp.asarray([record.reward for record in records], jnp.float32),
@@ -113,7 +113,7 @@ class GroupRelativeObjective:
     def loss(
         self, log_prob: Array, batch: UpdateBatch
     ) -> tuple[Array, dict[str, Array]]:
-        """Of every token, [sequence, token]."""
+        """Loss and metrics of every token, [sequence, token]."""
         mask, proximal = batch.texts.mask, batch.proximal
         own, options = log_prob, {"clip_range": self.clip_range, "mask": mask}
         if self.surrogate == "cispo":

@@ -6,7 +6,8 @@ velocity at one random point of a path between noise and end: one forward and ba
 of the network a sample, no solve.
 
 In this library's time (1 is noise, 0 the action) dv = v - v_behaviour moves the end by
--dv. The paper runs the other way: its formulae are these under t = 1 - tau, v = -u.
+-dv. The paper's time runs the other way: with t = 1 - tau and v = -u its formulae are
+those below.
 
 References:
     arXiv 2602.01156.
@@ -82,7 +83,7 @@ class PolicyFlow:
 
     @property
     def coefficients(self) -> Mapping[str, float]:
-        """What may be vmapped."""
+        """Numbers of the loss that stand in the state, where they may be vmapped."""
         return {
             "clip_range": self.clip_range,
             "entropy_coefficient": self.entropy_coefficient,
@@ -105,7 +106,7 @@ class PolicyFlow:
         )
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:
-        """{'network', 'log_std'}."""
+        """Parameters: those of the velocity network, and log_std [action_size]."""
         point = jax.ShapeDtypeStruct((1, action_size), jnp.float32)
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         module = self._module(action_size)
@@ -125,7 +126,7 @@ class PolicyFlow:
         }
 
     def log_std(self, params: Params) -> Array:
-        """Of the Gaussian, [action_size], within its bounds."""
+        """Logarithm of the Gaussian's deviation, [action_size], within its bounds."""
         return jnp.clip(params["log_std"], *self.log_std_bounds)
 
     def flow(self, params: Params, observation: Array, x_0: Array) -> Array:

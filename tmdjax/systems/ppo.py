@@ -50,7 +50,7 @@ class GaussianPolicy:
 
     @property
     def coefficients(self) -> Mapping[str, float]:
-        """What may be vmapped."""
+        """Numbers of the loss that stand in the state, where they may be vmapped."""
         return {
             "clip_range": self.clip_range,
             "entropy_coefficient": self.entropy_coefficient,
@@ -62,7 +62,7 @@ class GaussianPolicy:
         )
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:
-        """{'network', 'log_std'}."""
+        """Parameters: those of the mean's network, and log_std [action_size]."""
         module = self._module(action_size)
         return {
             "network": models.init_params(module, key, observation),
@@ -79,7 +79,7 @@ class GaussianPolicy:
     def mean_and_log_std(
         self, params: Params, observation: Array
     ) -> tuple[Array, Array]:
-        """[batch, action_size] and [action_size]."""
+        """Mean [batch, action_size] and log_std [action_size], within its bounds."""
         module = self._module(len(params["log_std"]))
         mean = models.functional(module)(params["network"], observation)
         return mean, jnp.clip(params["log_std"], *self.log_std_bounds)

@@ -33,7 +33,7 @@ Scorer = Callable[..., tuple[Array, tuple[Array, ...]]]
 
 _GENERATOR, _CRITIC = 0, 1
 _KEYS = (2, 4)
-"""Keys that each of these losses draws for a row: the second is of the noise."""
+"""Keys a row for the generator's loss and the critic's: the second draws the noise."""
 
 _UPDATES = 2**31 - 1
 """Folds into a cycle's key for the critic's updates; no row has this number."""
@@ -249,7 +249,7 @@ class Distillation:
         return loss + adversarial, metrics
 
     def critic_key(self, key: Any) -> Any:
-        """What the critic's update folds its own number into, from its cycle's key."""
+        """The key, of the cycle's, that the critic's updates fold their number into."""
         return jax.random.fold_in(key, _UPDATES)
 
     def report(self, state: Any, parts: Any, key: Any, frozen: PyTree = None) -> str:

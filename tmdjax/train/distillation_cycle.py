@@ -19,7 +19,7 @@ from tmdjax.train.state import TrainState, create_state, make_train_step
 
 @struct.dataclass
 class DistillationState:
-    """Generator and critic, each with its optimiser; counts are of cycles and updates.
+    """Generator and critic, each with its optimiser.
 
     Attributes:
         generator: its train state.
@@ -41,7 +41,7 @@ class DistillationState:
 
     @property
     def skipped_in_a_row(self) -> Any:
-        """Consecutive ones, of the worse of the two."""
+        """Updates skipped since the last good one, of the network that has more."""
         return jnp.maximum(
             self.generator.skipped_in_a_row, self.critic.skipped_in_a_row
         )
@@ -143,8 +143,8 @@ def compile_cycle(
         frozen: parameters of the teacher.
         mesh: of devices; None is all of them, data parallel.
         rules: cuts by path, see :func:`tmdjax.train.fsdp_shardings`.
-        ema_decay: see :func:`make_steps`.
-        microbatches: likewise.
+        ema_decay: of the generator's average; None keeps none.
+        microbatches: parts of a batch (memory, not maths).
 
     Returns:
         The cycle, the state placed on the mesh, and the function that cuts a batch of

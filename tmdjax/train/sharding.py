@@ -39,7 +39,8 @@ DECODER_RULES: Rules = (
     (r"(^|/)head/kernel$", ("fsdp", "tensor")),
     (r"(^|/)embedding$", ("tensor", "fsdp")),
 )
-"""Of :class:`tmdjax.models.Decoder`, its averages and optimiser moments."""
+"""Cuts of the parameters of :class:`tmdjax.models.Decoder`, and of arrays shaped like
+them: their averages and optimiser moments."""
 
 VIDEO_DIT_RULES: Rules = (
     *_ATTENTION_RULES,
@@ -49,7 +50,8 @@ VIDEO_DIT_RULES: Rules = (
     (r"blocks/mlp_in/bias$", ("tensor",)),
     (r"blocks/mlp_out/kernel$", ("tensor", "fsdp")),
 )
-"""Of :class:`tmdjax.models.VideoDiT`, its averages and optimiser moments."""
+"""Cuts of the parameters of :class:`tmdjax.models.VideoDiT`, and of arrays shaped like
+them: their averages and optimiser moments."""
 
 
 def make_mesh(

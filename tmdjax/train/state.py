@@ -30,7 +30,7 @@ class TrainState:
         ema_params: exponential moving average of params, or None.
         skipped: updates skipped because loss or gradient was not finite (or the
             gradient larger than was allowed).
-        skipped_in_a_row: of these, how many since the last good update.
+        skipped_in_a_row: updates skipped since the last good one.
     """
 
     step: Any
@@ -61,7 +61,7 @@ class LearnerCounts:
 
     @property
     def skipped_in_a_row(self) -> Array:
-        """Of these, how many since the last good one, of the worst run."""
+        """Updates skipped since the last good one, of the run that has most."""
         return jnp.max(self.learner.skipped_in_a_row)
 
 

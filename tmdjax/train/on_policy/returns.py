@@ -22,7 +22,7 @@ Loss = Callable[[Params, Any, Any], tuple[Array, dict[str, Array]]]
 
 
 class Targets(NamedTuple):
-    """What a loss takes of transitions, [batch] each.
+    """Transitions as a loss takes them, [batch] each.
 
     Attributes:
         samples: what :meth:`ControlMethod.loss` sees.
@@ -68,9 +68,9 @@ def unroll_of(
     """A rollout with the values of the critic as it stands.
 
     Args:
-        parts: of the run.
+        parts: environments, networks and rules.
         state: before the update.
-        rollout: of it.
+        rollout: collected with this state.
         statistics: that observations are normalised by.
     """
     step = rollout.step
@@ -167,18 +167,18 @@ class Once:
     """Advantages of an iteration, before its update; minibatches of transitions.
 
     Attributes:
-        parts: of the run.
+        parts: environments, networks and rules.
     """
 
     parts: Parts
 
     @property
     def rows(self) -> int:
-        """What is shuffled into minibatches."""
+        """How many transitions are shuffled into minibatches."""
         return self.parts.steps
 
     def data(self, unroll: Unroll, given: Targets) -> Any:
-        """Of :attr:`rows`."""
+        """The transitions to shuffle, [time * env, ...]."""
         del unroll
         return given
 
@@ -190,7 +190,7 @@ class Once:
         return given._replace(weight=scale * given.weight)
 
     def loss(self, behaviour: Params, coefficients: Mapping[str, Any]) -> Loss:
-        """Of the rows of a minibatch."""
+        """The function of loss and metrics of a minibatch's transitions, [batch]."""
 
         def loss_fn(params: Params, given: Targets, keys: Any) -> Any:
             value = self.parts.value(params["critic"], given.samples.observation)
@@ -208,7 +208,7 @@ class PerMinibatch:
     Only what a time limit cut off keeps its value from before the update.
 
     Attributes:
-        parts: of the run.
+        parts: environments, networks and rules.
 
     References:
         brax's PPO and the JAX code of FPO.
@@ -218,11 +218,11 @@ class PerMinibatch:
 
     @property
     def rows(self) -> int:
-        """What is shuffled into minibatches."""
+        """How many environments are shuffled into minibatches."""
         return self.parts.vector.count
 
     def data(self, unroll: Unroll, given: Targets) -> Any:
-        """Of :attr:`rows`, environments first."""
+        """The unroll to shuffle, [env, time, ...]."""
         del given
         return unroll.transposed()
 
@@ -231,7 +231,7 @@ class PerMinibatch:
         return jax.tree.map(lambda x: x[rows], data), jnp.full(rows.shape, scale)
 
     def loss(self, behaviour: Params, coefficients: Mapping[str, Any]) -> Loss:
-        """Of the rows of a minibatch, means over time."""
+        """The function of loss and metrics of a minibatch's unrolls, [env]."""
         parts = self.parts
 
         def loss_fn(params: Params, batch: Any, keys: Any) -> Any:

@@ -12,7 +12,7 @@ from tmdjax.train.on_policy.state import OnPolicyState, Parts
 
 
 class Rollout(NamedTuple):
-    """What the environments did.
+    """One unroll of every environment, and where it leaves them.
 
     Attributes:
         vector: the environments after it.
@@ -42,7 +42,7 @@ def collect(parts: Parts, state: OnPolicyState, key: Any) -> Rollout:
     """One unroll of every environment, from where it stands; ends are reset.
 
     Args:
-        parts: of the run.
+        parts: environments, networks and rules.
         state: not changed.
         key: of the rollout.
     """

@@ -1,4 +1,4 @@
-"""What a method says, and what is set beside it."""
+"""The contract of a method of control, and the settings of its training."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -118,7 +118,7 @@ class ControlSettings:
         target_kl: at the end of every epoch the learning rate is divided by 1.5 where
             the mean KL is above twice this, and multiplied by 1.5 where below half of
             it; None keeps it.
-        learning_rate_bounds: of that.
+        learning_rate_bounds: lowest and highest learning rate that target_kl leads to.
         weight_decay: of AdamW.
         clip_norm: of the gradient of policy and critic together; None does not clip.
         discount: of returns.
@@ -208,7 +208,7 @@ class ControlSettings:
 
     @property
     def normaliser(self) -> Normaliser | None:
-        """Of observations, None for 'none'."""
+        """The rule that observations are normalised by, None for 'none'."""
         if isinstance(self.normalise, Normaliser):
             return self.normalise
         return NORMALISERS[self.normalise]

@@ -80,11 +80,14 @@ class Parts(NamedTuple):
         return statistics.normalise(observation)
 
     def value(self, params: Params, observation: Array) -> Array:
-        """[batch]."""
+        """Values of observations, float32 [batch]."""
         return models.functional(self.critic)(params, observation)[:, 0]
 
     def values(self, params: Params, observation: Array) -> Array:
-        """[time, env]; images one time step after the other, to bound memory."""
+        """Values of observations [time, env, ...], float32 [time, env].
+
+        Images are looked at one time step after the other, to bound memory.
+        """
         if self.is_image:
             return jax.lax.map(lambda seen: self.value(params, seen), observation)
         flat = observation.reshape(-1, *observation.shape[2:])
@@ -95,8 +98,8 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
     """The state before the first iteration.
 
     Args:
-        parts: of the run.
-        key: of the run.
+        parts: environments, networks and rules.
+        key: typed key of the run.
         **changes: coefficients, and 'learning_rate', in place of the configured ones.
 
     Raises:

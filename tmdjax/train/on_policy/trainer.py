@@ -244,7 +244,7 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
 
     Args:
         metrics: from :func:`jit_iterations`, numbers or arrays.
-        settings: of the run.
+        settings: that the trainer was made with.
 
     Raises:
         RatioError: before its first update an iteration had ratios that are not 1.

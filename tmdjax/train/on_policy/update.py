@@ -66,10 +66,10 @@ def update(
     scale: Array,
     key: Any,
 ) -> tuple[TrainState, Array, dict[str, Array]]:
-    """All epochs.
+    """All epochs of minibatches over one rollout.
 
     Args:
-        parts: of the run.
+        parts: environments, networks and rules.
         returns: how minibatches are made of the data.
         state: before the update; its policy is the behaviour.
         data: of ``returns``.

@@ -194,7 +194,7 @@ class Traced:
             return tuple(jax.tree.leaves(self.fn(*args)))
 
     def cuts(self, mesh: AnyMesh) -> list[NamedSharding]:
-        """Of every leaf of the arguments, on a mesh."""
+        """How every leaf of the arguments is cut over a mesh."""
         mesh = mesh.abstract_mesh
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         found = []
@@ -255,5 +255,5 @@ class Traced:
 
 
 def mesh_name(mesh: Mapping[str, int]) -> str:
-    """As in 'data=2 x fsdp=4 x tensor=1'."""
+    """The sizes of a mesh's axes in words: 'data=2 x fsdp=4 x tensor=1'."""
     return " x ".join(f"{k}={v}" for k, v in mesh.items()) or "of one device"
