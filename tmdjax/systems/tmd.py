@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tmdjax import flows
 from tmdjax.core import prng
@@ -120,8 +119,7 @@ class Plan:
     @classmethod
     def from_dict(cls, plan: Mapping[str, Any]) -> "Plan":
         """The inverse of :meth:`to_dict`."""
-        times = {name: tuple(plan[name]) for name in ("outer_times", "inner_times")}
-        return cls(**{**plan, **times})
+        return cls(**plan)
 
 
 def make_plan(
@@ -183,9 +181,8 @@ def inner_flow(network: Network, features: Any, y1: Data, plan: Plan) -> Data:
     """The transition y [batch, *event] that the head makes of noise y1, in N steps."""
     u = average_velocity(network, features, y1, plan.average)
     times = jnp.asarray(plan.inner_times, jnp.float32)
-    if plan.sign == "plus":
-        return flows.map_endpoints(lambda *state: -u(*state), y1, times, remat=True)
-    return flows.map_endpoints(u, y1, times, remat=True)
+    jump = u if plan.sign == "minus" else lambda *state: -u(*state)
+    return flows.map_endpoints(jump, y1, times, remat=True)
 
 
 def generate(
@@ -362,11 +359,14 @@ def _sample(network: Any, noise: Data, cond: Any, keys: Any, plan: Plan) -> Data
 
 def _compare(plan: Plan, trained: Any, allowed: bool) -> None:
     trained = trained if isinstance(trained, Plan) else Plan.from_dict(trained)
+    ours, theirs = (
+        {name: _rounded(value) for name, value in each.to_dict().items()}
+        for each in (plan, trained)
+    )
     differing = [
-        f"{field.name}={_short(getattr(plan, field.name))}, trained with "
-        f"{_short(getattr(trained, field.name))}"
-        for field in dataclasses.fields(Plan)
-        if not _same(getattr(plan, field.name), getattr(trained, field.name))
+        f"{name}={value}, trained with {theirs[name]}"
+        for name, value in ours.items()
+        if value != theirs[name]
     ]
     if not differing:
         return
@@ -376,11 +376,5 @@ def _compare(plan: Plan, trained: Any, allowed: bool) -> None:
     warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple):
-        return len(a) == len(b) and bool(np.allclose(a, b, atol=1e-6))
-    return a == b
-
-
-def _short(value: Any) -> Any:
-    return [round(x, 4) for x in value] if isinstance(value, tuple) else value
+def _rounded(value: Any) -> Any:
+    return [round(x, 6) for x in value] if isinstance(value, tuple) else value
