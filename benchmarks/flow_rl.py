@@ -168,9 +168,11 @@ def trained_steps(method: Any) -> tuple[int, int]:
 
     def edges(key: Any) -> Any:
         keys = prng.sample_keys(key, 1)
-        samples, record = method.rollout(keys, lambda x, t, cond: x, None, table, plan)
-        rewards = jnp.zeros(samples.shape[0])
-        return record.log_prob, method.credit(rewards, record, plan, key).edge
+        samples = flow_rl.samples_of(keys, method.group_size)
+        drawn, record = method.rollout(samples, lambda x, t, cond: x, table, plan)
+        rewards = jnp.zeros(drawn.shape[0])
+        credit = method.credit(rewards, samples.group, record, plan, key)
+        return record.log_prob, credit.edge
 
     counts = jax.eval_shape(edges, jax.random.key(0))
     stored, trained = (found.shape[0] // method.group_size for found in counts)

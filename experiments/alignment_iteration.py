@@ -88,9 +88,9 @@ def calls_per_sample(config: Config, method: Any) -> float:
     table, plan = method.plan(0)
     keys = prng.sample_keys(jax.random.key(0), 1)
     walk = jax.jit(
-        lambda keys, table: method.rollout(keys, velocity, None, table, plan)
+        lambda samples, table: method.rollout(samples, velocity, table, plan)
     )
-    jax.block_until_ready(walk(keys, table))
+    jax.block_until_ready(walk(flow_rl.samples_of(keys, method.group_size), table))
     jax.effects_barrier()
     guided = config.task.name != "mixture" and config.rl.guidance != 1.0
     return sum(rows) * (1 + guided) / method.group_size

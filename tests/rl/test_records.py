@@ -10,14 +10,14 @@ from tmdjax import rl
 
 
 def fork(seed):
-    """Two prompts, each a trunk with two branches: 4 nodes and 3 edges a prompt."""
+    """Two trees, each a trunk with two branches: 4 nodes and 3 edges a tree."""
     rng = np.random.default_rng(seed)
     return rl.Transitions(
         states=jnp.asarray(rng.normal(size=(8, 5)), jnp.float32),
         source=jnp.asarray([0, 1, 1, 4, 5, 5], jnp.int32),
         target=jnp.asarray([1, 2, 3, 5, 6, 7], jnp.int32),
         step=jnp.asarray([0, 1, 1, 0, 1, 1], jnp.int32),
-        prompt=jnp.asarray([0, 0, 0, 1, 1, 1], jnp.int32),
+        sample=jnp.asarray([0, 0, 0, 1, 1, 1], jnp.int32),
         log_prob=jnp.asarray(rng.normal(size=6), jnp.float32),
     )
 
@@ -25,7 +25,7 @@ def fork(seed):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_joined_edges_still_join_the_same_states(compiled):
     parts = [fork(i) for i in range(3)]
-    join = functools.partial(rl.concatenate, prompts=2)
+    join = functools.partial(rl.concatenate, samples=2)
     joined = (jax.jit(join) if compiled else join)(parts)
     assert len(joined) == 18 and len(parts[0]) == 6
     assert joined.states.shape == (24, 5)  # every state once
@@ -34,10 +34,10 @@ def test_joined_edges_still_join_the_same_states(compiled):
             edge = 6 * i + j
             for a, b in ((joined.source, part.source), (joined.target, part.target)):
                 assert_array_equal(joined.states[a[edge]], part.states[b[j]])
-            assert joined.prompt[edge] == 2 * i + part.prompt[j]
+            assert joined.sample[edge] == 2 * i + part.sample[j]
             assert joined.step[edge] == part.step[j]
             assert joined.log_prob[edge] == part.log_prob[j]
-    for name in ("source", "target", "step", "prompt"):
+    for name in ("source", "target", "step", "sample"):
         assert getattr(joined, name).dtype == jnp.int32, name
 
 
@@ -45,7 +45,7 @@ def test_one_part_is_itself_and_bad_inputs(refused):
     part = fork(0)
     assert rl.concatenate([part], 2) is part
     refused("nothing to concatenate", rl.concatenate, [], 2)
-    refused("prompts=0 must be at least 1", rl.concatenate, [part, part], 0)
+    refused("samples=0 must be at least 1", rl.concatenate, [part, part], 0)
     other = part.replace(states=part.states[:7])
     message = r"states has shape \(7, 5\).*\(8, 5\)"
     refused(message, rl.concatenate, [part, other], 2)

@@ -50,10 +50,11 @@ def rewards(trees, leaves, seed=0):
 def drawn(*methods, prompts=3, key=0, velocity=MIXTURE.velocity):
     """What the first method draws; with several, whose tables alone differ, of each."""
     keys = prng.sample_keys(jax.random.key(key), prompts)
+    samples = flow_rl.samples_of(keys, methods[0].group_size)
     plans = [method.plan(0) for method in methods]
-    options = {"velocity": velocity, "cond": None, "plan": plans[0][1]}
+    options = {"velocity": velocity, "plan": plans[0][1]}
     walk = compiled(functools.partial(methods[0].rollout, **options))
-    found = [(*walk(keys, table=table), table, plan) for table, plan in plans]
+    found = [(*walk(samples, table=table), table, plan) for table, plan in plans]
     return found[0] if len(found) == 1 else found
 
 
@@ -207,7 +208,9 @@ def kept_edges(method, reward, iteration=0):
     _, plan = method.plan(iteration)
     log_prob = np.zeros(len(reward) * method.tree.edges, np.float32)
     record = rl.Transitions(*[None] * 5, log_prob)
-    given = (reward.reshape(-1), record, plan, jax.random.key(0))
+    reward = reward.reshape(-1)
+    group = np.arange(len(reward)) // method.group_size
+    given = (reward, group, record, plan, jax.random.key(0))
     credit = compiled(method.credit)(*given)
     edge = credit.edge[credit.weight > 0]
     assert len(set(edge)) == len(edge)
@@ -279,9 +282,9 @@ def test_7_pruning_touches_nothing_but_the_gradient():
 
         return jax.grad(loss)(PARAMS)
 
-    reward = target_reward(a[0], None)
+    reward, group = target_reward(a[0], None), np.arange(24) // 8
     full, *parts = (
-        compiled(method.credit)(reward, record, plan, jax.random.key(0))
+        compiled(method.credit)(reward, group, record, plan, jax.random.key(0))
         for method, (*_, plan) in zip(methods, (a, *others))
     )
     for b, part in zip(others, parts):
@@ -379,7 +382,7 @@ def test_12_mix():
 def test_13_levels_in_one_batch_are_nodes_one_by_one():
     table = flows.make_table("dance_grpo", flows.uniform_grid(5))
     keys = prng.sample_keys(jax.random.key(0), 2)
-    x, cond = rewards(2, 2), np.array([[0.3, 0.0], [0.0, -0.5]], np.float32)
+    x, cond = rewards(2, 2), rewards(2 * 4, 2, seed=1)
 
     velocity = lambda x, t, cond: MIXTURE.velocity(x, t) + cond  # noqa: E731
 
@@ -396,13 +399,18 @@ def test_13_levels_in_one_batch_are_nodes_one_by_one():
     given = (keys, velocity, x, table, cond)
     samples, states, _ = tree_rollout(*given, splits=(1, 3))
     tree = rl.make_tree(5, (1, 3), 2)
+    first_leaf = np.arange(tree.nodes) - (tree.nodes - tree.leaves)
+    for node in reversed(range(tree.nodes - tree.leaves)):
+        first_leaf[node] = first_leaf[np.flatnonzero(tree.parent == node)[0]]
+    assert_array_equal(tree.first_leaf, first_leaf)
     for t in range(2):
         node_keys = {0: keys[t]}
         for node in range(1, tree.nodes):
             parent, step = int(tree.parent[node]), int(tree.depth[node]) - 1
             child = int(np.sum(tree.parent[1 : node + 1] == parent)) - 1
             given = (child if step in (1, 3) else -1, step, states[t, parent][None])
-            found = child_of(node_keys[parent], *given, cond[t])
+            here = cond[4 * t + first_leaf[parent]]
+            found = child_of(node_keys[parent], *given, here)
             node_keys[node], z, mean, x0_hat = found
             if step < 4:
                 expected = np.asarray(mean) + np.float32(table.S[step]) * z

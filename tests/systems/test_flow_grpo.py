@@ -63,7 +63,8 @@ def credit(method, rewards, key=0, give=None):
     """Of a record without transitions: rewards are all that counts."""
     _, plan = method.plan(0)
     record = rl.Transitions(*(np.zeros(0, np.float32) for _ in range(6)))
-    given = (np.float32(rewards), record, plan, jax.random.key(key))
+    group = jnp.arange(len(rewards)) // method.group_size
+    given = (np.float32(rewards), group, record, plan, jax.random.key(key))
     found = (give or jax.jit(method.credit))(*given)
     return plan["steps"], flow_rl.Credit(*(np.asarray(column) for column in found))
 
@@ -160,7 +161,8 @@ def drawn(method):
     shrink = lambda x, t, cond: 0.3 * x + jnp.sin(t)[:, None]  # noqa: E731
     keys, given = jax.random.split(jax.random.key(5), 3), method.plan(0)
     walk = jax.jit(method.rollout, static_argnames="velocity")
-    return jax.tree.map(np.asarray, walk(keys, shrink, None, *given))
+    samples = flow_rl.samples_of(keys, method.group_size)
+    return jax.tree.map(np.asarray, walk(samples, shrink, *given))
 
 
 def at_window(start, **options):
@@ -199,7 +201,7 @@ def test_the_record_keeps_the_states_of_the_window_alone(start):
     ends = np.bincount(np.concatenate([record.source, record.target]), minlength=48)
     assert_array_equal(ends, [1, 2, 2, 1] * 12)
     assert_array_equal(record.step, np.tile(start + np.arange(3), 12))
-    assert_array_equal(record.prompt, np.repeat(np.arange(3), 12))
+    assert_array_equal(record.sample, np.repeat(np.arange(12), 3))
 
 
 def test_bad_settings(refused):

@@ -74,8 +74,8 @@ def arguments(method, iteration=0, batch=BATCH, first=0):
 class Weighted(flow_grpo.Chains):
     """Transitions of uneven weight, some of them 0, and an advantage each."""
 
-    def credit(self, rewards, transitions, plan, key):
-        found = super().credit(rewards, transitions, plan, key)
+    def credit(self, *given):
+        found = super().credit(*given)
         index = jnp.arange(found.edge.shape[0])
         advantage = found.advantage + 0.1 * jnp.sin(index)
         return flow_rl.Credit(found.edge, advantage, (index % 4) * 0.5)
@@ -94,8 +94,8 @@ def expected_gradient(record, advantage, weight, objective, grid, a=0.7):
     rows = np.stack([t, h, sigma, gain, std, step_weight])
     t, h, sigma, gain, std, step_weight = rows[:, record.step, None]
     x, y = record.states.astype(np.float64)[np.stack([record.source, record.target])]
-    v = x @ w + b + shifts[record.prompt]
-    away = v - 0.4 * x - shifts[record.prompt]
+    v = x @ w + b + shifts[record.sample // 3]
+    away = v - 0.4 * x - shifts[record.sample // 3]
     mean = x * (1 - sigma**2 * h / (2 * t)) + gain * v
     log_prob = -((y - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
     scale = 1 if objective.reduction == "sum" else 1 / 2
@@ -212,8 +212,8 @@ def test_tied_groups_count_in_neither_loss_nor_denominator():
 
     # the same four groups, of which the two tied ones are left out by hand
     class Alive(flow_grpo.Chains):
-        def credit(self, rewards, transitions, plan, key):
-            found = super().credit(rewards, transitions, plan, key)
+        def credit(self, *given):
+            found = super().credit(*given)
             alive = np.flatnonzero(np.arange(36) // 9 % 2 == 0)
             return flow_rl.Credit(*(column[alive] for column in found))
 
@@ -247,7 +247,7 @@ def test_chunks_and_microbatches_change_memory_not_maths():
         drawn.append(whole.programs["rollout"](PARAMS, SHIFTS, *given))
     together = np.concatenate([samples for samples, _ in drawn])
     assert_allclose(together, samples, atol=1e-5)
-    same(rl.concatenate([record for _, record in drawn], 2), record, atol=1e-5)
+    same(rl.concatenate([record for _, record in drawn], 6), record, atol=1e-5)
     expected, metrics = whole(fresh(), BATCH, KEY)
     update = update_of(expected.params)
     # 18 transitions a minibatch, padded to 20
@@ -257,6 +257,21 @@ def test_chunks_and_microbatches_change_memory_not_maths():
         assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
     for name in metrics.keys() - {"ratio_error"}:
         assert_allclose(metrics[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("method", [chains(), PRUNED])
+def test_samples_of_a_prompt_may_have_conditions_of_their_own(method):
+    """Update and rollout agree on them, or the first ratio would not be 1."""
+    size = method.group_size
+    own = lambda frozen, batch: batch["shift"].reshape(-1, 2)  # noqa: E731
+    iteration = make(method, policy=POLICY._replace(condition=own), chunks=2)
+    found = []
+    for spread in (0.0, 1.0):
+        shift = SHIFTS["shift"][:, None] + spread * jnp.arange(size)[:, None]
+        state, metrics = iteration(fresh(), {**BATCH, "shift": shift}, KEY)
+        assert 0 < metrics["ratio_error"] < 1e-5
+        found.append(np.asarray(state.params["w"]))
+    assert not np.allclose(*found, rtol=0.01)
 
 
 def test_iterations_differ_and_depend_on_key_and_number_alone():
@@ -541,4 +556,7 @@ def test_bad_settings_batches_and_keys(refused):
     refused("the batch holds no arrays", iterate, state, {}, KEY)
     uneven = {"a": np.arange(3), "b": np.arange(6)}
     refused(r"has shape \(6,\).*batch, 3", iterate, state, uneven, KEY)
+    uneven = POLICY._replace(condition=lambda frozen, batch: jnp.ones((5, 2)))
+    words = r"a condition has shape \(5, 2\); give one a prompt, \(4, ...\), or one"
+    refused(words, make(policy=uneven), state, BATCH, KEY)
     refused("typed key", make(), state, BATCH, jax.random.PRNGKey(0), error=TypeError)

@@ -1,6 +1,7 @@
 """Rollouts that branch: samples share the network calls of their common past."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from tmdjax import rl
 from tmdjax.core import prng
+from tmdjax.core.checks import check_batch
 from tmdjax.core.types import Array, Cond, Data, SampleKeys, Velocity
 from tmdjax.flows.rollout import rollout
 from tmdjax.flows.table import CoefficientTable
@@ -42,7 +44,8 @@ def tree_rollout(
         velocity: ``(x, t, cond) -> v``.
         x: roots [tree, *event].
         table: coefficients; at splits the column c scales the noise.
-        cond: [tree, ...].
+        cond: pytree of [tree * leaf, ...], one condition a leaf, or None. A node is
+            conditioned as the first leaf below it.
         splits: split steps, static, see :func:`tmdjax.rl.make_tree`.
         branches: K.
         correlation: s of (z_0 + s eta_b) / sqrt(1 + s^2), z_0 shared by siblings: each
@@ -55,9 +58,12 @@ def tree_rollout(
         *event]; log-probs of the edges [tree, node - 1], 0 where a step has none.
 
     Raises:
-        ValueError: splits that do not fit the table.
+        ValueError: splits that do not fit the table, or conditions that are not one a
+            leaf.
     """
-    rl.make_tree(len(table), splits, branches)
+    leaves = rl.make_tree(len(table), splits, branches).leaves
+    for leaf in jax.tree.leaves(cond):
+        check_batch("cond", leaf, x.shape[0] * leaves)
     trees, event = x.shape[0], x.shape[1:]
     states, log_probs = [x[:, None]], []
 
@@ -76,7 +82,8 @@ def tree_rollout(
             piece = dataclasses.replace(
                 piece, final="mean"
             )  # its noise is drawn by child
-        drawn = rollout(keys, velocity, x, piece, cond, reduction=reduction)
+        here = jax.tree.map(functools.partial(_of_first_leaf, len(x)), cond)
+        drawn = rollout(keys, velocity, x, piece, here, reduction=reduction)
         x, x0_hat, start = drawn.states[-1], drawn.x0_hat, stop
         inner = slice(0, -1 if splitting else None)
         if len(piece) > splitting:
@@ -93,7 +100,6 @@ def tree_rollout(
             scale = 1 / math.sqrt(1 + correlation**2)
             z = scale * (jnp.repeat(shared, branches, 0) + correlation * z)
         keys, mean = child_keys.reshape(-1), jnp.repeat(x, branches, 0)
-        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, branches, 0), cond)
         x = gaussian_transition(mean, row["c"] * row["S"], z)
         std = jnp.where(row["mask"], row["log_prob_std"], 1.0)
         density = gaussian_log_prob(x, mean, std, reduction)
@@ -103,3 +109,8 @@ def tree_rollout(
         jnp.concatenate(states, axis=1),
         jnp.concatenate(log_probs, axis=1),
     )
+
+
+def _of_first_leaf(nodes: int, leaf: Array) -> Array:
+    """Rows [tree * leaf, ...] of the first leaf below each of so many nodes."""
+    return leaf.reshape(nodes, -1, *leaf.shape[1:])[:, 0]

@@ -23,7 +23,7 @@ class Transitions:
         source: int32 [edge], node where a transition begins.
         target: int32 [edge], node where it ends.
         step: int32 [edge], its row of the coefficient table.
-        prompt: int32 [edge], which condition it was drawn under.
+        sample: int32 [edge], the sample under whose condition it was drawn.
         log_prob: float32 [edge], of the policy that drew it.
     """
 
@@ -31,25 +31,25 @@ class Transitions:
     source: Any
     target: Any
     step: Any
-    prompt: Any
+    sample: Any
     log_prob: Any
 
     def __len__(self) -> int:
         return self.source.shape[0]
 
 
-def concatenate(parts: Sequence[Transitions], prompts: int) -> Transitions:
+def concatenate(parts: Sequence[Transitions], samples: int) -> Transitions:
     """One record of several that were drawn one after the other.
 
     Args:
         parts: records with the same number of nodes and edges.
-        prompts: number of conditions in each part; the ``prompt`` of part i is raised
-            by i * ``prompts``.
+        samples: number of samples in each part; the ``sample`` of part i is raised
+            by i * ``samples``.
 
     Raises:
         ValueError: no parts, or parts of different shape.
     """
-    check_count("prompts", prompts)
+    check_count("samples", samples)
     if not parts:
         raise ValueError("nothing to concatenate: give at least one record.")
     first = parts[0]
@@ -64,5 +64,5 @@ def concatenate(parts: Sequence[Transitions], prompts: int) -> Transitions:
     return joined.replace(
         source=joined.source + node,
         target=joined.target + node,
-        prompt=joined.prompt + part_of * prompts,
+        sample=joined.sample + part_of * samples,
     )

@@ -50,6 +50,13 @@ class Tree:
         return len(self.parent) - 1
 
     @property
+    def first_leaf(self) -> np.ndarray:
+        """The first of the leaves below each node, int [node]."""
+        level = np.append(self.live, self.leaves)[self.depth]
+        in_level = np.arange(self.nodes) - np.searchsorted(self.depth, self.depth)
+        return in_level * (self.leaves // level)
+
+    @property
     def calls(self) -> int:
         """Network calls of one rollout."""
         return int(self.live.sum())

@@ -20,7 +20,7 @@ import numpy as np
 
 from tmdjax import flows, rl
 from tmdjax.core.checks import check_choice, check_count, check_range
-from tmdjax.core.types import Array, Cond, Grid, Velocity
+from tmdjax.core.types import Array, Grid, Velocity
 from tmdjax.train import flow_rl
 
 _LOGGER = logging.getLogger("tmdjax")
@@ -236,41 +236,49 @@ class Trees:
 
     def rollout(
         self,
-        keys: Any,
+        samples: flow_rl.Samples,
         velocity: Velocity,
-        cond: Cond,
         table: flows.CoefficientTable,
         plan: Any,
     ) -> tuple[Array, rl.Transitions]:
         """Draws a tree a prompt."""
         del plan
-        tree, trees = self.tree, keys.shape[0]
-        samples, states, log_prob = flows.tree_rollout(
-            keys,
+        tree, trees = self.tree, samples.keys.shape[0]
+        drawn, states, log_prob = flows.tree_rollout(
+            samples.keys,
             velocity,
-            flow_rl.initial_noise(keys, self.event_shape),
+            flow_rl.initial_noise(samples.keys, self.event_shape),
             table,
-            cond,
+            samples.cond,
             splits=self.splits,
             branches=self.branches,
             correlation=self.correlation,
             reduction=self.reduction,
         )
-        first = np.arange(trees)[:, None] * tree.nodes
+        number, parent = np.arange(trees)[:, None], tree.parent[1:]
+        first = number * tree.nodes
+        # a step is taken under the condition of the node where it begins
+        sample = number * tree.leaves + tree.first_leaf[parent]
         record = rl.Transitions(
             states=states.reshape(-1, *self.event_shape),
-            source=jnp.asarray((first + tree.parent[1:]).reshape(-1)),
+            source=jnp.asarray((first + parent).reshape(-1)),
             target=jnp.asarray((first + np.arange(1, tree.nodes)).reshape(-1)),
             step=jnp.asarray(np.tile(tree.depth[1:] - 1, trees)),
-            prompt=jnp.asarray(np.repeat(np.arange(trees), tree.edges)),
+            sample=jnp.asarray(sample.reshape(-1)),
             log_prob=log_prob.reshape(-1),
         )
-        return samples.reshape(-1, *self.event_shape), record
+        return drawn.reshape(-1, *self.event_shape), record
 
     def credit(
-        self, rewards: Array, transitions: rl.Transitions, plan: Any, key: Any
+        self,
+        rewards: Array,
+        group: Array,
+        transitions: rl.Transitions,
+        plan: Any,
+        key: Any,
     ) -> flow_rl.Credit:
         """Fuses rewards, compares depths, prunes."""
+        del group  # the leaves of a tree stand in a row
         tree = self.tree
         rewards = rewards.reshape(-1, tree.leaves)
         trees = rewards.shape[0]

@@ -17,7 +17,7 @@ import numpy as np
 from tmdjax import flows, rl
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
-from tmdjax.core.types import Array, Cond, Grid, Velocity
+from tmdjax.core.types import Array, Grid, Velocity
 from tmdjax.rl.advantages import SCALES
 from tmdjax.train import flow_rl
 
@@ -134,21 +134,19 @@ class Chains:
 
     def rollout(
         self,
-        keys: Any,
+        samples: flow_rl.Samples,
         velocity: Velocity,
-        cond: Cond,
         table: flows.CoefficientTable,
         plan: Any,
     ) -> tuple[Array, rl.Transitions]:
-        """Draws the groups; the record keeps the states around the stored steps."""
-        prompts, steps = keys.shape[0], plan["steps"]
+        """Draws chains; the record keeps the states around the stored steps."""
+        keys, group, cond = samples
+        steps = plan["steps"]
         walk = prng.fold_in(keys[:, None], jnp.arange(self.group_size)).reshape(-1)
         if self.same_noise:
-            start = flow_rl.initial_noise(keys, self.event_shape)
-            start = jnp.repeat(start, self.group_size, axis=0)
+            start = flow_rl.initial_noise(keys, self.event_shape)[group]
         else:
             start = flow_rl.initial_noise(walk, self.event_shape)
-        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.group_size, 0), cond)
         drawn = flows.rollout(
             walk, velocity, start, table, cond, reduction=self.reduction
         )
@@ -161,18 +159,22 @@ class Chains:
             source=node.reshape(-1),
             target=node.reshape(-1) + 1,
             step=jnp.tile(steps, batch),
-            prompt=jnp.repeat(jnp.arange(prompts), self.group_size * count),
+            sample=jnp.repeat(jnp.arange(batch), count),
             log_prob=drawn.log_prob[steps].T.reshape(-1),
         )
         return drawn.states[-1], record
 
     def credit(
-        self, rewards: Array, transitions: rl.Transitions, plan: Any, key: Any
+        self,
+        rewards: Array,
+        group: Array,
+        transitions: rl.Transitions,
+        plan: Any,
+        key: Any,
     ) -> flow_rl.Credit:
         """Every transition of a sample gets the sample's advantage."""
         batch = rewards.shape[0]
         groups = batch // self.group_size
-        group = jnp.repeat(jnp.arange(groups), self.group_size)
         advantage = rl.group_advantages(
             rewards,
             group,

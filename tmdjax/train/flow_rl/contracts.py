@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, rl
@@ -25,7 +27,8 @@ class Policy(NamedTuple):
             updates compute it.
         reference: ``frozen -> velocity`` that the KL refers to, or None.
         condition: ``(frozen, batch) -> cond`` [prompt, ...], such as the encoding of a
-            text; computed once for the rollout and once for the update.
+            text, or [prompt * group_size, ...] where each sample has its own; computed
+            once for the rollout and once for the update.
         frozen: arrays that no update changes (a base under adapters, an encoder).
         rollout_velocity: the same under another recipe, as rollouts compute it: its
             log-probs are the behaviour's. None where that is ``velocity`` itself.
@@ -43,6 +46,49 @@ class Policy(NamedTuple):
     def acting(self) -> Callable[[Params, PyTree], Velocity]:
         """What samples: ``(params, frozen) -> velocity``."""
         return self.rollout_velocity or self.velocity
+
+
+class Samples(NamedTuple):
+    """Which samples a rollout draws; those of a group stand in a row.
+
+    A sample has a condition of its own, so samples of one group may be drawn under
+    different ones (prompts rewritten sample by sample).
+
+    Attributes:
+        keys: typed keys [group]; all noise of a group is drawn from its key.
+        group: int32 [sample], the group of each sample.
+        cond: pytree of [sample, ...], or None.
+    """
+
+    keys: Any
+    group: Any
+    cond: Cond
+
+
+def samples_of(keys: Any, group_size: int, cond: Cond = None) -> Samples:
+    """Groups of so many samples each.
+
+    Args:
+        keys: typed keys [group].
+        group_size: samples a group.
+        cond: pytree of [group, ...], which the samples of a group share, or of
+            [group * group_size, ...], one a sample; or None.
+
+    Raises:
+        ValueError: conditions of neither number.
+    """
+    groups, count = len(keys), len(keys) * group_size
+
+    def repeated(leaf: Array) -> Array:
+        if leaf.shape[0] not in (groups, count):
+            raise ValueError(
+                f"a condition has shape {leaf.shape}; give one a prompt, ({groups}, "
+                f"...), or one a sample, ({count}, ...)."
+            )
+        return jnp.repeat(leaf, count // leaf.shape[0], axis=0)
+
+    group = jnp.repeat(jnp.arange(groups), group_size)
+    return Samples(keys, group, jax.tree.map(repeated, cond))
 
 
 class Credit(NamedTuple):
@@ -77,22 +123,28 @@ class FlowMethod(Protocol):
 
     def rollout(
         self,
-        keys: Any,
+        samples: Samples,
         velocity: Velocity,
-        cond: Cond,
         table: flows.CoefficientTable,
         plan: PyTree,
     ) -> tuple[Array, rl.Transitions]:
-        """Samples [prompt * group_size, *event], groups in a row, and transitions.
+        """Draws the samples [sample, *event] and records their transitions; traced.
 
-        Nodes and edges of the record are ordered by prompt first. Keys are [prompt].
+        Nodes and edges of the record are ordered by group first. A transition that
+        several samples share, as near the root of a tree, is drawn under the condition
+        of one of them, which the record names.
         """
         ...
 
     def credit(
-        self, rewards: Array, transitions: rl.Transitions, plan: PyTree, key: Any
+        self,
+        rewards: Array,
+        group: Array,
+        transitions: rl.Transitions,
+        plan: PyTree,
+        key: Any,
     ) -> Credit:
-        """Credit from the rewards [prompt * group_size]; traced."""
+        """Credit from the rewards [sample] and the group [sample] of each; traced."""
         ...
 
 

@@ -26,6 +26,7 @@ from tmdjax.train.flow_rl.contracts import (
     HostReward,
     Policy,
     Rollout,
+    samples_of,
 )
 from tmdjax.train.flow_rl.update import make_update
 from tmdjax.train.iteration import Iteration
@@ -128,7 +129,8 @@ def make_iteration(
         keys = cut_by_batch(prng.sample_keys(key, size, first))
         velocity = policy.acting(params, frozen)
         cond = policy.condition(frozen, cut_by_batch(batch))
-        return method.rollout(keys, velocity, cond, table, plan)
+        samples = samples_of(keys, group_size, cond)
+        return method.rollout(samples, velocity, table, plan)
 
     rollout = jax.jit(draw if mesh is None else under_mesh(draw, mesh))
     update = make_update(

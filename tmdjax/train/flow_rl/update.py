@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,15 +55,24 @@ def make_update(
     ) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(key, number), _UPDATE)
         credit_key, order_key, step_key = jax.random.split(key, 3)
-        prompts = rewards.shape[0] // group_size
-        transitions = rl.concatenate(records, prompts // len(records))
-        credit = method.credit(rewards, transitions, plan, credit_key)
+        samples = rewards.shape[0]
+        prompts = samples // group_size
+        group = jnp.repeat(jnp.arange(prompts), group_size)
+        transitions = rl.concatenate(records, samples // len(records))
+        credit = method.credit(rewards, group, transitions, plan, credit_key)
         check_same_shape("advantage", credit.advantage, "edge", credit.edge)
         check_same_shape("weight", credit.weight, "edge", credit.edge)
-        cond = policy.condition(frozen, cut_by_batch(batch))
-        given = (policy, objective, frozen, cond, transitions, table)
+        shared = _Shared(
+            policy=policy,
+            objective=objective,
+            frozen=frozen,
+            cond=policy.condition(frozen, cut_by_batch(batch)),
+            samples=samples,
+            transitions=transitions,
+            table=table,
+        )
         step = make_train_step(
-            functools.partial(transition_loss, *given),
+            functools.partial(transition_loss, shared),
             optimizer,
             ema_decay=ema_decay,
             microbatches=microbatches,
@@ -74,7 +83,7 @@ def make_update(
         if objective.proximal == "recompute":
             edges = parts["edge"].reshape(updates * microbatches, -1)
             parts["proximal"] = jax.lax.map(
-                lambda edge: _score(*given, state.params, cut_by_batch(edge)).log_prob,
+                lambda edge: _score(shared, state.params, cut_by_batch(edge)).log_prob,
                 edges,
             ).reshape(parts["edge"].shape)
         initial = state
@@ -87,7 +96,6 @@ def make_update(
         if mesh is not None:
             shardings = fsdp_shardings(initial, mesh)
             state = jax.lax.with_sharding_constraint(state, shardings)
-        group = jnp.repeat(jnp.arange(prompts), group_size)
         metrics = rl.group_statistics(rewards, group, prompts)
         good = each["good"]
         done = jnp.maximum(jnp.sum(good), 1)
@@ -137,51 +145,57 @@ def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
     return parts
 
 
-def _score(
-    policy: Policy,
-    objective: FlowObjective,
-    frozen: Any,
-    cond: Any,
-    transitions: rl.Transitions,
-    table: flows.CoefficientTable,
-    params: Params,
-    edge: Array,
-    reference: Any = None,
-) -> Any:
+class _Shared(NamedTuple):
+    """What all minibatches of an iteration have in common.
+
+    Attributes:
+        policy: what is trained.
+        objective: the loss.
+        frozen: arrays that no update changes.
+        cond: conditions, one a prompt or one a sample.
+        samples: their number.
+        transitions: of all samples.
+        table: coefficients of the sampler.
+    """
+
+    policy: Policy
+    objective: FlowObjective
+    frozen: Any
+    cond: Any
+    samples: int
+    transitions: rl.Transitions
+    table: flows.CoefficientTable
+
+
+def _score(shared: _Shared, params: Params, edge: Array, reference: Any = None) -> Any:
     """Log-probs of some transitions under the policy as it is trained, and their KL."""
+    drawn, count = shared.transitions, shared.samples
+    sample = drawn.sample[edge]
     return flows.score_transitions(
-        policy.velocity(params, frozen),
-        transitions.states[transitions.source[edge]],
-        transitions.states[transitions.target[edge]],
-        table.rows(transitions.step[edge], jnp.float32),
-        jax.tree.map(lambda leaf: leaf[transitions.prompt[edge]], cond),
-        reduction=objective.reduction,
+        shared.policy.velocity(params, shared.frozen),
+        drawn.states[drawn.source[edge]],
+        drawn.states[drawn.target[edge]],
+        shared.table.rows(drawn.step[edge], jnp.float32),
+        jax.tree.map(
+            lambda leaf: leaf[sample // (count // leaf.shape[0])], shared.cond
+        ),
+        reduction=shared.objective.reduction,
         reference=reference,
-        kl_kind=objective.kl_kind,
+        kl_kind=shared.objective.kl_kind,
     )
 
 
 def transition_loss(
-    policy: Policy,
-    objective: FlowObjective,
-    frozen: Any,
-    cond: Any,
-    transitions: rl.Transitions,
-    table: flows.CoefficientTable,
-    params: Params,
-    part: Any,
-    keys: Any,
+    shared: _Shared, params: Params, part: Any, keys: Any
 ) -> tuple[Array, dict[str, Array]]:
     """Weighted loss and metrics of each transition of a microbatch."""
     del keys
-    edge, weight = part["edge"], part["weight"]
-    step = transitions.step[edge]
+    edge, weight, objective = part["edge"], part["weight"], shared.objective
     reference = None
-    if objective.kl_coefficient and policy.reference is not None:
-        reference = policy.reference(frozen)
-    given = (policy, objective, frozen, cond, transitions, table, params, edge)
-    scores = _score(*given, reference)
-    proximal = part.get("proximal", transitions.log_prob[edge])
+    if objective.kl_coefficient and shared.policy.reference is not None:
+        reference = shared.policy.reference(shared.frozen)
+    scores = _score(shared, params, edge, reference)
+    proximal = part.get("proximal", shared.transitions.log_prob[edge])
     surrogate = rl.clipped_surrogate(
         scores.log_prob,
         proximal,
@@ -189,7 +203,8 @@ def transition_loss(
         clip_range=objective.clip_range,
     )
     if objective.step_weight != "none":
-        surrogate *= flows.step_weights(table, objective.step_weight)[step]
+        step = shared.transitions.step[edge]
+        surrogate *= flows.step_weights(shared.table, objective.step_weight)[step]
     log_ratio = scores.log_prob - proximal
     low, high = rl.beyond_clip(log_ratio, objective.clip_range)
     live = weight > 0
