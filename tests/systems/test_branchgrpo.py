@@ -456,7 +456,7 @@ def test_published_settings_memory_and_bad_inputs(refused):
         released = branchgrpo.preset("branchgrpo_released", (16, 16, 3))
     method, objective, updates = released
     assert method.group_size == 16 and objective.clip_range == 1e-3 and updates == 18
-    corrected = branchgrpo.preset("branchgrpo", [2], splits=[0, 2], steps=4, shift=1.0)
+    corrected = branchgrpo.preset("branchgrpo", [2], splits=(0, 2), steps=4, shift=1.0)
     assert corrected.method == Trees(splits=(0, 2), grid=corrected.method.grid)
     assert_array_equal(corrected.method.grid, flows.uniform_grid(4))
     assert method.memory(2) == 2 * 219 * 16 * 16 * 3 * 4

@@ -252,8 +252,7 @@ def make_setup(
         published: 'steps' of the grid, 'updates', 'objective' (fields of
             :class:`FlowObjective`), and fields of the method.
         changes: the same but for 'objective', also 'shift' of the grid (3 where nothing
-            is said) or the whole 'grid'. Lists, as JSON and configs have them, become
-            tuples.
+            is said) or the whole 'grid'.
         objective: changed fields of the objective; log-probs are reduced as the method
             does unless it says otherwise.
 
@@ -263,10 +262,7 @@ def make_setup(
     """
     if "grid" in changes and ("steps" in changes or "shift" in changes):
         raise ValueError("'grid' is all of the grid; drop 'steps' and 'shift'.")
-    given = {"shift": 3.0, "objective": {}, **published, **changes}
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
-    }
+    fields: dict[str, Any] = {"shift": 3.0, "objective": {}, **published, **changes}
     steps, shift, updates, loss = (
         fields.pop(name) for name in ("steps", "shift", "updates", "objective")
     )
