@@ -10,10 +10,8 @@ fused kernel: then the implementation that scans over blocks of keys stands in i
 place, in float32.
 """
 
-import argparse
 import functools
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
 from tmdjax.models import attention
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02}
@@ -126,9 +124,7 @@ def rows_of(name: str, given: Any, ours: str) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table; writes it as JSON."""
     on_gpu = jax.default_backend() == "gpu"
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = options(__doc__, repeats=7)
     flags.add_argument("--batch", type=int, default=8)
     flags.add_argument("--positions", type=int, default=2048)
     flags.add_argument("--heads", type=int, default=16)
@@ -136,8 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument(
         "--dtype", choices=TOLERANCES, default="bfloat16" if on_gpu else "float32"
     )
-    flags.add_argument("--repeats", type=int, default=7)
-    flags.add_argument("--json", type=pathlib.Path, help="also written there")
     given = flags.parse_args(arguments)
     load, facts = os.getloadavg()[0], {}
     rows: list[Row] = []

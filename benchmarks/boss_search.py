@@ -10,10 +10,8 @@ dynamic programme for every budget. Both run in turn, in random order, in one pr
 compiled before; the ratio is the search over its network calls.
 """
 
-import argparse
 import functools
 import os
-import pathlib
 import resource
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import compare, conclude, in_turn, timed
+from benchmarks.contest import compare, conclude, in_turn, options, timed
 from tmdjax import flows, models
 from tmdjax.core import prng
 from tmdjax.systems import boss
@@ -40,15 +38,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Prints the table; writes it as JSON."""
-    flags = argparse.ArgumentParser(description=__doc__)
+    flags = options(__doc__, repeats=5)
     flags.add_argument("--model", default="dit", choices=NETWORKS)
     flags.add_argument("--side", type=int, default=8)
     flags.add_argument("--channels", type=int, default=1)
     flags.add_argument("--samples", type=int, default=100)
     flags.add_argument("--knots", type=int, default=100)
     flags.add_argument("--memory_limit_gb", type=float, default=2.0)
-    flags.add_argument("--repeats", type=int, default=5)
-    flags.add_argument("--json", type=pathlib.Path)
     given = flags.parse_args()
     load = os.getloadavg()[0]
     shape = (given.side, given.side, given.channels)

@@ -1,5 +1,6 @@
 """Contenders timed in turn in one process, and the table of their ratios."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -23,6 +24,22 @@ Seconds = Mapping[str, float]
 
 Contender = Callable[[], Seconds]
 Row = dict[str, Any]
+
+
+def options(about: str | None, *, repeats: int | None = None) -> Any:
+    """A parser with the options of every benchmark: where to write, how often to time.
+
+    Args:
+        about: docstring of the benchmark.
+        repeats: default of --repeats; None leaves that option out.
+    """
+    flags = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--json", type=pathlib.Path, help="also written there")
+    if repeats is not None:
+        flags.add_argument("--repeats", type=int, default=repeats)
+    return flags
 
 
 def timed(fn: Callable[[], Any]) -> tuple[float, Any]:

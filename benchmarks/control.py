@@ -21,7 +21,6 @@ ours in turn. A ratio is the median over repeats of ours over the rival's in the
 repeat. Run it alone.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
@@ -37,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
 from tmdjax import envs
 from tmdjax.systems import fpo, policyflow, ppo
 from tmdjax.train import on_policy
@@ -384,14 +383,10 @@ def _released_fpo(path: pathlib.Path, count: int) -> Callable[[], Seconds]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = options(__doc__, repeats=5)
     flags.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     flags.add_argument("--fpo", type=pathlib.Path, help="its trainer's playground/src")
     flags.add_argument("--envs", type=int, default=512, help="of the part methods")
-    flags.add_argument("--repeats", type=int, default=5)
-    flags.add_argument("--json", type=pathlib.Path, help="also written there")
     given = flags.parse_args(arguments)
     load, notes = os.getloadavg()[0], {}
     rows: list[Row] = []

@@ -16,12 +16,10 @@ transformers  seconds a step of its decoding of the same shape with a static cac
 The rival and ours run in turn, in one process. Run it alone.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
 from tmdjax import generation, models
 from tmdjax.core import trees
 from tmdjax.generation import slots as slots_module
@@ -238,14 +236,10 @@ def rows_of(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = options(__doc__, repeats=5)
     flags.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny"])
     flags.add_argument("--slots", nargs="+", type=int, default=[16])
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    flags.add_argument("--repeats", type=int, default=5)
-    flags.add_argument("--json", type=pathlib.Path, help="also written there")
     given = flags.parse_args(arguments)
     load, notes = os.getloadavg()[0], dict[str, str]()
     recipe = {"float32": "fp32", "bfloat16": "bf16"}[given.dtype]

@@ -28,7 +28,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,6 +46,7 @@ from benchmarks.contest import (
     compare,
     conclude,
     in_turn,
+    options,
     timed,
 )
 from experiments import alignment_iteration as alignment
@@ -701,17 +701,13 @@ def measure(
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The options."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = options(__doc__, repeats=5)
     flags.add_argument("--config", default="configs/flow_grpo.py:cpu")
     for name, field in {**_FIELDS, **_CHAIN_FIELDS}.items():
         flags.add_argument(f"--{name}", help=f"{field} of the config")
     flags.add_argument("--group", type=int, default=8, help="chains a prompt")
     flags.add_argument("--remat", action=argparse.BooleanOptionalAction)
     flags.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    flags.add_argument("--repeats", type=int, default=5)
-    flags.add_argument("--json", type=pathlib.Path, help="also written there")
     return flags.parse_args(arguments)
 
 

@@ -7,7 +7,6 @@ order, in one process; the bare loop takes its batches from memory. The runner's
 holds data, logs, progress and checkpoints; the ratio is the runner over the bare loop.
 """
 
-import argparse
 import os
 import pathlib
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.contest import compare, conclude, in_turn, timed
+from benchmarks.contest import compare, conclude, in_turn, options, timed
 from experiments import flow_matching, image_quality
 from tmdjax import data, train
 from tmdjax.harness import StageContext, load_config
@@ -23,11 +22,9 @@ from tmdjax.harness import StageContext, load_config
 
 def main() -> None:
     """Prints the table; writes it as JSON."""
-    flags = argparse.ArgumentParser(description=__doc__)
+    flags = options(__doc__, repeats=3)
     flags.add_argument("--config", default="configs/flow_matching.py:cpu")
     flags.add_argument("--steps", type=int, default=100)
-    flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--json", type=pathlib.Path)
     given = flags.parse_args()
     load = os.getloadavg()[0]
     config: Any = load_config(given.config)

@@ -22,7 +22,6 @@ import argparse
 import functools
 import importlib.util
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
 from tmdjax import flows, models, train
 from tmdjax.core import trees
 
@@ -234,11 +233,7 @@ def measure(given: Any, batch: int) -> tuple[list[Row], dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        prog="benchmarks.sampler",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = options(__doc__, repeats=7)
     flags.add_argument("--hidden", type=int, default=768)
     flags.add_argument("--depth", type=int, default=12)
     flags.add_argument("--heads", type=int, default=12)
@@ -249,8 +244,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--batches", type=int, nargs="+", default=[64, 1])
     flags.add_argument("--recipe", default="bf16", choices=sorted(_TOLERANCES))
     flags.add_argument("--torch_mode", default="default", help="of torch.compile")
-    flags.add_argument("--repeats", type=int, default=7)
-    flags.add_argument("--json", type=pathlib.Path)
     return flags
 
 

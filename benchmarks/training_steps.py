@@ -9,7 +9,6 @@ the first step (none should be), and for RL the first ratio error, which says wh
 rollout's log-probs are those of the update.
 """
 
-import argparse
 import os
 import pathlib
 import tempfile
@@ -22,7 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import numpy as np
 
-from benchmarks.contest import Row, conclude, write
+from benchmarks.contest import Row, conclude, options, write
 from experiments.run import find_experiment
 from tmdjax.core import compilation_cache
 from tmdjax.harness import StageContext, load_config
@@ -176,12 +175,9 @@ def rows_of(system: str, loops: dict[str, dict]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table; writes it as JSON after every system."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = options(__doc__)
     flags.add_argument("--tier", default="gpu", choices=("gpu", "smoke"))
     flags.add_argument("--systems", nargs="+", choices=CASES, default=list(CASES))
-    flags.add_argument("--json", type=pathlib.Path, help="also written there")
     given = flags.parse_args(arguments)
     compilation_cache.enable()
     load, facts = os.getloadavg()[0], {}

@@ -23,7 +23,6 @@ Run it alone.
 
 import argparse
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, timed
+from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
 from tmdjax import models, train
 from tmdjax.core import prng, trees
 from tmdjax.models.checkpoints import video_dit as hf_video_dit
@@ -336,9 +335,7 @@ def measure(given: Any) -> tuple[list[Row], dict[str, Any]]:
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The options; the defaults are Wan 2.1's of 1.3 B parameters at 480p."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = options(__doc__, repeats=9)
     flags.add_argument("--heads", type=int, default=12)
     flags.add_argument("--head-dim", type=int, default=128)
     flags.add_argument("--depth", type=int, default=30)
@@ -358,8 +355,6 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
         "--compiled", action=argparse.BooleanOptionalAction, default=True
     )
     flags.add_argument("--torch-mode", default="default", help="of torch.compile")
-    flags.add_argument("--repeats", type=int, default=9)
-    flags.add_argument("--json", type=pathlib.Path, help="also written there")
     return flags.parse_args(arguments)
 
 

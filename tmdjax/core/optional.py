@@ -10,7 +10,7 @@ def import_optional(module: str, purpose: str, extra: str) -> Any:
     Args:
         module: its name, or that of a module in it.
         purpose: what needs it, the beginning of the error: 'reading text'.
-        extra: of tmdjax.
+        extra: the name in brackets after tmdjax that brings it.
 
     Raises:
         ImportError: it, or a package that it needs, is absent; with the command that

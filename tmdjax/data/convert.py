@@ -69,7 +69,8 @@ def image_columns(
     """Images, classes and captions of a folder.
 
     Args:
-        folder: see the module.
+        folder: with images, or with one folder of images a class; a text of the same
+            name beside an image is its caption.
         size: of the square that each image becomes; None leaves them as they are.
         channels: 1 (grey), 3 or 4 (with transparency).
 
@@ -267,7 +268,7 @@ def write_tfds(
         data_dir: folder with all prepared sets, see
             :func:`tmdjax.data.tfds_sets.data_folder`.
         version: 'major.minor.patch'.
-        seed: of the order.
+        seed: of the random order in which samples are written.
 
     Returns:
         The folder of the set.

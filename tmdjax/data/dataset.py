@@ -1,4 +1,4 @@
-"""What a source loads to."""
+"""The data set that a source loads: arrays of two splits, checked."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class Dataset:
     """A data set in host memory, split once and for all.
 
     Attributes:
-        name: as in the registry of sources.
+        name: the source's name in the registry.
         train: arrays by name, all [n, ...]: 'image' [n, height, width, channel],
             float32 in [-1, 1], 'video' [n, frame, height, width, channel] of the same
             range (or uint8: ``video_files``), or 'point' [n, dim], float32; 'label'

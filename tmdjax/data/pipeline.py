@@ -38,7 +38,7 @@ class BatchPlan:
 
     Attributes:
         count: number of samples, >= 1.
-        batch_size: of one shard.
+        batch_size: samples that one shard contributes to a batch.
         seed: of the permutations, in [0, 2**64).
         shuffle: False keeps the given order in every epoch.
         drop_remainder: True leaves out an epoch's last, incomplete batch; False

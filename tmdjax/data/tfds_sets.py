@@ -45,7 +45,8 @@ def find_prepared(
 
     Args:
         builder: TFDS's name, 'set', 'set/config' or either with ':1.2.3'.
-        data_dir: see :func:`data_folder`.
+        data_dir: folder with all prepared sets; None for that of the environment, or
+            TFDS's own.
 
     Returns:
         The folder of the version named, or of the highest; None if there is none.

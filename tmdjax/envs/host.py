@@ -29,7 +29,7 @@ class GymnasiumVector:
     reset and the step marked (through the option reset_mask of gymnasium).
 
     Attributes:
-        count: instances.
+        count: how many instances.
         action_size: length of an action, flattened.
         action_bound: 1, or None without bounds.
         observation: shape and dtype of one observation.

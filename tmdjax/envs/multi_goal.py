@@ -46,7 +46,7 @@ class MultiGoal:
         wall: |coordinate| above which the episode ends.
         horizon: the step after so many truncates.
         dt: seconds a step.
-        action_cost: of the squared action.
+        action_cost: what the reward loses for each unit of the squared action.
     """
 
     goals: int = 6

@@ -39,8 +39,8 @@ class Push:
     Attributes:
         observation: 'state', float32 [6] (pusher, object - pusher, target - object),
             or 'pixels', uint8 [side, side, 3].
-        side: of the image.
-        reach: how near is enough.
+        side: height and width of the image in pixels.
+        reach: distance between centres at which the object is at its target.
         distance: the target is so far from the object at the start, at most; it is
             2 ``reach`` away at least.
         horizon: steps an episode.

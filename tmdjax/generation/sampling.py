@@ -68,7 +68,7 @@ def sample(logits: Array, keys: SampleKeys, sampling: Sampling) -> tuple[Array, 
     Args:
         logits: [slot, vocab].
         keys: [slot].
-        sampling: how.
+        sampling: how they are drawn.
 
     Returns:
         int32 [slot] and its log-prob, float32 [slot].

@@ -172,7 +172,7 @@ def bootstrap_interval(
         *samples: arrays [n, ...], one or more, each of its own length.
         level: coverage, inside (0, 1).
         resamples: >= 2; 100 give the bounds to about a tenth of their distance.
-        seed: of the redrawing.
+        seed: of the random numbers that redraw.
 
     Returns:
         ``(value, low, high)``.

@@ -56,7 +56,7 @@ def conv3d_layers(
     """Outputs of every layer, after a leaky rectifier of slope 0.2. Differentiable.
 
     Args:
-        params: of :func:`random_conv3d`.
+        params: from :func:`random_conv3d`.
         videos: [batch, frame, height, width, channel], padded with zeros at the edges.
 
     Returns:

@@ -118,7 +118,7 @@ class Reader:
     """The loaded recogniser; made by :func:`load`.
 
     Attributes:
-        session: of onnxruntime.
+        session: the network, as an inference session of onnxruntime.
         characters: what each class of the network stands for.
         region: 'band' or 'full', see :func:`load`.
         batch_size: images that the network reads at once.

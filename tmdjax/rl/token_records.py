@@ -55,7 +55,7 @@ class TokenRecord:
     reward: float | None = None
 
     def __len__(self) -> int:
-        """Tokens of the response."""
+        """Number of tokens in the response."""
         return len(self.tokens)
 
     @property

@@ -41,7 +41,7 @@ class Tree:
 
     @property
     def nodes(self) -> int:
-        """The root included."""
+        """Number of nodes, the root included."""
         return len(self.parent)
 
     @property

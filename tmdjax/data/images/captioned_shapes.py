@@ -87,7 +87,7 @@ def prompts(
 
     Args:
         count: how many.
-        tags: of ``TAGS``.
+        tags: some of ``TAGS``.
         size: of the images.
         seed: of the order; a larger count extends a smaller one.
         held_out: take those of :func:`is_held_out` only; else never any of them.
@@ -179,13 +179,13 @@ def load_captioned_shapes(
         size: height and width, >= 16.
         train_count: training samples, >= 1.
         test_count: test samples, >= 1.
-        tags: of ``TAGS``.
+        tags: some of ``TAGS``.
         wordings: of ``grammar.WORDINGS``, for training; equally likely (one that
             stands twice is twice as likely). Test captions are canonical, 'W0';
             ``captions.batch(test, wording)`` gives paraphrases.
         seed: of the root key.
         length: words of a row of ids; None for ``captions.longest(tags)``.
-        layout: see :func:`render`.
+        layout: 'free' or 'cells', see :func:`tmdjax.domains.shapes.drawing.render`.
 
     Returns:
         Arrays 'image' float32 [n, size, size, 3]; 'label' int32 [n], the tag;

@@ -45,7 +45,7 @@ def load_fashion_mnist(
     Args:
         files: paths of the package's ``FILES``.
         train_count: the first so many of 60,000 in file order; None for all.
-        test_count: likewise, of 10,000.
+        test_count: the first so many of 10,000; None for all.
 
     Returns:
         'image' float32 [n, 28, 28, 1] and 'label' int32 [n].

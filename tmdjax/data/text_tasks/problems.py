@@ -57,7 +57,7 @@ class TextTask(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """What error messages call it."""
         ...
 
     def problem(self, rng: np.random.Generator) -> Problem:
@@ -88,7 +88,7 @@ def sample(
 
     Args:
         task: draws the problems.
-        split: of ``SPLITS``.
+        split: one of ``SPLITS``.
         count: problems, of different prompts.
         rng: advanced by the draws; the same seed gives the same problems.
         tier: only problems of this tier; None for all.

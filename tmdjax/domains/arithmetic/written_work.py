@@ -72,7 +72,7 @@ def list_response(operation: str, items: Sequence[int], rank: int = 1) -> str:
       again, rank - 1 times; then the largest of what is left.
 
     Args:
-        operation: of ``OPERATIONS``.
+        operation: one of ``OPERATIONS``.
         items: n digits, at least one.
         rank: of 'largest', in [1, n]; equal items count each.
 

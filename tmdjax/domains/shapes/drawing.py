@@ -82,7 +82,7 @@ def sample_specs(
 
     Args:
         keys: typed keys [batch].
-        tags: of ``TAGS``.
+        tags: some of ``TAGS``, equally likely.
         size: of the images, >= 16; no spec asks for more than ``capacity(size)``
             objects.
 

@@ -104,7 +104,7 @@ class Template:
     """One way to say a spec.
 
     Attributes:
-        wording: of ``WORDINGS``.
+        wording: one of ``WORDINGS``.
         opening: words before the scene.
         ending: words after it.
         numbers: 'articles' (a, two), 'words' (one, two), 'digits' or 'groups'.

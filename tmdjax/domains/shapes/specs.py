@@ -62,9 +62,9 @@ def shape_masks(row: Any, column: Any, height: Any, width: Any) -> tuple[Any, ..
 
     Args:
         row: int, of the pixel from the top of the box.
-        column: int, from its left.
-        height: int, of the box.
-        width: int, of the box.
+        column: int, of the pixel from the left of the box.
+        height: int, pixels of the box.
+        width: int, pixels of the box.
 
     Returns:
         One bool array a shape, in the order of ``SHAPES``; False outside the box.

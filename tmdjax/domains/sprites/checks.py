@@ -52,7 +52,7 @@ def check(
         videos: [batch, frame, height, width, 3], meant to lie in [-1, 1]; anything
             beyond is taken as it is.
         prompts: int [batch] in [0, num_prompts).
-        scale: of both, or its name.
+        scale: the scale of videos and prompts, or its name.
 
     Returns:
         Bool [batch] by factor: 'colour', 'shape' and 'motion'; where the scale varies

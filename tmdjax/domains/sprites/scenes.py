@@ -55,8 +55,8 @@ class Scale:
     """Size of the videos and what varies in them; any that fits may be made.
 
     Attributes:
-        name: in ``SCALES``, or your own.
-        frames: of a video.
+        name: a key of ``SCALES``, or a name of your own.
+        frames: frames of a video.
         size: height and width in pixels.
         box: side of the square that holds a sprite.
         colours: how many of ``COLOURS``.
