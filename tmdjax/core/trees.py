@@ -62,6 +62,15 @@ def take(tree: PyTree, rows: Any) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
 
 
+def in_every_row(row: PyTree, like: PyTree) -> PyTree:
+    """A tree of [...] leaves in every row of a tree of [batch, ...], in its dtypes."""
+    return jax.tree.map(
+        lambda leaf, one: jnp.broadcast_to(jnp.asarray(one, leaf.dtype), leaf.shape),
+        like,
+        row,
+    )
+
+
 def content_hash(tree: PyTree) -> str:
     """SHA-256 over paths, shapes, dtypes and bytes of all leaves (on the host).
 

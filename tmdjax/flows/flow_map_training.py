@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tmdjax.core import prng
+from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Bool, Cond, Data, PerExample, SampleKeys, Time
@@ -111,9 +111,7 @@ def guided_target(
                 f"drop_rate=0."
             )
         return cond, v
-    null = jax.tree.map(
-        lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond
-    )
+    null = trees.in_every_row(null_cond, cond)
     if config.guidance != 1:
         negative = jax.lax.stop_gradient(velocity(null))
         guided = negative + config.guidance * (v - negative)

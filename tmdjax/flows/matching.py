@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tmdjax.core import prng
+from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_range, check_same_shape, check_time
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, SampleKeys, Time
@@ -103,13 +103,8 @@ def drop_condition(keys: SampleKeys, cond: Cond, null_cond: Cond, rate: float) -
     """
     check_range("rate", rate, 0, 1)
     drop = prng.uniform(keys) < rate
-    return jax.tree.map(
-        lambda c, n: jnp.where(
-            drop.reshape(drop.shape + (1,) * (c.ndim - 1)), jnp.asarray(n, c.dtype), c
-        ),
-        cond,
-        null_cond,
-    )
+    null = trees.in_every_row(null_cond, cond)
+    return jax.tree.map(lambda c, n: jnp.where(time_like(drop, c), n, c), cond, null)
 
 
 def flow_matching_loss(

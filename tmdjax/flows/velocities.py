@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from tmdjax.core import trees
 from tmdjax.core.functions import VelocityWrapper, around, as_pytree
 from tmdjax.core.types import Cond, Data, Time, Velocity
 
@@ -35,13 +36,8 @@ class Guided(VelocityWrapper):
     def __call__(self, x: Data, t: Time, cond: Cond) -> Data:
         """v_null + scale (v_cond - v_null), both evaluated in one doubled batch."""
         batch = x.shape[0]
-        both = jax.tree.map(
-            lambda c, n: jnp.concatenate(
-                [c, jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)]
-            ),
-            cond,
-            self.null_cond,
-        )
+        null = trees.in_every_row(self.null_cond, cond)
+        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), cond, null)
         v = self.velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
         conditional, unconditional = v[:batch], v[batch:]
         if self.freeze_null:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows
-from tmdjax.core import prng
+from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree
 
@@ -172,7 +172,7 @@ class Distillation:
         at = jax.lax.stop_gradient(x_tau)
         guided = jax.lax.stop_gradient(velocity)
         if config.guidance != 1:
-            null = _like(self.null_cond, cond)
+            null = trees.in_every_row(self.null_cond, cond)
             negative = self._negative(frozen, at, tau, null)
             guided = negative + config.guidance * (guided - negative)
         fake, critic_features = networks.critic(critic["score"], x_tau, tau, cond)
@@ -293,10 +293,3 @@ class Distillation:
 def _split(keys: Any, count: int) -> Any:
     """[batch] keys -> [batch, count]."""
     return jax.vmap(lambda key: jax.random.split(key, count))(keys)
-
-
-def _like(null: Any, cond: Any) -> Any:
-    """A null condition, repeated for a batch."""
-    return jax.tree.map(
-        lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null
-    )

@@ -42,7 +42,6 @@ class ReasoningGym:
     Attributes:
         generator: its name there, such as 'chain_sum' or 'word_sorting'.
         options: of the generator's configuration; its own defaults for the rest.
-        instruction: stands behind the question in every prompt.
         timeout: seconds for one problem or one score.
         counts: how verifications ended: 'scored', 'no answer', 'timed out', 'failed'
             (the scorer raised, or gave no number in [0, 1]).
@@ -54,7 +53,6 @@ class ReasoningGym:
 
     generator: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    instruction: str = INSTRUCTION
     timeout: float = 10.0
     counts: Counter[str] = dataclasses.field(
         default_factory=Counter, init=False, compare=False, repr=False
@@ -96,7 +94,7 @@ class ReasoningGym:
         seed = int(rng.integers(2**31))
         question, answer = self._call("problem", *self._where(seed))
         return Problem(
-            prompt=f"{question}\n{self.instruction}",
+            prompt=f"{question}\n{INSTRUCTION}",
             response=f"{_OPEN}{answer}{_CLOSE}" if answer else "",
             answer=answer,
             tier="T1",
