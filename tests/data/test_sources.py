@@ -52,7 +52,7 @@ def test_a_new_source_is_one_entry(tmp_path, registered):
 
 def test_unknown_names_options_and_packages_get_a_suggestion(monkeypatch, refused):
     refused(r"unknown data source 'digit'.*'digits'", load, "digit")
-    refused(r"no option 'train_coun'.*'train_count'", load, "rings", train_coun=3)
+    refused(r"no option 'train_coun'.*'train_count'", load, "two_moons", train_coun=3)
     none = "'digits' has no option 'seed'; it has: none"
     refused(none, load, "digits", seed=1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

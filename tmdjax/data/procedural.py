@@ -25,18 +25,12 @@ Sampler = Callable[[Any], dict[str, Array]]
 SHAPES = ("disc", "ring", "square", "frame", "diamond", "triangle", "cross", "star")
 """Sprite classes, in label order."""
 
-CHECKERBOARD_SQUARES = 8
-RINGS = 3
-
 MIXTURE: dict[str, tuple[Any, ...]] = {
     "weights": (0.4, 0.3, 0.2, 0.1),
     "means": ((-1.6, 0.8), (1.2, 1.6), (-0.2, -1.9), (1.9, -0.4)),
     "stds": (0.4, 0.3, 0.5, 0.2),
 }
 """Components of :func:`mixture`, as ``flows.gaussian_mixture`` takes them."""
-
-SPARSE_PALETTE = COLOURS
-"""Colours of :func:`sparse_sprites`: the primaries and their mixes."""
 
 _CHUNK = 1024
 _MOST_SPARSE_SPRITES = 3
@@ -160,8 +154,8 @@ def sparse_sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
 
     Most of an image is exactly -1 and a few pixels are near +1, so the scale of the
     data is far from uniform and the paths of a flow bend. Each shape has its own
-    place, size (its box 0.2 to 0.3 of the image wide, wholly inside) and colour of
-    ``SPARSE_PALETTE``; where shapes overlap, each channel shows the brighter one.
+    place, size (its box 0.2 to 0.3 of the image wide, wholly inside) and colour, a
+    primary or a mix of two; where shapes overlap, each channel shows the brighter one.
     Lines thinner than a pixel stay below +1.
 
     Args:
@@ -177,7 +171,7 @@ def sparse_sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
     """
     check_key(keys, "keys")
     check_range("size", size, 16)
-    colours = jnp.asarray([*SPARSE_PALETTE.values()], jnp.float32)
+    colours = jnp.asarray([*COLOURS.values()], jnp.float32)
 
     def light(key: Key[Array, ""], label: Array) -> Array:
         """What one shape adds to the ground, [size, size, 3] in [0, 2]."""
@@ -200,29 +194,6 @@ def sparse_sprites(keys: SampleKeys, size: int = 32) -> dict[str, Array]:
         shown = jnp.arange(_MOST_SPARSE_SPRITES) < count
         image = jnp.max(lights * shown[:, None, None, None], axis=0) - 1
         return {"image": image, "label": label}
-
-    return jax.vmap(one)(keys)
-
-
-def checkerboard(keys: SampleKeys) -> dict[str, Array]:
-    """Uniform points on the eight dark squares of a 4 x 4 board over [-1, 1]².
-
-    Args:
-        keys: typed keys [batch].
-
-    Returns:
-        'point' float32 [batch, 2]; 'label' int32 [batch], the square.
-    """
-    check_key(keys, "keys")
-
-    def one(key: Key[Array, ""]) -> dict[str, Array]:
-        square_key, place_key = jax.random.split(key)
-        square = jax.random.randint(square_key, (), 0, CHECKERBOARD_SQUARES, jnp.int32)
-        row = square // 2
-        column = 2 * (square % 2) + row % 2
-        place = jax.random.uniform(place_key, (2,), jnp.float32)
-        point = (jnp.stack([column, row]) + place) / 2 - 1
-        return {"point": point, "label": square}
 
     return jax.vmap(one)(keys)
 
@@ -253,33 +224,6 @@ def two_moons(keys: SampleKeys, noise: float = 0.05) -> dict[str, Array]:
         point = sign * (arc - jnp.array([1 / 3, 1 / 6]))
         point += noise * jax.random.normal(noise_key, (2,), jnp.float32)
         return {"point": point, "label": moon}
-
-    return jax.vmap(one)(keys)
-
-
-def rings(keys: SampleKeys, noise: float = 0.02) -> dict[str, Array]:
-    """Three concentric circles of radius 1/3, 2/3 and 1, with Gaussian noise.
-
-    Args:
-        keys: typed keys [batch].
-        noise: standard deviation of the noise, >= 0.
-
-    Returns:
-        'point' float32 [batch, 2]; 'label' int32 [batch], the circle from within.
-
-    Raises:
-        ValueError: negative noise.
-    """
-    check_key(keys, "keys")
-    check_range("noise", noise, 0)
-
-    def one(key: Key[Array, ""]) -> dict[str, Array]:
-        ring_key, angle_key, noise_key = jax.random.split(key, 3)
-        ring = jax.random.randint(ring_key, (), 0, RINGS, jnp.int32)
-        angle = jax.random.uniform(angle_key, (), jnp.float32, maxval=2 * np.pi)
-        point = (ring + 1) / RINGS * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
-        point += noise * jax.random.normal(noise_key, (2,), jnp.float32)
-        return {"point": point, "label": ring}
 
     return jax.vmap(one)(keys)
 
@@ -419,7 +363,5 @@ load_sprites = fixed_set("sprites", sprites, len(SHAPES), **_IMAGES)
 load_sparse_sprites = fixed_set(
     "sparse_sprites", sparse_sprites, len(SHAPES), **_IMAGES
 )
-load_checkerboard = fixed_set("checkerboard", checkerboard, CHECKERBOARD_SQUARES)
 load_two_moons = fixed_set("two_moons", two_moons, 2)
-load_rings = fixed_set("rings", rings, RINGS)
 load_mixture = fixed_set("mixture", mixture, len(MIXTURE["weights"]))

@@ -34,7 +34,7 @@ from tmdjax.data.images import (
     rendered_text,
 )
 from tmdjax.data.videos import files as video_files
-from tmdjax.data.videos import moving_digits, moving_sprites
+from tmdjax.data.videos import moving_sprites
 
 DATA_VARIABLE = "TMDJAX_DATA"
 """Environment variable: the folder with files of unpacked packages."""
@@ -193,37 +193,6 @@ def _built_in(name: str, description: str, loader: Callable[..., Dataset]) -> So
     )
 
 
-def _load_moving_digits(
-    files: Mapping[str, Path],
-    *,
-    digits: str = "digits",
-    train_count: int = 8192,
-    test_count: int = 1024,
-    seed: int = 0,
-    frames: int = 8,
-    size: int = 16,
-) -> Dataset:
-    """Videos of :func:`tmdjax.data.videos.moving_digits.make_moving_digits`.
-
-    Args:
-        files: none.
-        digits: the source of the digits: 'digits', or 'mnist' where it is present.
-        train_count: training videos, >= 1.
-        test_count: test videos, >= 1.
-        seed: of the motions.
-        frames: of a video.
-        size: height and width.
-    """
-    return moving_digits.make_moving_digits(
-        load(digits),
-        train_count=train_count,
-        test_count=test_count,
-        seed=seed,
-        frames=frames,
-        size=size,
-    )
-
-
 _CELEB_A_HQ = "celeb_a_hq/256"
 _CELEB_FILE = (
     "data256x256.tar (made as "
@@ -319,20 +288,7 @@ for _source in (
         "videos of a coloured sprite that moves, with a prompt of words",
         moving_sprites.load_moving_sprites,
     ),
-    Source(
-        name="moving_digits",
-        package="scikit-learn",
-        install="pip install 'tmdjax[demo]'",
-        licence="BSD-3-Clause",
-        description="videos of a handwritten digit that bounces on black",
-        loader=_load_moving_digits,
-        present=lambda: bool(python_package("sklearn")),
-    ),
-    _built_in(
-        "checkerboard", "2-D points on eight squares", procedural.load_checkerboard
-    ),
     _built_in("two_moons", "2-D points on two half circles", procedural.load_two_moons),
-    _built_in("rings", "2-D points on three circles", procedural.load_rings),
     _built_in("mixture", "2-D points of four Gaussians", procedural.load_mixture),
     _built_in(
         "rendered_text",
