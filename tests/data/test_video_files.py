@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmdjax.data import array_record, load, video_batches, write_array_record
-from tmdjax.data.videos.files import decode_video, open_videos, to_float, to_uint8
+from tmdjax.data import load, video_batches
+from tmdjax.data.videos.files import open_videos, to_float, to_uint8
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (9, 4, 6, 8, 3), np.uint8)
 TEXT = np.random.default_rng(1).standard_normal((9, 3, 5)).astype(np.float16)
@@ -20,14 +20,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def records(tmp_path):
-    for name, rows in (("b", range(5, 9)), ("a", range(5))):
-        examples = ({"video": VIDEO[i], "label": LABEL[i]} for i in rows)
-        write_array_record(tmp_path / f"{name}.array_record", examples)
-    return tmp_path
-
-
 def test_bytes_and_floats():
     every = np.arange(256, dtype=np.uint8)
     floats = to_float(every)
@@ -39,7 +31,7 @@ def test_bytes_and_floats():
 
 
 def test_a_folder_by_name(folder):
-    data = load("video_files", folder=folder, frames=4, size=(6, 8), test_count=2)
+    data = load("video_files", folder=folder, test_count=2)
     for split, rows in ((data.train, slice(7)), (data.test, slice(7, None))):
         np.testing.assert_array_equal(split["video"], VIDEO[rows])
         np.testing.assert_array_equal(split["text"], TEXT[rows].astype(np.float32))
@@ -102,20 +94,9 @@ def test_videos_alone_have_one_class(folder):
     assert set(data.train) == {"video", "label"} and data.num_classes == 1
 
 
-def test_array_record_files(records):
-    data = load("video_files", folder=records, size=None, frames=4)
-    np.testing.assert_array_equal(data.train["video"], VIDEO[:8])
-    np.testing.assert_array_equal(data.train["label"], LABEL[:8])
-    paths = sorted(records.glob("*.array_record"))
-    lazy = array_record(paths, 9, shuffle=False, decode=decode_video, threads=0)
-    np.testing.assert_allclose(next(lazy)["video"], VIDEO / 127.5 - 1, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "arrays, options, message",
     [
-        ({}, {"frames": 5}, "are 4 x 6 x 8 .* but 5 x any x any is asked for"),
-        ({}, {"size": 6}, "any x 6 x 6 is asked for"),
         ({}, {"test_count": 9}, r"test_count=9 is outside \[1, 8\]"),
         ({}, {"train_count": 9}, r"train_count=9 is outside \[1, 8\]"),
         ({"video": VIDEO[0]}, {}, r"shape \(4, 6, 8, 3\); they need \[n, frame"),
@@ -151,10 +132,6 @@ def test_missing_and_damaged_files(folder, refused):
     (folder / "video.npy").write_bytes((folder / "video.npy").read_bytes()[:500])
     bad(r"video\.npy is damaged", folder=folder)
     (folder / "video.npy").unlink()
-    bad(r"neither video\.npy nor", FileNotFoundError, folder=folder)
-    (folder / "a.array_record").write_bytes(b"no records")
-    bad(r"a\.array_record of .* damaged", folder=folder)
-    write_array_record(folder / "a.array_record", [{"image": VIDEO[0]}])
-    bad(r"hold \['image'\], no 'video'", folder=folder)
+    bad(r"holds no video\.npy", FileNotFoundError, folder=folder)
     floats = {"video": VIDEO / 255}
     refused("dtype float64; give uint8", video_batches, floats, 2)

@@ -258,7 +258,6 @@ def write_tfds(
     *,
     data_dir: Path | None = None,
     version: str = "1.0.0",
-    seed: int = 0,
 ) -> Path:
     """Writes a set with the one split 'train'.
 
@@ -268,7 +267,6 @@ def write_tfds(
         data_dir: folder with all prepared sets, see
             :func:`tmdjax.data.tfds_sets.data_folder`.
         version: 'major.minor.patch'.
-        seed: of the random order in which samples are written.
 
     Returns:
         The folder of the set.
@@ -295,7 +293,7 @@ def write_tfds(
     count = next(iter(columns.values())).count
     for key, column in columns.items():
         check_batch(f"columns[{key!r}]", np.empty(column.count), count)
-    order = np.random.default_rng(seed).permutation(count)
+    order = np.random.default_rng(0).permutation(count)
     features = {key: _feature(tfds.features, c) for key, c in columns.items()}
 
     class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_batch, check_finite, check_range
+from tmdjax.core.checks import check_batch, check_count, check_finite, check_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,18 @@ class Dataset:
                 label = f"{self.name} {split}[{key!r}]"
                 check_batch(label, array, count)
                 check_finite(array, label, "The source is damaged: install it again.")
+
+
+def count_up_to(name: str, value: int | None, high: int) -> int:
+    """A number of samples in [1, high]; None is ``high``.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: outside that range.
+    """
+    count = check_count(name, high if value is None else value)
+    check_range(name, count, 1, high)
+    return count
 
 
 def stratified_split(

@@ -208,11 +208,7 @@ for _source in (
         description="1,797 handwritten digits, 8x8 grey",
         loader=digits.load_digits,
         roots=functools.partial(python_package, "sklearn"),
-        files={
-            digits.FILE: (
-                "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
-            )
-        },
+        files=digits.FILES,
     ),
     Source(
         name="fashion_mnist",

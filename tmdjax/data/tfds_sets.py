@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
-from tmdjax.data.dataset import Dataset
+from tmdjax.data.dataset import Dataset, count_up_to
 
 FOLDER_VARIABLE = "TFDS_DATA_DIR"
 """Environment variable of TFDS: the folder with all prepared sets."""
@@ -186,13 +186,15 @@ def load_tfds(
                 f"data source {name!r} has no test split; give test_count=, how many "
                 f"samples of 'train' to hold out."
             )
-        test_count = _count("test_count", test_count, total - 1)
+        test_count = count_up_to("test_count", test_count, total - 1)
         total -= test_count
         test_start = total
     else:
-        test_count = _count("test_count", test_count, splits[test_split].num_examples)
+        test_count = count_up_to(
+            "test_count", test_count, splits[test_split].num_examples
+        )
         test_start = 0
-    train_count = _count("train_count", train_count, total)
+    train_count = count_up_to("train_count", train_count, total)
     _check_memory(name, columns, train_count, test_count, memory_limit_gb)
 
     try:
@@ -407,13 +409,6 @@ def _read(
             arrays[name] -= 1
     found = {name: texts.get(name, arrays.get(name)) for name in columns}
     return {"label": np.zeros(len(rows), np.int32)} | found
-
-
-def _count(name: str, value: int | None, high: int) -> int:
-    """A count in [1, high]; None is ``high``."""
-    count = check_count(name, high if value is None else value)
-    check_range(name, count, 1, high)
-    return count
 
 
 def _check_memory(

@@ -7,7 +7,13 @@ import numpy as np
 
 from tmdjax.data.dataset import Dataset, stratified_split
 
-FILE = "datasets/data/digits.csv.gz"
+FILES = {
+    "datasets/data/digits.csv.gz": (
+        "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+    )
+}
+"""SHA-256 of the file by its name."""
+
 TEST_COUNT = 597
 
 
@@ -19,12 +25,12 @@ def load_digits(files: Mapping[str, Path]) -> Dataset:
     sample. The same writers appear in both.
 
     Args:
-        files: path of the package's ``FILE``.
+        files: path of the package's ``FILES``.
 
     Returns:
         'image' float32 [n, 8, 8, 1] and 'label' int32 [n].
     """
-    table = np.loadtxt(files[FILE], delimiter=",", dtype=np.float32)
+    table = np.loadtxt(*files.values(), delimiter=",", dtype=np.float32)
     train, test = stratified_split(
         {
             "image": (table[:, :64] / 8 - 1).reshape(-1, 8, 8, 1),

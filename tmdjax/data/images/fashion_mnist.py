@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tmdjax.core.checks import check_count, check_range
-from tmdjax.data.dataset import Dataset
+from tmdjax.data.dataset import Dataset, count_up_to
 
 FILES = {
     "train-images-idx3-ubyte.gz": (
@@ -59,11 +58,12 @@ def load_fashion_mnist(
     """
 
     def split(stem: str, count: int | None, name: str) -> dict[str, np.ndarray]:
-        image = read_idx(files[f"{stem}-images-idx3-ubyte.gz"], 3, count, name)
-        label = read_idx(files[f"{stem}-labels-idx1-ubyte.gz"], 1, count, name)
+        image = read_idx(files[f"{stem}-images-idx3-ubyte.gz"], 3)
+        label = read_idx(files[f"{stem}-labels-idx1-ubyte.gz"], 1)
+        count = count_up_to(name, count, len(image))
         return {
-            "image": image[..., None].astype(np.float32) / 127.5 - 1,
-            "label": label.astype(np.int32),
+            "image": image[:count, ..., None].astype(np.float32) / 127.5 - 1,
+            "label": label[:count].astype(np.int32),
         }
 
     return Dataset(
@@ -75,24 +75,19 @@ def load_fashion_mnist(
     )
 
 
-def read_idx(
-    path: Path, ndim: int, count: int | None = None, count_name: str = "count"
-) -> np.ndarray:
-    """Reads the start of a gzipped idx file of bytes.
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Reads a gzipped idx file of bytes.
 
     Args:
         path: of the file.
         ndim: axes the array must have.
-        count: length of the leading axis to return; None for all.
-        count_name: how errors call it.
 
     Returns:
-        uint8 [count, ...], read-only.
+        uint8, read-only.
 
     Raises:
-        TypeError: ``count`` is not an integer.
-        ValueError: ``count`` outside [1, length], or a file that is truncated, not
-            gzip, or not an idx file of bytes with ``ndim`` axes.
+        ValueError: a file that is truncated, not gzip, or not an idx file of bytes
+            with ``ndim`` axes.
     """
     remedy = "Install its package again."
     try:
@@ -106,12 +101,7 @@ def read_idx(
                     f"bytes with {ndim} axes with {expected.hex()}. {remedy}"
                 )
             shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
-            if count is not None:
-                count = check_count(count_name, count)
-                check_range(count_name, count, 1, shape[0])
-                shape = (count, *shape[1:])
-            # Reading to the end also verifies gzip's own checksum.
-            content = file.read(-1 if count is None else math.prod(shape))
+            content = file.read()  # to the end: gzip then verifies its own checksum
     except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
         raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
     if len(content) != math.prod(shape):

@@ -1,15 +1,9 @@
 """Videos of your own, as uint8 tensors in a folder; floats are made a batch at a time.
 
-A folder holds either
-
-- ``video.npy``: uint8 [n, frame, height, width, channel], read through a memory map;
-  beside it, each optional, ``text.npy`` (floats [n, word, width], what the text
-  encoder made of the prompts), ``label.npy`` (integers [n]) and ``prompts.json`` (a
-  list of n texts);
-- or one or more ``*.array_record`` files of ``data.write_array_record``, each example
-  with 'video' [frame, height, width, channel] and, if any, 'text' and 'label'; and
-  ``prompts.json`` as above. They are read whole, as uint8; to read them a batch at a
-  time give their paths to ``data.array_record`` with ``decode=decode_video``.
+A folder holds ``video.npy``: uint8 [n, frame, height, width, channel], read through a
+memory map; beside it, each optional, ``text.npy`` (floats [n, word, width], what the
+text encoder made of the prompts), ``label.npy`` (integers [n]) and ``prompts.json`` (a
+list of n texts).
 """
 
 import hashlib
@@ -19,16 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
-from tmdjax.core.checks import check_batch, check_count, check_finite, check_range
+from tmdjax.core.checks import check_batch, check_finite, check_range
 from tmdjax.core.trees import content_hash
-from tmdjax.data.dataset import Dataset
-from tmdjax.data.pipeline import Batch, Batches, BatchPlan, decode_example
-
-_RECORDS = "*.array_record"
-_CHUNK = 64
+from tmdjax.data.dataset import Dataset, count_up_to
+from tmdjax.data.pipeline import Batch, Batches, BatchPlan
 
 
 def to_float(video: Any) -> Any:
@@ -42,51 +32,31 @@ def to_uint8(video: Any) -> np.ndarray:
     return np.rint(levels).astype(np.uint8)
 
 
-def decode_video(record: bytes) -> Batch:
-    """One record of a video as arrays, the video as float32 in [-1, 1]."""
-    example = decode_example(record)
-    return {**example, "video": to_float(example["video"])}
-
-
 def open_videos(
     folder: str | os.PathLike[str],
-    *,
-    frames: int | None = None,
-    size: int | tuple[int, int] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """Opens a folder of videos; see the module for its layout.
 
     Args:
         folder: that holds the files.
-        frames: of a video, checked; None takes any.
-        size: height and width (one number for both), checked; None takes any.
 
     Returns:
-        Arrays 'video' uint8 [n, frame, height, width, channel] (a memory map where it
-        comes from ``video.npy``), 'text' float32 [n, word, width] if there is one, and
-        'label' int32 [n]: as given, else the number of the prompt among the sorted
-        distinct prompts, else 0. And the prompts, or None.
+        Arrays 'video' uint8 [n, frame, height, width, channel] (a memory map),
+        'text' float32 [n, word, width] if there is one, and 'label' int32 [n]: as
+        given, else the number of the prompt among the sorted distinct prompts, else 0.
+        And the prompts, or None.
 
     Raises:
         FileNotFoundError: no such folder, or no videos in it.
-        ValueError: a damaged file, other axes, dtypes, lengths, frames or sizes.
+        ValueError: a damaged file, other axes, dtypes or lengths.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; check folder=.")
-    records = sorted(folder.glob(_RECORDS))
-    if (folder / "video.npy").is_file():
-        names = [
-            n for n in ("video", "text", "label") if (folder / f"{n}.npy").exists()
-        ]
-        arrays = {name: _open(folder / f"{name}.npy") for name in names}
-    elif records:
-        arrays = _read_records(records)
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds neither video.npy nor {_RECORDS}; write one with np.save "
-            f"or data.write_array_record."
-        )
+    paths = {name: folder / f"{name}.npy" for name in ("video", "text", "label")}
+    if not paths["video"].is_file():
+        raise FileNotFoundError(f"{folder} holds no video.npy; write it with np.save.")
+    arrays = {name: _open(path) for name, path in paths.items() if path.exists()}
     video = arrays["video"]
     if video.ndim != 5 or video.shape[-1] not in (1, 3) or 0 in video.shape:
         raise ValueError(
@@ -98,7 +68,6 @@ def open_videos(
             f"the videos of {folder} are of dtype {video.dtype}; they need uint8 "
             f"(data.videos.files.to_uint8 converts floats in [-1, 1])."
         )
-    _check_size(folder, video.shape[1:4], frames, size)
     prompts = _prompts(folder, len(video))
     return _conditions(folder, arrays, prompts), prompts
 
@@ -111,50 +80,6 @@ def _open(path: Path) -> np.ndarray:
             f"{path} is damaged or no array of numbers ({error}). Write it again with "
             f"np.save."
         ) from error
-
-
-def _read_records(paths: list[Path]) -> dict[str, np.ndarray]:
-    try:
-        source: Any = grain.sources.ArrayRecordDataSource([str(p) for p in paths])
-        arrays: dict[str, np.ndarray] = {}
-        for start in range(0, len(source), _CHUNK):
-            rows = range(start, min(start + _CHUNK, len(source)))
-            for row, record in zip(rows, source.__getitems__([*rows])):
-                for name, value in decode_example(record).items():
-                    if not row:
-                        shape = (len(source), *np.shape(value))
-                        arrays[name] = np.empty(shape, np.asarray(value).dtype)
-                    arrays[name][row] = value
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the records {', '.join(p.name for p in paths)} of {paths[0].parent} are "
-            f"damaged or differ in their layout ({error!r}). Write them again with "
-            f"data.write_array_record."
-        ) from error
-    if "video" not in arrays:
-        raise ValueError(
-            f"the records of {paths[0].parent} hold {sorted(arrays)}, no 'video'."
-        )
-    return arrays
-
-
-def _check_size(
-    folder: Path,
-    shape: tuple[int, ...],
-    frames: int | None,
-    size: int | tuple[int, int] | None,
-) -> None:
-    wanted = (
-        frames,
-        *((size, size) if size is None or isinstance(size, int) else size),
-    )
-    if any(w is not None and w != s for w, s in zip(wanted, shape)):
-        text = " x ".join("any" if w is None else str(w) for w in wanted)
-        raise ValueError(
-            f"the videos of {folder} are {' x '.join(map(str, shape))} (frames, "
-            f"height, width), but {text} is asked for; resize the videos, or change "
-            f"frames= and size=."
-        )
 
 
 def _prompts(folder: Path, count: int) -> list[str] | None:
@@ -262,8 +187,6 @@ def load_video_files(
     files: Mapping[str, Path],
     *,
     folder: str | os.PathLike[str] | None = None,
-    frames: int | None = None,
-    size: int | tuple[int, int] | None = None,
     train_count: int | None = None,
     test_count: int = 1,
 ) -> Dataset:
@@ -276,8 +199,6 @@ def load_video_files(
     Args:
         files: none.
         folder: that holds the files.
-        frames: of a video, checked.
-        size: height and width (one number for both), checked.
         train_count: the first so many; None for all that are not held out.
         test_count: the last so many.
 
@@ -294,18 +215,12 @@ def load_video_files(
     """
     if folder is None:
         raise ValueError(
-            "data source 'video_files' needs folder=, the folder with video.npy or "
-            "*.array_record files."
+            "data source 'video_files' needs folder=, the folder with video.npy."
         )
-    arrays, prompts = open_videos(folder, frames=frames, size=size)
+    arrays, prompts = open_videos(folder)
     count = len(arrays["video"])
-    test_count = check_count("test_count", test_count)
-    check_range("test_count", test_count, 1, count - 1)
-    rest = count - test_count
-    train_count = check_count(
-        "train_count", rest if train_count is None else train_count
-    )
-    check_range("train_count", train_count, 1, rest)
+    rest = count - count_up_to("test_count", test_count, count - 1)
+    train_count = count_up_to("train_count", train_count, rest)
     meta: dict[str, Any] = {"folder": str(folder)}
     if prompts is not None:
         meta["train_prompts"] = tuple(prompts[:train_count])
