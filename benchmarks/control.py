@@ -306,16 +306,13 @@ def _brax_rate(count: int) -> float:
     return rates[-1]
 
 
-FPO = dataclasses.replace(BRAX, reward_scale=10.0, normalise=fpo.RELEASED_NORMALISER)
-"""Its released trainer at brax's sizes; its networks are those of :data:`BRAX`."""
-
-
 def fpo_rows(path: pathlib.Path, repeats: int) -> list[Row]:
     """An iteration of our FPO over the released trainer's."""
-    count = 1024
-    settings = dataclasses.replace(FPO, max_ratio_error=None, discount=0.995)
+    count, sizes = 1024, ("unroll", "epochs", "minibatches")
+    changed = {name: getattr(BRAX, name) for name in sizes}
+    method, settings = fpo.preset("released", settings=changed, bound=5.0)
     contenders: dict[str, Callable[[], Seconds]] = {
-        "ours": Ours(fpo.FPO(bound=5.0), settings, count),
+        "ours": Ours(method, settings, count),
         "released": _released_fpo(path, count),
     }
     found = in_turn(contenders, repeats)

@@ -108,6 +108,44 @@ def test_overrides(config_file, override, value):
         assert [type(v) for v in result] == [type(v) for v in value]
 
 
+ARMS = """
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+TIERS = ("smoke",)
+
+
+def get_config(tier):
+    return ConfigDict({
+        "train": {"steps": 3, "rate": placeholder(float)},
+        "task": {"name": "shapes", "size": 8},
+        "method": {"name": "ppo"},
+        "arms": {"a": {}, "words": {"task": {"name": "words"}}},
+    })
+"""
+
+
+def test_an_arm_may_be_given_what_the_config_has_for_all(tmp_path):
+    path = tmp_path / "arms.py"
+    path.write_text(ARMS)
+    changes = "arms.a.train.steps=5 arms.a.train.rate=0.5 arms.a.method.clip=0.1"
+    changes += " method.sizes=(4,2) arms.a.method.name=fpo"
+    config = load_config(f"{path}:smoke", changes.split())
+    assert config.arms.a.train.to_dict() == {"steps": 5, "rate": 0.5}
+    assert config.arms.a.method.to_dict() == {"name": "fpo", "clip": 0.1}
+    assert config.train.to_dict() == {"steps": 3, "rate": None}
+    assert config.method.sizes == (4, 2)
+    for change, words in (
+        ("arms.a.train.stps=5", "there is no setting 'arms.a.train.stps'"),
+        ("arms.a.train.steps=x", "arms.a.train.steps expects a whole number"),
+        ("arms.b.train.steps=5", "there is no setting 'arms.b.train.steps'"),
+        ("arms.words.task.size=5", "there is no setting 'arms.words.task.size'"),
+        ("train.clip=5", "there is no setting 'train.clip'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_config(f"{path}:smoke", [change])
+
+
 def test_last_override_wins_and_none_comes_back(config_file):
     overrides = ["train.clip=1", "train.steps=3", "train.steps=4", "train.clip=None"]
     config = load_config(f"{config_file}:smoke", overrides)

@@ -294,6 +294,37 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
     return f" Did you mean {by_leaf[near[0]]!r}?" if near else ""
 
 
+def _add_to_group(
+    config: ConfigDict, key: str, text: str, fields: Mapping[str, Any]
+) -> bool:
+    """Adds a setting that is not there but may be given, if the key is that of one.
+
+    ``arms.ARM.GROUP.SETTING`` is of the type that GROUP.SETTING has for all arms; where
+    the arm's group has another 'name', it has no such setting. Any setting of a group
+    'method' may be given: the method's preset alone knows them, so its type is guessed.
+    """
+    holder, parts = config, key.split(".")
+    if parts[0] == "arms" and len(parts) == 4 and parts[1] in config.get("arms", {}):
+        holder, parts = config["arms"][parts[1]], parts[2:]
+    group, name = parts if len(parts) == 2 else ("", "")
+    own = holder.get(group, ConfigDict())
+    if group == "method" and (group in holder or holder is not config):
+        items = _split_items(text) if text[:1] in ("(", "[") else None
+        value = _guess(text) if items is None else tuple(map(_guess, items))
+    elif f"{group}.{name}" in fields and holder is not config:
+        named = config[group].get("name")
+        if own.get("name", named) != named:
+            return False
+        value = dict(config[group].items(preserve_field_references=True))[name]
+        if isinstance(value, config_dict.FieldReference):
+            value = config_dict.placeholder(value.get_type())
+    else:
+        return False
+    holder[group] = own
+    holder[group][name] = value
+    return True
+
+
 def _apply(config: ConfigDict, override: str) -> None:
     key, equals, text = override.partition("=")
     fields = _fields(config)
@@ -303,6 +334,8 @@ def _apply(config: ConfigDict, override: str) -> None:
             f"{'' if key in fields else _nearest(key, fields)}"
         )
     given = f"--config.{key}={text}"
+    if key not in fields and _add_to_group(config, key, text, fields):
+        fields = _fields(config)
     if key not in fields:
         inside = [other for other in fields if other.startswith(f"{key}.")]
         if inside:
@@ -310,8 +343,11 @@ def _apply(config: ConfigDict, override: str) -> None:
                 f"{given}: {key!r} is a group of settings, not one; set one of "
                 f"{', '.join(inside)}."
             )
+        groups = [other for other in fields if other.count(".") == 1]
+        known = {f"arms.{arm}.{k}" for arm in config.get("arms", {}) for k in groups}
+        known = [*fields, *sorted(known - {key})]
         raise ConfigError(
-            f"{given}: there is no setting {key!r}.{_nearest(key, fields)}"
+            f"{given}: there is no setting {key!r}.{_nearest(key, known)}"
         )
     holder, name = fields[key]
     field = dict(holder.items(preserve_field_references=True))[name]

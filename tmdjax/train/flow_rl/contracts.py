@@ -14,7 +14,7 @@ import numpy as np
 
 from tmdjax import flows, rl
 from tmdjax.core import prng
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.checks import check_choice, check_fields, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree, Velocity
 from tmdjax.quant import Precision
 
@@ -267,6 +267,8 @@ def make_setup(
         fields.pop(name) for name in ("steps", "shift", "updates", "objective")
     )
     fields.setdefault("grid", flows.shifted_grid(steps, shift))
+    if dataclasses.is_dataclass(method):
+        check_fields(method, fields)
     built = method(event_shape=tuple(event_shape), **fields)
     loss = {"reduction": built.reduction, **loss, **(objective or {})}
     return Setup(built, FlowObjective(**loss), updates)
