@@ -149,12 +149,10 @@ def claims(arm: str) -> ConfigDict:
         f"O1{mark}": {
             "statement": "the Bellman grid's objective is at most the uniform one's, "
             "for every budget (how many budgets break this)",
-            "published": "",
             "statistic": "exact",
             "direction": "equal",
             "threshold": 0.0,
             "ours": f"{where}search.uniform_cheaper",
-            "baseline": None,
         }
     }
     for letter, budget, published in (
@@ -194,7 +192,6 @@ def claims(arm: str) -> ConfigDict:
         f"O4a{mark}": {
             "statement": "straightening lowers the objective on the model's own new "
             "trajectories, 6 steps, by 5 times",
-            "published": "",
             "statistic": "ratio",
             "direction": "less",
             "threshold": 0.2,
@@ -203,7 +200,6 @@ def claims(arm: str) -> ConfigDict:
         },
         f"O4b{mark}": {
             "statement": "... and the terminal error to the teacher's fine samples",
-            "published": "",
             "statistic": "ratio",
             "direction": "less",
             "threshold": 1.0,
@@ -213,22 +209,15 @@ def claims(arm: str) -> ConfigDict:
         f"O4c{mark}": {
             "statement": "the objective with the straightened velocity on the "
             "teacher's new trajectories, 6 steps, as a fraction of the teacher's",
-            "published": "",
             "statistic": "report",
-            "direction": None,
-            "threshold": None,
             "ours": f"{where}straightened6.chord_error_ratio",
-            "baseline": None,
         },
         f"O5{mark}": {
             "statement": "a grid of another model, here of a Gaussian with the data's "
             "covariance, at 6 steps: 0 is as good as the model's own, 1 as uniform",
             "published": "another data set's grid lies in between (table 6)",
             "statistic": "report",
-            "direction": None,
-            "threshold": None,
             "ours": f"{where}gaussian6.position",
-            "baseline": None,
         },
     }
     return ConfigDict(found)

@@ -122,7 +122,6 @@ def _claims(calls: float, steps: int) -> dict[str, dict[str, object]]:
             direction="equal",
             threshold=calls,
             ours="branch/network_calls_per_sample",
-            baseline=None,
         ),
         "B1b": claim(
             "... of independent chains",
@@ -131,7 +130,6 @@ def _claims(calls: float, steps: int) -> dict[str, dict[str, object]]:
             direction="equal",
             threshold=steps,
             ours="dance/network_calls_per_sample",
-            baseline=None,
         ),
         "B2a": claim(
             "seconds an iteration, BranchGRPO over DanceGRPO",
@@ -192,7 +190,6 @@ def _claims(calls: float, steps: int) -> dict[str, dict[str, object]]:
             "",
             "report",
             ours="branch_shuffled/reward_gain",
-            baseline=None,
         ),
         "B6": claim(
             "held-out strict accuracy, aligned less base",

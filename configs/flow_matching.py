@@ -90,7 +90,6 @@ def get_config(tier: str) -> ConfigDict:
             "F1": {
                 "statement": "50 Euler steps come closer to held-out images than an "
                 "untrained network (sliced Wasserstein)",
-                "published": "",
                 "statistic": "ratio",
                 "direction": "less",
                 "threshold": 0.5,
@@ -99,7 +98,6 @@ def get_config(tier: str) -> ConfigDict:
             },
             "F2": {
                 "statement": "... and in the Frechet distance of the named net",
-                "published": "",
                 "statistic": "ratio",
                 "direction": "less",
                 "threshold": 0.1,
@@ -108,16 +106,13 @@ def get_config(tier: str) -> ConfigDict:
             },
             "F3": {
                 "statement": "samples show the class that was asked for (fraction)",
-                "published": "",
                 "statistic": "difference",
                 "direction": "greater",
                 "threshold": 0.8,
                 "ours": "euler50.label_agreement",
-                "baseline": None,
             },
             "F4": {
                 "statement": "at 8 NFE Heun beats Euler in Frechet distance",
-                "published": "",
                 "statistic": "ratio",
                 "direction": "less",
                 "threshold": 1.0,

@@ -160,7 +160,6 @@ def _claims(tier: str) -> dict[str, dict[str, object]]:
     for task in ("chain_sum", "countdown"):
         claims[f"gain_{task}"] = {
             "statement": f"held-out accuracy in {task}, after GRPO less before",
-            "published": "",
             "statistic": "difference",
             "direction": "greater",
             "threshold": {"chain_sum": 0.1, "countdown": 0.0}[task],
@@ -170,16 +169,13 @@ def _claims(tier: str) -> dict[str, dict[str, object]]:
         for what in ("accuracy_before", "accuracy_after", "solved_after"):
             claims[f"r_{task}_{what}"] = {
                 "statement": f"{what.replace('_', ' ')}, {task}",
-                "published": "",
                 "statistic": "report",
                 "ours": f"{task}/{what}",
-                "baseline": None,
             }
     if tier == "gpu":
         for task in ("chain_sum", "word_sorting", "letter_counting"):
             claims[f"gain_smollm2_{task}"] = {
                 "statement": f"held-out score of SmolLM2 in {task}, after less before",
-                "published": "",
                 "statistic": "difference",
                 "direction": "greater",
                 "threshold": 0.0,

@@ -137,7 +137,6 @@ def _claims(tier: str) -> dict[str, dict[str, object]]:
     ) -> dict:
         return {
             "statement": statement,
-            "published": "",
             "statistic": statistic,
             "direction": "greater",
             "threshold": threshold,
@@ -153,14 +152,12 @@ def _claims(tier: str) -> dict[str, dict[str, object]]:
             "difference",
             least,
             ours=f"policyflow/{entropy}",
-            baseline=None,
         ),
         "1a_ppo": claim(
             "... of Gaussian PPO",
             "difference",
             most,
             ours=f"ppo/{entropy}",
-            baseline=None,
         )
         | {"direction": "less"},
         "1a_gap": claim(
@@ -194,10 +191,8 @@ def _claims(tier: str) -> dict[str, dict[str, object]]:
     ):
         claims[f"1r_{name}_{what}"] = {
             "statement": f"{what.replace('_', ' ')}, {name}",
-            "published": "",
             "statistic": "report",
             "ours": f"{name}/{what}",
-            "baseline": None,
         }
     # all seeds of an arm share one clock; benchmarks/control.py compares the arms
     for name in ("ppo", "policyflow"):
@@ -206,7 +201,6 @@ def _claims(tier: str) -> dict[str, dict[str, object]]:
             "published": "PolicyFlow 1.34 to 1.82 times PPO, with physics",
             "statistic": "report",
             "ours": f"{name}/seconds_per_iteration",
-            "baseline": None,
         }
     if tier == "gpu":
         claims["1b"] = claim(

@@ -51,7 +51,7 @@ def test_it_claims_only_what_it_measures(spec):
     config = load_config(spec)
     experiment = run.find_experiment(config, spec)
     claims = config.get("claims", {}).values()
-    about = {name for c in claims for name in (c.ours, c.baseline) if name}
+    about = {name for c in claims for name in (c.ours, c.get("baseline")) if name}
     assert about <= experiment.measures(config)
     for arm in experiment.arms(config):
         stages = experiment.stages(config, arm)

@@ -31,7 +31,7 @@ class Claim:
     Attributes:
         id: label of the sheet, without brackets ('O1', '1a').
         statement: what is claimed, in words.
-        published: the number in the source, as text or number; None if it has none.
+        published: the number in the source, as text or number; '' if it has none.
         statistic: how seeds are compared: 'ratio' or 'difference' of ours and
             baseline (of ours alone, where there is no baseline); 'exact' for
             identities and counts; 'report' for a number without a threshold.
@@ -48,7 +48,7 @@ class Claim:
 
     id: str
     statement: str
-    published: str | float | None
+    published: str | float | None = ""
     statistic: str
     direction: str | None = None
     threshold: float | None = None
