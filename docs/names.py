@@ -53,7 +53,7 @@ def missing_paths(text: str) -> list[str]:
     return [
         path
         for path in found
-        if not re.search(r"\b[A-Z]{3,}\b(?!\.md)", path)
+        if not re.search(r"[A-Z]{3,}\b(?!\.md)", path)
         and not any(
             (ROOT / start / path).exists() for start in ("", "tmdjax")
         )
