@@ -114,13 +114,15 @@ def language(model: Mapping[str, Any]) -> Language:
         return _packaged(**sizes)
     if name == "folder":
         return _from_folder(**sizes)
-    characters = vocabulary.CHARACTERS
+    tokenizer = generation.CharTokenizer(
+        vocabulary.CHARACTERS, eos=vocabulary.END, pad=vocabulary.PAD
+    )
     return Language(
-        models.DecoderConfig(vocab_size=len(characters), **sizes),
-        lambda prompt: vocabulary.encode(prompt).tolist(),
-        vocabulary.decode,
-        (characters.index(vocabulary.END),),
-        characters.index(vocabulary.PAD),
+        models.DecoderConfig(vocab_size=tokenizer.vocab_size, **sizes),
+        tokenizer.encode,
+        lambda ids: tokenizer.decode(ids).replace(vocabulary.PAD, ""),
+        (tokenizer.eos_id,),
+        tokenizer.pad_id,
     )
 
 
@@ -204,7 +206,7 @@ def pairs(
     mask = np.zeros((count, length), bool)
     for i, problem in enumerate(text_tasks.sample(task, "train", count, rng)):
         prompt = language.encode(problem.prompt)
-        text = [*prompt, *vocabulary.encode(problem.response).tolist()]
+        text = [*prompt, *language.encode(problem.response)]
         if len(text) > length:
             raise ValueError(
                 f"the text {problem.prompt + problem.response!r} has {len(text)} "

@@ -34,7 +34,7 @@ def test_gold_is_paid_and_nothing_near_it_is(task):
         response, text = problem.response, problem.prompt + problem.response
         assert task.verify(problem, response) == 1.0
         assert response.endswith(f"#{problem.answer}$")
-        assert vocabulary.decode(vocabulary.encode(text)) == text
+        assert set(text) <= set(vocabulary.CHARACTERS)
         assert text[0] == ">" and problem.prompt[-1] == "="
         assert json.loads(json.dumps(problem.facts)) == problem.facts
         # the end is needed, and so is every character that is not free work
@@ -48,7 +48,7 @@ def test_gold_is_paid_and_nothing_near_it_is(task):
 @by_task
 def test_any_text_gets_a_reward(task):
     rng = np.random.default_rng(2)
-    characters = [*vocabulary.CHARACTERS, "é", "\n", "\0", " "]
+    characters = [*vocabulary.CHARACTERS, vocabulary.PAD, "é", "\n", "\0", " "]
     for problem in draw(task, 20):
         for length in (0, 1, 5, 40):
             text = "".join(rng.choice(characters, length))
@@ -120,15 +120,9 @@ def test_rewards_run_through_the_host_interface():
     np.testing.assert_array_equal(pending.result(), [1, 1, 0, 1, 1, 1])
 
 
-def test_the_vocabulary_is_small_and_has_each_character_once(refused):
-    assert len(vocabulary.CHARACTERS) == len(set(vocabulary.CHARACTERS)) == 28
-    assert vocabulary.CHARACTERS.index(vocabulary.PAD) == 0
-    assert vocabulary.encode("_>#$").tolist() == [0, 1, 2, 3]
-    assert vocabulary.encode(">5").dtype == np.int32
-    assert vocabulary.decode([1, 0, 2, 0]) == ">#"
-    refused("character 2, 'x', is not among '_>#", vocabulary.encode, "1x2")
-    for i in (28, -1):
-        refused(rf"id {i} is outside .* \[0, 28\)", vocabulary.decode, [3, i])
+def test_the_alphabet_is_small_and_has_each_character_once():
+    every = vocabulary.PAD + vocabulary.CHARACTERS
+    assert len(every) == len(set(every)) == 28 and every.startswith("_>#$")
 
 
 def sum_text(digits, sums):

@@ -151,7 +151,7 @@ def test_grpo_loads(smoke_of, found):
     assert found("grpo")["chain_sum/first_ratio_error"] < 1e-3
     apply_fn, params, _ = tmdjax.load(smoke_of("grpo"), arm="chain_sum")
     logits = apply_fn(params, jnp.zeros((2, 3), jnp.int32))
-    assert logits.shape == (2, 3, len(text_tasks.vocabulary.CHARACTERS))
+    assert logits.shape == (2, 3, 1 + len(text_tasks.vocabulary.CHARACTERS))
 
 
 def test_control_learns_and_loads(smoke_of, found):

@@ -18,6 +18,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.prng import check_key
@@ -91,12 +92,8 @@ def init(
         stack, inputs, fan_out = _split_shape(path, kernels[path], stacked)
         fan_in = math.prod(inputs)
         check_range(f"rank (of {path})", rank, 1, min(fan_in, fan_out))
-        *parents, leaf_name = path.split("/")
-        node = adapters
-        for name in parents:
-            node = node.setdefault(name, {})
         bound = 1 / math.sqrt(fan_in)
-        node[leaf_name] = {
+        adapters[path] = {
             "a": jax.random.uniform(
                 jax.random.fold_in(key, zlib.crc32(path.encode())),
                 (*stack, *inputs, rank),
@@ -106,7 +103,7 @@ def init(
             ),
             "b": jnp.zeros((*stack, rank, fan_out), jnp.float32),
         }
-    return adapters
+    return traverse_util.unflatten_dict(adapters, sep="/")
 
 
 def _split_shape(

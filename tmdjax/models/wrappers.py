@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from tmdjax.core.checks import check_range
 from tmdjax.core.prng import check_key
@@ -47,10 +48,15 @@ def from_nnx(module: Any) -> tuple[ApplyFn, Params]:
         )
     graph, weights, rest = nnx.split(module, nnx.Param, ...)
     rest = jax.tree.map(jnp.asarray, rest)  # no longer the module's own variables
-    paths = [path for path, _ in nnx.to_flat_state(weights)]
-    params: Params = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for path, variable in nnx.to_flat_state(weights):
-        _insert(params, tuple(map(str, path)), jnp.array(variable.get_value()))
+        name = tuple(map(str, path))
+        if name in flat:
+            raise ValueError(
+                f"two parameters are called {'/'.join(name)}; rename an attribute."
+            )
+        flat[name] = jnp.array(variable.get_value())
+    params = traverse_util.unflatten_dict(flat)
     structure = jax.tree.structure(params)
     statistics = [
         "/".join(map(str, path))
@@ -73,11 +79,11 @@ def from_nnx(module: Any) -> tuple[ApplyFn, Params]:
                     f"would be updated, and a pure function cannot; leave the key "
                     f"out, or use a normalisation without running statistics."
                 )
-        leaves = [_get(params, tuple(map(str, path))) for path in paths]
+        leaves = traverse_util.flatten_dict(params)
         state = nnx.from_flat_state(
             [
-                (path, variable.replace(leaf))
-                for (path, variable), leaf in zip(nnx.to_flat_state(weights), leaves)
+                (path, variable.replace(leaves[tuple(map(str, path))]))
+                for path, variable in nnx.to_flat_state(weights)
             ]
         )
         made = nnx.merge(graph, state, rest, copy=True)
@@ -100,22 +106,6 @@ def _streams(nnx: Any, module: Any, key: Any) -> dict[str, Any]:
         if isinstance(node, nnx.RngStream)
     }
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(sorted(names))}
-
-
-def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    if path[-1] in tree:
-        raise ValueError(
-            f"two parameters are called {'/'.join(path)}; rename an attribute."
-        )
-    tree[path[-1]] = leaf
-
-
-def _get(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def rectified_flow(apply_fn: ApplyFn, eps: float = 1e-3) -> ApplyFn:

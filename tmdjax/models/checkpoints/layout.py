@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from tmdjax.core.checks import check_count
 from tmdjax.core.files import write_atomically
@@ -99,12 +100,8 @@ def params_from_tensors(
         value[0] = first
         for row, tensor in zip(value[1:], rows):
             row[...] = leaf.read(tensor)
-        *parents, last = leaf.path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value if leaf.stacked else value[0]
-    return params
+        params[leaf.path] = value if leaf.stacked else value[0]
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def tensors_from_params(
