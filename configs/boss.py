@@ -96,9 +96,8 @@ def get_config(tier: str) -> ConfigDict:
                 },
             }
         )
-        config.model = ConfigDict(
-            {"name": "unet", "width": 64, "blocks": 2, "recipe": "bf16"}
-        )
+        config.model = ConfigDict({"name": "unet", "width": 64, "blocks": 2})
+        config.precision.update(rollout="bf16", train="bf16")
         config.train.update(steps=8000, batch_size=256, ema_decay=0.999, log_every=500)
         config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
         config.features.update(steps=2000, width=32, feature_dim=128)
@@ -125,9 +124,9 @@ def get_config(tier: str) -> ConfigDict:
                 "attention_levels": (4,),
                 "blocks": 2,
                 "heads": 4,
-                "recipe": "bf16",
             }
         )
+        config.precision.update(rollout="bf16", train="bf16")
         config.train.update(steps=1_000_000, batch_size=64, ema_decay=0.999)
         config.search.memory_limit_gb = 2.0
         config.fine_tune.update(

@@ -37,6 +37,7 @@ def get_config(tier: str) -> ConfigDict:
             # late steps have many times the gradient of early ones; without this, the
             # reward of an uncounted pilot seed fell (learning rate 3e-4, cpu tier)
             "step_weight": "inverse_gain",
+            "proximal": "behaviour",
             # none: as the preset of an arm's method has it
             "clip_range": placeholder(float),
             "kl_coefficient": placeholder(float),
@@ -133,7 +134,7 @@ def base(config: ConfigDict, tier: str) -> None:
             "hidden": 64,
             "depth": 3,
             "heads": 4,
-            "recipe": "fp32",
+            "recipe": "fp32",  # of the pretraining
             "remat": False,
         }
     )
@@ -171,10 +172,11 @@ def base(config: ConfigDict, tier: str) -> None:
             "guidance": 1.0,
             "lora_rank": 0,
             "log_every": 1,
-            "recipe": "fp32",
             "memory_limit_gb": 8.0,
         }
     )
+    # of RL: 16-bit rounding puts ratios off 1, beyond the clip range of images
+    config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.evaluate = ConfigDict(
         {"count": 256, "steps": 20, "shown": 12, "judge_seconds": 60.0}
     )

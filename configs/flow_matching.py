@@ -43,9 +43,9 @@ def get_config(tier: str) -> ConfigDict:
             "hidden": 128,
             "depth": 4,
             "heads": 4,
-            "recipe": "fp32",
         }
     )
+    config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
@@ -143,7 +143,8 @@ def get_config(tier: str) -> ConfigDict:
             shape=(32, 32, 3),
             num_classes=8,
         )
-        config.model.update(patch_size=4, hidden=256, depth=12, heads=8, recipe="bf16")
+        config.model.update(patch_size=4, hidden=256, depth=12, heads=8)
+        config.precision.update(rollout="bf16", train="bf16")
         config.train.update(
             steps=20_000, batch_size=256, ema_decay=0.9995, log_every=500
         )
@@ -152,9 +153,8 @@ def get_config(tier: str) -> ConfigDict:
         config.sample.count = 2000
     elif tier == "paper":
         config.data.update(name="imagenet_latents", shape=(32, 32, 4), num_classes=1000)
-        config.model.update(
-            patch_size=2, hidden=1152, depth=28, heads=16, recipe="bf16"
-        )
+        config.model.update(patch_size=2, hidden=1152, depth=28, heads=16)
+        config.precision.update(rollout="bf16", train="bf16")
         config.train.update(
             steps=7_000_000, batch_size=256, ema_decay=0.9999, log_every=1000
         )

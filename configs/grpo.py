@@ -75,6 +75,7 @@ def get_config(tier: str) -> ConfigDict:
     high = {"smoke": 5, "cpu": 8}.get(tier, 40)
     config.task = ConfigDict({"name": "chain_sum", "high": high})
     config.method = ConfigDict({"name": "grpo"})
+    config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.sft = ConfigDict(
         {
             "pairs": 256 if small else 20000,
@@ -143,8 +144,12 @@ def get_config(tier: str) -> ConfigDict:
                     "path": "gsm8k/train.jsonl",
                     "layout": "gsm8k",
                 },
+                "precision": {"rollout": "bf16", "train": "bf16"},
                 "rl": {
                     **SMOLLM2,
+                    # in 16 bits the engine's log-probs and training's differ by more
+                    # than the clip range bears
+                    "proximal": "recompute",
                     "max_new_tokens": 1024,
                     "length": 1536,
                     "dynamic_sampling": True,

@@ -82,6 +82,7 @@ def get_config(tier: str) -> ConfigDict:
     config = ConfigDict()
     config.system = "policyflow"
     config.env = ConfigDict({"name": "multi_goal"})
+    config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.train = ConfigDict(
         {
             "seeds": (0,) if tier == "smoke" else (0, 1, 2, 3, 4),

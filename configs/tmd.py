@@ -54,10 +54,10 @@ def get_config(tier: str) -> ConfigDict:
             "depth": 6,
             "mlp_width": 192,
             "frequency_dim": 64,
-            "recipe": "fp32",
             "remat": False,
         }
     )
+    config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.teacher = ConfigDict(
         {
             "exact": False,
@@ -187,9 +187,9 @@ def _enlarge(config: Any) -> None:
         depth=8,
         mlp_width=1024,
         frequency_dim=256,
-        recipe="bf16",
         remat=True,
     )
+    config.precision.update(rollout="bf16", train="bf16")
     config.teacher.update(
         steps=6000,
         batch_size=64,

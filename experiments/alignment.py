@@ -60,7 +60,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
             name="align",
             run=functools.partial(align, config),
             config={
-                k: plain[k] for k in ("method", "task", "rollout", "objective", "rl")
+                k: plain[k]
+                for k in ("method", "task", "rollout", "objective", "rl", "precision")
             },
             parents=("pretrain",),
         ),
@@ -140,7 +141,7 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
         trained, policy, _ = tasks.policy(config, params, jax.random.key(0))
         if config.rl.lora_rank:  # merged: the whole is the base of nothing
             trained = {}
-        velocity = policy.velocity(trained, policy.frozen)
+        velocity = policy.acting(trained, policy.frozen)
         cond = policy.condition(policy.frozen, batch)
         noise = prng.normal(keys, task.event_shape)
         return flows.rollout(None, velocity, noise, table, cond, store=False)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.supervised import Supervised
-from tmdjax import data, flows, models, train
+from tmdjax import data, flows, models, quant, train
 from tmdjax.core import prng, trees
 from tmdjax.core.types import Array, Params
 from tmdjax.data import captioned_shapes, rendered_text
@@ -165,67 +165,57 @@ def policy(config: Config, params: Params, key: Any) -> tuple[Params, Any, Any]:
     The text encoder is frozen; with a rank only adapters of the attention are trained,
     and the base is the reference.
     """
-    settings = config.rl
-    spec = model_spec(config)
-    if config.task.name != "mixture":
-        # 16-bit rounding would put the ratio off 1, beyond the clip range of images
-        spec["recipe"] = settings.recipe
-    module: Any = models.build(spec)
-    if config.task.name == "mixture":
-        apply_fn = models.functional(module)
-        base, frozen = params, params
-        whole, condition = lambda trained: trained, lambda frozen, batch: None
-        null = None
-    else:
-        dit, text = models.functional(module.dit_module()), models.functional(module)
-        apply_fn, base, frozen = dit, params["dit"], params
-        null = models.null_condition(module.max_length, module.text_width)
+    settings, rank = config.rl, config.rl.lora_rank
+    precision = quant.Precision(**to_plain(config.precision))
+    module: Any = models.build(model_spec(config))
+    exact = config.task.name == "mixture"
+    network = module if exact else module.dit_module()
+    acting, learning = (
+        models.functional(models.with_recipe(network, recipe))
+        for recipe in (precision.rollout, precision.train)
+    )
+    text = models.functional(models.with_recipe(module, precision.train))
+    base = params if exact else params["dit"]
+    null = (
+        None if exact else models.null_condition(module.max_length, module.text_width)
+    )
+    alpha = 2.0 * rank
 
-        def condition(frozen: Any, batch: Any) -> Any:
-            raw = {"ids": batch["ids"], "mask": batch["mask"]}
-            return text(frozen, raw, method="encode")
+    def condition(frozen: Any, batch: Any) -> Any:
+        raw = {"ids": batch["ids"], "mask": batch["mask"]}
+        return text(frozen, raw, method="encode")
 
-        def whole(trained: Any) -> Any:
-            return {"encoder": params["encoder"], "dit": trained}
+    def whole(trained: Any) -> Any:
+        trained = lora.merge(base, trained, alpha) if rank else trained
+        return trained if exact else {"encoder": params["encoder"], "dit": trained}
 
     def base_of(frozen: Any) -> Any:
-        return frozen if config.task.name == "mixture" else frozen["dit"]
+        return frozen if exact else frozen["dit"]
 
     def guided(velocity: Any) -> Any:
-        if config.task.name == "mixture":
+        if exact:
             return lambda x, t, cond=None: _EXACT.velocity(x, t) + velocity(x, t, None)
         return flows.classifier_free_guidance(
             velocity, settings.guidance, null, freeze_null=True
         )
 
-    def reference(frozen: Any) -> Any:
-        return guided(functools.partial(apply_fn, base_of(frozen)))
+    def trained_by(apply_fn: Any) -> Any:
+        def velocity(trained: Any, frozen: Any) -> Any:
+            own = lora.apply_fn(apply_fn, base_of(frozen), alpha) if rank else apply_fn
+            return guided(functools.partial(own, trained))
 
-    rank = settings.lora_rank
-    if not rank:
-        return (
-            base,
-            flow_rl.Policy(
-                velocity=lambda trained, frozen: guided(
-                    functools.partial(apply_fn, trained)
-                ),
-                reference=reference,
-                condition=condition,
-                frozen=frozen,
-            ),
-            whole,
-        )
-    adapters = lora.init(key, base, rank, ["attention/.*/kernel"])
-    alpha = 2.0 * rank
-    adapted = flow_rl.Policy(
-        velocity=lambda trained, frozen: guided(
-            functools.partial(lora.apply_fn(apply_fn, base_of(frozen), alpha), trained)
-        ),
-        reference=reference,
-        condition=condition,
-        frozen=frozen,
+        return velocity
+
+    found = flow_rl.Policy(
+        velocity=trained_by(learning),
+        reference=lambda frozen: guided(functools.partial(learning, base_of(frozen))),
+        condition=(lambda frozen, batch: None) if exact else condition,
+        frozen=params,
+        rollout_velocity=trained_by(acting),
+        precision=precision,
     )
-    return adapters, adapted, lambda trained: whole(lora.merge(base, trained, alpha))
+    adapters = lora.init(key, base, rank, ["attention/.*/kernel"]) if rank else None
+    return adapters if rank else base, found, whole
 
 
 def initial(config: Config, key: Any) -> Params:

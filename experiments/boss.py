@@ -57,9 +57,10 @@ def stages(config: Config, arm: str) -> list[Stage]:
         return {name: plain[name] for name in names}
 
     guided = groups("search") | {"guidance": config.sample.guidance}
+    guided["recipe"] = plain["precision"]["rollout"]
     noises = {"noises": config.fine_tune.noises}
     found = [
-        stage("train", few_step.teacher, groups(*few_step.TEACHER)),
+        stage("train", few_step.teacher, flow_matching.base_of(plain)),
         stage("search", boss_stages.search, guided, "train"),
         stage("trajectories", boss_stages.trajectories, noises, "train", "search"),
     ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import control_tasks as tasks
 from experiments.arms import arms, build_method, of_arm, tuples
-from tmdjax import rl, train
+from tmdjax import models, quant, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
 from tmdjax.core.files import write_atomically
@@ -36,7 +36,7 @@ COURSE = ("reward_first", "reward_last", "seconds_per_iteration", "first_ratio_e
 
 
 def build(config: Config) -> tuple[on_policy.Trainer, Any]:
-    """Trainer and method of an arm's config."""
+    """Trainer of an arm's config, and its method as it acts."""
     sizes = tuples(to_plain(config.train))
     seeds, count, calls = (sizes.pop(k) for k in ("seeds", "envs", "iterations"))
     per_call = sizes.pop("iterations_per_call")
@@ -48,12 +48,15 @@ def build(config: Config) -> tuple[on_policy.Trainer, Any]:
         )
     if not seeds:
         raise ValueError("train.seeds is empty; give the seeds to train side by side.")
+    precision = quant.Precision(**to_plain(config.precision))
     changed = {k: v for k, v in sizes.items() if v is not None}
+    changed["precision"] = precision
     method, settings = build_method(
         to_plain(config.method), on_policy.ControlSetup, settings=changed
     )
     vector = tasks.vector(to_plain(config.env), count)
-    return on_policy.make_trainer(vector, method, settings), method
+    trainer = on_policy.make_trainer(vector, method, settings)
+    return trainer, models.with_recipe(method, precision.rollout)
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -64,7 +67,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
         Stage(
             name="train",
             run=functools.partial(train_seeds, config),
-            config={k: plain[k] for k in ("method", "env", "train")},
+            config={k: plain[k] for k in ("method", "env", "train", "precision")},
             seeded=False,
         ),
         Stage(

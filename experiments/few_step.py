@@ -26,8 +26,6 @@ from tmdjax.harness.report import line_plot
 from tmdjax.models import lora
 
 Config = Any
-TEACHER = ("data", "model", "optimizer", "train")
-"""The settings that a teacher depends on."""
 
 POINT_MEASURES = ("sliced_wasserstein", "frechet")
 MICRO_BATCH = 1000
@@ -46,12 +44,11 @@ def load(config: Config) -> data.Dataset:
     return data.load(config.data.name, **to_plain(config.data.options))
 
 
-def network(config: Config) -> tuple[Any, Any]:
-    """``apply_fn(params, x, t, cond)`` and ``init(key) -> params``."""
-    if has_images(config):
-        spec = flow_matching.model_spec(config)
-    else:
-        spec = to_plain(config.model)
+def network(config: Config, when: str = "train") -> tuple[Any, Any]:
+    """``apply_fn(params, x, t, cond)`` in training or 'rollout', and ``init(key)``."""
+    spec = flow_matching.model_spec(config, when)
+    if not has_images(config):
+        del spec["num_classes"]
     module = models.build(spec)
     apply_fn = models.functional(module)
     x, t = jnp.zeros((1, *config.data.shape)), jnp.zeros(1)
@@ -76,7 +73,7 @@ def _corrected(apply_fn: Any, params: Any, x: Any, t: Any, cond: Any) -> Any:
 
 def velocity_of(config: Config, params: Any, guided: bool = False) -> Any:
     """The velocity of a network; the teacher's is guided."""
-    apply_fn, _ = network(config)
+    apply_fn, _ = network(config, "rollout")
     velocity = functools.partial(apply_fn, params)
     scale = config.sample.guidance if guided else 1.0
     return flows.classifier_free_guidance(velocity, scale, config.data.num_classes)

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import image_quality
 from experiments.supervised import Supervised
-from tmdjax import flows, models, train
+from tmdjax import flows, models, quant, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult, Update
@@ -41,12 +41,12 @@ def stages(config: Config, arm: str) -> list[Stage]:
         Stage(
             name="train",
             run=functools.partial(train_flow, config),
-            config={k: plain[k] for k in ("data", "model", "optimizer", "train")},
+            config=base_of(plain),
         ),
         Stage(
             name="sample",
             run=functools.partial(sample, config),
-            config={"sample": plain["sample"]},
+            config={"sample": plain["sample"], "recipe": plain["precision"]["rollout"]},
             parents=("train",),
         ),
         Stage(
@@ -59,9 +59,17 @@ def stages(config: Config, arm: str) -> list[Stage]:
     ]
 
 
-def model_spec(config: Config) -> dict[str, Any]:
-    """The network's spec, its classes taken from the data."""
-    return {**to_plain(config.model), "num_classes": config.data.num_classes}
+def base_of(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a plain config: what the training of the network depends on."""
+    found = {name: plain[name] for name in ("data", "model", "optimizer", "train")}
+    return found | {"recipe": plain["precision"]["train"]}
+
+
+def model_spec(config: Config, when: str = "train") -> dict[str, Any]:
+    """The network's spec in training or 'rollout', its classes taken from the data."""
+    recipe = getattr(quant.Precision(**to_plain(config.precision)), when).name
+    classes = config.data.num_classes
+    return {**to_plain(config.model), "num_classes": classes, "recipe": recipe}
 
 
 def training(config: Config) -> Supervised:
@@ -110,7 +118,7 @@ def train_flow(config: Config, context: StageContext) -> StageResult:
 def sample(config: Config, context: StageContext) -> StageResult:
     """Draws one set a solver and budget, from the same noise and labels."""
     dataset = image_quality.load_data(config)
-    module = models.build(model_spec(config))
+    module = models.build(model_spec(config, "rollout"))
     apply_fn = models.functional(module)
     trained = context.inputs["train"].outputs
     labels = jnp.asarray(dataset.test["label"][: config.sample.count])

@@ -17,7 +17,7 @@ import numpy as np
 from experiments import language_tasks as tasks
 from experiments import supervised_language
 from experiments.arms import arms, build_method, of_arm
-from tmdjax import generation, models, runtime, train
+from tmdjax import generation, models, quant, runtime, train
 from tmdjax.core import trees
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.harness import Report, Stage, StageContext, StageResult
@@ -37,7 +37,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
         name="sft",
         run=functools.partial(supervised_language.train_to_gate, given),
         config={k: given[k] for k in ("task", "model", "sft")}
-        | {k: given["rl"][k] for k in LOOK},
+        | {k: given["rl"][k] for k in LOOK}
+        | {"recipe": given["precision"]["train"]},
         seeded=False,
     )
     before = [first] if given["model"]["name"] == "decoder" else []
@@ -47,7 +48,9 @@ def stages(config: Config, arm: str) -> list[Stage]:
         Stage(
             name="rl",
             run=functools.partial(reinforce, given),
-            config={k: given[k] for k in ("task", "model", "rl", "method")},
+            config={
+                k: given[k] for k in ("task", "model", "rl", "method", "precision")
+            },
             parents=parents,
         ),
         Stage(
@@ -63,7 +66,7 @@ def start_of(given: dict[str, Any], context: StageContext) -> Any:
     """Parameters before reinforcement learning: supervised ones, or the weights."""
     if "sft" in context.inputs:
         return jax.tree.map(jnp.asarray, context.inputs["sft"].outputs["params"])
-    return tasks.language(given["model"]).parameters(context.key)
+    return tasks.language(given).parameters(context.key)
 
 
 def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, Any]:
@@ -91,9 +94,10 @@ def iteration(
 ) -> Any:
     """The function of an iteration, its engine built."""
     task, sizes = tasks.build(given["task"]), given["rl"]
-    language = tasks.language(given["model"])
+    language = tasks.language(given)
     settings, objective, optimizer = settings_of(given)
-    model, slots = generation.cached_decoder(language.config), language.engine(sizes)
+    acting = tasks.language(given, "rollout").config
+    model, slots = generation.cached_decoder(acting), language.engine(sizes)
     print(f"[rl] {generation.describe(model, params, slots)}")
     engine = generation.Engine(model, params, slots, key)
     seed = np.asarray(jax.random.key_data(key)).tolist()
@@ -113,6 +117,7 @@ def iteration(
         length=sizes["length"],
         pad=language.pad,
         should_stop=should_stop,
+        precision=quant.Precision(**given["precision"]),
     )
     return iterate, iterate.init(params)
 
@@ -141,7 +146,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
             "skipped_updates": float(state.skipped),
             "truncated_fraction": rows[-1]["truncated_fraction"],
         },
-        model=models.spec_of(models.Decoder(tasks.language(given["model"]).config)),
+        model=models.spec_of(models.Decoder(tasks.language(given).config)),
     )
 
 
@@ -150,7 +155,7 @@ def judge(given: dict[str, Any], context: StageContext) -> StageResult:
     task, settings = tasks.build(given["task"]), given["judge"]
     look = tasks.Judge(
         task,
-        tasks.language(given["model"]),
+        tasks.language(given, "rollout"),
         given["rl"],
         "holdout",
         settings["problems"],
@@ -220,7 +225,7 @@ def describe(config: Config) -> dict[str, Any]:
         if (missing := tasks.missing(given)) is not None:
             rows[f"{arm}: parameters"] = f"unknown, {missing} is not there"
             continue
-        task, language = tasks.build(given["task"]), tasks.language(given["model"])
+        task, language = tasks.build(given["task"]), tasks.language(given)
         prompts = tasks.prompts_of(
             task, language, "train", 64, np.random.default_rng(0)
         )
@@ -233,7 +238,8 @@ def describe(config: Config) -> dict[str, Any]:
             )
         shapes = jax.eval_shape(language.parameters, jax.random.key(0))
         rows[f"{arm}: parameters"] = trees.count(shapes)
-        cache = models.cache_bytes(language.config, sizes["slots"], sizes["length"])
+        acting = tasks.language(given, "rollout").config
+        cache = models.cache_bytes(acting, sizes["slots"], sizes["length"])
         rows[f"{arm}: cache, bytes"] = cache
         responses = settings.prompts * settings.samples
         rows[f"{arm}: responses"] = sizes["iterations"] * responses

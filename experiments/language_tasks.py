@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.arms import tuples
-from tmdjax import generation, models
+from tmdjax import generation, models, quant
 from tmdjax.core.checks import check_choice
 from tmdjax.data import text_tasks
 from tmdjax.data.text_tasks import math_files, vocabulary
@@ -99,16 +99,21 @@ class Language:
         )
 
 
-def language(model: Mapping[str, Any]) -> Language:
-    """The model of a config, by its 'name'.
+def language(given: Mapping[str, Any], when: str = "train") -> Language:
+    """The model of a config, computed as its 'precision' says.
 
     Args:
-        model: 'decoder' and sizes of :class:`tmdjax.models.DecoderConfig`, over the
-            characters of the tasks; 'packaged' and 'weights'; or 'folder', with the
-            'folder' of a checkpoint and the 'template' of its chats.
+        given: 'precision' {'rollout', 'train'}; and 'model', by its 'name': a 'decoder'
+            of sizes of :class:`tmdjax.models.DecoderConfig`, over the characters of the
+            tasks; 'packaged' and 'weights'; or 'folder', with the 'folder' of a
+            checkpoint and the 'template' of its chats.
+        when: 'rollout' or 'train'.
     """
-    sizes = dict(model)
-    name = sizes.pop("name")
+    precision = quant.Precision(**given["precision"])
+    return models.with_recipe(_language(**given["model"]), getattr(precision, when))
+
+
+def _language(name: str, **sizes: Any) -> Language:
     check_choice("model.name", name, ("decoder", "packaged", "folder"))
     if name == "packaged":
         return _packaged(**sizes)

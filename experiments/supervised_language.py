@@ -33,7 +33,7 @@ class Gated(LearnerCounts):
 def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
     """Learns gold responses until the sampled accuracy passes the gate."""
     task, settings = tasks.build(given["task"]), given["sft"]
-    language = tasks.language(given["model"])
+    language = tasks.language(given)
     log_probs = tasks.log_probs_of(language.config)
     optimizer = train.make_optimizer(
         train.OptimizerConfig(learning_rate=settings["learning_rate"])

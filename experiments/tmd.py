@@ -44,12 +44,14 @@ def stages(config: Config, arm: str) -> list[Stage]:
     judge = {
         "exact": plain["teacher"]["exact"],
         "guidance": plain["distill"]["guidance"],
+        "recipe": plain["precision"]["rollout"],
     }
     student = plain["student"]
     # what a rollout changes comes after pretraining
     network = {k: student[k] for k in student if k not in ("rollout", "warm_up")}
     teacher = {k: plain[k] for k in ("data", "model", "teacher")}
     teacher["teacher"] = {**teacher["teacher"], "exact": None}
+    teacher["recipe"] = plain["precision"]["train"]
     found = [
         Stage(
             name="teacher",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from experiments import video_students as students
 from experiments import video_tasks as tasks
-from tmdjax import models, train
+from tmdjax import models, quant, train
 from tmdjax.harness import Update
 from tmdjax.harness.config import to_plain
 
@@ -29,7 +29,7 @@ def updates(config: Config) -> dict[str, Update]:
         teacher = params["shared"] if config.student.kind == "tmd" else params
         critic = tasks.first_critic(config, teacher, key)
         state = train.create_distillation_state(params, critic, rules, ema=True)
-        kept = jnp.bfloat16 if config.model.recipe == "bf16" else jnp.float32
+        kept = quant.as_recipe(config.precision.train).dtype
         return state, jax.tree.map(lambda leaf: leaf.astype(kept), teacher)
 
     state, frozen = jax.eval_shape(initial, key)

@@ -43,7 +43,8 @@ def samplers(config: Config, params: Any) -> dict[str, tuple[Any, float]]:
             )
             for k in config.sample.teacher_steps
         }
-    apply_fn = tasks.on_prompts(config, models.build(students.student_spec(config)))
+    module = models.build(students.student_spec(config, "rollout"))
+    apply_fn = tasks.on_prompts(config, module)
     if kind == "tmd":
 
         def tmd_walk(inner: int) -> Any:

@@ -28,9 +28,9 @@ TRAINING = ("teacher", "fit", "pretrain", "distill")
 """Stages that train a network, in the order in which an arm may have them."""
 
 
-def student_spec(config: Config) -> dict[str, Any]:
-    """The student's network."""
-    shared, settings = tasks.network_spec(config), config.student
+def student_spec(config: Config, when: str = "train") -> dict[str, Any]:
+    """The student's network, as it is computed in training or 'rollout'."""
+    shared, settings = tasks.network_spec(config, when), config.student
     check_choice("student.kind", settings.kind, KINDS)
     if settings.kind == "meanflow":
         return {"name": "two_time_dit", "shared": shared}
@@ -119,7 +119,7 @@ def derivative_function(config: Config) -> Any:
 
     In 16 bits attention may be fused, which has no forward mode, and differences drown.
     """
-    if config.model.recipe == "fp32":
+    if config.precision.train == "fp32":
         return None
     spec = student_spec(config)
     # all scores of Wan's lengths fit no device

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.supervised import Supervised
-from tmdjax import data, flows, models, train
+from tmdjax import data, flows, models, quant, train
 from tmdjax.core import prng, trees
 from tmdjax.data import moving_sprites
 from tmdjax.domains.sprites import checks as checker
@@ -88,12 +88,13 @@ def example(config: Config) -> tuple[Any, Any]:
     return x, jax.ShapeDtypeStruct((1, *text), jnp.float32)
 
 
-def network_spec(config: Config) -> dict[str, Any]:
-    """The teacher's network."""
+def network_spec(config: Config, when: str = "train") -> dict[str, Any]:
+    """The teacher's network, as it is computed in training or 'rollout'."""
     return {
         "name": "video_dit",
         "out_channels": event_shape(config)[-1],
         "text_width": example(config)[1].shape[-1],
+        "recipe": getattr(quant.Precision(**to_plain(config.precision)), when).name,
         **to_plain(config.model),
     }
 
@@ -220,7 +221,7 @@ def teacher_velocity(config: Config, params: Any, guidance: float) -> Any:
     if config.teacher.exact:
         velocity = exact_velocity(config)
     else:
-        module = models.build(network_spec(config))
+        module = models.build(network_spec(config, "rollout"))
         velocity = functools.partial(on_prompts(config, module), params)
     return flows.classifier_free_guidance(velocity, guidance, null_prompt(config))
 
@@ -240,9 +241,7 @@ def judges(config: Config) -> train.Networks:
 
     read = None
     if settings.adversarial_weight:
-        read = models.functional(
-            models.VideoDiscriminator(settings.discriminator_width)
-        )
+        read = models.functional(discriminator(config))
     teacher = exact if config.teacher.exact else scorer
     return train.Networks(teacher, scorer, read)
 
@@ -251,8 +250,14 @@ def frozen_teacher(config: Config, params: Any) -> Any:
     """What the teacher's function takes: its parameters, or all videos."""
     if config.teacher.exact:
         return flows.as_pytree(exact_velocity(config))
-    kept = jnp.bfloat16 if config.model.recipe == "bf16" else jnp.float32
+    kept = quant.as_recipe(config.precision.train).dtype
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, kept), params)
+
+
+def discriminator(config: Config) -> models.VideoDiscriminator:
+    """What reads features of the critic, or of the teacher."""
+    width, recipe = config.distill.discriminator_width, config.precision.train
+    return models.VideoDiscriminator(width, recipe)
 
 
 def first_critic(config: Config, params: Any, key: Any) -> dict[str, Any]:
@@ -274,8 +279,8 @@ def first_critic(config: Config, params: Any, key: Any) -> dict[str, Any]:
         jnp.ones(1),
         text,
     )[1]
-    discriminator = models.VideoDiscriminator(settings.discriminator_width)
-    return {**critic, "discriminator": models.init_params(discriminator, key, features)}
+    drawn = models.init_params(discriminator(config), key, features)
+    return {**critic, "discriminator": drawn}
 
 
 def prompts(config: Config) -> np.ndarray:

@@ -44,7 +44,7 @@ def test_shards_merge_to_the_whole(tmp_path):
 
 
 def test_training_and_sampling_lower_for_accelerators():
-    config = load_config(f"{CONFIG}:smoke", ["model.depth=1", "model.recipe=bf16"])
+    config = load_config(f"{CONFIG}:smoke", ["model.depth=1", "precision.train=bf16"])
     with config.unlocked():
         config.model.attention_implementation = "xla"
     step, (state, batch, key), _ = flow_matching.updates(config)["update"]
@@ -85,7 +85,8 @@ def test_bad_commands_are_one_line(arguments, message):
     [
         ("model.heads=5", "hidden=32 must be a multiple of heads=5"),
         ("model.name=dut", "Did you mean 'dit'"),
-        ("model.recipe=bf61", "Did you mean 'bf16'"),
+        ("precision.train=bf61", r"precision.train: .*Did you mean 'bf16'"),
+        ("precision.rollout=fp23", r"precision.rollout: .*Did you mean 'fp32'"),
         ("optimizer.name=adamm", "Did you mean 'adam"),
         ("sample.heun_nfe=(3,)", r"sample.heun_nfe has 3.*give positive multiples"),
         ("data.num_classes=9", "announce"),

@@ -58,9 +58,12 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 16}
 
 
 LANGUAGE = tasks.language(
-    {"name": "decoder"}
-    | SIZES
-    | dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 1)
+    {
+        "model": {"name": "decoder"}
+        | SIZES
+        | dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 1),
+        "precision": {},
+    }
 )
 
 
