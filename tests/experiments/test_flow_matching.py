@@ -86,7 +86,6 @@ def test_bad_commands_are_one_line(arguments, message):
         ("model.heads=5", "hidden=32 must be a multiple of heads=5"),
         ("model.name=dut", "Did you mean 'dit'"),
         ("precision.train=bf61", r"precision.train: .*Did you mean 'bf16'"),
-        ("precision.rollout=fp23", r"precision.rollout: .*Did you mean 'fp32'"),
         ("optimizer.name=adamm", "Did you mean 'adam"),
         ("sample.heun_nfe=(3,)", r"sample.heun_nfe has 3.*give positive multiples"),
         ("data.num_classes=9", "announce"),

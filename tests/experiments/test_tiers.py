@@ -61,6 +61,14 @@ def test_it_claims_only_what_it_measures(spec):
             assert set(stage.parents) <= set(names[:i])
 
 
+@pytest.mark.parametrize("spec", [spec for spec in TIERS if spec.endswith(":smoke")])
+def test_both_recipes_are_known_before_anything_compiles(spec, refused):
+    for side in ("rollout", "train"):
+        config = load_config(spec, [f"precision.{side}=fp23"])
+        describe = run.find_experiment(config, spec).describe
+        refused(f"precision.{side}: unknown GEMM recipe 'fp23'.*fp32", describe, config)
+
+
 def test_the_list_names_every_tier(capsys):
     assert run.main(["--list"]) == 0
     out = capsys.readouterr().out
