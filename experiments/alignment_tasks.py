@@ -214,8 +214,9 @@ def policy(config: Config, params: Params, key: Any) -> tuple[Params, Any, Any]:
         rollout_velocity=trained_by(acting),
         precision=precision,
     )
-    adapters = lora.init(key, base, rank, ["attention/.*/kernel"]) if rank else None
-    return adapters if rank else base, found, whole
+    kernels = ["attention/.*/kernel"]
+    first: Any = lora.init(key, base, rank, kernels) if rank else base
+    return first, found, whole
 
 
 def initial(config: Config, key: Any) -> Params:
