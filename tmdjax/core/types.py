@@ -9,7 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array as Array
+from jaxtyping import ArrayLike as ArrayLike
+from jaxtyping import Bool as Bool
+from jaxtyping import Float as Float
+from jaxtyping import Int as Int
+from jaxtyping import Key as Key
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Mapping[str, Any]
@@ -35,22 +40,3 @@ Velocity: TypeAlias = Callable[[Any, Any, Any], Any]
 
 ApplyFn: TypeAlias = Callable[..., Any]
 """``apply_fn(params, *inputs) -> outputs``, params a nested dict."""
-
-__all__ = [
-    "ApplyFn",
-    "Array",
-    "ArrayLike",
-    "Bool",
-    "Cond",
-    "Data",
-    "Float",
-    "Grid",
-    "Int",
-    "Key",
-    "Params",
-    "PerExample",
-    "PyTree",
-    "SampleKeys",
-    "Time",
-    "Velocity",
-]

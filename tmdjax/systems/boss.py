@@ -27,34 +27,12 @@ from tmdjax.core import files, prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import ApplyFn, Cond, Data, Grid, Params, Velocity
 from tmdjax.flows import Schedule
-from tmdjax.flows.chords import (
-    SAME_TIME,
-    WEIGHTS,
-    FineStates,
-    check_chords,
-    chords,
-    fine_states,
-    split,
-    straightening_loss,
-)
-
-__all__ = [
-    "WEIGHTS",
-    "FineStates",
-    "Schedule",
-    "Search",
-    "Straightened",
-    "check_chords",
-    "chords",
-    "fine_states",
-    "on_grid",
-    "polish_schedule",
-    "sample",
-    "search",
-    "split",
-    "straighten",
-    "straightening_loss",
-]
+from tmdjax.flows.chords import SAME_TIME, WEIGHTS, check_chords
+from tmdjax.flows.chords import FineStates as FineStates
+from tmdjax.flows.chords import chords as chords
+from tmdjax.flows.chords import fine_states as fine_states
+from tmdjax.flows.chords import split as split
+from tmdjax.flows.chords import straightening_loss as straightening_loss
 
 
 class Search(NamedTuple):

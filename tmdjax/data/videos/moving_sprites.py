@@ -6,20 +6,12 @@ from pathlib import Path
 from tmdjax.core.types import Array, SampleKeys
 from tmdjax.data.dataset import Dataset
 from tmdjax.data.procedural import make_dataset
-from tmdjax.domains.sprites.drawing import bank, moving_sprites
-from tmdjax.domains.sprites.prompts import TEXT_WIDTH, text_embedding
-from tmdjax.domains.sprites.scenes import SCALES, Scale, get_scale
-
-__all__ = [
-    "SCALES",
-    "TEXT_WIDTH",
-    "Scale",
-    "bank",
-    "get_scale",
-    "load_moving_sprites",
-    "moving_sprites",
-    "text_embedding",
-]
+from tmdjax.domains.sprites.drawing import bank as bank
+from tmdjax.domains.sprites.drawing import moving_sprites
+from tmdjax.domains.sprites.prompts import TEXT_WIDTH as TEXT_WIDTH
+from tmdjax.domains.sprites.prompts import text_embedding as text_embedding
+from tmdjax.domains.sprites.scenes import Scale as Scale
+from tmdjax.domains.sprites.scenes import get_scale
 
 
 def load_moving_sprites(
