@@ -52,3 +52,17 @@ def test_one_part_is_itself_and_bad_inputs(refused):
     other = part.replace(source=part.source[:4])
     message = r"source has shape \(4,\).*\(6,\)"
     refused(message, rl.concatenate, [part, other], 2)
+
+
+def test_chains_are_joined_state_by_state():
+    rng = np.random.default_rng(0)
+    draw = lambda *size: rng.normal(size=size).astype(np.float32)  # noqa: E731
+    states, log_prob = draw(4, 2, 5), draw(3, 2)
+    record = rl.chain_transitions(states, log_prob, np.arange(5, 8))
+    assert record.states.shape == (8, 5)  # every state once
+    for edge in range(len(record)):
+        chain, place = int(record.sample[edge]), int(record.step[edge]) - 5
+        assert_array_equal(record.states[record.source[edge]], states[place, chain])
+        assert_array_equal(record.states[record.target[edge]], states[place + 1, chain])
+        assert record.log_prob[edge] == log_prob[place, chain]
+    assert_array_equal(np.bincount(record.sample), [3, 3])

@@ -317,7 +317,7 @@ def test_9_siblings():
 
     @jax.jit
     def walks(keys):
-        x = flow_rl.initial_noise(keys, (2,))
+        x = flows.initial_noise(keys, (2,))
         v = MIXTURE.velocity(x, jnp.ones(2000))
         mean, _ = flows.transition_mean(table.rows(0, jnp.float32), x, v)
         walk = functools.partial(flows.tree_rollout, keys, MIXTURE.velocity, x)

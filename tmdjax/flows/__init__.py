@@ -67,6 +67,7 @@ from tmdjax.flows.rescore import step_weights as step_weights
 from tmdjax.flows.rescore import transition_kl as transition_kl
 from tmdjax.flows.rollout import METHODS as METHODS
 from tmdjax.flows.rollout import Trajectory as Trajectory
+from tmdjax.flows.rollout import initial_noise as initial_noise
 from tmdjax.flows.rollout import nfe as nfe
 from tmdjax.flows.rollout import rollout as rollout
 from tmdjax.flows.rollout import solver_velocity as solver_velocity

@@ -48,7 +48,7 @@ def uniform_grid(steps: int) -> Grid:
 
 
 def shift_time(t: Any, shift: float) -> Any:
-    """T -> shift t / (1 + (shift - 1) t): more time near the noise for shift > 1.
+    """Moves times to shift t / (1 + (shift - 1) t): towards the noise for shift > 1.
 
     References:
         Esser et al., arXiv 2403.03206, eq. 23 (resolution-dependent shifting).

@@ -18,12 +18,12 @@ TimeSampler = Callable[[SampleKeys], Time]
 
 
 def uniform_time() -> TimeSampler:
-    """T uniform in [0, 1)."""
+    """Times uniform in [0, 1)."""
     return prng.uniform
 
 
 def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
-    """T = sigmoid(mean + std z): more weight in the middle of the path.
+    """Times sigmoid(mean + std z), z standard normal: more in the middle of the path.
 
     References:
         Esser et al., arXiv 2403.03206, sec. 3.1.
@@ -33,7 +33,7 @@ def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
 
 
 def discrete_time(times: Any) -> TimeSampler:
-    """T uniform over given times [n] in [0, 1]: distillation into n Euler steps."""
+    """Times drawn uniformly from given ones [n] in [0, 1], as for n Euler steps."""
     check_time(times, "times")
     times = jnp.asarray(times, jnp.float32)
 
@@ -45,12 +45,12 @@ def discrete_time(times: Any) -> TimeSampler:
 
 
 def shifted_time(sampler: TimeSampler, shift: float) -> TimeSampler:
-    """Another sampler's times under :func:`~tmdjax.flows.shift_time`."""
+    """The times of another sampler, each moved by :func:`~tmdjax.flows.shift_time`."""
     return lambda keys: shift_time(sampler(keys), shift)
 
 
 def ranged_time(shift: float, low: float = 0.001, high: float = 0.999) -> TimeSampler:
-    """T uniform on [low, high], then shifted, then clipped to [low, high].
+    """Times uniform on [low, high], then shifted, then clipped to [low, high].
 
     Raises:
         ValueError: shift < 1, or no 0 <= low < high <= 1.

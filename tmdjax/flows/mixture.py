@@ -82,7 +82,7 @@ class GaussianMixture:
 
 
 def gaussian_mixture(weights: Any, means: Any, stds: Any) -> GaussianMixture:
-    """Checks and builds a mixture; see :class:`GaussianMixture`.
+    """Checks and builds a :class:`GaussianMixture`.
 
     Args:
         weights: [component].

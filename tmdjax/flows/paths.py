@@ -40,7 +40,7 @@ def interpolate(x_data: Data, x_noise: Data, t: Time) -> Data:
 
 
 def conditional_velocity(x_data: Data, x_noise: Data) -> Data:
-    """The regression target x_noise - x_data of flow matching."""
+    """The regression target of flow matching, x_noise - x_data, [batch, *event]."""
     return x_noise - x_data
 
 
@@ -59,7 +59,7 @@ def convert(value: Data, source: str, target: str, x: Data, t: Time) -> Data:
     Args:
         value: the prediction, [batch, *event].
         source: what `value` is: 'velocity', 'data', 'noise' or 'score'.
-        target: what to return, likewise.
+        target: what to return, one of the same names.
         x: state, [batch, *event].
         t: time, [batch].
 
@@ -84,7 +84,7 @@ def convert(value: Data, source: str, target: str, x: Data, t: Time) -> Data:
 
 
 def as_velocity(predict: Velocity, source: str) -> Velocity:
-    """Wraps a network that predicts `source` as a velocity(x, t, cond)."""
+    """A network (x, t, cond) -> `source` (one of PARAMETRISATIONS) as a velocity."""
     check_choice("source", source, PARAMETRISATIONS)
     return _Converted(as_pytree(predict), source)
 

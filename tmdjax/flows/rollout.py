@@ -37,6 +37,18 @@ METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple, tuple]] = {
 }
 
 
+_START = 1 << 20
+"""Folded into a key for the noise at the start; numbers of steps are below it."""
+
+
+def initial_noise(keys: Any, event_shape: tuple[int, ...]) -> Array:
+    """Where rollouts under these keys may start: standard normal [key, *event].
+
+    Independent of the noise that the steps of a rollout draw from the same keys.
+    """
+    return prng.normal(prng.fold_in(keys, _START), event_shape)
+
+
 @struct.dataclass
 class Trajectory:
     """What a rollout leaves behind.

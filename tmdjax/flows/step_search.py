@@ -9,7 +9,7 @@ and the cheapest path of exactly K jumps from knot 0 to knot n is a K-step grid.
 One matrix serves every K.
 
 References:
-    Nguyen et al., arXiv 2312.16414, eqs. 5-8 (there time runs the other way).
+    Nguyen et al., arXiv 2312.16414, eqs. 5-8 (its time runs from 0, noise, to 1).
 """
 
 import dataclasses
@@ -266,7 +266,7 @@ _CACHE_ENTRIES = 2**18  # of states and velocities each, looked at together: 1 M
 def _squared_l2_sums(
     states: Array, velocities: Array, last: Array, knots: Array, counted: Array
 ) -> Array:
-    """The same for Euler and squared L2, which adds up over pieces of the event.
+    """:func:`_cost_sums` for Euler and squared L2, summed over pieces of the event.
 
     All pairs of knots of a piece are one fused reduction over data that stay in the
     cache; a pass over whole states would stream them from memory n times.

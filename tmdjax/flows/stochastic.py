@@ -28,12 +28,12 @@ def _euler_maruyama(
 def _flow_grpo(
     t: np.ndarray, t_next: np.ndarray, *, strength: float = 0.7
 ) -> dict[str, Any]:
-    """Sigma = strength sqrt(t / (1 - t)); at t = 1 the 1 - t is that of the next knot.
+    """Noise sigma = strength sqrt(t / (1 - t)); in a step from t = 1, 1 - t' for 1 - t.
 
-    So the first step's noise is S = strength whatever the grid, and the gain of the
-    velocity, kappa = 1 + sigma^2 (1 - t) / (2 t), is 1 + strength^2 / 2 at every
-    later step. sigma^2 h does not vanish near t = 1: this is a policy that explores,
-    not a convergent discretisation.
+    So the first step has S = strength whatever the grid, and the gain of the velocity,
+    kappa = 1 + sigma^2 (1 - t) / (2 t), is 1 + strength^2 / 2 at every later step.
+    sigma^2 h does not vanish near t = 1: this is a policy that explores, not a
+    convergent discretisation.
 
     References:
         Flow-GRPO, arXiv 2505.05470.
@@ -53,7 +53,7 @@ def _flow_grpo(
 def _dance_grpo(
     t: np.ndarray, t_next: np.ndarray, *, strength: float = 0.3
 ) -> dict[str, Any]:
-    """Sigma = strength, constant; the last state is x0_hat, without its noise.
+    """Noise sigma = strength in all steps; the last state is x0_hat, without noise.
 
     References:
         DanceGRPO, arXiv 2505.07818 (0.3 for images, 0.25 for video).

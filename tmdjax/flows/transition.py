@@ -46,7 +46,7 @@ def transition_mean(
 
 
 def gaussian_transition(mean: Data, std: Any, z: Data) -> Data:
-    """X' = mean + std z.
+    """Draws the next state, mean + std z.
 
     Args:
         mean: [batch, *event].

@@ -64,7 +64,7 @@ class OnGrid(VelocityWrapper):
 def classifier_free_guidance(
     velocity: Velocity, scale: float, null_cond: Cond, *, freeze_null: bool = False
 ) -> Velocity:
-    """V = v_null + scale (v_cond - v_null), both evaluated in one doubled batch.
+    """Guides a velocity: v_null + scale (v_cond - v_null), in one doubled batch.
 
     Args:
         velocity: conditional velocity(x, t, cond).

@@ -29,6 +29,7 @@ from tmdjax.rl.importance_weights import sequence_weights as sequence_weights
 from tmdjax.rl.importance_weights import truncated_weights as truncated_weights
 from tmdjax.rl.kl import kl_estimate as kl_estimate
 from tmdjax.rl.records import Transitions as Transitions
+from tmdjax.rl.records import chain_transitions as chain_transitions
 from tmdjax.rl.records import concatenate as concatenate
 from tmdjax.rl.returns import generalised_advantages as generalised_advantages
 from tmdjax.rl.returns import standardise as standardise
@@ -47,9 +48,10 @@ from tmdjax.rl.token_records import batch_records as batch_records
 from tmdjax.rl.token_records import pack_records as pack_records
 from tmdjax.rl.token_records import unpack_records as unpack_records
 from tmdjax.rl.trees import FUSIONS as FUSIONS
-from tmdjax.rl.trees import STD_SCOPES as STD_SCOPES
-from tmdjax.rl.trees import TREE_BASELINES as TREE_BASELINES
 from tmdjax.rl.trees import Tree as Tree
+from tmdjax.rl.trees import check_depth_options as check_depth_options
 from tmdjax.rl.trees import depth_advantages as depth_advantages
 from tmdjax.rl.trees import fuse_rewards as fuse_rewards
 from tmdjax.rl.trees import make_tree as make_tree
+from tmdjax.rl.trees import shuffle_depths as shuffle_depths
+from tmdjax.rl.trees import tree_transitions as tree_transitions

@@ -38,6 +38,26 @@ class Transitions:
         return self.source.shape[0]
 
 
+def chain_transitions(states: Any, log_prob: Any, step: Any) -> Transitions:
+    """The record of independent chains over consecutive steps.
+
+    Args:
+        states: [step + 1, sample, *event], the states around the steps.
+        log_prob: [step, sample].
+        step: int32 [step], rows of the coefficient table.
+    """
+    count, samples = log_prob.shape
+    node = jnp.arange(samples)[:, None] * (count + 1) + jnp.arange(count)
+    return Transitions(
+        states=jnp.moveaxis(states, 0, 1).reshape(-1, *states.shape[2:]),
+        source=node.reshape(-1),
+        target=node.reshape(-1) + 1,
+        step=jnp.tile(step, samples),
+        sample=jnp.repeat(jnp.arange(samples), count),
+        log_prob=log_prob.T.reshape(-1),
+    )
+
+
 def concatenate(parts: Sequence[Transitions], samples: int) -> Transitions:
     """One record of several that were drawn one after the other.
 

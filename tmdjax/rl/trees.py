@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.core.types import Array
 from tmdjax.rl.advantages import group_advantages
+from tmdjax.rl.records import Transitions
 
 FUSIONS = ("mean", "prob")
 TREE_BASELINES = ("depth", "parent")
@@ -96,6 +98,41 @@ def make_tree(steps: int, splits: Sequence[int], branches: int = 2) -> Tree:
     )
 
 
+def tree_transitions(tree: Tree, states: Array, log_prob: Array) -> Transitions:
+    """The record of several trees of one shape, whose samples are their leaves.
+
+    A transition belongs to the first of the samples below the node where it begins.
+
+    Args:
+        tree: their shape.
+        states: [tree, node, *event].
+        log_prob: [tree, node - 1].
+    """
+    count = len(states)
+    number, parent = np.arange(count)[:, None], tree.parent[1:]
+    first = number * tree.nodes
+    sample = number * tree.leaves + tree.first_leaf[parent]
+    return Transitions(
+        states=states.reshape(-1, *states.shape[2:]),
+        source=jnp.asarray((first + parent).reshape(-1)),
+        target=jnp.asarray((first + np.arange(1, tree.nodes)).reshape(-1)),
+        step=jnp.asarray(np.tile(tree.depth[1:] - 1, count)),
+        sample=jnp.asarray(sample.reshape(-1)),
+        log_prob=log_prob.reshape(-1),
+    )
+
+
+def shuffle_depths(advantage: Array, tree: Tree, key: Any) -> Array:
+    """Permutes advantages [tree, node - 1] among the nodes of each depth of a tree.
+
+    A control: their values are kept, and which edge earned them is lost.
+    """
+    draw = jax.random.uniform(key, advantage.shape)
+    depth = jnp.asarray(tree.depth[1:])
+    order = jnp.lexsort((draw, jnp.broadcast_to(depth, draw.shape)), axis=1)
+    return jnp.take_along_axis(advantage, order, axis=1)
+
+
 def fuse_rewards(
     rewards: Any, tree: Tree, rule: str = "mean", log_prob: Any = None
 ) -> Array:
@@ -145,6 +182,16 @@ def fuse_rewards(
     return value / count if rule == "mean" else value
 
 
+def check_depth_options(baseline: str, std_scope: str) -> None:
+    """Raises ValueError unless :func:`depth_advantages` takes these together."""
+    check_choice("baseline", baseline, TREE_BASELINES)
+    check_choice("std_scope", std_scope, STD_SCOPES)
+    if baseline == "parent" and std_scope != "tree":
+        raise ValueError(
+            "baseline='parent' compares across depths; set std_scope='tree'."
+        )
+
+
 def depth_advantages(
     value: Any,
     tree: Tree,
@@ -173,8 +220,7 @@ def depth_advantages(
     Raises:
         ValueError: unknown options, or 'parent' with std_scope='depth'.
     """
-    check_choice("baseline", baseline, TREE_BASELINES)
-    check_choice("std_scope", std_scope, STD_SCOPES)
+    check_depth_options(baseline, std_scope)
     value = jnp.asarray(value)
     trees, levels = value.shape[0], int(tree.depth.max()) + 1
     group = (jnp.arange(trees)[:, None] * levels + tree.depth).reshape(-1)
@@ -194,10 +240,6 @@ def depth_advantages(
     if baseline == "depth" and std_scope == "depth":
         advantage = within("group")
     else:
-        if std_scope != "tree":
-            raise ValueError(
-                "baseline='parent' compares across depths; set std_scope='tree'."
-            )
         # raw and normalised deviations of the leaves give their standard deviation
         raw, leaf = within("none"), tree.depth == levels - 1
         normalised = within("group", 0.0)

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,12 +60,15 @@ class Trees:
         split_log_prob: 'proposal', the density drawn from; 'policy' (the released
             code), biased unless c = 1.
         correlation: of siblings' noise, see :func:`tmdjax.flows.tree_rollout`.
-        reduction: of log-probs; that of the objective.
-        fusion: see :func:`tmdjax.rl.fuse_rewards`.
-        baseline: see
-            :func:`tmdjax.rl.depth_advantages`.
-        std_scope: see there.
-        advantage_clip: see there.
+        reduction: of log-probs, 'mean' or 'sum'; that of the objective.
+        fusion: what a node is worth: the 'mean' reward of its leaves, or weighted by
+            the edges' densities ('prob', the released code), as
+            :func:`tmdjax.rl.fuse_rewards` says.
+        baseline: what it is compared with: the other nodes of its 'depth', or its
+            'parent' (:func:`tmdjax.rl.depth_advantages`).
+        std_scope: advantages are divided by the standard deviation of the node's
+            'depth' or of the whole 'tree'.
+        advantage_clip: bound of an advantage's absolute value.
         train_last: also train the last step, whose noise no sample shows (the
             released code).
         prune_depths: child depths whose edges are left out of the update.
@@ -137,14 +139,9 @@ class Trees:
         if self.correlation is not None:
             check_range("correlation", self.correlation, 0)
         check_choice("fusion", self.fusion, rl.FUSIONS)
-        check_choice("baseline", self.baseline, rl.TREE_BASELINES)
-        check_choice("std_scope", self.std_scope, rl.STD_SCOPES)
+        rl.check_depth_options(self.baseline, self.std_scope)
         check_choice("width_mode", self.width_mode, WIDTH_MODES)
         check_choice("reduction", self.reduction, flows.REDUCTIONS)
-        if self.baseline == "parent" and self.std_scope != "tree":
-            raise ValueError(
-                "baseline='parent' compares across depths; set std_scope='tree'."
-            )
         if self.prune_stop is not None:
             check_range("prune_stop", self.prune_stop, 1, steps)
         if self.prune_until is not None:
@@ -243,11 +240,10 @@ class Trees:
     ) -> tuple[Array, rl.Transitions]:
         """Draws a tree a prompt."""
         del plan
-        tree, trees = self.tree, samples.keys.shape[0]
         drawn, states, log_prob = flows.tree_rollout(
             samples.keys,
             velocity,
-            flow_rl.initial_noise(samples.keys, self.event_shape),
+            flows.initial_noise(samples.keys, self.event_shape),
             table,
             samples.cond,
             splits=self.splits,
@@ -255,18 +251,7 @@ class Trees:
             correlation=self.correlation,
             reduction=self.reduction,
         )
-        number, parent = np.arange(trees)[:, None], tree.parent[1:]
-        first = number * tree.nodes
-        # a step is taken under the condition of the node where it begins
-        sample = number * tree.leaves + tree.first_leaf[parent]
-        record = rl.Transitions(
-            states=states.reshape(-1, *self.event_shape),
-            source=jnp.asarray((first + parent).reshape(-1)),
-            target=jnp.asarray((first + np.arange(1, tree.nodes)).reshape(-1)),
-            step=jnp.asarray(np.tile(tree.depth[1:] - 1, trees)),
-            sample=jnp.asarray(sample.reshape(-1)),
-            log_prob=log_prob.reshape(-1),
-        )
+        record = rl.tree_transitions(self.tree, states, log_prob)
         return drawn.reshape(-1, *self.event_shape), record
 
     def credit(
@@ -292,28 +277,28 @@ class Trees:
             clip=self.advantage_clip,
         )
         if self.shuffle:
-            advantage = _shuffle_depths(advantage, tree, key)
-        edge = jnp.broadcast_to(plan["kept"], (trees, plan["kept"].shape[0]))
-        weight = jnp.broadcast_to(plan["weight"], edge.shape)
+            advantage = rl.shuffle_depths(advantage, tree, key)
+        surely = jnp.broadcast_to(plan["kept"], (trees, plan["kept"].shape[0]))
         chosen = self._choose(value[:, 1:], plan["candidates"])
-        if chosen is not None:
-            edge = jnp.concatenate([edge, chosen], axis=1)
-            weight = jnp.concatenate([weight, jnp.ones(chosen.shape)], axis=1)
+        edge = jnp.concatenate([surely, chosen], axis=1)
+        weight = jnp.append(plan["weight"], jnp.ones(chosen.shape[1]))
+        weight = jnp.broadcast_to(weight, edge.shape)
         return flow_rl.Credit(
             (jnp.arange(trees)[:, None] * tree.edges + edge).reshape(-1),
             jnp.take_along_axis(advantage, edge, axis=1).reshape(-1),
             weight.reshape(-1),
         )
 
-    def _choose(self, value: Array, candidates: Any) -> Array | None:
+    def _choose(self, value: Array, candidates: Array) -> Array:
         """Of the edges [branch, edge] after the last split, those kept: [tree, n].
 
-        By the value [tree, edge] of where they lead: there, that of the branch's leaf.
+        They are judged by the value [tree, edge] of the node where they lead, which
+        after the last split is that of the branch's leaf.
         """
         candidates = jnp.asarray(candidates)
-        trees, (branches, length) = value.shape[0], candidates.shape
-        if not branches * length:
-            return None
+        trees, length = value.shape[0], candidates.shape[1]
+        if not length:
+            return jnp.zeros((trees, 0), int)
         if self.width_mode == "extremes":
             flat = candidates.reshape(-1)
             keep = max(2, int(self.prune_width * flat.shape[0]))
@@ -326,14 +311,6 @@ class Trees:
         best = jnp.argsort(-of_branch, axis=2, stable=True)[:, :, :keep]
         edges = siblings[jnp.arange(siblings.shape[0])[:, None], best]
         return edges.reshape(trees, -1)
-
-
-def _shuffle_depths(advantage: Array, tree: rl.Tree, key: Any) -> Array:
-    """Permutes advantages among the nodes of each depth of each tree."""
-    draw = jax.random.uniform(key, advantage.shape)
-    depth = jnp.asarray(tree.depth[1:])
-    order = jnp.lexsort((draw, jnp.broadcast_to(depth, draw.shape)), axis=1)
-    return jnp.take_along_axis(advantage, order, axis=1)
 
 
 _PAPER = {"steps": 20, "updates": 18, "objective": {"clip_range": 1e-3}}

@@ -42,10 +42,11 @@ class Chains:
         fraction: how many, rounded down, in (0, 1]: of all steps for 'first' (those of
             them that are stochastic), of the stochastic ones for 'random'.
         reduction: of log-probs, 'mean' or 'sum'; that of the objective.
-        scale: of advantages, see :func:`tmdjax.rl.group_advantages`.
-        ddof: see there.
-        eps: see there.
-        advantage_clip: see there.
+        scale: what advantages are divided by: the standard deviation of the 'batch'
+            (Flow-GRPO), of the 'group', or 'none'.
+        ddof: of that standard deviation, 0 or 1.
+        eps: added to it.
+        advantage_clip: bound of an advantage's absolute value.
         drop_tied: groups whose rewards are all equal leave the loss altogether, the
             KL too; otherwise their advantage is 0.
         best_and_worst: train only so many best and worst samples of a group (their
@@ -129,9 +130,6 @@ class Chains:
             steps = steps[: max(1, int(len(table) * self.fraction))]
         return table, {"steps": steps.astype(np.int32)}
 
-    def _count(self, stochastic: int) -> int:
-        return max(1, int(stochastic * self.fraction))
-
     def rollout(
         self,
         samples: flow_rl.Samples,
@@ -144,24 +142,16 @@ class Chains:
         steps = plan["steps"]
         walk = prng.fold_in(keys[:, None], jnp.arange(self.group_size)).reshape(-1)
         if self.same_noise:
-            start = flow_rl.initial_noise(keys, self.event_shape)[group]
+            start = flows.initial_noise(keys, self.event_shape)[group]
         else:
-            start = flow_rl.initial_noise(walk, self.event_shape)
+            start = flows.initial_noise(walk, self.event_shape)
         drawn = flows.rollout(
             walk, velocity, start, table, cond, reduction=self.reduction
         )
-        # stored steps are consecutive, so they share states
-        count, batch = steps.shape[0], walk.shape[0]
-        states = jax.lax.dynamic_slice_in_dim(drawn.states, steps[0], count + 1)
-        node = jnp.arange(batch)[:, None] * (count + 1) + jnp.arange(count)
-        record = rl.Transitions(
-            states=jnp.moveaxis(states, 0, 1).reshape(-1, *self.event_shape),
-            source=node.reshape(-1),
-            target=node.reshape(-1) + 1,
-            step=jnp.tile(steps, batch),
-            sample=jnp.repeat(jnp.arange(batch), count),
-            log_prob=drawn.log_prob[steps].T.reshape(-1),
-        )
+        # stored steps are consecutive, and share states
+        count = steps.shape[0] + 1
+        states = jax.lax.dynamic_slice_in_dim(drawn.states, steps[0], count)
+        record = rl.chain_transitions(states, drawn.log_prob[steps], steps)
         return drawn.states[-1], record
 
     def credit(
@@ -196,7 +186,7 @@ class Chains:
         kept = jnp.broadcast_to(jnp.arange(steps), shape)
         if self.trained == "random":
             order = jnp.argsort(jax.random.uniform(key, shape), axis=1)
-            kept = order[:, : self._count(steps)]
+            kept = order[:, : max(1, int(steps * self.fraction))]
         edge = sample[:, None] * steps + kept
         return flow_rl.Credit(
             edge.reshape(-1),

@@ -8,7 +8,6 @@ from tmdjax.train.flow_rl.contracts import Policy as Policy
 from tmdjax.train.flow_rl.contracts import Rollout as Rollout
 from tmdjax.train.flow_rl.contracts import Samples as Samples
 from tmdjax.train.flow_rl.contracts import Setup as Setup
-from tmdjax.train.flow_rl.contracts import initial_noise as initial_noise
 from tmdjax.train.flow_rl.contracts import make_setup as make_setup
 from tmdjax.train.flow_rl.contracts import samples_of as samples_of
 from tmdjax.train.flow_rl.iteration import make_iteration as make_iteration

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, rl
-from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_fields, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree, Velocity
 from tmdjax.quant import Precision
@@ -191,15 +190,6 @@ class FlowObjective:
         check_choice("kl_kind", self.kl_kind, flows.KL_KINDS)
         check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
         check_choice("proximal", self.proximal, rl.PROXIMAL)
-
-
-_START = 1 << 20
-"""Folded into a key for the initial noise; steps of a grid are below it."""
-
-
-def initial_noise(keys: Any, event_shape: tuple[int, ...]) -> Array:
-    """Where the walks under these keys start: standard normal [key, *event]."""
-    return prng.normal(prng.fold_in(keys, _START), event_shape)
 
 
 class Rollout(NamedTuple):

@@ -69,8 +69,9 @@ def make_iteration(
         updates: minibatches an iteration, each one optimiser step.
         microbatches: parts of a minibatch (memory, not maths).
         chunks: parts of the batch of prompts, rolled out one after the other.
-        ema_decay: see :func:`tmdjax.train.make_train_step`.
-        skip_above: see there.
+        ema_decay: of averaged parameters, each update; None keeps no average.
+        skip_above: gradient norm above which an update is skipped; None skips those
+            that are not finite alone.
         mesh: from :func:`tmdjax.train.make_mesh`; prompts and transitions are spread
             over its data and fsdp axes, large parameters over fsdp. None leaves all on
             one device.
