@@ -227,7 +227,7 @@ class Setup(NamedTuple):
 
 
 def make_setup(
-    method: Callable[..., Any],
+    method: type[Any],
     event_shape: Sequence[int],
     published: Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -236,8 +236,7 @@ def make_setup(
     """A paper's settings with changes: what a system's ``preset`` returns.
 
     Args:
-        method: builds the method from keyword arguments, 'event_shape' and 'grid' among
-            them.
+        method: a dataclass with the fields 'event_shape' and 'grid' among others.
         event_shape: of one sample.
         published: 'steps' of the grid, 'updates', 'objective' (fields of
             :class:`FlowObjective`), and fields of the method.
@@ -257,8 +256,7 @@ def make_setup(
         fields.pop(name) for name in ("steps", "shift", "updates", "objective")
     )
     fields.setdefault("grid", flows.shifted_grid(steps, shift))
-    if dataclasses.is_dataclass(method):
-        check_fields(method, fields)
+    check_fields(method, fields)
     built = method(event_shape=tuple(event_shape), **fields)
     loss = {"reduction": built.reduction, **loss, **(objective or {})}
     return Setup(built, FlowObjective(**loss), updates)
