@@ -39,8 +39,8 @@ _NAME = re.compile(
     r"(?<!</span>)(?<!\">)<code>([A-Za-z_][\w.]*)([^<\n]*)</code>"
 )
 _FOREIGN = re.compile(
-    r'<(?:script|img|iframe|source)\b[^>]*\ssrc="(?:https?:)?//[^"]*"'
-    r'|<link\b[^>]*rel="stylesheet"[^>]*href="(?:https?:)?//[^"]*"'
+    r"<(?:script|img|iframe|source|link)\b[^>]*"
+    r'\s(?:src|href)="(?:https?:)?//[^"]*"'
 )
 
 
