@@ -31,8 +31,8 @@ def rendered(size, held_out=False):
 
 
 @functools.cache
-def reader(region="band"):
-    return ocr.load(region=region)
+def reader():
+    return ocr.load()
 
 
 def edits(a, b):
@@ -96,7 +96,6 @@ def test_bad_input(refused):
         refused("2 texts but 1 words", fn, ["A", "B"], ["A"])
         refused(r"words\[1\]=' ' has no character", fn, ["A", ""], ["A", " "])
         refused("texts='ABC' is one string", fn, "ABC", [*"ABC"], error=TypeError)
-    refused(r"region='bands' is not .*Did you mean 'band'", ocr.load, region="bands")
     refused("threads=0 must be at least 1", ocr.load, threads=0)
     refused(r"batch_size=1\.5", ocr.load, batch_size=1.5, error=TypeError)
     read = ocr.Reader(session=None, characters=())
@@ -149,34 +148,27 @@ def test_input_of_the_network_is_opencvs(size):
     levels = np.rint((image + 1) * 127.5).astype(np.uint8)
     rows = ocr.text_band(size)
     theirs = cv2.resize(levels[rows, :, ::-1], (96, 48)).transpose(2, 0, 1)
-    (ours,) = ocr.network_input(image[None], rows)
+    (ours,) = ocr.network_input(image[None])
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs / 127.5 - 1, atol=2.5 / 127.5)
 
 
 def test_the_input_of_the_network_is_clipped_and_blue_comes_first():
     image = np.zeros((1, 32, 48, 3), np.float32) + np.array([5, 0, -5], np.float32)
-    for rows in (ocr.text_band(32), slice(None)):
-        batch = ocr.network_input(image, rows)
-        assert batch.shape == (1, 3, 48, 144)
-        np.testing.assert_allclose(batch[0, :, 7, 7], [-1, 0, 1], atol=0.51 / 127.5)
+    batch = ocr.network_input(image)
+    assert batch.shape == (1, 3, 48, 144)
+    np.testing.assert_allclose(batch[0, :, 7, 7], [-1, 0, 1], atol=0.51 / 127.5)
 
 
 @needs_model
 @pytest.mark.parametrize(
-    ("size", "noise", "rate", "region"),
-    [
-        (32, 0.0, 0.85, "band"),
-        (48, 0.0, 0.93, "band"),
-        (64, 0.0, 0.95, "band"),
-        (64, 0.3, 0.75, "band"),
-        (48, 0.0, 0.85, "full"),
-    ],
+    ("size", "noise", "rate"),
+    [(32, 0.0, 0.85), (48, 0.0, 0.93), (64, 0.0, 0.95), (64, 0.3, 0.75)],
 )
-def test_rendered_words_are_read_back(size, noise, rate, region):
+def test_rendered_words_are_read_back(size, noise, rate):
     images = rendered(size)
     images = images + noise * np.random.default_rng(0).standard_normal(images.shape)
-    assert ocr.exact(reader(region)(images), words()).mean() >= rate
+    assert ocr.exact(reader()(images), words()).mean() >= rate
 
 
 @needs_model
@@ -193,13 +185,6 @@ def test_texts_do_not_depend_on_batch_dtype_or_order():
     assert reader()(images[::-1]) == texts[::-1]
     assert reader()(images.astype(np.float64)) == texts
     assert ocr.exact(reader()(jnp.asarray(images, jnp.bfloat16)), texts).mean() > 0.8
-
-
-@needs_model
-def test_a_word_elsewhere_needs_the_full_region():
-    moved = np.roll(rendered(64)[:40], 20, axis=1)
-    band, full = (ocr.exact(reader(r)(moved), words()[:40]) for r in ocr.REGIONS)
-    assert full.mean() > 0.6 > 0.3 > band.mean()
 
 
 @needs_model

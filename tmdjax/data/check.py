@@ -26,19 +26,9 @@ def status(source: Source) -> str:
 
 def table() -> str:
     """One line a source, in aligned columns."""
-    rows: list[tuple[str, ...]] = [_HEADER]
-    sources = [SOURCES[name] for name in SOURCES]
-    sources += [WEIGHTS[name] for name in WEIGHTS]
-    for source in sources:
-        rows.append(
-            (
-                source.name,
-                source.package,
-                status(source),
-                source.licence,
-                source.install,
-            )
-        )
+    sources = [table[name] for table in (SOURCES, WEIGHTS) for name in table]
+    rows = [(s.name, s.package, status(s), s.licence, s.install) for s in sources]
+    rows = [_HEADER, *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)

@@ -11,13 +11,10 @@ Share of 200 words of ``data.rendered_text`` (the first of seed 0) that are read
 exactly, clean and under Gaussian noise of standard deviation 0.1 and 0.3; the mean
 score in brackets:
 
-    size   region   clean         noise 0.1     noise 0.3
-    32     band     0.93 (0.99)   0.81 (0.95)   0.33 (0.60)
-    48     band     0.98 (1.00)   0.93 (0.98)   0.60 (0.86)
-    64     band     0.99 (1.00)   0.98 (0.99)   0.83 (0.96)
-    32     full     0.86 (0.96)   0.72 (0.91)   0.20 (0.44)
-    48     full     0.93 (0.99)   0.83 (0.96)   0.43 (0.74)
-    64     full     0.86 (0.97)   0.78 (0.94)   0.55 (0.85)
+    size   clean         noise 0.1     noise 0.3
+    32     0.93 (0.99)   0.81 (0.95)   0.33 (0.60)
+    48     0.98 (1.00)   0.93 (0.98)   0.60 (0.86)
+    64     0.99 (1.00)   0.98 (0.99)   0.83 (0.96)
 
 An image takes 8 ms at any of these sizes (batch 16, one thread of a busy 2-core CPU).
 What goes wrong on clean images: Q read as O at 32 pixels, a W read twice or lost, and
@@ -35,7 +32,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tmdjax.core.checks import check_choice, check_count, check_finite
+from tmdjax.core.checks import check_count, check_finite
 from tmdjax.core.optional import import_optional
 from tmdjax.core.types import ArrayLike, Float
 
@@ -44,7 +41,6 @@ MODEL_FILE = "models/ch_PP-OCRv4_rec_infer.onnx"
 
 MODEL_SHA256 = "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b"
 
-REGIONS = ("band", "full")
 SMALLEST = 32
 
 _INPUT_HEIGHT = 48
@@ -57,7 +53,6 @@ def text_band(height: int) -> slice:
 
 def load(
     *,
-    region: str = "band",
     threads: int = 1,
     batch_size: int = 16,
     model: str | os.PathLike[str] | None = None,
@@ -65,9 +60,6 @@ def load(
     """Loads the recogniser.
 
     Args:
-        region: what of an image is read: 'band', the rows of :func:`text_band`; or
-            'full', the whole image, its height squeezed to one line, for text whose
-            place is not known (less exact).
         threads: CPU threads of one call.
         batch_size: images that the network reads at once.
         model: another recogniser of the PP-OCR family in ONNX form, its dictionary in
@@ -81,10 +73,9 @@ def load(
         FileNotFoundError: no file at ``model``.
         ImportError: onnxruntime or the package with the model is not installed.
         TypeError: threads or batch_size is no integer.
-        ValueError: unknown region, threads or batch_size < 1, a damaged file, or a
-            model without a dictionary that fits its output.
+        ValueError: threads or batch_size < 1, a damaged file, or a model without a
+            dictionary that fits its output.
     """
-    check_choice("region", region, REGIONS)
     threads = check_count("threads", threads)
     batch_size = check_count("batch_size", batch_size)
     onnxruntime = import_optional("onnxruntime", "reading text", "ocr")
@@ -108,9 +99,7 @@ def load(
             f"characters in its metadata 'character'; a PP-OCR recogniser has two "
             f"classes more than characters."
         )
-    return Reader(
-        session=session, characters=characters, region=region, batch_size=batch_size
-    )
+    return Reader(session=session, characters=characters, batch_size=batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,20 +109,18 @@ class Reader:
     Attributes:
         session: the network, as an inference session of onnxruntime.
         characters: what each class of the network stands for.
-        region: 'band' or 'full', see :func:`load`.
         batch_size: images that the network reads at once.
     """
 
     session: Any
     characters: tuple[str, ...]
-    region: str = "band"
     batch_size: int = 16
 
     def __call__(self, images: ArrayLike) -> list[str]:
-        """Reads one line of text in each image.
+        """Reads one line of text in each image, in the rows of :func:`text_band`.
 
-        The region is resized to height 48, the band without a change of aspect
-        (48 x 96 for a square image), and decoded greedily (CTC: repeats joined,
+        They are resized to height 48 without a change of aspect (48 x 96 for a square
+        image), and what the network says is decoded greedily (CTC: repeats joined,
         blanks dropped).
 
         Args:
@@ -148,10 +135,9 @@ class Reader:
             ValueError: another shape, smaller images, NaN or infinity.
         """
         images = _check_images(images)
-        rows = text_band(images.shape[1]) if self.region == "band" else slice(None)
         texts = []
         for start in range(0, len(images), self.batch_size):
-            batch = network_input(images[start : start + self.batch_size], rows)
+            batch = network_input(images[start : start + self.batch_size])
             name = self.session.get_inputs()[0].name
             (scores,) = self.session.run(None, {name: batch})
             texts += [self._decode(classes) for classes in scores.argmax(-1)]
@@ -162,21 +148,21 @@ class Reader:
         return "".join(self.characters[i] for i in classes[fresh])
 
 
-def network_input(images: np.ndarray, rows: slice) -> np.ndarray:
-    """Rows of images as the recogniser takes them.
+def network_input(images: np.ndarray) -> np.ndarray:
+    """The band of text in images, as the recogniser takes it.
 
     Bilinear resizing of 8-bit colours, blue first, scaled to [-1, 1]: as the package
     ``rapidocr-onnxruntime`` does, but not padded to width 320.
 
     Args:
         images: float32 [n, height, width, 3] in [-1, 1], red first.
-        rows: of an image, to read.
 
     Returns:
-        float32 [n, 3, 48, 96 width / height], so the middle half of the rows keeps
-        its aspect and all rows are squeezed to half their height.
+        float32 [n, 3, 48, 96 width / height]: the middle half of the rows keeps its
+        aspect.
     """
     height, width = images.shape[1:3]
+    rows = text_band(height)
     size = (round(2 * _INPUT_HEIGHT * width / height), _INPUT_HEIGHT)
     levels = np.rint((np.clip(images[:, rows], -1, 1) + 1) * 127.5).astype(np.uint8)
     resized = np.stack(
