@@ -417,7 +417,7 @@ def test_endpoints_in_micro_batches(refused):
     refused("micro_batch=0", ends, micro_batch=0)
 
 
-def test_terminal_errors_are_distances_of_endpoints(refused):
+def test_terminal_errors_are_distances_of_endpoints():
     noise, states = states_of(FLOW.velocity, flows.fine_knots(8))
     grids = [flows.uniform_grid(4), flows.shifted_grid(4, 2.0)]
     errors = functools.partial(
@@ -429,7 +429,7 @@ def test_terminal_errors_are_distances_of_endpoints(refused):
     for row, grid in zip(found, grids):
         x = np.asarray(flows.endpoints(FLOW.velocity, noise, grid))
         np.testing.assert_allclose(row, np.square(x - states[-1]).sum(-1), rtol=1e-4)
-    refused(r"grids have \[5, 6\] knots", errors, [grids[0], flows.uniform_grid(5)])
+    assert errors([grids[0], flows.uniform_grid(5)]).shape == (2, 5)
 
 
 def test_budget_out_of_range(refused):

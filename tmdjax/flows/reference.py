@@ -69,7 +69,7 @@ def terminal_errors(
     velocity: Velocity,
     noise: Data,
     reference: Data,
-    grids: Sequence[Grid],
+    grids: Sequence[Any],
     cond: Cond = None,
     *,
     method: str = "euler",
@@ -78,13 +78,13 @@ def terminal_errors(
     """Squared distance of each grid's samples from the reference.
 
     What local errors stand for, measured: report its mean with an interval beside
-    any objective made of them.
+    any objective made of them. Grids of one length share a compiled program.
 
     Args:
         velocity: ``(x, t, cond) -> v``.
         noise: [batch, *event].
         reference: [batch, *event], the fine solution of this noise.
-        grids: grids of one length.
+        grids: [knot] times each, to walk.
         cond: pytree of [batch, ...], or None.
         method: solver of the steps.
         micro_batch: samples at a time; None walks them all together.
@@ -93,36 +93,15 @@ def terminal_errors(
         [grid, batch] float64, summed over event dimensions.
 
     Raises:
-        ValueError: another batch in reference, or grids of different lengths.
+        ValueError: another batch in reference, or what :func:`endpoints` refuses.
     """
     check_batch("reference", reference, len(noise))
-    _check_cond(cond, noise)
-    if len({len(grid) for grid in grids}) != 1:
-        raise ValueError(
-            f"grids have {[len(grid) for grid in grids]} knots; give one or more of "
-            f"one length."
-        )
-    tables = [make_table("ode", grid) for grid in grids]
-    stacked = jax.tree.map(lambda *rows: np.stack(rows), *tables)
-    compiled, samples = as_pytree(velocity), len(noise)
-    size = min(samples, check_count("micro_batch", micro_batch or samples))
-    parts = []
-    for rows, counted in micro_batches(samples, size):
-        start, goal, given = trees.take((noise, reference, cond), rows)
-        found = _errors(compiled, start, goal, stacked, given, method)
-        parts.append(np.asarray(found, np.float64)[:, :counted])
-    return np.concatenate(parts, axis=1)
+    options = {"method": method, "micro_batch": micro_batch}
+    reached = (endpoints(velocity, noise, grid, cond, **options) for grid in grids)
+    return np.stack([np.asarray(_distance(x, reference), np.float64) for x in reached])
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _errors(
-    velocity: Any, noise: Data, reference: Data, tables: Any, cond: Cond, method: str
-) -> Array:
-    def one(table: CoefficientTable) -> Array:
-        reached = _walk(velocity, noise, table, cond, method)
-        return squared_l2(reached, reference)
-
-    return jax.lax.map(one, tables)
+_distance = jax.jit(squared_l2)
 
 
 def states_at(
@@ -199,13 +178,12 @@ def descend_on_error(
 
     def error(candidates: list[np.ndarray]) -> list[float]:
         new = [c for c in candidates if tuple(c) not in known]
-        for pair in (new[i : i + 2] for i in range(0, len(new), 2)):
-            pair = (pair * 2)[:2]  # always two: one compilation
-            grids = [knots[c] for c in pair]
+        if new:
+            grids = [knots[c] for c in new]
             found = terminal_errors(
                 velocity, noise, reference, grids, cond, micro_batch=micro_batch
-            ).mean(1)
-            known.update((tuple(c), float(e)) for c, e in zip(pair, found))
+            )
+            known.update((tuple(c), float(e)) for c, e in zip(new, found.mean(1)))
         return [known[tuple(c)] for c in candidates]
 
     candidates = [np.asarray(start) for start in starts]
