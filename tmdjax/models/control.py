@@ -166,7 +166,7 @@ class ControlVelocity(nn.Module):
         return self.output_scale * self.out(h).astype(jnp.float32)
 
     def __call__(self, x: Array, t: Array, observation: Array) -> Array:
-        """Both at once."""
+        """float32 [batch, action_size]: :meth:`velocity` of an embedded observation."""
         return self.velocity(x, t, self.embed(observation))
 
 

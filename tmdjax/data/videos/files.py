@@ -35,7 +35,7 @@ def to_uint8(video: Any) -> np.ndarray:
 def open_videos(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, np.ndarray], list[str] | None]:
-    """Opens a folder of videos; see the module for its layout.
+    """Opens a folder that holds ``video.npy`` and what the module says beside it.
 
     Args:
         folder: that holds the files.
@@ -190,7 +190,7 @@ def load_video_files(
     train_count: int | None = None,
     test_count: int = 1,
 ) -> Dataset:
-    """Opens a folder of videos as a data set; see the module for its layout.
+    """Opens a folder with ``video.npy`` (the module names the rest) as a data set.
 
     The last videos are held out: write them in random order. The videos stay uint8,
     and on disk where they are memory-mapped: :func:`video_batches` makes floats of a

@@ -150,7 +150,7 @@ def _templates() -> tuple[Template, ...]:
 
 
 TEMPLATES = _templates()
-"""All templates; their numbers are what ``captions.caption`` takes."""
+"""All templates; ``captions.caption`` takes the number of one."""
 
 
 def plural(noun: str) -> str:

@@ -83,7 +83,8 @@ def check_specs(specs: Specs) -> int:
     """Checks a batch of specs; values only where they are concrete.
 
     Args:
-        specs: arrays by name, see the module.
+        specs: integers by name: 'count', 'colour', 'shape' [batch, 3], 'relation'
+            [batch].
 
     Returns:
         The length of the batch.

@@ -112,7 +112,7 @@ def _room(offset: Int[Array, "2"], scale: Scale) -> Int[Array, "2"]:
 def _starts(
     factors: Mapping[str, Array], offset: Int[Array, "2"], scale: Scale
 ) -> tuple[Int[Array, "2"], Int[Array, "2"]]:
-    """First and last place of that box in frame 0, along each axis."""
+    """First and last place of the box of both sprites in frame 0, along each axis."""
     direction = jnp.asarray([*MOTIONS.values()], jnp.int32)[factors["motion"]]
     speed, bounces = jnp.asarray([*GAITS.values()], jnp.int32)[factors["gait"]]
     room, steps = _room(offset, scale), scale.frames - 1

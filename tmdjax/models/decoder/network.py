@@ -84,8 +84,8 @@ class Decoder(nn.Module):
                 [batch, position, hidden].
             positions: int32 [batch, position], where each token stands in its text;
                 None counts from 0 in each segment.
-            segments: int32 [batch, position], see the class; None is one segment a
-                row.
+            segments: int32 [batch, position], equal within a text and 0 at padding;
+                None is one text a row.
 
         Returns:
             float32 [batch, position, vocab]; of padding they mean nothing.

@@ -119,7 +119,7 @@ def chunked_token_log_probs(
 
     Returns:
         Log-probabilities float32 [batch, position], aligned as in
-        :func:`token_log_probs`, and entropies likewise or None.
+        :func:`token_log_probs`, and entropies of the same shape or None.
 
     Raises:
         TypeError: chunk is not an integer.

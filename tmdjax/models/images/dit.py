@@ -207,7 +207,7 @@ class DiT(StackedNetwork):
         Args:
             x: images [batch, height, width, channel]; patch_size divides the sides.
             t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
-            cond: see the class.
+            cond: int [batch] classes, a dict of 'tokens' and 'mask', or None.
 
         Returns:
             float32 [batch, height, width, out_channels].
@@ -224,7 +224,7 @@ class DiT(StackedNetwork):
         Args:
             x: images [batch, height, width, channel].
             t: [batch] or a scalar, in [0, 1].
-            cond: see the class.
+            cond: int [batch] classes, a dict of 'tokens' and 'mask', or None.
 
         Returns:
             h [batch, position, hidden] in the compute dtype, and c, a dict of

@@ -321,7 +321,7 @@ class TextDiT(nn.Module):
         Args:
             x: images [batch, height, width, channel]; patch_size divides the sides.
             t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
-            cond: see the class.
+            cond: a dict of 'ids' and 'mask', one of 'tokens' and 'mask', or None.
 
         Returns:
             float32 [batch, height, width, out_channels].
@@ -343,7 +343,7 @@ class TextDiT(nn.Module):
         """The condition as the DiT takes it.
 
         Args:
-            cond: see the class.
+            cond: a dict of 'ids' and 'mask', one of 'tokens' and 'mask', or None.
 
         Returns:
             ``{'tokens': float32 [batch, length, text_width], 'mask': bool [batch,

@@ -158,7 +158,7 @@ class UNet(nn.Module):
         Args:
             x: images [batch, height, width, channel].
             t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
-            cond: see the class.
+            cond: int [batch] classes, or None.
 
         Returns:
             float32, of the shape of x.

@@ -163,7 +163,7 @@ class VideoDiT(StackedNetwork):
         Args:
             x: videos [batch, frame, height, width, channel]; patch_size divides them.
             t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
-            cond: float [batch, length, text_width], see the class.
+            cond: float [batch, length, text_width], zero past the true length.
 
         Returns:
             float32 [batch, frame, height, width, out_channels].
@@ -183,14 +183,14 @@ class VideoDiT(StackedNetwork):
         """The velocity, and outputs of some blocks as videos.
 
         Args:
-            x: as for the call.
-            t: as for the call.
-            cond: as for the call.
+            x: videos [batch, frame, height, width, channel]; patch_size divides them.
+            t: [batch] (or a scalar) in [0, 1]; 1 is noise, 0 is data.
+            cond: float [batch, length, text_width], zero past the true length.
             taps: layers whose output is wanted, static.
             skip: layers left out, static.
 
         Returns:
-            The velocity, and for each tap, in the order given, [batch, frame, height,
+            The velocity, and for each of the taps in turn [batch, frame, height,
             width, width of the network / volume of a patch] in the compute dtype.
 
         Raises:
@@ -218,7 +218,7 @@ class VideoDiT(StackedNetwork):
         Args:
             x: videos [batch, frame, height, width, channel].
             t: [batch] or a scalar, in [0, 1].
-            cond: float [batch, length, text_width], see the class.
+            cond: float [batch, length, text_width], zero past the true length.
 
         Returns:
             h [batch, position, width] in the compute dtype, and c, a dict of
@@ -279,7 +279,7 @@ class VideoDiT(StackedNetwork):
         """Text states in the width of the network.
 
         Args:
-            cond: float [batch, length, text_width], see the class.
+            cond: float [batch, length, text_width], zero past the true length.
 
         Raises:
             ValueError: another number of axes, width or kind of number.

@@ -181,7 +181,7 @@ class TwoTimeDiT(nn.Module):
         Args:
             x: video [batch, frame, height, width, channel].
             t: [batch] or a scalar, in [0, 1]; the s of a flow map.
-            r: likewise, r <= t.
+            r: [batch] or a scalar, in [0, t].
             cond: text, see :class:`VideoDiT`.
 
         Returns:
@@ -277,7 +277,7 @@ class SplitDiT(nn.Module):
         Args:
             y: state of the inner flow, like x.
             s: [batch] or a scalar, in [0, 1].
-            r: likewise, r <= s.
+            r: [batch] or a scalar, in [0, s].
             features: from :meth:`backbone`.
 
         Returns:
