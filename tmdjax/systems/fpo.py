@@ -14,7 +14,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,7 @@ class FPO:
     squash: bool = True
     bound: float = 1.0
     clip_range: float = 0.05
+    coefficients: ClassVar[tuple[str, ...]] = ("clip_range",)
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -77,11 +78,6 @@ class FPO:
         check_choice("ratio", self.ratio, RATIOS)
         check_range("bound", self.bound, 0, open_low=True)
         check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
-
-    @property
-    def coefficients(self) -> Mapping[str, float]:
-        """Numbers of the loss that stand in the state, where they may be vmapped."""
-        return {"clip_range": self.clip_range}
 
     def _module(self, size: int) -> models.ControlVelocity:
         return models.ControlVelocity(

@@ -16,7 +16,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,11 @@ class PolicyFlow:
     brownian_coefficient: float = 0.25
     brownian_reduction: str = "mean"
     deterministic_start: bool = False
+    coefficients: ClassVar[tuple[str, ...]] = (
+        "clip_range",
+        "entropy_coefficient",
+        "brownian_coefficient",
+    )
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -80,15 +85,6 @@ class PolicyFlow:
         check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         for name in ("entropy_coefficient", "brownian_coefficient"):
             check_range(name, getattr(self, name), 0)
-
-    @property
-    def coefficients(self) -> Mapping[str, float]:
-        """Numbers of the loss that stand in the state, where they may be vmapped."""
-        return {
-            "clip_range": self.clip_range,
-            "entropy_coefficient": self.entropy_coefficient,
-            "brownian_coefficient": self.brownian_coefficient,
-        }
 
     @property
     def nodes(self) -> np.ndarray:

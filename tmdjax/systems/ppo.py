@@ -8,7 +8,7 @@ References:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,19 +42,12 @@ class GaussianPolicy:
     log_std_bounds: tuple[float, float] = (-20.0, 4.0)
     clip_range: float = 0.2
     entropy_coefficient: float = 0.001
+    coefficients: ClassVar[tuple[str, ...]] = ("clip_range", "entropy_coefficient")
 
     def __post_init__(self) -> None:
         rl.check_std(self.initial_std, self.log_std_bounds)
         check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         check_range("entropy_coefficient", self.entropy_coefficient, 0)
-
-    @property
-    def coefficients(self) -> Mapping[str, float]:
-        """Numbers of the loss that stand in the state, where they may be vmapped."""
-        return {
-            "clip_range": self.clip_range,
-            "entropy_coefficient": self.entropy_coefficient,
-        }
 
     def _module(self, size: int) -> models.ControlMLP:
         return models.ControlMLP(

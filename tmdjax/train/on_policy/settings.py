@@ -1,7 +1,7 @@
 """The contract of a method of control, and the settings of its training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tmdjax import rl
@@ -33,13 +33,16 @@ class Samples(NamedTuple):
 class ControlMethod(Protocol):
     """How a policy acts, and what it is trained on.
 
-    Where it is a dataclass whose fields have the names of its coefficients, another
-    value of one is refused by what refuses it when the method is made.
+    A dataclass checks its coefficients when it is made; other values, given to the
+    trainer's ``init``, are checked in the same way.
     """
 
     @property
-    def coefficients(self) -> Mapping[str, float]:
-        """Numbers of the loss by name; they stand in the state and may be vmapped."""
+    def coefficients(self) -> Sequence[str]:
+        """Names of attributes, numbers of the loss, that may be vmapped.
+
+        They stand in the state, and the loss takes them from there.
+        """
         ...
 
     def init(self, key: Any, observation: Any, action_size: int) -> Params:

@@ -107,16 +107,19 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
     """
     prng.check_key(key)
     settings, method, vector = parts.settings, parts.method, parts.vector
-    known = {
-        **method.coefficients,
-        "discount": settings.discount,
-        "gae_lambda": settings.gae_lambda,
-    }
+    owners = dict.fromkeys(method.coefficients, method)
+    owners |= dict.fromkeys(("discount", "gae_lambda", "learning_rate"), settings)
     for name, value in changes.items():
-        check_choice("coefficient", name, (*known, "learning_rate"))
-        owner = method if name in method.coefficients else settings
-        _check_coefficient(owner, name, value)
-    learning_rate = changes.pop("learning_rate", settings.learning_rate)
+        check_choice("coefficient", name, owners)
+        owner = owners[name]
+        if isinstance(value, jax.core.Tracer) or not dataclasses.is_dataclass(owner):
+            continue
+        for number in np.ravel(value):  # refused by what checks the field
+            dataclasses.replace(owner, **{name: float(number)})
+    numbers = {
+        name: jnp.asarray(changes.get(name, getattr(owner, name)), jnp.float32)
+        for name, owner in owners.items()
+    }
     # apart from the keys of the iterations, which fold their number in
     policy_key, critic_key, reset_key = jax.random.split(
         jax.random.fold_in(key, np.uint32(2**32 - 1)), 3
@@ -131,10 +134,8 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
     state = OnPolicyState(
         iteration=jnp.zeros((), jnp.int32),
         learner=create_state(params, parts.rule),
-        learning_rate=jnp.asarray(learning_rate, jnp.float32),
-        coefficients={
-            k: jnp.asarray(v, jnp.float32) for k, v in (known | changes).items()
-        },
+        learning_rate=numbers.pop("learning_rate"),
+        coefficients=numbers,
         statistics=statistics,
         vector=vector.reset(reset_key),
         running_return=jnp.zeros(vector.count),
@@ -143,11 +144,3 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
     # weak types would become strong in the first iteration, and compile it twice; one
     # buffer in two places could not be donated
     return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True), state)
-
-
-def _check_coefficient(owner: Any, name: str, value: Any) -> None:
-    """Raises what the settings or the method raise if made with it; not if traced."""
-    if isinstance(value, jax.core.Tracer) or not hasattr(owner, name):
-        return
-    for number in np.ravel(value):
-        dataclasses.replace(owner, **{name: float(number)})
