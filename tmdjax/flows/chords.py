@@ -196,7 +196,8 @@ def straightening_loss(
     Args:
         params: nested dict.
         apply_fn: ``(params, x, t, cond) -> v``.
-        batch: chords, see :func:`chords`.
+        batch: 'x' at time 't', 'x_next' at 't_next' and, if there is one, 'cond', as
+            :func:`chords` makes them.
         weight: 'unit', every chord alike, or 'width2', by the squared width of its
             interval: then the loss is the error of the step's landing point.
 
@@ -222,7 +223,8 @@ def landing_errors(velocity: Velocity, chords: Mapping[str, Any]) -> Array:
 
     Args:
         velocity: ``(x, t, cond) -> v``.
-        chords: see :func:`chords`.
+        chords: 'x' at time 't', 'x_next' at 't_next' and, if there is one, 'cond', as
+            :func:`chords` makes them.
 
     Returns:
         [n] float32, summed over event dimensions.

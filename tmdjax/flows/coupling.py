@@ -88,9 +88,9 @@ def entropic_coupling(
         x_data: [batch, *event].
         x_noise: [batch, *event].
         keys: [batch], for the draws.
-        labels: as in :func:`optimal_coupling`.
-        regularisation: see :func:`transport_plan`.
-        iterations: see :func:`transport_plan`.
+        labels: [batch]; noise is drawn among rows of one label alone.
+        regularisation: of the plan's entropy, over the mean cost, > 0.
+        iterations: of the scalings that make the plan, >= 1.
 
     Returns:
         Rows of x_noise, [batch, *event].

@@ -36,7 +36,7 @@ class FlowMapConfig:
             without guidance.
         shift: of the times, >= 1.
         time_range: of the times, before and after the shift.
-        derivative: 'jvp' or 'difference', see :func:`tmdjax.flows.total_derivative`.
+        derivative: how du/ds is had: exactly, 'jvp', or by a 'difference'.
         delta: of the difference.
         loss_constant: c of the normalised loss over the number of elements.
     """

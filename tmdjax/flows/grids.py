@@ -70,7 +70,7 @@ def truncated_grid(steps: int, shift: float, start: float = 0.999) -> Grid:
 
     Args:
         steps: at least 1.
-        shift: at least 1, see :func:`shift_time`.
+        shift: at least 1; larger moves the knots between towards the noise.
         start: the first knot, in (0, 1].
 
     Returns:

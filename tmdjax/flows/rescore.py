@@ -109,7 +109,8 @@ def score_transitions(
         cond: conditions of the batch.
         reduction: 'mean' or 'sum' over event dimensions.
         reference: a policy that receives no gradient; None leaves the KL at 0.
-        kl_kind: see :func:`transition_kl`.
+        kl_kind: 'transition', the divergence of the two transitions; others are
+            those of :func:`transition_kl`.
         g: the gradient that the rollout was drawn by, if any.
 
     Returns:
@@ -166,9 +167,10 @@ def rescore(
         cond: of the batch.
         steps: which steps, int [n] on the host; None takes every stochastic one.
         reduction: as in the rollout.
-        reference: see :func:`score_transitions`.
-        kl_kind: see :func:`transition_kl`.
-        g: see :func:`score_transitions`.
+        reference: a policy that receives no gradient; None leaves the KL at 0.
+        kl_kind: 'transition', the divergence of the two transitions; others are
+            those of :func:`transition_kl`.
+        g: the gradient that the rollout was drawn by, if any.
         micro_batch: so many (step, sample) pairs are evaluated at a time, and
             recomputed in the backward pass; None takes all at once.
 

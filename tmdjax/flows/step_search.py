@@ -129,7 +129,7 @@ def fitting_batch(
         shape: of one sample.
         knots: of the trajectories.
         micro_batch: what is asked for; None takes as many as fit.
-        memory_limit: bytes, see :func:`cost_memory`.
+        memory_limit: bytes for their states and velocities (:func:`cost_memory`).
         dtype: of the states.
 
     Raises:
@@ -171,14 +171,15 @@ def local_error_costs(
         keys: [samples] typed keys of the noise.
         shape: of one sample.
         cond: pytree of [samples, ...], or None.
-        knots: of the fine trajectory, see :func:`fine_knots`.
+        knots: of the fine trajectory: a number of uniform steps, times from 1 to 0,
+            or a coefficient table without noise.
         metric: per-sample cost of an estimate; arrays that it holds by
             ``functools.partial`` (a network's, say) are not compiled in.
         method: solver whose steps are judged. 'euler' needs one evaluation a knot
             and sample; others as many more a *pair* of knots as they have stages
             after the first: n (n + 1) / 2 times one for 'heun'.
         micro_batch: trajectories at a time; None takes as many as fit.
-        memory_limit: bytes for them, see :func:`cost_memory`.
+        memory_limit: bytes for their states and velocities (:func:`cost_memory`).
         dtype: of the states; float64 under x64.
 
     Returns:
@@ -365,7 +366,8 @@ def cheapest_paths(costs: Any, budget: int, *, future_weight: float = 1.0) -> Pa
             weighted sum.
 
     Raises:
-        ValueError: a bad matrix (see :func:`check_costs`), budget or weight.
+        ValueError: a matrix with entries that are negative or not finite, a bad budget
+            or weight.
 
     References:
         arXiv 2312.16414, eqs. 6-8.
@@ -442,7 +444,7 @@ def costs_fingerprint(
 
     A function has no content to hash, so velocity and metric are asked for their
     values at every knot, of one sample each: another model, or another version of
-    it, gives other bits. Arguments as for :func:`local_error_costs`.
+    it, gives other bits. The arguments are those of :func:`local_error_costs`.
     """
     rows = np.arange(len(knots) - 1) % len(keys)
     values = _probe(

@@ -46,7 +46,8 @@ def tree_rollout(
         table: coefficients; at splits the column c scales the noise.
         cond: pytree of [tree * leaf, ...], one condition a leaf, or None. A node is
             conditioned as the first leaf below it.
-        splits: split steps, static, see :func:`tmdjax.rl.make_tree`.
+        splits: steps at which every node gets its children, increasing, static, in
+            [0, steps - 2].
         branches: K.
         correlation: s of (z_0 + s eta_b) / sqrt(1 + s^2), z_0 shared by siblings: each
             child's noise is standard normal, siblings correlate by 1 / (1 + s^2). None

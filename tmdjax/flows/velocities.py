@@ -20,7 +20,7 @@ from tmdjax.core.types import Cond, Data, Time, Velocity
 
 @struct.dataclass(eq=False)
 class Guided(VelocityWrapper):
-    """Classifier-free guidance, see :func:`classifier_free_guidance`.
+    """What :func:`classifier_free_guidance` makes of a velocity.
 
     Attributes:
         velocity: conditional velocity(x, t, cond).

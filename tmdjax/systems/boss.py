@@ -81,11 +81,11 @@ def search(
         knots: number of fine uniform steps K_max, or the fine times themselves.
         metric: per-sample cost of an estimate, ``(estimate, target) -> [batch]``.
         method: solver whose steps are judged; the fine trajectory stays Euler's.
-        future_weight: see :func:`tmdjax.flows.cheapest_paths`. Costs of the schedules
-            are plain sums all the same.
+        future_weight: multiplies the cost of all that comes after a jump (GITS takes
+            1.15). Costs of the schedules are plain sums all the same.
         polish: follow up with :func:`polish_schedule`.
         micro_batch: trajectories at a time; None takes as many as fit.
-        memory_limit: bytes for them, see :func:`tmdjax.flows.cost_memory`.
+        memory_limit: bytes for their states and velocities.
         cache: .npz file that keeps the matrix. It is used again only if model,
             noise, conditions, knots and metric give the same values on a probe.
         dtype: of the states; float64 under x64.
@@ -192,7 +192,7 @@ class Straightened(NamedTuple):
     times: Grid
 
     def velocity(self, apply_fn: ApplyFn) -> Velocity:
-        """The velocity, bound to its grid; see :func:`on_grid`."""
+        """The velocity with its grid, a :class:`tmdjax.flows.OnGrid`."""
         return on_grid(functools.partial(apply_fn, self.params), self.times)
 
 
@@ -217,7 +217,8 @@ def straighten(
             :func:`tmdjax.models.lora.apply_fn`, are not compiled in.
         chords: training chords, from :func:`chords` and :func:`split`.
         schedule: that the chords were made for.
-        weight: see :func:`straightening_loss`.
+        weight: 'unit', every chord alike, or 'width2', by the squared width of its
+            interval.
         **options: of :func:`tmdjax.train.fine_tune`.
 
     Raises:

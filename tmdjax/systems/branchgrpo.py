@@ -59,7 +59,8 @@ class Trees:
         split_scale: c, noise at splits over that elsewhere, > 0.
         split_log_prob: 'proposal', the density drawn from; 'policy' (the released
             code), biased unless c = 1.
-        correlation: of siblings' noise, see :func:`tmdjax.flows.tree_rollout`.
+        correlation: s; siblings' noises correlate by 1 / (1 + s^2). None draws them
+            independently.
         reduction: of log-probs, 'mean' or 'sum'; that of the objective.
         fusion: what a node is worth: the 'mean' reward of its leaves, or weighted by
             the edges' densities ('prob', the released code), as

@@ -170,8 +170,10 @@ class FlowObjective:
         clip_range: of the ratio, a number or (low, high); it belongs to `reduction`.
         reduction: of log-probs over event dimensions, 'mean' or 'sum'.
         kl_coefficient: weight of the KL, >= 0.
-        kl_kind: see :func:`tmdjax.flows.transition_kl`.
-        step_weight: see :func:`tmdjax.flows.step_weights`.
+        kl_kind: 'transition', the divergence itself, 'flow_grpo_code', h times that,
+            or 'velocity_mse' (:func:`tmdjax.flows.transition_kl`).
+        step_weight: 'none', or 'inverse_gain', which evens out the gradients of early
+            and late steps (:func:`tmdjax.flows.step_weights`).
         proximal: what ratios are clipped around: the 'behaviour', log-probs that the
             rollout recorded, or 'recompute', those that ``Policy.velocity`` gives
             before the update (where rollout and update differ in precision).
@@ -200,8 +202,8 @@ class Rollout(NamedTuple):
         records: transitions of each chunk of the prompts, in order.
         rewards: float32 numpy [prompt * group_size].
         number: of the iteration, int32.
-        table: coefficients of the sampler, see :meth:`FlowMethod.plan`.
-        plan: see :meth:`FlowMethod.plan`.
+        table: coefficients of the sampler.
+        plan: what the method planned for this iteration.
     """
 
     batch: Any
