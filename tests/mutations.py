@@ -129,6 +129,7 @@ TESTS = {
     "domains/shapes": "domains/test_shape_checks.py",
     "domains/sprites/drawing": "data/test_moving_sprites.py",
     "domains/sprites": "domains/test_sprite_checks.py",
+    **dict.fromkeys(["quant/linear", "quant/recipes"], "test_quant.py"),
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",
     "rewards/worker_process": "rewards/test_worker.py",

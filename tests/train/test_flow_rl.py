@@ -191,6 +191,10 @@ def test_rollout_and_update_in_two_precisions():
         return np.max(np.abs(found.log_prob - record.log_prob))
 
     assert scored(policy.acting) < 1e-5 and scored(policy.velocity) > 1e-3
+    # a network that starts at zero has equal log-probs in every precision: keep looking
+    silent = params | {"out": jax.tree.map(jnp.zeros_like, params["out"])}
+    state, metrics = plain(fresh(silent), BATCH, KEY)
+    assert 0 < metrics["ratio_error"] < 1e-5
     with pytest.raises(rl.RatioError, match="rollout='bf16'.*train='fp32'.*recompute"):
         plain.learn(fresh(params), drawn, KEY)
     objective = {"clip_range": 0.01, "proximal": "recompute"}

@@ -90,8 +90,9 @@ def make_iteration(
             over the mesh.
         RewardError: (when called) a reward that fails or is not finite; the state is
             as it was before the iteration, and can be used again.
-        RatioError: (at the first call) training and sampling disagree; the updates of
-            this iteration are lost with the state.
+        RatioError: (at the first call; at any where ``policy.precision`` disagrees)
+            training and sampling disagree; the updates of this iteration are lost with
+            the state.
     """
     for name, count in (
         ("updates", updates),
@@ -150,7 +151,8 @@ def make_iteration(
         score = jax.jit(
             lambda samples, prompts: reward(samples, _repeat(prompts, group_size))
         )
-    checked = False
+    precision, checked = policy.precision, False
+    differ = precision is not None and precision.disagreement() != ""
 
     def on_devices(tree: Any) -> Any:
         return (
@@ -192,8 +194,10 @@ def make_iteration(
         )
         if not checked:
             error = float(metrics["ratio_error"])
-            rl.check_first_ratio(error, objective.clip_range, policy.precision)
-            checked = error > 0  # at 0 nothing need have been live: look again
+            rl.check_first_ratio(error, objective.clip_range, precision)
+            # At 0 nothing need have been live: look again. In two precisions the error
+            # depends on the parameters.
+            checked = error > 0 and not differ
         return state, metrics
 
     return Iteration(
