@@ -10,11 +10,9 @@ from tmdjax.data.text_tasks import (
     Countdown,
     ListOperations,
     sample,
-    scorer,
     split_of,
     vocabulary,
 )
-from tmdjax.rewards import host
 
 TASKS = [ChainSum(), ChainSum(modulus=10, high=14)]
 TASKS += [ListOperations(), Countdown(counts=(3,))]
@@ -109,15 +107,6 @@ def test_a_task_with_too_few_problems_says_so(refused):
     )
     refused(message, sample, task, "train", 10, rng)
     refused("and tier 'T9', and none", sample, task, "train", 1, rng, tier="T9")
-
-
-def test_rewards_run_through_the_host_interface():
-    task = ListOperations()
-    problems = draw(task, 6)
-    responses = [p.response for p in problems]
-    responses[2] = "nonsense"
-    pending = host.submit(scorer(task), np.array(responses, object), problems)
-    np.testing.assert_array_equal(pending.result(), [1, 1, 0, 1, 1, 1])
 
 
 def test_the_alphabet_is_small_and_has_each_character_once():

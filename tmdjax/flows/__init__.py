@@ -26,7 +26,6 @@ from tmdjax.flows.flow_map_training import guided_target as guided_target
 from tmdjax.flows.flow_maps import DERIVATIVES as DERIVATIVES
 from tmdjax.flows.flow_maps import AverageVelocity as AverageVelocity
 from tmdjax.flows.flow_maps import apply_map as apply_map
-from tmdjax.flows.flow_maps import check_order as check_order
 from tmdjax.flows.flow_maps import floor_to_grid as floor_to_grid
 from tmdjax.flows.flow_maps import map_endpoints as map_endpoints
 from tmdjax.flows.flow_maps import meanflow_error as meanflow_error
@@ -76,14 +75,12 @@ from tmdjax.flows.step_search import Paths as Paths
 from tmdjax.flows.step_search import Schedule as Schedule
 from tmdjax.flows.step_search import cheapest_paths as cheapest_paths
 from tmdjax.flows.step_search import check_budget as check_budget
-from tmdjax.flows.step_search import check_costs as check_costs
 from tmdjax.flows.step_search import check_samples as check_samples
 from tmdjax.flows.step_search import cost_memory as cost_memory
 from tmdjax.flows.step_search import costs_fingerprint as costs_fingerprint
 from tmdjax.flows.step_search import fine_knots as fine_knots
 from tmdjax.flows.step_search import fitting_batch as fitting_batch
 from tmdjax.flows.step_search import local_error_costs as local_error_costs
-from tmdjax.flows.step_search import micro_batches as micro_batches
 from tmdjax.flows.step_search import path_cost as path_cost
 from tmdjax.flows.step_search import squared_l2 as squared_l2
 from tmdjax.flows.step_search import uniform_index as uniform_index
@@ -102,7 +99,6 @@ from tmdjax.flows.velocities import OnGrid as OnGrid
 from tmdjax.flows.velocities import classifier_free_guidance as classifier_free_guidance
 from tmdjax.flows.velocities import guidance_differs as guidance_differs
 from tmdjax.flows.velocities import guidance_scale as guidance_scale
-from tmdjax.flows.windows import WINDOW_SCHEDULES as WINDOW_SCHEDULES
 from tmdjax.flows.windows import periodic_windows as periodic_windows
 from tmdjax.flows.windows import window as window
 from tmdjax.flows.windows import window_start as window_start

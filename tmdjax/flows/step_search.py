@@ -86,14 +86,14 @@ def checked(velocity: Velocity) -> Velocity:
     return call
 
 
-def cost_memory(shape: tuple[int, ...], knots: Any, micro_batch: int = 1) -> int:
-    """Bytes that :func:`local_error_costs` keeps of ``micro_batch`` trajectories.
+def cost_memory(shape: tuple[int, ...], knots: Any) -> int:
+    """Bytes that :func:`local_error_costs` keeps of one trajectory.
 
-    States and velocities at every knot, float32. What the network needs for one
-    call of that batch comes on top.
+    States and velocities at every knot, float32. What the network needs for a call
+    comes on top.
     """
     steps = len(fine_knots(knots)) - 1
-    return 4 * micro_batch * int(np.prod(shape)) * (2 * steps + 4)
+    return 4 * int(np.prod(shape)) * (2 * steps + 4)
 
 
 def check_samples(keys: Any, cond: Cond) -> int:

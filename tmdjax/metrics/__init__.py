@@ -5,7 +5,6 @@ from tmdjax.metrics.frechet import GaussianStatistics as GaussianStatistics
 from tmdjax.metrics.frechet import frechet_distance as frechet_distance
 from tmdjax.metrics.frechet import frechet_label as frechet_label
 from tmdjax.metrics.frechet import gaussian_statistics as gaussian_statistics
-from tmdjax.metrics.intervals import STATISTICS as STATISTICS
 from tmdjax.metrics.intervals import Interval as Interval
 from tmdjax.metrics.intervals import bootstrap_interval as bootstrap_interval
 from tmdjax.metrics.intervals import paired_interval as paired_interval

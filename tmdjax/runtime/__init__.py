@@ -8,7 +8,6 @@ from tmdjax.runtime.packing import update_batches as update_batches
 from tmdjax.runtime.scheduling import Group as Group
 from tmdjax.runtime.scheduling import Rollout as Rollout
 from tmdjax.runtime.scheduling import collect as collect
-from tmdjax.runtime.scoring import Scoring as Scoring
 from tmdjax.runtime.settings import LanguageSettings as LanguageSettings
 from tmdjax.runtime.settings import Prompt as Prompt
 from tmdjax.runtime.settings import Score as Score

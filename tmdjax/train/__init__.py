@@ -33,7 +33,6 @@ from tmdjax.train.sharding import VIDEO_DIT_RULES as VIDEO_DIT_RULES
 from tmdjax.train.sharding import abstract_mesh as abstract_mesh
 from tmdjax.train.sharding import batch_sharding as batch_sharding
 from tmdjax.train.sharding import fsdp_shardings as fsdp_shardings
-from tmdjax.train.sharding import jit_on_mesh as jit_on_mesh
 from tmdjax.train.sharding import jit_train_step as jit_train_step
 from tmdjax.train.sharding import make_mesh as make_mesh
 from tmdjax.train.sharding import replicated as replicated

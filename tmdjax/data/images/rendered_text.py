@@ -126,11 +126,6 @@ def decode(ids: ArrayLike) -> list[str]:
     return ["".join(LETTERS[i - 1] for i in row if i) for row in rows]
 
 
-def prompt(word: str) -> str:
-    """The sentence that asks for an image of the word."""
-    return f'a sign that says "{word}"'
-
-
 def check_words(words: Sequence[str]) -> None:
     """Raises TypeError or ValueError unless all are words that can be rendered."""
     if isinstance(words, str):

@@ -6,7 +6,7 @@ it, so a task of one's own needs no base class:
 
     rng = np.random.default_rng(0)
     problems = sample(ChainSum(), "train", 1024, rng)
-    pending = host.submit(scorer(task), np.array(responses, object), problems)
+    rewards = [task.verify(p, response) for p, response in zip(problems, responses)]
 
 Problems belong to a split by the hash of their prompt alone: whoever samples, in
 whatever order, by whatever seed, no prompt of 'evaluation' or 'holdout' is trained on.
@@ -14,13 +14,12 @@ whatever order, by whatever seed, no prompt of 'evaluation' or 'holdout' is trai
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from tmdjax.core.checks import check_choice, check_count
-from tmdjax.rewards.host import Scorer
 
 SPLITS = ("train", "evaluation", "holdout")
 """Eight, one and one of ten prompts: to train on, to look at while training, and to
@@ -53,7 +52,7 @@ class Problem:
 
 @runtime_checkable
 class TextTask(Protocol):
-    """What :func:`sample` and :func:`scorer` need of a task."""
+    """What :func:`sample` and a scorer of responses need of a task."""
 
     @property
     def name(self) -> str:
@@ -122,17 +121,3 @@ def sample(
                 f"asked for. Ask for fewer, or widen the task."
             )
     return list(found.values())
-
-
-def scorer(task: TextTask) -> Scorer:
-    """The task's rewards as a scorer for :func:`tmdjax.rewards.host.submit`.
-
-    Returns:
-        ``fn(responses, problems) -> n rewards``, responses an object array of n texts,
-        problems a list of n.
-    """
-
-    def score(responses: np.ndarray, problems: Sequence[Problem]) -> list[float]:
-        return [task.verify(p, str(r)) for p, r in zip(problems, responses)]
-
-    return score
