@@ -71,12 +71,15 @@ class TokenRecord:
         self.log_probs += log_probs
         self.versions += [version] * len(tokens)
 
-    def check(self) -> None:
+    def check(self, *, scored: bool = False) -> None:
         """Refuses a record whose parts do not fit together.
 
+        Args:
+            scored: whether it must have a reward, and a finite one.
+
         Raises:
-            ValueError: lengths that differ, versions that fall, an unknown status, or
-                an empty prompt.
+            ValueError: lengths that differ, versions that fall, an unknown status, an
+                empty prompt, or no reward where there must be one.
         """
         check_choice("status", self.status, STATUSES)
         lengths = [len(x) for x in (self.tokens, self.log_probs, self.versions)]
@@ -91,6 +94,11 @@ class TokenRecord:
             raise ValueError(
                 f"record {self.number} has versions {self.versions}, which fall; "
                 f"tokens are appended in the order they were drawn."
+            )
+        if scored and (self.reward is None or not math.isfinite(self.reward)):
+            raise ValueError(
+                f"record {self.number} has reward {self.reward}; score it first, with "
+                f"a finite number."
             )
 
 
@@ -179,12 +187,7 @@ def batch_records(
     if not records:
         raise ValueError("nothing to batch: give at least one record.")
     for record in records:
-        record.check()
-        if record.reward is None or not math.isfinite(record.reward):
-            raise ValueError(
-                f"record {record.number} has reward {record.reward}; score it first, "
-                f"with a finite number."
-            )
+        record.check(scored=True)
         size = len(record.prompt) + len(record)
         if size > length or len(record) > response_length:
             raise ValueError(

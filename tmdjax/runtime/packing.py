@@ -1,7 +1,6 @@
 """Records of an iteration as minibatches of fixed shape, weighed as a whole."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -202,11 +201,7 @@ def _check(records: Sequence[TokenRecord], settings: LanguageSettings) -> None:
         )
     prompts: dict[int, tuple[int, ...]] = {}
     for record in records:
-        if record.reward is None or not math.isfinite(record.reward):
-            raise ValueError(
-                f"record {record.number} has reward {record.reward}; score it first, "
-                f"with a finite number."
-            )
+        record.check(scored=True)
         if prompts.setdefault(record.group, record.prompt) != record.prompt:
             raise ValueError(
                 f"group {record.group} holds responses to several prompts; number the "

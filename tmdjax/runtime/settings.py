@@ -73,15 +73,8 @@ class LanguageSettings:
     check_ratio: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
-            "prompts",
-            "max_new_tokens",
-            "epochs",
-            "minibatches",
-            "microbatch",
-            "max_attempts",
-            "scored_at_once",
-        ):
+        counts = ("prompts", "max_new_tokens", "epochs", "minibatches", "microbatch")
+        for name in (*counts, "max_attempts", "scored_at_once"):
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
         check_choice("proximal", self.proximal, rl.PROXIMAL)
