@@ -18,7 +18,6 @@ paper  a DiT as wide and deep as SD3.5-M on 64x64 images: sizes only.
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from configs.flow_grpo import base
 
@@ -40,16 +39,8 @@ def get_config(tier: str) -> ConfigDict:
     base(config, tier)
     large = tier in ("gpu", "paper")
     steps, leaves = (20, 16) if large else (8, 8)
-    config.rollout = ConfigDict({"steps": steps, "shift": 1.0})
-    config.objective = ConfigDict(
-        {
-            "clip_range": 1e-4,
-            "step_weight": "inverse_gain",
-            # none: as the preset of an arm's method has it
-            "kl_coefficient": placeholder(float),
-            "kl_kind": placeholder(str),
-        }
-    )
+    config.rollout.steps = steps
+    config.objective.clip_range = 1e-4
     dance = {"name": "flow_grpo:dance_grpo", "group_size": leaves, "fraction": 1.0}
     mix = {
         "name": "flow_grpo:mix_grpo",

@@ -31,19 +31,6 @@ def get_config(tier: str) -> ConfigDict:
     config = ConfigDict()
     config.system = "flow_grpo"
     base(config, tier)
-    config.rollout = ConfigDict({"steps": 10, "shift": 1.0})
-    config.objective = ConfigDict(
-        {
-            # late steps have many times the gradient of early ones; without this, the
-            # reward of an uncounted pilot seed fell (learning rate 3e-4, cpu tier)
-            "step_weight": "inverse_gain",
-            "proximal": "behaviour",
-            # none: as the preset of an arm's method has it
-            "clip_range": placeholder(float),
-            "kl_coefficient": placeholder(float),
-            "kl_kind": placeholder(str),
-        }
-    )
     arms: dict[str, dict] = {
         name: {"method": {"name": f"flow_grpo:{name}", "group_size": 8}}
         for name in ("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo")
@@ -111,7 +98,10 @@ def _before_and_after(arm: str, what: str) -> dict[str, object]:
 
 
 def base(config: ConfigDict, tier: str) -> None:
-    """Task, network, pretraining, RL and evaluation; other methods share them."""
+    """Everything but 'system', arms and claims; other methods of RL share it.
+
+    An arm is then ``{"method": {"name": ...}}``; one method alone is ``config.method``.
+    """
     config.task = ConfigDict(
         {
             "name": "shapes",
@@ -177,6 +167,19 @@ def base(config: ConfigDict, tier: str) -> None:
     )
     # of RL: 16-bit rounding puts ratios off 1, beyond the clip range of images
     config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
+    config.rollout = ConfigDict({"steps": 10, "shift": 1.0})
+    config.objective = ConfigDict(
+        {
+            # late steps have many times the gradient of early ones; without this, the
+            # reward of an uncounted pilot seed fell (learning rate 3e-4, cpu tier)
+            "step_weight": "inverse_gain",
+            "proximal": "behaviour",
+            # none: as the preset of an arm's method has it
+            "clip_range": placeholder(float),
+            "kl_coefficient": placeholder(float),
+            "kl_kind": placeholder(str),
+        }
+    )
     config.evaluate = ConfigDict(
         {"count": 256, "steps": 20, "shown": 12, "judge_seconds": 60.0}
     )

@@ -58,11 +58,12 @@ SHORTER = {"iterations": 60, "prompts": 16, "slots": 128}
 """Of these in the gpu tier."""
 
 
-def get_config(tier: str) -> ConfigDict:
-    """The config of a tier."""
+def base(config: ConfigDict, tier: str) -> None:
+    """Everything but 'system', arms and claims; others for language models share it.
+
+    An arm is then ``{"method": {"name": ...}}``; one method alone is ``config.method``.
+    """
     small, large = tier == "smoke", tier in ("gpu", "paper")
-    config = ConfigDict()
-    config.system = "grpo"
     config.model = ConfigDict(
         {
             "name": "decoder",
@@ -74,7 +75,6 @@ def get_config(tier: str) -> ConfigDict:
     )
     high = {"smoke": 5, "cpu": 8}.get(tier, 40)
     config.task = ConfigDict({"name": "chain_sum", "high": high})
-    config.method = ConfigDict({"name": "grpo"})
     config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.sft = ConfigDict(
         {
@@ -113,6 +113,15 @@ def get_config(tier: str) -> ConfigDict:
     config.judge = ConfigDict(
         {"problems": 16 if small else 256, "samples": 2 if small else 4}
     )
+
+
+def get_config(tier: str) -> ConfigDict:
+    """The config of a tier."""
+    small, large = tier == "smoke", tier in ("gpu", "paper")
+    config = ConfigDict()
+    config.system = "grpo"
+    base(config, tier)
+    config.method = ConfigDict({"name": "grpo"})
     counts = (3, 4) if large else (3,)
     countdown = {
         "task": {"name": "countdown", "counts": counts},

@@ -76,11 +76,15 @@ def _moved(arm: dict, task: dict, iterations: int) -> dict:
     return {**task, "method": method, "train": train}
 
 
-def get_config(tier: str) -> ConfigDict:
-    """The config of a tier."""
-    large = tier in ("gpu", "paper")
-    config = ConfigDict()
-    config.system = "policyflow"
+HIDDEN = {"smoke": (32, 32), "cpu": (128, 64)}
+"""Widths of the networks of the small tiers; those of the large ones are published."""
+
+
+def base(config: ConfigDict, tier: str) -> None:
+    """Everything but 'system', arms and claims; other methods of control share it.
+
+    An arm is then ``{"method": {"name": ...}}``; one method alone is ``config.method``.
+    """
     config.env = ConfigDict({"name": "multi_goal"})
     config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.train = ConfigDict(
@@ -100,16 +104,22 @@ def get_config(tier: str) -> ConfigDict:
         }
     )
     config.evaluate = ConfigDict({"agents": 1000})
-    flow = {"name": "policyflow"}
-    ppo = {"name": "ppo"}
-    if not large:
-        hidden = (32, 32) if tier == "smoke" else (128, 64)
-        config.train.critic_hidden = hidden
-        ppo |= {"hidden": hidden}
-        flow |= {"hidden": hidden, "frequencies": (1.0, 100.0, 8)}
+    config.train.critic_hidden = HIDDEN.get(tier)
     if tier == "smoke":
         config.train.update(unroll=16, learning_rate=1e-3)
         config.evaluate.agents = 200
+
+
+def get_config(tier: str) -> ConfigDict:
+    """The config of a tier."""
+    large = tier in ("gpu", "paper")
+    config = ConfigDict()
+    config.system = "policyflow"
+    base(config, tier)
+    ppo, flow = {"name": "ppo"}, {"name": "policyflow"}
+    if not large:
+        ppo |= {"hidden": HIDDEN[tier]}
+        flow |= {"hidden": HIDDEN[tier], "frequencies": (1.0, 100.0, 8)}
     look = {"train": {"diagnosed_samples": 256}}
     arms: dict[str, dict] = {
         "ppo": {"method": ppo},

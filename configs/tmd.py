@@ -15,6 +15,7 @@ paper  Wan 2.1 of 1.3 B and 14 B: sizes and what a device needs.
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
@@ -94,12 +95,13 @@ def get_config(tier: str) -> ConfigDict:
             "batch_size": 64,
             "learning_rate": 3e-4,  # 1e-3 undid the teacher on pilot seed 10
             "ema_decay": 0.99,
-            "map_rate": 0.25,
             "guidance": 1.0,
-            "drop_rate": 0.1,
-            "shift": 3.0,
-            "derivative": "jvp",
-            "loss_constant": 1.0,
+            # none: as flows.FlowMapConfig has it
+            "map_rate": placeholder(float),
+            "drop_rate": placeholder(float),
+            "shift": placeholder(float),
+            "derivative": placeholder(str),
+            "loss_constant": placeholder(float),
             "log_every": 50,
         }
     )
@@ -112,10 +114,11 @@ def get_config(tier: str) -> ConfigDict:
             "ema_decay": 0.98,
             "guidance": 1.0,
             "critic_updates": 4,
-            "shift": 5.0,
-            "normalisation": "distance",
             "adversarial_weight": 0.0,
-            "features": "teacher",
+            # none: as train.DistillationConfig has it
+            "shift": placeholder(float),
+            "normalisation": placeholder(str),
+            "features": placeholder(str),
             "discriminator_width": 16,
             "microbatches": 1,
             "log_every": 20,

@@ -6,6 +6,7 @@ a 'name', ``"SYSTEM"`` or ``"SYSTEM:PRESET"``, and what is changed of that prese
 method is a file with a function ``preset`` in ``tmdjax/systems/`` or beside the config.
 """
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -19,6 +20,7 @@ from tmdjax.core.checks import check_choice
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError
 from tmdjax.harness.claims import MAIN_ARM
+from tmdjax.harness.config import to_plain
 from tmdjax.harness.find import find_module
 
 T = TypeVar("T")
@@ -131,6 +133,16 @@ def build_method(
 def tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with tuples in place of the lists of JSON, as dataclasses want them."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+def fields_given(settings: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Of a group of settings, those that are fields of a dataclass and not None.
+
+    What is None is as the dataclass, or a preset, has it.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    given = tuples(to_plain(settings))
+    return {k: v for k, v in given.items() if k in names and v is not None}
 
 
 def _systems() -> list[str]:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import video_tasks as tasks
+from experiments.arms import fields_given
 from experiments.supervised import Supervised
 from tmdjax import data, flows, models, train
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice
 from tmdjax.harness import StageContext, StageResult
-from tmdjax.harness.config import to_plain
 from tmdjax.systems import dmd2, meanflow, reflow, tmd
 
 Config = Any
@@ -132,16 +132,7 @@ def derivative_function(config: Config) -> Any:
 
 def map_config(config: Config) -> flows.FlowMapConfig:
     """Settings of flow-map losses."""
-    settings = to_plain(config.pretrain)
-    names = (
-        "map_rate",
-        "guidance",
-        "drop_rate",
-        "shift",
-        "derivative",
-        "loss_constant",
-    )
-    return flows.FlowMapConfig(**{name: settings[name] for name in names})
+    return flows.FlowMapConfig(**fields_given(config.pretrain, flows.FlowMapConfig))
 
 
 def pretrain(config: Config, context: StageContext) -> StageResult:
@@ -217,15 +208,6 @@ def fit_pairs(config: Config, context: StageContext) -> StageResult:
 
 def distillation(config: Config) -> train.Distillation:
     """Generator, judges and settings of an arm."""
-    settings = to_plain(config.distill)
-    names = (
-        "guidance",
-        "critic_updates",
-        "shift",
-        "normalisation",
-        "adversarial_weight",
-        "features",
-    )
     apply_fn = tasks.on_prompts(config, models.build(student_spec(config)))
     if config.student.kind == "tmd":
         # without a rollout the head is trained as if it made one step
@@ -236,7 +218,9 @@ def distillation(config: Config) -> train.Distillation:
     return train.Distillation(
         generate,
         tasks.judges(config),
-        train.DistillationConfig(**{name: settings[name] for name in names}),
+        train.DistillationConfig(
+            **fields_given(config.distill, train.DistillationConfig)
+        ),
         tasks.null_prompt(config),
     )
 
