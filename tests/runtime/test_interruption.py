@@ -120,3 +120,12 @@ def test_a_run_that_is_stopped_within_an_iteration_goes_on_from_its_checkpoint(
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
         for name in ("score", "length_median", "length_max", "staleness_max"):
             assert a[name] == b[name]
+
+
+def test_what_a_rollout_leaves_over_stands_in_the_next_state():
+    iterate, _ = iteration(OBJECTIVE, dataclasses.replace(SIZES, minibatches=2))
+    state = iterate.init(START)
+    rollout = iterate.collect(state, None, RUN)
+    left = [dataclasses.replace(r, status="aborted") for r in rollout.records[:2]]
+    state, _ = iterate.learn(state, rollout._replace(pending=left), RUN)
+    assert rl.unpack_records(state.pending) == left and state.iteration == 1

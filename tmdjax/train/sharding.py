@@ -172,16 +172,14 @@ def jit_train_step(
         The jitted step (state donated), the state placed on the mesh, and the
         function that places a batch.
     """
-    if constants is None:
-        jitted, put, place = jit_on_mesh(step, state, mesh, rules=rules)
-        return jitted, put(state)[0], place
-    jitted, put, place = jit_on_mesh(step, state, mesh, constants, rules=rules)
-    state, constants = put(state, constants)
+    others = () if constants is None else (constants,)
+    jitted, put, place = jit_on_mesh(step, state, mesh, *others, rules=rules)
+    state, *others = put(state, *others)
 
     def with_constants(state: PyTree, batch: PyTree, key: Any) -> Any:
-        return jitted(state, batch, key, constants)
+        return jitted(state, batch, key, *others)
 
-    return with_constants, state, place
+    return with_constants if others else jitted, state, place
 
 
 def jit_on_mesh(

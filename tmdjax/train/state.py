@@ -189,15 +189,9 @@ def make_train_step(
                 grads, each = grad_fn(params, *part)
                 return jax.tree.map(jnp.add, total, grads), each
 
-            first, rest = (
-                jax.tree.map(lambda x: x[0], parts),
-                jax.tree.map(lambda x: x[1:], parts),
-            )
-            total, each = grad_fn(params, *first)
-            total, others = jax.lax.scan(add, total, rest, unroll=unroll or 1)
-            each = jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b.reshape(-1)]), each, others
-            )
+            zero = jax.tree.map(jnp.zeros_like, params)
+            total, each = jax.lax.scan(add, zero, parts, unroll=unroll or 1)
+            each = jax.tree.map(jnp.ravel, each)
         metrics = {
             name: (reductions or {}).get(name, jnp.mean)(values)
             for name, values in each.items()
