@@ -25,6 +25,7 @@ from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import line_plot
+from tmdjax.train import flow_rl
 
 Config = Any
 SETS = ("train", "held_out")
@@ -266,7 +267,7 @@ def describe(config: Config) -> dict[str, Any]:
             built[base] = tasks.build(own), params
         (task, params), name = built[base], own.task.name
         method, _, _ = iterations.setup(own, task.event_shape)
-        stored = method.memory(config.rl.prompts) / 1e9
+        stored = flow_rl.stored_bytes(method, config.rl.prompts) / 1e9
         if stored > config.rl.memory_limit_gb:
             raise ValueError(
                 f"arms.{arm} would store {stored:.3g} GB of states an iteration, above "

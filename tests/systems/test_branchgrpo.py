@@ -459,7 +459,7 @@ def test_published_settings_memory_and_bad_inputs(refused):
     corrected = branchgrpo.preset("branchgrpo", [2], splits=(0, 2), steps=4, shift=1.0)
     assert corrected.method == Trees(splits=(0, 2), grid=corrected.method.grid)
     assert_array_equal(corrected.method.grid, flows.uniform_grid(4))
-    assert method.memory(2) == 2 * 219 * 16 * 16 * 3 * 4
+    assert flow_rl.stored_bytes(method, 2) == 2 * 219 * 16 * 16 * 3 * 4
     table = method.table()
     stds = (table.c * table.S)[[0, 9]]
     assert table.mask.all() and np.allclose(stds, [0.16, 0.23], atol=0.01)  # the sheet

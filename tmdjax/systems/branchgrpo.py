@@ -9,7 +9,6 @@ the backward pass and nothing else.
 import dataclasses
 import functools
 import logging
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -166,10 +165,6 @@ class Trees:
     def group_size(self) -> int:
         """Leaves of a tree."""
         return self.tree.leaves
-
-    def memory(self, prompts: int) -> int:
-        """Bytes of the states that a rollout of so many prompts stores."""
-        return 4 * prompts * self.tree.nodes * math.prod(self.event_shape)
 
     def table(self) -> flows.CoefficientTable:
         """The coefficients."""

@@ -6,7 +6,6 @@ become advantages. ``preset(name)`` has the published settings.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, rl
-from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Grid, Velocity
 from tmdjax.rl.advantages import SCALES
@@ -91,11 +89,6 @@ class Chains:
             check_range("best + worst", kept, 1, self.group_size)
         self.plan(0)  # table, window and strength are refused here, if at all
 
-    def memory(self, prompts: int) -> int:
-        """Bytes of the states that a rollout of so many prompts stores."""
-        states = len(self.plan(0)[1]["steps"]) + 1
-        return 4 * prompts * self.group_size * states * math.prod(self.event_shape)
-
     def table(self, iteration: int) -> flows.CoefficientTable:
         """The coefficients of an iteration."""
         whole = self._table(None)
@@ -139,8 +132,7 @@ class Chains:
     ) -> tuple[Array, rl.Transitions]:
         """Draws chains; the record keeps the states around the stored steps."""
         keys, group, cond = samples
-        steps = plan["steps"]
-        walk = prng.fold_in(keys[:, None], jnp.arange(self.group_size)).reshape(-1)
+        steps, walk = plan["steps"], samples.sample_keys
         if self.same_noise:
             start = flows.initial_noise(keys, self.event_shape)[group]
         else:

@@ -10,4 +10,5 @@ from tmdjax.train.flow_rl.contracts import Samples as Samples
 from tmdjax.train.flow_rl.contracts import Setup as Setup
 from tmdjax.train.flow_rl.contracts import make_setup as make_setup
 from tmdjax.train.flow_rl.contracts import samples_of as samples_of
+from tmdjax.train.flow_rl.contracts import stored_bytes as stored_bytes
 from tmdjax.train.flow_rl.iteration import make_iteration as make_iteration

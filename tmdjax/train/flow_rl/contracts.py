@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, rl
+from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, check_fields, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree, Velocity
 from tmdjax.quant import Precision
@@ -63,6 +64,12 @@ class Samples(NamedTuple):
     group: Any
     cond: Cond
 
+    @property
+    def sample_keys(self) -> Any:
+        """Typed keys [sample], one a sample, made of that of its group."""
+        number = jnp.arange(len(self.group) // len(self.keys))
+        return prng.fold_in(self.keys[:, None], number).reshape(-1)
+
 
 def samples_of(keys: Any, group_size: int, cond: Cond = None) -> Samples:
     """Groups of so many samples each.
@@ -88,6 +95,18 @@ def samples_of(keys: Any, group_size: int, cond: Cond = None) -> Samples:
 
     group = jnp.repeat(jnp.arange(groups), group_size)
     return Samples(keys, group, jax.tree.map(repeated, cond))
+
+
+def stored_bytes(method: "FlowMethod", prompts: int) -> int:
+    """Bytes of the states that a method keeps of a rollout of so many prompts."""
+    table, plan = method.plan(0)
+
+    def states(key: Any) -> Any:
+        keys = prng.sample_keys(key, prompts)
+        samples = samples_of(keys, method.group_size)
+        return method.rollout(samples, lambda x, t, cond: x, table, plan)[1].states
+
+    return trees.nbytes(jax.eval_shape(states, jax.random.key(0)))
 
 
 class Credit(NamedTuple):
