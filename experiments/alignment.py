@@ -22,6 +22,7 @@ from tmdjax import data, flows
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import line_plot
@@ -41,6 +42,7 @@ COURSE = (
     "reward_at_time",
     "seconds_per_iteration",
     "first_ratio_error",
+    "network_calls_per_sample",
 )
 """What RL itself reports, beside the evaluation."""
 
@@ -168,35 +170,36 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
     return StageResult({"shown": shown}, metrics)
 
 
-def measures(config: Config) -> set[str]:
-    """The metrics that claims may be about."""
-    found = {f"{arm}/{name}" for arm in arms(config) for name in COURSE}
-    for arm in arms(config):
-        found.add(f"{arm}/network_calls_per_sample")
-        for model in ("base", "aligned", "gain"):
-            for name in SETS:
-                for what in tasks.measures(of_arm(config, arm)):
-                    found.add(f"{arm}/{model}.{name}.{what}")
-    return found
+def measures(config: Config, arm: str) -> set[str]:
+    """The metrics of an arm that claims may be about."""
+    evaluated = {
+        f"{model}.{name}.{what}"
+        for model in ("base", "aligned", "gain")
+        for name in SETS
+        for what in tasks.measures(of_arm(config, arm))
+    }
+    return evaluated.union(COURSE)
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table of arms, from the metrics of a record."""
     rows = []
     for arm in arms(config):
-        row: dict[str, Any] = {
-            "method": arm,
-            "calls a sample": found.get(f"{arm}/network_calls_per_sample"),
-            "s an iteration": found.get(f"{arm}/seconds_per_iteration"),
-            "reward, first": found.get(f"{arm}/reward_first"),
-            "reward, last": found.get(f"{arm}/reward_last"),
+        columns = {
+            "calls a sample": "network_calls_per_sample",
+            "s an iteration": "seconds_per_iteration",
+            "reward, first": "reward_first",
+            "reward, last": "reward_last",
         }
         # the second one is strict: the whole picture, or the whole word
         for i, what in enumerate(tasks.measures(of_arm(config, arm))):
             for model in ("base", "aligned"):
                 title = f"{('score', 'all right')[i]}, {model}"
-                row[title] = found.get(f"{arm}/{model}.held_out.{what}")
-        rows.append(row)
+                columns[title] = f"{model}.held_out.{what}"
+        rows.append(
+            {"method": arm}
+            | {title: found.get(metric_name(arm, n)) for title, n in columns.items()}
+        )
     return rows
 
 

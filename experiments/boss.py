@@ -20,7 +20,7 @@ from tmdjax import flows
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.harness import Report, Stage, StageResult
-from tmdjax.harness.claims import MAIN_ARM
+from tmdjax.harness.claims import MAIN_ARM, metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot
 from tmdjax.systems import boss
@@ -81,8 +81,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
     ]
 
 
-def measures(config: Config) -> set[str]:
-    """The metrics that claims may be about."""
+def measures(config: Config, arm: str) -> set[str]:
+    """The metrics of an arm that claims may be about."""
     straight = boss_stages.straightness_budget(config)
     names = {"search.uniform_cheaper", f"straightened{straight}.chord_error_ratio"}
     names |= {f"{m}{straight}.objective" for m in ("bellman", "straightened")}
@@ -91,8 +91,7 @@ def measures(config: Config) -> set[str]:
         what = ("terminal_error", "error_to_rk45", *few_step.measures(config))
         names |= {f"{m}{k}.{w}" for m in sets for w in what}
         names.add(f"gaussian{k}.position")
-    marks = [few_step.mark(arm) for arm in arms(config)]
-    return {f"{mark}{name}" for mark in marks for name in names}
+    return names
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -142,7 +141,6 @@ def describe(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for arm in arms(config):
         one = of_arm(config, arm)
-        mark = few_step.mark(arm)
         shape = tuple(one.data.shape)
         each = flows.cost_memory(shape, settings.knots) / 1e9
         batch = min(settings.samples, int(settings.memory_limit_gb // each))
@@ -166,5 +164,5 @@ def describe(config: Config) -> dict[str, Any]:
             "kept states, GB (at most)": kept,
             "fine-tuning updates": tuned.steps * (2 * len(settings.budgets) + 1),
         }
-        found |= {f"{mark}{name}": value for name, value in sizes.items()}
+        found |= {metric_name(arm, name): value for name, value in sizes.items()}
     return found

@@ -21,6 +21,7 @@ from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot, path_plot
 from tmdjax.train import on_policy
@@ -182,16 +183,12 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     )
 
 
-def measures(config: Config) -> set[str]:
-    """The metrics that claims may be about."""
-    found = set()
-    for arm in arms(config):
-        given = of_arm(config, arm)
-        own = ("training_reward", "parameters", "skipped_updates")
-        ratio = RATIO if given.train.diagnosed_samples else ()
-        names = (*COURSE, *own, *ratio, *tasks.measures(given.env))
-        found |= {f"{arm}/{name}" for name in names}
-    return found
+def measures(config: Config, arm: str) -> set[str]:
+    """The metrics of an arm that claims may be about."""
+    given = of_arm(config, arm)
+    own = ("training_reward", "parameters", "skipped_updates")
+    ratio = RATIO if given.train.get("diagnosed_samples") else ()
+    return {*COURSE, *own, *ratio, *tasks.measures(given.env)}
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -202,7 +199,7 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
     names = dict.fromkeys(("training_reward", *judged, "seconds_per_iteration"))
     return [
         {"method": arm}
-        | {name.replace("_", " "): found.get(f"{arm}/{name}") for name in names}
+        | {n.replace("_", " "): found.get(metric_name(arm, n)) for n in names}
         for arm in arms(config)
     ]
 

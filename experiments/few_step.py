@@ -19,7 +19,7 @@ from experiments.arms import arms
 from tmdjax import data, flows, metrics, models, train
 from tmdjax.core import prng
 from tmdjax.harness import Report, StageContext, StageResult
-from tmdjax.harness.claims import MAIN_ARM
+from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import line_plot
@@ -120,11 +120,6 @@ def compare(config: Config, context: StageContext, sets: Any, labels: Any) -> An
     return found
 
 
-def mark(arm: str) -> str:
-    """What stands before an arm's metrics in a summary."""
-    return "" if arm == MAIN_ARM else f"{arm}/"
-
-
 def measures(config: Config) -> tuple[str, ...]:
     """What :func:`compare` finds of each set."""
     return image_quality.MEASURES if has_images(config) else POINT_MEASURES
@@ -140,19 +135,19 @@ def summary_rows(
     rows = []
     for arm in arms(config):
 
-        def cell(name: str, mark: str = mark(arm)) -> str:
+        def cell(name: str, arm: str = arm) -> str:
             values = (
-                found.get(f"{mark}{name}.{what}")
+                found.get(metric_name(arm, f"{name}.{what}"))
                 for what in ("terminal_error", "frechet")
             )
             return " / ".join("-" if v is None else f"{v:.3g}" for v in values)
 
         for name in names:
             rows.append(
-                {"grid or model": f"{mark(arm)}{name}"}
+                {"grid or model": metric_name(arm, name)}
                 | {column.format(k): cell(f"{name}{k}") for k in config.search.budgets}
             )
-        nfe = found.get(f"{mark(arm)}rk45.nfe", float("nan"))
+        nfe = found.get(metric_name(arm, "rk45.nfe"), float("nan"))
         for title, name in (
             (f"RK45, {nfe:.0f} NFE", "rk45"),
             (f"fine, {config.search.knots * calls} NFE", "fine"),
@@ -161,7 +156,7 @@ def summary_rows(
             columns = dict.fromkeys(rows[0])
             first = column.format(config.search.budgets[0])
             rows.append(
-                columns | {"grid or model": f"{mark(arm)}{title}", first: cell(name)}
+                columns | {"grid or model": metric_name(arm, title), first: cell(name)}
             )
     return rows
 

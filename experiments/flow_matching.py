@@ -168,8 +168,8 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
     return StageResult({}, found)
 
 
-def measures(config: Config) -> set[str]:
-    """The metrics that claims may be about."""
+def measures(config: Config, arm: str) -> set[str]:
+    """The metrics of an arm that claims may be about."""
     names = ["untrained", "real", *(name for name, _, _ in budgets(config))]
     return {f"{name}.{what}" for name in names for what in image_quality.MEASURES}
 

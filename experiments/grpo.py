@@ -21,12 +21,14 @@ from tmdjax import generation, models, quant, runtime, train
 from tmdjax.core import trees
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.report import line_plot
 
 Config = Any
 LOOK = ("slots", "length", "chunk", "max_new_tokens")
 """Sizes of rl that judging uses too."""
+JUDGED = ("accuracy_before", "accuracy_after", "solved_before", "solved_after")
 CURVES = ("score", "entropy", "length_median")
 
 
@@ -75,13 +77,13 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
     for name in ("iterations", "slots", "chunk", "length"):
         check_count(f"rl.{name}", sizes.pop(name))
     rate = sizes.pop("learning_rate")
-    sizes["pack_rows"] = sizes["pack_rows"] or None
-    sizes["overlong_buffer"] = sizes["overlong_buffer"] or None
+    for name in ("pack_rows", "overlong_buffer"):  # 0: none
+        sizes[name] = sizes.get(name) or None
     check_range("rl.learning_rate", rate, 0, open_low=True)
     objective = build_method(given["method"], runtime.TokenObjective)
-    check_count("rl.warmup", sizes["warmup"], 0)
+    warmup = check_count("rl.warmup", sizes.pop("warmup", 0), 0)
     optimizer = train.make_optimizer(
-        train.OptimizerConfig(learning_rate=rate, warmup_steps=sizes.pop("warmup"))
+        train.OptimizerConfig(learning_rate=rate, warmup_steps=warmup)
     )
     return runtime.LanguageSettings(**sizes), objective, optimizer
 
@@ -171,26 +173,17 @@ def judge(given: dict[str, Any], context: StageContext) -> StageResult:
     return StageResult(curves, found, meta={"task": given["task"]["name"]})
 
 
-def measures(config: Config) -> set[str]:
-    """The metrics that claims may be about."""
-    names = (
-        "accuracy_before",
-        "accuracy_after",
-        "solved_before",
-        "solved_after",
-        "score_first",
-        "score_last",
-        "first_ratio_error",
-    )
-    return {f"{arm}/{name}" for arm in arms(config) for name in names}
+def measures(config: Config, arm: str) -> set[str]:
+    """The metrics of an arm that claims may be about."""
+    course = {"score_first", "score_last", "first_ratio_error"}
+    return course.union(JUDGED)
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table of arms."""
-    names = ("accuracy_before", "accuracy_after", "solved_before", "solved_after")
     return [
         {"arm": arm}
-        | {name.replace("_", " "): found.get(f"{arm}/{name}") for name in names}
+        | {n.replace("_", " "): found.get(metric_name(arm, n)) for n in JUDGED}
         for arm in arms(config)
     ]
 

@@ -25,6 +25,7 @@ from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, check_run, dry_run, load_config
 from tmdjax.harness.compare import comparison_rows, read_run
+from tmdjax.harness.experiment import measured
 from tmdjax.harness.report import text_table
 
 _PREFIX = "--sweep."
@@ -123,12 +124,12 @@ def _check(
     root = given.workdir or pathlib.Path("runs") / f"{configs[0].system}-{tier}-sweep"
     for config in configs:
         check_run(experiment, config, run.options_of(given, overrides))
-        measured = experiment.measures(config)
+        known = measured(experiment, config)
         for metric in given.metrics:
-            if metric not in measured:
+            if metric not in known:
                 raise ConfigError(
                     f"--metrics: {metric!r} is not measured by every run."
-                    f"{suggestion(metric, measured)}"
+                    f"{suggestion(metric, known)}"
                 )
     return root, configs
 

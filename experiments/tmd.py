@@ -25,6 +25,7 @@ from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.domains.sprites.prompts import prompt_words
 from tmdjax.harness import Report, Stage, StageResult, Update
+from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import animation, video_strips
 
@@ -88,41 +89,32 @@ def stages(config: Config, arm: str) -> list[Stage]:
     return found
 
 
-def measures(config: Config) -> set[str]:
-    """The metrics that claims may be about."""
-    found = set()
-    for arm in arms(config):
-        settings, names = of_arm(config, arm), [""]
-        if settings.student.kind == "teacher":
-            names += [f"steps{k}." for k in config.sample.teacher_steps[1:]]
-            found |= {f"{arm}/real.{measure}" for measure in measuring.MEASURES}
-        if settings.student.kind == "tmd":
-            names += ["inner1."] if settings.student.inner > 1 else []
-            found |= {f"{arm}/cost", f"{arm}/cost_over_nfe"}
-        what = (*measuring.MEASURES, "seconds", "nfe")
-        found |= {f"{arm}/{name}{measure}" for name in names for measure in what}
-    return found
+def measures(config: Config, arm: str) -> set[str]:
+    """The metrics of an arm that claims may be about."""
+    student, names, found = of_arm(config, arm).student, [""], set()
+    if student.kind == "teacher":
+        names += [f"steps{k}." for k in config.sample.teacher_steps[1:]]
+        found |= {f"real.{measure}" for measure in measuring.MEASURES}
+    if student.kind == "tmd":
+        names += ["inner1."] if student.inner > 1 else []
+        found |= {"cost", "cost_over_nfe"}
+    what = (*measuring.MEASURES, "seconds", "nfe")
+    return found | {f"{name}{measure}" for name in names for measure in what}
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The table of students, from the metrics of a record."""
-    rows = [
-        {"student": "real videos"}
-        | {
-            what.replace("_", " "): found.get(f"teacher/real.{what}")
-            for what in ("nfe", *measuring.MEASURES, "seconds")
-        }
-    ]
+    measures = ("nfe", *measuring.MEASURES, "seconds")
+
+    def row(title: str, arm: str, name: str) -> dict[str, Any]:
+        values = {m: found.get(metric_name(arm, f"{name}{m}")) for m in measures}
+        return {"student": title} | {k.replace("_", " "): values[k] for k in values}
+
+    rows = [row("real videos", "teacher", "real.")]
     for arm in arms(config):
         for name in ("", *(f"steps{k}." for k in config.sample.teacher_steps[1:])):
-            if f"{arm}/{name}nfe" in found:
-                rows.append(
-                    {"student": f"{arm} {name.rstrip('.')}".strip()}
-                    | {
-                        what.replace("_", " "): found.get(f"{arm}/{name}{what}")
-                        for what in ("nfe", *measuring.MEASURES, "seconds")
-                    }
-                )
+            if metric_name(arm, f"{name}nfe") in found:
+                rows.append(row(f"{arm} {name.rstrip('.')}".strip(), arm, name))
     return rows
 
 

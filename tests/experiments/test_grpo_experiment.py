@@ -7,7 +7,8 @@ import pytest
 from experiments import grpo
 from experiments import language_tasks as tasks
 from tmdjax.data import text_tasks
-from tmdjax.harness import load_config
+from tmdjax.harness import check_experiment, load_config
+from tmdjax.harness.experiment import measured
 
 TINY = (
     "sft.pairs=64 sft.steps=4 sft.look_every=2 sft.problems=4 rl.iterations=2 "
@@ -21,7 +22,7 @@ def tiny(*changes):
 
 def test_it_measures_what_claims_may_be_about(tmp_path, ran):
     found = ran(grpo, tiny())
-    assert grpo.measures(tiny()) <= found.keys()
+    assert measured(check_experiment(grpo), tiny()) <= found.keys()
     assert found["chain_sum/sft_steps"] == 4
     assert found["chain_sum/first_ratio_error"] < 1e-3
     assert list((tmp_path / "run" / "figures").glob("*score.png"))

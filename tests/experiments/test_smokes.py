@@ -19,6 +19,7 @@ from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.data import moving_sprites, text_tasks
 from tmdjax.harness import load_config
+from tmdjax.harness.experiment import measured
 from tmdjax.harness.logs import read_rows
 from tmdjax.systems import tmd
 
@@ -41,7 +42,7 @@ def test_it_measures_what_claims_may_be_about(system, found):
     config = load_config(f"configs/{system}.py:smoke")
     experiment = run.find_experiment(config, f"configs/{system}.py:smoke")
     metrics = found(system)
-    assert experiment.measures(config) <= metrics.keys()
+    assert measured(experiment, config) <= metrics.keys()
     rows = experiment.summary_rows(config, metrics)
     assert len(rows) >= len(experiment.arms(config))
     for name, value in metrics.items():

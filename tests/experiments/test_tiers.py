@@ -7,6 +7,7 @@ import pytest
 from experiments import run
 from tmdjax.harness import load_config
 from tmdjax.harness.config import load_module
+from tmdjax.harness.experiment import measured
 
 TIERS = [
     f"{path}:{tier}"
@@ -52,7 +53,7 @@ def test_it_claims_only_what_it_measures(spec):
     experiment = run.find_experiment(config, spec)
     claims = config.get("claims", {}).values()
     about = {name for c in claims for name in (c.ours, c.get("baseline")) if name}
-    assert about <= experiment.measures(config)
+    assert about <= measured(experiment, config)
     for arm in experiment.arms(config):
         stages = experiment.stages(config, arm)
         names = [stage.name for stage in stages]

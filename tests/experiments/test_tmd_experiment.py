@@ -11,7 +11,8 @@ import tmdjax
 from experiments import tmd, video_memory, video_samples, video_students
 from experiments import video_tasks as tasks
 from tmdjax import models
-from tmdjax.harness import load_config
+from tmdjax.harness import check_experiment, load_config
+from tmdjax.harness.experiment import measured
 from tmdjax.harness.stages import stage_hashes
 from tmdjax.systems import tmd as system
 
@@ -65,7 +66,7 @@ def test_every_kind_of_student(tmp_path, ran):
     """With a trained teacher, whose features the adversary reads, and microbatches."""
     config = tiny(KINDS, *TRAINED, "distill.microbatches=2")
     found = ran(tmd, config)
-    assert tmd.measures(config) <= found.keys()
+    assert measured(check_experiment(tmd), config) <= found.keys()
     for arm in KINDS:
         assert np.isfinite(found[f"{arm}/sliced_wasserstein"])
     _, _, meta = tmdjax.load(tmp_path / "run", arm="stage_one")

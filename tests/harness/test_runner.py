@@ -95,7 +95,7 @@ def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None):
         report=report,
         describe=lambda config: {"parameters": 2},
         arms=lambda config: arms,
-        measures=lambda config: {"error", "w0"},
+        measures=lambda config, arm: {"error", "w0"},
     )
 
 

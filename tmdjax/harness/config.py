@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_dict
 
 from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
+from tmdjax.harness.find import use_folder
 
 _EXPECTED = {
     bool: "true or false",
@@ -210,14 +211,12 @@ def _split_spec(spec: str) -> tuple[Path, str]:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Imports a config file, whose folder stays importable, after all others.
+    """Imports a config file and makes the other modules of its folder importable.
 
     Raises:
         ConfigError: it fails, or lacks TIERS or get_config.
     """
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    use_folder(path.parent)
     name = f"_tmdjax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -294,9 +293,7 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
     return f" Did you mean {by_leaf[near[0]]!r}?" if near else ""
 
 
-def _add_to_group(
-    config: ConfigDict, key: str, text: str, fields: Mapping[str, Any]
-) -> bool:
+def _add_to_group(config: Any, key: str, text: str, fields: Mapping[str, Any]) -> bool:
     """Adds a setting that is not there but may be given, if the key is that of one.
 
     ``arms.ARM.GROUP.SETTING`` is of the type that GROUP.SETTING has for all arms; where
@@ -344,7 +341,8 @@ def _apply(config: ConfigDict, override: str) -> None:
                 f"{', '.join(inside)}."
             )
         groups = [other for other in fields if other.count(".") == 1]
-        known = {f"arms.{arm}.{k}" for arm in config.get("arms", {}) for k in groups}
+        arms: Any = config.get("arms", {})
+        known = {f"arms.{arm}.{k}" for arm in arms for k in groups}
         known = [*fields, *sorted(known - {key})]
         raise ConfigError(
             f"{given}: there is no setting {key!r}.{_nearest(key, known)}"

@@ -5,13 +5,15 @@ Those in ``REQUIRED`` must be there; of the others, what stands here is the defa
 """
 
 import dataclasses
+import functools
 import inspect
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tmdjax.core.checks import check_choice
-from tmdjax.harness.claims import MAIN_ARM, PAIRINGS
+from tmdjax.harness.claims import MAIN_ARM, PAIRINGS, metric_name
 from tmdjax.harness.stages import Stage, StageResult
 
 Config = Any
@@ -102,10 +104,10 @@ class Experiment(Protocol):
         """
         ...
 
-    def measures(self, config: Config) -> set[str]:
-        """The metrics that units will have: 'arm/name', or 'name' of the arm 'main'.
+    def measures(self, config: Config, arm: str) -> set[str]:
+        """The metrics that every unit of an arm will have; there may be more.
 
-        A claim about any other is refused before the run.
+        A claim about others is refused before the run.
         """
         ...
 
@@ -120,16 +122,15 @@ class Experiment(Protocol):
     def summary_rows(
         self, config: Config, found: Mapping[str, float]
     ) -> list[dict[str, Any]]:
-        """The table of a record in README and docs, from its metrics by name."""
+        """The table of a record in README and docs, from its metrics.
+
+        They are named as :func:`tmdjax.harness.claims.metric_name` says.
+        """
         return [{"metric": name, "value": value} for name, value in found.items()]
 
     def updates(self, config: Config) -> Mapping[str, Update]:
         """The steps whose memory and FLOPs ``experiments.plan`` asks the compiler."""
         return {}
-
-
-class _Checked(Experiment):
-    """The members of an experiment, and the defaults of those that it lacks."""
 
 
 def check_experiment(given: Any) -> Experiment:
@@ -149,16 +150,27 @@ def check_experiment(given: Any) -> Experiment:
             f"{name} is no experiment: it lacks {', '.join(missing)}. Define what "
             f"tmdjax.harness.Experiment names."
         )
-    found = _Checked()
+    found: Any = types.SimpleNamespace()
     for member, default in vars(Experiment).items():
-        if member.startswith("_") or not hasattr(given, member):
+        if member.startswith("_"):
             continue
-        value = getattr(given, member)
-        if callable(default):
-            _check_call(f"{name}.{member}", value, default)
+        value = functools.partial(default, None) if callable(default) else default
+        if hasattr(given, member):
+            value = getattr(given, member)
+            if callable(default):
+                _check_call(f"{name}.{member}", value, default)
         setattr(found, member, value)
     check_choice(f"{name}.PAIRING", found.PAIRING, PAIRINGS)
     return found
+
+
+def measured(experiment: Experiment, config: Config) -> set[str]:
+    """The metrics that the summary of a run will have; claims may be about them."""
+    return {
+        metric_name(arm, name)
+        for arm in experiment.arms(config)
+        for name in experiment.measures(config, arm)
+    }
 
 
 def _check_call(name: str, function: Any, contract: Any) -> None:

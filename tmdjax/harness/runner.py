@@ -22,7 +22,7 @@ from tmdjax.harness import (
 )
 from tmdjax.harness.claims import Claim
 from tmdjax.harness.config import ConfigError, config_hash, to_plain
-from tmdjax.harness.experiment import Experiment, Report
+from tmdjax.harness.experiment import Experiment, Report, measured
 from tmdjax.harness.logs import format_duration, read_rows
 from tmdjax.harness.stages import (
     Paused,
@@ -162,11 +162,28 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
         return Outcome(code, found, finished)
 
 
+@contextlib.contextmanager
+def _missing_settings_named() -> Iterator[None]:
+    """Makes a ConfigError of reading a setting that the config lacks."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        # a ConfigDict raises AttributeError(KeyError(name))
+        cause = error if isinstance(error, KeyError) else next(iter(error.args), None)
+        if not isinstance(cause, KeyError):
+            raise
+        name = str(cause.args[0]).split("\n")[0].strip("'\"")
+        raise ConfigError(
+            f"the experiment reads the setting {name!r}, which the config lacks."
+        ) from error
+
+
+@_missing_settings_named()
 def check_run(experiment: Experiment, config: Any, options: Options) -> list[Claim]:
     """Refuses what cannot work before anything is compiled; returns the claims.
 
     Raises:
-        ConfigError: a claim about what is not measured.
+        ConfigError: a claim about what is not measured, or a setting that is missing.
         ValueError: impossible settings, or an unknown stage.
     """
     claims = [
@@ -174,20 +191,21 @@ def check_run(experiment: Experiment, config: Any, options: Options) -> list[Cla
         for name, fields in to_plain(config.get("claims", {})).items()
     ]
     experiment.describe(config)
-    measured = experiment.measures(config)
+    known = measured(experiment, config)
     for claim in claims:
         for name in filter(None, (claim.ours, claim.baseline)):
-            if name not in measured:
+            if name not in known:
                 raise ConfigError(
                     f"claim {claim.id!r} is about {name!r}, which this config does not "
                     f"measure; change its settings or clear the claim."
-                    f"{suggestion(name, measured)}"
+                    f"{suggestion(name, known)}"
                 )
     for arm in experiment.arms(config):
         select(experiment.stages(config, arm), options.stage)
     return claims
 
 
+@_missing_settings_named()
 def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
     """Prints sizes and stages without training or allocating anything."""
     cache = StageCache(_places(config, options)[1])
