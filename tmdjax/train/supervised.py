@@ -85,7 +85,8 @@ def fit(
             'skipped_in_a_row' of a :class:`~tmdjax.train.state.TrainState`, skipped
             updates are counted and looked at. An iteration that draws its own problems
             may be stopped within (:class:`~tmdjax.train.iteration.Interrupted`): its
-            state is saved, and the run goes on from there.
+            state is saved, metrics since the last log are not, and the run goes on
+            from there.
         data: endless iterator with a position.
         key: typed key of the run; the step folds its number in.
         num_steps: steps in all, resumed ones included.
@@ -176,9 +177,11 @@ def fit(
 def _window_means(
     window: list[dict[str, Any]], state: Any, before: int | None
 ) -> tuple[dict[str, float], int | None]:
-    """Means over a window, and updates skipped until now; ``before``: until its start.
+    """Means over a window, and how many updates were skipped until its end.
 
-    Where updates were skipped, values that are not finite are left out; NaN if none is.
+    ``before`` is how many were until its start, None where the state does not count
+    them. Where some were skipped in it, values that are not finite are left out of the
+    means, which are NaN where nothing is left.
     """
     host = jax.device_get(window)
     columns = {name: np.array([float(m[name]) for m in host]) for name in host[0]}
