@@ -168,9 +168,6 @@ def test_bad_input(refused):
     refused("low=0 must be at least 1", ChainSum, low=0)
     refused("high=8 must be at least 9", ChainSum, low=9, high=8)
     refused(r"log_std=-1\.0 is outside \[0, inf\]", ChainSum, log_std=-1.0)
-    refused("operations is empty; give some of", ListOperations, operations=())
-    unknown = "operation='revers'.*mean 'reverse'"
-    refused(unknown, ListOperations, operations=("sort", "revers"))
     refused("high=2 must be at least 5", ListOperations, low=5, high=2)
     task, rng = ChainSum(), np.random.default_rng(0)
     refused("split='eval' is not one of 'train'", sample, task, "eval", 1, rng)
@@ -189,8 +186,8 @@ def test_tiers_and_operations_of_lists():
         assert abs(tiers.count(tier) / 3000 - share) < 0.04
     lengths = [len(p.response) for p in problems]
     assert np.percentile(lengths, 95) > 3 * np.median(lengths)  # the long tail
-    (problem,) = draw(ListOperations(operations=("largest",), low=20, high=20), 1)
-    assert problem.facts["rank"] <= 9
+    of_twenty = draw(ListOperations(low=20, high=20), 200)
+    assert max(p.facts["rank"] for p in of_twenty) == 9
 
 
 def test_the_rank_is_asked_for_with_the_largest_alone():

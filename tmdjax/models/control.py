@@ -39,21 +39,17 @@ def _check(hidden: Any, activation: str) -> None:
 class ObservationFeatures(nn.Module):
     """Vectors as they are; images by a layer over patches and one over all of them.
 
+    A patch is 8 pixels wide, which divides the image's sides, and gives 16 features.
+
     Attributes:
-        patch_size: side of a patch of an image; it divides the image's sides.
-        patch_width: features of a patch.
-        width: of the result, for images.
         recipe: GEMM recipe, or its name.
     """
 
-    patch_size: int = 8
-    patch_width: int = 16
-    width: int = 128
     recipe: Any = "fp32"
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
-        """Features [batch, n] of float vectors [batch, n] or of uint8 images."""
+        """Float vectors [batch, n] as they are; of uint8 images [batch, 128]."""
         if observation.ndim == 2:
             return observation
         if observation.dtype != jnp.uint8 or observation.ndim != 4:
@@ -61,10 +57,10 @@ class ObservationFeatures(nn.Module):
                 f"an observation is {observation.dtype} {observation.shape}; give "
                 f"float32 [batch, feature] or uint8 [batch, height, width, channel]."
             )
-        patches = patchify(observation.astype(jnp.float32) / 127.5 - 1, self.patch_size)
-        h = nn.relu(Dense(self.patch_width, self.recipe, name="patch")(patches))
+        patches = patchify(observation.astype(jnp.float32) / 127.5 - 1, 8)
+        h = nn.relu(Dense(16, self.recipe, name="patch")(patches))
         h = h.reshape(h.shape[0], -1)
-        return nn.relu(Dense(self.width, self.recipe, name="image")(h))
+        return nn.relu(Dense(128, self.recipe, name="image")(h))
 
 
 class ControlMLP(nn.Module):

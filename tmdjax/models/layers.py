@@ -171,17 +171,13 @@ def rows_of(table: Float[Array, "row features"], ids: Array) -> Array:
 
 
 def timestep_embedding(
-    t: Float[Array, "batch"],
-    dim: int,
-    max_period: float = 10000.0,
-    time_scale: float = 1000.0,
+    t: Float[Array, "batch"], dim: int, time_scale: float = 1000.0
 ) -> Float[Array, "batch dim"]:
-    """Sinusoids of a time: [cos(s t w_i), sin(s t w_i)], w_i = max_period^(-2i/dim).
+    """Sinusoids of a time: [cos(s t w_i), sin(s t w_i)], w_i = 10000^(-2i/dim).
 
     Args:
         t: times [batch] in [0, 1].
         dim: width of the embedding, even.
-        max_period: longest wavelength over 2 pi, in units of the scaled time.
         time_scale: s, what t is multiplied by. 1000 gives the range of the
             discrete timesteps that published networks were trained on.
 
@@ -201,7 +197,7 @@ def timestep_embedding(
     if t.ndim != 1:
         raise ValueError(f"t has shape {t.shape}; give one time a sample, [batch].")
     half = dim // 2
-    frequencies = np.exp(-math.log(max_period) * np.arange(half) / half)
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half)
     angles = (time_scale * t.astype(jnp.float32))[:, None] * jnp.asarray(
         frequencies, jnp.float32
     )

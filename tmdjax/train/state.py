@@ -239,9 +239,10 @@ def make_train_step(
 
 
 def nonfinite_report(
-    loss_fn: LossFn, params: Params, batch: Any, keys: SampleKeys, limit: int = 5
+    loss_fn: LossFn, params: Params, batch: Any, keys: SampleKeys
 ) -> str:
     """Says which examples and which parameters' gradients are not finite."""
+    limit = 5  # of each kind
     loss, _ = jax.jit(loss_fn)(params, batch, keys)
     examples = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(loss))[:limit]]
     named = {

@@ -121,22 +121,20 @@ def plan(
     donate_argnums: int | Sequence[int] = (),
     mesh: AnyMesh | None = None,
     rules: Rules = (),
-    batch_argnums: Sequence[int] = (1,),
     device: Device | str | None = None,
 ) -> Plan:
     """Plans a step from the shapes of its arguments.
 
     Args:
         fn: what would be jitted, before ``jax.jit``.
-        args: trees of arrays or ``jax.ShapeDtypeStruct``; shardings of theirs do not
-            count.
+        args: trees of arrays or ``jax.ShapeDtypeStruct``, the second one the batch;
+            shardings of theirs do not count.
         donate_argnums: as for ``jax.jit``.
         mesh: from :func:`tmdjax.train.make_mesh` or
             :func:`tmdjax.train.abstract_mesh`, whose devices need not be there.
             Arguments are then cut as by :func:`tmdjax.train.jit_train_step`: batches
             over data and fsdp, all else by :func:`tmdjax.train.fsdp_shardings`.
         rules: cuts by path, see :func:`tmdjax.train.fsdp_shardings`.
-        batch_argnums: which arguments are batches.
         device: planned for; None is the CPU that runs this.
 
     Returns:
@@ -147,7 +145,7 @@ def plan(
             refuses.
         RuntimeError: the compiler refuses the step.
     """
-    traced = Traced(fn, args, donate_argnums, rules, batch_argnums, device)
+    traced = Traced(fn, args, donate_argnums, rules, device)
     return traced.plan(
         [None] * len(traced.leaves) if mesh is None else traced.cuts(mesh)
     )
@@ -162,7 +160,6 @@ class Traced:
         args: Sequence[Any],
         donate_argnums: int | Sequence[int],
         rules: Rules,
-        batch_argnums: Sequence[int],
         device: Device | str | None,
     ):
         if isinstance(donate_argnums, int):
@@ -174,7 +171,7 @@ class Traced:
                 )
         fused = device is not None and get_device(device).fused_attention
         self.context = fused_attention_planned if fused else contextlib.nullcontext
-        self.fn, self.rules, self.batch_argnums = fn, rules, batch_argnums
+        self.fn, self.rules = fn, rules
         self.args = jax.eval_shape(lambda *args: args, *args)
         self.leaves = jax.tree.leaves(self.args)
         self.donated = [
@@ -199,7 +196,7 @@ class Traced:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         found = []
         for argnum, arg in enumerate(self.args):
-            if argnum not in self.batch_argnums:
+            if argnum != 1:
                 found += jax.tree.leaves(fsdp_shardings(arg, mesh, rules=self.rules))
                 continue
             for leaf in jax.tree.leaves(arg):
