@@ -66,15 +66,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 def _package_page(folder: pathlib.Path) -> str:
     """A section a module; the package exports what its users need."""
-    lines = [f"# tmdjax.{folder.name} {{ #tmdjax.{folder.name} }}"]
+    lines = []
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(_ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if parts[-1] == "__init__":
-            members = "\n    options:\n      members: []"
-            lines += [f"::: {name}{members}"] if len(parts) == 3 else []
-        elif not parts[-1].startswith("_"):
-            lines += [f"## {name} {{ #{name} }}", f"::: {name}"]
+        of_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if of_package else parts)
+        members = "\n    options:\n      members: []" if of_package else ""
+        if of_package or not parts[-1].startswith("_"):
+            level = "##" if lines else "#"
+            lines += [
+                f"{level} {name} {{ #{name} }}",
+                f"::: {name}{members}",
+            ]
     return "\n\n".join(lines) + "\n"
 
 
@@ -167,9 +170,11 @@ def on_page_content(
         ),
         content,
     )
-    if not page.file.src_uri.startswith("api/"):
-        content = _NAME.sub(link, content)
-    return _FORMULA.sub(formula, content)
+    if page.file.src_uri.startswith(
+        "api/"
+    ):  # dollars of docstrings are text
+        return _FORMULA.sub(lambda found: f"${found[2]}$", content)
+    return _FORMULA.sub(formula, _NAME.sub(link, content))
 
 
 def on_post_build(config: Any) -> None:
