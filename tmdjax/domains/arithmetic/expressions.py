@@ -5,8 +5,8 @@ turns it into postfix order, and the value is a ``Fraction``:
 
     expression = integer | expression (+|-|*|/) expression | ( expression )
 
-* and / bind closer than + and -, equal ones from the left. Signs, powers and decimals
-are no part of the grammar; spaces are skipped.
+Products and quotients bind closer than sums and differences, equal ones from the left.
+Signs, powers and decimals are no part of the grammar; spaces are skipped.
 """
 
 import operator
