@@ -34,7 +34,7 @@ COST = {
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.system = "branchgrpo"
     base(config, tier)
     large = tier in ("gpu", "paper")

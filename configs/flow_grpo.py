@@ -12,6 +12,8 @@ gpu    captions of two shapes in a relation, colours, counts, 32x32; and signs t
 paper  a DiT as wide and deep as SD3.5-M on 64x64 images: sizes only.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -97,7 +99,7 @@ def _before_and_after(arm: str, what: str) -> dict[str, object]:
     return {"ours": f"{arm}/aligned.{what}", "baseline": f"{arm}/base.{what}"}
 
 
-def base(config: ConfigDict, tier: str) -> None:
+def base(config: Any, tier: str) -> None:
     """Everything but 'system', arms and claims; other methods of RL share it.
 
     An arm is then ``{"method": {"name": ...}}``; one method alone is ``config.method``.

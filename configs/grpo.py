@@ -17,6 +17,8 @@ paper  the sizes of Qwen2.5-1.5B; its arm qwen_gsm8k trains Qwen2.5-1.5B-Instruc
        --config.arms.qwen_gsm8k.model.folder and --config.arms.qwen_gsm8k.task.path.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 TIERS = ("smoke", "cpu", "gpu", "paper")
@@ -58,7 +60,7 @@ SHORTER = {"iterations": 60, "prompts": 16, "slots": 128}
 """Of these in the gpu tier."""
 
 
-def base(config: ConfigDict, tier: str) -> None:
+def base(config: Any, tier: str) -> None:
     """Everything but 'system', arms and claims; others for language models share it.
 
     An arm is then ``{"method": {"name": ...}}``; one method alone is ``config.method``.

@@ -16,6 +16,8 @@ gpu    MultiGoal as released (4096 environments x 32 steps, 2000 iterations), an
 paper  the same: sizes only.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -80,7 +82,7 @@ HIDDEN = {"smoke": (32, 32), "cpu": (128, 64)}
 """Widths of the networks of the small tiers; those of the large ones are published."""
 
 
-def base(config: ConfigDict, tier: str) -> None:
+def base(config: Any, tier: str) -> None:
     """Everything but 'system', arms and claims; other methods of control share it.
 
     An arm is then ``{"method": {"name": ...}}``; one method alone is ``config.method``.
