@@ -94,7 +94,9 @@ class Ours:
         self.config, self.count = config, count
         self.model = generation.cached_decoder(config)
         self.params = jax.jit(
-            lambda key: models.fuse_projections(_parameters(config, key), config)
+            lambda key: models.prepare_weights(
+                models.fuse_projections(_parameters(config, key)), config
+            )
         )(jax.random.key(0))
         slots = slots_module.init_slots(self.model, count, LENGTH)
         self.state = dataclasses.replace(

@@ -119,6 +119,7 @@ def iteration(
         length=sizes["length"],
         pad=language.pad,
         should_stop=should_stop,
+        generation_params=functools.partial(models.prepare_weights, config=acting),
         precision=quant.Precision(**given["precision"]),
     )
     return iterate, iterate.init(params)

@@ -101,6 +101,9 @@ def test_bad_inputs(refused):
     x, words = jnp.ones((1, 2)), r"unknown GEMM recipe 'bf61'.*'bf16'"
     refused(words, quant.linear, x, jnp.ones((2, 2)), "bf61")
     refused("w is stored", quant.linear, x, jnp.ones((3, 2)))
+    refused(
+        "dtype='float8_e4m3fn' is not one of", rounding_recipe, "a", "float8_e4m3fn"
+    )
     refused("recipe=16 is of type int.*bf16, fp32", as_recipe, 16, error=TypeError)
 
 

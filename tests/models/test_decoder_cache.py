@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import Decoder, cache_bytes, decode, init_cache, prefill
-from tmdjax.models.decoder.cache import fuse_projections
+from tmdjax.models.decoder.cache import fuse_projections, prepare_weights
 
 LENGTH, SLOTS = 12, 3
 NORMED = small_decoder(head_dim=6, qk_norm=True)
@@ -114,7 +114,7 @@ def test_cache_bytes():
 def test_decoding_lowers_for_cuda_and_tpu():
     config = dataclasses.replace(NORMED, recipe="bf16", attention_implementation="xla")
     idle = jnp.zeros(SLOTS, jnp.int32)
-    fused = fuse_projections(random_params(NORMED), config)
+    fused = prepare_weights(fuse_projections(random_params(NORMED)), config)
     arguments = jax.eval_shape(lambda: (fused, empty(config), idle, idle))
     step = jax.jit(functools.partial(decode, config), donate_argnums=1)
     exported = jax.export.export(step, platforms=["cuda", "tpu"])(*arguments)
@@ -124,7 +124,7 @@ def test_decoding_lowers_for_cuda_and_tpu():
 def test_fused_parameters():
     params = random_params(BIASED)
     half = dataclasses.replace(BIASED, recipe="bf16")
-    fused = fuse_projections(params, half)
+    fused = prepare_weights(fuse_projections(params), half)
     blocks = fused["blocks"]
     assert set(blocks["attention"]) == {"qkv", "out"}
     assert blocks["attention"]["qkv"]["bias"].shape == (3, 48)
@@ -134,7 +134,7 @@ def test_fused_parameters():
     kernels = {k for k in trees.flatten(fused) if k.endswith("/kernel")}
     assert narrow == kernels | {"embedding"} and len(kernels) == 4
     exact_head = dataclasses.replace(half, head_recipe="fp32")  # the tied embedding
-    assert fuse_projections(params, exact_head)["embedding"].dtype == jnp.float32
+    assert prepare_weights(params, exact_head)["embedding"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -147,7 +147,7 @@ def test_prepared_weights_change_no_bit_of_a_decoding_step(tied):
         head_recipe="fp32",
     )
     params, idle = random_params(config), jnp.zeros(SLOTS, jnp.int32)
-    each = [fuse_projections(params, c) for c in (None, config)]
+    each = [params, prepare_weights(params, config)]
     logits, cache = zip(
         *(steps(config)[1](p, empty(config), idle + 3, idle) for p in each)
     )

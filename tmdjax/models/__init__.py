@@ -24,6 +24,7 @@ from tmdjax.models.decoder.cache import decode as decode
 from tmdjax.models.decoder.cache import fuse_projections as fuse_projections
 from tmdjax.models.decoder.cache import init_cache as init_cache
 from tmdjax.models.decoder.cache import prefill as prefill
+from tmdjax.models.decoder.cache import prepare_weights as prepare_weights
 from tmdjax.models.decoder.config import DecoderConfig as DecoderConfig
 from tmdjax.models.decoder.network import Decoder as Decoder
 from tmdjax.models.decoder.token_log_probs import (

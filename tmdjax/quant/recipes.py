@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tmdjax.core.checks import check_choice
 from tmdjax.core.registry import Registry
 from tmdjax.core.types import Array
 
@@ -78,9 +79,13 @@ def rounding_recipe(name: str, dtype: Any) -> Recipe:
 
     Args:
         name: of the recipe; it is not registered.
-        dtype: float32 (then nothing is TF32) or a 16-bit floating dtype.
+        dtype: float32 (then nothing is TF32), bfloat16 or float16.
+
+    Raises:
+        ValueError: another dtype. Fewer bits need scales, which a plain cast has not.
     """
     dtype = jnp.dtype(dtype)
+    check_choice("dtype", dtype.name, ("float32", "bfloat16", "float16"))
     precision = _lax_precision(dtype)
 
     def matmul(x: Array, w: Array) -> Array:

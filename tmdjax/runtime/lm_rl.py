@@ -89,7 +89,8 @@ def make_iteration(
         length: longest text.
         pad: id of padding.
         generation_params: what the engine is given for parameters, such as
-            :func:`tmdjax.models.fuse_projections`.
+            :func:`tmdjax.models.fuse_projections` or
+            :func:`tmdjax.models.prepare_weights`.
         reference: parameters of the policy that an objective with a KL term stays
             near.
         precision: the recipes that the engine's model and ``log_probs`` were built
