@@ -45,7 +45,7 @@ def student_spec(config: Config, when: str = "train") -> dict[str, Any]:
     }
 
 
-def plan_of(config: Config, inner: int | None = None) -> tmd.Plan:
+def plan_of(config: Config, inner: int | None = None) -> tmd.StudentPlan:
     """The plan of a TMD student, or the same with other inner steps."""
     settings = config.student
     return tmd.make_plan(

@@ -189,6 +189,6 @@ def test_a_tmd_student_loads_with_its_plan(smoke_of, refused):
     noise = prng.normal(keys, scale.event_shape)
     given = (apply_fn, params, noise, text, keys)
     draw = functools.partial(tmd.sample, *given, trained_plan=meta["plan"])
-    assert draw(plan=tmd.Plan.from_dict(meta["plan"])).shape == noise.shape
+    assert draw(plan=tmd.StudentPlan.from_dict(meta["plan"])).shape == noise.shape
     words = r"samples another plan than its own.*outer"
     refused(words, draw, plan=tmd.make_plan(4, 2, 1, 2))

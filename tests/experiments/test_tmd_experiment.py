@@ -70,7 +70,7 @@ def test_every_kind_of_student(tmp_path, ran):
     for arm in KINDS:
         assert np.isfinite(found[f"{arm}/sliced_wasserstein"])
     _, _, meta = tmdjax.load(tmp_path / "run", arm="stage_one")
-    assert system.Plan.from_dict(meta["plan"]).nfe > 2
+    assert system.StudentPlan.from_dict(meta["plan"]).nfe > 2
     _, _, meta = tmdjax.load(tmp_path / "run", arm="kstep")
     assert meta["times"][0] == pytest.approx(0.999) and meta["times"][-1] == 0
 

@@ -376,7 +376,7 @@ def test_15_samples_depend_on_keys_and_one_step_uses_no_data():
 
 
 def test_plans_travel_with_a_model(recwarn, refused):
-    assert tmd.Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+    assert tmd.StudentPlan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
     given = (toy, TOY, ROWS["x_data"][:4], None, KEYS[:4])
     draw = functools.partial(tmd.sample, *given, trained_plan=PLAN.to_dict())
     draw(plan=PLAN)

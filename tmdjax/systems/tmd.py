@@ -9,7 +9,7 @@ the backbone's feature m:
 Stage 1 (:func:`pretraining_loss`) teaches the head to jump along the inner flow; stage
 2 (:func:`generate` under :class:`tmdjax.train.Distillation`) trains the whole rollout
 against the teacher's score. Where the paper's text contradicts its own equations, the
-corrected form is the default and the printed one an option, see :class:`Plan`.
+corrected form is the default and the printed one an option, see :class:`StudentPlan`.
 
 References:
     Nie et al., "Transition Matching Distillation for Fast Video Generation",
@@ -70,7 +70,7 @@ def _check_split(head_blocks: int, depth: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class StudentPlan:
     """How a student steps. One plan serves training and sampling.
 
     Attributes:
@@ -117,7 +117,7 @@ class Plan:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, plan: Mapping[str, Any]) -> "Plan":
+    def from_dict(cls, plan: Mapping[str, Any]) -> "StudentPlan":
         """The inverse of :meth:`to_dict`."""
         return cls(**plan)
 
@@ -132,7 +132,7 @@ def make_plan(
     inner_shift: float = 10.0,
     start: float = 0.999,
     **options: Any,
-) -> Plan:
+) -> StudentPlan:
     """A plan of M outer and N inner steps on shifted grids.
 
     Args:
@@ -143,12 +143,12 @@ def make_plan(
         outer_shift: >= 1; 10 for M = 2 and 5 for M = 4 in the reference.
         inner_shift: >= 1.
         start: t_M = s_N, the latest time that the teacher was trained at.
-        **options: of :class:`Plan`.
+        **options: of :class:`StudentPlan`.
 
     Raises:
         ValueError: counts below 1, shifts below 1, a split outside 1 .. L-1.
     """
-    return Plan(
+    return StudentPlan(
         outer_times=tuple(flows.truncated_grid(outer_steps, outer_shift, start)),
         inner_times=tuple(flows.truncated_grid(inner_steps, inner_shift, start)),
         head_blocks=head_blocks,
@@ -166,7 +166,7 @@ def average_velocity(
         network: see :data:`Network`.
         features: from the backbone.
         y1: [batch, *event], the noise that the inner flow started from.
-        average: see :class:`Plan`.
+        average: see :class:`StudentPlan`.
     """
     check_choice("average", average, AVERAGES)
 
@@ -177,7 +177,7 @@ def average_velocity(
     return velocity
 
 
-def inner_flow(network: Network, features: Any, y1: Data, plan: Plan) -> Data:
+def inner_flow(network: Network, features: Any, y1: Data, plan: StudentPlan) -> Data:
     """The transition y [batch, *event] that the head makes of noise y1, in N steps."""
     u = average_velocity(network, features, y1, plan.average)
     times = jnp.asarray(plan.inner_times, jnp.float32)
@@ -186,7 +186,7 @@ def inner_flow(network: Network, features: Any, y1: Data, plan: Plan) -> Data:
 
 
 def generate(
-    apply_fn: ApplyFn, plan: Plan, params: Params, batch: Any, keys: SampleKeys
+    apply_fn: ApplyFn, plan: StudentPlan, params: Params, batch: Any, keys: SampleKeys
 ) -> Data:
     """What stage 2 trains: one outer step from noised data, differentiable throughout.
 
@@ -221,7 +221,7 @@ def pretraining_loss(
     apply_fn: ApplyFn,
     batch: Any,
     keys: SampleKeys,
-    plan: Plan,
+    plan: StudentPlan,
     config: flows.FlowMapConfig = PRETRAINING,
     null_cond: Cond = None,
     *,
@@ -307,9 +307,9 @@ def sample(
     noise: Data,
     cond: Cond,
     keys: SampleKeys,
-    plan: Plan,
+    plan: StudentPlan,
     *,
-    trained_plan: Plan | Mapping[str, Any] | None = None,
+    trained_plan: StudentPlan | Mapping[str, Any] | None = None,
     allow_mismatch: bool = False,
 ) -> Data:
     """Samples: M outer steps, N inner ones each, no guidance.
@@ -344,7 +344,7 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _sample(network: Any, noise: Data, cond: Any, keys: Any, plan: Plan) -> Data:
+def _sample(network: Any, noise: Data, cond: Any, keys: Any, plan: StudentPlan) -> Data:
     times = jnp.asarray(plan.outer_times, jnp.float32)
 
     def step(x: Data, i: Array) -> tuple[Data, None]:
@@ -357,8 +357,9 @@ def _sample(network: Any, noise: Data, cond: Any, keys: Any, plan: Plan) -> Data
     return jax.lax.scan(step, times[0] * noise, jnp.arange(len(times) - 1))[0]
 
 
-def _compare(plan: Plan, trained: Any, allowed: bool) -> None:
-    trained = trained if isinstance(trained, Plan) else Plan.from_dict(trained)
+def _compare(plan: StudentPlan, trained: Any, allowed: bool) -> None:
+    if not isinstance(trained, StudentPlan):
+        trained = StudentPlan.from_dict(trained)
     ours, theirs = (
         {name: _rounded(value) for name, value in each.to_dict().items()}
         for each in (plan, trained)
@@ -368,12 +369,11 @@ def _compare(plan: Plan, trained: Any, allowed: bool) -> None:
         for name, value in ours.items()
         if value != theirs[name]
     ]
-    if not differing:
-        return
     text = f"this student samples another plan than its own: {'; '.join(differing)}."
-    if not allowed:
+    if differing and not allowed:
         raise ValueError(f"{text} Give its own plan, or set allow_mismatch=True.")
-    warnings.warn(text, UserWarning, stacklevel=3)
+    if differing:
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _rounded(value: Any) -> Any:

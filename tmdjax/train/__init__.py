@@ -26,7 +26,7 @@ from tmdjax.train.planning.devices import get_device as get_device
 from tmdjax.train.planning.flops import count_flops as count_flops
 from tmdjax.train.planning.mesh_search import check_fits as check_fits
 from tmdjax.train.planning.plan import NOT_TOLD as NOT_TOLD
-from tmdjax.train.planning.plan import Plan as Plan
+from tmdjax.train.planning.plan import StepPlan as StepPlan
 from tmdjax.train.planning.plan import plan as plan
 from tmdjax.train.sharding import DECODER_RULES as DECODER_RULES
 from tmdjax.train.sharding import VIDEO_DIT_RULES as VIDEO_DIT_RULES

@@ -4,7 +4,7 @@ import math
 
 from tmdjax.core.checks import check_range
 from tmdjax.train.planning.devices import Device, get_device
-from tmdjax.train.planning.plan import Plan, mesh_name
+from tmdjax.train.planning.plan import StepPlan, mesh_name
 from tmdjax.train.sharding import abstract_mesh
 
 MARGIN = 0.1
@@ -14,7 +14,7 @@ MOST_DEVICES = 1024
 """The search for a mesh ends there."""
 
 
-def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None:
+def check_fits(plan: StepPlan, device: Device | str, margin: float = MARGIN) -> None:
     """Raises ValueError unless each device has room for the plan.
 
     Args:
@@ -43,7 +43,7 @@ def check_fits(plan: Plan, device: Device | str, margin: float = MARGIN) -> None
     )
 
 
-def _smallest(known: Plan, device: Device, room: float) -> Plan:
+def _smallest(known: StepPlan, device: Device, room: float) -> StepPlan:
     """The plan on the smallest mesh whose devices have room.
 
     Numbers of devices are powers of two, and all of them cut parameters ('fsdp') but

@@ -41,7 +41,7 @@ AnyMesh = Mesh | AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class StepPlan:
     """What one call of a step costs on each device.
 
     Attributes:
@@ -122,7 +122,7 @@ def plan(
     mesh: AnyMesh | None = None,
     rules: Rules = (),
     device: Device | str | None = None,
-) -> Plan:
+) -> StepPlan:
     """Plans a step from the shapes of its arguments.
 
     Args:
@@ -216,7 +216,7 @@ class Traced:
             for leaf, cut in zip(self.leaves, cuts)
         )
 
-    def plan(self, cuts: Sequence[NamedSharding | None]) -> Plan:
+    def plan(self, cuts: Sequence[NamedSharding | None]) -> StepPlan:
         """The plan with every leaf of the arguments cut so; None is a copy a device."""
         mesh = next((cut.mesh for cut in cuts if cut is not None), None)
         sizes = {} if mesh is None else dict(mesh.shape)
@@ -240,7 +240,7 @@ class Traced:
         found = compile_memory(exported, donated, sizes)
         devices = math.prod(sizes.values())
         through = found["arguments"] + found["outputs"]
-        return Plan(
+        return StepPlan(
             **found,
             constants=self.constants,
             flops={name: n / devices for name, n in self.work.flops.items()},
