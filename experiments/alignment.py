@@ -18,6 +18,7 @@ import numpy as np
 from experiments import alignment_iteration as iterations
 from experiments import alignment_tasks as tasks
 from experiments.arms import arms, of_arm
+from experiments.curves import ends, learning_curve, seconds_per_step
 from tmdjax import data, flows
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
@@ -25,7 +26,6 @@ from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
-from tmdjax.harness.report import line_plot
 from tmdjax.train import flow_rl
 
 Config = Any
@@ -97,13 +97,12 @@ def align(config: Config, context: StageContext) -> StageResult:
         np.array([row[name] for row in rows])
         for name in ("reward_mean", "time/seconds")
     )
-    rate = np.array([row["time/steps_per_second"] for row in rows])
-    end = max(1, len(rows) // 5)
+    first, last = ends(reward, parts=5)
     metrics = {
-        "reward_first": float(reward[:end].mean()),
-        "reward_last": float(reward[-end:].mean()),
-        "reward_gain": float(reward[-end:].mean() - reward[:end].mean()),
-        "seconds_per_iteration": float(1 / np.median(rate[len(rows) // 4 :])),
+        "reward_first": first,
+        "reward_last": last,
+        "reward_gain": last - first,
+        "seconds_per_iteration": seconds_per_step(rows),
         "first_ratio_error": float(rows[0]["ratio_error"]),
         "network_calls_per_sample": iterations.calls_per_sample(config, method),
         "skipped_updates": float(state.skipped),
@@ -223,15 +222,11 @@ def report(
             ],
         )
     )
-    curve = results["align"].outputs["curve"]
-    path = line_plot(
-        {"mean reward": (np.arange(len(curve["reward"])), curve["reward"])},
-        folder / "reward.png",
-        title="Reward of rollouts",
-        x_label="iteration",
-        y_label="mean reward",
+    reward = results["align"].outputs["curve"]["reward"]
+    path = folder / "reward.png"
+    shown.figures.append(
+        learning_curve(reward, path, "Reward of rollouts", "mean reward")
     )
-    shown.figures.append(("Reward against iterations", path))
     images = results["evaluate"].outputs["shown"]
     if images["base"].ndim == 4:
         path = image_grid(

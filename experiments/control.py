@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments import control_tasks as tasks
 from experiments.arms import arms, build_method, of_arm, tuples
+from experiments.curves import ends, learning_curve, seconds_per_step
 from tmdjax import models, quant, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
@@ -23,7 +24,7 @@ from tmdjax.core.files import write_atomically
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import line_plot, path_plot
+from tmdjax.harness.report import path_plot
 from tmdjax.train import on_policy
 
 Config = Any
@@ -106,8 +107,6 @@ def train_seeds(config: Config, context: StageContext) -> StageResult:
     )
     rows = context.rows()
     reward = np.array([[row[f"reward_mean.seed{s}"] for s in seeds] for row in rows])
-    rate = np.array([row["time/steps_per_second"] for row in rows])
-    end = max(1, len(rows) // 10)
     return StageResult(
         {
             "policy": state.learner.params["policy"],
@@ -115,11 +114,10 @@ def train_seeds(config: Config, context: StageContext) -> StageResult:
             "reward": reward,
         },
         {
-            "seconds_per_iteration": float(1 / np.median(rate[len(rows) // 4 :]))
-            / (per_call * len(seeds)),
+            "seconds_per_iteration": seconds_per_step(rows) / (per_call * len(seeds)),
             "first_ratio_error": max(row["first_ratio_error"] for row in rows),
             "reward_first": float(reward[0].mean()),
-            "reward_last": float(reward[-end:].mean()),
+            "reward_last": ends(reward, parts=10)[1],
             "skipped_updates": float(state.skipped),
             "parameters": float(trees.count(state.learner.params) / len(seeds)),
             **{
@@ -169,8 +167,7 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
         context.key,
     )
     reward = trained["reward"][:, seeds.index(context.seed)]
-    end = max(1, len(reward) // 10)
-    found |= {"training_reward": float(reward[-end:].mean())}
+    found |= {"training_reward": ends(reward, parts=10)[1]}
     shown["reward"] = reward
     model, meta = method.exported(policy)
     meta = {**meta, "arm": arm}
@@ -217,16 +214,9 @@ def report(
     env = to_plain(config.env)
     table = [{"measure": k, "value": v} for k, v in metrics.items()]
     shown.tables.append((f"{arm}: judged on episodes of its own", table))
-    calls = np.arange(1, len(outputs["reward"]) + 1)
-    iterations = calls * config.train.iterations_per_call
-    path = line_plot(
-        {"mean reward a step": (iterations, outputs["reward"])},
-        folder / f"{arm}-reward.png",
-        title=f"Training, {arm}",
-        x_label="iteration",
-        y_label="mean reward a step",
-    )
-    shown.figures.append((f"{arm}: reward against iterations", path))
+    path, each = folder / f"{arm}-reward.png", config.train.iterations_per_call
+    title, what = f"Training, {arm}", "mean reward a step"
+    shown.figures.append(learning_curve(outputs["reward"], path, title, what, each))
     if "paths" in outputs:
         path = path_plot(
             outputs["paths"],

@@ -17,13 +17,13 @@ import numpy as np
 from experiments import language_tasks as tasks
 from experiments import supervised_language
 from experiments.arms import arms, build_method, of_arm
+from experiments.curves import ends, learning_curve
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.core import trees
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import line_plot
 
 Config = Any
 LOOK = ("slots", "length", "chunk", "max_new_tokens")
@@ -138,13 +138,13 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
         log_every=1,
     )
     rows = context.rows()
-    end = max(1, len(rows) // 10)
     curves = {name: np.array([row[name] for row in rows]) for name in CURVES}
+    first, last = ends(curves["score"], parts=10)
     return StageResult(
         {"params": state.learner.params, **curves},
         {
-            "score_first": float(curves["score"][:end].mean()),
-            "score_last": float(curves["score"][-end:].mean()),
+            "score_first": first,
+            "score_last": last,
             "first_ratio_error": max(row["first_ratio_error"] for row in rows),
             "skipped_updates": float(state.skipped),
             "truncated_fraction": rows[-1]["truncated_fraction"],
@@ -197,15 +197,9 @@ def report(
         return Report([], [])
     outputs, metrics = results["judge"].outputs, results["judge"].metrics
     table = [{"measure": k, "value": v} for k, v in metrics.items()]
-    score = outputs["score"]
-    path = line_plot(
-        {"mean score": (np.arange(1, len(score) + 1), score)},
-        folder / "score.png",
-        title="Score of rollouts",
-        x_label="iteration",
-        y_label="mean score",
-    )
-    return Report([("Held-out problems", table)], [("Score of rollouts", path)])
+    path = folder / "score.png"
+    curve = learning_curve(outputs["score"], path, "Score of rollouts", "mean score")
+    return Report([("Held-out problems", table)], [curve])
 
 
 def describe(config: Config) -> dict[str, Any]:
