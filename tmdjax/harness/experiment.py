@@ -4,16 +4,18 @@ A module of ``experiments/``, or any object, with the members of :class:`Experim
 Those in ``REQUIRED`` must be there; of the others, what stands here is the default.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import pathlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tmdjax.core.checks import check_choice
 from tmdjax.harness.claims import MAIN_ARM, PAIRINGS, metric_name
+from tmdjax.harness.config import ConfigError
 from tmdjax.harness.stages import Stage, StageResult
 
 Config = Any
@@ -171,6 +173,22 @@ def measured(experiment: Experiment, config: Config) -> set[str]:
         for arm in experiment.arms(config)
         for name in experiment.measures(config, arm)
     }
+
+
+@contextlib.contextmanager
+def missing_settings_named() -> Iterator[None]:
+    """Makes a ConfigError of reading a setting that the config lacks."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        # a ConfigDict raises AttributeError(KeyError(name))
+        cause = error if isinstance(error, KeyError) else next(iter(error.args), None)
+        if not isinstance(cause, KeyError):
+            raise
+        name = str(cause.args[0]).split("\n")[0].strip("'\"")
+        raise ConfigError(
+            f"the experiment reads the setting {name!r}, which the config lacks."
+        ) from error
 
 
 def _check_call(name: str, function: Any, contract: Any) -> None:

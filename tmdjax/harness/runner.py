@@ -22,7 +22,12 @@ from tmdjax.harness import (
 )
 from tmdjax.harness.claims import Claim
 from tmdjax.harness.config import ConfigError, config_hash, to_plain
-from tmdjax.harness.experiment import Experiment, Report, measured
+from tmdjax.harness.experiment import (
+    Experiment,
+    Report,
+    measured,
+    missing_settings_named,
+)
 from tmdjax.harness.logs import format_duration, read_rows
 from tmdjax.harness.stages import (
     Paused,
@@ -162,23 +167,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
         return Outcome(code, found, finished)
 
 
-@contextlib.contextmanager
-def _missing_settings_named() -> Iterator[None]:
-    """Makes a ConfigError of reading a setting that the config lacks."""
-    try:
-        yield
-    except (AttributeError, KeyError) as error:
-        # a ConfigDict raises AttributeError(KeyError(name))
-        cause = error if isinstance(error, KeyError) else next(iter(error.args), None)
-        if not isinstance(cause, KeyError):
-            raise
-        name = str(cause.args[0]).split("\n")[0].strip("'\"")
-        raise ConfigError(
-            f"the experiment reads the setting {name!r}, which the config lacks."
-        ) from error
-
-
-@_missing_settings_named()
+@missing_settings_named()
 def check_run(experiment: Experiment, config: Any, options: Options) -> list[Claim]:
     """Refuses what cannot work before anything is compiled; returns the claims.
 
@@ -205,7 +194,7 @@ def check_run(experiment: Experiment, config: Any, options: Options) -> list[Cla
     return claims
 
 
-@_missing_settings_named()
+@missing_settings_named()
 def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
     """Prints sizes and stages without training or allocating anything."""
     cache = StageCache(_places(config, options)[1])
