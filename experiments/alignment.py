@@ -230,10 +230,8 @@ def report(
     images = results["evaluate"].outputs["shown"]
     if images["base"].ndim == 4:
         path = image_grid(
-            np.concatenate([images["base"], images["aligned"]]),
+            {model: images[model] for model in ("base", "aligned")},
             folder / "samples.png",
-            columns=len(images["base"]),
-            row_labels=["base", "aligned"],
         )
         shown.figures.append(("Held-out prompts, the same noise", path))
     return shown

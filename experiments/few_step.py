@@ -125,13 +125,16 @@ def measures(config: Config) -> tuple[str, ...]:
     return image_quality.MEASURES if has_images(config) else POINT_MEASURES
 
 
+def _budget(config: Config) -> str:
+    """How a budget is called: a guided teacher's step costs two evaluations."""
+    return "NFE {}" if teacher_evaluations(config) == 1 else "{} steps"
+
+
 def summary_rows(
     config: Config, found: Mapping[str, float], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The table, a row a name: a cell is terminal error / Frechet distance."""
-    # a guided teacher's step costs two evaluations, a student's one
-    calls = teacher_evaluations(config)
-    column = "NFE {}" if calls == 1 else "{} steps"
+    calls, column = teacher_evaluations(config), _budget(config)
     rows = []
     for arm in arms(config):
 
@@ -172,10 +175,12 @@ def report(
     if "sample" not in results:
         return shown
     found, budgets = results["sample"].metrics, config.search.budgets
+    column = _budget(config)
+    unit = column.replace("{}", "").strip()
     rows = summary_rows(config, found, names)
     shown.tables.append(("Terminal error / Frechet distance", rows))
     for what in ("terminal_error", "frechet"):
-        title = f"{what.replace('_', ' ')} against NFE"
+        title = f"{what.replace('_', ' ')} against {unit}"
         curves = {
             name: (budgets, [found[f"{name}{k}.{what}"] for k in budgets])
             for name in names
@@ -184,7 +189,7 @@ def report(
             curves,
             folder / f"{what}.png",
             title,
-            "NFE",
+            unit,
             title.split(" against")[0],
             log_y=True,
         )
@@ -194,12 +199,9 @@ def report(
         k = budgets[len(budgets) // 2 - 1]
         labels = [f"{name}{k}" for name in names] + ["fine"]
         path = image_grid(
-            np.concatenate([images[name] for name in labels]),
-            folder / "samples.png",
-            columns=len(images["fine"]),
-            row_labels=labels,
+            {label: images[label] for label in labels}, folder / "samples.png"
         )
-        shown.figures.append((f"From the same noise, {k} NFE", path))
+        shown.figures.append((f"From the same noise, {column.format(k)}", path))
     return shown
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import image_quality
 from experiments.supervised import Supervised
@@ -197,10 +196,8 @@ def report(
         outputs = results["sample"].outputs
         names = ["untrained", *(name for name, _, _ in budgets(config))]
         columns = min(16, len(outputs["labels"]))
-        grid = np.concatenate([outputs["sets"][name][:columns] for name in names])
-        path = image_grid(
-            grid, folder / "samples.png", columns=columns, row_labels=names
-        )
+        rows = {name: outputs["sets"][name][:columns] for name in names}
+        path = image_grid(rows, folder / "samples.png")
         shown.figures.append(("One row a solver and NFE, from the same noise", path))
     if "evaluate" in results:
         found = results["evaluate"].metrics

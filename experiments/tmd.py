@@ -62,9 +62,10 @@ def stages(config: Config, arm: str) -> list[Stage]:
         )
     ]
 
-    def add(name: str, run: Any, *parents: str, **settings: Any) -> str:
-        run, parents = functools.partial(run, config), tuple(dict.fromkeys(parents))
-        found.append(Stage(name=name, run=run, config=settings, parents=parents))
+    def add(name: str, run: Any, *parents: str, version: int = 1, **of: Any) -> str:
+        given = {"name": name, "run": functools.partial(run, config), "config": of}
+        parents = tuple(dict.fromkeys(parents))
+        found.append(Stage(**given, parents=parents, version=version))
         return name
 
     last, pairs = "teacher", {"pairs": plain["pairs"]}
@@ -85,21 +86,19 @@ def stages(config: Config, arm: str) -> list[Stage]:
         )
     draw = functools.partial(samples.sample, arm=arm)
     settings = {"sample": plain["sample"], "student": student, **judge}
-    add("sample", draw, "teacher", last, **settings)
+    add("sample", draw, "teacher", last, version=2, **settings)
     return found
 
 
 def measures(config: Config, arm: str) -> set[str]:
     """The metrics of an arm that claims may be about."""
-    student, names, found = of_arm(config, arm).student, [""], set()
-    if student.kind == "teacher":
-        names += [f"steps{k}." for k in config.sample.teacher_steps[1:]]
-        found |= {f"real.{measure}" for measure in measuring.MEASURES}
-    if student.kind == "tmd":
-        names += ["inner1."] if student.inner > 1 else []
+    config, found = of_arm(config, arm), set()
+    if config.student.kind == "teacher":
+        found |= {f"{samples.REAL}{measure}" for measure in measuring.MEASURES}
+    if config.student.kind == "tmd":
         found |= {"cost", "cost_over_nfe"}
     what = (*measuring.MEASURES, "seconds", "nfe")
-    return found | {f"{name}{measure}" for name in names for measure in what}
+    return found | {f"{n}{measure}" for n in samples.ways(config) for measure in what}
 
 
 def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -110,11 +109,10 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
         values = {m: found.get(metric_name(arm, f"{name}{m}")) for m in measures}
         return {"student": title} | {k.replace("_", " "): values[k] for k in values}
 
-    rows = [row("real videos", "teacher", "real.")]
+    rows = [row("real videos", "teacher", samples.REAL)]
     for arm in arms(config):
-        for name in ("", *(f"steps{k}." for k in config.sample.teacher_steps[1:])):
-            if metric_name(arm, f"{name}nfe") in found:
-                rows.append(row(f"{arm} {name.rstrip('.')}".strip(), arm, name))
+        for name, title in samples.ways(of_arm(config, arm)).items():
+            rows.append(row(f"{arm}, {title}", arm, name))
     return rows
 
 
@@ -128,13 +126,11 @@ def report(
     found = results["sample"].metrics
     table = [{"measure": name, "value": value} for name, value in found.items()]
     shown.tables.append((f"{results['sample'].meta['arm']}: samples", table))
-    asked = tasks.prompts(config)[: samples.SHOWN]
+    outputs, arm = results["sample"].outputs, results["sample"].meta["arm"]
+    config = of_arm(config, arm)
     scale = tasks.scale_of(config)
-    labels = [" ".join(prompt_words(int(p), scale)) for p in asked]
-    names = [n[:-9] for n in found if n in ("adherence",) or n.endswith(".adherence")]
-    videos = results["sample"].outputs["shown"]
-    blocks = {n or "own steps": videos[f"videos{i}"] for i, n in enumerate(names)}
-    arm = results["sample"].meta["arm"]
+    labels = [" ".join(prompt_words(int(p), scale)) for p in outputs["asked"]]
+    blocks = samples.pictures(config, outputs["shown"])
     path = video_strips(blocks, folder / f"{arm}-frames.png", row_labels=labels)
     title = f"{arm}: frames from left to right; one prompt a row"
     shown.figures.append((title, path))

@@ -18,6 +18,40 @@ from tmdjax.systems import dmd2, meanflow, tmd
 
 Config = Any
 SHOWN = 8
+REAL = "real."
+
+
+def ways(config: Config) -> dict[str, str]:
+    """How an arm is sampled: words for a reader by the prefix of its metrics.
+
+    The arm's own way comes first and has the prefix ''.
+    """
+    settings = config.student
+    if settings.kind == "teacher":
+        own, *others = config.sample.teacher_steps
+        names = {"": own} | {f"steps{k}.": k for k in others}
+        return {name: f"{k} step{'s' * (k != 1)}" for name, k in names.items()}
+    if settings.kind != "tmd":
+        return {"": f"{settings.outer} step{'s' * (settings.outer != 1)}"}
+    found = {"": f"{settings.outer} x {settings.inner} steps"}
+    if settings.inner > 1:
+        found["inner1."] = f"{settings.outer} x 1 steps"
+    return found
+
+
+def pictures(config: Config, shown: Any) -> dict[str, Any]:
+    """The videos that :func:`sample` kept of an arm, by words for a reader."""
+    titles = ways(config) | {REAL: "real videos"}
+    return {
+        title: shown[_kept(name)]
+        for name, title in titles.items()
+        if _kept(name) in shown
+    }
+
+
+def _kept(name: str) -> str:
+    """Under what the videos of a way are stored."""
+    return name.rstrip(".") or "own"
 
 
 def samplers(config: Config, params: Any) -> dict[str, tuple[Any, float]]:
@@ -84,14 +118,15 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
         videos = np.asarray(videos)
         measured = measuring.measure(config, videos, np.asarray(asked))
         found |= {f"{name}{what}": value for what, value in measured.items()}
-        shown[f"videos{len(shown)}"] = videos[:SHOWN]
+        shown[_kept(name)] = videos[:SHOWN]
     if config.student.kind == "teacher":  # what any distance is at least
         real = measuring.real_videos(config, tasks.prompts(config), draw=1)
         measured = measuring.measure(config, real, np.asarray(asked))
-        found |= {f"real.{what}": value for what, value in measured.items()}
-        shown[f"videos{len(shown)}"] = real[:SHOWN]
+        found |= {f"{REAL}{what}": value for what, value in measured.items()}
+        shown[_kept(REAL)] = real[:SHOWN]
     found |= cost(config, params)
-    return StageResult({"shown": shown}, found, meta={"arm": arm})
+    outputs = {"shown": shown, "asked": np.asarray(asked)[:SHOWN]}
+    return StageResult(outputs, found, meta={"arm": arm})
 
 
 def cost(config: Config, params: Any) -> dict[str, float]:

@@ -6,13 +6,24 @@ import jax
 import numpy as np
 import pytest
 from checks import lowered
+from PIL import Image
 
 import tmdjax
-from experiments import tmd, video_memory, video_samples, video_students
+from experiments import (
+    tmd,
+    video_measures,
+    video_memory,
+    video_samples,
+    video_students,
+)
 from experiments import video_tasks as tasks
+from results.tmd.draw_again import cut
 from tmdjax import models
-from tmdjax.harness import check_experiment, load_config
+from tmdjax.data.videos.files import to_uint8
+from tmdjax.domains.sprites.prompts import prompt_words
+from tmdjax.harness import StageResult, check_experiment, load_config
 from tmdjax.harness.experiment import measured
+from tmdjax.harness.pictures import animation, video_strips
 from tmdjax.harness.stages import stage_hashes
 from tmdjax.systems import tmd as system
 
@@ -100,6 +111,41 @@ def test_updates_lower_for_accelerators():
     config = tmd.of_arm(tiny(ONE, *TRAINED), "tmd")
     for step, shapes, _ in video_memory.updates(config).values():
         lowered(jax.jit(step), *shapes)
+
+
+@pytest.mark.parametrize("steps", [(8, 2, 1), (8, 1, 3, 10)])
+def test_a_picture_stands_under_the_name_of_what_it_shows(tmp_path, steps):
+    """In whatever order metrics and stored videos come back: they come back sorted."""
+    arms = {"teacher": {"student": {"kind": "teacher"}}}
+    config = tiny(arms)
+    with config.unlocked():
+        config.sample.teacher_steps = steps
+    shape = (2, *tasks.scale_of(config).event_shape)
+    names = ["own", *(f"steps{k}" for k in steps[1:]), "real"]
+    titles = [f"{k} step{'s' * (k > 1)}" for k in steps] + ["real videos"]
+    levels = np.linspace(-1, 1, len(names))
+    videos = [np.full(shape, level, np.float32) for level in levels]
+    stored = {"shown": dict(sorted(zip(names, videos))), "asked": np.arange(2)}
+    found = dict.fromkeys(sorted(tmd.measures(config, "teacher")), 0.0)
+    result = StageResult(stored, found, meta={"arm": "teacher"})
+    shown = tmd.report(config, {"sample": result}, tmp_path)
+    scale = tasks.scale_of(config)
+    rows = [" ".join(prompt_words(p, scale)) for p in range(2)]
+    for (_, path), draw in zip(shown.figures, (video_strips, animation)):
+        right = draw(dict(zip(titles, videos)), tmp_path / "right", row_labels=rows)
+        assert path.read_bytes() == right.read_bytes()
+
+
+def test_the_recorded_picture_shows_real_videos_as_such():
+    """Of its four columns, the one that can be made again is compared."""
+    config = load_config(f"{CONFIG}:cpu")
+    shape = (8, *tasks.scale_of(config).event_shape)
+    with Image.open("results/tmd/cpu-teacher-frames.png") as picture:
+        columns = cut(np.asarray(picture), 4, shape)
+    real = video_measures.real_videos(config, tasks.prompts(config), draw=1)[:8]
+    same = [bool((to_uint8(real) == column).all()) for column in columns]
+    titles = video_samples.ways(tmd.of_arm(config, "teacher"))
+    assert len(titles) == 3 and same == [False] * 3 + [True]
 
 
 EIGHT_DEVICES = """

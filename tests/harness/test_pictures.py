@@ -55,15 +55,21 @@ def test_grid_keeps_colours_and_clips(tmp_path):
     assert grid.tolist() == [[[255, 0, 255]]]
 
 
-def test_row_labels_stand_left_of_their_rows(tmp_path):
-    images = -np.ones((4, 6, 6, 1))
-    bare = sheet(image_grid(images, tmp_path / "bare.png", 2))
-    labels = ["1 step", "|"]
-    grid = sheet(image_grid(images, tmp_path / "grid.png", 2, row_labels=labels))
-    margin = grid.shape[1] - bare.shape[1]
-    np.testing.assert_array_equal(grid[:, margin:], bare)
-    dark = (grid[:, :margin].reshape(grid.shape[0], -1) < 128).sum(axis=1)
-    assert dark[:24].sum() > dark[26:].sum() > 0
+def test_rows_stand_beside_their_own_names(tmp_path):
+    """Each name's row holds its array, in whatever order a mapping has them."""
+    names = ["steps2", "real", "1 step", "|"]
+    arrays = {n: np.full((2, 6, 6, 1), -1 + i / 4) for i, n in enumerate(names)}
+    margins = {}
+    for order in (names, sorted(names), names[::-1]):
+        grid = sheet(image_grid({n: arrays[n] for n in order}, tmp_path / "a.png"))
+        margin = grid.shape[1] - (2 * 6 * 4 + 2)
+        for row, name in enumerate(order):
+            top = row * (6 * 4 + 2)
+            level = np.rint((arrays[name][0, 0, 0, 0] + 1) * 127.5)
+            assert (grid[top : top + 24, margin : margin + 24] == level).all()
+            label = grid[top : top + 24, :margin].tobytes()
+            assert margins.setdefault(name, label) == label
+    assert len(set(margins.values())) == 4
 
 
 def test_grid_refuses_bad_input(tmp_path, refused):
@@ -72,13 +78,19 @@ def test_grid_refuses_bad_input(tmp_path, refused):
         path = tmp_path / "grid.png"
         refused(words, image_grid, images, path, columns, **options)
 
-    words = r"shape \(2, 4, 4\); give \[n, height, width, channel\]"
+    words = r"shape \(2, 4, 4\) are no images; give \[n, height, width, channel\]"
     grid_refused(words, 2, 4, 4)
     grid_refused("1 or 3 channels", 2, 4, 4, 2)
     grid_refused("n >= 1", 0, 4, 4, 1)
     grid_refused("columns=0 must be at least 1", 2, 4, 4, 1, columns=0)
     grid_refused("scale=0 must be at least 1", 2, 4, 4, 1, scale=0)
-    grid_refused("1 row labels for 2 rows", 4, 4, 4, 1, row_labels=["a"])
+    pair = {"a": np.zeros((2, 4, 4, 1)), "b": np.zeros((3, 4, 4, 1))}
+    grid_refused("one shape, at least one; a, b have", images=pair, columns=None)
+    grid_refused("at least one;  have none", images={}, columns=None)
+    words = r"images\['b'\] of shape \(3, 4\)"
+    grid_refused(words, images={"b": np.zeros((3, 4))}, columns=None)
+    words = "columns=2 beside arrays by name"
+    refused(words, image_grid, pair, tmp_path / "grid.png", 2, error=TypeError)
     images = np.zeros((2, 2, 2, 1))
     images[1, 0, 1, 0] = np.nan
     grid_refused(r"at index \(1, 0, 1, 0\)", images=images)

@@ -20,40 +20,62 @@ _NO_SHADES = "1"  # text in plain black: colours are scarce in a GIF
 
 
 def image_grid(
-    images: Any,
+    images: Mapping[str, Any] | Any,
     path: str | os.PathLike[str],
-    columns: int,
+    columns: int | None = None,
     *,
-    row_labels: Sequence[str] = (),
     scale: int = 4,
 ) -> Path:
     """Writes images side by side as one PNG.
 
     Args:
-        images: [n, height, width, 1 or 3], values in [-1, 1] (clipped).
+        images: [n, height, width, 1 or 3], values in [-1, 1] (clipped); or such arrays,
+            all of one shape, by the text that is drawn to their left: a row each.
         path: the PNG to write; folders are made.
-        columns: images a row; the last row may have fewer.
-        row_labels: one text a row, drawn to its left.
+        columns: images a row; the last row may have fewer. Of arrays by name it is
+            their length, and not given.
         scale: how many pixels wide a pixel becomes (nearest neighbour).
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another shape, no image, NaN or infinity, columns or scale
-            below 1, or as many labels as there are not rows.
+        TypeError: columns is no integer, or is given beside arrays by name.
+        ValueError: another shape, shapes that differ, no image, NaN or infinity,
+            columns or scale below 1.
     """
-    check_count("columns", columns)
-    images = np.asarray(images, np.float32)
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+    if isinstance(images, Mapping):
+        if columns is not None:
+            raise TypeError(
+                f"columns={columns} beside arrays by name, of which each is a row; "
+                f"leave columns out."
+            )
+        found = {name: _images(array, name) for name, array in images.items()}
+        shapes = sorted({array.shape for array in found.values()})
+        if len(shapes) != 1:
+            raise ValueError(
+                f"rows need arrays of one shape, at least one; {', '.join(found)} have "
+                f"{', '.join(map(str, shapes)) or 'none'}."
+            )
+        rows, labels = np.stack(list(found.values())), list(found)
+    else:
+        columns, array, labels = check_count("columns", columns), _images(images), []
+        white = np.ones((-len(array) % columns, *array.shape[1:]))
+        rows = np.concatenate([array, white]).reshape(-1, columns, *array.shape[1:])
+    return video_strips(rows, path, row_labels=labels, scale=scale)
+
+
+def _images(given: Any, name: str = "") -> np.ndarray:
+    """Images [n, height, width, channel] in float32, checked."""
+    array = np.asarray(given, np.float32)
+    what = f"images[{name!r}]" if name else "images"
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
         raise ValueError(
-            f"images have shape {images.shape}; give [n, height, width, channel] with "
-            f"n >= 1 and 1 or 3 channels."
+            f"{what} of shape {array.shape} are no images; give [n, height, width, "
+            f"channel] with n >= 1 and 1 or 3 channels."
         )
-    check_finite(images, "images")
-    white = np.ones((-len(images) % columns, *images.shape[1:]))
-    rows = np.concatenate([images, white]).reshape(-1, columns, *images.shape[1:])
-    return video_strips(rows, path, row_labels=row_labels, scale=scale)
+    check_finite(array, what)
+    return array
 
 
 def video_strips(
