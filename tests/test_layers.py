@@ -77,3 +77,9 @@ def test_import_is_cheap_and_needs_no_optional_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_no_two_test_files_have_one_name():
+    # pytest imports them by their name alone, and would stop at the second
+    names = [p.name for p in (ROOT.parent / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
