@@ -45,12 +45,13 @@ def stages(config: Config, arm: str) -> list[Stage]:
     # the last one trained, on the longest grid, is the model of the run
     tuned = ["reflow"] + [f"{s}{k}" for s in ("distill", "straighten") for k in budgets]
 
-    def stage(name: str, run: Any, settings: Any, *parents: str) -> Stage:
+    def stage(name: str, run: Any, settings: Any, *parents: str, **more: Any) -> Stage:
         return Stage(
             name=name,
             run=functools.partial(run, config),
             config=settings,
             parents=parents,
+            **more,
         )
 
     def groups(*names: str) -> dict[str, Any]:
@@ -59,8 +60,9 @@ def stages(config: Config, arm: str) -> list[Stage]:
     guided = groups("search") | {"guidance": config.sample.guidance}
     guided["recipe"] = plain["precision"]["rollout"]
     noises = {"noises": config.fine_tune.noises}
+    files = image_quality.files(config)
     found = [
-        stage("train", few_step.teacher, flow_matching.base_of(plain)),
+        stage("train", few_step.teacher, flow_matching.base_of(plain), files=files),
         stage("search", boss_stages.search, guided, "train"),
         stage("trajectories", boss_stages.trajectories, noises, "train", "search"),
     ]

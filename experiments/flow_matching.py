@@ -41,6 +41,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
             name="train",
             run=functools.partial(train_flow, config),
             config=base_of(plain),
+            files=image_quality.files(config),
         ),
         Stage(
             name="sample",

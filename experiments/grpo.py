@@ -42,6 +42,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
         | {k: given["rl"][k] for k in LOOK}
         | {"recipe": given["precision"]["train"]},
         seeded=False,
+        files=tasks.files_of(given),
     )
     before = [first] if given["model"]["name"] == "decoder" else []
     parents = tuple(stage.name for stage in before)
@@ -54,6 +55,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
                 k: given[k] for k in ("task", "model", "rl", "method", "precision")
             },
             parents=parents,
+            files=tasks.files_of(given),
         ),
         Stage(
             name="judge",

@@ -6,6 +6,7 @@ names the Frechet distance, its logits tell which class a generated image shows.
 
 import functools
 import itertools
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,11 @@ def load_data(config: Config) -> data.Dataset:
     return dataset
 
 
+def files(config: Config) -> tuple[pathlib.Path, ...]:
+    """What a stage that reads the data depends on, besides the config."""
+    return data.files_of(config.data.name, **to_plain(config.data.options))
+
+
 def stage(config: Config, label: str = "frechet") -> Stage:
     """The stage 'features'; equal data and settings give one net for all seeds.
 
@@ -63,6 +69,7 @@ def stage(config: Config, label: str = "frechet") -> Stage:
         run=functools.partial(_train, config, label),
         config={"data": plain["data"], "features": plain["features"]},
         seeded=False,
+        files=files(config),
     )
 
 

@@ -55,10 +55,13 @@ def missing(given: Mapping[str, Any]) -> str | None:
     for is_needed, package in needed:
         if is_needed and importlib.util.find_spec(package) is None:
             return package
-    for part, key in (("model", "folder"), ("task", "path")):
-        if key in given[part] and not pathlib.Path(given[part][key]).exists():
-            return given[part][key]
-    return None
+    return next((str(path) for path in files_of(given) if not path.exists()), None)
+
+
+def files_of(given: Mapping[str, Any]) -> tuple[pathlib.Path, ...]:
+    """The folder of weights and the file of problems that an arm names, if it does."""
+    named = (given["model"].get("folder"), given["task"].get("path"))
+    return tuple(pathlib.Path(path) for path in named if path is not None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,13 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def _folder(text: str) -> pathlib.Path:
+    """A folder that is named: '' would be the current one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a folder (. is this one)")
+    return pathlib.Path(text)
+
+
 def _shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found:
@@ -67,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line, but for --config.a.b=value."""
     flags = Parser(prog="experiments.run", description=__doc__, allow_abbrev=False)
     flags.add_argument("--config", help="configs/<system>.py:<tier>")
-    flags.add_argument("--workdir", type=pathlib.Path, help="default runs/SYSTEM-TIER")
-    flags.add_argument("--cache", type=pathlib.Path, help="default WORKDIR/../stages")
+    flags.add_argument("--workdir", type=_folder, help="default runs/SYSTEM-TIER")
+    flags.add_argument("--cache", type=_folder, help="default WORKDIR/../stages")
     flags.add_argument("--seeds", type=_seeds, default=(0,), help="0..4 or 0,2,5")
     flags.add_argument("--shard", type=_shard, default=(0, 1), help="i/n of the units")
     flags.add_argument("--stage", help="stop after this stage")

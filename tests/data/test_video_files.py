@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmdjax.data import load, video_batches
+from tmdjax.data import files_of, load, video_batches
 from tmdjax.data.videos.files import open_videos, to_float, to_uint8
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (9, 4, 6, 8, 3), np.uint8)
@@ -18,6 +18,13 @@ def folder(tmp_path):
     for name, array in (("video", VIDEO), ("text", TEXT), ("label", LABEL)):
         np.save(tmp_path / f"{name}.npy", array)
     return tmp_path
+
+
+def test_files_that_a_stage_depends_on(folder):
+    found = files_of("video_files", folder=folder, test_count=2)
+    assert {*folder.iterdir()} == {path for path in found if path.exists()}
+    assert {path.name for path in found if not path.exists()} == {"prompts.json"}
+    assert files_of("digits") == files_of("sprites", train_count=3) == ()
 
 
 def test_bytes_and_floats():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from checks import lowered
 
-from experiments import flow_matching, image_quality, run
+from experiments import boss, flow_matching, grpo, image_quality, run
 from experiments import report as report_command
 from tmdjax import flows, models
 from tmdjax.harness import ConfigError, load_config
+from tmdjax.harness.stages import stage_hashes
 
 CONFIG = "configs/flow_matching.py"
 SMOKE = f"--config={CONFIG}:smoke"
@@ -72,6 +73,8 @@ def test_training_and_sampling_lower_for_accelerators():
         ([SMOKE, "--sedes=3"], "unknown argument '--sedes'. Did you mean '--seeds'"),
         ([SMOKE, "--seeds=4..1"], "is not like 0..4"),
         ([SMOKE, "--shard=3"], "is not like 0/4"),
+        ([SMOKE, "--workdir=", "--fresh"], "--workdir: it is empty; name a folder"),
+        ([SMOKE, "--cache= "], "--cache: it is empty"),
     ],
 )
 def test_bad_commands_are_one_line(arguments, message):
@@ -124,6 +127,42 @@ def test_a_claim_about_what_is_not_measured_stops_at_once(tmp_path, refused):
     command.append("--config.sample.heun_nfe=(4,6,16)")
     words = "claim 'F4' is about 'heun8.frechet'"
     refused(words, run.main, command, error=ConfigError)
+
+
+def test_every_stage_depends_on_the_content_of_what_it_reads(tmp_path):
+    """A set, weights or problems that are written again under their old names."""
+
+    def data_of(name, **options):
+        config = load_config(f"configs/{name}.py:cpu").copy_and_resolve_references()
+        config.unlock()
+        config.data.name, config.data.options = "video_files", options
+        return config
+
+    videos = tmp_path / "video.npy"
+    language = load_config("configs/grpo.py:paper").copy_and_resolve_references()
+    language.unlock()
+    own = language.arms.qwen_gsm8k
+    own.model.folder, own.task.path = str(tmp_path / "model"), str(tmp_path / "a.jsonl")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    for experiment, config, arm, files in (
+        (
+            flow_matching,
+            data_of("flow_matching", folder=str(tmp_path)),
+            "main",
+            [videos],
+        ),
+        (boss, data_of("boss", folder=str(tmp_path)), "main", [videos]),
+        (grpo, language, "qwen_gsm8k", [weights, tmp_path / "a.jsonl"]),
+    ):
+        stages = experiment.stages(config, arm)
+        before = stage_hashes(stages, 0)
+        for path in files:
+            for content in (b"old", b"new", None):
+                path.write_bytes(content) if content else path.unlink()
+                found = stage_hashes(stages, 0)
+                assert all(found[name] != before[name] for name in found), experiment
+                before = found
 
 
 def test_real_set_has_the_classes_asked_for():

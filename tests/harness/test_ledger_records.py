@@ -5,6 +5,7 @@ import math
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import claim, refuses, unit
@@ -221,6 +222,15 @@ def test_an_unfinished_summary_is_not_recorded(tmp_path):
     shard = summarise(UNITS[:5])
     words = "claim 'B1' has no seed with 'boss/score' and 'uniform/score'"
     refuses(words, write_record, tmp_path, shard)
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", "", None, 3])
+@pytest.mark.parametrize("key", ["system", "tier"])
+def test_a_name_that_is_a_path_is_not_recorded(tmp_path, key, name):
+    folder = tmp_path / "deep" / "results"
+    words = f"{key}={name!r} names a file"
+    refuses(words, write_record, folder, summarise() | {key: name})
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_made_by_hand_are_refused(tmp_path):

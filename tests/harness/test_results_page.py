@@ -63,6 +63,11 @@ def test_page_is_written_beside_the_records(tmp_path, refused):
     written = results_page.write_results(results)
     assert written.read_text() == results_page.render([record()])
     (results / "findings.toml").write_text('[boss.cpu]\npicture = "gone.png"\n')
+    for folder in ("reslts", "results/boss"):  # no record there: the page stays
+        words = "there is no record .* in .*stays as it is"
+        refused(words, results_page.write_results, tmp_path / folder)
+    assert written.read_text() == results_page.render([record()])
+    assert not (results / "RESULTS.md").exists()
     words = "shows 'gone.png' for boss.cpu, which is not"
     refused(words, results_page.write_results, results)
     (results / "findings.toml").write_text("[boss")

@@ -17,7 +17,7 @@ from checks import Numbered
 from ml_collections import ConfigDict
 
 from tmdjax import harness, train
-from tmdjax.harness import environment, summaries
+from tmdjax.harness import environment, run_folder, summaries
 from tmdjax.harness import stages as stages_module
 from tmdjax.harness.environment import InUse, locked
 from tmdjax.harness.logs import TIME_PREFIX, read_rows
@@ -266,6 +266,9 @@ def test_a_model_loads_from_the_workdir(tmp_path, refused):
     refused(r"holds: none.*Finish the run", harness.load, tmp_path / "absent")
     one_stage(tmp_path / "b", measured)
     refused("finished without a model", harness.load, tmp_path / "b" / "run")
+    (workdir / "models" / "main-seed0").mkdir()  # its model is being written
+    (workdir / "models" / "main-seed1").rename(workdir / "models" / "main-seed1 (old)")
+    assert harness.load(workdir)[2]["seed"] == 2
 
 
 def test_damaged_result_is_made_again(tmp_path, caplog):
@@ -339,11 +342,123 @@ def test_dry_run_makes_nothing(tmp_path, capsys):
     assert "parameters" in out and "to run" in out
 
 
-def test_foreign_files_survive_fresh(tmp_path):
-    run(tmp_path)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    run(tmp_path, fresh=True)
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+def files_below(folder):
+    """Names and content of all files, but for locks and arrays (of random names)."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock" and "arrays" not in path.parts
+    }
+
+
+def with_figure(config, results, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "curve.png").write_bytes(b"made")
+    return harness.Report([], [("a curve", folder / "curve.png")])
+
+
+def test_fresh_removes_what_the_run_lists_and_nothing_else(tmp_path):
+    experiment, workdir = make_experiment(), tmp_path / "run"
+    experiment.report = with_figure
+    run(tmp_path, experiment, seeds=(0, 1))
+    own = files_below(workdir)
+    assert {"figures/curve.png", "units/main-seed1.json", "report.html"} < own.keys()
+    mine = [workdir / n for n in ("notes.txt", "figures/mine.png", "units/a/b.json",
+            "models/main-seed0/README", "models/mine/step_0000000000/x")]  # fmt: skip
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    for _ in range(2):
+        run_folder.claim_workdir(workdir, make_config(), "smoke", fresh=True)
+        left = files_below(workdir)
+        assert left.pop("config.json") and left.pop("environment.json")
+        assert not list(workdir.rglob("arrays"))
+        assert left == {p.relative_to(workdir).as_posix(): b"mine" for p in mine}
+    assert run(tmp_path, experiment, seeds=(0, 1)).code == 0
+    assert files_below(workdir).keys() == {*own, *left}
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({"models/w.bin": "x", "figures/a.png": "x"}, "holds figures, models but no"),
+        ({"train.py": "x"}, "holds train.py but no config.json of a run"),
+        ({"config.json": "{"}, "config.json is not of a run of this version"),
+        ({"config.json": '{"model_type": "qwen2"}'}, "is not of a run"),
+        ({"config.json": '{"tier": "smoke", "config": {}}'}, "lacks .*'files'"),
+        (
+            {"config.json": '{"tier": "a", "config": {}, "files": ["../x"]}'},
+            "is not of",
+        ),
+        ({"config.json": '{"tier": "a", "config": {}, "files": ["/x"]}'}, "is not of"),
+        ({"config.json": '{"tier": "a", "config": {}, "files": [""]}'}, "is not of"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_folder_of_others_stays_as_it_is(tmp_path, refused, files, words, fresh):
+    for name, text in files.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
+    (tmp_path / "x").write_text("beside the folder")
+    before, calls = files_below(tmp_path), []
+    if list(files) == ["train.py"] and not fresh:  # nothing there is written over
+        assert run(tmp_path).code == 0
+        assert before.items() <= files_below(tmp_path).items()
+        return
+    experiment, error = make_experiment(calls), harness.ConfigError
+    refused(words, run, tmp_path, experiment, fresh=fresh, error=error)
+    assert files_below(tmp_path) == before and not calls
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up", "a/b", ".hidden", "a b"])
+def test_names_that_are_no_files_are_refused(tmp_path, refused, name):
+    refused("stage name=.* names a file", harness.Stage, name=name, run=nothing,
+            config={})  # fmt: skip
+    refused("arm=.* names a file", run, tmp_path, make_experiment(arms=(name,)))
+    config = make_config()
+    config.system = f"/{name}"
+    refused("system=.* names a file", run, tmp_path, config=config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_is_made_again_when_its_files_have_other_content(tmp_path):
+    """Under the same names and of the same size; its children too."""
+    data, single = tmp_path / "data", tmp_path / "labels.json"
+    (data / "train").mkdir(parents=True)
+    shard = data / "train" / "shard-0"
+    shard.write_text("old")
+    calls, experiment = [], make_experiment()
+
+    def read(context):
+        calls.append(context.name)
+        return harness.StageResult({}, {"x": float(len(shard.read_text()))})
+
+    def after(context):
+        calls.append(context.name)
+        return harness.StageResult()
+
+    experiment.stages = lambda config, arm: [
+        harness.Stage(name="read", run=read, config={}, files=(data, single)),
+        harness.Stage(name="after", run=after, config={}, parents=("read",)),
+        harness.Stage(name="apart", run=after, config={}),
+    ]
+    config = make_config(claims=False)
+
+    def made():
+        calls.clear()
+        run(tmp_path, experiment, config)
+        return list(calls)
+
+    assert made() == ["read", "after", "apart"] and made() == []
+    shard.write_text("new")  # the same length
+    assert made() == ["read", "after"]
+    (data / ".notes").write_text("hidden files are not data")
+    assert made() == []
+    single.write_text("{}")
+    assert made() == ["read", "after"]
+    shard.rename(data / "train" / "shard-1")
+    shard = data / "train" / "shard-1"
+    assert made() == ["read", "after"] and made() == []
 
 
 def one_stage(tmp_path, stage, version=1, seeded=True, **changes):

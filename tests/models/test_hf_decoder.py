@@ -123,9 +123,16 @@ def test_shards(folder, tmp_path, refused):
     refused(f"{file} lacks {name}", load_decoder, out)
     (out / file).unlink()
     refused(f"{file} is absent", load_decoder, out, error=FileNotFoundError)
-    # a smaller checkpoint leaves nothing of the larger one
-    save_decoder(out, config, params)
-    assert [f.name for f in out.glob("model*")] == ["model.safetensors"]
+    index["weight_map"][name] = f"../{folder.name}/model.safetensors"
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("a file of .*index.json=.* names a file", load_decoder, out)
+    # a smaller checkpoint leaves nothing of the larger one, and all that is another's
+    (out / "model_lora.safetensors").write_bytes(b"mine")
+    for size in (2000, 4000, 10**9):
+        save_decoder(out, config, params, max_shard_bytes=size)
+        equal(load_decoder(out)[1], params)
+    left = {"model.safetensors", "model_lora.safetensors"}
+    assert {f.name for f in out.glob("model*")} == left
 
 
 def test_half_precision_files(folder, tmp_path):

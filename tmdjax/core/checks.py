@@ -6,6 +6,7 @@ passes, so call these at the entrance, outside ``jit``.
 
 import dataclasses
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,21 @@ def check_choice(name: str, value: str, options: Iterable[str]) -> None:
         raise ValueError(
             f"{name}={value!r} is not one of {known}.{suggestion(value, options)}"
         )
+
+
+def check_name(name: str, value: Any) -> str:
+    """Returns ``value``, of which a file or folder is called.
+
+    Raises:
+        ValueError: it holds more than letters, digits and ``_.=+-``, or begins with a
+            dot: as a path it could lead elsewhere.
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"(?!\.)[\w.=+-]+", value):
+        raise ValueError(
+            f"{name}={value!r} names a file; use letters, digits and _.=+- alone, not "
+            f"a dot first."
+        )
+    return value
 
 
 def check_fields(kind: type, names: Iterable[str]) -> None:

@@ -1,5 +1,7 @@
 """Files that are either whole or not there."""
 
+import functools
+import hashlib
 import io
 import logging
 import os
@@ -41,6 +43,46 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
                 f"permissions, then run the same command to go on."
             ) from error
         raise
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file in hex digits; large ones are read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(path: str | os.PathLike[str]) -> str:
+    """What a file holds, or a folder: the names and the content of all files below.
+
+    A file is read once a process while its size and time stay. Names that begin with a
+    dot are left out of a folder.
+
+    Returns:
+        SHA-256 in hex digits; 'absent' where there is nothing of that name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _sha256_of(path.resolve(), *_stamp(path))
+    if not path.is_dir():
+        return "absent"
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("[!.]*")):
+        below = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in below.parts):
+            line = f"{below.as_posix()}\0{content_sha256(file)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@functools.cache
+def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
+    """Digest of a file; size and time stand in the cache key alone."""
+    return sha256(path)
 
 
 def cached_array(

@@ -12,6 +12,7 @@ from tmdjax.data.pipeline import write_array_record as write_array_record
 from tmdjax.data.procedural import MIXTURE as MIXTURE
 from tmdjax.data.sources import SOURCES as SOURCES
 from tmdjax.data.sources import Source as Source
+from tmdjax.data.sources import files_of as files_of
 from tmdjax.data.sources import load as load
 from tmdjax.data.videos import moving_sprites as moving_sprites
 from tmdjax.data.videos.files import video_batches as video_batches

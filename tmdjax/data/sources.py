@@ -14,7 +14,6 @@ So a machine without one, or without root, uses a folder that was filled elsewhe
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import inspect
 import os
@@ -23,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tmdjax.core.files import content_sha256
 from tmdjax.core.registry import Registry, suggestion
 from tmdjax.data import procedural, tfds_sets
 from tmdjax.data.dataset import Dataset
@@ -61,6 +61,8 @@ class Source:
             where the loader finds its files itself.
         present: says whether those files of the loader's own are there; None where
             ``files`` tells.
+        finds: ``(**options) -> paths``: those files of the loader's own, for the same
+            options; None where there is none.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Source:
     roots: Callable[[], Sequence[Path]] = tuple
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     present: Callable[[], bool] | None = None
+    finds: Callable[..., tuple[Path, ...]] | None = None
 
 
 SOURCES: Registry[Source] = Registry("data source")
@@ -105,6 +108,24 @@ def load(name: str, **options: Any) -> Dataset:
     return source.loader(find_files(source), **options)
 
 
+def files_of(name: str, **options: Any) -> tuple[Path, ...]:
+    """The files and folders of a set that anybody may write again, for a stage's hash.
+
+    Args:
+        name: a key of ``SOURCES``.
+        **options: as for :func:`load`.
+
+    Returns:
+        Paths, whether or not they are there; none for a set that is made by code, or
+        of files that must have a fixed checksum.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    finds = SOURCES[name].finds
+    return finds(**options) if finds else ()
+
+
 def find_files(source: Source) -> dict[str, Path]:
     """Finds the source's files and verifies their checksums (once a process).
 
@@ -127,8 +148,7 @@ def find_files(source: Source) -> dict[str, Path]:
                 f"data source {source.name!r}: {what} is not installed"
                 f"{looked if roots else ''}. Run: {how_to_get(source)}"
             )
-        stat = path.stat()
-        actual = _sha256(path, stat.st_size, stat.st_mtime_ns)
+        actual = content_sha256(path)
         if actual != expected:
             raise ValueError(
                 f"data source {source.name!r}: {path} has SHA-256 {actual}, expected "
@@ -147,13 +167,6 @@ def how_to_get(source: Source) -> str:
         f"{source.install} (or, without root: {source.unpack}; then set "
         f"{DATA_VARIABLE}=FOLDER)"
     )
-
-
-@functools.cache
-def _sha256(path: Path, size: int, modified_ns: int) -> str:
-    """Digest of a file; size and time stand in the cache key alone."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def python_package(module: str) -> list[Path]:
@@ -253,6 +266,7 @@ for _source in (
             test_count=2000,
         ),
         present=functools.partial(tfds_sets.is_present, _CELEB_A_HQ),
+        finds=functools.partial(tfds_sets.files_of, builder=_CELEB_A_HQ),
     ),
     Source(
         name="tfds",
@@ -263,6 +277,7 @@ for _source in (
         description="any set on disk that TensorFlow Datasets could read, by builder=",
         loader=tfds_sets.load_tfds,
         present=lambda: bool(python_package("tensorflow_datasets")),
+        finds=tfds_sets.files_of,
     ),
     _built_in(
         "sprites",
@@ -291,10 +306,13 @@ for _source in (
         "one word of 3 to 6 capital letters on a plain ground",
         rendered_text.load_rendered_text,
     ),
-    _built_in(
-        "video_files",
-        "videos of your own: uint8 tensors in a folder, with texts or labels",
-        video_files.load_video_files,
+    dataclasses.replace(
+        _built_in(
+            "video_files",
+            "videos of your own: uint8 tensors in a folder, with texts or labels",
+            video_files.load_video_files,
+        ),
+        finds=video_files.files_of,
     ),
 ):
     SOURCES.register(_source.name)(_source)

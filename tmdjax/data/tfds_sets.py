@@ -67,6 +67,17 @@ def find_prepared(
     return None
 
 
+def files_of(
+    *,
+    builder: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> tuple[Path, ...]:
+    """The folder that :func:`load_tfds` reads with these options, if it is there."""
+    folder = None if builder is None else find_prepared(builder, data_dir)
+    return () if folder is None else (folder,)
+
+
 def is_present(builder: str) -> bool:
     """Says whether the set is prepared where it is looked for, and TFDS installed."""
     package = importlib.util.find_spec("tensorflow_datasets")

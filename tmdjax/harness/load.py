@@ -35,13 +35,11 @@ def load(
         CheckpointError: its files are damaged.
     """
     workdir = pathlib.Path(workdir)
-    found = sorted(p.name for p in (workdir / MODELS).glob("*-seed*"))
+    folders = sorted((workdir / MODELS).glob("*-seed*"))
+    found = [folder.name for folder in folders if train.model_meta(folder) is not None]
     if seed is None:
-        seeds = [
-            int(name.removeprefix(f"{arm}-seed"))
-            for name in found
-            if name.startswith(f"{arm}-seed")
-        ]
+        names = (name.rpartition("-seed") for name in found)
+        seeds = [int(n) for owner, _, n in names if owner == arm and n.isdecimal()]
         seed = min(seeds, default=0)
     folder = model_folder(workdir, arm, seed)
     if folder.name not in found:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tmdjax.core.checks import check_name
 from tmdjax.core.files import write_atomically
 from tmdjax.harness.config import read_json, write_json
 from tmdjax.harness.summaries import SUMMARY_KEYS, Summary
@@ -16,9 +17,11 @@ def write_record(results_dir: str | os.PathLike[str], record: Summary) -> Path:
     """Writes ``<results_dir>/<system>/<tier>.json`` atomically; returns its path.
 
     Raises:
-        ValueError: a key is missing, or a claim has no seed (shards still to merge).
+        ValueError: a key is missing, a claim has no seed (shards still to merge), or
+            system or tier is no name of a file.
     """
     _check_summary(record, "the summary")
+    system, tier = (check_name(key, record[key]) for key in ("system", "tier"))
     for claim in record["claims"]:
         if not claim["ours"]:
             about = (claim["ours_metric"], claim["baseline_metric"])
@@ -27,7 +30,7 @@ def write_record(results_dir: str | os.PathLike[str], record: Summary) -> Path:
                 f"claim {claim['id']!r} has no seed with {' and '.join(metrics)}; run "
                 f"or merge the missing shards before recording."
             )
-    path = Path(results_dir, record["system"], f"{record['tier']}.json")
+    path = Path(results_dir, system, f"{tier}.json")
     write_json(path, record)
     return path
 

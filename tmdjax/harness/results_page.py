@@ -36,12 +36,18 @@ def write_results(results: str | os.PathLike[str]) -> Path:
         results: of records; ``benchmarks/results`` is looked for beside it.
 
     Raises:
-        ValueError: a file that is not a record, a findings file that is not TOML, or a
-            picture that is not there.
+        ValueError: no record in the folder, a file that is not a record, a findings
+            file that is not TOML, or a picture that is not there.
     """
     results = Path(results)
+    records = read_records(results)
+    if not records:
+        raise ValueError(
+            f"there is no record (SYSTEM/TIER.json) in {results}, so RESULTS.md stays "
+            f"as it is; give the folder that --record writes to by --results."
+        )
     text = render(
-        read_records(results),
+        records,
         read_findings(results),
         read_benchmarks(results.parent / "benchmarks" / "results"),
     )

@@ -1,9 +1,10 @@
 """The folder of a run: whose it is, its units, metrics, models, summary and report."""
 
+import contextlib
 import json
 import logging
+import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,45 +29,132 @@ logger = logging.getLogger("tmdjax")
 
 UNITS = "units"
 FIGURES = "figures"
+CONFIG = "config.json"
+_FILES = (
+    "environment.json",
+    "summary.json",
+    "metrics.jsonl",
+    "metrics.csv",
+    "report.html",
+)
+_FOLDERS = (UNITS, FIGURES, MODELS)
 
 
-def claim_workdir(workdir: pathlib.Path, config: Any, tier: str) -> None:
+def claim_workdir(
+    workdir: pathlib.Path, config: Any, tier: str, fresh: bool = False
+) -> None:
     """Writes config.json and environment.json.
 
+    config.json says whose the folder is and lists, under 'files', what the run writes
+    in it.
+
+    Args:
+        workdir: of the run.
+        config: of the run.
+        tier: of the config.
+        fresh: first removes what the run that was there lists as its own, and nothing
+            else that lies in the folder.
+
     Raises:
-        ConfigError: the folder belongs to another config; the settings that differ are
-            named.
+        ConfigError: the folder belongs to another config (the settings that differ are
+            named), or holds files of such names that no run wrote.
     """
-    plain = to_plain(config)
-    path = workdir / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        changed = differences(old["config"], plain)
-        if old["tier"] != tier:
-            changed.insert(0, f"tier: {old['tier']} -> {tier}")
+    check_workdir(workdir, fresh)
+    plain, found = to_plain(config), _read_config(workdir)
+    files = list(_FILES) if found is None or fresh else found["files"]
+    if found is not None and fresh:
+        _discard(workdir, found["files"])
+    elif found is not None:
+        changed = differences(found["config"], plain)
+        if found["tier"] != tier:
+            changed.insert(0, f"tier: {found['tier']} -> {tier}")
         if changed:
             raise ConfigError(
                 f"{workdir} belongs to another config ({'; '.join(changed)}); give "
                 f"another --workdir, or --fresh to discard it."
             )
-    write_json(path, {"tier": tier, "hash": config_hash(plain), "config": plain})
+    owner = {"tier": tier, "hash": config_hash(plain), "config": plain, "files": files}
+    write_json(workdir / CONFIG, owner)
     write_json(workdir / "environment.json", environment.environment())
 
 
-def discard(workdir: pathlib.Path) -> None:
-    """Removes what a run wrote; nothing else that lies in the folder."""
-    for name in (UNITS, FIGURES, MODELS):
-        if (workdir / name).exists():
-            shutil.rmtree(workdir / name)
-    for name in (
-        "config.json",
-        "environment.json",
-        "summary.json",
-        "metrics.jsonl",
-        "metrics.csv",
-        "report.html",
-    ):
-        (workdir / name).unlink(missing_ok=True)
+def check_workdir(workdir: pathlib.Path, fresh: bool = False) -> None:
+    """Refuses a folder whose files a run might write over or remove.
+
+    Args:
+        workdir: that a run is to use; it may be absent.
+        fresh: whether the run there is to be discarded: then all files of a folder
+            must be known to be a run's or not.
+
+    Raises:
+        ConfigError: it holds such files, and no config.json of a run.
+    """
+    if _read_config(workdir) is not None or not workdir.is_dir():
+        return
+    there = sorted({path.name for path in workdir.iterdir()} - {".lock"})
+    foreign = [name for name in there if fresh or name in (*_FILES, *_FOLDERS)]
+    if foreign:
+        raise ConfigError(
+            f"{workdir} holds {', '.join(foreign[:5])} but no {CONFIG} of a run, which "
+            f"lists what it wrote; give another --workdir, or remove the folder "
+            f"yourself."
+        )
+
+
+def _read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What a run's config.json says; None where there is none.
+
+    Raises:
+        ConfigError: it is of another program, or of an earlier version.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tier, config, files = (found[key] for key in ("tier", "config", "files"))
+        parts = [pathlib.PurePath(name).parts for name in files]
+        whole = isinstance(tier, str) and isinstance(config, dict)
+    except (ValueError, KeyError, TypeError):
+        parts, whole = [], False
+    if not whole or not all(map(_is_inside, parts)):
+        raise ConfigError(
+            f"{path} is not of a run of this version: it lacks 'tier', 'config' or "
+            f"'files', the list of what the run wrote. Give another --workdir, or "
+            f"remove {workdir} yourself."
+        )
+    return found
+
+
+def _is_inside(parts: tuple[str, ...]) -> bool:
+    return (
+        bool(parts) and ".." not in parts and not pathlib.PurePath(*parts).is_absolute()
+    )
+
+
+def add_to_list(
+    workdir: pathlib.Path, paths: Sequence[str | os.PathLike[str] | None]
+) -> None:
+    """Lists files of a claimed folder as the run's; None and others' are left out."""
+    config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    root, given = workdir.absolute(), [p for p in paths if p is not None]
+    inside = [p for p in map(pathlib.Path.absolute, map(pathlib.Path, given))]
+    names = [p.relative_to(root).as_posix() for p in inside if root in p.parents]
+    files = list(dict.fromkeys([*config["files"], *names]))
+    if files != config["files"]:
+        write_json(workdir / CONFIG, config | {"files": files})
+
+
+def _discard(workdir: pathlib.Path, files: Sequence[str]) -> None:
+    for name in files:
+        path = workdir / name
+        if path.is_dir():
+            train.Checkpoints(path).discard()
+        else:
+            path.unlink(missing_ok=True)
+    for name in _FOLDERS:
+        with contextlib.suppress(OSError):  # absent, or not empty
+            (workdir / name).rmdir()
 
 
 def write_unit(
@@ -84,6 +172,7 @@ def write_unit(
         logs: what each stage that trains logged.
     """
     path = workdir / UNITS / f"{unit['arm']}-seed{unit['seed']}.json"
+    add_to_list(workdir, [path])
     write_json(path, {"unit": unit, "logs": logs, "stages": stages})
 
 
@@ -142,6 +231,7 @@ def save_model(
             spec, facts = dict(result.model), {**facts, **result.meta}
             folder = model_folder(workdir, facts["arm"], facts["seed"])
             if train.model_meta(folder) != facts | {"spec": spec}:
+                add_to_list(workdir, [folder])
                 train.save_model(folder, spec, result.outputs["params"], facts)
             return
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_name
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import (
     environment,
@@ -107,6 +107,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
     """
     workdir, cache_root = _places(config, options)
     units = _units(experiment, config, options)
+    run_folder.check_workdir(workdir, options.fresh)
     if options.record and (options.stage is not None or options.shard[1] > 1):
         raise ConfigError(
             "--record takes a whole run; leave --stage out, and join shards with "
@@ -122,8 +123,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
                 stages = experiment.stages(config, arm)
                 for name, hash_ in stage_hashes(stages, seed).items():
                     cache.discard(name, hash_)
-            run_folder.discard(workdir)
-        run_folder.claim_workdir(workdir, config, options.tier)
+        run_folder.claim_workdir(workdir, config, options.tier, options.fresh)
         shown: Report | None = None
         reported: set[str] = set()
         paused = False
@@ -140,6 +140,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
                 reported.add(arm)
                 figures = workdir / run_folder.FIGURES
                 more = experiment.report(config, results, figures)
+                run_folder.add_to_list(workdir, [path for _, path in more.figures])
                 shown = more if shown is None else shown + more
         code = stopper.code if paused else 0
         finished = not paused and not stopper.should_stop()
@@ -225,7 +226,7 @@ def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
 
 def _places(config: Any, options: Options) -> tuple[pathlib.Path, pathlib.Path]:
     """The workdir and the folder of cached stages."""
-    name = f"{config.system}-{options.tier}"
+    name = f"{check_name('system', config.system)}-{options.tier}"
     workdir = options.workdir or pathlib.Path("runs") / name
     return workdir, options.cache or workdir.parent / "stages"
 
@@ -238,7 +239,7 @@ def _units(
         raise ConfigError(
             f"--shard={index}/{count}: the index must be in [0, {count})."
         )
-    arms = tuple(experiment.arms(config))
+    arms = tuple(check_name("arm", arm) for arm in experiment.arms(config))
     alone = tuple(config.get("one_seed_arms", ()))
     for arm in alone:
         check_choice("one_seed_arms", arm, arms)

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 
 from tmdjax import train
+from tmdjax.core.checks import check_name
+from tmdjax.core.files import content_sha256
 from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
 from tmdjax.harness.logs import MetricsLog, Progress, read_rows
@@ -231,6 +233,12 @@ class Stage:
         parents: names of the stages whose results it reads.
         version: raise it when the code changes what comes out.
         seeded: False for a stage that is the same for every seed.
+        files: files, and folders with all they hold, that the result depends on, such
+            as a data set that somebody may write again under the same name. Their
+            content is part of the stage's hash.
+
+    Raises:
+        ValueError: a name that cannot be that of a folder.
     """
 
     name: str
@@ -239,6 +247,10 @@ class Stage:
     parents: tuple[str, ...] = ()
     version: int = 1
     seeded: bool = True
+    files: tuple[pathlib.Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_name("stage name", self.name)
 
 
 def select(stages: Sequence[Stage], last: str | None = None) -> list[Stage]:
@@ -272,18 +284,19 @@ def select(stages: Sequence[Stage], last: str | None = None) -> list[Stage]:
 
 
 def stage_hashes(stages: Sequence[Stage], seed: int) -> dict[str, str]:
-    """The hash of each stage under one seed."""
+    """The hash of each stage under one seed; files that it names are read for it."""
     hashes: dict[str, str] = {}
     for stage in stages:
-        hashes[stage.name] = config_hash(
-            {
-                "name": stage.name,
-                "version": stage.version,
-                "config": dict(stage.config),
-                "seed": seed if stage.seeded else None,
-                "parents": {name: hashes[name] for name in stage.parents},
-            }
-        )
+        described = {
+            "name": stage.name,
+            "version": stage.version,
+            "config": dict(stage.config),
+            "seed": seed if stage.seeded else None,
+            "parents": {name: hashes[name] for name in stage.parents},
+        }
+        if stage.files:
+            described["files"] = [content_sha256(path) for path in stage.files]
+        hashes[stage.name] = config_hash(described)
     return hashes
 
 
@@ -409,8 +422,7 @@ class StageCache:
             return
         with locked(folder, lambda: not self._should_stop()):
             for part in (_RESULT, _CHECKPOINTS):
-                if (folder / part).exists():
-                    shutil.rmtree(folder / part)
+                train.Checkpoints(folder / part).discard()
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)

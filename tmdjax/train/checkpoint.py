@@ -3,9 +3,13 @@
 Orbax writes the arrays into a folder beside; a manifest with the SHA-256 of every
 file, and of itself, is written last; then the folder takes its name. What a killed
 save left behind is finished or removed by the next one. A checkpoint whose bytes do
-not match is set aside, and the one before it is used.
+not match is passed over, and the one before it is used.
+
+Reading writes nothing: it may go on beside a run that saves, as often as one likes,
+and on a folder that cannot be written. Folders of other names are passed over.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,13 +24,15 @@ from flax import serialization
 
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import sha256, write_atomically
 from tmdjax.core.types import PyTree
 
 logger = logging.getLogger("tmdjax")
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
+_KINDS = ("damaged_step", "old", "step", "new")
+_Identity = tuple[int, int]
 
 
 class CheckpointError(RuntimeError):
@@ -58,25 +64,56 @@ class Checkpoints:
         if best is not None:
             check_choice("best", best, ("min", "max"))
         self.best = best
+        self._damaged: dict[pathlib.Path, tuple[_Identity, str]] = {}
 
     def _folder(self, step: int, kind: str = "step") -> pathlib.Path:
         return self.directory / f"{kind}_{step:010d}"
 
     def steps(self) -> list[int]:
         """Steps of the finished saves, ascending."""
-        manifests = self.directory.glob(f"step_*/{_MANIFEST}")
-        return sorted(int(m.parent.name.removeprefix("step_")) for m in manifests)
+        return sorted({step for step, _ in self._whole()})
+
+    def _folders(self) -> list[tuple[int, str, pathlib.Path]]:
+        """(step, kind, folder) of all that :meth:`_folder` names; kinds sort by age."""
+        try:
+            names = os.listdir(self.directory)  # at one moment, beside a writer
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found = []
+        for name in names:
+            kind, _, digits = name.rpartition("_")
+            if kind in _KINDS and digits.isdecimal():
+                folder = self._folder(int(digits), kind)
+                if folder.name == name:
+                    found.append((int(digits), kind, folder))
+        return sorted(found, key=lambda f: (f[0], _KINDS.index(f[1])))
+
+    def _whole(self) -> list[tuple[int, pathlib.Path]]:
+        """(step, folder) of the finished saves, newest first.
+
+        A save that is about to take its name is one, and one that has just lost it.
+        """
+        while True:
+            folders = self._folders()
+            found = [
+                (step, folder)
+                for step, kind, folder in reversed(folders)
+                if _identity(folder) is not None
+                and (kind != "new" or _read_manifest(folder) is not None)
+                and kind != "damaged_step"
+            ]
+            if folders == self._folders():  # else a writer renamed some meanwhile
+                return found
 
     def best_step(self) -> int | None:
         """The step with the best finite score; None if no save had one."""
         if self.best is None:
             return None
-        bodies = {step: _read_manifest(self._folder(step)) for step in self.steps()}
-        scores = {
-            step: body["score"]
-            for step, body in bodies.items()
-            if body is not None and body["score"] is not None
-        }
+        scores = {}
+        for step, folder in reversed(self._whole()):
+            body = _read_manifest(folder)
+            if body is not None and body["score"] is not None:
+                scores[step] = body["score"]
         choose = min if self.best == "min" else max
         return choose(scores, key=lambda s: (scores[s], s)) if scores else None
 
@@ -122,8 +159,14 @@ class Checkpoints:
         keep = {*self.steps()[-self.keep_last :], self.best_step()}
         for old in self.steps():
             if old not in keep:
-                (self._folder(old) / _MANIFEST).unlink()
-                shutil.rmtree(self._folder(old))
+                _remove(self._folder(old))
+
+    def discard(self) -> None:
+        """Removes all checkpoints, and the directory if it holds nothing else."""
+        for _, _, folder in self._folders():
+            _remove(folder)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
     def _swap(self, step: int) -> None:
         """Gives a whole new folder its name; an old one of that name goes after."""
@@ -131,24 +174,33 @@ class Checkpoints:
         if self._folder(step).exists():
             self._folder(step).rename(old)
         self._folder(step, "new").rename(self._folder(step))
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            _remove(old)
 
     def _recover(self) -> None:
-        """Finishes or removes what a killed save left behind."""
-        for folder in self.directory.glob("new_*"):
-            step = int(folder.name.removeprefix("new_"))
-            if _read_manifest(folder) is not None:
+        """Finishes or removes what a killed save left; sets aside what is damaged."""
+        for folder in self._damaged:
+            if self._known_damage(folder):
+                aside = folder.with_name(f"damaged_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        self._damaged.clear()
+        for step, kind, folder in self._folders():
+            if kind == "new" and _read_manifest(folder) is not None:
                 self._swap(step)
-        for folder in self.directory.glob("old_*"):
-            step = int(folder.name.removeprefix("old_"))
-            if not self._folder(step).exists():
+        for step, kind, folder in self._folders():
+            if kind == "old" and not self._folder(step).exists():
                 folder.rename(self._folder(step))
-        for pattern in ("new_*", "old_*"):
-            for folder in self.directory.glob(pattern):
-                shutil.rmtree(folder)
+        for _, kind, folder in self._folders():
+            if kind in ("new", "old"):
+                _remove(folder)
 
     def restore(self, like: PyTree | None = None, step: int | None = None) -> Any:
-        """Reads the newest whole checkpoint (or a given one).
+        """Reads the newest whole checkpoint (or a given one); writes nothing.
+
+        A damaged checkpoint stays where it is, until the next save by this object sets
+        it aside as ``damaged_step_...``. What a run replaces or drops while it is read
+        is looked for again.
 
         Args:
             like: a tree of arrays or shape structs that says structure, dtype and
@@ -163,47 +215,64 @@ class Checkpoints:
             CheckpointError: the given step is absent or damaged, or the tree has
                 another structure.
         """
-        if self.directory.exists():
-            self._recover()
-        if step is not None and step not in self.steps():
-            raise CheckpointError(
-                f"no checkpoint of step {step} in {self.directory}; there are: "
-                f"{_listed(self.steps())}."
-            )
-        for candidate in reversed(self.steps()) if step is None else [step]:
-            damage = _damage(self._folder(candidate))
-            if damage is None:
-                return self._read(candidate, like)
-            if step is not None:
+        while True:
+            there = [(n, f) for n, f in self._whole() if step in (None, n)]
+            whole = [(n, f) for n, f in there if not self._known_damage(f)]
+            if step is not None and not there:
                 raise CheckpointError(
-                    f"step {step} in {self.directory} is damaged: {damage}."
+                    f"no checkpoint of step {step} in {self.directory}; there are: "
+                    f"{_listed(self.steps())}."
                 )
-            aside = self._folder(candidate, "damaged_step")
-            shutil.rmtree(aside, ignore_errors=True)
-            self._folder(candidate).rename(aside)
-            earlier = self.steps()
-            logger.warning(
-                "step %d in %s is damaged (%s) and set aside as %s; %s",
-                candidate,
-                self.directory,
-                damage,
-                aside.name,
-                f"the one before it, step {earlier[-1]}, is used"
-                if earlier
-                else "there is none before it, so this part starts anew",
-            )
-        return None
+            if not whole:
+                if step is None:
+                    return None
+                raise CheckpointError(
+                    f"step {step} in {self.directory} is damaged: "
+                    f"{self._known_damage(there[0][1])}."
+                )
+            number, folder = whole[0]
+            before = _identity(folder)
+            if before is None:
+                continue
+            try:
+                damage = _damage(folder)
+                restored = None if damage else self._read(number, folder, like)
+            except Exception:
+                if _identity(folder) == before:
+                    raise
+                continue
+            if _identity(folder) != before:  # a writer removed files under our eyes
+                continue
+            if restored is not None:
+                return restored
+            assert damage is not None
+            self._damaged[folder] = before, damage
+            if step is None:
+                logger.warning(
+                    "step %d in %s is damaged (%s) and passed over; %s",
+                    number,
+                    self.directory,
+                    damage,
+                    f"the one before it, step {whole[1][0]}, is used"
+                    if whole[1:]
+                    else "there is none before it, so this part starts anew",
+                )
+
+    def _known_damage(self, folder: pathlib.Path) -> str | None:
+        """What was found wrong with a folder, if it is still that save."""
+        found, damage = self._damaged.get(folder, (None, None))
+        return damage if found == _identity(folder) else None
 
     def peek(self) -> dict[str, Any] | None:
         """The `extra` of the newest checkpoint whose manifest is whole, or None."""
-        bodies = (_read_manifest(self._folder(step)) for step in reversed(self.steps()))
+        bodies = (_read_manifest(folder) for _, folder in self._whole())
         return next((body["extra"] for body in bodies if body is not None), None)
 
-    def _read(self, step: int, like: PyTree | None) -> Restored:
+    def _read(self, step: int, folder: pathlib.Path, like: PyTree | None) -> Restored:
         import orbax.checkpoint as ocp
 
-        path = self._folder(step) / _ARRAYS
-        body = _read_manifest(self._folder(step))
+        path = folder / _ARRAYS
+        body = _read_manifest(folder)
         assert body is not None  # just verified
         if not path.exists():
             return Restored(step, {} if like is None else like, body["extra"])
@@ -269,6 +338,21 @@ def _write(folder: pathlib.Path, body: dict[str, Any], tree: PyTree) -> None:
     write_atomically(folder / _MANIFEST, text.encode())
 
 
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder; the manifest first, so that none is ever whole by half."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _identity(folder: pathlib.Path) -> _Identity | None:
+    """Of a folder's manifest: another save of the same step has another."""
+    try:
+        found = (folder / _MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     """The manifest's body; None if it is absent or not as it was written."""
     try:
@@ -294,15 +378,10 @@ def _damage(folder: pathlib.Path) -> str | None:
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): _sha256(path)
+        str(path.relative_to(folder)): sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_sha256(body: Any) -> str:

@@ -72,6 +72,14 @@ def open_videos(
     return _conditions(folder, arrays, prompts), prompts
 
 
+def files_of(
+    *, folder: str | os.PathLike[str] | None = None, **options: Any
+) -> tuple[Path, ...]:
+    """The files that :func:`load_video_files` reads with these options."""
+    names = ("video.npy", "text.npy", "label.npy", "prompts.json")
+    return () if folder is None else tuple(Path(folder, name) for name in names)
+
+
 def _open(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -8,6 +8,7 @@ diffusers 'diffusion_pytorch_model'. Everything is on the host, in numpy.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from tmdjax.core.checks import check_count
+from tmdjax.core.checks import check_count, check_name
 from tmdjax.core.files import write_atomically
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
@@ -154,6 +155,7 @@ def read_weights(folder: Folder, stem: str) -> dict[str, np.ndarray]:
     weight_map = read_json(folder / index)["weight_map"]
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(weight_map.values())):
+        check_name(f"a file of {folder / index}", file)
         names = [name for name, where in weight_map.items() if where == file]
         if not (folder / file).exists():
             raise FileNotFoundError(
@@ -177,7 +179,8 @@ def write_weights(
     """Writes tensors as one file, or as shards and their index.
 
     Args:
-        folder: made if absent. Weights of that stem in it go.
+        folder: made if absent. Weights of that stem in it go, once the new ones are
+            whole.
         stem: of the files.
         tensors: arrays by name.
         max_shard_bytes: what does not fit a file of this size is cut into several (a
@@ -196,10 +199,10 @@ def write_weights(
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    for old in (*folder.glob(f"{stem}*.safetensors"), folder / _index(stem)):
-        old.unlink(missing_ok=True)
     if len(shards) == 1:
         write_safetensors(folder / f"{stem}.safetensors", tensors)
+        (folder / _index(stem)).unlink(missing_ok=True)
+        _remove_shards(folder, stem, ())
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -209,6 +212,16 @@ def write_weights(
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / _index(stem), index)
+    (folder / f"{stem}.safetensors").unlink(missing_ok=True)
+    _remove_shards(folder, stem, weight_map.values())
+
+
+def _remove_shards(folder: Path, stem: str, but: Iterable[str]) -> None:
+    """Removes the shards of an earlier save; files of other names stay."""
+    shard = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
+    for path in folder.glob("*.safetensors"):
+        if shard.fullmatch(path.name) and path.name not in but:
+            path.unlink()
 
 
 def _index(stem: str) -> str:
