@@ -102,7 +102,6 @@ def align(config: Config, context: StageContext) -> StageResult:
         "reward_first": first,
         "reward_last": last,
         "reward_gain": last - first,
-        "seconds_per_iteration": seconds_per_step(rows),
         "first_ratio_error": float(rows[0]["ratio_error"]),
         "network_calls_per_sample": iterations.calls_per_sample(config, method),
         "skipped_updates": float(state.skipped),
@@ -113,6 +112,7 @@ def align(config: Config, context: StageContext) -> StageResult:
         {"params": whole(state.eval_params), "curve": curve},
         metrics,
         model=tasks.model_spec(config),
+        timings={"seconds_per_iteration": seconds_per_step(rows)},
     )
 
 
@@ -149,7 +149,8 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
         return flows.rollout(None, velocity, noise, table, cond, store=False)
 
     curve = context.inputs["align"].outputs["curve"]
-    metrics = {"reward_at_time": reward_at(curve, settings.judge_seconds)}
+    timings = {"reward_at_time": reward_at(curve, settings.judge_seconds)}
+    metrics: dict[str, float] = {}
     shown = {}
     for name, prompts in (("train", task.prompts), ("held_out", task.held_out)):
         rows = np.arange(settings.count) % len(next(iter(prompts.values())))
@@ -166,7 +167,7 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
             metrics[f"gain.{name}.{what}"] = (
                 metrics[f"aligned.{name}.{what}"] - metrics[f"base.{name}.{what}"]
             )
-    return StageResult({"shown": shown}, metrics)
+    return StageResult({"shown": shown}, metrics, timings=timings)
 
 
 def measures(config: Config, arm: str) -> set[str]:

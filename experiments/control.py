@@ -114,7 +114,6 @@ def train_seeds(config: Config, context: StageContext) -> StageResult:
             "reward": reward,
         },
         {
-            "seconds_per_iteration": seconds_per_step(rows) / (per_call * len(seeds)),
             "first_ratio_error": max(row["first_ratio_error"] for row in rows),
             "reward_first": float(reward[0].mean()),
             "reward_last": ends(reward, parts=10)[1],
@@ -125,6 +124,9 @@ def train_seeds(config: Config, context: StageContext) -> StageResult:
                 for name in RATIO
                 if name in rows[0]
             },
+        },
+        timings={
+            "seconds_per_iteration": seconds_per_step(rows) / (per_call * len(seeds))
         },
     )
 

@@ -22,12 +22,13 @@ from collections.abc import Sequence
 from experiments.run import find_experiment
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import load_config
+from tmdjax.harness.claims import Claim, stated
 from tmdjax.harness.compare import comparison_rows, read_run
-from tmdjax.harness.config import read_json
+from tmdjax.harness.config import read_json, to_plain
 from tmdjax.harness.records import copy_figures, read_records, write_record
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.results_page import markdown_table, write_results
-from tmdjax.harness.summaries import merge
+from tmdjax.harness.summaries import merge, numbers
 
 _MARKED = re.compile(r"<!-- (table|claims): (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
 
@@ -47,7 +48,7 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
             path = f"configs/{system}.py:{tier}"
             config = load_config(path)
             experiment = find_experiment(config, path)
-            rows = experiment.summary_rows(config, record["metrics"])
+            rows = experiment.summary_rows(config, numbers(record))
         lines = [
             f"<!-- {kind}: {system}:{tier} -->",
             *markdown_table(rows),
@@ -59,6 +60,28 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
         return "\n".join(lines)
 
     return _MARKED.sub(table, text)
+
+
+def check_claims(results: pathlib.Path) -> None:
+    """Refuses records whose claims are not those of their configs.
+
+    Raises:
+        ValueError: a statement, metric, direction or threshold that differs.
+    """
+    for record in read_records(results):
+        path = f"configs/{record['system']}.py:{record['tier']}"
+        if not pathlib.Path(path.partition(":")[0]).exists():
+            continue  # a paper from another folder
+        claims = to_plain(load_config(path).get("claims", {}))
+        for recorded in stated(record["claims"]):
+            now = claims.get(recorded.id)
+            if now is None or Claim(id=recorded.id, **now) != recorded:
+                raise ValueError(
+                    f"claim {recorded.id!r} of {results}/{record['system']}/"
+                    f"{record['tier']}.json is {recorded}, in {path} it is {now}. No "
+                    f"claim changes after its result is seen: restore the one that was "
+                    f"changed, or record the run again."
+                )
 
 
 def pages(root: pathlib.Path) -> list[pathlib.Path]:
@@ -103,6 +126,7 @@ def main(arguments: Sequence[str]) -> int:
             copy_figures(given.merge, record)
             print(f"recorded {record}")
     if given.render or given.record:
+        check_claims(given.results)
         write_results(given.results)
         for page in pages(given.results.parent):
             if page.exists():

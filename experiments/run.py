@@ -26,8 +26,9 @@ from tmdjax.harness import (
     load_config,
     run,
 )
-from tmdjax.harness.config import load_module, read_json
+from tmdjax.harness.config import load_module
 from tmdjax.harness.find import find_module
+from tmdjax.harness.records import read_records
 from tmdjax.harness.report import text_table
 from tmdjax.harness.results_page import verdict_counts
 from tmdjax.harness.writers import WRITERS
@@ -207,13 +208,12 @@ def command(flags: argparse.Namespace, overrides: Sequence[str]) -> str:
 def listing() -> list[dict[str, Any]]:
     """A row a tier: system, cost and the verdicts of its last record."""
     rows = []
+    records = {(r["system"], r["tier"]): r for r in read_records("results")}
     for path in sorted(pathlib.Path("configs").glob("*.py")):
         module = load_module(path)
         for tier in module.TIERS:
-            record = pathlib.Path("results", path.stem, f"{tier}.json")
-            verdicts = "-"
-            if record.exists():
-                verdicts = verdict_counts(read_json(record)["claims"])
+            record = records.get((path.stem, tier))
+            verdicts = "-" if record is None else verdict_counts(record["claims"])
             rows.append(
                 {
                     "config": f"{path.as_posix()}:{tier}",

@@ -25,6 +25,7 @@ from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, check_run, dry_run, load_config
 from tmdjax.harness.compare import comparison_rows, read_run
+from tmdjax.harness.config import to_plain
 from tmdjax.harness.experiment import measured
 from tmdjax.harness.report import text_table
 
@@ -35,7 +36,9 @@ def grid(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     """All combinations of 'a.b=value', from '--sweep.a.b=v,w' arguments.
 
     Raises:
-        ConfigError: no values, a value twice, or a setting twice.
+        ConfigError: no values, a value twice, or a setting twice. Values that are
+        written in two ways, such as 1e-3 and 0.001, are found when the configs are
+        read.
     """
     axes: dict[str, list[str]] = {}
     for argument in arguments:
@@ -122,6 +125,10 @@ def _check(
     experiment = run.find_experiment(configs[0], given.config)
     tier = given.config.partition(":")[2]
     root = given.workdir or pathlib.Path("runs") / f"{configs[0].system}-{tier}-sweep"
+    for one, other in itertools.combinations(range(len(points)), 2):
+        if to_plain(configs[one]) == to_plain(configs[other]):
+            what = f"{' '.join(points[one])} and {' '.join(points[other])}"
+            raise ConfigError(f"{what} are one config; give values that differ.")
     for config in configs:
         check_run(experiment, config, run.options_of(given, overrides))
         known = measured(experiment, config)

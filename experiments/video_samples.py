@@ -108,12 +108,13 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
     noise, keys = tasks.noise_of(config, context.key)
     asked = jnp.asarray(tasks.prompts(config))
     found: dict[str, float] = {}
+    timings: dict[str, float] = {}
     shown: dict[str, Any] = {}
     for name, (draw, nfe) in samplers(config, params).items():
         videos = jax.block_until_ready(draw(noise, asked, keys))
         began = time.perf_counter()
         jax.block_until_ready(draw(noise, asked, keys))
-        found[f"{name}seconds"] = time.perf_counter() - began
+        timings[f"{name}seconds"] = time.perf_counter() - began
         found[f"{name}nfe"] = nfe
         videos = np.asarray(videos)
         measured = measuring.measure(config, videos, np.asarray(asked))
@@ -126,7 +127,7 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
         shown[_kept(REAL)] = real[:SHOWN]
     found |= cost(config, params)
     outputs = {"shown": shown, "asked": np.asarray(asked)[:SHOWN]}
-    return StageResult(outputs, found, meta={"arm": arm})
+    return StageResult(outputs, found, meta={"arm": arm}, timings=timings)
 
 
 def cost(config: Config, params: Any) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """README and documentation: Python runs, names exist, code fits, tables are rendered."""
 
 import ast
+import json
 import pathlib
 import re
 import sys
@@ -14,6 +15,8 @@ COLUMN = 76  # characters of code that the site's text column holds
 
 sys.path.insert(0, str(ROOT / "docs"))
 import names  # noqa: E402
+
+from tmdjax.harness.summaries import merge  # noqa: E402
 
 
 def executed(page):
@@ -135,3 +138,22 @@ def test_results_page_is_rendered(tmp_path):
     for record in records:  # each says what was found, in words
         found = findings[record["system"]][record["tier"]]
         assert found["finding"].endswith(".") and found["picture"]
+
+
+def test_no_claim_was_changed_after_its_result(tmp_path, refused):
+    from experiments import report
+
+    report.check_claims(ROOT / "results")
+    record = json.loads((ROOT / "results/tmd/cpu.json").read_text())
+    for claim in record["claims"]:  # consistently, so that its verdict is right
+        if claim["id"] == "C2w":
+            claim["threshold"] = 1.2
+    record["claims"] = merge([record])["claims"]
+    (tmp_path / "tmd").mkdir()
+    (tmp_path / "tmd" / "cpu.json").write_text(json.dumps(record))
+    assert "reproduced" in [c["verdict"] for c in record["claims"] if c["id"] == "C2w"]
+    refused(
+        "claim 'C2w' of .*threshold=1.2.*'threshold': 1.05",
+        report.check_claims,
+        tmp_path,
+    )

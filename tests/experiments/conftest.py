@@ -4,6 +4,7 @@ import pathlib
 import pytest
 
 from experiments import run
+from tmdjax.harness.summaries import numbers
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +28,13 @@ def smoke_of(tmp_path_factory):
 
 @pytest.fixture
 def ran(tmp_path):
-    """``ran(experiment, config)``: the metrics of a run in ``tmp_path / "run"``."""
+    """``ran(experiment, config)``: metrics and timings of a run in ``tmp_path / "run"``."""
 
     def metrics(experiment, config, **options):
         given = {"command": "test", "tier": "smoke", "workdir": tmp_path / "run"}
         options = run.Options(**given, **options)
         outcome = run.run(run.check_experiment(experiment), config, options)
         assert outcome.code == 0
-        return outcome.summary and outcome.summary["metrics"]
+        return outcome.summary and numbers(outcome.summary)
 
     return metrics

@@ -112,6 +112,15 @@ def test_a_seed_that_diverged_is_shown_and_not_averaged_away(tmp_path):
     assert np.isnan(row["mean"]) and row["p"] is None and row["difference"] is None
 
 
+def test_what_is_given_twice_is_no_second_test(tmp_path, refused):
+    """Holm's adjustment counts the rows of a table: none may stand there twice."""
+    runs = [run_of(tmp_path / name, main=seeds_of(x)) for name, x in zip("ab", (A, B))]
+    assert comparison_rows(runs, ["loss", "loss"]) == comparison_rows(runs, ["loss"])
+    refused("b is given twice", comparison_rows, [*runs, runs[1]])
+    again = read_run(f"{tmp_path}/a/../b")
+    refused(r"/\.\./b is given twice", comparison_rows, [*runs, again])
+
+
 def test_bad_comparisons(tmp_path, refused):
     first = run_of(tmp_path / "a", main=seeds_of(A))
     second = run_of(tmp_path / "b", main={7: {"loss": 1.0}})
@@ -205,6 +214,10 @@ def test_bad_sweeps_run_nothing(executed, refused):
     for arguments, words in (
         ([], "give --sweep.a.b=v,w"),
         ([steps], "is not like --sweep.a.b=v,w"),
+        ([f"{steps}3,03"], "train.steps=3 and train.steps=03 are one config"),
+        (["--sweep.optimizer.learning_rate=1e-3,2e-3,0.001"], "are one config; give"),
+        (["--sweep.arms.main.train.drop_rate=0,0.0"], "no setting"),
+        (["--sweep.sample.euler_nfe=(2,4);(2,04)"], "are one config"),
         ([f"{steps}3,3"], "is not like --sweep.a.b=v,w"),
         (["--sweep.a=1,2", "--sweep.a=3,4"], "--sweep.a stands twice"),
         (["--record", f"{steps}3,4"], "--record does not go with"),

@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import claim, refuses, unit
 
-from tmdjax.harness.records import read_records, write_record
-from tmdjax.harness.summaries import SUMMARY_KEYS, merge, summary, with_seeds
+from tmdjax.harness.records import LATER, read_records, write_record
+from tmdjax.harness.summaries import (
+    SUMMARY_KEYS,
+    merge,
+    numbers,
+    summary,
+    with_seeds,
+)
 
 EXACT = {"statistic": "exact", "direction": "equal"}
 REPORT = {"statistic": "report", "direction": None, "threshold": None}
@@ -207,7 +213,7 @@ def test_records_come_by_system_then_tier(tmp_path):
 def test_a_missing_key_is_refused_in_both_directions(tmp_path):
     path = tmp_path / "boss" / "gpu.json"
     path.parent.mkdir()
-    for key in SUMMARY_KEYS:
+    for key in {*SUMMARY_KEYS} - {*LATER}:
         whole = summarise()
         del whole[key]
         words = f"the summary lacks {key}; a record needs"
@@ -231,6 +237,63 @@ def test_a_name_that_is_a_path_is_not_recorded(tmp_path, key, name):
     words = f"{key}={name!r} names a file"
     refuses(words, write_record, folder, summarise() | {key: name})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_record_is_judged_again_when_it_is_read(tmp_path):
+    """Whatever the units do not give is found, and the first of it is named."""
+    path = write_record(tmp_path, summarise())
+    whole = path.read_text()
+
+    def edited(words, change):
+        record = json.loads(whole)
+        change(record)
+        path.write_text(json.dumps(record))
+        refuses(
+            f"{path} does not say what its units give: {words}", read_records, tmp_path
+        )
+
+    def of_claim(key, value):
+        return lambda record: record["claims"][0].update({key: value})
+
+    says = 'claims.B1.verdict: "reproduced" -> "exact"'
+    edited(says, of_claim("verdict", "exact"))
+    edited(
+        'claims.B1.verdict: "reproduced" -> "simulated"',
+        of_claim("verdict", "simulated"),
+    )
+    edited("claims.B1.value: ", of_claim("value", 1.001))
+    edited("claims.B1.ci95: ", of_claim("ci95", [0.5, 0.6]))
+    edited('claims.B1.verdict: "not reproduced" -> ', of_claim("threshold", 2.0))
+    edited(
+        "metrics.boss/score: ",
+        lambda record: record["metrics"].update({"boss/score": 3}),
+    )
+    edited("seeds: ", lambda record: record["seeds"].append(5))
+    edited("wall_s: ", lambda record: record.update(wall_s=1.0))
+    path.write_text(json.dumps(json.loads(whole) | {"units": [{}]}))
+    refuses(f"{path} is damaged", read_records, tmp_path)
+    record = json.loads(whole)
+    record["claims"][0]["value"] *= 1 + 1e-14  # the rounding of another machine
+    path.write_text(json.dumps(record))
+    assert read_records(tmp_path)
+
+
+def test_timings_stand_apart_from_metrics_and_old_records_have_none(tmp_path):
+    fast, slow = (
+        unit("boss", 0, {"score": 1.0}, timings={"seconds": s}) for s in (2.0, 3.0)
+    )
+    claims = [claim(**REPORT, ours="boss/seconds", baseline=None)]
+    found = summarise([fast], claims)
+    assert found["metrics"] == {"boss/score": 1.0}
+    assert found["timings"] == {"boss/seconds": 2.0}
+    assert found["claims"][0]["value"] == 2.0
+    assert merge([found, summarise([slow], claims)]) == found  # run twice: no conflict
+    assert numbers(found) == {"boss/score": 1.0, "boss/seconds": 2.0}
+    path = write_record(tmp_path, summarise())
+    old = json.loads(path.read_text())
+    del old["timings"]
+    path.write_text(json.dumps(old))
+    assert numbers(read_records(tmp_path)[0]) == old["metrics"]
 
 
 def test_records_made_by_hand_are_refused(tmp_path):

@@ -177,6 +177,26 @@ def test_tensorboard_receives_rows_and_purges_what_is_truncated(tmp_path, packag
     ]
 
 
+def test_a_writer_that_comes_late_gets_all_rows(tmp_path, package):
+    """And one that had them does not get them twice."""
+    calls = package("tensorboardX", "SummaryWriter")
+    path = written(tmp_path / "metrics.jsonl")
+    with MetricsLog(
+        path, writers=open_writers(["tensorboard"], tmp_path, "run", {})
+    ) as log:
+        log.truncate(2)
+        log.append(3, {"loss": 0.25})
+    (tmp_path / "events.out.tfevents.1.host").write_text(
+        ""
+    )  # what the package would leave
+    with MetricsLog(path, writers=open_writers(["tensorboard"], tmp_path, "run", {})):
+        pass
+    given = [call[1:] for call in calls if call[0] == "add_scalar"]
+    assert given[:2] == [("loss", 0.1, 1), ("time/step", 2.0, 1)]
+    assert [row[2] for row in given] == [1, 1, 2, 2, 5, 5, 3]
+    assert ("open", {"logdir": str(tmp_path), "purge_step": 3}) in calls
+
+
 def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, package, monkeypatch):
     calls = package("wandb", "init")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)

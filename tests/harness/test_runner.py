@@ -19,8 +19,10 @@ from ml_collections import ConfigDict
 from tmdjax import harness, train
 from tmdjax.harness import environment, run_folder, summaries
 from tmdjax.harness import stages as stages_module
+from tmdjax.harness import writers as writers_module
 from tmdjax.harness.environment import InUse, locked
 from tmdjax.harness.logs import TIME_PREFIX, read_rows
+from tmdjax.harness.writers import has_rows
 
 RULE = optax.sgd(0.1)
 
@@ -218,6 +220,71 @@ def test_changed_config_is_refused_with_the_difference(tmp_path, refused):
     refused(words, run, tmp_path, config=other)
     refused("tier: smoke -> cpu", run, tmp_path, tier="cpu")
     assert run(tmp_path, config=other, fresh=True).code == 0
+
+
+def test_a_cached_stage_gives_its_log_to_a_writer_that_lacks_it(
+    tmp_path, monkeypatch, capsys
+):
+    """Once, and not to one that has it; a stage of an earlier, longer run too."""
+    given = []
+
+    class Writer:
+        def __init__(self, folder, name, settings):
+            self.folder, self.new = folder, not has_rows("wandb", folder)
+            (folder / "wandb_id").write_text("1")
+
+        def write(self, step, values):
+            given.append((self.folder.name, step, values["loss"]))
+
+        def rewind(self, step):
+            given[:] = [row for row in given if row[1] <= step]
+
+        def close(self, failed=False):
+            pass
+
+    monkeypatch.setattr(writers_module, "WandB", Writer)
+    run(tmp_path)
+    run(tmp_path, writers=("wandb",))
+    folder = next((tmp_path / "stages").glob("fit-*"))
+    rows = [
+        (folder.name, row["step"], row["loss"])
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+    assert given == rows and [row[1] for row in rows] == [5, 10, 15]
+    assert f"[fit] cached: its log went to wandb, {folder}" in capsys.readouterr().out
+    run(tmp_path, writers=("wandb",))
+    assert given == rows
+
+
+def test_a_paused_stage_gives_what_it_logged_to_a_writer_that_comes_late(
+    tmp_path, monkeypatch
+):
+    steps = []
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step):
+        if step == 12:
+            raise Killed
+
+    class Writer:
+        new = True
+
+        def write(self, step, values):
+            steps.append(step)
+
+        def rewind(self, step):
+            steps[:] = [each for each in steps if each <= step]
+
+        def close(self, failed=False):
+            pass
+
+    with pytest.raises(Killed):
+        run(tmp_path, make_experiment(interrupt=kill))
+    monkeypatch.setattr(writers_module, "WandB", lambda *arguments: Writer())
+    run(tmp_path, writers=("wandb",))
+    assert steps == [5, 10, 15]
 
 
 def test_seeds_and_shards(tmp_path):

@@ -104,7 +104,7 @@ def judge(
         A dict with keys id, statement, published, statistic, direction, threshold,
         ours and baseline (numbers by seed; None without a baseline), ours_metric,
         baseline_metric, pairing, value, ci95 ([low, high], None where unknown) and
-        verdict.
+        verdict; 'simulated': True where the claim is.
     """
     check_choice("pairing", pairing, PAIRINGS)
     needed = {claim.ours, claim.baseline} - {None}
@@ -129,6 +129,7 @@ def judge(
         "value": value,
         "ci95": [low, high],
         "verdict": _verdict(claim, len(ours), value, low, high),
+        **({"simulated": True} if claim.simulated else {}),
     }
 
 
@@ -140,7 +141,7 @@ def stated(judged: Iterable[Mapping[str, Any]]) -> list[Claim]:
             **{name: found[name] for name in names},
             ours=found["ours_metric"],
             baseline=found["baseline_metric"],
-            simulated=found["verdict"] == "simulated",
+            simulated=found.get("simulated", False),
         )
         for found in judged
     ]

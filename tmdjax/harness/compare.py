@@ -1,6 +1,8 @@
 """Runs side by side: the same metrics over the same seeds, with their significance."""
 
 import dataclasses
+import itertools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from tmdjax.core.registry import suggestion
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import read_json
-from tmdjax.harness.summaries import Summary
+from tmdjax.harness.summaries import Summary, numbers
 from tmdjax.metrics.intervals import adjusted_p_values, paired_interval, paired_p_value
 
 
@@ -49,7 +51,7 @@ def read_run(text: str) -> Run:
         )
     try:
         summary: Summary = read_json(file)
-        units = [(u["arm"], int(u["seed"]), u["metrics"]) for u in summary["units"]]
+        units = [(u["arm"], int(u["seed"]), numbers(u)) for u in summary["units"]]
         device = summary["device"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no summary of a run ({error!r}).") from error
@@ -79,7 +81,7 @@ def comparison_rows(
 
     Args:
         runs: two or more.
-        metrics: to compare; all that the runs share if empty.
+        metrics: to compare, each once; all that the runs share if empty.
 
     Returns:
         A row a metric and run: means over shared seeds, the mean difference with its
@@ -88,11 +90,16 @@ def comparison_rows(
         are equal, there is no p-value.
 
     Raises:
-        ValueError: fewer than two runs, none or an unknown metric in common, or no
-            shared seed.
+        ValueError: fewer than two runs, a run twice, none or an unknown metric in
+            common, or no shared seed.
     """
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} run(s) to compare; give two or more.")
+    for one, other in itertools.combinations(runs, 2):
+        if os.path.realpath(one.name) == os.path.realpath(other.name):
+            # the p-values of a table are adjusted for their number
+            raise ValueError(f"{other.name} is given twice; compare different runs.")
+    metrics = tuple(dict.fromkeys(metrics))
     base, *others = runs
     rows = []
     for other in others:

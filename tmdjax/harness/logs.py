@@ -63,7 +63,8 @@ class MetricsLog:
 
     Args:
         path: the file; folders are made, an existing file is continued.
-        writers: take every row too; they are closed with the log.
+        writers: take every row too, and the rows that the file already has where they
+            have nothing of it yet; they are closed with the log.
 
     Raises:
         ValueError: the file holds a broken line before its last.
@@ -77,6 +78,9 @@ class MetricsLog:
         if _is_torn(self.path):
             self._rewrite(_parse_lines(self.path))
         self._file = self.path.open("ab")
+        for writer in self._writers:
+            for row in self.rows() if writer.new else ():
+                writer.write(row["step"], {k: v for k, v in row.items() if k != "step"})
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one row and flushes it.

@@ -7,8 +7,11 @@ from typing import Any
 
 from tmdjax.core.checks import check_name
 from tmdjax.core.files import write_atomically
-from tmdjax.harness.config import read_json, write_json
-from tmdjax.harness.summaries import SUMMARY_KEYS, Summary
+from tmdjax.harness.config import differences, read_json, write_json
+from tmdjax.harness.summaries import SUMMARY_KEYS, Summary, merge
+
+LATER = ("timings",)
+"""Keys of a summary that records of old runs lack."""
 
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
@@ -50,8 +53,9 @@ def read_records(results_dir: str | os.PathLike[str]) -> list[Summary]:
     """All records of a folder, by system, then from smoke to paper.
 
     Raises:
-        ValueError: a file that is not a record, or lies under another name than its
-            own; names it.
+        ValueError: a file that is not a record, lies under another name than its own,
+            or says what its units do not give (a verdict, interval or mean that was
+            changed by hand); names it.
     """
     records = []
     for path in sorted(Path(results_dir).glob("*/*.json")):
@@ -67,12 +71,41 @@ def read_records(results_dir: str | os.PathLike[str]) -> list[Summary]:
                 f"{path} is the record of {record['system']}/{record['tier']}; "
                 f"records are written by --record, never moved by hand."
             )
+        _check_recomputed(record, path)
         records.append(record)
     return sorted(records, key=order)
 
 
+def _check_recomputed(record: Summary, path: Path) -> None:
+    """Judges a record again from its units, and takes its means again."""
+    try:
+        given, again = (_comparable(found) for found in (record, merge([record])))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); restore it.") from error
+    changed = differences(again, given)
+    if changed:
+        raise ValueError(
+            f"{path} does not say what its units give: {'; '.join(changed[:3])}"
+            f"{'; ...' if len(changed) > 3 else ''}. Records are written by --record, "
+            f"never by hand: restore the file, or record the run again."
+        )
+
+
+def _comparable(value: Any) -> Any:
+    """A summary with its claims by id, plain, numbers to nine digits."""
+    if isinstance(value, Mapping):
+        found = {str(name): _comparable(each) for name, each in value.items()}
+        if "claims" in found and "units" in found:
+            found = {key: {} for key in LATER} | found
+            found["claims"] = {claim["id"]: claim for claim in found["claims"]}
+        return found
+    if isinstance(value, list | tuple):
+        return [_comparable(each) for each in value]
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
 def _check_summary(summary: Mapping[str, Any], where: str) -> None:
-    missing = [key for key in SUMMARY_KEYS if key not in summary]
+    missing = [key for key in SUMMARY_KEYS if key not in (*summary, *LATER)]
     if missing:
         raise ValueError(
             f"{where} lacks {', '.join(missing)}; a record needs "

@@ -320,6 +320,7 @@ def _run_unit(
     results: dict[str, StageResult] = {}
     made: dict[str, dict[str, Any]] = {}
     metrics: dict[str, float] = {}
+    timings: dict[str, float] = {}
     labels: dict[str, str] = {}
     logs: dict[str, Any] = {}
     for stage in stages:
@@ -327,13 +328,15 @@ def _run_unit(
         result, record = cache.run(stage, hash_, seed, results)
         took = "cached" if record["cached"] else format_duration(record["wall_s"])
         print(f"[{stage.name}] {arm} seed {seed}: done ({took})", flush=True)
-        repeated = metrics.keys() & result.metrics.keys()
+        given = {*result.metrics, *result.timings}
+        repeated = given & {*metrics, *timings}
         if repeated:
             raise ValueError(
                 f"stage {stage.name!r} reports {sorted(repeated)}, which an earlier "
                 f"stage reports too; rename one."
             )
         metrics |= result.metrics
+        timings |= result.timings
         labels |= result.labels
         results[stage.name], made[hash_] = result, record
         rows = cache.metrics_path(stage.name, hash_)
@@ -349,6 +352,6 @@ def _run_unit(
             "stages": hashes,
         }
         run_folder.save_model(workdir, list(results.values()), facts)
-        unit = summaries.unit(arm, seed, metrics, labels, made)
+        unit = summaries.unit(arm, seed, metrics, timings, labels, made)
         run_folder.write_unit(workdir, unit, hashes, logs)
     return results

@@ -24,7 +24,7 @@ from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
 from tmdjax.harness.logs import MetricsLog, Progress, read_rows
 from tmdjax.harness.profile import ProfiledStep
-from tmdjax.harness.writers import open_writers
+from tmdjax.harness.writers import has_rows, open_writers
 
 logger = logging.getLogger("tmdjax")
 
@@ -46,11 +46,14 @@ class StageResult:
 
     Attributes:
         outputs: nested dict of arrays, for later stages and figures.
-        metrics: numbers (scalars) of this arm and seed.
+        metrics: numbers (scalars) of this arm and seed; two runs of the same stage
+            have the same ones, to the last digit.
         model: spec that rebuilds the network of ``outputs['params']``, or None.
         labels: names that belong into the record, such as that of a feature net.
         meta: JSON-able facts that :func:`tmdjax.load` hands out with the model, such
             as the time grid it was trained for.
+        timings: numbers of this arm and seed that depend on the clock, such as seconds
+            an iteration; two runs of the same stage differ in them.
     """
 
     outputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -58,6 +61,7 @@ class StageResult:
     model: Mapping[str, Any] | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    timings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class StageContext:
@@ -370,6 +374,15 @@ class StageCache:
         cached = restored is not None
         if cached and self._profiled_steps:
             logger.warning("[%s] is cached: nothing to trace", stage.name)
+        if cached and (folder / _METRICS).exists():
+            names = [n for n in self._writers if not has_rows(n, folder)]
+            settings = {**stage.config, "seed": seed if stage.seeded else 0}
+            MetricsLog(
+                folder / _METRICS,
+                writers=open_writers(names, folder, folder.name, settings),
+            ).close()
+            for name in names:
+                print(f"[{stage.name}] cached: its log went to {name}, {folder}")
         if not cached:
             if self._should_stop():
                 raise Paused(f"before {stage.name}")
@@ -398,6 +411,7 @@ class StageCache:
                 outputs,
                 {
                     "metrics": {k: float(v) for k, v in result.metrics.items()},
+                    "timings": {k: float(v) for k, v in result.timings.items()},
                     "model": result.model,
                     "labels": dict(result.labels),
                     "meta": dict(result.meta),
@@ -412,6 +426,7 @@ class StageCache:
             extra["model"],
             extra["labels"],
             extra.get("meta", {}),
+            extra.get("timings", {}),
         )
         return result, {**extra["record"], "cached": cached}
 

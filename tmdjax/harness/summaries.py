@@ -15,6 +15,7 @@ SUMMARY_KEYS = (
     "system",
     "tier",
     "metrics",
+    "timings",
     "device",
     "wall_s",
     "peak_memory_gb",
@@ -30,10 +31,16 @@ SUMMARY_KEYS = (
 Summary = dict[str, Any]
 
 
+def numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics and timings of a unit or a summary, by name; old records lack timings."""
+    return {**found["metrics"], **found.get("timings", {})}
+
+
 def unit(
     arm: str,
     seed: int,
     metrics: Mapping[str, float],
+    timings: Mapping[str, float],
     labels: Mapping[str, str],
     records: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -42,7 +49,8 @@ def unit(
     Args:
         arm: of the experiment.
         seed: of the unit.
-        metrics: of all its stages.
+        metrics: of all its stages; two runs have the same ones, to the last digit.
+        timings: of all its stages; two runs differ in them.
         labels: of all its stages, such as that of the net behind a Frechet distance.
         records: by the hash of the stage, how its result was made, as
             :meth:`tmdjax.harness.stages.StageCache.run` returns it.
@@ -56,6 +64,7 @@ def unit(
         "arm": arm,
         "seed": seed,
         "metrics": {name: float(metrics[name]) for name in sorted(metrics)},
+        "timings": {name: float(timings[name]) for name in sorted(timings)},
         "wall_s": sum(record["wall_s"] for record in made),
         "stage_s": {name: record["wall_s"] for name, record in records.items()},
         "peak_memory_gb": max(record["peak_memory_gb"] for record in made),
@@ -91,9 +100,9 @@ def summary(
         pairing: how seeds were run, 'separate' or 'vmapped'.
 
     Returns:
-        A dict with ``SUMMARY_KEYS``. ``metrics`` are means over seeds ('name' of the
-        arm 'main', 'arm/name' of others), ``wall_s`` the sum over units, in which a
-        stage that several share counts once where ``stage_s`` tells, and
+        A dict with ``SUMMARY_KEYS``. ``metrics`` and ``timings`` are means over seeds
+        ('name' of the arm 'main', 'arm/name' of others), ``wall_s`` the sum over units,
+        in which a stage that several share counts once where ``stage_s`` tells, and
         ``peak_memory_gb`` the maximum; commits and versions that differ stand side by
         side.
 
@@ -105,15 +114,19 @@ def summary(
     ids = [claim.id for claim in claims]
     if len(set(ids)) != len(ids):
         raise ValueError(f"two claims share an id: {ids}; ids are unique in a system.")
-    per_seed = _metrics_by_seed(units)
-    measured = sorted({name for metrics in per_seed.values() for name in metrics})
+    per_seed = by_seed(units)
+    clocked = {metric_name(u["arm"], n) for u in units for n in u.get("timings", {})}
+    means = {
+        name: _mean(name, per_seed) for name in sorted(set().union(*per_seed.values()))
+    }
     peaks = [u["peak_memory_gb"] for u in units if u["peak_memory_gb"] is not None]
     names = sorted({name for unit in units for name in unit["labels"]})
     seeds = sorted(per_seed)
     return {
         "system": system,
         "tier": tier,
-        "metrics": {name: _mean(name, per_seed) for name in measured},
+        "metrics": {n: mean for n, mean in means.items() if n not in clocked},
+        "timings": {n: mean for n, mean in means.items() if n in clocked},
         "device": _common("device", [unit["device"] for unit in units]),
         "wall_s": _seconds(units),
         "peak_memory_gb": max(peaks, default=None),
@@ -228,13 +241,12 @@ def _common(what: str, values: Sequence[str]) -> str:
     return values[0]
 
 
-def _metrics_by_seed(
-    units: Iterable[Mapping[str, Any]],
-) -> dict[int, dict[str, float]]:
+def by_seed(units: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Metrics and timings of units by seed, named as in a summary: 'arm/name'."""
     per_seed: dict[int, dict[str, float]] = {}
     for unit in units:
         metrics = per_seed.setdefault(unit["seed"], {})
-        for name, value in unit["metrics"].items():
+        for name, value in numbers(unit).items():
             metrics[metric_name(unit["arm"], name)] = value
     return per_seed
 

@@ -9,12 +9,22 @@ from typing import Any, Protocol, runtime_checkable
 from tmdjax.core.checks import check_choice
 from tmdjax.core.optional import import_optional
 
-WRITERS = ("tensorboard", "wandb")
+_TRACES = {"tensorboard": "events.out.tfevents*", "wandb": "wandb_id"}
+"""What a writer leaves in the folder of its log."""
+
+WRITERS = tuple(_TRACES)
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes the rows of a log as they are written."""
+    """Takes the rows of a log as they are written.
+
+    Attributes:
+        new: whether the folder had nothing of this writer before; it then lacks the
+            rows that the log already has.
+    """
+
+    new: bool
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One row."""
@@ -24,6 +34,12 @@ class Writer(Protocol):
 
     def close(self, failed: bool = False) -> None:
         """No more rows; failed says that an error ended them."""
+
+
+def has_rows(name: str, folder: str | os.PathLike[str]) -> bool:
+    """Whether the writer of a name (of ``WRITERS``) was given rows in a folder."""
+    check_choice("writer", name, WRITERS)
+    return any(Path(folder).glob(_TRACES[name]))
 
 
 class TensorBoard:
@@ -38,6 +54,7 @@ class TensorBoard:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self._folder = Path(folder)
+        self.new = not has_rows("tensorboard", folder)
         self._events = self._open()
 
     def _open(self, **options: Any) -> Any:
@@ -82,6 +99,7 @@ class WandB:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "wandb_id"
+        self.new = not has_rows("wandb", folder)
         identity = known.read_text() if known.exists() else uuid.uuid4().hex[:12]
         known.write_text(identity)
         self._run = wandb.init(
