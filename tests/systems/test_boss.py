@@ -430,9 +430,9 @@ def test_bad_search_before_the_network(cached, tmp_path, refused):
 
 def test_velocity_of_another_shape_anywhere(found, fine, refused):
     noise, schedule = prng.normal(keys(4), (2,)), found.schedules[2]
-    for velocity, message in (
-        (lambda x, t, c: x[:, :1], r"\(4, 1\)"),
-        (lambda x, t, c: jnp.ones(x.shape, jnp.int32), "int32"),
+    for velocity, message, error in (
+        (lambda x, t, c: x[:, :1], r"\(4, 1\)", ValueError),
+        (lambda x, t, c: jnp.ones(x.shape, jnp.int32), "int32", TypeError),
     ):
         for call, *given in (
             (boss.fine_states, keys(4), (2,), [schedule]),
@@ -440,7 +440,7 @@ def test_velocity_of_another_shape_anywhere(found, fine, refused):
             (boss.polish_schedule, noise, schedule, found.costs),
             (flows.terminal_errors, noise, noise, [schedule.times]),
         ):
-            refused(message, call, velocity, *given, error=TypeError)
+            refused(message, call, velocity, *given, error=error)
     narrow = lambda params, x, t, cond: x[:, :1]  # noqa: E731
     message, chords = "the velocity has shape", boss.chords(fine, schedule)
     refused(message, boss.straightening_loss, {}, narrow, chords)

@@ -132,6 +132,29 @@ def check_same_shape(name: str, array: Any, other_name: str, other: Any) -> None
         )
 
 
+def check_output(value: Any, x: Any, name: str = "the velocity") -> Any:
+    """Returns what a network made of a state, where the two may be added.
+
+    Args:
+        value: the network's output.
+        x: the state, an array of [batch, *event].
+        name: what the output is, for errors.
+
+    Raises:
+        TypeError: the output is not one array of floats.
+        ValueError: it has another shape than its state. With an axis of length 1, such
+            as one channel too few, it would be broadcast without a word.
+    """
+    dtype = getattr(value, "dtype", None)
+    if not jnp.issubdtype(dtype or object, jnp.floating):
+        raise TypeError(
+            f"{name} is {type(value).__name__ if dtype is None else dtype}; a network "
+            f"must return one array of floats, of the shape of its state."
+        )
+    check_same_shape(name, value, "its state x", x)
+    return value
+
+
 def check_batch(name: str, array: Any, batch: int) -> None:
     """Raises ValueError unless the leading axis has length ``batch``."""
     shape = np.shape(array)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_range, check_same_shape
+from tmdjax.core.checks import check_output, check_range
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Cond, Data, Velocity
 
@@ -25,9 +25,7 @@ class AdaptiveSolution(NamedTuple):
 
 @jax.jit
 def _evaluate(velocity: Any, x: Data, t: Any, cond: Cond) -> Data:
-    v = velocity(x, jnp.broadcast_to(t, x.shape[:1]), cond)
-    check_same_shape("the velocity", v, "its state x", x)
-    return v
+    return check_output(velocity(x, jnp.broadcast_to(t, x.shape[:1]), cond), x)
 
 
 def rk45(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_count, check_range, check_same_shape
+from tmdjax.core.checks import check_choice, check_count, check_output, check_range
 from tmdjax.core.conventions import time_like
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import ApplyFn, Array, Grid, Params, Velocity
@@ -74,9 +74,9 @@ def fine_states(
     chords (:func:`chords`, :func:`split`) take up to four times that of one schedule.
 
     Raises:
-        TypeError: a velocity that does not return floats like its state.
-        ValueError: no schedule, schedules on different knots, conditions of another
-            batch.
+        TypeError: a velocity that does not return floats.
+        ValueError: a velocity of another shape than its state; no schedule, schedules
+            on different knots, conditions of another batch.
     """
     schedules = list(schedules)
     if not schedules:
@@ -211,8 +211,7 @@ def straightening_loss(
     x, t = jnp.asarray(batch["x"]), jnp.asarray(batch["t"])
     width = t - batch["t_next"]
     chord = (x - batch["x_next"]) / time_like(width, x)
-    predicted = apply_fn(params, x, t, batch.get("cond"))
-    check_same_shape("the velocity", predicted, "its state x", x)
+    predicted = check_output(apply_fn(params, x, t, batch.get("cond")), x)
     error = jnp.square(predicted - chord)
     loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))
     return (loss * width**2 if weight == "width2" else loss), {}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.checks import check_choice, check_output, check_range
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Bool, Cond, Data, PerExample, SampleKeys, Time
 from tmdjax.flows.flow_maps import (
@@ -101,7 +101,8 @@ def guided_target(
         config: settings.
 
     Raises:
-        ValueError: guidance or dropping without null_cond.
+        ValueError: guidance or dropping without null_cond; a velocity of another shape
+            than v.
     """
     if null_cond is None:
         if config.guidance != 1 or config.drop_rate:
@@ -113,7 +114,7 @@ def guided_target(
         return cond, v
     null = trees.in_every_row(null_cond, cond)
     if config.guidance != 1:
-        negative = jax.lax.stop_gradient(velocity(null))
+        negative = jax.lax.stop_gradient(check_output(velocity(null), v))
         guided = negative + config.guidance * (v - negative)
         v = jnp.where(time_like(drops, v), v, guided)
     mixed = jax.tree.map(lambda n, c: jnp.where(time_like(drops, c), n, c), null, cond)

@@ -20,7 +20,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_range, check_same_shape, check_time
+from tmdjax.core.checks import (
+    check_choice,
+    check_output,
+    check_range,
+    check_same_shape,
+    check_time,
+)
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Data, PerExample, Time
 
@@ -51,10 +57,19 @@ def apply_map(average_velocity: AverageVelocity, y: Data, s: Time, r: Time) -> D
     """f(y, s, r) = y - (s - r) u(y, s, r), [batch, *event].
 
     Raises:
-        ValueError: concrete times outside [0, 1], or r > s.
+        TypeError: the average velocity is not an array of floats.
+        ValueError: concrete times outside [0, 1], or r > s; an average velocity of
+            another shape than y.
     """
     check_order(s, r)
-    return y - time_like(s - r, y) * average_velocity(y, s, r)
+    return y - time_like(s - r, y) * _checked(average_velocity)(y, s, r)
+
+
+def _checked(average_velocity: AverageVelocity) -> AverageVelocity:
+    """The same, refusing what may not be added to y."""
+    return lambda y, s, r: check_output(
+        average_velocity(y, s, r), y, "the average velocity"
+    )
 
 
 def map_endpoints(
@@ -112,8 +127,9 @@ def total_derivative(
         [batch, *event].
 
     Raises:
-        ValueError: an unknown derivative; delta not above 0; 'jvp' of a network that
-            has no forward mode.
+        TypeError: the average velocity is not an array of floats.
+        ValueError: an unknown derivative; delta not above 0; v or an average velocity
+            of another shape than y; 'jvp' of a network that has no forward mode.
 
     References:
         MeanFlow, arXiv 2505.13447, eq. 8 (jvp); central differences: arXiv
@@ -121,6 +137,7 @@ def total_derivative(
     """
     check_choice("derivative", derivative, DERIVATIVES)
     check_same_shape("v", v, "y", y)
+    average_velocity = _checked(average_velocity)
     if derivative == "jvp":
         ones, zeros = jnp.ones_like(s), jnp.zeros_like(r)
         try:
@@ -181,7 +198,7 @@ def meanflow_error(
         MeanFlow, arXiv 2505.13447, eq. 9 and 10.
     """
     check_order(s, r)
-    u = average_velocity(y, s, r)
+    u = _checked(average_velocity)(y, s, r)
     moving = average_velocity if derivative_of is None else derivative_of
     slope = total_derivative(moving, y, s, r, v, **options)
     target = jax.lax.stop_gradient(v - time_like(s - r, y) * slope)

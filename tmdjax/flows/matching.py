@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_range, check_same_shape, check_time
+from tmdjax.core.checks import check_output, check_range, check_same_shape, check_time
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, SampleKeys, Time
 from tmdjax.flows.coupling import Coupling
@@ -162,7 +162,7 @@ def flow_matching_loss(
             )
         cond = drop_condition(keys[:, 2], cond, null_cond, drop_rate)
     predicted = apply_fn(params, interpolate(x_data, x_noise, t), t, cond)
-    check_same_shape("the velocity", predicted, "its state x", x_data)
+    check_output(predicted, x_data)
     error = predicted - conditional_velocity(x_data, x_noise)
     loss = jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
     return loss, _loss_by_time(loss, t)

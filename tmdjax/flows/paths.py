@@ -20,7 +20,12 @@ from typing import Any
 
 from flax import struct
 
-from tmdjax.core.checks import check_choice, check_time
+from tmdjax.core.checks import (
+    check_choice,
+    check_output,
+    check_same_shape,
+    check_time,
+)
 from tmdjax.core.conventions import time_like
 from tmdjax.core.functions import VelocityWrapper, as_pytree
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
@@ -32,15 +37,21 @@ def interpolate(x_data: Data, x_noise: Data, t: Time) -> Data:
     """x_t = (1 - t) x_data + t x_noise, all [batch, *event], t [batch].
 
     Raises:
-        ValueError: a concrete t outside [0, 1].
+        ValueError: a concrete t outside [0, 1], or shapes that differ.
     """
     check_time(t)
+    check_same_shape("x_noise", x_noise, "x_data", x_data)
     t = time_like(t, x_data)
     return (1 - t) * x_data + t * x_noise
 
 
 def conditional_velocity(x_data: Data, x_noise: Data) -> Data:
-    """The regression target of flow matching, x_noise - x_data, [batch, *event]."""
+    """The regression target of flow matching, x_noise - x_data, [batch, *event].
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    check_same_shape("x_noise", x_noise, "x_data", x_data)
     return x_noise - x_data
 
 
@@ -67,10 +78,13 @@ def convert(value: Data, source: str, target: str, x: Data, t: Time) -> Data:
         The prediction as `target`, [batch, *event].
 
     Raises:
-        ValueError: unknown parametrisation, or a concrete t outside [0, 1].
+        TypeError: the prediction is not an array of floats.
+        ValueError: unknown parametrisation, a prediction of another shape than x, or a
+            concrete t outside [0, 1].
     """
     check_choice("source", source, PARAMETRISATIONS)
     check_choice("target", target, PARAMETRISATIONS)
+    check_output(value, x, f"the prediction ({source})")
     if source == target:
         return value
     check_time(t)

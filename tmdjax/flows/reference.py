@@ -38,8 +38,9 @@ def endpoints(
         micro_batch: samples at a time; None walks them all together.
 
     Raises:
-        TypeError: a velocity that does not return floats like its state.
-        ValueError: a bad grid or method, or conditions of another batch.
+        TypeError: a velocity that does not return floats.
+        ValueError: a velocity of another shape than its state; a bad grid or method,
+            or conditions of another batch.
     """
     _check_cond(cond, noise)
     compiled, table = as_pytree(velocity), make_table("ode", grid)

@@ -18,6 +18,7 @@ from tmdjax.core.checks import (
     check_batch,
     check_choice,
     check_count,
+    check_output,
     check_same_shape,
 )
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
@@ -130,9 +131,7 @@ def score_transitions(
             )
     x, x_next = jax.lax.stop_gradient((x, x_next))
     t = jnp.broadcast_to(rows["t"], x.shape[:1])
-    v = velocity(x, t, cond)
-    check_same_shape("the velocity", v, "its state x", x)
-    v = v.astype(x.dtype)
+    v = check_output(velocity(x, t, cond), x).astype(x.dtype)
     pull = None if g is None else jax.lax.stop_gradient(g(x, t, cond))
     mean, _ = transition_mean(rows, x, v, pull)
     std = jnp.where(rows["mask"], rows["log_prob_std"], 1.0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tmdjax.core import prng
-from tmdjax.core.checks import check_batch, check_choice, check_same_shape
+from tmdjax.core.checks import check_batch, check_choice, check_output
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import (
@@ -99,7 +99,8 @@ def solver_velocity(
         [batch, *event]; x - (t - t_next) times it is the solver's next state.
 
     Raises:
-        ValueError: the velocity's shape is not that of x.
+        TypeError: the velocity is not an array of floats.
+        ValueError: its shape is not that of x.
     """
     rows, weights, times = METHODS[method]
     h = t - t_next
@@ -113,8 +114,7 @@ def solver_velocity(
             if weight:
                 state = state - h * weight * stage
         at = t_next if time == 1.0 else t - time * h
-        v = velocity(state, jnp.broadcast_to(at, x.shape[:1]), cond)
-        check_same_shape("the velocity", v, "its state x", x)
+        v = check_output(velocity(state, jnp.broadcast_to(at, x.shape[:1]), cond), x)
         stages.append(v.astype(x.dtype))
     return sum(w * s for w, s in zip(weights, stages) if w)  # pyright: ignore
 

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
+from tmdjax.core.checks import (
+    check_batch,
+    check_choice,
+    check_count,
+    check_output,
+    check_range,
+    check_same_shape,
+)
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, PerExample, Velocity
 from tmdjax.flows.grids import custom_grid, uniform_grid
@@ -34,7 +41,12 @@ Metric = Callable[[Data, Data], PerExample]
 
 
 def squared_l2(estimate: Data, target: Data) -> PerExample:
-    """Squared Euclidean distance, summed over event dimensions."""
+    """Squared Euclidean distance, summed over event dimensions.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    check_same_shape("estimate", estimate, "target", target)
     error = jnp.square(estimate - target)
     return jnp.sum(error, axis=tuple(range(1, error.ndim)))
 
@@ -66,24 +78,12 @@ def fine_knots(knots: Any) -> Grid:
 
 
 def checked(velocity: Velocity) -> Velocity:
-    """A velocity that raises TypeError, while traced, unless it returns floats like x.
+    """A velocity whose every value passes :func:`~tmdjax.core.checks.check_output`.
 
     Inside a jitted function this is before anything is compiled, and costs nothing
     on later calls.
     """
-
-    def call(x: Any, t: Any, cond: Cond) -> Any:
-        v: Any = velocity(x, t, cond)
-        shape, dtype = getattr(v, "shape", None), getattr(v, "dtype", None)
-        if shape != x.shape or not jnp.issubdtype(dtype or object, jnp.floating):
-            raise TypeError(
-                f"the velocity of a state of shape {x.shape} and dtype {x.dtype} has "
-                f"shape {shape} and dtype {dtype}; it must be floating and of the "
-                f"state's shape."
-            )
-        return v
-
-    return call
+    return lambda x, t, cond: check_output(velocity(x, t, cond), x)
 
 
 def cost_memory(shape: tuple[int, ...], knots: Any) -> int:
@@ -186,9 +186,10 @@ def local_error_costs(
         [knot, knot] float64 on the host, zero on and below the diagonal.
 
     Raises:
-        TypeError: a velocity that does not return floats like its state.
-        ValueError: bad knots or keys, a table that adds noise, conditions of another
-            batch, a batch beyond the limit.
+        TypeError: a velocity that does not return floats.
+        ValueError: a velocity of another shape than its state, bad knots or keys, a
+            table that adds noise, conditions of another batch, a batch beyond the
+            limit.
     """
     grid = fine_knots(knots)
     check_choice("method", method, METHODS)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_output, check_same_shape
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Data, PerExample
 
@@ -35,12 +35,18 @@ def transition_mean(
 
     Returns:
         Mean and x0_hat = x - t v, both [batch, *event].
+
+    Raises:
+        TypeError: v or g is not an array of floats.
+        ValueError: v or g has another shape than x.
     """
+    check_output(v, x)
     t, t_next, k = (time_like(rows[name], x) for name in ("t", "t_next", "k"))
     x0_hat = x - t * v
     e_hat = x + (1 - t) * v
     mean = (1 - t_next) * x0_hat + k * e_hat
     if g is not None:
+        check_output(g, x, "the gradient g")
         mean = mean + time_like(rows["C"], x) * g
     return mean, x0_hat
 
@@ -55,7 +61,11 @@ def gaussian_transition(mean: Data, std: Any, z: Data) -> Data:
 
     Returns:
         The next state, [batch, *event].
+
+    Raises:
+        ValueError: z has another shape than the mean.
     """
+    check_same_shape("z", z, "mean", mean)
     return mean + _std_like(std, mean) * z
 
 
@@ -76,9 +86,10 @@ def gaussian_log_prob(
 
     Raises:
         TypeError: x has fewer bits than mean: a rounded state has another density.
-        ValueError: unknown reduction.
+        ValueError: unknown reduction, or a mean of another shape than x.
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    check_same_shape("mean", mean, "x", x)
     if jnp.finfo(x.dtype).bits < jnp.finfo(mean.dtype).bits:
         raise TypeError(
             f"x is {x.dtype} but its transition was computed in {mean.dtype}; store "

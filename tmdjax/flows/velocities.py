@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from tmdjax.core import trees
+from tmdjax.core.checks import check_output
 from tmdjax.core.functions import VelocityWrapper, around, as_pytree
 from tmdjax.core.types import Cond, Data, Time, Velocity
 
@@ -38,7 +39,8 @@ class Guided(VelocityWrapper):
         batch = x.shape[0]
         null = trees.in_every_row(self.null_cond, cond)
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), cond, null)
-        v = self.velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        twice = jnp.concatenate([x, x])
+        v = check_output(self.velocity(twice, jnp.concatenate([t, t]), both), twice)
         conditional, unconditional = v[:batch], v[batch:]
         if self.freeze_null:
             unconditional = jax.lax.stop_gradient(unconditional)

@@ -94,8 +94,8 @@ def search(
 
     Raises:
         ValueError: a budget outside [1, K_max], bad knots (or a table that adds
-            noise), bad costs, memory.
-        TypeError: a velocity that does not return floats like its state.
+            noise), bad costs, memory; a velocity of another shape than its state.
+        TypeError: a velocity that does not return floats.
     """
     fine = flows.fine_knots(knots)
     several = isinstance(budgets, Iterable)

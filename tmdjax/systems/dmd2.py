@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice
-from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Grid, Params, SampleKeys
 
 TRANSFERS = ("deterministic", "renoise")
@@ -85,7 +84,7 @@ def sample(
 def _renoise(velocity: Any, x: Data, cond: Any, keys: Any, times: Array) -> Data:
     def step(x: Data, i: Array) -> tuple[Data, None]:
         t = jnp.broadcast_to(times[i], x.shape[:1])
-        x_data = x - time_like(t, x) * velocity(x, t, cond)
+        x_data = flows.convert(velocity(x, t, cond), "velocity", "data", x, t)
         noise = prng.normal(prng.fold_in(keys, i), x.shape[1:], x.dtype)
         return (1 - times[i + 1]) * x_data + times[i + 1] * noise, None
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from tmdjax import flows
 from tmdjax.core import prng
-from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.checks import check_choice, check_count, check_output
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, PerExample, SampleKeys
 
@@ -172,6 +172,7 @@ def average_velocity(
 
     def velocity(y: Data, s: Any, r: Any) -> Data:
         answer = network(y, s, r, features, method="head")
+        check_output(answer, y, "the head's answer")
         return y1 - answer if average == "y1" else (y - answer) / time_like(s, y)
 
     return velocity

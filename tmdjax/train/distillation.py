@@ -20,7 +20,7 @@ import numpy as np
 
 from tmdjax import flows
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_choice, check_count, check_output, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree
 
 FEATURES = ("teacher", "critic")
@@ -169,11 +169,13 @@ class Distillation:
         x_tau, tau = self.noised(x, keys[:, 1])
         cond = batch.get("cond")
         velocity, features = networks.teacher(frozen, x_tau, tau, cond)
+        check_output(velocity, x_tau, "the teacher's velocity")
         at = jax.lax.stop_gradient(x_tau)
         guided = jax.lax.stop_gradient(velocity)
         if config.guidance != 1:
             null = trees.in_every_row(self.null_cond, cond)
             negative = self._negative(frozen, at, tau, null)
+            check_output(negative, at, "the teacher's velocity, negative condition,")
             guided = negative + config.guidance * (guided - negative)
         fake, critic_features = networks.critic(critic["score"], x_tau, tau, cond)
         predict = functools.partial(flows.convert, source="velocity", target="data")
