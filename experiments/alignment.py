@@ -18,7 +18,7 @@ import numpy as np
 from experiments import alignment_iteration as iterations
 from experiments import alignment_tasks as tasks
 from experiments.arms import arms, of_arm
-from experiments.curves import ends, learning_curve, seconds_per_step
+from experiments.curves import ends, seconds_per_step
 from tmdjax import data, flows
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
@@ -35,16 +35,23 @@ BASE = ("task", "model", "optimizer", "train")
 LATER = ("prompts", "held_out", "timeout")
 """What of a task its base does not see."""
 
-COURSE = (
-    "reward_first",
-    "reward_last",
-    "reward_gain",
-    "reward_at_time",
-    "seconds_per_iteration",
-    "first_ratio_error",
-    "network_calls_per_sample",
-)
-"""What RL itself reports, beside the evaluation."""
+COURSE = {
+    "reward_first": "mean reward of the first fifth of the iterations",
+    "reward_last": "mean reward of the last fifth of the iterations",
+    "reward_gain": "the last fifth less the first",
+    "reward_at_time": "mean reward after 'evaluate.judge_seconds' of training; nan if "
+    "training was shorter",
+    "seconds_per_iteration": "seconds of an iteration, without compilation",
+    "first_ratio_error": "how far the ratio of the first minibatch is from 1",
+    "network_calls_per_sample": "network evaluations a sample of a rollout",
+}
+"""What RL itself reports, beside the evaluation, and what it means."""
+CURVES = {"reward_mean": "mean reward of rollouts", "loss": "loss"}
+MEANINGS = COURSE | {
+    "score": "mean reward of samples by the ODE on held-out prompts, in [0, 1]",
+    "strict": "share of samples with all that was asked for, in [0, 1]",
+    "exact": "share of samples with the whole word, in [0, 1]",
+}
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -181,13 +188,13 @@ def measures(config: Config, arm: str) -> set[str]:
     return evaluated.union(COURSE)
 
 
-def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table of arms, from the metrics of a record."""
+def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of arms."""
     rows = []
     for arm in arms(config):
         columns = {
-            "calls a sample": "network_calls_per_sample",
-            "s an iteration": "seconds_per_iteration",
+            "network calls a sample": "network_calls_per_sample",
+            "seconds an iteration": "seconds_per_iteration",
             "reward, first": "reward_first",
             "reward, last": "reward_last",
         }
@@ -204,38 +211,20 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
 
 
 def report(
-    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+    config: Config,
+    arm: str,
+    results: Mapping[str, StageResult],
+    folder: pathlib.Path,
 ) -> Report:
-    """Reward curve, and held-out samples before and after."""
-    shown = Report([], [])
+    """Held-out samples before and after."""
     if "evaluate" not in results:
-        return shown
-    metrics = {**results["align"].metrics, **results["evaluate"].metrics}
-    measured = [k.rpartition(".")[2] for k in metrics if k.startswith("base.train.")]
-    shown.tables.append(
-        (
-            "Scores by the ODE, base and aligned",
-            [
-                {"prompts": name, "measure": what}
-                | {m: metrics[f"{m}.{name}.{what}"] for m in ("base", "aligned")}
-                for name in SETS
-                for what in measured
-            ],
-        )
-    )
-    reward = results["align"].outputs["curve"]["reward"]
-    path = folder / "reward.png"
-    shown.figures.append(
-        learning_curve(reward, path, "Reward of rollouts", "mean reward")
-    )
+        return Report()
     images = results["evaluate"].outputs["shown"]
-    if images["base"].ndim == 4:
-        path = image_grid(
-            {model: images[model] for model in ("base", "aligned")},
-            folder / "samples.png",
-        )
-        shown.figures.append(("Held-out prompts, the same noise", path))
-    return shown
+    if images["base"].ndim != 4:
+        return Report()
+    rows = {model: images[model] for model in ("base", "aligned")}
+    path = image_grid(rows, folder / "samples.png")
+    return Report([], [("Held-out prompts, the same noise", path)])
 
 
 def describe(config: Config) -> dict[str, Any]:

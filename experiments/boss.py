@@ -29,6 +29,12 @@ Config = Any
 SHOWN = ("uniform", "bellman", "polished", "straightened", "distilled")
 """Rows of the table, each at every budget."""
 
+MEANINGS = few_step.MEANINGS | {
+    "objective": "sum of local errors along a model's own fine trajectories",
+    "chord_error": "what straightening lowers: squared distance between the end of a "
+    "step and of the teacher's trajectory, summed over steps and coordinates",
+}
+
 SETS = (*SHOWN, "edm", "gaussian", "heun", "midpoint", "reflow")
 COUNTS = {
     "search": ("samples", "knots"),
@@ -96,15 +102,26 @@ def measures(config: Config, arm: str) -> set[str]:
     return names
 
 
-def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table, from the metrics of a unit or a record."""
+def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table: terminal error / Frechet distance."""
     return few_step.summary_rows(config, found, SHOWN)
 
 
+def summary_figures(
+    config: Config, found: Mapping[str, Any], folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path | None]]:
+    """The curves of the table."""
+    return few_step.summary_figures(config, found, folder, SHOWN)
+
+
 def report(
-    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+    config: Config,
+    arm: str,
+    results: Mapping[str, StageResult],
+    folder: pathlib.Path,
 ) -> Report:
-    """The grids found, then the table, curves and samples side by side."""
+    """Samples side by side, and the grids found."""
+    config = of_arm(config, arm)
     shown = few_step.report(config, results, folder, SHOWN)
     if "search" in results:
         index = results["search"].outputs["index"]["bellman"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import control_tasks as tasks
 from experiments.arms import arms, build_method, of_arm, tuples
-from experiments.curves import ends, learning_curve, seconds_per_step
+from experiments.curves import ends, seconds_per_step
 from tmdjax import models, quant, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_count
@@ -29,12 +29,36 @@ from tmdjax.train import on_policy
 
 Config = Any
 PAIRING = "vmapped"
-RATIO = ("ratio_correlation", "ratio_bias", "ratio_rms_error", "ratio_spread")
+RATIO = {
+    "ratio_correlation": "correlation of the approximate log-ratio and the exact one",
+    "ratio_bias": "mean of the approximate log-ratio less the exact one",
+    "ratio_rms_error": "root mean square of that difference",
+    "ratio_spread": "standard deviation of the exact log-ratio",
+}
 """Of a method that diagnoses its approximate ratio, where 'diagnosed_samples' says so:
 means over the second half of training."""
-REPORT_ARMS = True
-COURSE = ("reward_first", "reward_last", "seconds_per_iteration", "first_ratio_error")
-"""What training itself reports, beside the judgement."""
+COURSE = {
+    "reward_first": "mean reward a step in the first iterations, over all seeds",
+    "reward_last": "mean reward a step in the last tenth of training, over all seeds",
+    "seconds_per_iteration": "seconds of an iteration of one seed, of those trained "
+    "side by side, without compilation",
+    "first_ratio_error": "how far the ratio of the first minibatch is from 1",
+}
+"""What training itself reports, beside the judgement, and what it means."""
+CURVES = {"reward_mean": "mean reward a step", "loss": "loss"}
+MEANINGS = {
+    "training_reward": "mean reward a step in the last tenth of training",
+    "goal_entropy": "entropy of the goals reached over its largest value, in [0, 1]; 1 "
+    "is all goals alike",
+    "covered_goals": "goals that at least 2 % of the agents reach",
+    "reached": "share of agents that end at a goal, in [0, 1]",
+    "reward": "mean reward a step of episodes that were not trained on",
+    "cells_visited": "share of the free cells that an agent visits, in [0, 1]",
+    "success": "share of agents that succeed, in [0, 1]",
+    "judged_return": "sum of rewards of an episode, the mean over agents",
+    **COURSE,
+    **RATIO,
+}
 
 
 def build(config: Config) -> tuple[on_policy.Trainer, Any]:
@@ -170,7 +194,6 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     )
     reward = trained["reward"][:, seeds.index(context.seed)]
     found |= {"training_reward": ends(reward, parts=10)[1]}
-    shown["reward"] = reward
     model, meta = method.exported(policy)
     meta = {**meta, "arm": arm}
     if statistics is not None:
@@ -190,8 +213,8 @@ def measures(config: Config, arm: str) -> set[str]:
     return {*COURSE, *own, *ratio, *tasks.measures(given.env)}
 
 
-def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table of arms, from the metrics of a record."""
+def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of arms."""
     judged = [
         name for arm in arms(config) for name in tasks.measures(of_arm(config, arm).env)
     ]
@@ -204,34 +227,29 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
 
 
 def report(
-    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+    config: Config,
+    arm: str,
+    results: Mapping[str, StageResult],
+    folder: pathlib.Path,
 ) -> Report:
-    """Of one arm: learning curve, and where the agents went or a film of one."""
-    shown = Report([], [])
+    """Where the agents went, or a film of one."""
+    shown = Report()
     if "judge" not in results:
         return shown
-    outputs, metrics = results["judge"].outputs, results["judge"].metrics
-    arm = results["judge"].meta["arm"]
-    config = of_arm(config, arm)
-    env = to_plain(config.env)
-    table = [{"measure": k, "value": v} for k, v in metrics.items()]
-    shown.tables.append((f"{arm}: judged on episodes of its own", table))
-    path, each = folder / f"{arm}-reward.png", config.train.iterations_per_call
-    title, what = f"Training, {arm}", "mean reward a step"
-    shown.figures.append(learning_curve(outputs["reward"], path, title, what, each))
+    outputs, env = results["judge"].outputs, to_plain(of_arm(config, arm).env)
     if "paths" in outputs:
         path = path_plot(
             outputs["paths"],
-            folder / f"{arm}-paths.png",
+            folder / "paths.png",
             f"Where agents went, {arm}",
             **tasks.map_of(env),
         )
-        shown.figures.append((f"{arm}: paths of agents", path))
+        shown.figures.append(("Paths of agents", path))
     page = tasks.film(env, outputs["states"]) if "states" in outputs else None
     if page is not None:
-        path = folder / f"{arm}-film.html"
+        path = folder / "film.html"
         write_atomically(path, page.encode())
-        shown.figures.append((f"{arm}: one agent", path))
+        shown.figures.append(("One agent", path))
     return shown
 
 

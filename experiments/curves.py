@@ -1,12 +1,9 @@
-"""What the rows of a training tell: its ends, its pace, and its picture."""
+"""What the rows of a training tell: its ends and its pace."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from tmdjax.harness.report import line_plot
 
 
 def ends(values: Any, parts: int) -> tuple[float, float]:
@@ -23,20 +20,3 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float:
     """
     rate = np.array([row["time/steps_per_second"] for row in rows])
     return float(1 / np.median(rate[len(rows) // 4 :]))
-
-
-def learning_curve(
-    values: Any, path: pathlib.Path, title: str, y_label: str, each: int = 1
-) -> tuple[str, pathlib.Path | None]:
-    """A curve against iterations, as a caption and the path of a PNG.
-
-    Args:
-        values: [n], of iterations ``each``, ``2 * each``, ...
-        path: of the PNG.
-        title: of the plot, and its caption.
-        y_label: of the values.
-        each: iterations a value stands for.
-    """
-    iterations = each * np.arange(1, len(values) + 1)
-    curves = {y_label: (iterations, values)}
-    return title, line_plot(curves, path, title, "iteration", y_label)

@@ -22,12 +22,17 @@ from tmdjax.harness import Report, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
-from tmdjax.harness.report import line_plot
+from tmdjax.harness.report import format_value, line_plot
 from tmdjax.models import lora
 
 Config = Any
 
 POINT_MEASURES = ("sliced_wasserstein", "frechet")
+MEANINGS = image_quality.MEASURES | {
+    "terminal_error": "mean squared distance of samples to those of the teacher's fine "
+    "walk from the same noise, a coordinate; 0 is equal",
+    "error_to_rk45": "the same distance to an adaptive solution of the teacher's flow",
+}
 MICRO_BATCH = 1000
 """Samples walked at a time."""
 
@@ -131,7 +136,7 @@ def _budget(config: Config) -> str:
 
 
 def summary_rows(
-    config: Config, found: Mapping[str, float], names: Sequence[str]
+    config: Config, found: Mapping[str, Any], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The table, a row a name: a cell is terminal error / Frechet distance."""
     calls, column = teacher_evaluations(config), _budget(config)
@@ -143,16 +148,16 @@ def summary_rows(
                 found.get(metric_name(arm, f"{name}.{what}"))
                 for what in ("terminal_error", "frechet")
             )
-            return " / ".join("-" if v is None else f"{v:.3g}" for v in values)
+            return " / ".join(format_value(value, 3) for value in values)
 
         for name in names:
             rows.append(
                 {"grid or model": metric_name(arm, name)}
                 | {column.format(k): cell(f"{name}{k}") for k in config.search.budgets}
             )
-        nfe = found.get(metric_name(arm, "rk45.nfe"), float("nan"))
+        nfe = format_value(found.get(metric_name(arm, "rk45.nfe")), 3)
         for title, name in (
-            (f"RK45, {nfe:.0f} NFE", "rk45"),
+            (f"RK45, {nfe} NFE", "rk45"),
             (f"fine, {config.search.knots * calls} NFE", "fine"),
             ("real against real", "real"),
         ):
@@ -164,45 +169,49 @@ def summary_rows(
     return rows
 
 
+def summary_figures(
+    config: Config,
+    found: Mapping[str, Any],
+    folder: pathlib.Path,
+    names: Sequence[str],
+) -> list[tuple[str, pathlib.Path | None]]:
+    """Terminal error and Frechet distance against the budget, of all seeds."""
+    figures, budgets = [], config.search.budgets
+    unit = _budget(config).replace("{}", "").strip()
+    for what in ("terminal_error", "frechet"):
+        curves = {}
+        for arm in arms(config):
+            for name in names:
+                metrics = [metric_name(arm, f"{name}{k}.{what}") for k in budgets]
+                if found.keys() >= {*metrics}:
+                    each = (np.array(budgets), [found[m] for m in metrics])
+                    curves[metric_name(arm, name)] = each
+        label = what.replace("_", " ")
+        title = f"{label} against {unit}"
+        path = folder / f"{what}.png"
+        if curves:
+            path = line_plot(curves, path, title, unit, label, log_y=True)
+            figures.append((title, path))
+    return figures
+
+
 def report(
     config: Config,
-    results: dict[str, StageResult],
+    results: Mapping[str, StageResult],
     folder: pathlib.Path,
     names: Sequence[str],
 ) -> Report:
-    """The table, its two curves, and images side by side."""
-    shown = Report([], [])
+    """Images of every grid and model from the same noise."""
     if "sample" not in results:
-        return shown
-    found, budgets = results["sample"].metrics, config.search.budgets
-    column = _budget(config)
-    unit = column.replace("{}", "").strip()
-    rows = summary_rows(config, found, names)
-    shown.tables.append(("Terminal error / Frechet distance", rows))
-    for what in ("terminal_error", "frechet"):
-        title = f"{what.replace('_', ' ')} against {unit}"
-        curves = {
-            name: (budgets, [found[f"{name}{k}.{what}"] for k in budgets])
-            for name in names
-        }
-        path = line_plot(
-            curves,
-            folder / f"{what}.png",
-            title,
-            unit,
-            title.split(" against")[0],
-            log_y=True,
-        )
-        shown.figures.append((title, path))
-    images = results["sample"].outputs["shown"]
-    if images["fine"].ndim == 4:
-        k = budgets[len(budgets) // 2 - 1]
-        labels = [f"{name}{k}" for name in names] + ["fine"]
-        path = image_grid(
-            {label: images[label] for label in labels}, folder / "samples.png"
-        )
-        shown.figures.append((f"From the same noise, {column.format(k)}", path))
-    return shown
+        return Report()
+    images, budgets = results["sample"].outputs["shown"], config.search.budgets
+    if images["fine"].ndim != 4:
+        return Report()
+    k = budgets[len(budgets) // 2 - 1]
+    rows = {label: images[label] for label in [f"{name}{k}" for name in names]}
+    path = image_grid(rows | {"fine": images["fine"]}, folder / "samples.png")
+    title = f"From the same noise, {_budget(config).format(k)}; fine: the teacher's"
+    return Report([], [(title, path)])
 
 
 def tuning(config: Config, context: StageContext) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import image_quality
 from experiments.supervised import Supervised
@@ -24,6 +25,7 @@ from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import line_plot
 
 Config = Any
+MEANINGS = image_quality.MEASURES
 COUNTS = {
     "train": ("steps", "batch_size", "log_every", "microbatches"),
     "features": ("steps", "batch_size"),
@@ -174,8 +176,8 @@ def measures(config: Config, arm: str) -> set[str]:
     return {f"{name}.{what}" for name in names for what in image_quality.MEASURES}
 
 
-def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table quality against NFE, from the metrics of a unit or a record."""
+def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table quality against NFE; 'real against real' is the floor."""
     columns = ("sliced_wasserstein", "frechet", "label_agreement")
     solvers: dict[str, tuple[str, int | None]] = {"untrained": ("untrained", None)}
     for name, method, steps in budgets(config):
@@ -183,16 +185,39 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
     solvers["real"] = ("real against real", None)
     return [
         {"solver": solver, "NFE": nfe}
-        | {column: found.get(f"{name}.{column}") for column in columns}
+        | {c.replace("_", " "): found.get(f"{name}.{c}") for c in columns}
         for name, (solver, nfe) in solvers.items()
     ]
 
 
+def summary_figures(
+    config: Config, found: Mapping[str, Any], folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path | None]]:
+    """Distances against NFE, a line a solver."""
+    figures = []
+    for what in ("frechet", "sliced_wasserstein"):
+        curves = {}
+        for method in ("euler", "heun", "midpoint"):
+            nfe = config.sample[f"{method}_nfe"]
+            names = [f"{method}{n}.{what}" for n in nfe]
+            if names and found.keys() >= {*names}:
+                curves[method] = (np.array(nfe), [found[name] for name in names])
+        label = f"{what.replace('_', ' ')} distance to held-out images"
+        path = folder / f"{what}.png"
+        if curves:
+            path = line_plot(curves, path, "Uniform grids", "NFE", label, log_y=True)
+            figures.append((f"{label[0].upper()}{label[1:]} against NFE", path))
+    return figures
+
+
 def report(
-    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+    config: Config,
+    arm: str,
+    results: Mapping[str, StageResult],
+    folder: pathlib.Path,
 ) -> Report:
-    """Sample grids, and the table if the samples were evaluated."""
-    shown = Report([], [])
+    """Samples of every solver and budget."""
+    shown = Report()
     if "sample" in results:
         outputs = results["sample"].outputs
         names = ["untrained", *(name for name, _, _ in budgets(config))]
@@ -200,23 +225,6 @@ def report(
         rows = {name: outputs["sets"][name][:columns] for name in names}
         path = image_grid(rows, folder / "samples.png")
         shown.figures.append(("One row a solver and NFE, from the same noise", path))
-    if "evaluate" in results:
-        found = results["evaluate"].metrics
-        shown.tables.append(("Quality against NFE", summary_rows(config, found)))
-        euler = config.sample.euler_nfe
-        curves = {
-            column: (euler, [found[f"euler{nfe}.{column}"] for nfe in euler])
-            for column in ("frechet", "sliced_wasserstein")
-        }
-        path = line_plot(
-            curves,
-            folder / "quality.png",
-            title="Euler on a uniform grid",
-            x_label="NFE",
-            y_label="distance to held-out images",
-            log_y=True,
-        )
-        shown.figures.append(("Distance against NFE", path))
     return shown
 
 

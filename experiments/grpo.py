@@ -6,7 +6,6 @@ and after.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,19 +16,40 @@ import numpy as np
 from experiments import language_tasks as tasks
 from experiments import supervised_language
 from experiments.arms import arms, build_method, of_arm
-from experiments.curves import ends, learning_curve
+from experiments.curves import ends
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.core import trees
 from tmdjax.core.checks import check_count, check_range
-from tmdjax.harness import Report, Stage, StageContext, StageResult
+from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 
 Config = Any
 LOOK = ("slots", "length", "chunk", "max_new_tokens")
 """Sizes of rl that judging uses too."""
-JUDGED = ("accuracy_before", "accuracy_after", "solved_before", "solved_after")
-CURVES = ("score", "entropy", "length_median")
+JUDGED = {
+    f"{what}_{when}": f"{meaning} {when} reinforcement learning, in [0, 1]"
+    for what, meaning in (
+        ("accuracy", "share of right responses to held-out problems"),
+        ("solved", "share of held-out problems with any right response"),
+    )
+    for when in ("before", "after")
+}
+KEPT = ("score", "entropy", "length_median")
+"""Columns of the log that the result of 'rl' keeps."""
+CURVES = {
+    "score": "mean score of rollouts",
+    "accuracy": "accuracy in supervised training",
+    "loss": "loss",
+}
+MEANINGS = JUDGED | {
+    "length_before": "tokens of a response before reinforcement learning",
+    "length_after": "tokens of a response after reinforcement learning",
+    "score_first": "mean score of the first tenth of the iterations, in [0, 1]",
+    "score_last": "mean score of the last tenth of the iterations, in [0, 1]",
+    "truncated_fraction": "share of rollouts cut at their longest, at the end",
+    "first_ratio_error": "how far the ratio of a first minibatch is from 1, at most",
+}
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -140,7 +160,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
         log_every=1,
     )
     rows = context.rows()
-    curves = {name: np.array([row[name] for row in rows]) for name in CURVES}
+    curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
     return StageResult(
         {"params": state.learner.params, **curves},
@@ -172,8 +192,7 @@ def judge(given: dict[str, Any], context: StageContext) -> StageResult:
     for when, params in (("before", start_of(given, context)), ("after", after)):
         seen = look(params)
         found |= {f"{name}_{when}": value for name, value in seen.items()}
-    curves = {name: context.inputs["rl"].outputs[name] for name in CURVES}
-    return StageResult(curves, found, meta={"task": given["task"]["name"]})
+    return StageResult({}, found)
 
 
 def measures(config: Config, arm: str) -> set[str]:
@@ -182,26 +201,13 @@ def measures(config: Config, arm: str) -> set[str]:
     return course.union(JUDGED)
 
 
-def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
+def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of arms."""
     return [
         {"arm": arm}
         | {n.replace("_", " "): found.get(metric_name(arm, n)) for n in JUDGED}
         for arm in arms(config)
     ]
-
-
-def report(
-    config: Config, results: dict[str, StageResult], folder: pathlib.Path
-) -> Report:
-    """Learning curve and accuracies of the first arm."""
-    if "judge" not in results:
-        return Report([], [])
-    outputs, metrics = results["judge"].outputs, results["judge"].metrics
-    table = [{"measure": k, "value": v} for k, v in metrics.items()]
-    path = folder / "score.png"
-    curve = learning_curve(outputs["score"], path, "Score of rollouts", "mean score")
-    return Report([("Held-out problems", table)], [curve])
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -30,8 +30,14 @@ from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import animation, video_strips
 
 Config = Any
-REPORT_ARMS = True
 RULES = students.RULES
+MEANINGS = measuring.MEASURES | {
+    "nfe": "network evaluations a video, a whole network counted as one",
+    "seconds": "seconds of a batch of 'sample.count' videos, compiled before",
+    "cost": "operations of a video over those of one evaluation of the whole network",
+    "cost_over_nfe": "those operations over what nfe counts; 1 has no overhead",
+    "gate": "how far the student's head reads its own state, from 0",
+}
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -84,9 +90,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
         raise ValueError(
             f"arm {arm!r} trains no student; give it pretrain.steps or distill.cycles."
         )
-    draw = functools.partial(samples.sample, arm=arm)
     settings = {"sample": plain["sample"], "student": student, **judge}
-    add("sample", draw, "teacher", last, version=2, **settings)
+    add("sample", samples.sample, "teacher", last, version=2, **settings)
     return found
 
 
@@ -101,13 +106,14 @@ def measures(config: Config, arm: str) -> set[str]:
     return found | {f"{n}{measure}" for n in samples.ways(config) for measure in what}
 
 
-def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The table of students, from the metrics of a record."""
+def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of students, each way that they are sampled."""
     measures = ("nfe", *measuring.MEASURES, "seconds")
 
     def row(title: str, arm: str, name: str) -> dict[str, Any]:
         values = {m: found.get(metric_name(arm, f"{name}{m}")) for m in measures}
-        return {"student": title} | {k.replace("_", " "): values[k] for k in values}
+        names = {k: k.replace("_", " ") for k in measures} | {"nfe": "NFE"}
+        return {"student": title} | {names[k]: values[k] for k in values}
 
     rows = [row("real videos", "teacher", samples.REAL)]
     for arm in arms(config):
@@ -117,26 +123,22 @@ def summary_rows(config: Config, found: Mapping[str, float]) -> list[dict[str, A
 
 
 def report(
-    config: Config, results: dict[str, StageResult], folder: pathlib.Path
+    config: Config,
+    arm: str,
+    results: Mapping[str, StageResult],
+    folder: pathlib.Path,
 ) -> Report:
-    """Of one arm: its measures, a contact sheet and an animation of its videos."""
-    shown = Report([], [])
+    """A contact sheet and an animation of an arm's videos."""
     if "sample" not in results:
-        return shown
-    found = results["sample"].metrics
-    table = [{"measure": name, "value": value} for name, value in found.items()]
-    shown.tables.append((f"{results['sample'].meta['arm']}: samples", table))
-    outputs, arm = results["sample"].outputs, results["sample"].meta["arm"]
-    config = of_arm(config, arm)
+        return Report()
+    outputs, config = results["sample"].outputs, of_arm(config, arm)
     scale = tasks.scale_of(config)
     labels = [" ".join(prompt_words(int(p), scale)) for p in outputs["asked"]]
     blocks = samples.pictures(config, outputs["shown"])
-    path = video_strips(blocks, folder / f"{arm}-frames.png", row_labels=labels)
-    title = f"{arm}: frames from left to right; one prompt a row"
-    shown.figures.append((title, path))
-    path = animation(blocks, folder / f"{arm}-videos.gif", row_labels=labels)
-    shown.figures.append((f"{arm}, moving", path))
-    return shown
+    sheet = video_strips(blocks, folder / "frames.png", row_labels=labels)
+    title = "Frames from left to right; one prompt a row"
+    film = animation(blocks, folder / "videos.gif", row_labels=labels)
+    return Report([], [(title, sheet), ("The same videos, moving", film)])
 
 
 def describe(config: Config) -> dict[str, Any]:

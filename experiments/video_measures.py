@@ -13,17 +13,20 @@ from tmdjax.data import moving_sprites
 from tmdjax.domains.sprites import checks as checker
 
 Config = Any
-MEASURES = (
-    "adherence",
-    "colour",
-    "shape",
-    "motion",
-    "sliced_wasserstein",
-    "feature_wasserstein",
-    "frechet",
-    "start_entropy",
-)
-"""What :func:`measure` finds of a set of videos."""
+MEASURES = {
+    "adherence": "share of videos that show all that the prompt asked for, in [0, 1]",
+    "colour": "share of videos with the colour asked for, in [0, 1]",
+    "shape": "share of videos with the shape asked for, in [0, 1]",
+    "motion": "share of videos with the motion asked for, in [0, 1]",
+    "sliced_wasserstein": "distance of pixels to real videos of the same prompts, in "
+    "units of the data in [-1, 1], averaged over random directions; less is better",
+    "feature_wasserstein": "the same distance of random video features",
+    "frechet": "Frechet distance to real videos of the same prompts, in random video "
+    "features; less is better",
+    "start_entropy": "entropy in nats of where right videos of a prompt start; as high "
+    "as that of real videos is all of the diversity there is",
+}
+"""What :func:`measure` finds of a set of videos, and what it means."""
 
 
 @functools.lru_cache(maxsize=4)

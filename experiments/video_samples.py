@@ -102,7 +102,7 @@ def samplers(config: Config, params: Any) -> dict[str, tuple[Any, float]]:
     return {"": (few, float(settings.outer))}
 
 
-def sample(config: Config, context: StageContext, arm: str) -> StageResult:
+def sample(config: Config, context: StageContext) -> StageResult:
     """Samples every way of an arm, and measures each."""
     params = jax.tree.map(jnp.asarray, students.trained(context.inputs))
     noise, keys = tasks.noise_of(config, context.key)
@@ -127,7 +127,7 @@ def sample(config: Config, context: StageContext, arm: str) -> StageResult:
         shown[_kept(REAL)] = real[:SHOWN]
     found |= cost(config, params)
     outputs = {"shown": shown, "asked": np.asarray(asked)[:SHOWN]}
-    return StageResult(outputs, found, meta={"arm": arm}, timings=timings)
+    return StageResult(outputs, found, timings=timings)
 
 
 def cost(config: Config, params: Any) -> dict[str, float]:

@@ -127,8 +127,8 @@ def test_a_picture_stands_under_the_name_of_what_it_shows(tmp_path, steps):
     videos = [np.full(shape, level, np.float32) for level in levels]
     stored = {"shown": dict(sorted(zip(names, videos))), "asked": np.arange(2)}
     found = dict.fromkeys(sorted(tmd.measures(config, "teacher")), 0.0)
-    result = StageResult(stored, found, meta={"arm": "teacher"})
-    shown = tmd.report(config, {"sample": result}, tmp_path)
+    results = {"sample": StageResult(stored, found)}
+    shown = tmd.report(config, "teacher", results, tmp_path)
     scale = tasks.scale_of(config)
     rows = [" ".join(prompt_words(p, scale)) for p in range(2)]
     for (_, path), draw in zip(shown.figures, (video_strips, animation)):

@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 import types
 
@@ -289,6 +290,34 @@ def test_text_is_printed_as_it_is_in_both_modes():
         progress.update(3, {"loss": 0.25})
         progress.say(text)
     assert text in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 120])
+def test_the_live_line_fits_the_terminal(width):
+    """Long names and all numbers; what is left out are the last metrics."""
+    out = io.StringIO()
+    console = Console(
+        file=out, force_terminal=True, color_system=None, width=width,
+        _environ={"TERM": "xterm"},
+    )  # fmt: skip
+    metrics = {
+        "clip_fraction_first": 0.12345,
+        "grad_norm": 1e-9,
+        "kl": 0.5,
+        "loss": -1.5,
+    }
+    clock = types.SimpleNamespace(now=0.0)
+    progress = Progress("straighten8", 12500, console=console, clock=lambda: clock.now)
+    with progress:
+        progress.update(1, metrics)
+        clock.now = 7.0
+        progress.update(11999, metrics)
+    lines = re.split("[\r\n]", re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", out.getvalue()))
+    last = [line for line in lines if "strai" in line][-1]
+    assert len(last.rstrip()) <= width
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert ("loss -1.5" in last) == (width >= 80)
+    assert ("grad_norm" in last) == (width >= 120)
 
 
 def test_live_display_shows_stage_step_and_metrics():

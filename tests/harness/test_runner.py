@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import time
 import types
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from checks import Numbered
 from ml_collections import ConfigDict
 
@@ -89,8 +91,14 @@ def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None):
             make(name="score", run=scoring, config=plain["score"], parents=("fit",)),
         ]
 
-    def report(config, results, folder):
-        return harness.Report([("stages", [{"stage": name} for name in results])], [])
+    def report(config, arm, results, folder):
+        if "fit" not in results:
+            return harness.Report()
+        w = results["fit"].outputs["params"]["w"]
+        path = folder / "w.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"{arm} {w[0]}".encode())
+        return harness.Report([("stages", [{"w": w[0]}])], [("picture", path)])
 
     return types.SimpleNamespace(
         stages=stages,
@@ -373,6 +381,44 @@ def test_arms_are_units_and_ablations_run_under_one_seed(tmp_path, refused):
     refused("Did you mean 'other'", run, tmp_path, experiment, config, fresh=True)
 
 
+def test_a_report_shows_all_arms_and_seeds_and_says_whose_a_picture_is(
+    tmp_path, capsys
+):
+    """Not the numbers of the first unit for all; pictures are of the first seed."""
+    experiment, config = make_experiment(arms=("a", "b")), make_config()
+    config.claims, seeds = {}, (4, 2, 7)
+    summary = run(tmp_path, experiment, config, seeds=seeds, record=True).summary
+    workdir = tmp_path / "run"
+    page = (workdir / "report.html").read_text()
+    for arm in "ab":
+        w0 = [u["metrics"]["w0"] for u in summary["units"] if u["arm"] == arm]
+        half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(w0)
+        assert len(set(w0)) == 3
+        assert f"{arm}/w0</td>" in page
+        assert f"{np.mean(w0):.4g} ± {half:.2g}</td>" in page
+        assert f"picture ({arm}, seed 4)" in page
+        (first,) = (
+            u["metrics"]["w0"]
+            for u in summary["units"]
+            if (u["arm"], u["seed"]) == (arm, 4)
+        )
+        picture = (workdir / "figures" / arm / "w.png").read_text()
+        assert picture == f"{arm} {np.float32(first)}"
+        assert (tmp_path / "results/tiny" / f"smoke-{arm}-w.png").read_text() == picture
+    assert "mean ± 95 % interval over seeds 2, 4, 7" in page
+    assert "mean ± 95 % interval over seeds 2, 4, 7" in capsys.readouterr().out
+    assert (workdir / "figures" / "training-fit-loss.png").stat().st_size > 5000
+    for link in re.findall(r'href="(.*?)"', page):
+        assert (workdir / link).exists(), link
+    assert 'href="models/b-seed7/"' in page and 'href="metrics.csv"' in page
+    run(tmp_path, experiment, config, seeds=(5,), fresh=True)
+    page = (workdir / "report.html").read_text()
+    assert "Results: seed 5 alone" in page and "±" not in page
+    assert "picture (b, seed 5)" in page
+    files = {p.name for p in (workdir / "figures").rglob("*") if p.is_file()}
+    assert files == {"w.png", "training-fit-loss.png"}
+
+
 def test_bad_shards_and_stage_lists(tmp_path, refused):
     of_config = functools.partial(refused, error=harness.ConfigError)
     of_config("only 1 units", run, tmp_path, shard=(0, 2))
@@ -418,7 +464,7 @@ def files_below(folder):
     }
 
 
-def with_figure(config, results, folder):
+def with_figure(config, arm, results, folder):
     folder.mkdir(exist_ok=True)
     (folder / "curve.png").write_bytes(b"made")
     return harness.Report([], [("a curve", folder / "curve.png")])
@@ -650,7 +696,12 @@ def test_an_experiment_is_checked_and_gets_its_defaults(tmp_path, refused):
     found = harness.check_experiment(given)
     assert list(found.arms(None)) == ["main"] and found.updates(None) == {}
     assert found.summary_rows(None, {"a": 1.0}) == [{"metric": "a", "value": 1.0}]
-    assert (found.PAIRING, found.REPORT_ARMS, found.RULES) == ("separate", False, ())
+    assert (found.PAIRING, found.CURVES, found.RULES) == (
+        "separate",
+        {"loss": "loss"},
+        (),
+    )
+    assert found.report(None, "main", {}, tmp_path) == harness.Report()
     again = harness.check_experiment(found)
     assert again.stages is given.stages and again.PAIRING == "separate"
 
@@ -658,11 +709,12 @@ def test_an_experiment_is_checked_and_gets_its_defaults(tmp_path, refused):
         bad = types.SimpleNamespace(**{**vars(given), **changes})
         refused(words, harness.check_experiment, bad, error=error)
 
-    wrong(r"\.report is called with \(config, results, folder\)", report=lambda c: None)
+    words = r"\.report is called with \(config, arm, results, folder\)"
+    wrong(words, report=lambda config, results, folder: None)
     wrong(r"\.arms is called with \(config\).*not a callable", arms=("main",))
     wrong("PAIRING='mixed' is not one of", PAIRING="mixed", error=ValueError)
     empty = types.ModuleType("eleventh")
-    words = "eleventh is no experiment: it lacks stages, report, describe, measures"
+    words = "eleventh is no experiment: it lacks stages, describe, measures"
     refused(words, harness.check_experiment, empty, error=TypeError)
 
 

@@ -1,10 +1,10 @@
 """Reinforcement learning of a language model, and how much longer its answers grew."""
 
 from experiments import grpo
-from experiments.grpo import arms, describe, report
+from experiments.grpo import CURVES, arms, describe
 from tmdjax.harness import Stage, StageResult
 
-__all__ = ["arms", "describe", "report"]
+__all__ = ["CURVES", "arms", "describe"]
 
 
 def growth(context):

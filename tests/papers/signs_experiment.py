@@ -1,10 +1,10 @@
 """Alignment with one more measure: how far rewards were apart at the end."""
 
 from experiments import alignment
-from experiments.alignment import arms, describe, report
+from experiments.alignment import CURVES, arms, describe, report
 from tmdjax.harness import Stage, StageResult
 
-__all__ = ["arms", "describe", "report"]
+__all__ = ["CURVES", "arms", "describe", "report"]
 
 
 def swing(context):

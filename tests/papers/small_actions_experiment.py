@@ -3,10 +3,10 @@
 import numpy as np
 
 from experiments import control
-from experiments.control import PAIRING, REPORT_ARMS, arms, describe, report
+from experiments.control import CURVES, PAIRING, arms, describe, report
 from tmdjax.harness import Stage, StageResult
 
-__all__ = ["PAIRING", "REPORT_ARMS", "arms", "describe", "report"]
+__all__ = ["CURVES", "PAIRING", "arms", "describe", "report"]
 
 
 def reach(context):

@@ -21,12 +21,12 @@ from tmdjax.harness.stages import Stage, StageResult
 Config = Any
 """A locked ``ConfigDict``, as :func:`tmdjax.harness.load_config` returns it."""
 
-REQUIRED = ("stages", "report", "describe", "measures")
+REQUIRED = ("stages", "describe", "measures")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an experiment shows.
+    """What an experiment shows of one unit.
 
     Attributes:
         tables: (caption, rows), printed and in report.html.
@@ -43,6 +43,11 @@ class Report:
     def __add__(self, other: "Report") -> "Report":
         """Both, one after the other."""
         return Report(self.tables + other.tables, self.figures + other.figures)
+
+    def of(self, whose: str) -> "Report":
+        """The same, its captions saying whose it is."""
+        tables = [(f"{caption} ({whose})", rows) for caption, rows in self.tables]
+        return Report(tables, [(f"{c} ({whose})", path) for c, path in self.figures])
 
 
 class Update(NamedTuple):
@@ -69,14 +74,18 @@ class Experiment(Protocol):
     Attributes:
         PAIRING: 'separate', or 'vmapped' where a stage trains all seeds of an arm side
             by side; those then stay in one shard.
-        REPORT_ARMS: whether :meth:`report` is called for the first finished unit of
-            every arm, not only for the first of all.
+        CURVES: what is drawn of the log of a stage that trains, over all arms and
+            seeds: the name of the axis by column. A column that a log has by seed is
+            called 'NAME.seed0' and so on there.
+        MEANINGS: a sentence for each measure, with its unit: by the name of a metric
+            after its last dot, or by the name of a column of :meth:`summary_rows`.
         RULES: by which ``experiments.plan`` cuts parameters over a mesh, in the form
             of :data:`tmdjax.train.DECODER_RULES`.
     """
 
     PAIRING: str = "separate"
-    REPORT_ARMS: bool = False
+    CURVES: Mapping[str, str] = types.MappingProxyType({"loss": "loss"})
+    MEANINGS: Mapping[str, str] = types.MappingProxyType({})
     RULES: Sequence[Any] = ()
 
     def stages(self, config: Config, arm: str) -> list[Stage]:
@@ -86,17 +95,23 @@ class Experiment(Protocol):
     def report(
         self,
         config: Config,
+        arm: str,
         results: Mapping[str, StageResult],
         folder: pathlib.Path,
     ) -> Report:
-        """Tables and figures of one unit.
+        """What only one unit can show, such as samples: of the first seed of each arm.
+
+        The captions are completed by the arm and the seed. What all units measure
+        (:meth:`summary_rows`, :meth:`summary_figures`) and how they learned (CURVES) is
+        shown anyway.
 
         Args:
             config: of the run.
+            arm: of the unit.
             results: by stage; the last stages are absent under ``--stage``.
-            folder: where figures go; it may not exist yet.
+            folder: where figures go, one an arm; it may not exist yet.
         """
-        ...
+        return Report()
 
     def describe(self, config: Config) -> dict[str, Any]:
         """Sizes by name, found without allocating or training anything.
@@ -122,13 +137,30 @@ class Experiment(Protocol):
         return (MAIN_ARM,)
 
     def summary_rows(
-        self, config: Config, found: Mapping[str, float]
+        self, config: Config, found: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """The table of a record in README and docs, from its metrics.
+        """The table of a run in its report, and of a record in README and docs.
 
-        They are named as :func:`tmdjax.harness.claims.metric_name` says.
+        Args:
+            config: of the run.
+            found: what was measured, named as
+                :func:`tmdjax.harness.claims.metric_name` says: means over seeds with
+                their intervals, :class:`tmdjax.metrics.intervals.Interval`, which may
+                stand in a cell. Of arms that are still to run there is nothing.
         """
         return [{"metric": name, "value": value} for name, value in found.items()]
+
+    def summary_figures(
+        self, config: Config, found: Mapping[str, Any], folder: pathlib.Path
+    ) -> list[tuple[str, pathlib.Path | None]]:
+        """Figures of all units together: (caption, path), as in a :class:`Report`.
+
+        Args:
+            config: of the run.
+            found: as in :meth:`summary_rows`.
+            folder: where figures go; it may not exist yet.
+        """
+        return []
 
     def updates(self, config: Config) -> Mapping[str, Update]:
         """The steps whose memory and FLOPs ``experiments.plan`` asks the compiler."""

@@ -29,6 +29,9 @@ INTERVAL = 10.0
 
 Row = dict[str, Any]
 
+_TOLD_FIRST = ("loss", "reward_mean", "score", "accuracy")
+"""Metrics that the line of progress shows before others."""
+
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """Rows of a metrics.jsonl; a torn last line (a killed writer) is left out.
@@ -139,7 +142,9 @@ class Progress:
     """What a stage is doing: a live line in a terminal, plain lines elsewhere.
 
     Plain lines come at the first update, then at most every ``INTERVAL`` seconds,
-    and at the end; the first four metrics that are not timings are shown.
+    and at the end; four metrics that are not timings are shown, first those that say
+    how well it goes (loss, reward_mean, score, accuracy). The live line is as wide as
+    the terminal at most.
 
     Args:
         stage: name of the stage.
@@ -211,9 +216,17 @@ class Progress:
         self.say("  ".join([f"[{self._stage}]", *self._parts(now)]))
 
     def _table(self) -> Table:
+        """One line of the terminal, the last metrics left out where it is narrow."""
+        width = self._console.width
+        size = max(8, min(24, width // 8))
+        parts = [self._stage, "=" * size, *self._parts(self._clock())]
+        while len(parts) > 3 and len(" ".join(parts)) > width:
+            parts.pop()
         table = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self._total, completed=self._step or 0, width=24)
-        table.add_row(self._stage, bar, *self._parts(self._clock()))
+        for _ in parts:
+            table.add_column(no_wrap=True)
+        bar = ProgressBar(total=self._total, completed=self._step or 0, width=size)
+        table.add_row(parts[0], bar, *parts[2:])
         return table
 
     def _parts(self, now: float) -> list[str]:
@@ -227,7 +240,8 @@ class Progress:
             left = max(self._total - self._step, 0) / rate
             parts.append(f"{format_value(rate)} steps/s")
             parts.append(f"ETA {format_duration(left)}")
-        keys = [k for k in self._metrics if not k.startswith(TIME_PREFIX)][:4]
+        keys = [k for k in self._metrics if not k.startswith(TIME_PREFIX)]
+        keys = sorted(keys, key=lambda k: k not in _TOLD_FIRST)[:4]
         return parts + [f"{key} {format_value(self._metrics[key])}" for key in keys]
 
 

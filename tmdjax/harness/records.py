@@ -42,8 +42,9 @@ def copy_figures(workdirs: Iterable[Path], record: Path) -> None:
     """Puts the figures of workdirs beside a record, each from the first that has it."""
     figures: dict[str, Path] = {}
     for workdir in workdirs:
-        for path in sorted((workdir / "figures").glob("*")):
-            figures.setdefault(path.name, path)
+        folder = workdir / "figures"
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            figures.setdefault("-".join(path.relative_to(folder).parts), path)
     for name, path in figures.items():
         target = record.with_name(f"{record.stem}-{name}")
         write_atomically(target, path.read_bytes())

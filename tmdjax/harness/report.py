@@ -10,17 +10,28 @@ from typing import Any
 
 import numpy as np
 
+from tmdjax.metrics.intervals import Interval
+
 _LOGGER = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
 
-def format_value(value: Any) -> str:
-    """A table cell: floats to 4 significant digits, None as '-', else ``str``."""
+def format_value(value: Any, digits: int = 4) -> str:
+    """A table cell: '-' for None, floats to so many significant digits, else ``str``.
+
+    An :class:`~tmdjax.metrics.intervals.Interval` is its value ± half its width, or the
+    value alone where it has no bounds or no width.
+    """
     if value is None:
         return "-"
+    if isinstance(value, Interval):
+        text = format_value(value.value, digits)
+        if value.low is None or value.high is None or value.low == value.high:
+            return text
+        return f"{text} ± {(value.high - value.low) / 2:.2g}"
     if isinstance(value, float | np.floating):
-        return f"{float(value):.4g}"
+        return f"{float(value):.{digits}g}"
     return str(value)
 
 
@@ -58,10 +69,11 @@ def line_plot(
     y_label: str,
     log_y: bool = False,
 ) -> Path | None:
-    """Writes curves as a PNG by matplotlib.
+    """Writes curves as a PNG by matplotlib; whole x have whole ticks.
 
     Args:
-        series: (x, y), each [n], by the name shown in the legend.
+        series: (x, y), each [n], by the name shown in the legend, which one series does
+            not have. y may be a list of intervals, drawn as values and shaded bounds.
         path: the PNG to write; folders are made.
         title: above the axes.
         x_label: below the horizontal axis.
@@ -77,6 +89,12 @@ def line_plot(
     """
     if not series:
         raise ValueError(f"no series to plot in {title!r}; give at least one.")
+    bounds = {}
+    for name, (x, y) in series.items():
+        if isinstance(y, list | tuple) and y and isinstance(y[0], Interval):
+            ends = [_bounded(i) for i in y]
+            values, *bounds[name] = np.array(ends, float).T
+            series = {**series, name: (x, values)}
     for name, (x, y) in series.items():
         if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
             raise ValueError(
@@ -87,14 +105,28 @@ def line_plot(
     if figure is None:
         return None
     axes = figure.subplots()
-    for name, (x, y) in series.items():
-        axes.plot(np.asarray(x), np.asarray(y), marker=".", label=name)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        style = ("-", "--", ":", "-.")[i // 10 % 4]  # there are ten colours
+        (line,) = axes.plot(x, y, style, marker=".", label=name)
+        if name in bounds:
+            axes.fill_between(x, *bounds[name], color=line.get_color(), alpha=0.2)
     if log_y:
         axes.set_yscale("log")
+    if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in series.values()):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(series) > 1:
+        axes.legend()
     return _save(figure, path)
+
+
+def _bounded(interval: Interval) -> Interval:
+    """The interval, its value in place of bounds that are unknown."""
+    value, low, high = interval
+    return Interval(
+        value, value if low is None else low, value if high is None else high
+    )
 
 
 def path_plot(
@@ -133,7 +165,7 @@ def path_plot(
         axes.plot(walk[:, 0], walk[:, 1], linewidth=0.6, alpha=0.4)
     marks = np.asarray(marks).reshape(-1, 2)
     axes.plot(marks[:, 0], marks[:, 1], "k*", markersize=12)
-    axes.set(title=title, aspect="equal")
+    axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     return _save(figure, path)
 
 
@@ -168,8 +200,14 @@ def write_report(
     tables: Iterable[tuple[str, Sequence[Row]]] = (),
     figures: Iterable[tuple[str, str | os.PathLike[str] | None]] = (),
     claims: Sequence[Row] = (),
+    facts: Sequence[str] = (),
+    links: Sequence[str] = (),
+    meanings: Mapping[str, str] | None = None,
+    details: Iterable[tuple[str, Sequence[Row]]] = (),
 ) -> Path:
     """Writes one self-contained HTML page; pictures are embedded.
+
+    Claims come first, then tables, what their measures mean, and figures.
 
     Args:
         path: the HTML file; folders are made.
@@ -180,18 +218,38 @@ def write_report(
         figures: (caption, PNG, GIF or HTML page) each; None (a figure left out) is said
             in its place.
         claims: judged claims, as in a summary.
+        facts: on the run, in the line below the title.
+        links: of files beside the page, relative to it.
+        meanings: a sentence a measure, by its name.
+        details: more tables (caption, rows), folded.
 
     Returns:
         The path.
     """
     text = html.escape
-    parts = [f"<h1>{text(title)}</h1>", f"<pre>{text(command)}</pre>"]
+    parts = [f"<h1>{text(title)}</h1>"]
+    if facts:
+        parts.append(f"<p class='facts'>{' &middot; '.join(map(text, facts))}</p>")
+    parts.append(f"<pre>{text(command)}</pre>")
+    if links:
+        anchors = (f'<a href="{text(link)}">{text(link)}</a>' for link in links)
+        parts.append(f"<p>Files: {', '.join(anchors)}</p>")
     if claims:
-        parts.append(_html_table("Claims", [claim_row(claim) for claim in claims]))
+        rows = [claim_row(claim) for claim in claims]
+        rows = [{k: row[k] for k in ("id", "verdict", *row)} for row in rows]
+        parts.append(_html_table("Claims", rows))
     parts += [_html_table(caption, rows) for caption, rows in tables]
-    parts += [_html_figure(caption, picture) for caption, picture in figures]
+    if meanings:
+        rows = (
+            f"<dt>{text(k)}</dt><dd>{text(what)}</dd>" for k, what in meanings.items()
+        )
+        parts.append(f"<h2>What the measures mean</h2><dl>{''.join(rows)}</dl>")
+    shown = [_html_figure(caption, picture) for caption, picture in figures]
+    if shown:
+        parts += ["<h2>Figures</h2>", "<div class='gallery'>", *shown, "</div>"]
     rows = [{"": name, "value": value} for name, value in environment.items()]
-    parts.append(_html_table("Environment", rows))
+    for caption, folded in (*details, ("Environment", rows)):
+        parts += ["<details>", _html_table(caption, folded, "summary"), "</details>"]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page = _PAGE.format(title=text(title), style=_STYLE, body="\n".join(parts))
@@ -233,22 +291,32 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 def _is_numeric(rows: Sequence[Row], name: str) -> bool:
     values = [row.get(name) for row in rows]
-    return all(v is None or isinstance(v, int | float | np.number) for v in values)
+    kinds = int | float | np.number | Interval
+    return all(v is None or isinstance(v, kinds) for v in values)
 
 
-def _html_table(caption: str, rows: Sequence[Row]) -> str:
+def _html_table(caption: str, rows: Sequence[Row], heading: str = "h2") -> str:
     columns = _columns(rows)
     right = [' class="number"' if _is_numeric(rows, c) else "" for c in columns]
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    head = "".join(f"<th{r}>{html.escape(c)}</th>" for r, c in zip(right, columns))
     lines = []
     for row in rows:
-        cells = (html.escape(format_value(row.get(c))) for c in columns)
+        cells = (_html_cell(column, row.get(column)) for column in columns)
         line = "".join(f"<td{r}>{cell}</td>" for r, cell in zip(right, cells))
         lines.append(f"<tr>{line}</tr>")
     return (
-        f"<h2>{html.escape(caption)}</h2>\n<div class='scroll'><table>"
+        f"<{heading}>{html.escape(caption)}</{heading}>\n<div class='scroll'><table>"
         f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _html_cell(column: str, value: Any) -> str:
+    text = html.escape(format_value(value))
+    if column == "statement":
+        return f'<div class="statement">{text}</div>'
+    if column == "verdict":
+        return f'<span class="verdict {text.replace(" ", "-")}">{text}</span>'
+    return text
 
 
 def _html_figure(caption: str, picture: str | os.PathLike[str] | None) -> str:
@@ -271,15 +339,26 @@ def _html_figure(caption: str, picture: str | os.PathLike[str] | None) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto;
   padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 pre, .scroll { overflow-x: auto; }
 pre { padding: .6rem; border: 1px solid #8886; border-radius: 4px; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8886; text-align: left; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0; } figcaption { font-size: .9rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.facts { opacity: .8; }
+.statement { min-width: 14rem; }
+.verdict { padding: .1rem .5rem; border-radius: 1rem; white-space: nowrap;
+  background: #6b7280; color: #fff; }
+.reproduced, .exact { background: #15803d; }
+.not-reproduced { background: #b91c1c; }
+.inconclusive { background: #a16207; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
+summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
+.gallery { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: 0; } figcaption { font-size: .9rem; }
 iframe { width: 100%; height: 30rem; border: 0; }
 img { max-width: 100%; height: auto; background: #fff; }
 """

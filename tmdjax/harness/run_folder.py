@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, its units, metrics, models, summary and report."""
+"""The folder of a run: whose it is, its units, metrics and models."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from tmdjax import train
 from tmdjax.core.files import write_atomically
-from tmdjax.harness import environment, report
+from tmdjax.harness import environment
 from tmdjax.harness.config import (
     ConfigError,
     config_hash,
@@ -19,11 +19,10 @@ from tmdjax.harness.config import (
     to_plain,
     write_json,
 )
-from tmdjax.harness.experiment import Experiment, Report
+from tmdjax.harness.experiment import Experiment
 from tmdjax.harness.load import MODELS, model_folder
 from tmdjax.harness.logs import Row, write_csv
 from tmdjax.harness.stages import StageResult, stage_hashes
-from tmdjax.harness.summaries import Summary
 
 logger = logging.getLogger("tmdjax")
 
@@ -152,9 +151,10 @@ def _discard(workdir: pathlib.Path, files: Sequence[str]) -> None:
             train.Checkpoints(path).discard()
         else:
             path.unlink(missing_ok=True)
-    for name in _FOLDERS:
+    folders = {folder for name in files for folder in pathlib.PurePath(name).parents}
+    for folder in sorted(folders - {pathlib.PurePath()}, reverse=True):
         with contextlib.suppress(OSError):  # absent, or not empty
-            (workdir / name).rmdir()
+            (workdir / folder).rmdir()
 
 
 def write_unit(
@@ -234,29 +234,3 @@ def save_model(
                 add_to_list(workdir, [folder])
                 train.save_model(folder, spec, result.outputs["params"], facts)
             return
-
-
-def show(workdir: pathlib.Path, summary: Summary, shown: Report) -> None:
-    """Writes summary.json and report.html, and prints the tables and claims."""
-    write_json(workdir / "summary.json", summary)
-    for caption, rows in shown.tables:
-        print(f"\n{caption}\n{report.text_table(rows)}")
-    if summary["claims"]:
-        rows = [report.claim_row(claim) for claim in summary["claims"]]
-        print(f"\nClaims\n{report.text_table(rows)}")
-    path = report.write_report(
-        workdir / "report.html",
-        title=f"{summary['system']}: {summary['tier']}",
-        command=summary["command"],
-        environment=environment.environment()
-        | {
-            "seeds": summary["seeds"],
-            "wall_s": round(summary["wall_s"], 1),
-            "peak_memory_gb": summary["peak_memory_gb"],
-            "config": summary["config_hash"],
-        },
-        tables=shown.tables,
-        figures=shown.figures,
-        claims=summary["claims"],
-    )
-    print(f"\nwrote {path} and {workdir / 'summary.json'}")

@@ -18,9 +18,10 @@ from tmdjax.harness import (
     report,
     results_page,
     run_folder,
+    run_report,
     summaries,
 )
-from tmdjax.harness.claims import Claim
+from tmdjax.harness.claims import MAIN_ARM, Claim
 from tmdjax.harness.config import ConfigError, config_hash, to_plain
 from tmdjax.harness.experiment import (
     Experiment,
@@ -124,8 +125,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
                 for name, hash_ in stage_hashes(stages, seed).items():
                     cache.discard(name, hash_)
         run_folder.claim_workdir(workdir, config, options.tier, options.fresh)
-        shown: Report | None = None
-        reported: set[str] = set()
+        shown: dict[str, Report] = {}
         paused = False
         for arm, seed in units:
             try:
@@ -136,18 +136,18 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
                 print(f"paused: {reason}. The same command goes on from here.")
                 paused = True
                 break
-            if shown is None or (experiment.REPORT_ARMS and arm not in reported):
-                reported.add(arm)
-                figures = workdir / run_folder.FIGURES
-                more = experiment.report(config, results, figures)
+            if arm not in shown:
+                alone = arm == MAIN_ARM
+                folder = workdir / run_folder.FIGURES / ("" if alone else arm)
+                more = experiment.report(config, arm, results, folder)
                 run_folder.add_to_list(workdir, [path for _, path in more.figures])
-                shown = more if shown is None else shown + more
+                shown[arm] = more.of(f"{'' if alone else f'{arm}, '}seed {seed}")
         code = stopper.code if paused else 0
         finished = not paused and not stopper.should_stop()
         done = run_folder.finished_units(experiment, config, workdir)
         run_folder.write_metrics(workdir, done)
-        if shown is None or options.stage is not None or not done:
-            for _, path in shown.figures if shown else []:
+        if not shown or options.stage is not None or not done:
+            for path in (path for each in shown.values() for _, path in each.figures):
                 print(f"wrote {path}")
             return Outcome(code, None, finished)
         found = summaries.summary(
@@ -159,7 +159,8 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
             claims=claims,
             pairing=experiment.PAIRING,
         )
-        run_folder.show(workdir, found, shown)
+        single = sum(shown.values(), Report())
+        run_report.show(workdir, experiment, config, found, done, single)
         if options.record and not paused:
             record = records.write_record(options.results, found)
             records.copy_figures([workdir], record)

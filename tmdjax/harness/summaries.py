@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tmdjax.harness.claims import PAIRINGS, Claim, judge, metric_name, stated
+from tmdjax.metrics.intervals import Interval, t_interval
 
 SUMMARY_KEYS = (
     "system",
@@ -239,6 +240,23 @@ def _common(what: str, values: Sequence[str]) -> str:
             f"cannot be judged together. Run them again under one."
         )
     return values[0]
+
+
+def intervals(units: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
+    """Means over seeds with their 95 % t intervals, named as in a summary: 'arm/name'.
+
+    A number that one seed alone has, or that is not finite in some seed, has no bounds.
+    """
+    found: dict[str, list[float]] = {}
+    for values in by_seed(units).values():
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return {
+        name: t_interval(values)
+        if all(map(math.isfinite, values))
+        else Interval(sum(values) / len(values), None, None)
+        for name, values in found.items()
+    }
 
 
 def by_seed(units: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
