@@ -117,7 +117,7 @@ TESTS = {
     "models/decoder/layers": "models/test_decoder.py",
     **dict.fromkeys(
         ["models/checkpoints/" + name for name in "adapters decoder layout".split()],
-        "models/test_hf_decoder.py",
+        "models/test_checkpoint_folders.py models/test_hf_decoder.py",
     ),
     "models/checkpoints/gguf": "models/test_gguf_decoder.py",
     "models/checkpoints/video_dit": "models/test_hf_video_dit.py",

@@ -273,3 +273,26 @@ def test_bfloat16_and_scalars_survive_the_file(tmp_path):
     batch = next(array_record(tmp_path / "r", 1, threads=0))
     assert batch["w"].dtype == jnp.bfloat16 and batch["w"].shape == (1, 2)
     assert batch["n"].tolist() == [3] and batch["flag"].dtype == np.bool_
+
+
+@pytest.mark.parametrize("kind", [">f4", ">i4", ">u2", ">f8", ">i8", "<f2", ">c8"])
+def test_both_byte_orders_are_records_of_the_same_numbers(tmp_path, kind):
+    example = {"x": np.array([1, 2, 300], kind), "n": np.array(7, kind)}
+    same = {
+        name: value.astype(value.dtype.newbyteorder("="))
+        for name, value in example.items()
+    }
+    write_array_record(tmp_path / "r", [example, same])
+    batch = next(array_record(tmp_path / "r", 2, threads=0))
+    for name, value in same.items():
+        assert batch[name].dtype == value.dtype and batch[name].dtype.isnative
+        np.testing.assert_array_equal(batch[name], np.stack([value, value]))
+    # and in memory, where jax takes the native order alone
+    batch = next(in_memory({"x": np.array([[1, 2, 300]] * 3, kind)}, 2))
+    assert batch["x"].dtype.isnative and batch["x"].tolist() == [[1, 2, 300]] * 2
+
+
+def test_records_of_named_fields_are_refused(tmp_path, refused):
+    example = {"x": np.zeros(2, [("a", "i4"), ("b", "f4")])}
+    message = r"example 0\['x'\] has dtype \[\('a'"
+    refused(message, write_array_record, tmp_path / "r", [example], error=TypeError)

@@ -208,3 +208,44 @@ def test_conversations_that_cannot_be_rendered(refused):
     ):
         refused(message, render_chat, messages)
     refused("'chatmll'.*Did you mean", render_chat, CONVERSATION, "chatmll")
+
+
+def test_what_training_left_in_tokenizer_json_is_no_setting(checkpoint):
+    """Truncation, padding and dropout of merges stored there change no text."""
+    library = pytest.importorskip("tokenizers")
+    text = "the and the 12 the and " * 9
+    expected = load_tokenizer(checkpoint).encode(text)
+    vocab = json.loads((checkpoint / "vocab.json").read_text(encoding="utf-8"))
+    pairs = [tuple(merge.split(" ")) for merge in MERGES]
+
+    def stored(change):
+        model = library.models.BPE(vocab=vocab, merges=pairs)
+        backend = library.Tokenizer(model)
+        split = library.Regex(PATTERNS["qwen2"])
+        cut = library.pre_tokenizers
+        byte_level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+        parts = [cut.Split(split, behavior="isolated"), byte_level]
+        backend.pre_tokenizer = cut.Sequence(parts)
+        backend.decoder = library.decoders.ByteLevel()
+        backend.add_special_tokens(list(SPECIALS))
+        change(backend)
+        backend.save(str(checkpoint / "tokenizer.json"))
+        return load_tokenizer(checkpoint)
+
+    def both(backend):
+        backend.enable_truncation(4, stride=1, direction="left")
+        backend.enable_padding(length=300, pad_token="<|endoftext|>", direction="left")
+
+    def drops(backend):
+        backend.model.dropout = 0.9
+
+    for change in (
+        lambda backend: backend.enable_truncation(3),
+        lambda backend: backend.enable_padding(pad_to_multiple_of=512),
+        both,
+        drops,
+    ):
+        tokenizer = stored(change)
+        assert tokenizer.encode(text) == expected
+        assert tokenizer.decode(expected) == text
+        assert tokenizer.encode("") == []

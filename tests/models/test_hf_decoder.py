@@ -228,6 +228,72 @@ def test_adapters_round_trip(adapter_folder, tmp_path):
     equal(again, made)
 
 
+REFUSED_ADAPTERS = [
+    *(
+        (dict(init_lora_weights=start), f"init_lora_weights='{start}' is not supported")
+        for start in ("olora", "corda", "loftq", "pissa", "pissa_niter_4", "lora_ga")
+    ),
+    (dict(layer_replication=[[0, 2], [1, 2]]), r"layer_replication=\[\[0, 2\], "),
+    (dict(target_parameters=["mlp.experts"]), "target_parameters=.* is not supported"),
+    (dict(trainable_token_indices=[3]), r"trainable_token_indices=\[3\] is not"),
+    (dict(use_qalora=True), "use_qalora=True is not supported"),
+    (dict(lora_bias=True), "lora_bias=True is not supported"),
+    (dict(bias="lora_only"), "bias='lora_only' is not supported; .* bias='none'"),
+    (dict(alora_invocation_tokens=[1]), r"alora_invocation_tokens=\[1\] is not"),
+    (dict(peft_type="LOHA"), "peft_type='LOHA' is not supported"),
+    (dict(a_setting_of_tomorrow=0.5), "a_setting_of_tomorrow=0.5 is not .* delete th"),
+    (dict(r="3"), "r='3' is no number"),
+    (dict(r=0), "r=0 is outside"),
+    (dict(r=4), r"lora_A.weight has shape \[3, 16\], expected \[4, 16\]"),
+    (dict(rank_pattern={"q_proj": 2}), r"has shape \[3, 16\], expected \[2, 16\]"),
+    (dict(lora_alpha=-1), "lora_alpha=-1 is outside"),
+    (dict(alpha_pattern={"q_proj": "a"}), r"alpha_pattern\['q_proj'\]='a' is no numb"),
+    (dict(alpha_pattern=[1]), r"alpha_pattern=\[1\] is no mapping"),
+]
+PLAIN_ADAPTERS = [
+    dict(init_lora_weights="gaussian"),
+    dict(init_lora_weights="eva", eva_config={"rho": 2.0}),
+    dict(loftq_config={"loftq_bits": 4}, lora_dropout=0.1, revision="main"),
+    dict(inference_mode=False, a_setting_of_tomorrow=None, another={}, third=False),
+    dict(alpha_pattern={"another_module": 3}, rank_pattern={"q_pro": 7}),
+]
+
+
+def test_scales_of_adapters_are_those_of_peft(adapter_folder):
+    """rsLoRA and patterns against PEFT's formula, module by module and layer by layer."""
+    config = DecoderConfig.from_hf(OLD)
+    params = jax.tree.map(jnp.asarray, params_from_hf(config, parts("weights")))
+    theirs = json.loads(str(golden(CASE)["adapter_config"]))
+    tensors = parts("adapters")
+    for change, scale in (
+        ({}, lambda name: 6 / 3),
+        (dict(use_rslora=True), lambda name: 6 / 3**0.5),
+        (
+            dict(alpha_pattern={"q_proj": 9}),
+            lambda name: (9 if "q_proj" in name else 6) / 3,
+        ),
+        (
+            dict(alpha_pattern={r"layers\.1\..*": 0, "down_proj": 1}, use_rslora=True),
+            lambda name: (
+                (0 if "layers.1." in name else 1 if "down_proj" in name else 6) / 3**0.5
+            ),
+        ),
+        (
+            dict(lora_alpha=0, alpha_pattern={"^model.layers.0.self_attn.q_proj": 4}),
+            lambda name: (4 if "layers.0.self_attn.q_proj" in name else 0) / 3,
+        ),
+        (dict(r=8, rank_pattern={"q_proj|down_proj": 3}), lambda name: 6 / 3),
+    ):
+        adapters, alpha = models.adapters_from_hf(config, tensors, theirs | change)
+        merged = params_to_hf(config, lora.merge(params, adapters, alpha))
+        for name, weight in parts("weights").items():
+            prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            if f"{prefix}A.weight" in tensors:
+                product = tensors[f"{prefix}B.weight"] @ tensors[f"{prefix}A.weight"]
+                weight = weight + scale(name) * product
+            assert_allclose(merged[name], weight, atol=1e-5, err_msg=name)
+
+
 def test_adapters_that_do_not_fit(adapter_folder, refused):
     config = DecoderConfig.from_hf(OLD)
     path = adapter_folder / "adapter_model.safetensors"
@@ -245,6 +311,16 @@ def test_adapters_that_do_not_fit(adapter_folder, refused):
     settings = json.loads(str(golden(CASE)["adapter_config"])) | {"use_dora": True}
     (adapter_folder / "adapter_config.json").write_text(json.dumps(settings))
     refused("use_dora=True is not supported", load)
+    write_safetensors(path, tensors)
+    theirs = json.loads(str(golden(CASE)["adapter_config"]))
+    for change, message in REFUSED_ADAPTERS:
+        settings = json.dumps(theirs | change)
+        (adapter_folder / "adapter_config.json").write_text(settings)
+        refused(f"adapter_model.safetensors: .*{message}", load)
+    for change in PLAIN_ADAPTERS:
+        settings = json.dumps(theirs | change)
+        (adapter_folder / "adapter_config.json").write_text(settings)
+        assert load()[1] == 6
     save = functools.partial(models.save_adapters, adapter_folder)
     refused("there are no adapters to save", save, {}, 1.0)
     foreign = {"mlp_in": {"kernel": {"a": np.ones((2, 1))}}}

@@ -86,7 +86,6 @@ def test_arrays_are_views_that_cannot_be_written(tmp_path):
 def test_what_cannot_be_written(tmp_path, refused):
     for tensors, message, error in (
         ({"c": np.zeros(2, np.complex64)}, "'c' has dtype complex64", TypeError),
-        ({"c": np.zeros(2, ">f4")}, "'c' has dtype >f4", TypeError),
         ({"__metadata__": np.zeros(2)}, "no tensor may be called", ValueError),
     ):
         refused(message, write_safetensors, tmp_path / "file", tensors, error=error)

@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -7,8 +8,9 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,26 +25,73 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: the place cannot be written or is full; the old file is intact.
     """
-    path = Path(path)
-    temporary = None
+    write_together({Path(path): [data]})
+
+
+def write_together(
+    files: Mapping[Path, Iterable[Any]],
+    *,
+    remove_before: Iterable[Path] = (),
+    remove_after: Iterable[Path] = (),
+) -> None:
+    """Writes files that belong together; none takes its name before all are written.
+
+    A full disk, a place that cannot be written and an error in the content so leave
+    every old file as it was. Folders are made as needed.
+
+    Args:
+        files: the content of each as buffers of bytes, taken one at a time. They take
+            their names in this order.
+        remove_before: files that go once all are on the disk, before any takes its
+            name; they may be absent.
+        remove_after: files that go when all have their names; they may be absent.
+
+    Raises:
+        OSError: the place cannot be written or is full, or a folder has the name of
+            one of the files; the old files are intact.
+    """
+    written: dict[Path, Path] = {}
+    path = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, buffers in files.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{path.name}."
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
+            written[path] = Path(temporary)
+            with os.fdopen(handle, "wb") as file:
+                for buffer in buffers:
+                    file.write(buffer)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+        for path in remove_before:
+            path.unlink(missing_ok=True)
+        for path in list(written):
+            os.replace(written[path], path)
+            del written[path]
+        for path in remove_after:
+            path.unlink(missing_ok=True)
     except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(
                 f"cannot write {path}: {error.strerror or error}. Free space or mend "
                 f"permissions, then run the same command to go on."
             ) from error
         raise
+
+
+def in_native_order(array: Any) -> np.ndarray:
+    """The same numbers in the byte order of this machine.
+
+    Bytes on disk are read back in that order; big-endian arrays come from FITS, IDX and
+    HDF5 files, as dtypes such as '>f4'.
+    """
+    array = np.asarray(array)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import serialization
 
 from tmdjax.core.checks import check_batch, check_count, check_range
+from tmdjax.core.files import in_native_order
 from tmdjax.core.trees import content_hash
 
 Example = Mapping[str, Any]
@@ -212,7 +213,8 @@ def in_memory(
             :class:`BatchPlan`.
 
     Returns:
-        Iterator over {name: [batch, ...]} in the arrays' dtypes.
+        Iterator over {name: [batch, ...]} in the arrays' dtypes, and in the byte order
+        of this machine, which jax takes alone.
 
     Raises:
         ValueError: empty data, arrays of different length, or a bad plan.
@@ -227,20 +229,23 @@ def in_memory(
     plan = BatchPlan(count=count, batch_size=batch_size, seed=seed, **options)
 
     def gather(indices: np.ndarray) -> Batch:
-        return {name: array[indices] for name, array in data.items()}
+        return {name: in_native_order(array[indices]) for name, array in data.items()}
 
     return Batches(plan, gather, lambda: content_hash(data))
 
 
 def encode_example(example: Example) -> bytes:
-    """A dict of numeric arrays as msgpack bytes."""
+    """A dict of numeric arrays as msgpack bytes, in the byte order of this machine."""
     return serialization.msgpack_serialize(
-        {name: np.asarray(value) for name, value in example.items()}
+        {name: in_native_order(value) for name, value in example.items()}
     )
 
 
 def decode_example(record: bytes) -> Batch:
-    """Inverse of :func:`encode_example`; shapes and dtypes come back as they were."""
+    """Inverse of :func:`encode_example`; shapes and dtypes come back as they were.
+
+    The dtypes are those of this machine's byte order ('>f4' comes back as float32).
+    """
     example: Any = serialization.msgpack_restore(record)
     return example
 
@@ -293,8 +298,8 @@ def write_array_record(
 def _layout(example: Example, index: int) -> dict[str, str]:
     layout = {}
     for name, value in sorted(example.items()):
-        array = np.asarray(value)
-        if array.dtype.kind in "OSUMm":
+        array = in_native_order(value)
+        if array.dtype.kind in "OSUMm" or array.dtype.fields:
             raise TypeError(
                 f"example {index}[{name!r}] has dtype {array.dtype}; records hold "
                 f"numbers. Encode text as uint8 or token ids."

@@ -31,6 +31,11 @@ class _BytePairs:
     """A tokenizer of the tokenizers library as :class:`Tokenizer`."""
 
     def __init__(self, backend: Any, eos: str | int, pad: str | int | None):
+        # What a training script left switched on would cut or fill up every text.
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self._specials = {token.content: index for index, token in added.items()}
@@ -60,6 +65,10 @@ def load_tokenizer(
     pattern: str = "qwen2",
 ) -> Tokenizer:
     """The tokenizer of a checkpoint in the Hugging Face layout.
+
+    Truncation, padding and dropout of merges stored in tokenizer.json are what a
+    training script had switched on, and are left out: a text is encoded whole, and
+    always to the same ids.
 
     Args:
         folder: with tokenizer.json, or with vocab.json and merges.txt;

@@ -8,13 +8,21 @@ from tmdjax.models.build import functional as functional
 from tmdjax.models.build import init_params as init_params
 from tmdjax.models.build import spec_of as spec_of
 from tmdjax.models.build import with_recipe as with_recipe
+from tmdjax.models.checkpoints.adapters import adapters_from_hf as adapters_from_hf
 from tmdjax.models.checkpoints.adapters import load_adapters as load_adapters
 from tmdjax.models.checkpoints.adapters import save_adapters as save_adapters
 from tmdjax.models.checkpoints.decoder import load_decoder as load_decoder
+from tmdjax.models.checkpoints.decoder import params_from_hf as params_from_hf
+from tmdjax.models.checkpoints.decoder import params_to_hf as params_to_hf
 from tmdjax.models.checkpoints.decoder import save_decoder as save_decoder
 from tmdjax.models.checkpoints.gguf import load_gguf as load_gguf
 from tmdjax.models.checkpoints.video_dit import load_video_dit as load_video_dit
+from tmdjax.models.checkpoints.video_dit import (
+    params_from_hf_video as params_from_hf_video,
+)
+from tmdjax.models.checkpoints.video_dit import params_to_hf_video as params_to_hf_video
 from tmdjax.models.checkpoints.video_dit import save_video_dit as save_video_dit
+from tmdjax.models.checkpoints.video_dit import video_dit_from_hf as video_dit_from_hf
 from tmdjax.models.control import ControlMLP as ControlMLP
 from tmdjax.models.control import ControlVelocity as ControlVelocity
 from tmdjax.models.control import ObservationFeatures as ObservationFeatures

@@ -1,38 +1,51 @@
 """Low-rank adapters of decoders as folders in the layout of the PEFT library."""
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tmdjax.core.checks import check_range
+from tmdjax.core.files import write_together
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.checkpoints.decoder import hf_module, param_shapes
 from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
+    encode_json,
     params_from_tensors,
     read_json,
-    write_json,
 )
-from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
+from tmdjax.models.checkpoints.safetensors import encode_safetensors, read_safetensors
 from tmdjax.models.decoder.config import DecoderConfig
 
 _ADAPTER = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 
-# Settings of an adapter that change what it computes, and their values of no effect.
+# Settings that leave a trained adapter what it is, whatever their value.
+_NO_EFFECT = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+    *("inference_mode", "peft_version", "lora_dropout", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of the start
+    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"),
+    *("qalora_group_size", "runtime_config"),
+)
+# Settings of parts that adapters here lack, and their values of no effect. A start of
+# another name ('pissa', 'olora', 'corda', 'loftq', 'lora_ga') may have changed the
+# base, to which the file belongs then.
 _PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_rslora": (False, None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "alpha_pattern": (None, {}),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+# Settings that are scales.
+_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_OFF = (None, False, [], {}, "")
 
 
 def load_adapters(
@@ -46,39 +59,130 @@ def load_adapters(
 
     Returns:
         Adapters as :mod:`tmdjax.models.lora` takes them, float32 on the host, and
-        their alpha.
+        their alpha, see :func:`adapters_from_hf`.
 
     Raises:
         FileNotFoundError: a file is absent.
-        ValueError: a kind of adapter that is not a plain low-rank one; a damaged
-            file; tensors missing, not expected or of another shape, by name.
+        ValueError: a kind of adapter that is not a plain low-rank one, or a setting
+            that is not known, by name; a damaged file; tensors missing, not expected
+            or of another shape, by name.
     """
     folder = Path(folder)
     settings = read_json(folder / _ADAPTER_CONFIG)
-    for key, values in _PLAIN.items():
-        if key in settings and settings[key] not in values:
-            raise ValueError(
-                f"{folder / _ADAPTER_CONFIG}: {key}={settings[key]!r} is not "
-                f"supported; adapters here have {key}={values[0]!r}."
-            )
     tensors = read_safetensors(folder / _ADAPTER)
-    leaves = list(_leaves(config, tensors))
+    try:
+        return adapters_from_hf(config, tensors, settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / _ADAPTER}: {error}") from None
+
+
+def adapters_from_hf(
+    config: DecoderConfig, tensors: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """Low-rank adapters from the tensors and the settings of the PEFT library.
+
+    PEFT adds ``s b a`` to a kernel, s = alpha / r, or alpha / √r under ``use_rslora``;
+    ``rank_pattern`` and ``alpha_pattern`` give modules an r and an alpha of their own.
+    Here s is alpha / rank with one alpha for all: where modules differ, b is scaled.
+
+    Args:
+        config: of the decoder they belong to.
+        tensors: arrays by their names in adapter_model.safetensors.
+        settings: content of adapter_config.json.
+
+    Returns:
+        Adapters as :mod:`tmdjax.models.lora` takes them, float32 on the host, and
+        their alpha.
+
+    Raises:
+        ValueError: a kind of adapter that is not a plain low-rank one, a setting that
+            is not known or out of range, by name; tensors missing, not expected or of
+            another shape, by name.
+
+    References:
+        arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA); PEFT's ``LoraConfig``.
+    """
+    _check_settings(settings)
+    leaves = list(_leaves(config, tensors, settings))
     if not leaves:
         raise ValueError(
-            f"{folder / _ADAPTER} holds no adapter of this decoder, but "
+            f"the file holds no adapter of this decoder, but "
             f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}."
         )
+    # Of each module, by its name: the alpha that makes alpha / rank its scale.
+    alphas = {
+        name: _rank_and_alpha(settings, name)[1]
+        for leaf in leaves
+        for name in leaf.names
+    }
+    alpha = max(alphas.values())
+    scaled = {
+        name: np.asarray(tensor, np.float32) * np.float32(alphas[name] / alpha)
+        for name, tensor in tensors.items()
+        if ".lora_B." in name and alphas.get(name, alpha) != alpha
+    }
     adapters = params_from_tensors(
         leaves,
-        tensors,
+        {**tensors, **scaled},
         lambda leaf: np.float32,
-        f"adapters of all layers of this decoder ({folder / _ADAPTER})",
+        "adapters of all layers of this decoder",
     )
-    return adapters, float(settings.get("lora_alpha", 8))
+    return adapters, alpha
 
 
-def _leaves(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[Leaf]:
-    """Adapters of the modules of which there is any tensor, of the first's rank."""
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if key in _NO_EFFECT or key in _SCALES:
+            continue
+        allowed = _PLAIN.get(key, _OFF)
+        if value not in allowed:
+            plain = " or ".join(f"{key}={value!r}" for value in allowed)
+            raise ValueError(
+                f"{key}={value!r} is not supported; adapters here have {plain}. Merge "
+                f"it into its base with PEFT (merge_and_unload) and load that, or "
+                f"delete the key from {_ADAPTER_CONFIG} if it changes nothing."
+            )
+    numbers = {"r": _first(settings, "r", 8)}
+    numbers["lora_alpha"] = _first(settings, "lora_alpha", 8)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"{key}={patterns!r} is no mapping of modules to numbers.")
+        numbers |= {f"{key}[{name!r}]": value for name, value in patterns.items()}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key}={value!r} is no number.")
+        least = 1 if key.startswith("r") else 0
+        check_range(key, value, least, math.inf, open_high=True)
+
+
+def _first(settings: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = settings.get(key)
+    return default if value is None else value
+
+
+def _rank_and_alpha(settings: Mapping[str, Any], tensor: str) -> tuple[int, float]:
+    """Rank of a module, and the alpha that makes alpha / rank its scale.
+
+    A pattern of PEFT is a regular expression of the end of the module's name.
+    """
+    module = tensor.removeprefix(_PREFIX).partition(".lora_")[0]
+
+    def of(patterns: str, default: Any) -> Any:
+        for pattern, value in (settings.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
+    rank = int(of("rank_pattern", _first(settings, "r", 8)))
+    alpha = float(of("alpha_pattern", _first(settings, "lora_alpha", 8)))
+    return rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _leaves(
+    config: DecoderConfig, tensors: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[Leaf]:
+    """Adapters of the modules of which there is any tensor, of the rank in settings."""
     for path, struct in flatten(param_shapes(config)).items():
         module, _, last = path.rpartition("/")
         if last != "kernel":
@@ -89,14 +193,13 @@ def _leaves(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Iterato
             [f"{name.format(layer=i)}.lora_{side}.weight" for i in layers]
             for side in "AB"
         )
-        ranks = [n for key in a if key in tensors for n in tensors[key].shape[:1]]
-        ranks += [n for key in b if key in tensors for n in tensors[key].shape[-1:]]
-        if not ranks:
+        if not any(key in tensors for key in (*a, *b)):
             continue
         inputs, outputs = struct.shape[-2:]
+        rank = _rank_and_alpha(settings, a[0])[0]
         for side, names, shape in (
-            ("a", a, (ranks[0], inputs)),
-            ("b", b, (outputs, ranks[0])),
+            ("a", a, (rank, inputs)),
+            ("b", b, (outputs, rank)),
         ):
             yield Leaf(
                 path=f"{path}/{side}",
@@ -114,7 +217,7 @@ def save_adapters(
     """Writes adapters of a decoder in the layout of the PEFT library.
 
     Args:
-        folder: made if absent.
+        folder: made if absent; adapters in it stay until the new ones are whole.
         adapters: from :func:`tmdjax.models.lora.init`, or trained.
         alpha: their scale.
         base: name or folder of the checkpoint they belong to.
@@ -156,5 +259,9 @@ def save_adapters(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    write_safetensors(folder / _ADAPTER, tensors)
-    write_json(folder / _ADAPTER_CONFIG, settings)
+    write_together(
+        {
+            folder / _ADAPTER: encode_safetensors(tensors),
+            folder / _ADAPTER_CONFIG: [encode_json(settings)],
+        }
+    )

@@ -18,12 +18,12 @@ from tmdjax.models.build import init_params
 from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
+    cast_tensor,
     params_from_tensors,
     read_json,
     read_weights,
     tensors_from_params,
-    write_json,
-    write_weights,
+    write_checkpoint,
 )
 from tmdjax.models.decoder.config import DecoderConfig
 from tmdjax.models.decoder.network import Decoder
@@ -118,14 +118,15 @@ def params_from_hf(
         config: of the checkpoint.
         tensors: arrays by name. A head beside a tied embedding, which some
             checkpoints carry, must equal it; stored rotary frequencies are ignored.
-        dtype: of the parameters; None keeps that of each tensor.
+        dtype: of the parameters; None keeps that of the tensors, and takes float32
+            where those of the layers differ.
 
     Returns:
         A nested dict of numpy arrays.
 
     Raises:
-        ValueError: tensors that are missing, not expected or of another shape, all
-            of them by name.
+        ValueError: tensors that are missing, not expected, of another shape or no
+            floating numbers, all of them by name; numbers that the dtype cannot hold.
     """
     return params_from_tensors(
         _leaves(config),
@@ -165,7 +166,8 @@ def load_decoder(
     Args:
         folder: with config.json and model.safetensors, or the shards that
             model.safetensors.index.json names.
-        dtype: of the parameters; None keeps that of the file.
+        dtype: of the parameters; None keeps that of the file, and takes float32 where
+            those of the layers differ.
         **options: attributes of the configuration that take precedence, such as
             ``recipe``, see :meth:`tmdjax.models.DecoderConfig.from_hf`.
 
@@ -197,7 +199,8 @@ def save_decoder(
     :func:`save_adapters`.
 
     Args:
-        folder: made if absent. The weights of an earlier checkpoint in it go.
+        folder: made if absent. An earlier checkpoint in it goes once the new one is
+            whole; files that are not of it stay.
         config: of the decoder; weights are written in ``config.dtype``.
         params: of the decoder.
         max_shard_bytes: a larger checkpoint is cut into files of at most this size
@@ -205,15 +208,15 @@ def save_decoder(
         extra: more keys for config.json, such as ``eos_token_id``.
 
     Raises:
-        ValueError: parameters of another decoder, or one that no checkpoint has.
+        ValueError: parameters of another decoder, or one that no checkpoint has;
+            numbers beyond the range of ``config.dtype``.
+        TypeError: a setting in ``extra`` that JSON lacks.
         OSError: a file cannot be written.
     """
-    folder = Path(folder)
     settings = config.to_hf() | dict(extra or {})
     dtype = jnp.dtype(config.dtype)
     tensors = {
-        name: tensor.astype(dtype, copy=False)
+        name: cast_tensor(name, tensor, dtype)
         for name, tensor in params_to_hf(config, params).items()
     }
-    write_weights(folder, _STEM, tensors, max_shard_bytes)
-    write_json(folder / "config.json", settings)
+    write_checkpoint(folder, _STEM, tensors, settings, max_shard_bytes)

@@ -8,21 +8,22 @@ diffusers 'diffusion_pytorch_model'. Everything is on the host, in numpy.
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from tmdjax.core.checks import check_count, check_name
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import in_native_order, write_together
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
-from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
+from tmdjax.models.checkpoints.safetensors import encode_safetensors, read_safetensors
 
 Folder = str | os.PathLike[str]
+CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,9 @@ def params_from_tensors(
     Args:
         leaves: all parameters of the network.
         tensors: arrays by name.
-        dtype_of: the dtype of a parameter; None keeps that of its tensors.
+        dtype_of: the dtype of a parameter; None keeps that of its tensors, and where
+            those of a stack differ takes float32, which holds the numbers of each
+            (float64 where one of them is).
         network: what the tensors should fit, for errors: 'a decoder of 2 layers'.
         redundant: names of tensors that are not read.
 
@@ -66,8 +69,8 @@ def params_from_tensors(
         A nested dict of numpy arrays.
 
     Raises:
-        ValueError: tensors that are missing, not expected or of another shape, all
-            of them by name.
+        ValueError: tensors that are missing, not expected, of another shape or no
+            floating numbers, all of them by name; numbers that the dtype cannot hold.
     """
     leaves = list(leaves)
     shapes = {name: leaf.shape for leaf in leaves for name in leaf.names}
@@ -83,6 +86,8 @@ def params_from_tensors(
                     f"{name} has shape {list(tensor.shape)}, expected "
                     f"{list(shapes[name])}"
                 )
+            elif not jnp.issubdtype(np.asarray(tensor).dtype, jnp.floating):
+                problems.append(f"{name} is {tensor.dtype}, expected floating numbers")
         elif not redundant(name):
             problems.append(f"{name} {list(tensor.shape)} is not expected")
     if problems:
@@ -94,15 +99,44 @@ def params_from_tensors(
     params: dict[str, Any] = {}
     for leaf in leaves:
         dtype = dtype_of(leaf)
-        rows = (np.asarray(tensors[name]) for name in leaf.names)
-        first = leaf.read(next(rows))
-        kind = first.dtype if dtype is None else dtype
-        value = np.empty((len(leaf.names), *first.shape), kind)
-        value[0] = first
-        for row, tensor in zip(value[1:], rows):
-            row[...] = leaf.read(tensor)
+        rows = [in_native_order(tensors[name]) for name in leaf.names]
+        if dtype is None:
+            dtype = _common_dtype({row.dtype for row in rows})
+        value = np.empty((len(rows), *leaf.read(rows[0]).shape), dtype)
+        for i, (name, row) in enumerate(zip(leaf.names, rows)):
+            value[i] = leaf.read(cast_tensor(name, row, value.dtype))
         params[leaf.path] = value if leaf.stacked else value[0]
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _common_dtype(dtypes: set[Any]) -> Any:
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return np.float64 if np.dtype(np.float64) in dtypes else np.float32
+
+
+def cast_tensor(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
+    """A tensor of floating numbers in a dtype whose range holds them.
+
+    Args:
+        name: of the tensor.
+        tensor: floating numbers; those that are infinite or NaN stay so.
+        dtype: of the result; the tensor itself comes back where it is of that dtype.
+
+    Raises:
+        ValueError: a finite number beyond the largest of the dtype.
+    """
+    most = jnp.finfo(dtype).max
+    if most < jnp.finfo(tensor.dtype).max:
+        wide = np.float64 if tensor.dtype == np.float64 else np.float32
+        sizes = np.abs(tensor[np.isfinite(tensor)].astype(wide))
+        if sizes.max(initial=0) > float(most):
+            raise ValueError(
+                f"{name} has {np.count_nonzero(sizes > float(most))} number(s) beyond "
+                f"{float(most):g}, the largest of {np.dtype(dtype)} (up to "
+                f"{sizes.max():g}); give dtype 'bfloat16' or 'float32'."
+            )
+    return tensor.astype(dtype, copy=False)
 
 
 def tensors_from_params(
@@ -142,17 +176,24 @@ def read_weights(folder: Folder, stem: str) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: a file is absent.
-        ValueError: a damaged file, or a shard without a tensor of the index.
+        ValueError: a damaged file; a shard without a tensor of the index; an index
+            beside a single file that it does not name, as either may be the newer.
     """
     folder, weights, index = Path(folder), f"{stem}.safetensors", _index(stem)
-    if (folder / weights).exists():
-        return read_safetensors(folder / weights)
     if not (folder / index).exists():
+        if (folder / weights).exists():
+            return read_safetensors(folder / weights)
         raise FileNotFoundError(
             f"{folder} has neither {weights} nor {index}; give the folder of a "
             f"checkpoint in the safetensors format."
         )
-    weight_map = read_json(folder / index)["weight_map"]
+    weight_map = _weight_map(folder / index)
+    if (folder / weights).exists() and weights not in weight_map.values():
+        raise ValueError(
+            f"{folder} holds two checkpoints, {weights} and the files that {index} "
+            f"names; transformers reads the first of them, diffusers the second. "
+            f"Remove {weights}, or {index}, whichever is the older."
+        )
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(weight_map.values())):
         check_name(f"a file of {folder / index}", file)
@@ -173,20 +214,41 @@ def read_weights(folder: Folder, stem: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_weights(
-    folder: Folder, stem: str, tensors: Mapping[str, np.ndarray], max_shard_bytes: int
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise ValueError(
+            f"{index} lacks 'weight_map', the file of each tensor. Copy it again."
+        )
+    return weight_map
+
+
+def write_checkpoint(
+    folder: Folder,
+    stem: str,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    max_shard_bytes: int,
 ) -> None:
-    """Writes tensors as one file, or as shards and their index.
+    """Writes tensors as one file, or as shards and their index, and config.json.
+
+    Everything is checked and lies on the disk before any file takes its name, so a
+    save that fails leaves the old checkpoint as it was.
 
     Args:
-        folder: made if absent. Weights of that stem in it go, once the new ones are
-            whole.
+        folder: made if absent. Of an older checkpoint in it, ``<stem>.safetensors``,
+            the index and what that index names go in the end; all other files stay.
         stem: of the files.
         tensors: arrays by name.
+        config: content of config.json.
         max_shard_bytes: what does not fit a file of this size is cut into several (a
             larger tensor has a file of its own).
 
     Raises:
+        TypeError: a dtype that safetensors lacks, or a setting that JSON lacks.
         OSError: a file cannot be written.
     """
     folder = Path(folder)
@@ -199,29 +261,39 @@ def write_weights(
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", tensors)
-        (folder / _index(stem)).unlink(missing_ok=True)
-        _remove_shards(folder, stem, ())
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / _index(stem), index)
-    (folder / f"{stem}.safetensors").unlink(missing_ok=True)
-    _remove_shards(folder, stem, weight_map.values())
+    single, index = f"{stem}.safetensors", _index(stem)
+    names = [single]
+    if len(shards) > 1:
+        total = len(shards)
+        names = [
+            f"{stem}-{number:05d}-of-{total:05d}.safetensors"
+            for number in range(1, total + 1)
+        ]
+    content = {name: encode_safetensors(shard) for name, shard in zip(names, shards)}
+    if len(shards) > 1:
+        where = {key: name for name, shard in zip(names, shards) for key in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        listing = {"metadata": {"total_size": total}, "weight_map": where}
+        content[index] = [encode_json(listing)]
+    content[CONFIG] = [encode_json(config)]
+    old = _old_shards(folder / index)
+    # The index goes first, so that nobody reads shards of two checkpoints by a name
+    # of the one and the content of the other.
+    gone = [name for name in (index, single, *old) if name not in content]
+    write_together(
+        {folder / name: parts for name, parts in content.items()},
+        remove_before=[folder / index] if set(old) & set(names) else (),
+        remove_after=[folder / name for name in gone],
+    )
 
 
-def _remove_shards(folder: Path, stem: str, but: Iterable[str]) -> None:
-    """Removes the shards of an earlier save; files of other names stay."""
-    shard = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
-    for path in folder.glob("*.safetensors"):
-        if shard.fullmatch(path.name) and path.name not in but:
-            path.unlink()
+def _old_shards(index: Path) -> list[str]:
+    """Files in the folder of an index that it names; none where it is no index."""
+    try:
+        files = sorted(set(_weight_map(index).values()))
+    except (FileNotFoundError, ValueError):
+        return []
+    return [f for f in files if f.endswith(".safetensors") and Path(f).name == f]
 
 
 def _index(stem: str) -> str:
@@ -233,7 +305,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON.
+        ValueError: it is no JSON object.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -241,11 +313,14 @@ def read_json(path: Path) -> dict[str, Any]:
             f"layout."
         )
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, no JSON object.")
+    return found
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+def encode_json(content: Mapping[str, Any]) -> bytes:
+    """A JSON object as the text of a file."""
+    return (json.dumps(content, indent=2) + "\n").encode()

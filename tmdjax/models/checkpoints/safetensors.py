@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import in_native_order, write_together
 
 _DTYPES = {
     "F64": np.float64,
@@ -156,10 +156,8 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[Any, tuple[int, ...
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
     """Writes arrays so that the file is whole or not there.
 
-    Its metadata name the layout as PyTorch's, which transformers asks for.
-
     Args:
-        path: of the file.
+        path: of the file; an old one stays until the new one is whole.
         tensors: arrays by name.
 
     Raises:
@@ -167,7 +165,22 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) 
         ValueError: a tensor of the name that the format keeps for itself.
         OSError: the file cannot be written.
     """
-    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    write_together({Path(path): encode_safetensors(tensors)})
+
+
+def encode_safetensors(tensors: Mapping[str, Any]) -> list[Any]:
+    """The content of a file, as buffers of bytes that share memory with the arrays.
+
+    Its metadata name the layout as PyTorch's, which transformers asks for.
+
+    Args:
+        tensors: arrays by name, of either byte order.
+
+    Raises:
+        TypeError: a dtype that the format lacks.
+        ValueError: a tensor of the name that the format keeps for itself.
+    """
+    arrays = {name: in_native_order(tensor) for name, tensor in tensors.items()}
     if _METADATA in arrays:
         raise ValueError(f"no tensor may be called {_METADATA!r}; rename it.")
     for name, array in arrays.items():
@@ -190,6 +203,5 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) 
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    parts = [len(text).to_bytes(8, "little"), text]
-    parts += [arrays[name].tobytes() for name in order]
-    write_atomically(path, b"".join(parts))
+    flat = (np.ascontiguousarray(arrays[name]).reshape(-1) for name in order)
+    return [len(text).to_bytes(8, "little"), text, *(a.view(np.uint8) for a in flat)]

@@ -19,12 +19,12 @@ from tmdjax.models.build import init_params
 from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
+    cast_tensor,
     params_from_tensors,
     read_json,
     read_weights,
     tensors_from_params,
-    write_json,
-    write_weights,
+    write_checkpoint,
 )
 from tmdjax.models.videos.dit import VideoDiT
 
@@ -151,7 +151,8 @@ def params_from_hf_video(
         module: the network.
         in_channels: channels of its input.
         tensors: arrays by name.
-        dtype: of the parameters; None keeps that of each tensor. What diffusers keeps
+        dtype: of the parameters; None keeps that of the tensors, and takes float32
+            where those of the blocks differ. What diffusers keeps
             in float32 (the time embedding, tables of shifts and scales, the norm
             before the cross-attention) is float32 under a narrower dtype too.
 
@@ -226,7 +227,8 @@ def save_video_dit(
     """Writes a checkpoint that diffusers and :func:`load_video_dit` read.
 
     Args:
-        folder: made if absent. The weights of an earlier checkpoint in it go.
+        folder: made if absent. An earlier checkpoint in it goes once the new one is
+            whole; files that are not of it stay.
         module: the network.
         params: its parameters.
         dtype: of the tensors; None keeps that of each parameter.
@@ -235,17 +237,18 @@ def save_video_dit(
         extra: more keys for config.json.
 
     Raises:
-        ValueError: parameters of another network.
+        ValueError: parameters of another network; numbers beyond the range of
+            ``dtype``.
+        TypeError: a setting in ``extra`` that JSON lacks.
         OSError: a file cannot be written.
     """
-    folder = Path(folder)
     tensors = params_to_hf_video(module, params)
     if dtype is not None:
         kind = jnp.dtype(dtype)
-        tensors = {k: tensor.astype(kind, copy=False) for k, tensor in tensors.items()}
-    write_weights(folder, _STEM, tensors, max_shard_bytes)
+        tensors = {k: cast_tensor(k, tensor, kind) for k, tensor in tensors.items()}
     config = video_dit_to_hf(module, in_channels_of(module, params))
-    write_json(folder / "config.json", config | dict(extra or {}))
+    config |= dict(extra or {})
+    write_checkpoint(folder, _STEM, tensors, config, max_shard_bytes)
 
 
 def in_channels_of(module: VideoDiT, params: Params) -> int:
