@@ -105,21 +105,40 @@ def test_bad_inputs(refused):
     outside = r"times has 1 value.*outside \[0, 1\]"
     refused(outside, flows.discrete_time, [0.5, 1.5])
     refused("Did you mean 'velocity'", flows.as_velocity, affine, "velocty")
+    guide = functools.partial(flows.classifier_free_guidance, affine, null_cond=0.0)
+    refused("guidance scale has 1 non-finite", guide, float("nan"))
+    refused("guidance scale is '2'; give a number", guide, "2", error=TypeError)
+    traced = jax.jit(lambda scale: guide(scale)(jnp.ones((1, 1)), *jnp.ones((2, 1))))
+    refused("scale is .*; give a number that is known", traced, 2.0, error=TypeError)
 
 
 def test_facts_pass_our_wrappers_and_are_unknown_behind_a_lambda():
     plain = lambda x, t, c: x  # noqa: E731
     guided = flows.classifier_free_guidance(plain, 3, 0)
     wrapped = conventions.flip_velocity(flows.as_velocity(guided, "noise"))
-    wrapped = flows.OnGrid(flows.as_pytree(wrapped), np.array([1.0, 0.0]))
+    wrapped = flows.OnGrid(flows.as_pytree(wrapped), (1.0, 0.0))
     for known in (guided, flows.as_pytree(guided), wrapped):
         assert flows.guidance_scale(known) == 3.0
     assert flows.around(wrapped, flows.Guided).scale == 3.0
     assert flows.around(guided, flows.OnGrid) is None
     for unknown in (plain, lambda *at: guided(*at), functools.partial(guided)):
         assert flows.guidance_scale(unknown) is None
-    seen = jax.jit(lambda v: jnp.array(flows.guidance_scale(v) is None))(guided)
-    assert seen  # a traced scale has no value
+
+
+def test_facts_stay_known_in_compiled_programs():
+    guided = flows.classifier_free_guidance(affine, 3, 0.0)
+    carried = flows.OnGrid(flows.as_pytree(guided), (1.0, 1 / 3, 0.0))
+    seen = []
+
+    def look(velocity, x):
+        facts = flows.around(velocity, flows.OnGrid).times
+        seen.append((flows.guidance_scale(velocity), facts))
+        return velocity(x, x[:, 0], x[:, 0]).sum()
+
+    x = jnp.ones((4, 3, 2))
+    jax.jit(jax.vmap(look, (None, 0)))(carried, x)
+    jax.eval_shape(jax.grad(look, 1), carried, x[0])
+    assert seen == [(3.0, (1.0, 1 / 3, 0.0))] * 2
 
 
 def test_an_unknown_scale_may_be_one_and_nothing_else():

@@ -370,6 +370,8 @@ def test_sample_walks_the_grid_which_survives_json(found, refused):
         velocity = boss.on_grid(FLOW.velocity, times)
         assert_array_equal(boss.sample(velocity, noise), expected)
         assert_array_equal(boss.sample(velocity, noise, schedule), expected)
+    # inside a compiled program it is still in float64 on the host
+    assert_allclose(jax.jit(boss.sample)(velocity, noise), expected, atol=1e-6)
     # another is refused unless allowed
     other = flows.uniform_grid(6)
     for grid in (other, found.schedules[4]):

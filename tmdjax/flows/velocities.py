@@ -1,8 +1,9 @@
 """Velocities that carry facts: the scale of their guidance, the grid they know.
 
-A fact is a field of a registered dataclass around the velocity, so it is there to be
-asked for. Around a plain function nothing is known, and nothing is claimed: a lambda
-that calls a guided velocity is one of unknown guidance.
+A fact is a static field of a registered dataclass around the velocity: it is there to
+be asked for inside compiled programs too, and another value is another program. Around
+a plain function nothing is known, and nothing is claimed: a lambda that calls a guided
+velocity is one of unknown guidance.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from tmdjax.core import trees
-from tmdjax.core.checks import check_output
+from tmdjax.core.checks import check_finite, check_output
 from tmdjax.core.functions import VelocityWrapper, around, as_pytree
 from tmdjax.core.types import Cond, Data, Time, Velocity
 
@@ -25,12 +26,12 @@ class Guided(VelocityWrapper):
 
     Attributes:
         velocity: conditional velocity(x, t, cond).
-        scale: float32; 1 is the conditional velocity, 0 the unconditional one.
+        scale: a number, static; 1 is the conditional velocity, 0 the unconditional one.
         null_cond: pytree like cond without its batch axis.
         freeze_null: no gradient flows through the unconditional velocity.
     """
 
-    scale: Any
+    scale: float = struct.field(pytree_node=False)
     null_cond: Any
     freeze_null: bool = struct.field(pytree_node=False, default=False)
 
@@ -44,7 +45,8 @@ class Guided(VelocityWrapper):
         conditional, unconditional = v[:batch], v[batch:]
         if self.freeze_null:
             unconditional = jax.lax.stop_gradient(unconditional)
-        return unconditional + self.scale * (conditional - unconditional)
+        scale = np.float32(self.scale)
+        return unconditional + scale * (conditional - unconditional)
 
 
 @struct.dataclass(eq=False)
@@ -53,10 +55,10 @@ class OnGrid(VelocityWrapper):
 
     Attributes:
         velocity: velocity(x, t, cond).
-        times: the grid, [K + 1] decreasing to 0.
+        times: the grid, K + 1 numbers decreasing to 0, static: float64 in any program.
     """
 
-    times: Any
+    times: tuple[float, ...] = struct.field(pytree_node=False)
 
     def __call__(self, x: Data, t: Time, cond: Cond = None) -> Data:
         """The velocity itself."""
@@ -70,34 +72,42 @@ def classifier_free_guidance(
 
     Args:
         velocity: conditional velocity(x, t, cond).
-        scale: 1 is the conditional model itself (returned unwrapped, no extra
-            cost), 0 the unconditional one, > 1 sharpens.
+        scale: a finite number, not traced: 1 is the conditional model itself (returned
+            unwrapped, no extra cost), 0 the unconditional one, > 1 sharpens.
         null_cond: pytree like cond without its batch axis: the "no condition".
         freeze_null: no gradient flows through v_null (Flow-GRPO trains so).
 
     Returns:
         A :class:`Guided` velocity(x, t, cond) that costs two evaluations a call.
 
+    Raises:
+        TypeError: the scale is not a number, or traced.
+        ValueError: it is not finite.
+
     References:
         Ho and Salimans, arXiv 2207.12598, eq. 6 (their w = scale - 1).
     """
+    if isinstance(scale, str | jax.core.Tracer):
+        raise TypeError(
+            f"the guidance scale is {scale!r}; give a number that is known when the "
+            f"program is traced: the scale is a fact that the velocity carries."
+        )
+    scale = float(scale)
+    check_finite(scale, "the guidance scale", "Give a finite number.")
     if scale == 1.0:
         return velocity
     null_cond = jax.tree.map(np.asarray, null_cond)
-    return Guided(as_pytree(velocity), np.float32(scale), null_cond, freeze_null)
+    return Guided(as_pytree(velocity), scale, null_cond, freeze_null)
 
 
 def guidance_scale(velocity: Any) -> float | None:
     """The scale of a :class:`Guided` velocity, also through other wrappers.
 
     Returns:
-        None where it is unknown: of any other function, whether it is guided or not,
-        and where the scale is traced.
+        None where it is unknown: of any other function, whether it is guided or not.
     """
     guided = around(velocity, Guided)
-    if guided is None or isinstance(guided.scale, jax.core.Tracer):
-        return None
-    return float(guided.scale)
+    return None if guided is None else guided.scale
 
 
 def guidance_differs(scale: float | None, other: float | None) -> bool:

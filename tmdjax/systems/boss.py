@@ -245,7 +245,8 @@ def on_grid(velocity: Velocity, times: Any) -> Velocity:
         times: a schedule, or times [K + 1] (``meta["grid"]`` of a finished run).
     """
     times = times.times if isinstance(times, Schedule) else times
-    return flows.OnGrid(flows.as_pytree(velocity), flows.custom_grid(times))
+    times = flows.custom_grid(times)
+    return flows.OnGrid(flows.as_pytree(velocity), tuple(times.tolist()))
 
 
 def sample(
@@ -282,7 +283,7 @@ def sample(
             around a straightened model, which has absorbed its teacher's.
     """
     carried = flows.around(velocity, flows.OnGrid)
-    own = None if carried is None else carried.times
+    own = None if carried is None else np.array(carried.times)
     if grid is None:
         grid = own
     if grid is None:
