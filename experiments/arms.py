@@ -37,21 +37,28 @@ def of_arm(config: Any, arm: str) -> Any:
     """The config of an arm: its own settings over those of all.
 
     A group with another 'name' than the config's (another task, environment or data
-    set) stands in its place, for what it names has settings of its own. In any other
-    group an arm may change what the config has. Settings of the method are left to the
-    preset, which knows them.
+    set) stands in its place, for what it names has settings of its own; name there all
+    that is not to be a default. In any other group an arm may change what the config
+    has, also in groups within it. Settings of the method are left to the preset, which
+    knows them.
 
     Args:
         config: a ConfigDict; one without arms is returned as it is.
         arm: one of :func:`arms`.
 
     Raises:
-        ConfigError: an unknown group or setting.
+        ConfigError: an unknown group or setting, or a value of another type than the
+            config's.
         ValueError: an unknown arm.
     """
     if not config.get("arms"):
         return config
     check_choice("arm", arm, config.arms)
+    if not isinstance(config.arms[arm], ConfigDict):
+        raise ConfigError(
+            f"arms.{arm}={config.arms[arm]!r} is no arm; one is "
+            f"{{group: {{setting: value}}}}, and {{}} where it changes nothing."
+        )
     own = config.copy_and_resolve_references()
     groups = [k for k, v in config.items() if isinstance(v, ConfigDict)]
     groups = [k for k in groups if k not in (*NO_GROUPS, METHOD)]
@@ -62,22 +69,34 @@ def of_arm(config: Any, arm: str) -> Any:
                     f"arms.{arm}.{group} is no group of settings; an arm changes those "
                     f"of {', '.join((*groups, METHOD))}.{suggestion(group, groups)}"
                 )
-            given = own.get(group, ConfigDict())
-            if changes.get("name", given.get("name")) != given.get("name"):
-                given = ConfigDict()
-            elif group != METHOD:
-                _check_known(f"arms.{arm}.{group}", changes, given)
-            own[group] = ConfigDict({**given, **changes})
+            where, given = f"arms.{arm}.{group}", own.get(group, ConfigDict())
+            own[group] = _changed(where, given, changes, free=group == METHOD)
     return own
 
 
-def _check_known(where: str, changes: Any, given: Any) -> None:
-    for name in changes:
+def _changed(where: str, given: Any, changes: Any, free: bool = False) -> ConfigDict:
+    """A group with an arm's changes; ``free``: any setting, of any type."""
+    if changes.get("name", given.get("name")) != given.get("name"):
+        return ConfigDict(changes)
+    if free:
+        return ConfigDict({**given, **changes})
+    found = ConfigDict(given)
+    for name, value in changes.items():
         if name not in given:
             raise ConfigError(
                 f"{where}.{name} changes no setting; there are {', '.join(given)}."
                 f"{suggestion(name, given)}"
             )
+        if isinstance(value, ConfigDict) and isinstance(given[name], ConfigDict):
+            value = _changed(f"{where}.{name}", given[name], value)
+        try:
+            found[name] = value
+        except TypeError:
+            raise ConfigError(
+                f"{where}.{name}={to_plain(value)!r} is of another type than "
+                f"{to_plain(given[name])!r}, which the config has."
+            ) from None
+    return found
 
 
 def build_method(
@@ -94,8 +113,8 @@ def build_method(
         **options: of the preset, beside the changes.
 
     Raises:
-        ConfigError: no name, no such system, a system without a preset, or a method of
-            another family.
+        ConfigError: no name, no such system, a system without a preset, a setting that
+            stands among ``options`` too, or a method of another family.
         ValueError: an unknown preset, or settings that it refuses.
     """
     given = tuples(method)
@@ -113,6 +132,11 @@ def build_method(
             f"method.name={name!r}: neither tmdjax/systems/{system}.py nor {system}.py "
             f"beside the config has a function preset(name, ...); systems with one: "
             f"{', '.join(known)}.{suggestion(system, known)}"
+        )
+    for setting in sorted(given.keys() & options.keys()):
+        raise ConfigError(
+            f"method.{setting} of {name!r}: the experiment gives {', '.join(options)} "
+            f"from other groups of the config; change it there."
         )
     try:
         inspect.signature(make).bind(preset or system, *arguments, **options, **given)

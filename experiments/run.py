@@ -171,7 +171,12 @@ def find_experiment(config: Any, path: str) -> Experiment:
         TypeError: the module lacks a member of an experiment.
     """
     file = pathlib.Path(path.rpartition(":")[0] or path)
-    name = getattr(load_module(file), "EXPERIMENT", config.system)
+    name = getattr(load_module(file), "EXPERIMENT", config.get("system"))
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{path} names the experiment {name!r}; set EXPERIMENT, or config.system, "
+            f"to the name of a module."
+        )
     found = find_module(name, "experiments")
     if found is None or found.__file__ == str(file.resolve()):
         raise ConfigError(

@@ -71,6 +71,42 @@ def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path, refused):
         refused(f"of folder {number}", run.main, [f"--config={spec}", "--dry_run"])
 
 
+def test_all_that_lies_beside_a_config_is_its_own(tmp_path, monkeypatch):
+    """Helpers in packages too, and where the folder was on the path before."""
+    for tag in "ab":
+        folder = tmp_path / tag
+        (folder / "paper_parts").mkdir(parents=True)
+        for name in ("paper_helper.py", "paper_parts/__init__.py"):
+            (folder / name).write_text(f"TAG = {tag!r}\n")
+        (folder / "paper_parts" / "inner.py").write_text(f"TAG = {tag!r}\n")
+        (folder / "tagged.py").write_text(
+            "from ml_collections import ConfigDict\n"
+            "from paper_helper import TAG\n"
+            "from paper_parts import TAG as PACKAGE, inner\n"
+            "TIERS = ('smoke',)\n"
+            "def get_config(tier):\n"
+            "    return ConfigDict({'tags': TAG + PACKAGE + inner.TAG})\n"
+        )
+    for tag in "aba":
+        assert load_config(f"{tmp_path / tag / 'tagged.py'}:smoke").tags == 3 * tag
+    monkeypatch.syspath_prepend(str(tmp_path / "b"))
+    assert load_config(f"{tmp_path / 'b' / 'tagged.py'}:smoke").tags == "bbb"
+
+
+def test_a_file_that_another_module_hides_is_refused(tmp_path, refused):
+    spec = copied("ranks", tmp_path)
+    config = tmp_path / "ranks_config.py"
+    text = config.read_text()
+    for name in ("grpo", "queue"):  # of experiments, of Python
+        shutil.copy(tmp_path / "ranks_experiment.py", tmp_path / f"{name}.py")
+        config.write_text(text.replace("ranks_experiment", name))
+        words = f"{name}.py would be passed over: '{name}' is .*give the file another"
+        refused(words, run.main, [f"--config={spec}", "--dry_run"])
+    config.write_text(text.replace('"ranks_experiment"', "3"))
+    words = "names the experiment 3; set EXPERIMENT, or config.system"
+    refused(words, run.main, [f"--config={spec}"], error=ConfigError)
+
+
 def test_an_experiment_that_is_nowhere_is_refused(tmp_path, refused):
     copied("ranks", tmp_path)
     text = (tmp_path / "ranks_config.py").read_text()

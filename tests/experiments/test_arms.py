@@ -10,14 +10,14 @@ from tmdjax.train import flow_rl, on_policy
 
 SETTINGS = {
     "system": "paper",
-    "task": {"name": "shapes", "size": 8},
+    "task": {"name": "shapes", "size": 8, "light": {"sun": 1.0, "lamp": None}},
     "train": {"steps": 10, "rate": 0.1},
     "method": {"name": "grpo", "scale": "none"},
     "claims": {},
     "arms": {
         "plain": {},
         "long": {"train": {"steps": 20}, "method": {"scale": "batch"}},
-        "larger": {"task": {"name": "shapes", "size": 16}},
+        "larger": {"task": {"name": "shapes", "size": 16, "light": {"lamp": 2}}},
         "words": {"task": {"name": "words", "font": 3}},
         "other": {"method": {"name": "grpo:dapo", "clip_range": (0.1, 0.3)}},
     },
@@ -32,6 +32,7 @@ def test_an_arm_changes_settings_of_all():
     assert found["long"].train.to_dict() == {"steps": 20, "rate": 0.1}
     assert found["long"].method.to_dict() == {"name": "grpo", "scale": "batch"}
     assert found["larger"].task.size == 16
+    assert found["larger"].task.light.to_dict() == {"sun": 1.0, "lamp": 2}
     # another task or method has settings of its own
     assert found["words"].task.to_dict() == {"name": "words", "font": 3}
     assert found["other"].method.clip_range == (0.1, 0.3)
@@ -47,6 +48,10 @@ def test_what_an_arm_cannot_change_is_refused(refused):
         ({"trian": {"steps": 3}}, "arms.x.trian is no group.*mean 'train'"),
         ({"method": "grpo"}, "arms.x.method is no group of settings"),
         ({"claims": {"a": 1}}, "arms.x.claims is no group"),
+        ({"task": {"light": {"moon": 1}}}, "arms.x.task.light.moon changes no setting"),
+        ({"task": {"light": 3}}, r"arms.x.task.light=3 is of another type than \{"),
+        ({"train": {"steps": "3"}}, "train.steps='3' is of another type than 10"),
+        (None, "arms.x=None is no arm; one is {group: {setting: value}}"),
     ):
         config = ConfigDict({**SETTINGS, "arms": {"x": given}})
         refused(words, of_arm, config, "x", error=ConfigError)
@@ -83,3 +88,9 @@ def test_a_method_is_what_the_preset_of_its_system_makes(refused):
 )
 def test_a_method_that_is_not_there_is_refused(method, error, words, refused):
     refused(words, build_method, method, runtime.TokenObjective, error=error)
+
+
+def test_what_the_experiment_gives_a_method_is_changed_there(refused):
+    method, words = {"name": "grpo", "length": 3}, "method.length of 'grpo': .*other gr"
+    given = method, runtime.TokenObjective
+    refused(words, build_method, *given, error=ConfigError, length=4)

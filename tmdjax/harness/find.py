@@ -18,16 +18,28 @@ def use_folder(folder: pathlib.Path) -> None:
     """
     global _folder
     path = str(folder.resolve())
-    if path in sys.path:
+    importlib.invalidate_caches()  # files may have been written since
+    if path == _folder:
         return
     if _folder in sys.path:
         sys.path.remove(_folder)
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if "." not in name and file and str(pathlib.Path(file).parent) == _folder:
-                del sys.modules[name]
-    sys.path.append(path)
-    _folder = path
+        _forget(_folder)
+    _folder = ""
+    if path not in sys.path:
+        sys.path.append(path)
+        _folder = path
+
+
+def _forget(folder: str) -> None:
+    """Drops what was imported of a folder: its files, and packages with all in them."""
+    tops = set()
+    for name, module in list(sys.modules.items()):
+        places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+        parents = {str(pathlib.Path(place).parent) for place in places if place}
+        if "." not in name and folder in parents:
+            tops.add(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+        del sys.modules[name]
 
 
 def find_module(name: str, package: str) -> ModuleType | None:
@@ -42,9 +54,23 @@ def find_module(name: str, package: str) -> ModuleType | None:
 
     Returns:
         The module, or None if neither is there. What it raises at import is passed on.
+
+    Raises:
+        ValueError: the config's folder has a file of that name, which is no config, but
+            another module of the name is found first.
     """
-    if name.isidentifier():
-        for path in (f"{package}.{name}", name):
-            if importlib.util.find_spec(path) is not None:
-                return importlib.import_module(path)
+    if not name.isidentifier():
+        return None
+    beside = pathlib.Path(_folder, f"{name}.py")
+    for path in (f"{package}.{name}", name):
+        spec = importlib.util.find_spec(path)
+        if spec is None:
+            continue
+        hidden = _folder and spec.origin != str(beside) and beside.is_file()
+        if hidden and "def get_config" not in beside.read_text():
+            raise ValueError(
+                f"{beside} would be passed over: {name!r} is {spec.origin}; give the "
+                f"file another name."
+            )
+        return importlib.import_module(path)
     return None
