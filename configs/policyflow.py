@@ -103,6 +103,7 @@ def base(config: Any, tier: str) -> None:
             "learning_rate": placeholder(float),
             "normalise": placeholder(str),
             "critic_hidden": placeholder(tuple),
+            "max_ratio_error": placeholder(float),  # above 1e-4 in two precisions
         }
     )
     config.evaluate = ConfigDict({"agents": 1000})

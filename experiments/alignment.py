@@ -229,6 +229,42 @@ def report(
 
 def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds every method, so that settings that cannot work are refused."""
+    rows: dict[str, Any] = {}
+    key = jax.random.key(0)
+    built: dict[str, tuple[tasks.Task, Any]] = {}
+    traced: set[str] = set()  # a network that arms share is traced under the first
+    for arm in arms(config):
+        own = of_arm(config, arm)
+        _check_sizes(own)
+        base = json.dumps({k: to_plain(own[k]) for k in BASE})
+        own_network = (base, own.precision, own.rl.lora_rank, own.rl.guidance)
+        network = json.dumps(to_plain(own_network))
+        policy = iterations.linear_policy if network in traced else tasks.policy
+        traced.add(network)
+        if base not in built:
+            params = jax.eval_shape(functools.partial(tasks.initial, own), key)
+            built[base] = tasks.build(own), params
+        (task, params), name = built[base], own.task.name
+        method, _, _ = iterations.setup(own, task.event_shape)
+        stored = flow_rl.stored_bytes(method, own.rl.prompts) / 1e9
+        if stored > own.rl.memory_limit_gb:
+            raise ValueError(
+                f"arms.{arm} would store {stored:.3g} GB of states an iteration, above "
+                f"rl.memory_limit_gb={own.rl.memory_limit_gb}; draw fewer prompts, "
+                f"train fewer steps (a window, or fewer splits), or raise the limit."
+            )
+        iterations.trace(own, task, params, policy)
+        rows[f"{name}: parameters"] = trees.count(params)
+        if name != "mixture":
+            rows[f"{name}: pretraining updates"] = own.train.steps
+        rows[f"{arm}: iterations"] = own.rl.iterations
+        rows[f"{arm}: samples an iteration"] = method.group_size * own.rl.prompts
+        rows[f"{arm}: stored states, GB"] = stored
+    return rows
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuses numbers of an arm's config that cannot work."""
     for group, names in (
         ("rl", ("iterations", "prompts", "updates", "chunks", "microbatches")),
         ("rollout", ("steps",)),
@@ -241,29 +277,3 @@ def describe(config: Config) -> dict[str, Any]:
             f"rl.prompts={config.rl.prompts} do not divide into rl.chunks="
             f"{config.rl.chunks}; choose a divisor."
         )
-    rows: dict[str, Any] = {"iterations": config.rl.iterations}
-    key = jax.random.key(0)
-    built: dict[str, tuple[tasks.Task, Any]] = {}
-    for arm in arms(config):
-        own = of_arm(config, arm)
-        base = json.dumps({k: to_plain(own[k]) for k in BASE})
-        policy = tasks.policy if base not in built else iterations.linear_policy
-        if base not in built:
-            params = jax.eval_shape(functools.partial(tasks.initial, own), key)
-            built[base] = tasks.build(own), params
-        (task, params), name = built[base], own.task.name
-        method, _, _ = iterations.setup(own, task.event_shape)
-        stored = flow_rl.stored_bytes(method, config.rl.prompts) / 1e9
-        if stored > config.rl.memory_limit_gb:
-            raise ValueError(
-                f"arms.{arm} would store {stored:.3g} GB of states an iteration, above "
-                f"rl.memory_limit_gb={config.rl.memory_limit_gb}; draw fewer prompts, "
-                f"train fewer steps (a window, or fewer splits), or raise the limit."
-            )
-        iterations.trace(own, task, params, policy)
-        rows[f"{name}: parameters"] = trees.count(params)
-        if name != "mixture":
-            rows[f"{name}: pretraining updates"] = own.train.steps
-        rows[f"{arm}: samples an iteration"] = method.group_size * config.rl.prompts
-        rows[f"{arm}: stored states, GB"] = stored
-    return rows

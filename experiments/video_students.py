@@ -15,7 +15,7 @@ import numpy as np
 from experiments import video_tasks as tasks
 from experiments.arms import fields_given
 from experiments.supervised import Supervised
-from tmdjax import data, flows, models, train
+from tmdjax import data, flows, models, quant, train
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice
 from tmdjax.harness import StageContext, StageResult
@@ -119,7 +119,7 @@ def derivative_function(config: Config) -> Any:
 
     In 16 bits attention may be fused, which has no forward mode, and differences drown.
     """
-    if config.precision.train == "fp32":
+    if quant.as_recipe(config.precision.train).exact:
         return None
     spec = student_spec(config)
     # all scores of Wan's lengths fit no device

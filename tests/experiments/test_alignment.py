@@ -79,3 +79,12 @@ def test_bad_inputs(refused):
     refused("rl.updates=0", alignment.describe, shapes_config("rl.updates=0"))
     config = shapes_config("rl.prompts=4", "rl.chunks=3")
     refused("does not divide|do not divide", alignment.describe, config)
+    for change, words in (  # of the last arm
+        ("precision.rollout=fp23", "precision.rollout: unknown GEMM recipe 'fp23'"),
+        ("rl.lora_rank=2", "target .* matches no kernel"),
+        ("rl.chunks=3", "do not divide into rl.chunks=3"),
+        ("rl.memory_limit_gb=1e-9", "arms.mix_grpo would store"),
+    ):
+        spec = "configs/flow_grpo.py:smoke"
+        config = load_config(spec, [f"arms.mix_grpo.{change}"])
+        refused(words, alignment.describe, config)

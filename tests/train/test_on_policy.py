@@ -340,7 +340,7 @@ def test_acting_and_learning_in_two_precisions(refused):
     pair = quant.Precision(rollout="bf16", train="fp32")
     trainer, _, metrics = trained(METHODS["ppo"], iterations=1, precision=pair)
     assert 1e-4 < metrics["first_ratio_error"].max() < 0.2
-    message = "rollout='bf16'.*train='fp32': set both to 'fp32', or max_ratio_error"
+    message = "rollout='bf16'.*train='fp32': set both to 'fp32', or raise max_ratio"
     refused(message, check, metrics, trainer.settings, error=rl.RatioError)
     # what ratios are of is computed in the update alone: the flow's shift
     flow = METHODS["policyflow"]

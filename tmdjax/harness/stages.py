@@ -193,7 +193,8 @@ class StageContext:
         skipped = int(getattr(result.state, "skipped", 0))
         if skipped:
             logger.warning(
-                "[%s] %d of %d updates were not finite and were skipped",
+                "[%s] %d updates within %d steps were skipped: loss or gradient was "
+                "not finite, or the gradient larger than allowed",
                 self.name,
                 skipped,
                 num_steps,

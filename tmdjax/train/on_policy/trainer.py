@@ -274,7 +274,7 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
     error, most = host["first_ratio_error"].max(), settings.max_ratio_error
     if most is not None and not error <= most:
         why = "" if settings.precision is None else settings.precision.disagreement()
-        why = why and f" Here {why}: set both to 'fp32', or max_ratio_error=None."
+        why = why and f" Here {why}: set both to 'fp32', or raise max_ratio_error."
         raise rl.RatioError(
             f"max |ratio - 1| = {error:.3g} in the first minibatch of an iteration, "
             f"before any update; it must be below max_ratio_error={most:g}. Usual "
