@@ -131,6 +131,7 @@ TESTS = {
     "domains/sprites": "domains/test_sprite_checks.py",
     **dict.fromkeys(["quant/linear", "quant/recipes"], "test_quant.py"),
     "rewards/symbolic": "rewards/test_math.py",
+    "rewards/tex": "rewards/test_math.py",
     "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",
     "rewards/worker_process": "rewards/test_worker.py",
     "rl/diagnostics": "rl/test_rl_diagnostics.py",

@@ -72,6 +72,32 @@ def test_a_file_is_streamed(write, refused):
     refused(r"problems\.jsonl, line 4: no JSON \(Expect", next, problems)
 
 
+def truth(value):
+    return {**DAPO, "reward_model": {"ground_truth": value}}
+
+
+def test_lines_as_the_published_files_have_them(write):
+    for layout, line, answer, tier in (
+        ("math", {**MATH, "level": 2}, r"\frac{1}{2}", "T2"),
+        ("math", {**MATH, "level": "4"}, r"\frac{1}{2}", "T4"),
+        ("math", {**MATH, "solution": r"so $x = \boxed 9$."}, "9", "T3"),
+        ("math", {**MATH, "solution": r"\fbox{$9$}"}, "$9$", "T3"),
+        ("math", {**MATH, "solution": r"\boxed 9", "answer": "10"}, "10", "T3"),
+        ("math", {**MATH, "solution": "Count.", "answer": 2.5}, "2.5", "T3"),
+        ("dapo", truth(34), "34", "T1"),
+        ("dapo", truth(0), "0", "T1"),
+        ("dapo", truth(-1.5), "-1.5", "T1"),
+    ):
+        (problem,) = read(write(line), layout)
+        assert (problem.answer, problem.tier) == (answer, tier), line
+
+
+def test_bad_lines_may_be_passed_over_and_are_counted(write):
+    path, bad = write(GSM8K, "{broken", {**GSM8K, "answer": "7"}, GSM8K), []
+    assert len(list(read(path, "gsm8k", bad_lines=bad))) == 2
+    assert len(bad) == 2 and "line 2: no JSON" in bad[0] and "line 3" in bad[1]
+
+
 def without(line, key):
     return {name: value for name, value in line.items() if name != key}
 
@@ -94,8 +120,16 @@ def test_malformed_lines_are_named(write, refused):
         ("dapo", {**DAPO, "prompt": []}, r"key 'prompt' is '\[\]'"),
         ("dapo", {**DAPO, "prompt": [{"role": "user"}]}, "a message is .*'content'"),
         ("dapo", without(DAPO, "reward_model"), "no key 'reward_model'; expected"),
-        ("dapo", {**DAPO, "reward_model": {}}, r"no key 'reward_model\.ground_truth'"),
-        ("dapo", {**DAPO, "reward_model": []}, r"no key 'reward_model\.ground_truth'"),
+        ("dapo", {**DAPO, "reward_model": {}}, "key 'reward_model' is '.}'; expected"),
+        ("dapo", {**DAPO, "reward_model": []}, "key 'reward_model' is '.]'; expected"),
+        ("dapo", truth(" \n"), r"key 'reward_model\.ground_truth' is ' "),
+        ("dapo", truth(None), r"'reward_model\.ground_truth' is 'None'; .* a number"),
+        ("dapo", truth(True), r"'reward_model\.ground_truth' is 'True'"),
+        ("dapo", truth(float("nan")), r"'reward_model\.ground_truth' is nan"),
+        ("math", {**MATH, "answer": " "}, "key 'answer' is ' '; expected 'answer'"),
+        ("math", {**MATH, "solution": r"\boxed{ }"}, r"no complete \\boxed"),
+        ("math", {**MATH, "level": True}, "key 'level' is 'True'"),
+        ("gsm8k", {**GSM8K, "question": " "}, "key 'question' is ' '"),
     ):
         problems = read(write(LINES[layout], line), layout)
         refused(rf"problems\.jsonl, line 2: .*{message}", list, problems)

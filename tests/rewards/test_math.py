@@ -10,14 +10,13 @@ from tmdjax.rewards.math import (
     OUTCOMES,
     MathVerifier,
     extract_answer,
-    normalise,
-    parse_number,
+    read_answer,
 )
 
 
 def value_of(text):
-    found = parse_number(normalise(text))
-    return found and found[0]
+    terms, separators = read_answer(text)
+    return None if separators else terms[0].number
 
 
 needs_math_verify = pytest.mark.skipif(
@@ -49,6 +48,11 @@ def test_extraction():
         r"\boxed{3} and then \boxed{4": "3",  # the second was cut off
         r"\boxed{a\boxed{b}}": "b",
         r"\boxed{}": "",
+        r"so \fbox{8} and not 7": "8",
+        r"so $\boxed 9$, 3 more": "9",
+        r"$\boxed 2\sqrt3$": r"2\sqrt3",
+        r"is \boxed 12, not 13": "12",
+        r"\boxed{1} or $\fbox -\frac12$": r"-\frac12",
         "16 - 3 = 13\n#### 1,300": "1,300",
         "#### 5\nor so 7": "5",
         r"#### 5, so \boxed{6}": "6",
@@ -77,7 +81,7 @@ def test_long_nonsense_costs_little(plain):
         r"\text{" * 20_000,
     ):
         plain.outcome(text, "5")
-        normalise(text)
+        read_answer(text)
     assert time.monotonic() - start < 5
 
 
@@ -130,6 +134,111 @@ def test_every_writing_of_a_number_has_its_value(number, data):
     verifier = MathVerifier(symbolic=False)
     assert verifier(rf"thus \boxed{{{text}}}", f"{top}/{bottom}") == 1.0
     assert verifier(rf"thus \boxed{{{text}}}", f"{top + bottom * 101}/{bottom}") == 0.0
+
+
+def test_answers_behind_a_mark_are_paid_as_strict_patterns_pay(plain):
+    for response, answer in {
+        "#### 72 dollars": "72",
+        "#### **72**": "72",
+        "#### **72** dollars": "72",
+        "#### 72<|im_end|>": "72",
+        "#### 72</s>": "72",
+        "#### $72": "72",
+        "#### 72.": "72",
+        "####72": "72",
+        "####\n\n72 apples are left": "72",
+        "#### -1,234 metres": "-1234",
+        "#### Step 3\nAdd: 70 + 2 = 72.": "72",
+        "#### Step 3\nAdd.\n#### 72": "72",
+        "#### 72\n#### Check\nIt is right.": "72",
+        "So it is 72<|reserved_special_token_5|>": "72",
+        "#### Tuesday": "Tuesday",
+        "#### 3/4": "3/4",
+        "#### 5 million": "5000000",
+    }.items():
+        assert plain(response, answer) == 1, response
+    for response, answer in {
+        "#### Step 3": "3",
+        "#### Step 3\nIt is Tuesday": "3",
+        "#### 3/4": "3",
+        "#### 72 dollars": "720",
+        "#### 5 million": "5",
+        "72<|reserved_special_token_5|>": "5",
+    }.items():
+        assert plain(response, answer) == 0, response
+
+
+def matrix(*rows, kind="pmatrix"):
+    return rf"\begin{{{kind}}}" + r" \\ ".join(rows) + rf"\end{{{kind}}}"
+
+
+SAME_OR_NOT = [
+    # found, gold, whether a verifier without symbols pays
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", matrix("1", "2"), 1),
+    (matrix("1", "2"), matrix("2", "1"), 0),
+    (matrix("1 & 2", "3 & 4"), matrix("1 & 3", "2 & 4"), 0),
+    (matrix(r"\frac12", "2"), matrix("0.5", "2"), 1),
+    (matrix("1", "2"), "(1,2)", 0),
+    (matrix("12", "3"), matrix("1", "23"), 0),
+    (r"3\,000", "3000", 1),
+    (r"x\leftarrow y", "x y", 0),
+    (r"\left.5\right.", "5", 1),
+    ("100, 200", "100200", 0),
+    ("100, 200", "100,200", 0),
+    ("100200", "100, 200", 0),
+    ("7, 300, 41", "7,300,41", 1),
+    ("(100,200)", "(100, 200)", 1),
+    ("(1,000, 2)", "(1000, 2)", 1),
+    (r"\{1,2\}", r"\left\{ 1, 2 \right\}", 1),
+    (r"3\text{ and }4", "3, 4", 1),
+    (r"3\text{ and }4", "4", 0),
+    (r"45^\circ, 135^\circ", r"45, 135", 1),
+    (r"45^\circ, 135^\circ", "45135", 0),
+    (r"30^{\circ},150^{\circ}", r"30^\circ, 150^\circ", 1),
+    (r"30^\circ, 50^\circ", r"30^\circ, 150^\circ", 0),
+    (r"10\text{ a.m.}", r"10\text{ p.m.}", 0),
+    ("10:30 a.m.", r"10:30\text{ p.m.}", 0),
+    ("10:30 AM", r"10:30\text{ a.m.}", 1),
+    (r"5\text{ cm}", r"5\text{ m}", 0),
+    (r"5\text{ cm}", r"5\text{ cm}^2", 0),
+    ("5 square inches", r"5\text{ in}^2", 1),
+    (r"90\text{ degrees}", r"90^\circ", 1),
+    (r"\$5", r"5\text{ dollars}", 1),
+    (r"\$5", r"5\text{ kg}", 0),
+    ("5 x", "5", 0),
+    ("5 pi", "5", 0),
+    (r"5\text{ million}", "5", 0),
+    (r"5\text{ million}", "5,000,000", 1),
+    ("12 percent", r"12\%", 1),
+    ("y=5", "x=5", 0),
+    (r"\theta = 5", "5", 1),
+    ("x_1 = 5", "x_2 = 5", 0),
+    ("x=1, y=2", "y=1, x=2", 0),
+    (r"x\in[1,2]", "[1, 2]", 1),
+    ("4343_7", "4343_6", 0),
+    ("4343_{6}", "4343_6", 1),
+    (r"10_{\text{three}}", "10_3", 1),
+    ("2B_{12}", "2b", 1),
+    ("1 1/2", "11/2", 0),
+    ("1 1/2", r"\frac32", 1),
+    (r"x^10", "x^{10}", 0),
+    (r"\sqrt2", r"\sqrt{2}", 1),
+    (r"\sqrt[3]2", r"\sqrt[3]{2}", 1),
+    (r"\frac{x}2", r"\dfrac x2", 1),
+]
+
+
+def test_answers_are_read_as_tex_and_then_compared(plain):
+    for found, gold, same in SAME_OR_NOT:
+        assert plain(rf"\boxed{{{found}}}", gold) == same, (found, gold)
+
+
+@needs_math_verify
+def test_the_symbolic_judge_decides_no_other_way(symbolic):
+    """It sees what was written; what is decided before stays as it is."""
+    for found, gold, same in SAME_OR_NOT:
+        if found != "x^10":  # which it reads as people mean it
+            assert symbolic(rf"\boxed{{{found}}}", gold) == same, (found, gold)
 
 
 def test_comparison_without_symbols(plain):
@@ -193,6 +302,12 @@ def test_symbolic_comparison(symbolic):
         ("[3,4]", "(3,4)", False),
         (column % 2, column % 3, False),
         ("2^{10}", "1024", True),
+        ("1.414214", r"\sqrt2", False),
+        ("1.4142135623730951", r"\sqrt2", False),
+        (r"3.141592653589793", r"\pi", False),
+        (r"0.75", r"\frac12+\frac14", True),
+        (r"0.1\sqrt2", r"\frac{\sqrt2}{10}", True),
+        (r"$2\sqrt{2}$", r"\sqrt8", True),
         (r"\frac{", "5", False),
         ("}{", "5", False),
         ("__import__('os')", "5", False),
@@ -210,4 +325,11 @@ def test_what_cannot_be_computed_times_out_and_is_counted():
     assert time.monotonic() - start < 20
     assert verifier(r"\boxed{\sqrt{4}}", "2") in (0.0, 1.0)
     assert verifier.counts["timed out"] >= 2
+    verifier.close()
+
+
+@needs_math_verify
+def test_a_tolerance_holds_for_symbols_too():
+    verifier = MathVerifier(timeout=3.0, tolerance=1e-3)
+    assert verifier("1.414", r"\sqrt2") == 1 and verifier("1.41", r"\sqrt2") == 0
     verifier.close()

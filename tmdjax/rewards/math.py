@@ -1,20 +1,26 @@
 r"""Answers of mathematical word problems: found in a response, compared with the gold.
 
-The answer of a response is its last complete ``\boxed{...}``; else what follows its
-last '####', to the end of the line; else its last number. Two answers are equal
+The answer of a response is its last complete ``\boxed{...}`` (or ``\boxed 9``); else
+the number behind its last '####'; else its last number. Two answers are equal
 
-- as texts, up to spaces, dollar signs, ``\text`` and similar ornaments of LaTeX;
 - as exact numbers: '1,234.50', '3/4', '\frac{3}{4}', '1\frac12', '1.5e3',
-  '2\times10^{3}', '50\%'. A percentage is a hundredth, or the bare number if the other
-  side has no percent sign: '50%' equals both '0.5' and '50'. A unit in ``\text`` counts
-  nothing;
+  '2\times10^{3}', '50\%', '5\text{ million}'. A percentage is a hundredth, or the bare
+  number if the other side has no percent sign: '50%' equals both '0.5' and '50';
+- as TeX, token by token, up to sizes of brackets, thin spaces and math shifts;
+- part by part, where both are lists, tuples, sets, intervals or matrices of the same
+  form: '(1, \frac12)' and '(1,0.5)';
 - or symbolically, where one of them is no number: '2\sqrt2' and '\sqrt8'.
 
-The symbolic comparison runs in a process that is killed after a time-out, see
-:mod:`tmdjax.rewards.symbolic`. No text raises: what goes wrong is an outcome, and
-outcomes are counted.
+A unit ('5\text{ cm}', '45^\circ', '10\text{ a.m.}'), the base of a numeral ('4343_7')
+and the variable of 'x = 5' count nothing where one side alone has them; where both do,
+they must agree. '100, 200' is a list of two, '100,200' a number.
+
+The symbolic comparison sees the answers as they were written. It runs in a process that
+is killed after a time-out, see :mod:`tmdjax.rewards.symbolic`. No text raises: what
+goes wrong is an outcome, and outcomes are counted.
 """
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -22,6 +28,7 @@ from collections import Counter
 from fractions import Fraction
 
 from tmdjax.core.checks import check_range
+from tmdjax.rewards.tex import joined, parts_of, tokens_of
 from tmdjax.rewards.worker import Worker, WorkerError, WorkerTimeout
 
 OUTCOMES = ("equal", "different", "no answer", "timed out", "failed")
@@ -37,48 +44,108 @@ _POWER = r"(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|×|x|\*)10\^\{?([+-]?[0-9]+)\}
 _SCIENTIFIC = re.compile(rf"([+-]?)({_DECIMAL}){_POWER}?")
 _RATIO = re.compile(rf"([+-]?)({_DECIMAL})/([+-]?)({_DECIMAL})")
 _MIXED = re.compile(r"([+-]?)([0-9]+)\s+([0-9]+)/([0-9]+)")
-_FRAC = re.compile(
-    r"([+-]?)([0-9]*)\\frac(?:\{([+-]?[0-9]+)\}|([0-9]))(?:\{([+-]?[0-9]+)\}|([0-9]))"
-)
+_FRAC = re.compile(r"([+-]?)([0-9]*)\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}")
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])[-−+])?\\?\$?"
     r"(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
     rf"|{_DIGITS}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|/[0-9]+)?|\.[0-9]+)(?:\s?\\?%)?"
 )
-_BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
-_TEXT = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
-_TRAILING_TEXT = re.compile(rf"(?:\\ |\s|~)*{_TEXT}(?:\^\{{?[0-9]\}}?)?\s*$")
-_ASSIGNED = re.compile(r"^[A-Za-z]\s*=\s*(?=[^=])")
-_REPLACED = (
-    (re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;:]|\\\$|\$"), ""),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°"), ""),
-    (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"\\%"), "%"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile("[−–]"), "-"),
-    (re.compile(r"\\ |~|\s+"), " "),
-)
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_UNBRACED = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])([^\n$]*)")
+_SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,60}\|>|</s>|<eos>|<end_of_turn>")
+# What begins with a number, and has a word of another kind behind it.
+_COUNTED = re.compile(rf"([-−+]?\\?\$?[-−+]?{_DECIMAL})(?:\.?\s+[^\W\d_]{{2,}}.*)")
+_LETTER = r"(?:[A-Za-z]|\\[a-z]+ ?)(?:_\{[^{}]*\})?"
+_NAMED = re.compile(rf"({_LETTER})(?:=(?!=)|\\in(?![a-z]) ?)")
+_BASED = re.compile(r"([0-9A-Za-z.]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_TEXT_UNIT = re.compile(rf"{_TEXT.pattern}(?:\^\{{([0-9])\}})?$")
+_BARE_UNIT = re.compile(r"(?<=[0-9.}%]) ?([A-Za-z][A-Za-z. ]*)$")
+
+_BASES = (
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen"
+).split()
+_SCALES = {
+    "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+}  # fmt: skip
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "° degree deg|$ dollar usd buck|¢ cent|mm millimeter millimetre|cm centimeter "
+        "centimetre|m meter metre|km kilometer kilometre|in inch inche|ft foot feet|yd "
+        "yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce|ml milliliter "
+        "millilitre|l liter litre|h hr hour|min minute|s sec second|day|week|month|"
+        "year|am|pm|mph|% percent"
+    ).split("|")
+    for name in names.split()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One answer, or one part of a list: what it says, and of what.
+
+    Attributes:
+        text: TeX without name, unit and base.
+        number: its exact value, of a percentage the hundredth, or None.
+        percent: whether it has a percent sign.
+        name: the variable it is the value of, or ''.
+        unit: in one spelling, or ''.
+        base: of the numeral, or ''.
+    """
+
+    text: str
+    number: Fraction | None = None
+    percent: bool = False
+    name: str = ""
+    unit: str = ""
+    base: str = ""
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer of a response: boxed, after '####', or its last number.
+    r"""The answer of a response: boxed, behind '####', or its last number.
+
+    Behind '####' stands the answer as the strict pattern of the usual harnesses for
+    GSM8K reads it: the number that the line begins with, whatever words follow. A line
+    of words is a heading where anything follows it, and then the last number counts.
+    Names of special tokens and emphasis by asterisks are no part of an answer.
 
     Returns:
-        The text between the braces of the last complete ``\boxed``, or the line's rest
-        behind '####', or the number as written; None if there is none of them.
+        The content of the last complete ``\boxed``, or what stands behind '####', or
+        the number as written; None if there is none of them.
+
+    References:
+        '#### (\-?[0-9\.\,]+)' of openai/grade-school-math, the harness of EleutherAI
+        and verl.
     """
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
-    _, mark, rest = text.rpartition("####")
-    if mark and rest.strip():
-        return rest.strip().splitlines()[0].strip()
-    numbers = _LAST_NUMBER.findall(text[-_TAIL:])
-    return numbers[-1] if numbers else None
+    text = _SPECIAL_TOKEN.sub("", text)
+    rest, heading = text, None
+    for index, part in enumerate(reversed(text.split("####")[1:])):
+        line, _, after = part.strip().partition("\n")
+        line = line.replace("**", "").strip(" \t*")
+        if counted := _COUNTED.fullmatch(line):
+            following = line[counted.end(1) :].split()[0].lower()
+            return line if following in _SCALES else counted[1]
+        if line and not line[0].isalpha():
+            return line
+        if line and not index:
+            if not after.strip():
+                return line
+            rest, heading = after, line
+    numbers = _LAST_NUMBER.findall(rest[-_TAIL:])
+    return numbers[-1] if numbers else heading
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last complete ``\boxed{...}`` or ``\fbox{...}``, or None."""
+    r"""Content of the last complete ``\boxed{...}`` or ``\fbox{...}``, or None.
+
+    ``\boxed 9`` without braces holds what follows to the end of its formula (a dollar
+    sign), or, outside of one, the next word.
+    """
     # In one pass: a response of nothing but openings costs no more than another.
     opened: list[tuple[bool, int]] = []
     last, content = -1, None
@@ -90,21 +157,79 @@ def last_boxed(text: str) -> str | None:
                 last, content = start, text[start : match.start()]
         elif brace[-1] == "{" and brace != "\\{":
             opened.append((brace != "{", match.end()))
+    for match in _UNBRACED.finditer(text, max(last, 0)):
+        inside = match[1]
+        if text[match.end() : match.end() + 1] != "$":
+            inside = re.split(r"\s|\\[)\]]", inside)[0].rstrip(".,;")
+        content = inside.strip()
     return content
 
 
-def normalise(text: str) -> str:
-    """An answer without the ornaments of LaTeX that mean nothing."""
-    for pattern, replacement in _REPLACED:
-        text = pattern.sub(replacement, text)
-    text = text.strip().rstrip(".").strip()
-    bare = _TRAILING_TEXT.sub("", text)
-    text = bare if bare.strip() else re.sub(_TEXT, r"\1", text)
-    return _ASSIGNED.sub("", text.strip()).strip()
+def read_answer(text: str) -> tuple[list[Term], list[str]]:
+    """The terms of an answer, and the separators between them, one fewer.
+
+    An answer that is no list is one term. Texts of more than 2000 characters are one
+    term, of their text alone.
+    """
+    if len(text) > _LONGEST_FORMULA:
+        return [Term(text.strip())], []
+    parts, separators = parts_of(tokens_of(text.strip().rstrip(".").strip()))
+    return [_term(joined(part)) for part in parts], separators
+
+
+def _term(text: str) -> Term:
+    unit, name, base, scale = "", "", "", 1
+    while found := _unit_at_end(text):
+        text, word = found
+        if word in _SCALES:
+            scale *= 10 ** _SCALES[word]
+        else:
+            unit = unit or word
+    if "\\$" in text:
+        text, unit = text.replace("\\$", ""), unit or "$"
+    text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
+    if match := _NAMED.match(text):
+        name, text = match[1].strip(), text[match.end() :].strip()
+    if (match := _BASED.fullmatch(text)) and match[1][0].isdecimal():
+        text, base = match[1], match[2]
+        base = str(_BASES.index(base) + 2) if base in _BASES else base
+    number = parse_number(text)
+    if number is None:
+        return Term(text, None, False, name, unit, base)
+    value, percent = number
+    if unit == "%" and not percent:
+        value, percent = value / 100, True
+    return Term(text, value * scale, percent, name, unit.strip("%"), base)
+
+
+def _unit_at_end(text: str) -> tuple[str, str] | None:
+    """What stands before a unit at the end, and the unit in one spelling."""
+    if len(text) > 1 and text.endswith("°"):
+        return text[:-1], "°"
+    match = _TEXT_UNIT.search(text)
+    if match and text[: match.start()].strip():
+        return text[: match.start()].rstrip(), _spelling(match[1], match[2] or "")
+    match = _BARE_UNIT.search(text)
+    if match and all(len(word) > 1 for word in match[1].split()):
+        word = _spelling(match[1], "")
+        if word in _SCALES or word.rstrip("0123456789") in {*_UNITS.values(), ""}:
+            return text[: match.start()].rstrip(), word
+    return None
+
+
+def _spelling(unit: str, power: str) -> str:
+    """A unit in one spelling: 'square inches' is 'in2', 'a.m.' is 'am'."""
+    words = unit.lower().replace(".", "").split()
+    for word, exponent in (("square", "2"), ("sq", "2"), ("cubic", "3")):
+        if words[:1] == [word]:
+            words, power = words[1:], exponent
+    words = [w if w in _UNITS else w.removesuffix("s") for w in words]
+    words = [_UNITS.get(w, w) for w in words if w != "unit"]
+    return " ".join(words) + power if words else ""
 
 
 def parse_number(text: str) -> tuple[Fraction, bool] | None:
-    """Exact value of a number as :func:`normalise` leaves it, and whether it has a '%'.
+    """Exact value of a number in the TeX of :class:`Term`, and whether it has a '%'.
 
     A percentage gives its hundredth. Exponents beyond 400, and texts of more than 100
     characters, are no numbers here: they give None, as what is no number does.
@@ -126,7 +251,7 @@ def _value(text: str) -> Fraction | None:
     if match := _MIXED.fullmatch(text):
         sign, whole, top, bottom = match.groups()
         return _signed(sign, int(whole) + Fraction(int(top), int(bottom)))
-    text = text.replace(" ", "")
+    text = re.sub(r" ?([x*×]|\\times|\\cdot) ?(?=10\^)", r"\1", text)
     if match := _SCIENTIFIC.fullmatch(text):
         sign, decimal, e, power = match.groups()
         exponent = int(e or power or 0)
@@ -137,9 +262,8 @@ def _value(text: str) -> Fraction | None:
         sign, top, sign_below, bottom = match.groups()
         return _signed(sign, _signed(sign_below, _plain(top) / _plain(bottom)))
     if match := _FRAC.fullmatch(text):
-        sign, whole, top, t, bottom, b = match.groups()
-        fraction = Fraction(int(top or t), int(bottom or b))
-        return _signed(sign, int(whole or 0) + fraction)
+        sign, whole, top, bottom = match.groups()
+        return _signed(sign, int(whole or 0) + Fraction(int(top), int(bottom)))
     return None
 
 
@@ -216,26 +340,55 @@ class MathVerifier:
             self._equal.close()
 
     def _compare(self, found: str, gold: str) -> str:
-        found, gold = normalise(found), normalise(gold)
-        if found.replace(" ", "") == gold.replace(" ", ""):
-            return "equal" if found else "different"
-        if not found:
+        terms, separators = read_answer(found)
+        wanted, between = read_answer(gold)
+        if not separators and not terms[0].text:
             return "no answer"
-        numbers = parse_number(found), parse_number(gold)
-        if numbers[0] and numbers[1]:
-            return "equal" if self._close(numbers[0], numbers[1]) else "different"
+        verdicts = [self._same(x, y) for x, y in zip(terms, wanted)]
+        if separators == between and all(verdicts):
+            return "equal"
+        if len(terms) == len(wanted) == 1 and verdicts == [False]:
+            return "different"
+        one_number = [len(t) == 1 and t[0].number is not None for t in (terms, wanted)]
+        if any(one_number) and all(t.number is not None for t in (*terms, *wanted)):
+            return "different"  # a list is no number
         if self._equal is None or len(found) > _LONGEST_FORMULA:
             return "different"
         try:
-            return "equal" if self._equal(gold, found) else "different"
+            same = self._equal(_bare(gold), _bare(found), float(self._tolerance))
+            return "equal" if same else "different"
         except WorkerTimeout:
             return "timed out"
         except WorkerError:
             return "failed"
 
-    def _close(self, found: tuple[Fraction, bool], gold: tuple[Fraction, bool]) -> bool:
-        (x, x_percent), (y, y_percent) = found, gold
+    def _same(self, found: Term, gold: Term) -> bool | None:
+        """Whether two terms are equal; None where that is for symbols to say."""
+        for a, b in ((found.name, gold.name), (found.unit, gold.unit)):
+            if a and b and a != b:
+                return False
+        if found.base or gold.base:
+            if found.base and gold.base and found.base != gold.base:
+                return False
+            return found.text.lower() == gold.text.lower()
+        if found.number is not None and gold.number is not None:
+            return self._close(found, gold)
+        return True if found.text == gold.text else None
+
+    def _close(self, found: Term, gold: Term) -> bool:
+        assert found.number is not None and gold.number is not None
+        x, y = found.number, gold.number
         readings = [x]
-        if x_percent != y_percent:
-            readings.append(x * 100 if x_percent else x / 100)
+        if found.percent != gold.percent:
+            readings.append(x * 100 if found.percent else x / 100)
         return any(abs(v - y) <= self._tolerance * abs(y) for v in readings)
+
+
+def _bare(text: str) -> str:
+    """TeX without the math shifts around the whole of it."""
+    text = text.strip()
+    for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = text.removeprefix(start).removesuffix(end)
+        if len(text) == len(inner) + len(start) + len(end) and start not in inner:
+            return inner.strip()
+    return text

@@ -1,17 +1,20 @@
 r"""Mathematical problems from local JSONL files, in three common layouts.
 
 - 'gsm8k': ``question``, ``answer`` (the solution, whose last line is '#### 42').
-- 'math': ``problem``, ``solution`` (the answer in its last ``\boxed{}``), ``level``
-  ('Level 1' to 'Level 5'), ``subject`` (or ``type``, as the first release has it).
+- 'math': ``problem``, ``solution``, ``answer`` (without it, what stands in the last
+  ``\boxed{}`` of the solution), ``level`` ('Level 1' to 'Level 5', or 1 to 5),
+  ``subject`` (or ``type``, as the first release has it).
 - 'dapo': ``prompt`` (a list of messages with ``role`` and ``content``),
   ``reward_model`` with ``ground_truth``.
 
-Nothing is downloaded. A file is read line by line; a malformed line raises, and names
-the file, the line, the key, and what is expected.
+Answers and truths may be JSON numbers. Nothing is downloaded. A file is read line by
+line; a malformed line, or one with a blank answer, raises, and names the file, the
+line, the key, and what is expected; or it is passed over and counted.
 """
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,20 +29,25 @@ from tmdjax.rewards.math import MathVerifier, last_boxed
 LAYOUTS: Registry[Callable[["_Line"], Problem]] = Registry("layout")
 
 
-def read(path: str | os.PathLike[str], layout: str) -> Iterator[Problem]:
+def read(
+    path: str | os.PathLike[str], layout: str, *, bad_lines: list[str] | None = None
+) -> Iterator[Problem]:
     """Streams the problems of a file; blank lines are skipped.
 
     Args:
         path: of a UTF-8 file, one JSON object a line.
         layout: 'gsm8k', 'math' or 'dapo'.
+        bad_lines: where malformed lines are passed over: gets the message about each;
+            None raises at the first.
 
     Yields:
         Problems; 'math' has tiers 'T1' to 'T5' by level ('T?' for 'Level ?'), the
-        others 'T1'; 'dapo' has no gold responses.
+        others 'T1'; 'dapo' has no gold responses, its prompt is the content of all
+        messages, and ``facts['messages']`` are the messages, whose roles a chat keeps.
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        ValueError: unknown layout, or a malformed line.
+        ValueError: unknown layout, or a malformed line without ``bad_lines``.
     """
     make = LAYOUTS[layout]
     path = Path(path)
@@ -47,14 +55,24 @@ def read(path: str | os.PathLike[str], layout: str) -> Iterator[Problem]:
         raise FileNotFoundError(
             f"{path} is not a file; give the path of a JSONL file of layout {layout!r}."
         )
-    return _stream(path, make)
+    return _stream(path, make, bad_lines)
 
 
-def _stream(path: Path, make: Callable[["_Line"], Problem]) -> Iterator[Problem]:
+def _stream(
+    path: Path, make: Callable[["_Line"], Problem], bad_lines: list[str] | None
+) -> Iterator[Problem]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield make(_Line(f"{path}, line {number}", raw))
+            if not raw.strip():
+                continue
+            try:
+                problem = make(_Line(f"{path}, line {number}", raw))
+            except ValueError as error:
+                if bad_lines is None:
+                    raise
+                bad_lines.append(str(error))
+                continue
+            yield problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +122,7 @@ class _Line:
         return ValueError(f"{self._place}: {found}; expected {expected}.")
 
     def get(self, key: str, expected: str, kind: type = str) -> Any:
-        """The value at 'a' or 'a.b', of that type and not empty."""
+        """The value at 'a' or 'a.b', of that type and neither empty nor blank."""
         value: Any = self._fields
         walked = []
         for part in key.split("."):
@@ -112,9 +130,21 @@ class _Line:
             if not isinstance(value, dict) or part not in value:
                 raise self.error(f"no key {'.'.join(walked)!r}", expected)
             value = value[part]
-        if not isinstance(value, kind) or not value:
+        blank = isinstance(value, str) and not value.strip()
+        if not isinstance(value, kind) or not value or blank:
             raise self.error(f"key {key!r} is {str(value)[:80]!r}", expected)
         return value
+
+    def get_written(self, key: str, expected: str) -> str:
+        """The same of a text or a number, which becomes a text."""
+        parent, _, last = key.rpartition(".")
+        fields = self.get(parent, expected, dict) if parent else self._fields
+        value = fields.get(last)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise self.error(f"key {key!r} is {value}", expected)
+            return str(value)
+        return self.get(key, expected).strip()
 
     def has(self, key: str) -> bool:
         return key in self._fields
@@ -137,10 +167,14 @@ def _math(line: _Line) -> Problem:
     prompt = line.get("problem", "'problem', a text")
     expected = r"'solution', a text with the answer in \boxed{}"
     solution = line.get("solution", expected)
-    answer = last_boxed(solution)
+    if line.has("answer"):
+        answer = line.get_written("answer", "'answer', a text or a number")
+    else:
+        answer = (last_boxed(solution) or "").strip()
     if not answer:
         raise line.error(r"'solution' has no complete \boxed{}", expected)
-    level = line.get("level", "'level', 'Level 1' to 'Level 5'")
+    level = line.get_written("level", "'level', 'Level 1' to 'Level 5', or 1 to 5")
+    level = level.removeprefix("Level ")
     subject = line.get(
         "type" if line.has("type") else "subject", "'subject' (or 'type'), a text"
     )
@@ -148,8 +182,8 @@ def _math(line: _Line) -> Problem:
         prompt=prompt,
         response=solution,
         answer=answer,
-        tier=f"T{level.removeprefix('Level ')}",
-        facts={"level": level, "subject": subject},
+        tier=f"T{level}",
+        facts={"level": f"Level {level}", "subject": subject},
     )
 
 
@@ -163,8 +197,9 @@ def _dapo(line: _Line) -> Problem:
             and isinstance(message.get("content"), str)
         ):
             raise line.error(f"a message is {str(message)[:80]!r}", expected)
-    answer = line.get(
-        "reward_model.ground_truth", "'reward_model.ground_truth', a text"
+    answer = line.get_written(
+        "reward_model.ground_truth",
+        "'reward_model.ground_truth', a text or a number",
     )
     return Problem(
         prompt="\n\n".join(message["content"] for message in messages),
