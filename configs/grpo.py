@@ -104,7 +104,7 @@ def base(config: Any, tier: str) -> None:
             "learning_rate": 3e-4 if small else 1e-4,
             "warmup": 0 if small else 20,
             "epochs": 1,
-            "proximal": "behaviour",
+            "proximal": "auto",
             "dynamic_sampling": False,
             "pack_rows": 0,  # 0: a row a response
             "overlong_buffer": 0,  # 0: no penalty
@@ -158,9 +158,6 @@ def get_config(tier: str) -> ConfigDict:
                 "precision": {"rollout": "bf16", "train": "bf16"},
                 "rl": {
                     **SMOLLM2,
-                    # in 16 bits the engine's log-probs and training's differ by more
-                    # than the clip range bears
-                    "proximal": "recompute",
                     "max_new_tokens": 1024,
                     "length": 1536,
                     "dynamic_sampling": True,

@@ -251,7 +251,8 @@ def test_recomputed_log_probs_and_a_reference(refused):
     assert 0 < metrics["behaviour_log_ratio_max"] < 1e-4
     uncorrected = dataclasses.replace(objective, correction="none")
     refused("needs a reference policy", run, 1, objective=uncorrected)
-    refused("there is nothing to correct", run, 1, objective=objective)
+    behaviour = {"objective": objective, "proximal": "behaviour"}
+    refused("there is nothing to correct", run, 1, **behaviour)
 
 
 def test_engine_and_update_in_two_precisions(refused):
@@ -270,10 +271,39 @@ def test_engine_and_update_in_two_precisions(refused):
     assert 0 < metrics["behaviour_kl"] < 1e-3
     assert abs(metrics["behaviour_weight"] - 1) < 1e-3
     uncorrected = dataclasses.replace(objective, correction="none")
-    iterate = made(uncorrected, optimizer, SETTINGS, **given)
+    behaviour = dataclasses.replace(SETTINGS, proximal="behaviour")
+    iterate = made(uncorrected, optimizer, behaviour, **given)
     start = LMState.start(PARAMS, optimizer)
     message = "rollout='bf16' and updates under precision.train='fp32'"
     refused(message, iterate, start, None, KEY, error=rl.RatioError)
+    iterate = made(uncorrected, optimizer, behaviour, engine=other)
+    with pytest.raises(rl.RatioError) as raised:
+        iterate(LMState.start(PARAMS, optimizer), None, KEY)
+    said = str(raised.value)
+    assert "LanguageSettings(proximal='recompute')" in said and "recipe='fp32'" in said
+    assert "guidance" not in said and "times" not in said
+    # the defaults fit together: nothing is said of precision, or of the proximal policy
+    iterate = made(uncorrected, optimizer, SETTINGS, engine=other)
+    _, metrics = iterate(LMState.start(PARAMS, optimizer), None, KEY)
+    assert metrics["first_ratio_error"] < 1e-5
+    assert metrics["behaviour_log_ratio_max"] > 1e-4
+
+
+def test_the_default_proximal_policy_follows_from_recipes_and_objective():
+    for recipe, head, exact in (
+        ("fp32", None, True), ("bf16", None, False), ("fp32", "bf16", False),
+    ):  # fmt: skip
+        config = dataclasses.replace(CONFIG, recipe=recipe, head_recipe=head)
+        assert cached_decoder(config).exact is exact, (recipe, head)
+    assert not cached_decoder(CONFIG, jnp.bfloat16).exact
+    # a correction takes log-probs of before the update, without a word of the user's
+    _, (metrics,) = run(1, objective=grpo.preset("decoupled"))
+    assert 0 < metrics["behaviour_log_ratio_max"] < 1e-4
+
+
+def test_the_constant_length_is_that_of_the_iteration():
+    batch = first_batch(grpo.preset("dr_grpo"), microbatch=16)
+    assert_allclose(batch.weight[batch.texts.mask], 1 / (16 * SETTINGS.max_new_tokens))
 
 
 def test_d_dynamic_sampling_replaces_tied_groups(refused):
@@ -291,6 +321,19 @@ def test_d_dynamic_sampling_replaces_tied_groups(refused):
     given = (engine(), problems, lambda problem, tokens: 1.0, few, 0)
     message = r"after max_attempts=3 .* only 0 groups"
     refused(message, runtime.collect, *given, error=RuntimeError)
+
+
+def test_d_dynamic_sampling_goes_by_scores_and_not_by_penalties(refused):
+    """Wrong responses of unequal length have unequal rewards, and teach nothing."""
+    penalty = {"overlong_buffer": 6, "overlong_factor": 0.5, "dynamic_sampling": True}
+    settings = dataclasses.replace(SETTINGS, max_attempts=2, **penalty)
+    given = (engine(), draw, lambda problem, tokens: 0.0, settings, 0)
+    message = "only 0 groups have scores that differ"
+    refused(message, runtime.collect, *given, error=RuntimeError)
+    other = dataclasses.replace(settings, dynamic_sampling=False)
+    found = runtime.collect(engine(), draw, lambda *_: 0.0, other, 0)
+    assert len({record.reward for record in found.records}) > 1
+    assert found.metrics["tied_group_fraction"] == 1
 
 
 def test_d_long_responses_are_penalised():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from tmdjax import rl
 from tmdjax.rl import TokenBatch, TokenRecord
 from tmdjax.runtime import UpdateBatch
 from tmdjax.systems import grpo
@@ -89,9 +90,46 @@ def test_b_advantages_of_the_methods():
         assert_allclose(ours, expected, rtol=rtol, err_msg=name)
 
 
+COUNT = MASK.sum(1)
+SEQUENCES = np.repeat(1 / (3 * COUNT[:, None]), 4, axis=1)
+PUBLISHED = {  # what a token weighs, by the sheets: three sequences, eight tokens
+    "grpo": SEQUENCES,
+    "gspo": SEQUENCES,
+    "sapo": SEQUENCES,
+    "dapo": 1 / 8,
+    "cispo": 1 / 8,
+    "decoupled": 1 / 8,
+    "rloo": 1 / 3,
+    "dr_grpo": 1 / (3 * 4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_divide_as_their_sheets_do(name):
+    objective = grpo.preset(name, **({"length": 4} if name == "dr_grpo" else {}))
+    weights = rl.aggregation_weights(
+        MASK, objective.aggregation, length=objective.length
+    )
+    assert_allclose(weights, live(PUBLISHED[name] * np.ones(MASK.shape)), rtol=1e-6)
+    assert PUBLISHED.keys() == grpo.PRESETS.keys()
+
+
+def test_the_decoupled_loss_is_areals():
+    """Sum over kept tokens / tokens before rejection (areal/trainer/ppo/actor.py)."""
+    objective = grpo.preset("decoupled", max_weight=1.1)
+    ratio = np.exp(LOG_PROB - PROXIMAL)
+    loss = np.maximum(-A * ratio, -A * np.clip(ratio, 0.8, 1.2))
+    kept = MASK & (WEIGHT <= 1.1)
+    assert 0 < kept.sum() < MASK.sum()
+    expected = (loss * WEIGHT)[kept].sum() / MASK.sum()
+    ours = rl.aggregate(found(objective), MASK, objective.aggregation)
+    assert_allclose(ours, expected, rtol=1e-5)
+
+
 def test_bad_settings(refused):
     refused("Did you mean 'grpo'", grpo.preset, "grpoo")
-    refused("needs the largest response length", grpo.preset, "dr_grpo")
+    refused("length=4 with aggregation='token-mean'", grpo.preset, "dapo", length=4)
+    refused("length=0 is outside", grpo.preset, "dr_grpo", length=0)
     refused("clip_range low", grpo.preset, "grpo", clip_range=0.0)
     refused("dual_clip=3.0 has no meaning", grpo.preset, "cispo", dual_clip=3.0)
     refused("max_weight=0.0", grpo.preset, "grpo", max_weight=0.0)

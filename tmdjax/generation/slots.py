@@ -21,6 +21,7 @@ from tmdjax import models
 from tmdjax.core import prng
 from tmdjax.core.types import Array, Params, PyTree
 from tmdjax.generation.sampling import Sampling, sample
+from tmdjax.quant import as_recipe
 
 
 class CachedModel(NamedTuple):
@@ -34,16 +35,21 @@ class CachedModel(NamedTuple):
             vocab], cache [layer, batch, length, ...])``.
         decode: ``(params, cache, tokens [slot], positions [slot]) -> (logits [slot,
             vocab], cache)``; a position outside the cache writes nothing.
+        exact: whether its log-probs agree with those of training to float32 rounding,
+            see :class:`tmdjax.quant.Recipe`.
     """
 
     vocab_size: int
     init_cache: Callable[[int, int], PyTree]
     prefill: Callable[[Params, Array, Array], tuple[Array, PyTree]]
     decode: Callable[[Params, PyTree, Array, Array], tuple[Array, PyTree]]
+    exact: bool = True
 
 
 def cached_decoder(config: models.DecoderConfig, dtype: Any = None) -> CachedModel:
     """The functions of a :class:`tmdjax.models.Decoder`, its cache in ``dtype``."""
+    recipes = as_recipe(config.recipe), as_recipe(config.output_recipe)
+    narrow = dtype is not None and jnp.dtype(dtype).itemsize < 4
     return CachedModel(
         config.vocab_size,
         lambda slots, length: models.init_cache(config, slots, length, dtype),
@@ -53,6 +59,7 @@ def cached_decoder(config: models.DecoderConfig, dtype: Any = None) -> CachedMod
         lambda params, cache, tokens, positions: models.decode(
             config, params, cache, tokens, positions
         ),
+        exact=all(r.exact and r.batch_independent for r in recipes) and not narrow,
     )
 
 

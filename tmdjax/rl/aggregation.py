@@ -41,6 +41,9 @@ def aggregate(
       live sequences;
     * 'seq-mean-token-sum-norm': as 'seq-mean-token-sum', divided by the constant
       ``length``, so that long sequences are not favoured by a mean of their own.
+      verl, which named the modes, does not divide by the number of sequences here, in
+      spite of the name: its loss is as many times larger as there are sequences, and
+      its length is by default the padded width of the batch.
 
     A sequence without a live position is not live.
 

@@ -15,6 +15,13 @@ PROXIMAL = ("behaviour", "recompute")
 """Whose log-probs ratios are clipped around: those that the rollout recorded, or those
 that training computes before its update."""
 
+_FLOW_CAUSES = (
+    "states or log-probs stored in fewer bits than they were drawn in (store float32); "
+    "times truncated before the network (pass the exact t); another guidance scale, "
+    "temperature or dropout in training than in sampling (use the same function for "
+    "both)"
+)
+
 
 class RatioError(RuntimeError):
     """Before any update, training gives other log-probs than sampling gave."""
@@ -52,7 +59,10 @@ def _less_one(log_ratio: ArrayLike) -> Array:
 
 
 def check_first_ratio(
-    max_error: Any, clip_range: ClipRange, precision: Precision | None = None
+    max_error: Any,
+    clip_range: ClipRange,
+    precision: Precision | None = None,
+    causes: str = _FLOW_CAUSES,
 ) -> None:
     """Stops a run whose ratio is not 1 before the first update.
 
@@ -66,6 +76,8 @@ def check_first_ratio(
         clip_range: what the loss clips to; the smaller side counts.
         precision: recipes of rollout and update; the message says where they are the
             reason.
+        causes: what is wrong for the most part in a run of this kind, and the setting
+            that mends each; by default that of RL on flow models.
 
     Raises:
         RatioError: max_error is not below 0.1 clip_range (NaN included).
@@ -85,9 +97,6 @@ def check_first_ratio(
     raise RatioError(
         f"max |ratio - 1| = {error:.3g} on the first minibatch, before any update; it "
         f"must be below {FIRST_RATIO_SHARE:g} x clip_range = {bound:.3g} (clip_range "
-        f"{smaller:g}), or rounding decides what is clipped. Usual causes: states or "
-        f"log-probs stored in fewer bits than they were drawn in (store float32); "
-        f"times truncated before the network (pass the exact t); another guidance "
-        f"scale, temperature or dropout in training than in sampling (use the same "
-        f"function for both).{why}"
+        f"{smaller:g}), or rounding decides what is clipped. Usual causes: {causes}."
+        f"{why}"
     )

@@ -32,6 +32,13 @@ from tmdjax.runtime.update import LogProbs, make_update
 from tmdjax.train.iteration import Interrupted, Iteration
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
+_RATIO_CAUSES = (
+    "the model computes in 16 bits, where decoding and training round differently "
+    "(LanguageSettings(proximal='recompute'), or 'auto'; or recipe='fp32' of the "
+    "model's configuration); log_probs at another temperature than the engine's "
+    "Sampling; other parameters in the engine than generation_params gives"
+)
+
 
 @struct.dataclass
 class LMState(LearnerCounts):
@@ -94,7 +101,8 @@ def make_iteration(
         reference: parameters of the policy that an objective with a KL term stays
             near.
         precision: the recipes that the engine's model and ``log_probs`` were built
-            under, for what a failing check of the ratio says.
+            under, by which ``proximal='auto'`` is decided and of which a failing check
+            of the ratio speaks; None takes those of the engine's model for both.
         should_stop: asked between two chunks of the engine; True raises
             :class:`tmdjax.train.iteration.Interrupted`, whose state goes on.
 
@@ -117,7 +125,13 @@ def make_iteration(
             f"length={length} is above the {engine.config.length} of the engine's "
             f"slots; lower it, or build an engine of longer ones."
         )
-    if "proximal" in objective.needs and settings.proximal != "recompute":
+    differs = "" if precision is None else precision.disagreement()
+    corrects = "proximal" in objective.needs
+    if settings.proximal == "auto":
+        recompute = corrects or differs or not engine.model.exact
+        proximal = "recompute" if recompute else "behaviour"
+        settings = dataclasses.replace(settings, proximal=proximal)
+    if corrects and settings.proximal != "recompute":
         raise ValueError(
             "the objective corrects for the policy that wrote, but with "
             "proximal='behaviour' there is nothing to correct; use "
@@ -180,7 +194,9 @@ def make_iteration(
             learner, metrics = update(learner, batch, key)
             if not found and settings.check_ratio and settings.proximal == "behaviour":
                 error = metrics["ratio_error_max"]
-                rl.check_first_ratio(error, objective.clip_range, precision)
+                rl.check_first_ratio(
+                    error, objective.clip_range, precision, _RATIO_CAUSES
+                )
             found.append(metrics)
         host = jax.device_get(found)
         means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}

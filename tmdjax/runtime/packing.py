@@ -60,7 +60,10 @@ class TokenObjective(Protocol):
 
     @property
     def length(self) -> int | None:
-        """The constant length of an aggregation that divides by one, or None."""
+        """The constant length of an aggregation that divides by one.
+
+        None takes the settings' max_new_tokens there.
+        """
         ...
 
     def log_ratio(self, log_prob: Array, batch: "UpdateBatch") -> Array:
@@ -107,7 +110,7 @@ def update_batches(
         length: the longest a text may be.
         pad: id of padding.
         proximal: log-probs [microbatch, sequence, token] of stacked microbatches,
-            for settings.proximal='recompute'.
+            for settings.proximal='recompute'; 'auto' recomputes where it is given.
         reference: the same of a reference policy, or None.
 
     Raises:
@@ -156,7 +159,7 @@ def update_batches(
     everything = stacked(np.arange(count))
     tokens = everything.mask.shape[-1]
     target = everything.log_prob
-    if settings.proximal == "recompute":
+    if settings.proximal == "recompute" or (settings.proximal == "auto" and proximal):
         if proximal is None:
             raise ValueError(
                 "settings.proximal='recompute' needs proximal=, which computes "
@@ -166,6 +169,9 @@ def update_batches(
     target, anchor = target.reshape(-1, tokens), None
     if reference is not None:
         anchor = np.asarray(reference(everything)).reshape(-1, tokens)
+    norm = objective.length
+    if norm is None and objective.aggregation == "seq-mean-token-sum-norm":
+        norm = settings.max_new_tokens
     kept = np.array([record.status != "length" for record in records])
 
     def minibatch(which: np.ndarray) -> UpdateBatch:
@@ -175,7 +181,7 @@ def update_batches(
             keep = spread(kept, which, texts.group).reshape(-1, 1)
             keep = np.broadcast_to(keep, mask.shape)
         weight = rl.aggregation_weights(
-            mask, objective.aggregation, length=objective.length, keep=keep
+            mask, objective.aggregation, length=norm, keep=keep
         )
         return UpdateBatch(
             texts=texts,

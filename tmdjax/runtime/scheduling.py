@@ -25,8 +25,12 @@ class Group(NamedTuple):
 
     @property
     def is_informative(self) -> bool:
-        """Whether its rewards differ."""
-        return rl.is_informative(self.rewards)
+        """Whether its scores differ.
+
+        Penalties do not count: a group of wrong responses of unequal length has nothing
+        to teach but length.
+        """
+        return rl.is_informative(self.scores)
 
     @property
     def rewards(self) -> list[float]:
@@ -34,9 +38,14 @@ class Group(NamedTuple):
         return [r.reward for r in self.records if r.reward is not None]
 
     @property
+    def scores(self) -> list[float]:
+        """Scores of the responses, without penalties."""
+        return [r.score for r in self.records if r.score is not None]
+
+    @property
     def mean_score(self) -> float:
-        """Mean of the responses' scores, without penalties."""
-        return float(np.mean([r.score for r in self.records if r.score is not None]))
+        """Mean of the responses' scores."""
+        return float(np.mean(self.scores))
 
 
 class Rollout(NamedTuple):
@@ -121,7 +130,7 @@ def collect(
         histogram, _ = np.histogram(means, bins=5, range=(0, 1))
         raise RuntimeError(
             f"after max_attempts={attempts} batches of {settings.prompts} prompts only "
-            f"{len(kept)} groups have rewards that differ. Mean rewards of all "
+            f"{len(kept)} groups have scores that differ. Mean scores of all "
             f"groups in fifths of [0, 1]: {histogram.tolist()}. Choose easier or "
             f"harder problems, more samples a prompt, or dynamic_sampling=False."
         )

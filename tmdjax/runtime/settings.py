@@ -39,8 +39,12 @@ class LanguageSettings:
             where texts do not fit, that minibatch is not packed.
         proximal: the policy ratios are clipped around: 'behaviour', the log-probs that
             the engine recorded, or 'recompute' them with the weights before the update
-            (where engine and training differ in precision, or in weights).
-        dynamic_sampling: groups whose rewards are all equal are replaced by others.
+            (where engine and training differ in precision, or in weights). 'auto' takes
+            'recompute' where the recipe of either is not exact (such as 'bf16', see
+            :class:`tmdjax.quant.Recipe`) or the objective corrects for the behaviour,
+            and 'behaviour' elsewhere.
+        dynamic_sampling: groups whose scores are all equal are replaced by others;
+            penalties of long responses do not make scores differ.
         max_attempts: batches of prompts that may be drawn for that.
         overlong_buffer: tokens before max_new_tokens where
             :func:`tmdjax.rl.overlong_penalty` begins, or None for no penalty.
@@ -62,7 +66,7 @@ class LanguageSettings:
     minibatches: int = 1
     microbatch: int = 8
     pack_rows: int | None = None
-    proximal: str = "behaviour"
+    proximal: str = "auto"
     dynamic_sampling: bool = False
     max_attempts: int = 10
     overlong_buffer: int | None = None
@@ -77,7 +81,7 @@ class LanguageSettings:
         for name in (*counts, "max_attempts", "scored_at_once"):
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
-        check_choice("proximal", self.proximal, rl.PROXIMAL)
+        check_choice("proximal", self.proximal, ("auto", *rl.PROXIMAL))
         check_range("overlong_factor", self.overlong_factor, 0)
         check_range(
             "score_timeout",

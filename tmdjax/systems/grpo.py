@@ -39,7 +39,8 @@ class GroupRelativeObjective:
         clip_range: a number or (low, high), in units of that ratio.
         dual_clip: bound of the loss where the advantage is negative, > 1, or None.
         aggregation: of the tokens' losses, see :func:`tmdjax.rl.aggregate`.
-        length: constant length of 'seq-mean-token-sum-norm', or None.
+        length: constant length of 'seq-mean-token-sum-norm'; None takes the largest
+            response of the iteration, its max_new_tokens. Other modes take none.
         baseline: of advantages: 'mean' of the group, or 'leave_one_out'.
         scale: their unit: std of the 'group', of the 'batch', or 'none'.
         correction: weights of the proximal policy against the one that wrote, which
@@ -74,12 +75,13 @@ class GroupRelativeObjective:
         check_choice("kl_estimator", self.kl_estimator, KINDS)
         if self.dual_clip is not None:
             check_range("dual_clip", self.dual_clip, 1, open_low=True)
-        if (self.length is not None) != (self.aggregation == "seq-mean-token-sum-norm"):
-            raise ValueError(
-                f"length={self.length} with aggregation={self.aggregation!r}: "
-                f"'seq-mean-token-sum-norm' needs the largest response length, the "
-                f"other modes take none."
-            )
+        if self.length is not None:
+            check_range("length", self.length, 0, open_low=True)
+            if self.aggregation != "seq-mean-token-sum-norm":
+                raise ValueError(
+                    f"length={self.length} with aggregation={self.aggregation!r}: only "
+                    f"'seq-mean-token-sum-norm' divides by a length; use None."
+                )
         if self.dual_clip is not None and self.surrogate not in ("token", "sequence"):
             raise ValueError(
                 f"dual_clip={self.dual_clip} has no meaning for "
@@ -172,10 +174,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aggregation": "token-mean",
     },
     "sapo": {"surrogate": "sapo"},
-    "decoupled": {"correction": "reject", "max_weight": 5.0},
+    "decoupled": {
+        "correction": "reject",
+        "max_weight": 5.0,
+        "aggregation": "token-mean",
+    },
 }
-"""Settings by method. DAPO also samples dynamically (settings of the iteration);
-'dr_grpo' needs a length; 'decoupled' wants ``proximal='recompute'``."""
+"""Settings by method. 'grpo' has no KL term (its paper: ``kl_coefficient=0.04`` and
+'k3'); DAPO also samples dynamically (a setting of the iteration); 'decoupled' divides
+by the tokens of the minibatch, those it rejects included, as AReaL does, and needs
+``proximal='recompute'``, which 'auto' takes."""
 
 
 def preset(name: str, **changes: Any) -> GroupRelativeObjective:
