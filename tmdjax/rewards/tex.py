@@ -89,8 +89,8 @@ def _words(raw: list[str]) -> list[str]:
         position += 1
         if token in (r"\left", r"\right"):
             position += raw[position : position + 1] == ["."]
-        elif token in _TEXT and _group(raw, position):
-            start, position = _group(raw, position)
+        elif token in _TEXT and (group := _group(raw, position)):
+            start, position = group
             content = " ".join("".join(raw[start : position - 1]).split())
             if content in ("and", "or"):
                 found.append(", ")
@@ -108,18 +108,18 @@ def _words(raw: list[str]) -> list[str]:
     return found
 
 
-def _group(raw: list[str], position: int) -> tuple[int, int] | tuple[()]:
-    """Where the content of a group in braces begins, and what follows the group."""
+def _group(raw: list[str], position: int) -> tuple[int, int] | None:
+    """Where the content of a group in braces begins, and what follows; or None."""
     while raw[position : position + 1] and raw[position].isspace():
         position += 1
     if raw[position : position + 1] != ["{"] or "}" not in raw[position:]:
-        return ()
+        return None
     depth, start = 0, position + 1
     for end in range(position, len(raw)):
         depth += (raw[end] == "{") - (raw[end] == "}")
         if not depth:
             return start, end + 1
-    return ()
+    return None
 
 
 def _circle(raw: list[str], position: int) -> int:
