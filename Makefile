@@ -3,7 +3,7 @@
 #   make test      the default test suite; PYTEST_ARGUMENTS="FILES -k ..." runs a part
 #   make lint      format, lint, types
 #   make docs      the documentation, checked, into build/site
-#   make nightly   long runs, peer libraries, notebooks, planted faults
+#   make nightly   long runs, kills and full disks, peer libraries, planted faults
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	>/dev/null 2>&1 && echo $$p && break; done)
@@ -39,6 +39,7 @@ docs: $(VENV)/docs.installed
 nightly: $(VENV)/oracle.installed
 	$(PYTEST) -m "slow or nightly"
 	$(if $(OPTIMISED),$(PYTEST) $(OPTIMISED) -m "slow or nightly" || test $$? -eq 5)
+	$(BIN)/python -m tests.harness.kill_campaign
 	$(BIN)/python tests/mutations.py
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -p no:xdist --nbmake \
 		--nbmake-timeout=900 --timeout=1800 colabs -m ""

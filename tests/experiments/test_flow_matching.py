@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from checks import lowered
 
-from experiments import boss, flow_matching, grpo, image_quality, run
+from experiments import boss, flow_matching, grpo, image_quality, run, sweep
 from experiments import report as report_command
 from tmdjax import flows, models
-from tmdjax.harness import ConfigError, load_config
+from tmdjax.core import compilation_cache
+from tmdjax.harness import ConfigError, Outcome, load_config
 from tmdjax.harness.stages import stage_hashes
 
 CONFIG = "configs/flow_matching.py"
@@ -60,6 +61,28 @@ def test_training_and_sampling_lower_for_accelerators():
 
     exported = lowered(jax.jit(sample), state.params, batch["image"], batch["label"])
     assert exported.out_avals[0].shape == batch["image"].shape
+
+
+@pytest.mark.parametrize("command", [run, sweep])
+def test_a_command_keeps_its_programs_where_make_does(command, tmp_path, monkeypatch):
+    """Every one of them, in the user's cache folder: a second command is warm."""
+    before, seen = jax.config.jax_compilation_cache_dir, []
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def look(*given):
+        seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+        seen.append((jax.config.jax_compilation_cache_dir, seconds))
+        return Outcome(0, None, finished=False)
+
+    monkeypatch.setattr(run, "run", look)
+    axis = ["--sweep.evaluate.projections=8,16"] if command is sweep else []
+    try:
+        assert command.main([SMOKE, *axis, f"--workdir={tmp_path / 'run'}"]) == 0
+    finally:
+        compilation_cache.enable(before)
+    assert seen == [(str(compilation_cache.folder()), 0.0)]
+    assert compilation_cache.folder().parents[1] == tmp_path
 
 
 @pytest.mark.parametrize(

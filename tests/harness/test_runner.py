@@ -682,6 +682,19 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch, refused):
     refused(words, run, tmp_path, error=OSError)
 
 
+def test_what_ended_a_stage_is_said_on_a_full_disk_too(tmp_path, monkeypatch, refused):
+    """The time spent, which cannot be noted then, hides nothing."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def fails(context):
+        monkeypatch.setattr(os, "replace", full)
+        raise ValueError("the loss is not finite")
+
+    refused("the loss is not finite", one_stage, tmp_path, fails)
+
+
 def test_peak_memory_counts_kilobytes_but_on_macos(monkeypatch):
     monkeypatch.setattr(environment.sys, "platform", "darwin")
     bytes_ = environment.peak_memory_gb()

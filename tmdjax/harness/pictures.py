@@ -1,5 +1,6 @@
 """Pictures of samples: grids of images, contact sheets and animations of videos."""
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tmdjax.core.checks import check_count, check_finite
+from tmdjax.core.files import write_atomically
 
 _GAP = 2  # pixels between frames and rows
 _MODEL_GAP = 10  # between models
@@ -105,10 +107,10 @@ def video_strips(
     blocks = _pixels(videos, scale)
     sheets = {name: _beside(block)[None] for name, block in blocks.items()}
     canvas = _sheet(sheets, row_labels)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas[0]).save(path, format="PNG")
-    return path
+    picture = io.BytesIO()
+    Image.fromarray(canvas[0]).save(picture, format="PNG")
+    write_atomically(path, picture.getvalue())
+    return Path(path)
 
 
 def animation(
@@ -143,10 +145,9 @@ def animation(
         for name, block in _pixels(videos, scale).items()
     }
     frames = _in_one_palette(_sheet(blocks, row_labels))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
     frames[0].save(
-        path,
+        picture,
         format="GIF",
         save_all=True,
         append_images=frames[1:],
@@ -154,7 +155,8 @@ def animation(
         loop=0,
         optimize=False,
     )
-    return path
+    write_atomically(path, picture.getvalue())
+    return Path(path)
 
 
 def _pixels(videos: Mapping[str, Any] | Any, scale: int) -> dict[str, np.ndarray]:

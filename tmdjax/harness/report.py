@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tmdjax.core.files import write_atomically
 from tmdjax.metrics.intervals import Interval
 
 _LOGGER = logging.getLogger(__name__)
@@ -185,10 +187,10 @@ def _figure(path: Any, size: tuple[float, float]) -> Any:
 
 
 def _save(figure: Any, path: Any) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
+    return Path(path)
 
 
 def write_report(
@@ -250,11 +252,9 @@ def write_report(
     rows = [{"": name, "value": value} for name, value in environment.items()]
     for caption, folded in (*details, ("Environment", rows)):
         parts += ["<details>", _html_table(caption, folded, "summary"), "</details>"]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     page = _PAGE.format(title=text(title), style=_STYLE, body="\n".join(parts))
-    path.write_text(page, encoding="utf-8")
-    return path
+    write_atomically(path, page.encode())
+    return Path(path)
 
 
 def claim_row(claim: Row) -> dict[str, Any]:

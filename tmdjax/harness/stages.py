@@ -6,6 +6,7 @@ describes it in the same way. A stage that was interrupted goes on from its own
 checkpoints.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -19,7 +20,7 @@ import jax
 
 from tmdjax import train
 from tmdjax.core.checks import check_name
-from tmdjax.core.files import content_sha256
+from tmdjax.core.files import content_sha256, write_atomically
 from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
 from tmdjax.harness.logs import MetricsLog, Progress, read_rows
@@ -106,7 +107,7 @@ class StageContext:
 
     def note_elapsed(self) -> None:
         """Remembers the time spent, for a run that goes on later."""
-        (self.directory / _ELAPSED).write_text(repr(self.elapsed()))
+        write_atomically(self.directory / _ELAPSED, repr(self.elapsed()).encode())
 
     def rows(self) -> list[dict[str, Any]]:
         """What :meth:`fit` has logged so far, earlier attempts included."""
@@ -400,8 +401,10 @@ class StageCache:
             try:
                 result = stage.run(context)
                 outputs = jax.device_get(result.outputs)  # waits for the device
-            finally:
-                context.note_elapsed()
+            except BaseException:
+                with contextlib.suppress(OSError):  # the disk may be what ended it
+                    context.note_elapsed()
+                raise
             record = {
                 "wall_s": context.elapsed(),
                 "peak_memory_gb": peak_memory_gb(),

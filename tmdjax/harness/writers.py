@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.files import write_atomically
 from tmdjax.core.optional import import_optional
 
 _TRACES = {"tensorboard": "events.out.tfevents*", "wandb": "wandb_id"}
@@ -101,7 +102,7 @@ class WandB:
         known = folder / "wandb_id"
         self.new = not has_rows("wandb", folder)
         identity = known.read_text() if known.exists() else uuid.uuid4().hex[:12]
-        known.write_text(identity)
+        write_atomically(known, identity.encode())
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tmdjax"),
             dir=str(folder),
