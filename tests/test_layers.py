@@ -13,6 +13,7 @@ ORDER = (
 ).split()
 HARNESS_MAY_USE = {"core", "metrics", "train", "harness"}
 ROOT = pathlib.Path(tmdjax.__file__).parent
+EXPERIMENTS = ROOT.parent / "experiments"
 
 
 def imports(path):
@@ -51,6 +52,14 @@ def test_imports_point_one_way():
                 assert other in ORDER, f"{path} imports {name}"
                 before = ORDER.index(other) < ORDER.index(here)
                 assert before, f"{path} imports {name}"
+
+
+def test_a_file_is_read_in_one_sitting():
+    """A system has at most 380 lines, an experiment 320, any module 500."""
+    for folder, most in ((ROOT, 500), (ROOT / "systems", 380), (EXPERIMENTS, 320)):
+        for path in folder.rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            assert lines <= most, f"{path} has {lines} lines; split it, at most {most}"
 
 
 def test_every_package_is_an_attribute():

@@ -172,7 +172,16 @@ def check_chords(chords: Mapping[str, Any], schedule: Schedule | None = None) ->
 def split(
     chords: dict[str, Any], key: Any, eval_fraction: float = 0.1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Chords for training and for evaluation, drawn at random from the pool."""
+    """Chords for training and for evaluation, drawn at random from the pool.
+
+    Args:
+        chords: {name: [n, ...]}, from :func:`chords`.
+        key: typed key of the draw.
+        eval_fraction: share of the second part, rounded down, in [0, 1).
+
+    Raises:
+        ValueError: a share out of range, or a chord without width.
+    """
     check_range("eval_fraction", eval_fraction, 0, 1, open_high=True)
     check_chords(chords)
     count = len(chords["t"])

@@ -12,8 +12,7 @@ against the teacher's score. Where the paper's text contradicts its own equation
 corrected form is the default and the printed one an option, see :class:`StudentPlan`.
 
 References:
-    Nie et al., "Transition Matching Distillation for Fast Video Generation",
-    arXiv 2601.09881.
+    Nie et al., Transition Matching Distillation, arXiv 2601.09881.
 """
 
 import dataclasses
