@@ -74,6 +74,11 @@ def build(config: Config) -> tuple[on_policy.Trainer, Any]:
         )
     if not seeds:
         raise ValueError("train.seeds is empty; give the seeds to train side by side.")
+    if "recipe" in config.method:
+        raise ValueError(
+            f"method.recipe={config.method.recipe!r} would be without effect; set "
+            f"precision.rollout and precision.train."
+        )
     precision = quant.Precision(**to_plain(config.precision))
     changed = {k: v for k, v in sizes.items() if v is not None}
     changed["precision"] = precision

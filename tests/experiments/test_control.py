@@ -94,6 +94,7 @@ def test_bad_inputs(refused):
         ("train.minibatches=5", "64 transitions do not divide into minibatches=5"),
         ("train.iterations=0", "train.iterations=0"),
         ("evaluate.agents=0", "evaluate.agents=0"),
+        ("arms.policyflow.method.recipe=bf16", "recipe='bf16' would be without effect"),
     ):
         refused(words, control.describe, tiny(change))
     config = tiny()

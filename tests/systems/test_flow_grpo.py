@@ -229,6 +229,9 @@ def test_bad_settings(refused):
     refused("'grid' is all of the grid", preset, grid=flows.uniform_grid(4), steps=3)
     refused("kl_kind='exact' is not one of", preset, objective={"kl_kind": "exact"})
     refused("clip_range low=0.0 is outside", preset, objective={"clip_range": 0.0})
+    refused("updates=0 must be at least 1", preset, updates=0)
+    words = "FlowObjective has no setting 'clip_rang'.*mean 'clip_range'"
+    refused(words, preset, objective={"clip_rang": 1e-4}, error=TypeError)
     refused("ddpm", preset, preset="ddpm", error=(ValueError, KeyError))
     refused("noise_level", preset, noise_level=0.7, error=TypeError)
     message = "preset='flow_grp' is not one of.*mean 'flow"

@@ -14,7 +14,7 @@ import numpy as np
 
 from tmdjax import flows, rl
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_fields, check_range
+from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
 from tmdjax.core.types import Array, Cond, Params, PyTree, Velocity
 from tmdjax.quant import Precision
 
@@ -268,7 +268,8 @@ def make_setup(
 
     Raises:
         ValueError: settings out of range, or a grid given twice.
-        TypeError: an unknown field.
+        TypeError: an unknown field, of the method or the objective; updates that are no
+            integer.
     """
     if "grid" in changes and ("steps" in changes or "shift" in changes):
         raise ValueError("'grid' is all of the grid; drop 'steps' and 'shift'.")
@@ -280,4 +281,5 @@ def make_setup(
     check_fields(method, fields)
     built = method(event_shape=tuple(event_shape), **fields)
     loss = {"reduction": built.reduction, **loss, **(objective or {})}
-    return Setup(built, FlowObjective(**loss), updates)
+    check_fields(FlowObjective, loss)
+    return Setup(built, FlowObjective(**loss), check_count("updates", updates))
