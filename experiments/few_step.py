@@ -127,7 +127,7 @@ def compare(config: Config, context: StageContext, sets: Any, labels: Any) -> An
 
 def measures(config: Config) -> tuple[str, ...]:
     """What :func:`compare` finds of each set."""
-    return image_quality.MEASURES if has_images(config) else POINT_MEASURES
+    return tuple(image_quality.MEASURES) if has_images(config) else POINT_MEASURES
 
 
 def _budget(config: Config) -> str:
