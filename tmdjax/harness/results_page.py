@@ -21,7 +21,8 @@ from tmdjax.harness.report import claim_row, format_value
 from tmdjax.harness.summaries import Summary
 
 Findings = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""By system and tier: "finding", a sentence, and "picture", a file beside it."""
+"""By system and tier: "finding", a sentence, "picture", a file beside it, and "arm",
+the one that the picture shows, where a record has several."""
 
 NO_GPU = (
     "**No GPU result is recorded yet.** Every claim below was judged on two CPU cores, "
@@ -96,8 +97,8 @@ def render(
 
     Args:
         records: as read by :func:`tmdjax.harness.records.read_records`.
-        findings: by system and tier, "finding", a sentence, and "picture", the name of
-            a file in the system's folder of records.
+        findings: by system and tier, "finding", a sentence, "picture", the name of a
+            file in the system's folder of records, and "arm", what it shows.
         benchmarks: as read by :func:`read_benchmarks`.
     """
     records = sorted(records, key=order)
@@ -159,6 +160,8 @@ def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
     lines = [found["finding"], ""] if found.get("finding") else []
     if found.get("picture"):
         lines += [f"![{system}, {tier} tier](results/{system}/{found['picture']})", ""]
+        arm = f" of the arm {found['arm']}" if found.get("arm") else ""
+        lines += [f"The picture is of one seed{arm}; the claims are of all.", ""]
     peak = record["peak_memory_gb"]
     memory = "" if peak is None else f", peak memory {format_value(peak)} GB"
     lines += [
