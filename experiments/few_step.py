@@ -28,7 +28,9 @@ from tmdjax.models import lora
 Config = Any
 
 POINT_MEASURES = ("sliced_wasserstein", "frechet")
-MEANINGS = image_quality.MEASURES | {
+MEANINGS = {
+    "grid or model": "one a row; a cell is its terminal error / Frechet distance",
+    **image_quality.MEASURES,
     "terminal_error": "mean squared distance of samples to those of the teacher's fine "
     "walk from the same noise, a coordinate; 0 is equal",
     "error_to_rk45": "the same distance to an adaptive solution of the teacher's flow",

@@ -23,10 +23,10 @@ from tmdjax.harness.config import to_plain
 
 Config = Any
 MEASURES = {
-    "sliced_wasserstein": "distance of pixels to held-out images, in units of the data "
-    "in [-1, 1], averaged over random directions; 0 is equal, less is better",
-    "frechet": "Frechet distance to held-out images in the features of a classifier "
-    "trained on this data; comparable only under one net; less is better",
+    "sliced_wasserstein": "distance to held-out data, in units of the data (pixels in "
+    "[-1, 1]), averaged over random directions; 0 is equal, less is better",
+    "frechet": "Frechet distance to held-out data; of images in the features of a "
+    "classifier trained on them, comparable only under one net; less is better",
     "precision": "share of generated images that lie among real ones, in [0, 1]",
     "recall": "share of real images that lie among generated ones, in [0, 1]",
     "label_agreement": "share of images that the classifier gives the class that was "

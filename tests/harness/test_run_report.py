@@ -171,6 +171,10 @@ def test_a_training_that_arms_share_is_one_curve_and_columns_by_seed_are_taken_a
                 found.append(finished(arm, seed, curve, shared=shared))
         return found
 
+    page = shown(tmp_path, units(True, False), claims=[])
+    assert "Training of stage train: loss, all arms<" in page
+    page = shown(tmp_path / "b", UNITS[:5], claims=[])
+    assert "stage train: loss, bellman, mean and 95 % interval of 5 trainings" in page
     shown(tmp_path, units(True, False), claims=[])
     ((name, (_, values)),) = plotted["training-train-loss.png"].items()
     assert name == "all arms" and values[0].low is None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.harness import environment, report, summaries
-from tmdjax.harness.claims import metric_name
+from tmdjax.harness.claims import MAIN_ARM, metric_name
 from tmdjax.harness.config import write_json
 from tmdjax.harness.experiment import Experiment, Report
 from tmdjax.harness.load import MODELS
@@ -126,7 +126,9 @@ def training_curves(
                 y_label=label,
             )
             count = max(len(curves) for _, curves in kept)
-            whose = f", mean and 95 % interval of {count} trainings" * (count > 1)
+            alone = kept[0][0] if len(kept) == 1 and kept[0][0] != MAIN_ARM else ""
+            whose = f", {alone}" * bool(alone)
+            whose += f", mean and 95 % interval of {count} trainings" * (count > 1)
             figures.append((f"Training of stage {stage}: {label}{whose}", path))
     return figures
 
