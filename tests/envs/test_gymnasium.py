@@ -1,6 +1,7 @@
 """Vectors of gymnasium: what the trainer sees equals what they did."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,90 @@ def test_pendulum_is_what_gymnasium_says():
         seen, reward, *_ = byhand.step(2 * action)
         np.testing.assert_allclose(step.final_observation[i], seen, rtol=1e-6)
         np.testing.assert_allclose(step.reward[i], reward, rtol=1e-6)
+
+
+class Recorded(Countdown):
+    """Keeps what it was given."""
+
+    given: ClassVar[list] = []
+
+    def step(self, action):
+        self.given.append(action)
+        assert self.action_space.contains(action), action
+        return super().step(np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "low, high, dtype",
+    [
+        (0.1, 0.7, np.float32),  # 0.1 + (0.7 - 0.1) is more than 0.7 there
+        (-1.0 / 3, 3.3, np.float32),
+        (-3e38, 3e38, np.float32),
+        (-1.5e308, 1.7e308, np.float64),
+        (-6e4, 6e4, np.float16),
+        (-np.inf, np.inf, np.float16),
+        (-np.inf, np.inf, np.float64),
+    ],
+)
+def test_actions_never_leave_the_space(low, high, dtype):
+    space = spaces.Box(np.full(1, low, dtype), np.full(1, high, dtype), dtype=dtype)
+    env = type("Wide", (Recorded,), {"action_space": space, "given": []})
+    vector = envs.GymnasiumVector(functools.partial(make, False, env=env))
+    state = vector.reset(jax.random.key(0))
+    actions = [-1.0, -0.3, 1.0, 1.5] if np.isfinite(low) else [-1e6, 0.5, 3e38]
+    for action in actions:
+        keys = prng.sample_keys(jax.random.key(1), 1)
+        state, step = vector.step(state, jnp.full((1, 1), action), keys)
+        assert step.valid.all()
+    given = np.concatenate(env.given)
+    assert given.dtype == dtype and (given[1:3] > given[:2]).all()
+    if np.isfinite(low):
+        assert given[0] == space.low[0] and given[2] == given[3] == space.high[0]
+
+
+def test_what_an_error_names_helps():
+    """Each remedy in a text, done."""
+    parts = {"near": spaces.Box(-1, 1, (2,)), "far": spaces.Box(-1, 1, (3,))}
+
+    class Both(Countdown):
+        observation_space = spaces.Dict(parts)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self._seen(), {}
+
+        def step(self, action):
+            _, *rest = super().step(action)
+            return self._seen(), *rest
+
+        def _seen(self):
+            return {k: np.ones(s.shape, np.float32) for k, s in parts.items()}
+
+    half = spaces.Box(np.float32([0, -np.inf]), np.float32([1, 1]))
+    Half = type("Half", (Countdown,), {"action_space": half})
+    options = {
+        "vectorization_mode": "sync",
+        "vector_kwargs": {"autoreset_mode": SAME_STEP},
+    }
+    for env, wrapper, size in (
+        (Both, gymnasium.wrappers.FlattenObservation, 5),
+        (Half, gymnasium.wrappers.ClipAction, 2),
+    ):
+        gymnasium.register("Mended-v0", entry_point=env)
+        try:
+            make_vec = functools.partial(
+                gymnasium.make_vec, wrappers=[wrapper], **options
+            )
+            vector = envs.GymnasiumVector(functools.partial(make_vec, "Mended-v0", 2))
+            state = vector.reset(jax.random.key(0))
+            assert state.observation.shape == (2, size)
+            action = jnp.zeros((2, vector.action_size))
+            keys = prng.sample_keys(jax.random.key(1), 2)
+            for _ in range(2):  # one of them ends an episode
+                state, step = vector.step(state, action, keys)
+            assert step.valid.all() and step.truncated.all()
+        finally:
+            del gymnasium.registry["Mended-v0"]
 
 
 def test_bad_vectors(refused):

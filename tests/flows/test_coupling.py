@@ -161,6 +161,18 @@ def test_regression_onto_coupled_pairs_is_less_noisy():
     assert coupled < 2.0
 
 
+def test_a_coupling_of_ones_own_draws_apart_from_the_noise():
+    x, seen = jnp.zeros((4, 3)), {}
+
+    def coupling(x_data, x_noise, keys):
+        seen.update(noise=x_noise, drawn=prng.normal(keys, x_noise.shape[1:]))
+        return x_noise
+
+    still = lambda params, x_t, t, cond: x_t  # noqa: E731
+    flows.flow_matching_loss({}, still, x, prng.sample_keys(KEY, 4), coupling=coupling)
+    assert (np.abs(seen["noise"] - seen["drawn"]) > 1e-3).all()
+
+
 def test_bad_inputs(refused):
     x, z = batch(4)
     words = r"x_noise has shape \(2, 3, 2\) but"

@@ -42,6 +42,34 @@ def test_guidance_is_one_call_a_step():
     assert calls == [(6, 2)]
 
 
+@pytest.mark.parametrize("null", [300, -1, np.int64(70_000), np.uint16(999)])
+def test_a_null_class_beyond_the_conditions_dtype_is_itself(null):
+    seen, cond = [], jnp.zeros(3, jnp.uint8)
+    x, t = jnp.ones((3, 2)), jnp.ones(3)
+
+    def velocity(x, t, cond):
+        seen.append(jnp.asarray(cond))
+        return x * cond[:, None]
+
+    guided = flows.classifier_free_guidance(velocity, 2.0, null)
+    found = jax.jit(guided)(x, t, cond)
+    np.testing.assert_allclose(found, -float(null))
+    guided(x, t, cond)
+    np.testing.assert_array_equal(seen[-1], [0, 0, 0, null, null, null])
+    dropped = flows.drop_condition(keys_of(3), cond, null, 1.0)
+    np.testing.assert_array_equal(dropped, [null] * 3)
+
+
+def test_a_null_that_the_condition_cannot_hold_is_refused(refused):
+    labels, floats = np.zeros(3, np.int32), np.zeros((3, 2), np.float16)
+    for null, cond in ((9.7, labels), (np.nan, labels), (1e6, floats), (2, labels > 0)):
+        refused("cannot hold it", flows.drop_condition, keys_of(3), cond, null, 0.5)
+    x, t = np.ones((3, 2), np.float32), np.ones(3, np.float32)
+    guided = flows.classifier_free_guidance(lambda x, t, c: x, 2.0, 9.7)
+    for call in (guided, jax.jit(guided)):
+        refused("null condition is float.*int32, which cannot", call, x, t, labels)
+
+
 def test_drop_condition_rate():
     keys, cond = keys_of(10_000), np.arange(10_000, dtype=np.int32) % 10
     drop = jax.jit(flows.drop_condition, static_argnums=3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tmdjax import flows
+from tmdjax.core.conventions import flip_velocity
 
 
 @pytest.fixture
@@ -64,6 +65,40 @@ def test_wrapped_noise_network_samples_the_same(x64):
     t = jnp.full(4, 0.7)
     wrapped = jax.jit(flows.as_velocity(noise_network, "noise"))
     np.testing.assert_allclose(wrapped(x, t, None), fields(mixture, x, t)[0], rtol=1e-9)
+
+
+def test_walks_that_ask_at_a_singular_end_are_refused_and_the_remedy_works(refused):
+    mixture = flows.gaussian_mixture([1.0], [[1.0, 2.0]], [0.5])
+
+    def network(source):
+        return lambda x, t, cond: flows.convert(
+            mixture.velocity(x, t), "velocity", source, x, t
+        )
+
+    noise = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    grid, keys = flows.truncated_grid(40, 1.0), jax.random.split(jax.random.key(0), 4)
+    truth = flows.endpoints(mixture.velocity, noise, flows.uniform_grid(40))
+    words = "nothing of the velocity at t = 1.*flows.truncated_grid"
+    for source in ("noise", "score"):
+        velocity = flows.as_velocity(network(source), source)
+        guided = flows.classifier_free_guidance(velocity, 2.0, 0.0)
+        for built_in in (flows.uniform_grid(4), flows.edm_grid(4)):
+            for walker in (velocity, guided):
+                refused(words, flows.endpoints, walker, noise, built_in)
+        table = flows.make_table("flow_cps", flows.shifted_grid(4, 3.0))
+        refused(words, flows.rollout, keys, velocity, noise, table)
+        refused(words, flows.local_error_costs, velocity, keys, (2,), knots=4)
+        refused(words, flows.rk45, velocity, noise)
+        found = flows.endpoints(velocity, noise, grid)
+        np.testing.assert_allclose(found, truth, atol=0.05)
+    costs = flows.local_error_costs(velocity, keys, (2,), knots=grid[::8])
+    assert np.isfinite(costs).all()
+    data = flows.as_velocity(network("data"), "data")
+    refused("t = 0.*'euler'", flows.endpoints, data, noise, grid, method="heun")
+    for method in ("euler", "midpoint"):
+        assert np.isfinite(flows.endpoints(data, noise, grid, method=method)).all()
+    turned = flip_velocity(flows.as_velocity(lambda x, t, cond: x, "data"))
+    refused("t = 0", flows.endpoints, turned, noise, flows.uniform_grid(2))
 
 
 def test_tweedie(x64):

@@ -382,6 +382,29 @@ def test_sample_walks_the_grid_which_survives_json(found, refused):
     refused("give a grid", boss.sample, FLOW.velocity, noise)
 
 
+def test_a_straightened_model_is_not_asked_at_times_it_does_not_know(found, refused):
+    schedule, noise = found.schedules[4], prng.normal(keys(4), (2,))
+    student = boss.on_grid(FLOW.velocity, schedule)
+    for method in ("heun", "midpoint", "rk4"):
+        words = f"for Euler steps, and method='{method}'"
+        refused(words, boss.sample, student, noise, method=method)
+        options = {"method": method, "allow_grid_mismatch": True}
+        x = boss.sample(student, noise, **options)
+        plain = flows.endpoints(FLOW.velocity, noise, schedule.times, method=method)
+        assert_array_equal(x, plain)
+        with pytest.warns(UserWarning, match=r"is asked at \["):
+            flows.endpoints(student, noise, schedule.times, method=method)
+    table = flows.make_table("ode", flows.uniform_grid(5))
+    for walk in (
+        lambda: flows.rollout(None, student, noise, table),
+        lambda: flows.rk45(student, noise),
+        lambda: boss.search(student, keys(4), (2,), 2, knots=3),
+        lambda: boss.fine_states(student, keys(4), (2,), [schedule]),
+    ):
+        with pytest.warns(UserWarning, match="starts .* of Euler steps alone"):
+            walk()
+
+
 def test_guidance_other_than_the_schedules_warns(found):
     """A straightened model has absorbed its teacher's: none around it fits."""
     guided = flows.classifier_free_guidance(conditional, 2.0, 0.0)

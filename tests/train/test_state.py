@@ -102,6 +102,39 @@ def test_infinite_gradient_with_finite_loss_is_skipped():
     assert float(state.params["w"]) == 0
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        optax.sgd(1e38),  # the step itself is infinite
+        optax.adam(0.1, b2=1.0),  # 0 / 0
+        optax.chain(optax.scale(jnp.inf)),
+    ],
+)
+def test_an_update_that_is_not_finite_is_skipped_though_its_gradient_is(rule):
+    loss = lambda p, batch, keys: (1e15 * p["w"] * batch["x"], {})  # noqa: E731
+    step = jax.jit(train.make_train_step(loss, rule))
+    state = train.create_state({"w": jnp.ones(())}, rule)
+    after, metrics = step(state, {"x": jnp.ones(4)}, KEY)
+    assert np.isfinite(metrics["grad_norm"]) and int(after.skipped) == 1
+    same(state.params, after.params)
+    same(state.opt_state, after.opt_state)
+    keys = prng.sample_keys(KEY, 4)
+    text = train.nonfinite_report(loss, state.params, {"x": jnp.ones(4)}, keys)
+    assert "look at its numbers (learning rate" in text
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.inf, np.nan])
+def test_numbers_of_an_optimiser_out_of_range(wrong, refused):
+    config = train.OptimizerConfig
+    for name in ("learning_rate", "eps", "clip_norm"):
+        refused(rf"optimizer.{name}=.* is outside \(0, inf\)", config, **{name: wrong})
+    for name in ("b1", "b2"):
+        value = wrong or 1.0  # 0 is allowed: no average
+        refused(rf"{name}=.* is outside \[0, 1\)", config, **{name: value})
+    refused("weight_decay=.* is outside", config, weight_decay=wrong or -1e-9)
+    config(b1=0.0, clip_norm=None)
+
+
 def test_nan_in_a_batch_is_skipped_counted_and_reported():
     (params, batch), optimizer = problem(), optax.adam(0.1)
     step = program(optimizer, ema_decay=0.9)

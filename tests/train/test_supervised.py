@@ -134,6 +134,37 @@ def test_diagnosis_sees_the_noise_of_the_failed_step():
     assert seen[1] and f"non-finite loss: {seen[1][:5]}" in seen[0]
 
 
+def test_fewer_steps_than_the_checkpoint_has_are_said(tmp_path, refused):
+    fit(tmp_path, num_steps=20)
+    assert fit(tmp_path, num_steps=20)[0].finished
+    refused(
+        "num_steps=10, but the checkpoint in .* of step 20", fit, tmp_path, num_steps=10
+    )
+    result, _ = fit(tmp_path, num_steps=21)  # the remedy
+    assert int(result.state.step) == 21
+
+
+def test_data_that_cannot_be_saved_are_refused_before_the_first_step(tmp_path, refused):
+    class Drawn(Numbered):
+        def __next__(self):
+            raise AssertionError("trained")
+
+        def get_state(self):
+            return {"rows": np.arange(3)}
+
+    def endless():
+        raise AssertionError("trained")
+        yield
+
+    for data, words in (
+        (endless(), "generator, which lacks get_state, set_state"),
+        (Drawn(None), "get_state.. of Drawn is not JSON-able"),
+    ):
+        refused(words, fit, tmp_path, data, num_steps=10, error=TypeError)
+    rows = ({"x": np.ones((8, 3), np.float32)} for _ in range(10))
+    assert fit(None, rows, num_steps=10)[0].finished  # the remedy
+
+
 def test_a_plain_step_and_state_will_do(refused):
     step, rows = lambda count, batch, key: (count + 1, {"count": count}), []
     given = (jnp.int32(0), step, counted())

@@ -41,6 +41,10 @@ class _Flipped(VelocityWrapper):
     def __call__(self, x: Any, t: Any, cond: Any = None) -> Any:
         return -self.velocity(x, flip_time(t), cond)
 
+    def check_times(self, times: Any) -> None:
+        """Those of the field inside."""
+        super().check_times(flip_time(times))
+
 
 def expand_time(t: ArrayLike, batch: int, dtype: Any = jnp.float32) -> Array:
     """Returns t as ``[batch]``; a scalar is broadcast (once, at the entrance).

@@ -23,6 +23,15 @@ class VelocityWrapper:
 
     velocity: Any
 
+    def check_times(self, times: np.ndarray) -> None:
+        """Raises or warns where a solver is to ask at times that it does not know.
+
+        Args:
+            times: all times [n] of a walk, concrete.
+        """
+        if isinstance(self.velocity, VelocityWrapper):
+            self.velocity.check_times(times)
+
 
 def around(velocity: Any, kind: type) -> Any:
     """The outermost wrapper of a kind around a velocity; None where there is none."""
@@ -31,6 +40,16 @@ def around(velocity: Any, kind: type) -> Any:
             return velocity
         velocity = velocity.velocity
     return None
+
+
+def without(velocity: Any, kind: type) -> Any:
+    """The velocity without its wrappers of a kind, other wrappers kept."""
+    if not isinstance(velocity, VelocityWrapper):
+        return velocity
+    inside = without(velocity.velocity, kind)
+    if isinstance(velocity, kind):
+        return inside
+    return dataclasses.replace(velocity, velocity=inside)
 
 
 def as_pytree(function: Callable[..., Any]) -> Any:

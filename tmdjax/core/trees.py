@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
+import jax.dtypes
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,12 +65,56 @@ def take(tree: PyTree, rows: Any) -> PyTree:
 
 
 def in_every_row(row: PyTree, like: PyTree) -> PyTree:
-    """A tree of [...] leaves in every row of a tree of [batch, ...], in its dtypes."""
+    """A tree of [...] leaves in every row of a tree of [batch, ...].
+
+    Args:
+        row: leaves [...], such as a null condition.
+        like: leaves [batch, ...], such as a condition.
+
+    Returns:
+        Leaves [batch, ...] in the dtypes of ``like``; integers in a wider one where
+        theirs does not hold the row's (a null class of 300 beside classes in uint8).
+
+    Raises:
+        ValueError: a row that the other dtype cannot hold: a fraction beside integers,
+            or a float that would become infinite.
+    """
     return jax.tree.map(
-        lambda leaf, one: jnp.broadcast_to(jnp.asarray(one, leaf.dtype), leaf.shape),
-        like,
-        row,
+        lambda leaf, one: jnp.broadcast_to(_beside(one, leaf), leaf.shape), like, row
     )
+
+
+def _beside(one: Any, leaf: Any) -> Array:
+    """A row in a dtype that holds both it and the leaf beside it."""
+    one = one if isinstance(one, jax.Array) else np.asarray(one)
+    kept, dtype = np.dtype(leaf.dtype), np.dtype(leaf.dtype)
+    traced = isinstance(one, jax.core.Tracer)
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.issubdtype(one.dtype, jnp.integer):
+        if traced or not _holds(kept, one):
+            wide = jnp.promote_types(kept, jax.dtypes.canonicalize_dtype(one.dtype))
+            dtype = jax.dtypes.canonicalize_dtype(wide)
+    floats = jnp.issubdtype(dtype, jnp.floating)
+    fits = (floats or one.dtype == dtype) if traced else _holds(dtype, one)
+    if traced and jnp.issubdtype(dtype, jnp.integer):
+        fits = jnp.issubdtype(one.dtype, jnp.integer)
+    if not fits:
+        value = "" if traced else f" ({np.asarray(one).ravel()[:3].tolist()} ...)"
+        raise ValueError(
+            f"the null condition is {one.dtype}{value}, the condition {kept}, which "
+            f"cannot hold it. Give the null in that dtype (a class as an integer), or "
+            f"the condition in a wider one."
+        )
+    return jnp.asarray(one, dtype)
+
+
+def _holds(dtype: Any, values: Any) -> bool:
+    """Whether concrete values stay themselves in a dtype (floats: finite)."""
+    values = np.asarray(values)
+    with np.errstate(all="ignore"):
+        there = values.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return bool(np.array_equal(jnp.isfinite(there), jnp.isfinite(values)))
+    return bool(np.array_equal(there, values))
 
 
 def content_hash(tree: PyTree) -> str:

@@ -24,7 +24,8 @@ class GymnasiumVector:
     """A vector environment of gymnasium (``pip install 'tmdjax[gymnasium]'``).
 
     A policy's actions in [-1, 1] are mapped onto the bounds of the action space, beyond
-    them clipped; a space without bounds takes them as they are. Float observations
+    them clipped; a space without bounds takes them as they are. Environments receive
+    them in the dtype of the space, never outside it. Float observations
     become float32. Where an action or a step's result is not finite, that instance is
     reset and the step marked (through the option reset_mask of gymnasium).
 
@@ -62,8 +63,8 @@ class GymnasiumVector:
             raise TypeError(
                 f"observations are {type(space).__name__} with "
                 f"{', '.join(map(repr, names)) or 'several parts'}; a policy takes one "
-                f"array: wrap the environment to choose or concatenate them "
-                f"(gymnasium.wrappers.vector.FlattenObservation)."
+                f"array: wrap each instance to choose or concatenate them, as by "
+                f"make_vec(..., wrappers=[gymnasium.wrappers.FlattenObservation])."
             )
         if kind is None or not (
             np.issubdtype(kind, np.floating) or np.dtype(kind) == np.uint8
@@ -79,14 +80,16 @@ class GymnasiumVector:
                 f"and need a Box of floats."
             )
         self._low, self._high = (
-            np.asarray(x, np.float32).reshape(-1) for x in (actions.low, actions.high)
+            np.asarray(x, np.float64).reshape(-1) for x in (actions.low, actions.high)
         )
+        self._action_dtype = actions.dtype
         finite = np.isfinite(self._low) & np.isfinite(self._high)
         if finite.any() != finite.all():
             raise ValueError(
                 f"the action space is bounded in some dimensions only (low "
-                f"{self._low.tolist()}, high {self._high.tolist()}); wrap the "
-                f"environment to rescale or clip its actions."
+                f"{self._low.tolist()}, high {self._high.tolist()}); wrap each "
+                f"instance, as by make_vec(..., wrappers=[gymnasium.wrappers."
+                f"ClipAction]), which takes any action and clips it."
             )
         self._shape = actions.shape
         self.count = int(environment.num_envs)
@@ -147,6 +150,16 @@ class GymnasiumVector:
         self._steps = 0
         return np.asarray(observation, self.observation.dtype)
 
+    def _scaled(self, action: np.ndarray) -> np.ndarray:
+        """Actions as the space has them, in its dtype and never outside it."""
+        if self.action_bound is None:
+            widest = np.finfo(self._action_dtype)
+            return np.clip(action, widest.min, widest.max).astype(self._action_dtype)
+        share = (np.clip(action, -1, 1).astype(np.float64) + 1) / 2
+        # a mean of both ends: their difference may be beyond any float
+        scaled = self._low * (1 - share) + self._high * share
+        return np.clip(scaled, self._low, self._high).astype(self._action_dtype)
+
     def _step(self, steps: Any, action: Any, before: Any, seed: Any) -> Any:
         before = np.asarray(before)
         action = np.asarray(action).reshape(self.count, -1)
@@ -157,11 +170,8 @@ class GymnasiumVector:
             return seen, before, zero, no, ~no, no
         valid = np.isfinite(action).all(1)
         action = np.where(valid[:, None], action, np.float32(0))
-        if self.action_bound is not None:
-            action = np.clip(action, -1, 1)
-            action = self._low + (action + 1) / 2 * (self._high - self._low)
         seen, reward, terminated, truncated, info = self._environment.step(
-            action.reshape(self.count, *self._shape)
+            self._scaled(action).reshape(self.count, *self._shape)
         )
         self._steps += 1
         seen = np.array(seen, self.observation.dtype)

@@ -3,6 +3,7 @@
 from tmdjax.core.functions import VelocityWrapper as VelocityWrapper
 from tmdjax.core.functions import around as around
 from tmdjax.core.functions import as_pytree as as_pytree
+from tmdjax.core.functions import without as without
 from tmdjax.flows.adaptive import AdaptiveSolution as AdaptiveSolution
 from tmdjax.flows.adaptive import rk45 as rk45
 from tmdjax.flows.coupling import Coupling as Coupling
@@ -66,6 +67,7 @@ from tmdjax.flows.rescore import step_weights as step_weights
 from tmdjax.flows.rescore import transition_kl as transition_kl
 from tmdjax.flows.rollout import METHODS as METHODS
 from tmdjax.flows.rollout import Trajectory as Trajectory
+from tmdjax.flows.rollout import check_times as check_times
 from tmdjax.flows.rollout import initial_noise as initial_noise
 from tmdjax.flows.rollout import nfe as nfe
 from tmdjax.flows.rollout import rollout as rollout

@@ -9,6 +9,7 @@ import numpy as np
 from tmdjax.core.checks import check_output, check_range
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Cond, Data, Velocity
+from tmdjax.flows.rollout import check_times
 
 
 class AdaptiveSolution(NamedTuple):
@@ -64,6 +65,7 @@ def rk45(
 
     check_range("rtol", rtol, 0, open_low=True)
     check_range("atol", atol, 0, open_low=True)
+    check_times(velocity, (1.0, 0.0), "heun")  # it asks at both ends
     compiled, dtype = as_pytree(velocity), x.dtype
 
     def derivative(t: float, state: np.ndarray) -> np.ndarray:

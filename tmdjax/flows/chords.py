@@ -27,12 +27,10 @@ from tmdjax.flows.step_search import (
     micro_batches,
     squared_l2,
 )
+from tmdjax.flows.velocities import SAME_TIME
 
 WEIGHTS = ("unit", "width2")
 """How the straightening loss weighs chords of different widths."""
-
-SAME_TIME = 1e-6
-"""Times that differ by no more are one: float32 and float64 of one knot."""
 
 
 class FineStates(NamedTuple):

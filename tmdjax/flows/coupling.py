@@ -19,7 +19,8 @@ from tmdjax.core.checks import check_batch, check_count, check_range, check_same
 from tmdjax.core.types import Array, Data, Float, Int, SampleKeys
 
 Coupling = Callable[[Data, Data, SampleKeys], Data]
-"""``coupling(x_data, x_noise, keys) -> x_noise``, its rows in another order."""
+"""``coupling(x_data, x_noise, keys) -> x_noise``, its rows in another order. The keys
+are free to draw from: those of the noise are others."""
 
 
 def transport_cost(x_data: Data, x_noise: Data) -> Float[Array, "batch other"]:
@@ -101,7 +102,6 @@ def entropic_coupling(
     check_same_shape("x_noise", x_noise, "x_data", x_data)
     cost = _cost(x_data, x_noise, labels)
     log_plan = _log_plan(cost, regularisation, iterations)
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
     return x_noise[jax.vmap(jax.random.categorical)(keys, log_plan)]
 
 

@@ -153,7 +153,7 @@ def flow_matching_loss(
         x_noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
     check_same_shape("x_noise", x_noise, "x_data", x_data)
     if coupling is not None:
-        x_noise = coupling(x_data, x_noise, keys[:, 1])
+        x_noise = coupling(x_data, x_noise, prng.fold_in(keys[:, 1], 0))
     if drop_rate:
         if cond is None or null_cond is None:
             raise ValueError(

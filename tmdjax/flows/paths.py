@@ -11,6 +11,7 @@ Four parametrisations carry the same information at a state (x, t):
 
 `data` and `score` say nothing of the velocity at t = 0, `noise` and `score`
 nothing at t = 1; conversions there divide by zero and are the caller's to avoid.
+Samplers refuse a walk of :func:`as_velocity` that asks there.
 
 References:
     Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003.
@@ -109,3 +110,19 @@ class _Converted(VelocityWrapper):
 
     def __call__(self, x: Data, t: Time, cond: Cond = None) -> Data:
         return convert(self.velocity(x, t, cond), self.source, "velocity", x, t)
+
+    def check_times(self, times: Any) -> None:
+        """Refuses the ends at which the conversion divides by zero."""
+        if self.source in ("noise", "score") and (times == 1).any():
+            raise ValueError(
+                f"a network that predicts {self.source} says nothing of the velocity "
+                f"at t = 1 (division by 1 - t). Begin just below: a grid such as "
+                f"flows.truncated_grid(steps, shift), which starts at 0.999."
+            )
+        if self.source in ("data", "score") and (times == 0).any():
+            raise ValueError(
+                f"a network that predicts {self.source} says nothing of the velocity "
+                f"at t = 0 (division by t), where the last stage of this solver asks. "
+                f"Take method='euler' or 'midpoint'."
+            )
+        super().check_times(times)

@@ -12,7 +12,7 @@ from tmdjax.core import trees
 from tmdjax.core.checks import check_batch, check_count
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, Velocity
-from tmdjax.flows.rollout import rollout
+from tmdjax.flows.rollout import check_times, rollout
 from tmdjax.flows.step_search import checked, micro_batches, squared_l2
 from tmdjax.flows.table import CoefficientTable, make_table
 
@@ -43,6 +43,7 @@ def endpoints(
             or conditions of another batch.
     """
     _check_cond(cond, noise)
+    check_times(velocity, grid, method)
     compiled, table = as_pytree(velocity), make_table("ode", grid)
     if micro_batch is None or micro_batch >= len(noise):
         return _walk(compiled, noise, table, cond, method)
@@ -124,6 +125,7 @@ def states_at(
     index = np.asarray(index)
     if index.ndim != 1 or index[0] != 0 or (np.diff(index) <= 0).any():
         raise ValueError(f"index={index.tolist()} must increase from 0.")
+    check_times(velocity, knots)
     times = jnp.asarray(knots, noise.dtype)
     return _states_at(as_pytree(velocity), noise, times, index, cond)
 

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tmdjax.core import prng
 from tmdjax.core.checks import check_batch, check_choice, check_output
+from tmdjax.core.functions import VelocityWrapper
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import (
@@ -73,6 +76,32 @@ def nfe(table: CoefficientTable, method: str = "euler") -> int:
     """Number of velocity evaluations a sample of one rollout."""
     check_choice("method", method, METHODS)
     return len(table) * len(METHODS[method][1])
+
+
+def check_times(velocity: Velocity, grid: Any, method: str = "euler") -> None:
+    """Tells a velocity that carries facts at which times a solver will ask it.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``; a plain function knows nothing and passes.
+        grid: times that are walked [step + 1]; traced ones pass.
+        method: the solver.
+
+    Raises:
+        ValueError: a parametrisation that says nothing at one of the times
+            (:func:`~tmdjax.flows.as_velocity`).
+
+    Warns:
+        UserWarning: times that a straightened velocity
+            (:class:`~tmdjax.flows.OnGrid`) does not know.
+    """
+    if not isinstance(velocity, VelocityWrapper) or isinstance(grid, jax.core.Tracer):
+        return
+    check_choice("method", method, METHODS)
+    grid = np.asarray(grid, np.float64)
+    t, h = grid[:-1], grid[:-1] - grid[1:]
+    velocity.check_times(
+        np.concatenate([t - time * h for time in {*METHODS[method][2]}])
+    )
 
 
 def solver_velocity(
@@ -159,7 +188,11 @@ def rollout(
         TypeError: x is narrower than float32 (log-probs of rounded states are
             wrong), or keys are not typed keys.
         ValueError: unknown method or reduction; keys missing or of another batch;
-            a multi-stage method on noisy rows; a velocity of another shape than x.
+            a multi-stage method on noisy rows; a velocity of another shape than x; a
+            time at which :func:`~tmdjax.flows.as_velocity` would divide by zero.
+
+    Warns:
+        UserWarning: times that a :class:`~tmdjax.flows.OnGrid` velocity does not know.
 
     References:
         Stochastic form: Flow-GRPO, arXiv 2505.05470; see flows/table.py.
@@ -181,6 +214,8 @@ def rollout(
             )
         prng.check_key(keys, "keys")
         check_batch("keys", keys, x.shape[0])
+    if not isinstance(table.t, jax.core.Tracer):
+        check_times(velocity, np.append(table.t, table.t_next[-1]), method)
     rows = table.rows(slice(None), x.dtype)
 
     def body(carry: Any, row: dict[str, Array]) -> tuple[Any, Any]:

@@ -33,7 +33,7 @@ from tmdjax.core.checks import (
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, PerExample, Velocity
 from tmdjax.flows.grids import custom_grid, uniform_grid
-from tmdjax.flows.rollout import METHODS, solver_velocity
+from tmdjax.flows.rollout import METHODS, check_times, solver_velocity
 from tmdjax.flows.table import CoefficientTable
 
 Metric = Callable[[Data, Data], PerExample]
@@ -55,8 +55,8 @@ def fine_knots(knots: Any) -> Grid:
     """The knots of a fine trajectory.
 
     Args:
-        knots: a number of uniform steps, times from exactly 1 down to exactly 0, or
-            a coefficient table without noise.
+        knots: a number of uniform steps, times from 1 (or just below, at least 0.99)
+            down to exactly 0, or a coefficient table without noise.
 
     Raises:
         ValueError: times that do not strictly decrease from 1 to 0 (the first bad knot
@@ -72,8 +72,12 @@ def fine_knots(knots: Any) -> Grid:
     if np.ndim(knots) == 0:
         return uniform_grid(check_count("knots", knots))
     grid = custom_grid(knots)
-    if grid[0] != 1:
-        raise ValueError(f"knots must begin at 1 (noise), but knot 0 is {grid[0]}.")
+    if grid[0] < 0.99:
+        raise ValueError(
+            f"knots must begin at 1 (noise), but knot 0 is {grid[0]}. Networks that do "
+            f"not know t = 1 may begin just below, from 0.99 on: there the state is "
+            f"taken to be noise alone."
+        )
     return grid
 
 
@@ -193,6 +197,7 @@ def local_error_costs(
     """
     grid = fine_knots(knots)
     check_choice("method", method, METHODS)
+    check_times(velocity, grid, method)
     samples = check_samples(keys, cond)
     micro_batch = fitting_batch(samples, shape, grid, micro_batch, memory_limit, dtype)
     compiled = as_pytree(velocity), as_pytree(metric)

@@ -6,6 +6,7 @@ a plain function nothing is known, and nothing is claimed: a lambda that calls a
 velocity is one of unknown guidance.
 """
 
+import warnings
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from tmdjax.core import trees
 from tmdjax.core.checks import check_finite, check_output
 from tmdjax.core.functions import VelocityWrapper, around, as_pytree
 from tmdjax.core.types import Cond, Data, Time, Velocity
+
+SAME_TIME = 1e-6
+"""Times that differ by no more are one: float32 and float64 of one knot."""
 
 
 @struct.dataclass(eq=False)
@@ -63,6 +67,22 @@ class OnGrid(VelocityWrapper):
     def __call__(self, x: Data, t: Time, cond: Cond = None) -> Data:
         """The velocity itself."""
         return self.velocity(x, t, cond)
+
+    def check_times(self, times: np.ndarray) -> None:
+        """Warns of times that are no start of a step of the grid."""
+        if not isinstance(self.times, jax.core.Tracer):
+            own = np.asarray(self.times)[:-1]
+            apart = np.abs(times[:, None] - own).min(1) > SAME_TIME
+            if apart.any():
+                warnings.warn(
+                    f"this velocity knows the starts {np.round(own, 4).tolist()} of "
+                    f"Euler steps alone, and is asked at "
+                    f"{np.round(times[apart], 4).tolist()[:5]}. Walk its own grid by "
+                    f"method='euler', or take the network without its grid.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+        super().check_times(times)
 
 
 def classifier_free_guidance(

@@ -267,7 +267,8 @@ def sample(
         noise: [batch, *event] at t = 1.
         grid: schedule or times; None takes the grid that the velocity carries.
         cond: pytree of [batch, ...], or None.
-        allow_grid_mismatch: walk another grid than the velocity's own all the same.
+        allow_grid_mismatch: walk another grid than the velocity's own, or by another
+            solver than Euler's, all the same.
         method: solver; 'heun' and 'midpoint' cost two evaluations a step.
         guidance_scale: of the velocity; None takes that of a
             :class:`tmdjax.flows.Guided` one, and of others is unknown.
@@ -276,7 +277,7 @@ def sample(
         [batch, *event] at t = 0.
 
     Raises:
-        ValueError: no grid, or another one than the model was trained on.
+        ValueError: no grid, or another grid or solver than the model was trained for.
 
     Warns:
         UserWarning: guidance at another scale than the schedule was searched at, or
@@ -297,6 +298,14 @@ def sample(
                 f"and knows no others, but the grid is {np.round(times, 4).tolist()}. "
                 f"Leave the grid out, or set allow_grid_mismatch=True."
             )
+        if method != "euler":
+            raise ValueError(
+                f"this model was straightened for Euler steps, and method={method!r} "
+                f"asks it at other times than {np.round(own[:-1], 4).tolist()}. Leave "
+                f"the method out, or set allow_grid_mismatch=True."
+            )
+    if allow_grid_mismatch:
+        velocity = flows.without(velocity, flows.OnGrid)
     scale = flows.guidance_scale(velocity) if guidance_scale is None else guidance_scale
     searched = grid.guidance_scale if isinstance(grid, Schedule) else scale
     if own is not None and flows.guidance_differs(scale, 1.0):

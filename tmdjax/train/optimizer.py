@@ -18,17 +18,22 @@ class OptimizerConfig:
 
     Attributes:
         name: 'adamw', 'adam' or 'sgd'.
-        learning_rate: peak value, > 0.
+        learning_rate: peak value, > 0, finite.
         schedule: after warm-up: 'constant', or 'cosine' or 'linear' decay to 0.
         warmup_steps: linear warm-up from 0; 0 means none.
         total_steps: updates in all; the decay ends there.
-        weight_decay: decoupled, on matrices only ('adamw'): leaves with less than two
-            axes are left alone, and so are those named bias or scale (biases of
-            stacked blocks are [layer, features]).
-        b1: first-moment decay.
-        b2: second-moment decay.
-        eps: Adam's epsilon.
-        clip_norm: global gradient norm; None does not clip.
+        weight_decay: >= 0, decoupled, on matrices only ('adamw'): leaves with less
+            than two axes are left alone, and so are those named bias or scale (biases
+            of stacked blocks are [layer, features]).
+        b1: first-moment decay, in [0, 1).
+        b2: second-moment decay, in [0, 1).
+        eps: Adam's epsilon, > 0.
+        clip_norm: global gradient norm, > 0; None does not clip.
+
+    Raises:
+        TypeError: a number of steps that is no integer.
+        ValueError: a number out of its range (or not finite), an unknown name, decay
+            without 'adamw', or a schedule without an end.
     """
 
     name: str = "adamw"
@@ -45,7 +50,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        check_range("optimizer.learning_rate", self.learning_rate, 0, open_low=True)
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if name != "clip_norm" or value is not None:
+                span = {"open_low": True, "open_high": True}
+                check_range(f"optimizer.{name}", value, 0, **span)
+        check_range("optimizer.weight_decay", self.weight_decay, 0, open_high=True)
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            check_range(f"optimizer.{name}", value, 0, 1, open_high=True)
         check_count("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.weight_decay and self.name != "adamw":
             raise ValueError(

@@ -28,8 +28,8 @@ class TrainState:
         params: nested dict, float32.
         opt_state: of the optimiser.
         ema_params: exponential moving average of params, or None.
-        skipped: updates skipped because loss or gradient was not finite (or the
-            gradient larger than was allowed).
+        skipped: updates skipped because loss, gradient or what they led to was not
+            finite (or the gradient larger than was allowed).
         skipped_in_a_row: updates skipped since the last good one.
     """
 
@@ -119,8 +119,9 @@ def make_train_step(
 
     The gradient is that of the mean loss over the whole batch whatever the number
     of microbatches. Sample i of the batch at step n uses the key
-    ``fold_in(fold_in(key, n), i)``. An update whose loss or gradient is not finite
-    leaves parameters, optimiser state and average as they were and is counted.
+    ``fold_in(fold_in(key, n), i)``. An update is left out and counted, with parameters,
+    optimiser state and average as they were, whose loss or gradient is not finite, or
+    after which a parameter would not be.
 
     Args:
         loss_fn: per-example loss and metrics.
@@ -216,6 +217,7 @@ def make_train_step(
             good &= grad_norm <= skip_above
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        good &= trees.all_finite(params)
         ema_params = state.ema_params
         if ema_decay is not None:
             ema_params = ema_update(ema_params, params, state.step, ema_decay)
@@ -252,6 +254,11 @@ def nonfinite_report(
     grads = jax.jit(jax.grad(lambda p: jnp.mean(loss_fn(p, batch, keys)[0])))(params)
     layers = [n for n, g in trees.flatten(grads).items() if not trees.all_finite(g)]
     inputs = [name for name, finite in named.items() if not finite]
+    if not (inputs or examples or layers):
+        return (
+            "inputs, loss and gradient are finite, what the optimiser makes of them is "
+            "not: look at its numbers (learning rate, clip_norm, b1, b2, eps)"
+        )
     return (
         f"non-finite inputs: {inputs[:limit] or 'none'}; examples of the batch with "
         f"a non-finite loss: {examples or 'none'}; parameters with a non-finite "

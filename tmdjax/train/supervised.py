@@ -1,5 +1,6 @@
 """The supervised loop: a jitted step called over a data iterator, resumable."""
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -110,16 +111,25 @@ def fit(
 
     Raises:
         NonFiniteError: `max_skipped` consecutive updates were skipped.
-        ValueError: num_steps or log_every below 1.
+        TypeError: data whose position cannot be saved, where checkpoints are asked for.
+        ValueError: num_steps or log_every below 1; fewer num_steps than the checkpoint
+            has done.
         CheckpointError: a save failed; earlier checkpoints are intact.
     """
     check_count("num_steps", num_steps)
     check_count("log_every", log_every)
     start = 0
     if checkpoints is not None:
+        _check_saveable(data)
         restored = checkpoints.restore(like=state)
         if restored is not None:
             start, state = restored.step, restored.tree
+            if start > num_steps:
+                raise ValueError(
+                    f"num_steps={num_steps}, but the checkpoint in "
+                    f"{checkpoints.directory} is of step {start}. Give num_steps >= "
+                    f"{start}, or another folder for a shorter run."
+                )
             data.set_state(restored.extra["data"])
     if on_resume is not None:
         on_resume(start)
@@ -151,8 +161,8 @@ def fit(
             kept = checkpoints.steps() if checkpoints is not None else []
             raise NonFiniteError(
                 f"{in_a_row} consecutive updates up to step {step} had a non-finite "
-                f"loss or gradient and were skipped.{where} Last good checkpoint: "
-                f"{f'step {kept[-1]}' if kept else 'none'}."
+                f"loss, gradient or outcome and were skipped.{where} Last good "
+                f"checkpoint: {f'step {kept[-1]}' if kept else 'none'}."
             )
         if on_metrics is not None:
             on_metrics(step, means)
@@ -172,6 +182,28 @@ def fit(
         if stop:
             return FitResult(state, False)
     return FitResult(state, True)
+
+
+def _check_saveable(data: Any) -> None:
+    """Raises TypeError, before the first step, for data without a position to save."""
+    lacks = [
+        name
+        for name in ("__next__", "get_state", "set_state")
+        if not hasattr(data, name)
+    ]
+    if lacks:
+        raise TypeError(
+            f"data is of type {type(data).__name__}, which lacks {', '.join(lacks)}: a "
+            f"checkpoint could not say where to go on. Give batches that have a "
+            f"position (data.in_memory), or checkpoints=None."
+        )
+    try:
+        json.dumps(data.get_state())
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"get_state() of {type(data).__name__} is not JSON-able ({error}); return "
+            f"numbers, texts, lists and dicts of these, or set checkpoints=None."
+        ) from error
 
 
 def _window_means(

@@ -181,7 +181,8 @@ class ControlSettings:
         for name in ("unroll", "epochs", "minibatches"):
             check_count(name, getattr(self, name))
         for name in ("learning_rate", "reward_scale"):
-            check_range(name, getattr(self, name), 0, open_low=True)
+            value = getattr(self, name)
+            check_range(name, value, 0, open_low=True, open_high=True)
         for name in ("target_kl", "clip_norm", "value_clip", "max_ratio_error"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 0, open_low=True)
@@ -190,6 +191,7 @@ class ControlSettings:
         for name in ("discount", "gae_lambda"):
             check_range(name, getattr(self, name), 0, 1)
         low, high = self.learning_rate_bounds
+        check_range("learning_rate_bounds, upper", high, 0, open_high=True)
         check_range("learning_rate_bounds, lower", low, 0, high, open_low=True)
         check_choice("advantages", self.advantages, ADVANTAGES)
         check_choice("value_clip_kind", self.value_clip_kind, VALUE_CLIPS)
