@@ -30,6 +30,12 @@ COST = {
     "paper": "sizes only",
 }
 
+RANGES = {
+    **flow_matching.RANGES,
+    "search.budgets": "[1, 10000]",
+    "search.knots": "[1, 10000]",
+}
+
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""

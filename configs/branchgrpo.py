@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.flow_grpo import RANGES as RANGES
 from configs.flow_grpo import base
 
 EXPERIMENT = "alignment"

@@ -27,6 +27,8 @@ COST = {
     "paper": "sizes only",
 }
 
+RANGES = dict.fromkeys(("rollout.steps", "evaluate.steps"), "[1, 10000]")
+
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""

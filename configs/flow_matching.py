@@ -23,6 +23,8 @@ COST = {
     "paper": "sizes only",
 }
 
+RANGES = dict.fromkeys(("euler_nfe", "heun_nfe", "midpoint_nfe"), "[1, 10000]")
+
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""

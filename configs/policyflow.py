@@ -31,6 +31,7 @@ COST = {
     "paper": "sizes only",
 }
 
+RANGES = {"method.frequencies": "(0, 100000]", "method.steps": "[1, 10000]"}
 
 PHYSICS = {
     "envs": 2048,

@@ -21,7 +21,6 @@ from experiments.arms import arms, of_arm
 from experiments.curves import ends, seconds_per_step
 from tmdjax import data, flows
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
@@ -265,13 +264,6 @@ def describe(config: Config) -> dict[str, Any]:
 
 def _check_sizes(config: Config) -> None:
     """Refuses numbers of an arm's config that cannot work."""
-    for group, names in (
-        ("rl", ("iterations", "prompts", "updates", "chunks", "microbatches")),
-        ("rollout", ("steps",)),
-        ("evaluate", ("count", "steps", "shown")),
-    ):
-        for name in names:
-            check_count(f"{group}.{name}", config[group][name])
     if config.rl.prompts % config.rl.chunks:
         raise ValueError(
             f"rl.prompts={config.rl.prompts} do not divide into rl.chunks="

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arms import tuples
 from experiments.supervised import Supervised
 from tmdjax import data, flows, models, quant, train
 from tmdjax.core import prng, trees
@@ -253,7 +254,7 @@ def pretraining(config: Config) -> Supervised:
         )
 
     rule = train.OptimizerConfig(
-        **to_plain(config.optimizer), total_steps=settings.steps
+        **tuples(to_plain(config.optimizer)), total_steps=settings.steps
     )
     return Supervised(
         init=functools.partial(initial, config),

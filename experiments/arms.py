@@ -20,7 +20,7 @@ from tmdjax.core.checks import check_choice
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError
 from tmdjax.harness.claims import MAIN_ARM
-from tmdjax.harness.config import to_plain
+from tmdjax.harness.config import from_plain, to_plain
 from tmdjax.harness.find import find_module
 
 T = TypeVar("T")
@@ -155,8 +155,9 @@ def build_method(
 
 
 def tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with tuples in place of the lists of JSON, as dataclasses want them."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    """Plain settings as dataclasses want them: tuples for lists, infinity for 'inf'."""
+    found = from_plain(settings)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
 def fields_given(settings: Mapping[str, Any], kind: type) -> dict[str, Any]:

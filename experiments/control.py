@@ -7,7 +7,7 @@ seed's policy is judged on episodes of its own.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from experiments.arms import arms, build_method, of_arm, tuples
 from experiments.curves import ends, seconds_per_step
 from tmdjax import models, quant, rl, train
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_count
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
@@ -66,14 +65,15 @@ def build(config: Config) -> tuple[on_policy.Trainer, Any]:
     sizes = tuples(to_plain(config.train))
     seeds, count, calls = (sizes.pop(k) for k in ("seeds", "envs", "iterations"))
     per_call = sizes.pop("iterations_per_call")
-    check_count("train.iterations", calls)
-    if calls % check_count("train.iterations_per_call", per_call):
+    if calls % per_call:
         raise ValueError(
             f"train.iterations={calls} is no multiple of train.iterations_per_call="
             f"{per_call}; choose a divisor."
         )
-    if not seeds:
-        raise ValueError("train.seeds is empty; give the seeds to train side by side.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"train.seeds={seeds}: give the seeds to train side by side, each once."
+        )
     if "recipe" in config.method:
         raise ValueError(
             f"method.recipe={config.method.recipe!r} would be without effect; set "
@@ -88,6 +88,11 @@ def build(config: Config) -> tuple[on_policy.Trainer, Any]:
     vector = tasks.vector(to_plain(config.env), count)
     trainer = on_policy.make_trainer(vector, method, settings)
     return trainer, models.with_recipe(method, precision.rollout)
+
+
+def seeds(config: Config, arm: str) -> Sequence[int]:
+    """The seeds of an arm that are trained; its stages judge no other."""
+    return of_arm(config, arm).train.seeds
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -179,11 +184,6 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     """The policy of one seed, on episodes of its own."""
     (trainer, method), seeds = build(config), list(config.train.seeds)
     trained = context.inputs["train"].outputs
-    if context.seed not in seeds:
-        raise ValueError(
-            f"seed {context.seed} was not trained: train.seeds={tuple(seeds)}; name it "
-            f"there, or run --seeds={seeds[0]}..{seeds[-1]}."
-        )
     take = functools.partial(trees.take, rows=seeds.index(context.seed))
     policy = take(trained["policy"])
     statistics = None
@@ -267,7 +267,6 @@ def describe(config: Config) -> dict[str, Any]:
     for arm in arms(config):
         own = of_arm(config, arm)
         env = to_plain(own.env)
-        check_count("evaluate.agents", own.evaluate.agents)
         rows[f"{arm}: seeds side by side"] = len(own.train.seeds)
         if (package := tasks.absent(env)) is not None:
             rows[f"{arm}: parameters"] = f"unknown, {package} is not installed"

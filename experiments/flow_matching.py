@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import image_quality
+from experiments.arms import tuples
 from experiments.supervised import Supervised
 from tmdjax import flows, models, quant, train
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_count
 from tmdjax.harness import Report, Stage, StageContext, StageResult, Update
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
@@ -26,12 +26,6 @@ from tmdjax.harness.report import line_plot
 
 Config = Any
 MEANINGS = image_quality.MEASURES
-COUNTS = {
-    "train": ("steps", "batch_size", "log_every", "microbatches"),
-    "features": ("steps", "batch_size"),
-    "sample": ("count",),
-    "evaluate": ("projections",),
-}
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
@@ -97,7 +91,7 @@ def training(config: Config) -> Supervised:
         loss=loss,
         optimizer=train.make_optimizer(
             train.OptimizerConfig(
-                **to_plain(config.optimizer), total_steps=settings.steps
+                **tuples(to_plain(config.optimizer)), total_steps=settings.steps
             )
         ),
         ema_decay=settings.ema_decay,
@@ -153,7 +147,7 @@ def budgets(config: Config) -> list[tuple[str, str, int]]:
     for method in ("euler", "heun", "midpoint"):
         stages_a_step = len(flows.METHODS[method][1])
         for nfe in config.sample[f"{method}_nfe"]:
-            if nfe < 1 or nfe % stages_a_step:
+            if nfe % stages_a_step:
                 raise ValueError(
                     f"sample.{method}_nfe has {nfe}, but a {method} step costs "
                     f"{stages_a_step} evaluation(s); give positive multiples."
@@ -230,18 +224,13 @@ def report(
 
 def describe(config: Config) -> dict[str, Any]:
     """Sizes of the network and its training, nothing allocated."""
-    for group in ("sample", "evaluate"):
-        for name in COUNTS[group]:
-            check_count(f"{group}.{name}", config[group][name])
     # and the untrained one
     return {**describe_training(config), "sets sampled": len(budgets(config)) + 1}
 
 
 def describe_training(config: Config) -> dict[str, Any]:
     """Sizes; traces one update, so settings that cannot work are refused here."""
-    for group in ("train", "features"):
-        for name in COUNTS[group]:
-            check_count(f"{group}.{name}", config[group][name])
+    image_quality.check_sizes(config)
     step, shapes, _ = updates(config)["update"]
     state, _ = jax.eval_shape(step, *shapes)
     return {

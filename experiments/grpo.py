@@ -19,7 +19,6 @@ from experiments.arms import arms, build_method, of_arm
 from experiments.curves import ends
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.core import trees
-from tmdjax.core.checks import check_count, check_range
 from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
@@ -97,13 +96,12 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
     """Settings of the iteration, the objective and the optimiser of an arm."""
     sizes = dict(given["rl"])
     for name in ("iterations", "slots", "chunk", "length"):
-        check_count(f"rl.{name}", sizes.pop(name))
+        del sizes[name]
     rate = sizes.pop("learning_rate")
     for name in ("pack_rows", "overlong_buffer"):  # 0: none
         sizes[name] = sizes.get(name) or None
-    check_range("rl.learning_rate", rate, 0, open_low=True)
     objective = build_method(given["method"], runtime.TokenObjective)
-    warmup = check_count("rl.warmup", sizes.pop("warmup", 0), 0)
+    warmup = sizes.pop("warmup", 0)
     optimizer = train.make_optimizer(
         train.OptimizerConfig(learning_rate=rate, warmup_steps=warmup)
     )
@@ -216,15 +214,23 @@ def describe(config: Config) -> dict[str, Any]:
     for arm in arms(config):
         given = to_plain(of_arm(config, arm))
         sizes = given["rl"]
-        check_range("sft.gate", given["sft"]["gate"], 0, 1)
         settings, _, _ = settings_of(given)
+        rows[f"{arm}: supervised until accuracy"] = given["sft"]["gate"]
         if (missing := tasks.missing(given)) is not None:
             rows[f"{arm}: parameters"] = f"unknown, {missing} is not there"
             continue
         task, language = tasks.build(given["task"]), tasks.language(given)
-        prompts = tasks.prompts_of(
-            task, language, "train", 64, np.random.default_rng(0)
-        )
+        prompts = [
+            prompt
+            for split, count in (
+                ("train", max(64, settings.prompts)),
+                ("evaluation", given["sft"]["problems"]),
+                ("holdout", given["judge"]["problems"]),
+            )
+            for prompt in tasks.prompts_of(
+                task, language, split, count, np.random.default_rng(0)
+            )
+        ]
         longest = max(len(prompt.tokens) for prompt in prompts)
         if longest + settings.max_new_tokens > sizes["length"]:
             raise ValueError(
@@ -234,6 +240,7 @@ def describe(config: Config) -> dict[str, Any]:
             )
         shapes = jax.eval_shape(language.parameters, jax.random.key(0))
         rows[f"{arm}: parameters"] = trees.count(shapes)
+        language.engine(sizes)
         acting = tasks.language(given, "rollout").config
         cache = models.cache_bytes(acting, sizes["slots"], sizes["length"])
         rows[f"{arm}: cache, bytes"] = cache

@@ -35,6 +35,21 @@ MEASURES = {
 """What :func:`compare` finds of each set, and what it means."""
 
 
+def check_sizes(config: Config) -> None:
+    """Refuses more samples than the data set was asked for, where it was."""
+    options = config.data.options
+    for group, name, made in (
+        ("sample", "count", "test_count"),
+        ("train", "batch_size", "train_count"),
+        ("features", "batch_size", "train_count"),
+    ):
+        if config[group][name] > options.get(made, config[group][name]):
+            raise ValueError(
+                f"{group}.{name}={config[group][name]}, but data.options.{made}="
+                f"{options[made]}; ask for at most as many."
+            )
+
+
 def load_data(config: Config) -> data.Dataset:
     """The data set, checked against what the config announces and asks for."""
     dataset = data.load(config.data.name, **to_plain(config.data.options))

@@ -16,16 +16,20 @@ and in README.md and docs/*.md what stands between ``<!-- table: system:tier -->
 import argparse
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 
-from experiments.run import find_experiment
+from experiments.run import Parser, exit_with, find_experiment
 from tmdjax.core.files import write_atomically
 from tmdjax.harness import load_config
 from tmdjax.harness.claims import Claim, stated
 from tmdjax.harness.compare import comparison_rows, read_run
-from tmdjax.harness.config import read_json, to_plain
-from tmdjax.harness.records import copy_figures, read_records, write_record
+from tmdjax.harness.config import to_plain
+from tmdjax.harness.records import (
+    copy_figures,
+    read_records,
+    read_summary,
+    write_record,
+)
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.results_page import markdown_table, write_results
 from tmdjax.harness.summaries import merge, numbers
@@ -101,7 +105,7 @@ def comparison(runs: Sequence[str], metrics: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses and runs; returns the exit status."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         prog="experiments.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -119,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
         print(comparison(given.compare, given.metrics))
     if given.merge:
         paths = [p / "summary.json" if p.is_dir() else p for p in given.merge]
-        merged = merge([read_json(path) for path in paths])
+        merged = merge([read_summary(path) for path in paths])
         print(text_table([claim_row(claim) for claim in merged["claims"]]))
         if given.record:
             record = write_record(given.results, merged)
@@ -136,7 +140,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as fault:
-        sys.exit(f"{type(fault).__name__}: {fault}")
+    exit_with(main)

@@ -6,6 +6,7 @@ however hard, goes on when the same command is given again.
 
 import argparse
 import logging
+import os
 import pathlib
 import re
 import shlex
@@ -23,15 +24,18 @@ from tmdjax.harness import (
     Outcome,
     check_experiment,
     dry_run,
+    failures,
     load_config,
     run,
 )
 from tmdjax.harness.config import load_module
 from tmdjax.harness.find import find_module
-from tmdjax.harness.records import read_records
+from tmdjax.harness.records import read_record
 from tmdjax.harness.report import text_table
 from tmdjax.harness.results_page import verdict_counts
 from tmdjax.harness.writers import WRITERS
+
+_MOST_SEEDS = 10_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,13 +51,15 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         if ".." in text:
             first, last = (int(part) for part in text.split(".."))
-            seeds = tuple(range(first, last + 1))
+            seeds = tuple(range(first, min(last, first + _MOST_SEEDS) + 1))
         else:
             seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
         seeds = ()
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 0..4 or 0,2,5 or 3")
+    if len(seeds) > _MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {_MOST_SEEDS} seeds")
     return seeds
 
 
@@ -188,16 +194,26 @@ def find_experiment(config: Any, path: str) -> Experiment:
 
 
 def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a command on the process's arguments; errors are one line."""
+    """Runs a command on the process's arguments; what fails is said in one line.
+
+    The exit status is that of ``main``, or of :func:`tmdjax.harness.failures.explain`.
+    """
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its faults are raised
+    for name in ("absl", "asyncio"):  # their faults are raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
-        sys.exit(main(arguments))
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as fault:
+        status = main(arguments)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
         if "--traceback" in sys.argv:
             raise
-        sys.exit(f"{type(fault).__name__}: {fault}\n(--traceback shows where)")
+        line, status = failures.explain(error)
+        if line:
+            print(f"{line} (--traceback shows where)", file=sys.stderr)
+        else:  # whoever read the output went away: nothing is left to flush to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def _is_override(argument: str) -> bool:
@@ -211,22 +227,32 @@ def command(flags: argparse.Namespace, overrides: Sequence[str]) -> str:
 
 
 def listing() -> list[dict[str, Any]]:
-    """A row a tier: system, cost and the verdicts of its last record."""
+    """A row a tier: config, cost and the verdicts of its last record.
+
+    What is wrong with a config or a record stands in the row.
+    """
     rows = []
-    records = {(r["system"], r["tier"]): r for r in read_records("results")}
     for path in sorted(pathlib.Path("configs").glob("*.py")):
-        module = load_module(path)
+        try:
+            module = load_module(path)
+        except ConfigError as error:
+            rows.append(_listed(path.as_posix(), None, str(error)))
+            continue
         for tier in module.TIERS:
-            record = records.get((path.stem, tier))
-            verdicts = "-" if record is None else verdict_counts(record["claims"])
-            rows.append(
-                {
-                    "config": f"{path.as_posix()}:{tier}",
-                    "cost": getattr(module, "COST", {}).get(tier),
-                    "last verdicts": verdicts or "no claims",
-                }
-            )
+            record, verdicts = pathlib.Path("results", path.stem, f"{tier}.json"), "-"
+            if record.exists():
+                try:
+                    claims = read_record(record)["claims"]
+                    verdicts = verdict_counts(claims) or "no claims"
+                except ValueError as error:
+                    verdicts = str(error)
+            cost = getattr(module, "COST", {}).get(tier)
+            rows.append(_listed(f"{path.as_posix()}:{tier}", cost, verdicts))
     return rows
+
+
+def _listed(config: str, cost: str | None, verdicts: str) -> dict[str, Any]:
+    return {"config": config, "cost": cost, "last verdicts": verdicts}
 
 
 if __name__ == "__main__":

@@ -144,12 +144,6 @@ def report(
 def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds every arm, so that what cannot work is refused."""
     rows: dict[str, Any] = {}
-    for group, name in (
-        ("sample", "count"),
-        ("sample", "per_prompt"),
-        ("distill", "cycles"),
-    ):
-        check_count(f"{group}.{name}", config[group][name])
     # beside the exact teacher its network is only where students start
     check_count("teacher.steps", config.teacher.steps, int(not config.teacher.exact))
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -165,6 +159,7 @@ def describe(config: Config) -> dict[str, Any]:
             )
             counted[network] = trees.count(jax.eval_shape(initial, key))
         rows[f"{arm}: parameters"] = counted[network]
+        students.check_settings(settings)
         if settings.student.kind == "tmd":
             rows[f"{arm}: effective NFE"] = round(students.plan_of(settings).nfe, 3)
         if settings.student.kind == "dmd2":

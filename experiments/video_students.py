@@ -17,7 +17,7 @@ from experiments.arms import fields_given
 from experiments.supervised import Supervised
 from tmdjax import data, flows, models, quant, train
 from tmdjax.core import prng
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_range
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.systems import dmd2, meanflow, reflow, tmd
 
@@ -171,6 +171,30 @@ def fit_meanflow(config: Config, context: StageContext) -> StageResult:
 
     rows = tasks.rows(config)
     return fit_simple(config, context, loss, params, rows, config.pretrain)
+
+
+def check_settings(config: Config) -> None:
+    """Builds what an arm is trained with, so that what cannot work is refused.
+
+    Raises:
+        ValueError: a setting out of range, or a batch larger than its data.
+    """
+    kind, batches = config.student.kind, {}
+    if not config.teacher.exact:
+        batches["teacher.batch_size"] = config.teacher.batch_size
+    if kind in ("tmd", "meanflow"):
+        map_config(config)
+        batches["pretrain.batch_size"] = config.pretrain.batch_size
+    if kind in ("tmd", "dmd2"):
+        parts = distillation(config).config.batches
+        batches[f"distill.batch_size times {parts}"] = config.distill.batch_size * parts
+    if kind != "teacher":
+        times_of(config)
+    if tasks.has_prompts(config):
+        for name, size in batches.items():
+            check_range(name, size, 1, config.data.train_count)
+    if kind == "kstep" or config.student.warm_up:
+        check_range("pairs.batch_size", config.pairs.batch_size, 1, config.pairs.count)
 
 
 def make_pairs(config: Config, context: StageContext) -> StageResult:

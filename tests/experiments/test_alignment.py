@@ -76,7 +76,7 @@ def test_bad_inputs(refused):
     with config.unlocked():
         config.arms.flow_grpo.method.name = "flow_grpo:dance_grp"
     refused("Did you mean 'dance_grpo'", alignment.describe, config)
-    refused("rl.updates=0", alignment.describe, shapes_config("rl.updates=0"))
+    refused("rl.updates=0", shapes_config, "rl.updates=0")
     config = shapes_config("rl.prompts=4", "rl.chunks=3")
     refused("does not divide|do not divide", alignment.describe, config)
     for change, words in (  # of the last arm

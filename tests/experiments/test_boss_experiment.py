@@ -93,7 +93,7 @@ def test_claims_about_budgets_that_are_not_run_stop_at_once(tmp_path, refused):
     "override, message",
     [
         ("search.budgets=(2,200)", r"budget K=200 must be in \[1, K_max=100\]"),
-        ("search.samples=0", "search.samples=0 must be at least 1"),
+        ("search.samples=0", "search.samples=0 is outside"),
         ("fine_tune.steps=0", "fine_tune.steps=0"),
         ("search.memory_limit_gb=0.000001", "raise it or take fewer knots"),
         ("fine_tune.weight=width", "weight='width'.*Did you mean 'width2'"),

@@ -137,7 +137,7 @@ def test_bad_comparisons(tmp_path, refused):
     words = "summary.json is not there"
     refused(words, read_run, str(tmp_path), error=FileNotFoundError)
     odd.write_text("{}")
-    refused("odd.json is no summary", read_run, str(odd))
+    refused("odd.json lacks", read_run, str(odd))
 
 
 CONFIG = "--config=configs/flow_matching.py:smoke"

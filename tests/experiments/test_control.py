@@ -36,7 +36,7 @@ def test_seeds_side_by_side_are_judged_one_by_one(tmp_path, ran, refused):
     ]
     rewards = [unit["unit"]["metrics"]["training_reward"] for unit in units]
     assert rewards[0] != rewards[1]
-    words = r"seed 4 was not trained: .*--seeds=3..5"
+    words = "--seeds has 4, but arm 'policyflow' trains only 3, 5"
     refused(words, ran, control, config, seeds=(3, 4))
 
 
@@ -96,11 +96,12 @@ def test_bad_inputs(refused):
         ("evaluate.agents=0", "evaluate.agents=0"),
         ("arms.policyflow.method.recipe=bf16", "recipe='bf16' would be without effect"),
     ):
-        refused(words, control.describe, tiny(change))
+        refused(words, lambda change=change: control.describe(tiny(change)))
     config = tiny()
     with config.unlocked():
         config.arms.policyflow.method.name = "policy_flow"
     refused("Did you mean 'policyflow'", control.describe, config)
     other = tiny(env={"name": "multigoal"})
     refused("Did you mean 'multi_goal'", control.describe, other)
-    refused("train.seeds is empty", control.describe, tiny(seeds=()))
+    for seeds in ((), (1, 1)):
+        refused("train.seeds=.*each once", control.describe, tiny(seeds=seeds))

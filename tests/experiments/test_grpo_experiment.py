@@ -91,7 +91,7 @@ def test_bad_inputs(refused):
         ("rl.minibatches=3", "do not divide into minibatches=3"),
         ("rl.learning_rate=0.0", "rl.learning_rate=0.0"),
     ):
-        refused(words, grpo.describe, tiny(change))
+        refused(words, lambda change=change: grpo.describe(tiny(change)))
     refused("Did you mean 'chain_sum'", tasks.build, {"name": "chainsum"})
     config = tiny()
     with config.unlocked():

@@ -242,7 +242,7 @@ def test_bad_inputs(refused):
         (["teacher.exact=False", "teacher.steps=0"], "teacher.steps=0"),
         (["model.patch_size=(3,2,2)"], "does not divide a video of 4"),
     ):
-        refused(words, setup, tiny(ONE, *changes))
+        refused(words, lambda changes=changes: setup(tiny(ONE, *changes)))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ import dataclasses
 from ml_collections import ConfigDict, config_dict
 
 TIERS = ("smoke", "cpu")
+RANGES = {"train.*": "[-inf, inf]", "model.*": "[-inf, inf]"}
 
 
 @dataclasses.dataclass

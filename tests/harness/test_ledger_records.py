@@ -301,6 +301,6 @@ def test_records_made_by_hand_are_refused(tmp_path):
     path.rename(path.with_name("cpu.json"))
     refuses("cpu.json is the record of boss/gpu", read_records, tmp_path)
     path.with_name("cpu.json").unlink()
-    for text, words in (("{", "is not JSON"), ("[]", "holds no record")):
+    for text, words in (("{", "is not JSON"), ("[]", "holds no summary")):
         path.write_text(text)
         refuses(f"gpu.json {words}", read_records, tmp_path)

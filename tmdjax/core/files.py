@@ -4,8 +4,10 @@ import errno
 import functools
 import hashlib
 import io
+import json
 import logging
 import os
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -132,6 +134,46 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
     """Digest of a file; size and time stand in the cache key alone."""
     return sha256(path)
+
+
+def read_bounded(path: str | os.PathLike[str], most: int = 10**9) -> bytes:
+    """Reads a file that strangers may have made.
+
+    Args:
+        path: of a plain file; reading a pipe might never end.
+        most: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ValueError: it is no plain file, or larger.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{os.fspath(path)} is no plain file; give the path of one.")
+    if status.st_size > most:
+        raise ValueError(
+            f"{os.fspath(path)} has {status.st_size} bytes; such a file has at most "
+            f"{most}. It is damaged or of another kind."
+        )
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+def json_of(path: str | os.PathLike[str], most: int = 10**9) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :func:`read_bounded`.
+        ValueError: it is not JSON, or nested too deeply; names the file.
+    """
+    text = read_bounded(path, most)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is not JSON ({error}). Copy or write it again."
+        ) from None
 
 
 def cached_array(

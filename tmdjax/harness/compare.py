@@ -9,7 +9,7 @@ from typing import Any
 
 from tmdjax.core.registry import suggestion
 from tmdjax.harness.claims import metric_name
-from tmdjax.harness.config import read_json
+from tmdjax.harness.records import read_summary
 from tmdjax.harness.summaries import Summary, numbers
 from tmdjax.metrics.intervals import adjusted_p_values, paired_interval, paired_p_value
 
@@ -49,12 +49,9 @@ def read_run(text: str) -> Run:
             f"{file} is not there; give a workdir of a finished run, its summary.json, "
             f"or a record under results/, each with :ARM for one arm."
         )
-    try:
-        summary: Summary = read_json(file)
-        units = [(u["arm"], int(u["seed"]), numbers(u)) for u in summary["units"]]
-        device = summary["device"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no summary of a run ({error!r}).") from error
+    summary: Summary = read_summary(file)
+    units = [(u["arm"], int(u["seed"]), numbers(u)) for u in summary["units"]]
+    device = summary["device"]
     arms = sorted({unit[0] for unit in units})
     if arm is not None and arm not in arms:
         raise ValueError(

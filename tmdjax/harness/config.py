@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import json_of, write_atomically
 from tmdjax.core.registry import suggestion
+from tmdjax.harness import ranges
 from tmdjax.harness.find import use_folder
 
 _EXPECTED = {
@@ -52,7 +53,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     ``false`` for a bool, a whole number for an int, any number for a float, text
     without quotes for a str. A tuple ``(1, 2)`` (brackets optional) keeps its
     length and the types of its elements; a list may change its length. Fields
-    declared with ``config_dict.placeholder(type)`` also take ``none``.
+    declared with ``config_dict.placeholder(type)``, and those whose range says so,
+    also take ``none``. Every number must lie in its range, see
+    :mod:`tmdjax.harness.ranges`.
 
     Args:
         spec: ``'configs/x.py:tier'``.
@@ -63,8 +66,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         The locked config.
 
     Raises:
-        ConfigError: the file, the tier, a key or a value is wrong; or a required
-            placeholder was left empty.
+        ConfigError: the file, the tier, a key or a value is wrong, or a number
+            outside its range; or a required placeholder was left empty.
     """
     path, tier = _split_spec(spec)
     module = load_module(path)
@@ -90,9 +93,20 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"get_config({tier!r}) of {path} returned {type(config).__name__}; "
             f"it must return an ml_collections.ConfigDict."
         )
+    own = getattr(module, "RANGES", {})
     for override in overrides:
-        _apply(config, override)
+        _apply(config, override, own)
     to_plain(config)
+    fields = _fields(config).items()
+    try:
+        bad = ranges.refused({key: held[name] for key, (held, name) in fields}, own)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"RANGES of {path}: {error}") from error
+    if bad:
+        raise ConfigError(
+            f"{'; '.join(bad)}. Give another value (--config.KEY=VALUE), or state "
+            f"another range in RANGES of {path}."
+        )
     return config.lock()
 
 
@@ -140,9 +154,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or no plain file; names it.
     """
-    return from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
+    return from_plain(json_of(path))
 
 
 def flatten(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +336,7 @@ def _add_to_group(config: Any, key: str, text: str, fields: Mapping[str, Any]) -
     return True
 
 
-def _apply(config: ConfigDict, override: str) -> None:
+def _apply(config: ConfigDict, override: str, own: Mapping[str, str]) -> None:
     key, equals, text = override.partition("=")
     fields = _fields(config)
     if not equals:
@@ -331,8 +345,11 @@ def _apply(config: ConfigDict, override: str) -> None:
             f"{'' if key in fields else _nearest(key, fields)}"
         )
     given = f"--config.{key}={text}"
-    if key not in fields and _add_to_group(config, key, text, fields):
-        fields = _fields(config)
+    try:
+        if key not in fields and _add_to_group(config, key, text, fields):
+            fields = _fields(config)
+    except ValueError as error:
+        raise ConfigError(f"{given}: {key} expects {error}, got {text!r}.") from None
     if key not in fields:
         inside = [other for other in fields if other.startswith(f"{key}.")]
         if inside:
@@ -353,7 +370,8 @@ def _apply(config: ConfigDict, override: str) -> None:
     if isinstance(field, config_dict.FieldReference):
         kind, optional = field.get_type(), True
         value = None if field.empty() else field.get()
-    if optional and text.lower() == "none":
+    optional = optional or (ranges.rule_of(key, own) or "").endswith(" or none")
+    if (optional or field is None) and text.lower() == "none":
         holder[name] = None
         return
     try:
@@ -378,6 +396,8 @@ def _parse(text: str, kind: Any, value: Any) -> Any:
 
 
 def _parse_scalar(text: str, kind: type) -> Any:
+    if kind is str and text in _NOT_FINITE:
+        raise ValueError("a text that is not kept for numbers, as 'inf' is")
     if kind is str:
         return text
     try:
@@ -444,7 +464,15 @@ def _unquote(item: str, example: Any) -> str:
 
 
 def _guess(item: str) -> Any:
-    """An element whose type nothing in the config tells."""
+    """A value whose type nothing in the config tells.
+
+    Raises:
+        ValueError: NaN, which no setting may be.
+    """
+    if item.lower() == "none":
+        return None
+    if item.lower() == "nan":
+        raise ValueError("a number, text or none")
     for kind in (bool, int, float):
         try:
             return _parse_scalar(item, kind)

@@ -162,6 +162,10 @@ class Experiment(Protocol):
         """
         return []
 
+    def seeds(self, config: Config, arm: str) -> Sequence[int] | None:
+        """The seeds that an arm can be run under, where its config names them."""
+        return None
+
     def updates(self, config: Config) -> Mapping[str, Update]:
         """The steps whose memory and FLOPs ``experiments.plan`` asks the compiler."""
         return {}

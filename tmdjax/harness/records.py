@@ -7,6 +7,7 @@ from typing import Any
 
 from tmdjax.core.checks import check_name
 from tmdjax.core.files import write_atomically
+from tmdjax.harness.claims import metric_name, stated
 from tmdjax.harness.config import differences, read_json, write_json
 from tmdjax.harness.summaries import SUMMARY_KEYS, Summary, merge
 
@@ -54,27 +55,28 @@ def read_records(results_dir: str | os.PathLike[str]) -> list[Summary]:
     """All records of a folder, by system, then from smoke to paper.
 
     Raises:
-        ValueError: a file that is not a record, lies under another name than its own,
-            or says what its units do not give (a verdict, interval or mean that was
+        ValueError: as :func:`read_record`, of any.
+    """
+    paths = sorted(Path(results_dir).glob("*/*.json"))
+    return sorted(map(read_record, paths), key=order)
+
+
+def read_record(path: Path) -> Summary:
+    """Reads ``<results_dir>/<system>/<tier>.json``.
+
+    Raises:
+        ValueError: the file is not a record, lies under another name than its own, or
+            says what its units do not give (a verdict, interval or mean that was
             changed by hand); names it.
     """
-    records = []
-    for path in sorted(Path(results_dir).glob("*/*.json")):
-        try:
-            record = read_json(path)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} holds no record; write it with --record.")
-        _check_summary(record, str(path))
-        if (record["system"], record["tier"]) != (path.parent.name, path.stem):
-            raise ValueError(
-                f"{path} is the record of {record['system']}/{record['tier']}; "
-                f"records are written by --record, never moved by hand."
-            )
-        _check_recomputed(record, path)
-        records.append(record)
-    return sorted(records, key=order)
+    record = read_summary(path)
+    if (record["system"], record["tier"]) != (path.parent.name, path.stem):
+        raise ValueError(
+            f"{path} is the record of {record['system']}/{record['tier']}; records are "
+            f"written by --record, never moved by hand."
+        )
+    _check_recomputed(record, path)
+    return record
 
 
 def _check_recomputed(record: Summary, path: Path) -> None:
@@ -103,6 +105,38 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_comparable(each) for each in value]
     return f"{value:.9g}" if isinstance(value, float) else value
+
+
+def read_summary(path: str | os.PathLike[str]) -> Summary:
+    """The summary of a run, or a record, whose parts are of the kinds they should be.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no summary; names the file and what is wrong.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path} is not there; give a workdir of a finished run, its summary.json, "
+            f"or a record under results/."
+        )
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds no summary; give that of a finished run, or write a record "
+            f"with --record."
+        )
+    _check_summary(found, os.fspath(path))
+    try:
+        [metric_name(u["arm"], m) for u in found["units"] for m in u["metrics"]]
+        [int(u["seed"]) for u in found["units"]]
+        [{**u["labels"], **u["versions"]} for u in found["units"]]
+        stated(found["claims"])
+        [claim["verdict"] for claim in found["claims"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no whole summary ({error!r}); run its command again."
+        ) from error
+    return found
 
 
 def _check_summary(summary: Mapping[str, Any], where: str) -> None:

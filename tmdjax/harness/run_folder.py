@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tmdjax import train
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import json_of, write_atomically
 from tmdjax.harness import environment
 from tmdjax.harness.config import (
     ConfigError,
@@ -110,7 +110,7 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(path)
         tier, config, files = (found[key] for key in ("tier", "config", "files"))
         parts = [pathlib.PurePath(name).parts for name in files]
         whole = isinstance(tier, str) and isinstance(config, dict)
@@ -190,12 +190,13 @@ def finished_units(
     for path in sorted((workdir / UNITS).glob("*.json")):
         try:
             unit = read_json(path)
-        except ValueError as error:
+            arm, seed = unit["unit"]["arm"], unit["unit"]["seed"]
+            unit["stages"], unit["logs"]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged ({error}); remove it and run the same command: "
+                f"{path} is damaged ({error!r}); remove it and run the same command: "
                 f"its stages are cached."
             ) from error
-        arm, seed = unit["unit"]["arm"], unit["unit"]["seed"]
         if unit["stages"] == stage_hashes(experiment.stages(config, arm), seed):
             found.append(unit)
         else:

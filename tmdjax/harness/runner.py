@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tmdjax.core.checks import check_choice, check_name
+from tmdjax.core.checks import check_choice, check_name, check_range
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import (
     environment,
@@ -109,12 +109,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
     workdir, cache_root = _places(config, options)
     units = _units(experiment, config, options)
     run_folder.check_workdir(workdir, options.fresh)
-    if options.record and (options.stage is not None or options.shard[1] > 1):
-        raise ConfigError(
-            "--record takes a whole run; leave --stage out, and join shards with "
-            "python -m experiments.report --merge WORKDIRS --record."
-        )
-    claims = check_run(experiment, config, options)
+    claims, _ = check_run(experiment, config, options)
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
         cache = StageCache(
             cache_root, stopper.should_stop, options.writers, options.profiled_steps
@@ -170,18 +165,32 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
 
 
 @missing_settings_named()
-def check_run(experiment: Experiment, config: Any, options: Options) -> list[Claim]:
-    """Refuses what cannot work before anything is compiled; returns the claims.
+def check_run(
+    experiment: Experiment, config: Any, options: Options
+) -> tuple[list[Claim], dict[str, Any]]:
+    """Refuses what cannot work before anything is compiled.
+
+    Returns:
+        The claims, and the sizes that the experiment describes.
 
     Raises:
-        ConfigError: a claim about what is not measured, or a setting that is missing.
+        ConfigError: a claim about what is not measured, a setting that is missing, a
+            seed that is not trained, or options that do not go together.
         ValueError: impossible settings, or an unknown stage.
     """
+    if options.record and (options.stage is not None or options.shard[1] > 1):
+        raise ConfigError(
+            "--record takes a whole run; leave --stage out, and join shards with "
+            "python -m experiments.report --merge WORKDIRS --record."
+        )
+    for seed in options.seeds:  # keys hold 32 bits of it
+        check_range("--seeds", seed, 0, 2**32 - 1)
+    check_range("--max_seconds", options.max_seconds or 0, 0)
     claims = [
         Claim(id=name, **fields)
         for name, fields in to_plain(config.get("claims", {})).items()
     ]
-    experiment.describe(config)
+    described = experiment.describe(config)
     known = measured(experiment, config)
     for claim in claims:
         for name in filter(None, (claim.ours, claim.baseline)):
@@ -193,12 +202,25 @@ def check_run(experiment: Experiment, config: Any, options: Options) -> list[Cla
                 )
     for arm in experiment.arms(config):
         select(experiment.stages(config, arm), options.stage)
-    return claims
+        trained = experiment.seeds(config, arm)
+        lost = [s for s in options.seeds if trained is not None and s not in trained]
+        if trained is not None and lost:
+            raise ConfigError(
+                f"--seeds has {', '.join(map(str, lost))}, but arm {arm!r} trains only "
+                f"{', '.join(map(str, trained))}; choose of these, or name the others "
+                f"in the config too."
+            )
+    return claims, described
 
 
 @missing_settings_named()
 def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
-    """Prints sizes and stages without training or allocating anything."""
+    """Prints sizes and stages without training or allocating anything.
+
+    Raises:
+        ConfigError, ValueError: as :func:`run` would.
+    """
+    _, sizes = check_run(experiment, config, options)
     cache = StageCache(_places(config, options)[1])
     rows = []
     for arm, seed in _units(experiment, config, options):
@@ -216,10 +238,7 @@ def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
                     "state": "cached" if done else "to run",
                 }
             )
-    described = [
-        {"what": name, "value": value}
-        for name, value in experiment.describe(config).items()
-    ]
+    described = [{"what": name, "value": value} for name, value in sizes.items()]
     print(report.text_table(described))
     print()
     print(report.text_table(rows))

@@ -10,6 +10,7 @@ that compose with these by products and sums:
     loss = aggregate(loss + beta * kl_estimate(log_prob, reference), mask, "token-mean")
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_clip_range(
     """The clip range as a pair (low, high): ratios stay in [1 - low, 1 + high].
 
     Args:
-        clip_range: one number for both sides, or the pair.
+        clip_range: one number for both sides, or the pair; infinity does not clip.
         reduction: how log-probs were reduced over the dimensions of one event,
             'mean' or 'sum'; None if an element is a single number, a token say. A
             ratio of means is the D-th root of the joint ratio, so its clip range is
@@ -57,6 +58,8 @@ def check_clip_range(
         UserWarning: a side is 0.5 or more with reduction 'mean'.
     """
     pair = clip_range if isinstance(clip_range, tuple | list) else (clip_range,) * 2
+    if isinstance(clip_range, float) and clip_range == math.inf:
+        return 1.0, math.inf
     if len(pair) != 2 or any(isinstance(x, str | bool) for x in pair):
         raise TypeError(
             f"clip_range={clip_range!r} must be a number or a pair (low, high)."

@@ -21,6 +21,7 @@ from tmdjax.rl.records import Transitions
 FUSIONS = ("mean", "prob")
 TREE_BASELINES = ("depth", "parent")
 STD_SCOPES = ("depth", "tree")
+_MOST_LEAVES = 100_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def make_tree(steps: int, splits: Sequence[int], branches: int = 2) -> Tree:
 
     Raises:
         ValueError: splits out of [0, steps - 2] (two children of the last step would
-            share one x0_hat), unsorted or repeated.
+            share one x0_hat), unsorted or repeated; more than 100 000 leaves.
         TypeError: a split that is no integer.
     """
     check_count("steps", steps)
@@ -80,6 +81,11 @@ def make_tree(steps: int, splits: Sequence[int], branches: int = 2) -> Tree:
         raise ValueError(
             f"splits={splits} must be increasing, without repeats, in [0, {steps - 2}] "
             f"for {steps} steps{f'; {wrong} are outside' if wrong else ''}."
+        )
+    if branches ** len(splits) > _MOST_LEAVES:
+        raise ValueError(
+            f"branches={branches} at {len(splits)} splits make "
+            f"{branches ** len(splits)} leaves; a tree has at most {_MOST_LEAVES}."
         )
     parent, depth, live = [-1], [0], []
     first, count = 0, 1

@@ -123,6 +123,11 @@ def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
     Weights are scaled so that a plain mean over a minibatch is its weighted mean.
     """
     count = credit.edge.shape[0]
+    if updates > count:
+        raise ValueError(
+            f"updates={updates}, but an iteration has {count} transitions to train on; "
+            f"make at most as many."
+        )
     share = -(-count // updates)
     size = -(-share // multiple) * multiple
     parts = {

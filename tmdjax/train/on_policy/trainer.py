@@ -60,10 +60,11 @@ def make_trainer(
         Functions that are neither jitted nor vmapped: see :func:`jit_iterations`.
 
     Raises:
-        ValueError: minibatches that do not divide environments x unroll (or the
-            environments, if advantages are computed per minibatch); by ``init``, a
-            coefficient that the method does not have; when learning is traced, an
-            adaptive learning rate with a method that reports no KL.
+        ValueError: 2^31 transitions or more; minibatches that do not divide
+            environments x unroll (or the environments, if advantages are computed per
+            minibatch); by ``init``, a coefficient that the method does not have; when
+            learning is traced, an adaptive learning rate with a method that reports no
+            KL.
         TypeError: a method that lacks something; an environment whose observations no
             network takes.
     """
@@ -75,6 +76,11 @@ def make_trainer(
             f"{', '.join(needed)}, see tmdjax.train.on_policy.ControlMethod."
         )
     count, steps = vector.count, vector.count * settings.unroll
+    if steps >= 2**31:
+        raise ValueError(
+            f"{count} environments x unroll={settings.unroll} = {steps} transitions; "
+            f"an iteration has fewer than 2^31."
+        )
     if steps % settings.minibatches:
         raise ValueError(
             f"{count} environments x unroll={settings.unroll} = {steps} transitions do "
