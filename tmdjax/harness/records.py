@@ -134,7 +134,7 @@ def read_summary(path: str | os.PathLike[str]) -> Summary:
         [claim["verdict"] for claim in found["claims"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no whole summary ({error!r}); run its command again."
+            f"{path} is damaged ({error!r}); restore it, or run its command again."
         ) from error
     return found
 
