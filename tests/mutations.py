@@ -114,6 +114,7 @@ TESTS = {
     "models/wrappers": "models/test_nnx_modules.py models/test_model_layers.py "
     "models/test_build.py",
     "models/decoder/config": "models/test_hf_decoder.py",
+    "models/decoder/rope": "models/test_hf_decoder.py",
     "models/decoder/layers": "models/test_decoder.py",
     **dict.fromkeys(
         ["models/checkpoints/" + name for name in "adapters decoder layout".split()],

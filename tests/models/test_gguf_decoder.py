@@ -1,18 +1,19 @@
 """GGUF files: rotary order, quantised blocks, refusals; the packaged SmolLM2."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import checkpoint, equal
+from model_helpers import below, checkpoint, equal, golden
 from numpy.testing import assert_allclose
 
 from tmdjax.core.trees import count
 from tmdjax.data.weights import find_weights
 from tmdjax.generation import gguf_tokenizer, render_chat
-from tmdjax.models import load_gguf, prefill
+from tmdjax.models import DecoderConfig, RopeScaling, load_gguf, prefill
 from tmdjax.models.checkpoints.decoder import params_from_hf
 from tmdjax.models.checkpoints.gguf import dequantise, gguf_value, open_gguf
 
@@ -38,9 +39,9 @@ def finish(writer):
     writer.close()
 
 
-def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=()):
+def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=(), more=()):
     """A golden checkpoint as llama.cpp's converter writes it."""
-    config, weights = checkpoint(case)
+    config, weights = checkpoint(case) if isinstance(case, str) else case
     kind = config.model_type
     architecture = getattr(gguf.MODEL_ARCH, kind.upper())
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
@@ -58,8 +59,10 @@ def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=()):
     } | dict(change)
     writer = gguf.GGUFWriter(path, values.pop("architecture", kind))
     kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+    kinds[bool] = writer.add_bool
     for key in values.keys() - set(skip):
-        kinds[type(values[key])](f"{kind}.{key}", values[key])
+        full = key if key.startswith(("general.", "split.")) else f"{kind}.{key}"
+        kinds[type(values[key])](full, values[key])
     for name, weight in weights.items():
         for part, heads in (("q_proj", "num_heads"), ("k_proj", "num_kv_heads")):
             if kind == "llama" and part in name:
@@ -70,6 +73,8 @@ def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=()):
             writer.add_tensor(target, raw, raw_dtype=kind_of)
         elif target not in skip:
             writer.add_tensor(target, weight)
+    for target, tensor in dict(more).items():
+        writer.add_tensor(target, tensor)
     finish(writer)
     return path
 
@@ -109,15 +114,135 @@ def test_blocks_of_four_and_eight_bits(tmp_path):
     assert_allclose(tensors["eight"], expected, rtol=1e-5)
 
 
+def test_quantisations_of_files_in_use(tmp_path):
+    """Those the package can write, and one by hand, are the numbers they stand for."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(4, 512)).astype("f4")
+    kinds = gguf.GGMLQuantizationType
+    # steps of a quantisation: half of one, of the widest block, is what is lost at most
+    levels = dict(Q4_0=16, Q5_0=32, Q5_1=32, Q8_0=256)
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
+    for name in ("BF16", *levels):
+        raw = gguf.quants.quantize(weights, kinds[name])
+        writer.add_tensor(name, raw, raw_dtype=kinds[name])
+    writer.add_tensor("F16", weights.astype("f2"), raw_dtype=kinds.F16)
+    # Q6_K, 256 numbers: low 4 bits, high 2 bits, 16 scales of 8 bits, one in float16
+    six = rng.integers(0, 64, (4, 2, 2, 4, 32))  # row, block, half, quarter, number
+    scales = rng.integers(-128, 128, (4, 2, 16)).astype("i1")
+    d = rng.normal(size=(4, 2, 1)).astype("f2")
+    low, high = six & 15, six >> 4
+    ql = low[..., :2, :] | low[..., 2:, :] << 4
+    qh = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4
+    qh |= high[..., 3, :] << 6
+    parts = [ql.reshape(4, 2, 128), qh.reshape(4, 2, 64)]
+    parts = [part.astype("u1") for part in parts]
+    raw = np.concatenate([*parts, scales.view("u1"), d.view("u1")], -1)
+    writer.add_tensor("Q6_K", raw.reshape(4, -1), raw_dtype=kinds.Q6_K)
+    finish(writer)
+    tensors = {
+        t.name: dequantise(t, "") for t in open_gguf(tmp_path / "q.gguf").tensors
+    }
+    steps = (six.reshape(4, 2, 16, 16) - 32) * np.float32(scales)[..., None]
+    expected = (steps * np.float32(d)[..., None]).reshape(4, 512)
+    assert_allclose(tensors["Q6_K"], expected, rtol=1e-5)
+    assert_allclose(tensors["F16"], weights, atol=2e-3)
+    assert_allclose(tensors["BF16"], weights, rtol=2**-8)
+    blocks = weights.reshape(4, -1, 32)
+    for name, steps in levels.items():
+        step = 2 * np.abs(blocks).max(-1, keepdims=True) / steps
+        wrong = np.abs(tensors[name].reshape(blocks.shape) - blocks)
+        assert (wrong <= 1.01 * step).all() and tensors[name].dtype == np.float32, name
+    for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K"):
+        size = gguf.GGML_QUANT_SIZES[kinds[name]][1]
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        raw = np.zeros((4, 2 * size), "u1")
+        writer.add_tensor("k", raw, raw_dtype=kinds[name])
+        finish(writer)
+        (tensor,) = open_gguf(tmp_path / name).tensors
+        assert (dequantise(tensor, "") == np.zeros((4, 512))).all()
+
+
+def test_rotary_scaling_is_what_llama_cpp_makes_of_it(tmp_path):
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    yarn |= {"rope.scaling.original_context_length": 16}
+    for number, (change, expected) in enumerate(
+        (
+            ({"rope.scaling.factor": 2.0}, dict(rope_type="linear", factor=2.0)),
+            ({"rope.scale_linear": 4.0}, dict(rope_type="linear", factor=4.0)),
+            (
+                {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+                dict(rope_type="linear", factor=8.0),
+            ),
+            (
+                yarn,
+                dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+            ),
+            ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, None),
+            ({"rope.scaling.factor": 1.0, "attention.causal": True}, None),
+            ({"rope.dimension_count": 4, "attention.sliding_window": 0}, None),
+        )
+    ):
+        config, _ = load_gguf(write(tmp_path / f"{number}.gguf", change=change))
+        assert config.rope_scaling == (expected and RopeScaling(**expected)), change
+    # Llama 3.1 and later: a divisor of each frequency
+    factors = np.array([1, 5.5], "f4")
+    path = write(tmp_path / "f.gguf", more={"rope_freqs.weight": factors})
+    config, params = load_gguf(path)
+    plain = checkpoint("llama_grouped_tied")[0].rotary_frequencies()
+    assert_allclose(config.rotary_frequencies(), plain / factors)
+    assert config.rope_scaling.scale == 1
+    equal(params, load_gguf(tmp_path / "0.gguf")[1])
+    assert type(config).from_hf(config.to_hf()) == config  # can be saved
+
+
+@pytest.mark.parametrize("case", ["llama_bias", "qwen3_bias"])
+def test_biases_of_the_attention(tmp_path, case):
+    stored = golden(case, "decoder_variants.npz")
+    expected = DecoderConfig.from_hf(json.loads(str(stored["config"])))
+    weights = below(stored, "weights/")
+    config, params = load_gguf(write(tmp_path / "a.gguf", (expected, weights)))
+    assert config == expected and config.out_bias
+    equal(params, params_from_hf(expected, weights))
+
+
 def test_refusals(tmp_path, refused):
-    half = {"output_norm.weight": (gguf.GGMLQuantizationType.F16, np.zeros(16, "e"))}
-    gemma, yarn = {"architecture": "gemma"}, {"rope.scaling.type": "yarn"}
+    whole = {"output_norm.weight": (gguf.GGMLQuantizationType.I8, np.zeros(16, "i1"))}
+    gemma, yarn = {"architecture": "gemma"}, {"rope.scaling.type": "longrope"}
+    factors = {"rope_freqs.weight": np.ones(2, "f4")}
     for name, message, options in (
         ("a", "has architecture 'gemma'; known", dict(change=gemma)),
         ("b", "lacks the key llama.block_count", dict(skip=["block_count"])),
         ("c", r"layers.1.self_attn.k_proj.w", dict(skip=["blk.1.attn_k.weight"])),
-        ("d", "rope.scaling.type='yarn'; the decoder has", dict(change=yarn)),
-        ("e", "'output_norm.weight' is quantised as F16;.*Q4_1", dict(quantised=half)),
+        ("d", "rope.scaling.type='longrope'; the decoder has", dict(change=yarn)),
+        ("e", "'output_norm.weight' is quantised as I8;.*Q4_1", dict(quantised=whole)),
+        (
+            "f",
+            "2, and rope_freqs",
+            dict(change={"rope.scale_linear": 2.0}, more=factors),
+        ),
+        *(
+            (
+                f"key{i}",
+                f"{'='.join(map(str, *change.items()))}",
+                dict(change=change),
+            )
+            for i, change in enumerate(
+                (
+                    {"rope.dimension_count": 2},
+                    {"attention.value_length": 8},
+                    {"attention.sliding_window": 4096},
+                    {"attention.causal": False},
+                    {"attention.scale": 0.5},
+                    {"rope.scaling.attn_factor": 2.0},
+                    {"rope.scaling.yarn_log_multiplier": 0.5},
+                    {"expert_count": 8},
+                    {"final_logit_softcapping": 30.0},
+                    {"a_key_of_tomorrow": 3},
+                    {"split.count": 2},
+                )
+            )
+        ),
+        ("g", "general.type='adapter'", dict(change={"general.type": "adapter"})),
     ):
         path = write(tmp_path / f"{name}.gguf", **options)
         refused(f"{path}.*{message}", load_gguf, path)

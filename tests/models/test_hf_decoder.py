@@ -72,18 +72,46 @@ def test_defaults_of_absent_keys():
 def test_configurations_the_decoder_does_not_have(refused):
     yarn, llama3 = {"type": "yarn"}, {"rope_type": "llama3", "factor": 8.0}
     rope = {"rope_theta": 5.0, "rope_type": "default"}
+    linear, same = {"type": "linear", "factor": 2.0}, {"rope_theta": 1e6}
+    length = {"original_max_position_embeddings": 8, "attention_factor": 1.0}
+    longrope = dict(type="longrope", short_factor=[1, 1], long_factor=[1, 2], **length)
     quantised = {"quant_method": "gptq", "bits": 4}
     for change, message in (
         (dict(model_type="mistral"), "model_type='mistral' is not supported"),
         (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
-        (dict(use_sliding_window=True), "use_sliding_window=True is not supported"),
+        (
+            dict(use_sliding_window=True, max_window_layers=1),
+            "use_sliding_window=True is not supported: of 2 layers those from .*=1 on",
+        ),
         (dict(quantization_config=quantised), "quantization_config='gptq' is not supp"),
-        (dict(rope_scaling=llama3), r"has rope_type='llama3' and \['factor'\]"),
-        (dict(rope_scaling=yarn), "has rope_type='yarn'; .* has the 'default'"),
+        (dict(rope_scaling=llama3), "'llama3' lacks low_freq_factor, high_freq_factor"),
+        (dict(rope_scaling=yarn), "rope_scaling: rope_type='yarn' lacks factor;"),
+        (
+            dict(rope_scaling=linear | {"factor": 0}),
+            "rope_scaling: factor=0 is outside",
+        ),
+        (dict(rope_scaling=linear | {"low": 1}), r"'linear' and \['low'\], not known"),
+        (
+            dict(rope_scaling={"type": "dynamic", "factor": 2.0}),
+            "has rope_type='dynami",
+        ),
+        (
+            dict(rope_scaling={"factor": 2.0}),
+            r"'default' and \['factor'\]; the decoder",
+        ),
+        (dict(rope_scaling=longrope), "short_factor and long_factor differ"),
+        (dict(rope_scaling=linear, rope_parameters=same), "disagree"),
+        (dict(rope_scaling=[1]), r"rope_scaling=\[1\] is no mapping"),
+        (
+            dict(logits_scaling=8.0),
+            "logits_scaling=8.0 is not supported; .* delete the",
+        ),
+        (dict(num_experts=4), "num_experts=4 is not supported"),
+        (dict(is_causal=False), "is_causal=False is not supported"),
+        (dict(auto_map={"AutoModel": "a.B"}), "auto_map={'AutoModel': 'a.B'} is not"),
         (dict(rope_parameters=rope), "disagree"),
         (dict(layer_types=["sliding_attention"]), "layer_types holds .'sliding_att"),
         (dict(model_type="llama"), "sliding_window=32768 is not supported"),
-        (dict(model_type="qwen3", attention_bias=True), "attention_bias=True is not"),
         (dict(torch_dtype="float64"), "dtype='float64' is not one of"),
         (dict(hidden_size=None), "the configuration lacks hidden_size"),
         (dict(num_key_value_heads=3), "num_heads=4 must be a multiple of num_kv_head"),
@@ -92,7 +120,49 @@ def test_configurations_the_decoder_does_not_have(refused):
     ):
         refused(message, DecoderConfig.from_hf, OLD | change)
     both = DecoderConfig.from_hf(OLD, qk_norm=True)  # biases and norms
-    refused("a checkpoint has one of them", both.to_hf)
+    refused("of qwen2 qkv_bias is set alone, of llama", both.to_hf)
+
+
+def test_keys_that_change_no_network_are_read_past():
+    plain = DecoderConfig.from_hf(OLD)
+    for change in (
+        dict(use_sliding_window=True),  # from layer 2 of 2 on
+        dict(use_sliding_window=True, sliding_window=None, max_window_layers=0),
+        dict(use_sliding_window=True, layer_types=["full_attention"] * 2),
+        dict(
+            eos_token_id=[1, 2], use_cache=False, _name_or_path="a/b", pretraining_tp=2
+        ),
+        dict(a_key_of_tomorrow=None, another=False, num_experts=0, is_causal=True),
+        dict(rope_scaling={"type": "default"}, unsloth_version="2025.1"),
+    ):
+        assert DecoderConfig.from_hf(OLD | change) == plain, change
+
+
+VARIANTS = ("llama3", "linear", "yarn", "yarn_mscale", "yarn_attention_factor")
+
+
+@pytest.mark.parametrize("case", [*VARIANTS, "llama_bias", "qwen3_bias"])
+def test_scaled_rotations_and_biases_are_those_of_transformers(case, tmp_path):
+    stored = golden(case, "decoder_variants.npz")
+    saved = json.loads(str(stored["config"]))
+    config, weights = DecoderConfig.from_hf(saved), below(stored, "weights/")
+    assert (config.rope_scaling is None) == case.endswith("bias")
+    params = params_from_hf(config, weights)
+    tokens = jnp.asarray(stored["tokens"], jnp.int32)
+    logits = jitted(models.Decoder(config))(params, tokens)
+    assert_allclose(logits, stored["logits"], atol=2e-4)
+    equal(params_to_hf(config, params), weights)
+    # the cache reads the same rotation and the same biases
+    fused = models.fuse_projections(jax.tree.map(jnp.asarray, params))
+    last, _ = models.prefill(config, fused, tokens, jnp.array([9, 9]))
+    assert_allclose(last, stored["logits"][:, -1], atol=2e-4)
+    # both ways, in the layout of transformers 4 and as a spec
+    written = json.loads(json.dumps(config.to_hf()))
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    for again in (written, old):
+        assert DecoderConfig.from_hf(again) == config
+    spec = json.loads(json.dumps(models.spec_of(models.Decoder(config))))
+    assert models.build(spec) == models.Decoder(config)
 
 
 def test_round_trip_is_byte_equal(folder, tmp_path):

@@ -35,6 +35,7 @@ from tmdjax.models.decoder.cache import prefill as prefill
 from tmdjax.models.decoder.cache import prepare_weights as prepare_weights
 from tmdjax.models.decoder.config import DecoderConfig as DecoderConfig
 from tmdjax.models.decoder.network import Decoder as Decoder
+from tmdjax.models.decoder.rope import RopeScaling as RopeScaling
 from tmdjax.models.decoder.token_log_probs import (
     chunked_token_log_probs as chunked_token_log_probs,
 )

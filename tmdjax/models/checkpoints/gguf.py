@@ -10,9 +10,34 @@ from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.models.checkpoints.decoder import params_from_hf
 from tmdjax.models.decoder.config import MODEL_TYPES, DecoderConfig
+from tmdjax.models.decoder.rope import RopeScaling
 
-QUANTISATIONS = ("F32", "Q4_1", "Q8_0")
+QUANTISATIONS = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
 
+# Keys below '<architecture>.' that are read; those whose value changes no network; and
+# those that stand for parts the decoder lacks, with their values of no effect.
+_READ = (
+    *("vocab_size", "embedding_length", "feed_forward_length", "block_count"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.value_length", "attention.layer_norm_rms_epsilon"),
+    *("context_length", "rope.freq_base", "rope.dimension_count"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+    "rope.scaling.original_context_length",
+)
+_NO_EFFECT = ("rope.scaling.finetuned", "tensor_data_layout")
+_PLAIN: dict[str, Any] = {
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_beta_fast": 32,
+    "rope.scaling.yarn_beta_slow": 1,
+}
+
+_FACTORS = "rope_freqs.weight"
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -77,29 +102,26 @@ def load_gguf(
     Raises:
         ImportError: the gguf package is absent.
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged; an architecture, a rotary scaling or a
-            quantisation that is not read here, by name; tensors missing, not expected
-            or of another shape.
+        ValueError: the file is damaged; an architecture, a key of it, a rotary scaling
+            or a quantisation that is not known here, by name; a part of a file that
+            was split; tensors missing, not expected or of another shape.
     """
     reader = open_gguf(path)
-    config = _read_config(reader, path)
+    try:
+        config = _read_config(reader, path)
+    except TypeError as error:  # a value of another kind than its key has
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+    reader_kind = gguf_value(reader, "general.architecture")
     tensors = {}
     for tensor in reader.tensors:
         name = _hf_name(tensor.name)
         array = dequantise(tensor, path)
-        if config.model_type == "llama" and name.endswith(
-            ("q_proj.weight", "k_proj.weight")
-        ):
+        if reader_kind == "llama" and ("q_proj." in name or "k_proj." in name):
             # llama.cpp rotates the pairs (2 i, 2 i + 1) of a head, not (i, i + half).
-            pairs = array.reshape(-1, config.head_dim // 2, 2, array.shape[-1])
+            pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
         tensors[name] = array
-    # Only what a llama checkpoint never has: a table of frequencies.
-    if "rope_freqs.weight" in tensors:
-        raise ValueError(
-            f"{os.fspath(path)} scales its rotary frequencies (rope_freqs.weight); the "
-            f"decoder has the default rotation alone."
-        )
+    tensors.pop(_FACTORS, None)  # in the configuration
     try:
         params = params_from_hf(config, tensors, dtype)
     except ValueError as error:
@@ -125,14 +147,26 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
         # A float32 in the file: its shortest decimal is what was meant.
         return float(str(np.float32(value(key, default))))
 
-    scaling = value("rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(
-            f"{os.fspath(path)} has {kind}.rope.scaling.type={scaling!r}; the decoder "
-            f"has the default rotation alone."
-        )
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+    _check_keys(reader, kind, path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     heads, hidden = value("attention.head_count"), value("embedding_length")
+    head_dim = value("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if value(key, head_dim) != head_dim:
+            raise ValueError(
+                f"{os.fspath(path)} has {kind}.{key}={value(key)}; the decoder is "
+                f"built for {head_dim}, the width of a head."
+            )
+    context = value("context_length", 32768)
+    factors = tensors.get(_FACTORS)
+    scaling = _scaling(
+        path,
+        value("rope.scaling.type", ""),
+        # Its name in files of before 2023-11, which llama.cpp reads too.
+        number("rope.scaling.factor", number("rope.scale_linear", 1.0)),
+        value("rope.scaling.original_context_length", context),
+        None if factors is None else dequantise(factors, path),
+    )
     tokens = reader.fields.get("tokenizer.ggml.tokens")
     return DecoderConfig(
         vocab_size=value("vocab_size", None if tokens is None else len(tokens.data)),
@@ -141,13 +175,68 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
         num_layers=value("block_count"),
         num_heads=heads,
         num_kv_heads=value("attention.head_count_kv", heads),
-        head_dim=value("attention.key_length", hidden // heads),
+        head_dim=head_dim,
         rope_theta=number("rope.freq_base", 10000.0),
         rms_norm_eps=number("attention.layer_norm_rms_epsilon", 1e-6),
-        tied_embedding="output.weight" not in shapes,
-        qkv_bias=kind == "qwen2",
+        rope_scaling=scaling,
+        tied_embedding="output.weight" not in tensors,
+        qkv_bias=kind == "qwen2" or "blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
         qk_norm=kind == "qwen3",
-        max_position_embeddings=value("context_length", 32768),
+        max_position_embeddings=context,
+    )
+
+
+def _check_keys(reader: Any, kind: str, path: str | os.PathLike[str]) -> None:
+    """Refuses what changes the network and is not known here."""
+    plain = {"general.type": "model", "split.count": 1}
+    plain |= {f"{kind}.{key}": value for key, value in _PLAIN.items()}
+    known = [f"{kind}.{key}" for key in (*_READ, *_NO_EFFECT)]
+    for key in reader.fields:
+        inside = key.startswith((f"{kind}.", "adapter.")) or key in plain
+        value = gguf_value(reader, key) if inside and key not in known else None
+        allowed = (plain[key],) if key in plain else (0, None, "", [])
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"{os.fspath(path)} has {key}={value!r}, which is not supported; the "
+                f"decoder is built for {key}={allowed[0]!r}. Take another file of the "
+                f"same model."
+            )
+
+
+def _scaling(
+    path: str | os.PathLike[str],
+    kind: str,
+    factor: float,
+    length: int,
+    factors: np.ndarray | None,
+) -> RopeScaling | None:
+    """Rotary scaling as llama.cpp reads it: linear where a factor stands alone."""
+    kind = kind or "linear"
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(
+            f"{os.fspath(path)} has rope.scaling.type={kind!r}; the decoder has none, "
+            f"linear, yarn, and factors of frequencies ({_FACTORS})."
+        )
+    found: dict[str, Any] = {"rope_type": kind, "factor": factor or 1.0}
+    if kind == "yarn":
+        found["original_max_position_embeddings"] = length
+    scaled = kind == "yarn" or (kind == "linear" and factor not in (0, 1))
+    if factors is None:
+        return RopeScaling(**found) if scaled else None
+    if scaled:
+        raise ValueError(
+            f"{os.fspath(path)} has rope.scaling.type={kind!r} with a factor of "
+            f"{factor:g}, and {_FACTORS}; the decoder takes one of them."
+        )
+    # Llama 3.1 and later: what divides each frequency was computed by the converter.
+    each = tuple(factors.reshape(-1).tolist())
+    return RopeScaling(
+        rope_type="longrope",
+        short_factor=each,
+        long_factor=each,
+        original_max_position_embeddings=length,
+        attention_factor=1.0,
     )
 
 

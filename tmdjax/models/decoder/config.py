@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tmdjax.core.checks import check_choice, check_range
+from tmdjax.models.decoder.rope import RopeScaling, rope_from_hf
 from tmdjax.models.layers import check_attributes
 from tmdjax.quant import Recipe, as_recipe
 
@@ -14,12 +17,42 @@ MODEL_TYPES = ("llama", "qwen2", "qwen3")
 # Keys of config.json that change the network, and the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "use_sliding_window": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
+    "is_causal": (True, None),
 }
+# Keys that are read.
+_READ = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "head_dim"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "dtype"),
+    *("torch_dtype", "rope_theta", "rope_parameters", "rope_scaling"),
+    *("attention_bias", "use_sliding_window", "sliding_window", "max_window_layers"),
+    "layer_types",
+)
+# Keys that change no network, whatever their value: of training, of generation, of
+# heads that are not read, and notes of those who made the file.
+_NO_EFFECT = (
+    *("architectures", "transformers_version", "use_cache", "initializer_range"),
+    *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("sep_token_id", "unk_token_id", "decoder_start_token_id", "tokenizer_class"),
+    *("task_specific_params", "finetuning_task", "problem_type", "num_labels"),
+    *("id2label", "label2id", "classifier_dropout", "output_attentions"),
+    *("output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
+    *("tf_legacy_loss", "chunk_size_feed_forward", "is_decoder", "prefix"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams"),
+    *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p"),
+    *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate", "forced_bos_token_id"),
+    *("forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
+    *("begin_suppress_tokens", "exponential_decay_length_penalty", "ignore_index"),
+    *("max_sequence_length", "model_max_length", "seq_length", "attn_implementation"),
+    *("unsloth_fixed", "unsloth_version", "transformers.js_config"),
+    *("is_llama_config", "bos_token", "eos_token", "pad_token", "name_or_path"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +60,8 @@ class DecoderConfig:
     """A pre-norm decoder: rotary grouped-query attention and a gated SiLU MLP.
 
     Qwen2 and Qwen2.5 have ``qkv_bias``, Qwen3 has ``qk_norm``, Llama-type models
-    (SmolLM2 too) have neither.
+    (SmolLM2 too) have neither; with ``attention_bias`` Llama and Qwen3 have
+    ``qkv_bias`` and ``out_bias``.
 
     Attributes:
         vocab_size: entries of the embedding.
@@ -39,9 +73,12 @@ class DecoderConfig:
         head_dim: width of one head, even; ``num_heads * head_dim`` need not be
             ``hidden_size``.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: a :class:`tmdjax.models.RopeScaling`, or its attributes as a
+            mapping; None is the plain rotation.
         rms_norm_eps: added to the mean square in every norm.
         tied_embedding: the head is the embedding, transposed.
         qkv_bias: query, key and value projections have a bias.
+        out_bias: the projection of the attention's output has one.
         qk_norm: query and key heads are normalised before the rotation.
         max_position_embeddings: positions the weights were trained on. It is carried
             to config.json and limits nothing here.
@@ -69,9 +106,11 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 10000.0
+    rope_scaling: Any = None
     rms_norm_eps: float = 1e-6
     tied_embedding: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
     qk_norm: bool = False
     max_position_embeddings: int = 32768
     dtype: str = "float32"
@@ -97,6 +136,14 @@ class DecoderConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             check_range(name, getattr(self, name), 0, open_low=True, open_high=True)
         check_choice("dtype", self.dtype, DTYPES)
+        if isinstance(self.rope_scaling, Mapping):
+            scaling = RopeScaling(**self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise TypeError(
+                f"rope_scaling={self.rope_scaling!r}; give a RopeScaling or None."
+            )
+        self.rotary_frequencies()
         if self.head_recipe is not None:
             object.__setattr__(self, "head_recipe", as_recipe(self.head_recipe))
 
@@ -105,19 +152,29 @@ class DecoderConfig:
         """The recipe of the head."""
         return self.recipe if self.head_recipe is None else self.head_recipe
 
+    def rotary_frequencies(self) -> np.ndarray:
+        """Radians a position of each pair of a head, float64 [head_dim / 2]."""
+        exponents = np.arange(0, self.head_dim, 2) / self.head_dim
+        plain = self.rope_theta**-exponents
+        scaling = self.rope_scaling
+        return plain if scaling is None else scaling.scaled(plain, self.rope_theta)
+
     @property
     def model_type(self) -> str:
         """Its name in config.json.
 
         Raises:
-            ValueError: biases and head norms together, which none of the three has.
+            ValueError: biases that none of the three has.
         """
-        if self.qkv_bias and self.qk_norm:
+        if (self.qkv_bias, self.out_bias) in ((False, False), (True, True)):
+            return "qwen3" if self.qk_norm else "llama"
+        if self.out_bias or self.qk_norm:
             raise ValueError(
-                "qkv_bias and qk_norm are both set; a checkpoint has one of them "
-                "(qwen2, qwen3) or neither (llama)."
+                f"qkv_bias={self.qkv_bias}, out_bias={self.out_bias} and "
+                f"qk_norm={self.qk_norm} have no checkpoint: of qwen2 qkv_bias is set "
+                f"alone, of llama and qwen3 (qk_norm) both biases are or neither."
             )
-        return "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama"
+        return "qwen2"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **options: Any) -> "DecoderConfig":
@@ -160,13 +217,17 @@ class DecoderConfig:
             # What transformers takes where the key is absent.
             head_dim = 128 if model_type == "qwen3" else values["hidden_size"] // heads
         dtype = _either(config, "dtype", "torch_dtype", "float32")
+        bias = bool(config.get("attention_bias"))
+        theta, scaling = rope_from_hf(config)
         values |= dict(
             num_kv_heads=_first(config.get("num_key_value_heads"), heads),
             head_dim=head_dim,
-            rope_theta=_rope_theta(config),
+            rope_theta=theta,
+            rope_scaling=scaling,
             rms_norm_eps=_first(config.get("rms_norm_eps"), 1e-6),
             tied_embedding=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=model_type == "qwen2",
+            qkv_bias=bias or model_type == "qwen2",
+            out_bias=bias and model_type != "qwen2",
             qk_norm=model_type == "qwen3",
             max_position_embeddings=_first(
                 config.get("max_position_embeddings"), 32768
@@ -182,7 +243,8 @@ class DecoderConfig:
         Raises:
             ValueError: see :attr:`model_type`.
         """
-        kind = self.model_type
+        kind, scaling = self.model_type, self.rope_scaling
+        rope = {"rope_type": "default"} if scaling is None else scaling.to_hf()
         architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind]
         return {
             "architectures": [f"{architecture}ForCausalLM"],
@@ -197,7 +259,8 @@ class DecoderConfig:
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": self.rope_theta, **rope},
+            "rope_scaling": None if scaling is None else rope,
             "tie_word_embeddings": self.tied_embedding,
             "max_position_embeddings": self.max_position_embeddings,
             "attention_bias": self.qkv_bias,
@@ -221,44 +284,42 @@ def _either(config: Mapping[str, Any], new: str, old: str, default: Any) -> Any:
     return next(iter(given.values()), default)
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The base, from the layout of transformers 5 or the older one."""
-    values = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key)
-        if rope is None:
-            continue
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        extra = set(rope) - {"rope_theta", "rope_type", "type"}
-        if kind != "default" or extra:
-            raise ValueError(
-                f"{key} has rope_type={kind!r}"
-                f"{f' and {sorted(extra)}' if extra else ''}; the decoder has "
-                f"the 'default' rotation alone (rope_theta)."
-            )
-        values["new"] = rope.get("rope_theta", values.get("new"))
-    values["old"] = config.get("rope_theta")
-    return float(_either(values, "new", "old", 10000.0))
-
-
 def _check_neutral(config: Mapping[str, Any], model_type: str) -> None:
-    allowed = dict(_NEUTRAL)
-    if model_type != "qwen2":  # Qwen2 has its biases whatever this key says
-        allowed["attention_bias"] = (False, None)
-    if not config.get("use_sliding_window") and model_type == "llama":
-        allowed["sliding_window"] = (None,)
-    for key, values in allowed.items():
-        if key in config and config[key] not in values:
-            given = config[key]
+    for key, given in config.items():
+        if key in _READ or key in _NO_EFFECT or key.startswith("_"):
+            continue
+        values = _NEUTRAL.get(key, (None, False, [], {}, ""))
+        if given not in values:
             if isinstance(given, Mapping):
                 given = given.get("quant_method", dict(given))
             raise ValueError(
                 f"{key}={given!r} is not supported; the decoder is built for "
-                f"{key}={values[0]!r}. Take a checkpoint without it."
+                f"{key}={values[0]!r}. Take a checkpoint without it, or delete the key "
+                f"from config.json if it does not change the network."
             )
+    # Qwen2 and Qwen3 let the layers from max_window_layers on see a window alone;
+    # Qwen2 has its biases whatever attention_bias says, and Llama no window.
+    window, layers = config.get("sliding_window"), config.get("num_hidden_layers") or 0
+    if model_type == "llama" and window is not None:
+        raise ValueError(
+            f"sliding_window={window!r} is not supported; a llama decoder is built for "
+            f"sliding_window=None. Take a checkpoint without it."
+        )
     kinds = set(config.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise ValueError(
             f"layer_types holds {sorted(kinds)}; every layer of the decoder has "
             f"'full_attention'."
+        )
+    first = _first(config.get("max_window_layers"), 28)
+    if (
+        config.get("use_sliding_window")
+        and window is not None
+        and config.get("layer_types") is None
+        and first < layers
+    ):
+        raise ValueError(
+            f"use_sliding_window=True is not supported: of {layers} layers those from "
+            f"max_window_layers={first} on see {window} positions; every layer of the "
+            f"decoder sees all. Take a checkpoint without it."
         )

@@ -9,6 +9,7 @@ Training (:class:`tmdjax.models.Decoder`) and cached generation
     blocks/attention/{query,key,value}/bias      [layer, heads * head_dim], qkv_bias
     blocks/attention/{query_norm,key_norm}/scale [layer, head_dim], qk_norm
     blocks/attention/out/kernel                  [layer, heads * head_dim, hidden]
+    blocks/attention/out/bias                    [layer, hidden], out_bias
     blocks/mlp_norm/scale                        [layer, hidden]
     blocks/mlp/{gate,up}/kernel                  [layer, hidden, intermediate]
     blocks/mlp/down/kernel                       [layer, intermediate, hidden]
@@ -21,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tmdjax.core.types import Array, Float, Int, Params
 from tmdjax.models.decoder.config import DecoderConfig
@@ -35,7 +35,10 @@ Attend = Callable[[Array, Array, Array], Array]
 def rotations(
     config: DecoderConfig, positions: Int[Array, "batch position"]
 ) -> tuple[Array, Array]:
-    """Cosines and sines of the rotary angles p θ^(-2i / head_dim).
+    """Cosines and sines of the rotary angles, position times frequency.
+
+    Frequencies are θ^(-2i / head_dim), slowed down by ``config.rope_scaling``, whose
+    scale both are multiplied by.
 
     Returns:
         Two float32 arrays [batch, position, 1, head_dim / 2].
@@ -43,10 +46,11 @@ def rotations(
     References:
         arXiv 2104.09864.
     """
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = jnp.asarray(config.rope_theta**-exponents, jnp.float32)
+    frequencies = jnp.asarray(config.rotary_frequencies(), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    scale = 1.0 if config.rope_scaling is None else config.rope_scaling.scale
+    return (cos, sin) if scale == 1 else (scale * cos, scale * sin)
 
 
 def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
@@ -189,9 +193,12 @@ def init_blocks(config: DecoderConfig, key: Array) -> dict[str, Any]:
     if config.qk_norm:
         heads |= {"query_norm": scale(dim), "key_norm": scale(dim)}
     inner = config.intermediate_size
+    out = dense(widths["query"], hidden, residual)
+    if config.out_bias:
+        out["bias"] = jnp.zeros((layers, hidden))
     return {
         "attention_norm": scale(hidden),
-        "attention": heads | {"out": dense(widths["query"], hidden, residual)},
+        "attention": heads | {"out": out},
         "mlp_norm": scale(hidden),
         "mlp": {
             "gate": dense(hidden, inner),
