@@ -26,6 +26,8 @@ from tmdjax.harness.find import find_module
 T = TypeVar("T")
 METHOD = "method"
 NO_GROUPS = ("arms", "claims")
+ALIKE = "optimizer"
+"""The group with the same settings under every 'name'."""
 
 
 def arms(config: Any) -> tuple[str, ...]:
@@ -38,9 +40,9 @@ def of_arm(config: Any, arm: str) -> Any:
 
     A group with another 'name' than the config's (another task, environment or data
     set) stands in its place, for what it names has settings of its own; name there all
-    that is not to be a default. In any other group an arm may change what the config
-    has, also in groups within it. Settings of the method are left to the preset, which
-    knows them.
+    that is not to be a default. In any other group, and of the optimiser, an arm may
+    change what the config has, also in groups within it. Settings of the method are
+    left to the preset, which knows them.
 
     Args:
         config: a ConfigDict; one without arms is returned as it is.
@@ -70,6 +72,8 @@ def of_arm(config: Any, arm: str) -> Any:
                     f"of {', '.join((*groups, METHOD))}.{suggestion(group, groups)}"
                 )
             where, given = f"arms.{arm}.{group}", own.get(group, ConfigDict())
+            if group == ALIKE and "name" in changes:
+                given = ConfigDict({**given, "name": changes.name})
             own[group] = _changed(where, given, changes, free=group == METHOD)
     return own
 

@@ -12,11 +12,13 @@ SETTINGS = {
     "system": "paper",
     "task": {"name": "shapes", "size": 8, "light": {"sun": 1.0, "lamp": None}},
     "train": {"steps": 10, "rate": 0.1},
+    "optimizer": {"name": "adamw", "learning_rate": 0.3},
     "method": {"name": "grpo", "scale": "none"},
     "claims": {},
     "arms": {
         "plain": {},
         "long": {"train": {"steps": 20}, "method": {"scale": "batch"}},
+        "plainer": {"optimizer": {"name": "sgd"}},
         "larger": {"task": {"name": "shapes", "size": 16, "light": {"lamp": 2}}},
         "words": {"task": {"name": "words", "font": 3}},
         "other": {"method": {"name": "grpo:dapo", "clip_range": (0.1, 0.3)}},
@@ -33,6 +35,8 @@ def test_an_arm_changes_settings_of_all():
     assert found["long"].method.to_dict() == {"name": "grpo", "scale": "batch"}
     assert found["larger"].task.size == 16
     assert found["larger"].task.light.to_dict() == {"sun": 1.0, "lamp": 2}
+    # settings of an optimiser are those of every other
+    assert found["plainer"].optimizer.to_dict() == {"name": "sgd", "learning_rate": 0.3}
     # another task or method has settings of its own
     assert found["words"].task.to_dict() == {"name": "words", "font": 3}
     assert found["other"].method.clip_range == (0.1, 0.3)
