@@ -186,6 +186,74 @@ def test_bad_folders(tmp_path, refused):
         refused(message, convert.image_columns, tmp_path / name)
 
 
+def test_splits_are_no_classes(tmp_path, capsys, refused):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_images(folder / "train")
+    write_images(folder / "Val", count=3, classes=("dog",))
+    (folder / "notes.md").write_text("beside")
+    arguments = ["images", str(folder), "--name=mine", f"--data_dir={out}"]
+    assert convert.main(arguments) == 0
+    assert "test_split='test'" in capsys.readouterr().out
+    found = data.load("tfds", builder="mine", data_dir=out, test_split="test")
+    assert found.meta["class_names"] == ("cat", "dog")
+    assert len(found.train["label"]) == 6 and (found.test["label"] == 1).all()
+    assert sorted(red(found.test["image"])) == [0, 1, 2]
+    refused("holds splits, not classes", convert.image_columns, folder)
+    write_images(folder / "Val", count=1, classes=("cow",))
+    refused("cow, which are not among", convert.main, [*arguments, "--version=2.0.0"])
+    (folder / "test").mkdir()
+    refused("Val beside 'train'|test, Val|Val, test", convert.image_splits, folder)
+    (folder / "cat").mkdir()  # a class called train among others
+    assert convert.image_splits(folder) == (folder, None)
+
+
+def test_pictures_of_other_formats_and_texts_with_a_mark(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    kinds = {"a.gif": "GIF", "b.tif": "TIFF", "c.TIFF": "TIFF", "d.jfif": "JPEG"}
+    for i, (name, kind) in enumerate(kinds.items()):
+        Image.new("RGB", (8, 8), (0, 60 * i, 0)).save(folder / name, kind)
+        text = f"é {i}".encode("utf-8-sig" if i % 2 else "utf-8")
+        (folder / name).with_suffix(".txt").write_bytes(text)
+    columns = convert.image_columns(folder)
+    assert columns["image"].count == 4
+    assert [columns["text"].read(i) for i in range(4)] == [f"é {i}" for i in range(4)]
+    mark = "\ufeff" + json.dumps(["ü", "b"])
+    (tmp_path / "text.json").write_text(mark, "utf-8")
+    assert convert.array_columns([tmp_path / "text.json"])["text"].read(0) == "ü"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda png: png[:20],  # struct
+        lambda png: png.replace(b"IDAT", b"\0\0\0\0"),  # syntax
+        lambda png: png[:16] + b"\0\1\0\0" * 2 + png[24:],  # a bomb
+        lambda png: png[:-30],
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named(damage, tmp_path, refused):
+    Image.effect_noise((16, 16), 50).save(tmp_path / "torn.png")
+    whole = (tmp_path / "torn.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(damage(whole))
+    refused("torn.png is no image", convert.image_columns, tmp_path)
+
+
+def test_a_text_or_film_that_cannot_be_read_is_named(tmp_path, refused):
+    write_images(tmp_path, count=1, classes=())
+    for text, words in (
+        ("né".encode("latin-1"), "picture0.txt is not UTF-8"),
+        (b"a\0b", "picture0.txt holds NUL"),
+        ("né".encode("utf-16"), "picture0.txt is not UTF-8"),
+    ):
+        (tmp_path / "picture0.txt").write_bytes(text)
+        refused(words, convert.image_columns(tmp_path)["text"].read, 0)
+    frames = [Image.new("L", (4, 4), 90 * i) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.txt").write_text("a")
+    refused("a.gif is no image .*3 pictures", convert.image_columns, tmp_path)
+
+
 def test_two_sizes_leave_no_set_behind(tmp_path, refused):
     folder = tmp_path / "in"
     write_images(folder, count=1, classes=("cat",))

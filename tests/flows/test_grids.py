@@ -39,3 +39,20 @@ def test_edm_grid_has_the_noise_levels_of_the_paper():
     np.testing.assert_allclose(sigma, expected, rtol=1e-9)
     np.testing.assert_array_equal(flows.edm_grid(1), [1, 0])
     flows.custom_grid(flows.edm_grid(2))
+
+
+def test_grids_of_schedulers_that_count_in_training_steps(refused):
+    grid = flows.discrete_shifted_grid(28, 3.0)
+    # SD3 on 28 steps: its scheduler's timesteps end at 8.9286 of 1000
+    assert len(grid) == 29 and grid[0] == 1 and grid[-1] == 0
+    np.testing.assert_allclose(grid[-2], 9 / 1008, rtol=1e-12)
+    # equidistant before the last shift
+    before = grid[:-1] / (3 - 2 * grid[:-1])
+    np.testing.assert_allclose(np.diff(before, 2), 0, atol=1e-12)
+    plain = flows.discrete_shifted_grid(4, 1.0, training_steps=10)
+    np.testing.assert_allclose(plain, [1.0, 0.7, 0.4, 0.1, 0.0], rtol=1e-12)
+    assert flows.resolution_shift(256) == np.exp(0.5)
+    np.testing.assert_allclose(flows.resolution_shift(4096), np.exp(1.15), rtol=1e-12)
+    refused("steps=1 must be at least 2", flows.discrete_shifted_grid, 1, 3.0)
+    refused("shift=0.0 is outside", flows.discrete_shifted_grid, 4, 0.0)
+    refused("tokens=0", flows.resolution_shift, 0)

@@ -335,7 +335,7 @@ def test_student_refuses_other_parameters(refused):
     refused(message, start, other)
     less = {name: leaf for name, leaf in weights.items() if name != "final"}
     refused(r"final/projection/bias: \(12,\), None", start, less)
-    refused(r"blocks/.*; [0-9]+ more[.]", start, {"params": weights})
+    refused(r"blocks/.*; and [0-9]+ more[.]", start, {"params": weights})
     rest = {name: leaf for name, leaf in params.items() if name != "shared"}
     given, taught = (student, params), (teacher, weights)
     refused("params holds .'interval', 'joint'.; a stud", begin, student, rest, *taught)

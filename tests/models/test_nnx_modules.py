@@ -111,6 +111,12 @@ def test_running_statistics_stay(refused):
 def test_bad_inputs(refused):
     refused("is of type Dense; give", models.from_nnx, nn.Dense(3), error=TypeError)
     apply_fn, params = models.from_nnx(Velocity(nnx.Rngs(0)))
-    refused("params have the structure", apply_fn, {"first": params["first"]}, X, T)
+    refused(
+        "another structure than the module: without",
+        apply_fn,
+        {"first": params["first"]},
+        X,
+        T,
+    )
     old = jax.random.PRNGKey(0)
     refused("key must be a typed key", apply_fn, params, X, T, key=old, error=TypeError)

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tmdjax.models.checkpoints import layout
 from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
 
 library = pytest.importorskip("safetensors")
@@ -211,3 +212,26 @@ def test_random_damage(ours):
                 assert found[name].shape == shape and found[name].tobytes() == data
             counts["both read"] += 1
     assert counts["both read"] > 10 and counts["both refuse"] > 200, counts
+
+
+def test_an_error_of_many_differences_names_the_first_and_counts_the_rest(as_shipped):
+    leaves = [
+        layout.Leaf(
+            path=f"layer{i}/kernel",
+            names=[f"layer.{i}.weight"],
+            shape=(2, 3),
+            stacked=False,
+            read=np.asarray,
+            write=np.asarray,
+        )
+        for i in range(1500)
+    ]
+    others = {f"other.{i}.weight": np.zeros(1) for i in range(700)}
+    shapes = {f"layer{i}": {"kernel": np.zeros((2, 3))} for i in range(1500)}
+    for call in (
+        lambda: layout.params_from_tensors(leaves, others, lambda leaf: None, "net"),
+        lambda: layout.tensors_from_params(leaves, shapes, others, "net"),
+    ):
+        with pytest.raises(ValueError, match="layer.*and 2192 more") as caught:
+            call()
+        assert len(str(caught.value)) < 1000

@@ -21,6 +21,13 @@ def _concrete(array: Any) -> np.ndarray | None:
     return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
+def first_few(items: Iterable[str], limit: int = 8, separator: str = "; ") -> str:
+    """The first items as one text for an error, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
+
+
 def check_choice(name: str, value: str, options: Iterable[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``options``."""
     options = tuple(options)

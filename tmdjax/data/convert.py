@@ -7,11 +7,12 @@ writes array_record files in the layout of TensorFlow Datasets, without TensorFl
 below ``--data_dir`` (by default where TFDS looks), to be read by ``data.load("tfds",
 builder="my_set", test_count=100)``.
 
-``images``: every PNG, JPEG, WebP or BMP file below the folder, hidden ones left out,
-turned as its camera says. Where the folder has folders, these are the classes, in
-alphabetical order (numbers in theirs). A text beside an image, NAME.txt for NAME.png,
-is its caption. ``--size`` crops the middle square and resizes it; without it all images
-must have one size.
+``images``: every PNG, JPEG, WebP, BMP, GIF or TIFF file below the folder (of one
+picture each), hidden ones left out, turned as its camera says. Where the folder has
+folders, these are the classes, in alphabetical order (numbers in theirs); but 'train'
+alone or beside 'val' or 'test' are splits, with classes in them or not. A text beside
+an image, NAME.txt for NAME.png, is its caption. ``--size`` crops the middle square and
+resizes it; without it all images must have one size.
 
 ``arrays``: arrays whose first axis is the sample, each under the name of its file:
 uint8 [n, height, width, channel] called 'image' is stored as PNG, integers [n] called
@@ -36,11 +37,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from tmdjax.core.checks import check_batch, check_count
+from tmdjax.core.checks import check_batch, check_count, first_few
 from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = tuple(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff".split())
+HELD_OUT = ("val", "valid", "validation", "test")
+"""Folders beside 'train' that hold what is held out."""
 
 
 class Column(NamedTuple):
@@ -64,7 +67,11 @@ class Column(NamedTuple):
 
 
 def image_columns(
-    folder: Path, *, size: int | None = None, channels: int = 3
+    folder: Path,
+    *,
+    size: int | None = None,
+    channels: int = 3,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Column]:
     """Images, classes and captions of a folder.
 
@@ -73,11 +80,19 @@ def image_columns(
             name beside an image is its caption.
         size: of the square that each image becomes; None leaves them as they are.
         channels: 1 (grey), 3 or 4 (with transparency).
+        classes: names of the classes, in order; None takes those of the folders.
 
     Raises:
         ValueError: no such folder, no images, images without caption among such with
-            one, or a size or channels out of range.
+            one, a file that is no image of one picture or no text in UTF-8, a class
+            that is not among those given, splits instead of classes
+            (:func:`image_splits`), or a size or channels out of range. Files are named.
     """
+    if image_splits(folder)[0] != folder:
+        raise ValueError(
+            f"{folder} holds splits, not classes: give {folder / 'train'} and what is "
+            f"held out apart, as the command does."
+        )
     if size is not None:
         check_count("size", size)
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -92,11 +107,19 @@ def image_columns(
     def decoded(i: int) -> Image.Image:
         try:
             with Image.open(paths[i]) as file:
+                frames = getattr(file, "n_frames", 1)
+                if frames != 1:
+                    raise ValueError(f"it holds {frames} pictures, give one a file")
                 upright = ImageOps.exif_transpose(file)
                 _check_mode(paths[i], upright, channels)
                 image = upright.convert(modes[channels])
-        except OSError as error:
-            raise ValueError(f"{paths[i]} is no image ({error}).") from error
+        except _Refused:
+            raise
+        except Exception as error:  # of any kind: struct, zlib, syntax, bombs
+            raise ValueError(
+                f"{paths[i]} is no image that can be read ({type(error).__name__}: "
+                f"{error})."
+            ) from error
         if size is None:
             return image
         side = min(image.size)
@@ -117,16 +140,23 @@ def image_columns(
 
     shape = (height, width, channels)
     found = {"image": Column("Image", len(paths), encoded, shape)}
-    classes = [p.relative_to(folder).parts[0] for p in paths if p.parent != folder]
-    if classes:
-        if len(classes) != len(paths):
+    labels = [p.relative_to(folder).parts[0] for p in paths if p.parent != folder]
+    if labels:
+        if len(labels) != len(paths):
             raise ValueError(
                 f"{folder} holds images both in folders (classes) and beside them; "
                 f"move these into a folder too."
             )
-        numbers = all(name.isdecimal() for name in classes)
-        names = tuple(sorted({*classes}, key=lambda n: (int(n), n) if numbers else n))
-        label = Column("ClassLabel", len(paths), lambda i: classes[i], names=names)
+        numbers = all(name.isdecimal() for name in labels)
+        names = sorted({*labels}, key=lambda n: (int(n), n) if numbers else n)
+        unknown = [n for n in names if classes is not None and n not in classes]
+        if unknown:
+            raise ValueError(
+                f"{folder} holds the classes {first_few(unknown)}, which are not among "
+                f"those that train: {first_few(classes or ())}."
+            )
+        names = tuple(names if classes is None else classes)
+        label = Column("ClassLabel", len(paths), lambda i: labels[i], names=names)
         found["label"] = label
     texts = [p.with_suffix(".txt") for p in paths]
     has = [t.is_file() for t in texts]
@@ -137,10 +167,45 @@ def image_columns(
                 f"{paths[has.index(False)]} has none; write the others, or move the "
                 f"texts away."
             )
-        found["text"] = Column(
-            "Text", len(paths), lambda i: texts[i].read_text("utf-8").strip()
-        )
+        found["text"] = Column("Text", len(paths), lambda i: _caption(texts[i]))
     return found
+
+
+def image_splits(folder: Path) -> tuple[Path, Path | None]:
+    """The folder of images that train, and that of those held out, or None.
+
+    They are 'train' and one of :data:`HELD_OUT` (capitals or not) where a folder holds
+    no other folders; else the folder itself is what trains.
+
+    Raises:
+        ValueError: several folders that could be held out.
+    """
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = {
+        path.name.lower(): path
+        for path in inside
+        if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
+    }
+    if "train" not in names or {*names} - {"train", *HELD_OUT}:
+        return folder, None
+    held = [path for name, path in names.items() if name != "train"]
+    if len(held) > 1:
+        raise ValueError(
+            f"{folder} holds {', '.join(path.name for path in held)} beside 'train'; "
+            f"one is held out: move the others away."
+        )
+    return names["train"], held[0] if held else None
+
+
+def _caption(path: Path) -> str:
+    """A text in UTF-8, with or without a byte-order mark."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL; remove it (UTF-16 is full of it).")
+    return text
 
 
 def _files(folder: Path) -> list[Path]:
@@ -156,16 +221,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+class _Refused(ValueError):
+    """An image that can be read, but not be stored."""
+
+
 def _check_mode(path: Path, image: Image.Image, channels: int) -> None:
     """Raises ValueError for what 8 bits in so many channels cannot show."""
     if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(
+        raise _Refused(
             f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to "
             f"8, or give it as an array."
         )
     if channels != 4 and image.has_transparency_data:
         if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-            raise ValueError(
+            raise _Refused(
                 f"{path} has transparent pixels; give --channels=4, or put it on a "
                 f"background."
             )
@@ -196,7 +265,7 @@ def array_columns(paths: Sequence[Path]) -> dict[str, Column]:
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text("utf-8"))
+            return json.loads(path.read_text("utf-8-sig"))
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is no array of numbers or JSON ({error}).") from error
@@ -256,14 +325,16 @@ def write_tfds(
     name: str,
     columns: Mapping[str, Column],
     *,
+    held_out: Mapping[str, Column] | None = None,
     data_dir: Path | None = None,
     version: str = "1.0.0",
 ) -> Path:
-    """Writes a set with the one split 'train'.
+    """Writes a set with the split 'train', and 'test' where something is held out.
 
     Args:
         name: lower-case letters, digits and underscores.
         columns: by name, all of one length.
+        held_out: the same columns of the samples of 'test'; None makes none.
         data_dir: folder with all prepared sets, see
             :func:`tmdjax.data.tfds_sets.data_folder`.
         version: 'major.minor.patch'.
@@ -274,7 +345,8 @@ def write_tfds(
     Raises:
         FileExistsError: there is a set of that name and version.
         ImportError: tensorflow-datasets is not installed.
-        ValueError: a bad name or version, or columns of different length.
+        ValueError: a bad name or version, columns of different length, or other columns
+            or shapes in what is held out.
     """
     if not re.fullmatch(r"[a-z]\w*", name) or not re.fullmatch(
         r"\d+\.\d+\.\d+", version
@@ -290,10 +362,18 @@ def write_tfds(
             f"{folder} is there; give another --name or --version, or delete it."
         )
     tfds = import_optional("tensorflow_datasets", "writing a set", "tfds")
-    count = next(iter(columns.values())).count
-    for key, column in columns.items():
-        check_batch(f"columns[{key!r}]", np.empty(column.count), count)
-    order = np.random.default_rng(0).permutation(count)
+    splits = {"train": columns} | ({} if held_out is None else {"test": held_out})
+    layout = {k: (c.kind, c.shape, c.names) for k, c in columns.items()}
+    for split, there in splits.items():
+        count = next(iter(there.values())).count
+        for key, column in there.items():
+            check_batch(f"{split}[{key!r}]", np.empty(column.count), count)
+        found = {k: (c.kind, c.shape, c.names) for k, c in there.items()}
+        if found != layout:
+            raise ValueError(
+                f"what is held out has the columns {found}, what trains {layout}; both "
+                f"need the same (--size makes images alike)."
+            )
     features = {key: _feature(tfds.features, c) for key, c in columns.items()}
 
     class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
@@ -308,11 +388,15 @@ def write_tfds(
             )
 
         def _split_generators(self, dl_manager: Any) -> Any:
-            return {"train": self._generate_examples()}
+            return {
+                split: self._generate_examples(there) for split, there in splits.items()
+            }
 
-        def _generate_examples(self) -> Any:
+        def _generate_examples(self, there: Mapping[str, Column]) -> Any:
+            count = next(iter(there.values())).count
+            order = np.random.default_rng(0).permutation(count)
             for place, row in enumerate(order.tolist()):
-                yield place, {k: _value(c, row) for k, c in columns.items()}
+                yield place, {k: _value(c, row) for k, c in there.items()}
 
     Written.name = name
     tfds.disable_progress_bar()
@@ -354,18 +438,29 @@ def main(arguments: Sequence[str]) -> int:
         each.add_argument("--version", default="1.0.0")
         each.add_argument("--data_dir", type=Path, help="default: where TFDS looks")
     given = flags.parse_args(arguments)
+    held_out = None
     if given.kind == "images":
-        columns = image_columns(given.folder, size=given.size, channels=given.channels)
+        options = {"size": given.size, "channels": given.channels}
+        trains, held = image_splits(given.folder)
+        columns = image_columns(trains, **options)
+        if held is not None:
+            names = columns["label"].names if "label" in columns else None
+            held_out = image_columns(held, classes=names, **options)
     else:
         columns = array_columns(given.files)
     folder = write_tfds(
-        given.name, columns, data_dir=given.data_dir, version=given.version
+        given.name,
+        columns,
+        held_out=held_out,
+        data_dir=given.data_dir,
+        version=given.version,
     )
     count = next(iter(columns.values())).count
     print(f"wrote {count} samples of {', '.join(columns)} to {folder}")
     place = f', data_dir="{given.data_dir}"' if given.data_dir else ""
     print(
-        f'read it by data.load("tfds", builder="{given.name}"{place}, test_count=...)'
+        f'read it by data.load("tfds", builder="{given.name}"{place}, '
+        f"{'test_count=...' if held_out is None else 'test_split=' + repr('test')})"
     )
     return 0
 

@@ -33,7 +33,9 @@ from tmdjax.flows.flow_maps import meanflow_error as meanflow_error
 from tmdjax.flows.flow_maps import normalised_loss as normalised_loss
 from tmdjax.flows.flow_maps import total_derivative as total_derivative
 from tmdjax.flows.grids import custom_grid as custom_grid
+from tmdjax.flows.grids import discrete_shifted_grid as discrete_shifted_grid
 from tmdjax.flows.grids import edm_grid as edm_grid
+from tmdjax.flows.grids import resolution_shift as resolution_shift
 from tmdjax.flows.grids import shift_time as shift_time
 from tmdjax.flows.grids import shifted_grid as shifted_grid
 from tmdjax.flows.grids import truncated_grid as truncated_grid

@@ -62,6 +62,53 @@ def shifted_grid(steps: int, shift: float) -> Grid:
     return shift_time(uniform_grid(steps), shift)
 
 
+def discrete_shifted_grid(steps: int, shift: float, training_steps: int = 1000) -> Grid:
+    """The shifted grid of schedulers that count in training steps, as for SD3.
+
+    Times from 1 down to the shifted 1 / training_steps, equidistant, are shifted once
+    more, and 0 is appended: the last step before data is shorter than that of
+    :func:`shifted_grid`. (For FLUX the two agree: there the grid is
+    ``shifted_grid(steps, resolution_shift(tokens))``.)
+
+    Args:
+        steps: N, at least 2.
+        shift: > 0; 3 for SD3 and SD3.5.
+        training_steps: at least 2.
+
+    Returns:
+        N + 1 float64 times from exactly 1 to exactly 0.
+
+    Raises:
+        TypeError: counts that are no integers.
+        ValueError: a number out of range.
+
+    References:
+        ``FlowMatchEulerDiscreteScheduler`` of diffusers, without dynamic shifting.
+    """
+    check_count("steps", steps, 2)
+    check_count("training_steps", training_steps, 2)
+    last = shift_time(1 / training_steps, shift)
+    return np.append(shift_time(np.linspace(1.0, last, steps), shift), 0.0)
+
+
+def resolution_shift(tokens: int) -> float:
+    """The shift for an image of so many tokens, as for FLUX: exp(mu), mu linear in it.
+
+    Args:
+        tokens: positions of the transformer, at least 1; 256 give exp(0.5), 4096
+            exp(1.15).
+
+    Raises:
+        TypeError: no integer.
+        ValueError: below 1.
+
+    References:
+        ``calculate_shift`` of the FLUX pipelines in diffusers.
+    """
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return float(np.exp(0.5 + slope * (check_count("tokens", tokens) - 256)))
+
+
 def truncated_grid(steps: int, shift: float, start: float = 0.999) -> Grid:
     """Knots start, shift(i start / steps), ..., 0: few steps from just below noise.
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_range, first_few
 from tmdjax.core.prng import check_key
+from tmdjax.core.trees import flatten
 from tmdjax.core.types import ApplyFn, Data, Params, Time
 
 
@@ -66,10 +67,14 @@ def from_nnx(module: Any) -> tuple[ApplyFn, Params]:
 
     def apply_fn(params: Params, *inputs: Any, key: Any = None, **options: Any) -> Any:
         if jax.tree.structure(params) != structure:
+            own = {"/".join(path) for path in flat}
+            given = {*flatten(params)}
+            apart = [f"without {name}" for name in sorted(own - given)]
+            apart += [f"with {name}" for name in sorted(given - own)]
             raise ValueError(
-                f"params have the structure {jax.tree.structure(params)}, the module "
-                f"{structure}; give the parameters that from_nnx returned, or others "
-                f"like them."
+                f"params have another structure than the module: "
+                f"{first_few(apart) or jax.tree.structure(params)}; give the "
+                f"parameters that from_nnx returned, or others like them."
             )
         if key is not None:
             check_key(key)

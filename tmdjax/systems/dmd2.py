@@ -56,7 +56,8 @@ def sample(
     Args:
         apply_fn: ``(params, x, t, cond) -> v``.
         params: of the student.
-        noise: [batch, *event], standard normal.
+        noise: [batch, *event], standard normal; scaled by times[0] here. Latents that
+            other code has scaled already are divided by it first.
         cond: pytree of [batch, ...], or None.
         times: the grid it was trained on.
         transfer: 'deterministic' keeps the noise that x_t implies (Euler, eq. 18);

@@ -234,7 +234,9 @@ def preset(
 ) -> flow_rl.Setup:
     """The published settings of a method, with changes.
 
-    Grids are uniform ones, shifted by 3. The optimiser is the caller's; published are
+    Grids are uniform ones, shifted by 3, which is not the grid of the published runs:
+    Flow-GRPO and its fast variant walked SD3.5's own, ``grid=flows
+    .discrete_shifted_grid(10, 3.0)``. The optimiser is the caller's; published are
     AdamW with 3e-4 for LoRA (Flow-GRPO) and 1e-5 for all weights (DanceGRPO), weight
     decay 1e-4, clip norm 1.
 

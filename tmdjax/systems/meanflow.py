@@ -83,7 +83,8 @@ def sample(
     Args:
         apply_fn: ``(params, x, t, r, cond) -> u``.
         params: of the network.
-        noise: [batch, *event], standard normal.
+        noise: [batch, *event], standard normal; scaled by times[0] here. Latents that
+            other code has scaled already are divided by it first.
         cond: pytree of [batch, ...], or None.
         times: of the jumps, decreasing to 0.
 

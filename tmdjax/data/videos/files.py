@@ -95,7 +95,7 @@ def _prompts(folder: Path, count: int) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):

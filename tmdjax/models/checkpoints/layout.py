@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from tmdjax.core.checks import check_count, check_name
+from tmdjax.core.checks import check_count, check_name, first_few
 from tmdjax.core.files import in_native_order, write_together
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
@@ -93,7 +93,7 @@ def params_from_tensors(
     if problems:
         raise ValueError(
             f"{len(problems)} tensor(s) do not fit {network}: "
-            f"{'; '.join(sorted(problems))}. Take configuration and tensors of one "
+            f"{first_few(sorted(problems))}. Take configuration and tensors of one "
             f"checkpoint."
         )
     params: dict[str, Any] = {}
@@ -158,9 +158,9 @@ def tensors_from_params(
     have = {path: tuple(np.shape(value)) for path, value in values.items()}
     if want != have:
         wrong = sorted(path for path in want | have if want.get(path) != have.get(path))
-        listed = (f"{path}: {have.get(path)}, not {want.get(path)}" for path in wrong)
+        listed = [f"{path}: {have.get(path)}, not {want.get(path)}" for path in wrong]
         raise ValueError(
-            f"these are not the parameters of that {network}: {'; '.join(listed)}."
+            f"these are not the parameters of that {network}: {first_few(listed)}."
         )
     tensors = {}
     for leaf in leaves:
@@ -207,8 +207,8 @@ def read_weights(folder: Folder, stem: str) -> dict[str, np.ndarray]:
         lost = [name for name in names if name not in found]
         if lost:
             raise ValueError(
-                f"{folder / file} lacks {', '.join(lost)}, which {index} puts into "
-                f"it. Copy both again."
+                f"{folder / file} lacks {first_few(lost, separator=', ')}, which "
+                f"{index} puts into it. Copy both again."
             )
         tensors |= found
     return tensors

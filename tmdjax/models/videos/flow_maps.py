@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from tmdjax.core import trees
-from tmdjax.core.checks import check_choice, check_time
+from tmdjax.core.checks import check_choice, check_time, first_few
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.types import Array, Data, Float, Params
 from tmdjax.flows.flow_maps import check_order
@@ -365,10 +365,9 @@ def _refuse_differences(
 ) -> None:
     if pairs:
         shown = [f"{n}: {mine}, {theirs}" for n, (mine, theirs) in pairs.items()]
-        more = f"; {len(shown) - 8} more" if len(shown) > 8 else ""
         raise ValueError(
             f"the {what} of student and teacher differ in (student's value, teacher's "
-            f"value) {'; '.join(shown[:8])}{more}. {remedy}"
+            f"value) {first_few(shown)}. {remedy}"
         )
 
 
