@@ -56,7 +56,7 @@ def open_videos(
     paths = {name: folder / f"{name}.npy" for name in ("video", "text", "label")}
     if not paths["video"].is_file():
         raise FileNotFoundError(f"{folder} holds no video.npy; write it with np.save.")
-    arrays = {name: _open(path) for name, path in paths.items() if path.exists()}
+    arrays = {name: _open(path) for name, path in paths.items() if path.is_file()}
     video = arrays["video"]
     if video.ndim != 5 or video.shape[-1] not in (1, 3) or 0 in video.shape:
         raise ValueError(
@@ -129,7 +129,8 @@ def _conditions(
                 f"the labels of {folder} have shape {label.shape} and dtype "
                 f"{label.dtype}; they need integers [n]."
             )
-        check_range(f"least label of {folder}", int(label.min()), 0, 2**31 - 1)
+        for which, value in (("least", label.min()), ("greatest", label.max())):
+            check_range(f"{which} label of {folder}", int(value), 0, 2**31 - 1)
     elif prompts is not None:
         label = np.unique(prompts, return_inverse=True)[1]
     else:

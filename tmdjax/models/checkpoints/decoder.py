@@ -19,6 +19,7 @@ from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
     cast_tensor,
+    check_depth,
     params_from_tensors,
     read_json,
     read_weights,
@@ -128,6 +129,7 @@ def params_from_hf(
         ValueError: tensors that are missing, not expected, of another shape or no
             floating numbers, all of them by name; numbers that the dtype cannot hold.
     """
+    check_depth(config.num_layers, tensors)
     return params_from_tensors(
         _leaves(config),
         tensors,

@@ -12,6 +12,7 @@ from tmdjax.models.checkpoints.decoder import params_from_hf
 from tmdjax.models.decoder.config import MODEL_TYPES, DecoderConfig
 from tmdjax.models.decoder.rope import RopeScaling
 
+_MOST_ENTRIES = 10_000_000
 QUANTISATIONS = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -68,15 +69,40 @@ def open_gguf(path: str | os.PathLike[str]) -> Any:
     """
     gguf = import_optional("gguf", "reading a GGUF file", "llm")
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is absent; give the path of a GGUF file.")
     try:
-        return gguf.GGUFReader(path)
+        return _bounded(gguf)(path)
     except Exception as error:  # whatever numpy makes of what is not there
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is cut off or no GGUF file: "
             f"{error}. Copy it again."
         ) from error
+
+
+def _bounded(gguf: Any) -> Any:
+    """The library's reader, which trusts the lengths in a file, made to check them."""
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **kw: Any):
+            end = offset + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"it says something ends at byte {end}")
+            return super()._get(offset, dtype, count, *order, **kw)
+
+        def _get_field_parts(self, orig_offs: Any, raw_type: Any):
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                length = int(self._get(orig_offs + 4, np.uint64)[0])
+                if length > _MOST_ENTRIES:
+                    raise ValueError(f"it says that a list has {length} entries")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _build_tensor_info(self, offs: Any, count: Any):
+            if count > _MOST_ENTRIES:
+                raise ValueError(f"it says that it has {count} tensors")
+            return super()._build_tensor_info(offs, count)
+
+    return Reader
 
 
 def gguf_value(reader: Any, key: str, default: Any = None) -> Any:

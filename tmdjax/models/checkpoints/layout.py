@@ -17,12 +17,13 @@ import numpy as np
 from flax import traverse_util
 
 from tmdjax.core.checks import check_count, check_name, first_few
-from tmdjax.core.files import in_native_order, write_together
+from tmdjax.core.files import in_native_order, json_of, write_together
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.checkpoints.safetensors import encode_safetensors, read_safetensors
 
 Folder = str | os.PathLike[str]
+_LONGEST_JSON = 100_000_000
 CONFIG = "config.json"
 
 
@@ -305,20 +306,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object.
+        ValueError: it is no JSON object, no plain file, or above 100 MB.
     """
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is absent; give the folder of a checkpoint in the Hugging Face "
             f"layout."
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None
+    found = json_of(path, _LONGEST_JSON)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, no JSON object.")
     return found
+
+
+def check_depth(depth: int, tensors: Mapping[str, Any]) -> None:
+    """Refuses more layers than tensors, before names are made of them all."""
+    if depth > len(tensors):
+        raise ValueError(
+            f"the configuration has {depth} layers, the checkpoint {len(tensors)} "
+            f"tensors; take both of one checkpoint."
+        )
 
 
 def encode_json(content: Mapping[str, Any]) -> bytes:

@@ -87,6 +87,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The entries of the tensors, where the data start, and the size of the file."""
     size = path.stat().st_size
+    if not path.is_file():  # reading a pipe might never end
+        raise ValueError(f"{path} is no plain file; give that of a checkpoint.")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or 8 + length > size or length > _LONGEST_HEADER:
