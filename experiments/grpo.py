@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import language_tasks as tasks
 from experiments import supervised_language
@@ -22,9 +23,10 @@ from tmdjax.core import trees
 from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
+from tmdjax.models import lora
 
 Config = Any
-LOOK = ("slots", "length", "chunk", "max_new_tokens")
+LOOK = ("slots", "length", "chunk", "max_new_tokens", "temperature")
 """Sizes of rl that judging uses too."""
 JUDGED = {
     f"{what}_{when}": f"{meaning} {when} reinforcement learning, in [0, 1]"
@@ -98,6 +100,8 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
     for name in ("iterations", "slots", "chunk", "length"):
         del sizes[name]
     rate = sizes.pop("learning_rate")
+    del sizes["temperature"]
+    rank = sizes.pop("lora_rank")
     for name in ("pack_rows", "overlong_buffer"):  # 0: none
         sizes[name] = sizes.get(name) or None
     objective = build_method(given["method"], runtime.TokenObjective)
@@ -105,7 +109,28 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
     optimizer = train.make_optimizer(
         train.OptimizerConfig(learning_rate=rate, warmup_steps=warmup)
     )
+    if rank:
+        optimizer = optax.multi_transform(
+            {"adapters": optimizer, "base": optax.set_to_zero()},
+            {"adapters": "adapters", "base": "base"},
+        )
     return runtime.LanguageSettings(**sizes), objective, optimizer
+
+
+def trainable(given: dict[str, Any], params: Any, key: Any) -> Any:
+    """What is trained: the parameters, or adapters beside them as a base that stays."""
+    rank = given["rl"]["lora_rank"]
+    if not rank:
+        return params
+    return {"base": params, "adapters": lora.init(key, params, rank, ["kernel"])}
+
+
+def merged(given: dict[str, Any], params: Any) -> Any:
+    """Parameters of the network, of what is trained."""
+    rank = given["rl"]["lora_rank"]
+    if not rank:
+        return params
+    return lora.merge(jax.lax.stop_gradient(params["base"]), params["adapters"], rank)
 
 
 def iteration(
@@ -121,8 +146,13 @@ def iteration(
     acting = tasks.language(given, "rollout").config
     model, slots = generation.cached_decoder(acting), language.engine(sizes)
     print(f"[rl] {generation.describe(model, params, slots)}")
-    engine = generation.Engine(model, params, slots, key)
+    engine = generation.Engine(model, params, slots, key, decode=language.decode)
     seed = np.asarray(jax.random.key_data(key)).tolist()
+    start = trainable(given, params, key)
+    network = tasks.log_probs_of(language.config, temperature=sizes["temperature"])
+    reference = None
+    if "reference" in objective.needs:  # a copy: updates reuse the memory of the start
+        reference = jax.tree.map(jnp.array, start)
 
     def draw(number: int, attempt: int) -> Any:
         rng = np.random.default_rng([*seed, number, attempt])
@@ -130,7 +160,7 @@ def iteration(
 
     iterate = runtime.make_iteration(
         engine,
-        tasks.log_probs_of(language.config),
+        lambda params, *texts: network(merged(given, params), *texts),
         objective,
         optimizer,
         settings,
@@ -139,10 +169,13 @@ def iteration(
         length=sizes["length"],
         pad=language.pad,
         should_stop=should_stop,
-        generation_params=functools.partial(models.prepare_weights, config=acting),
+        generation_params=lambda params: models.prepare_weights(
+            merged(given, params), config=acting
+        ),
+        reference=reference,
         precision=quant.Precision(**given["precision"]),
     )
-    return iterate, iterate.init(params)
+    return iterate, iterate.init(start)
 
 
 def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
@@ -161,7 +194,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
     return StageResult(
-        {"params": state.learner.params, **curves},
+        {"params": merged(given, state.learner.params), **curves},
         {
             "score_first": first,
             "score_last": last,
@@ -220,13 +253,15 @@ def describe(config: Config) -> dict[str, Any]:
             rows[f"{arm}: parameters"] = f"unknown, {missing} is not there"
             continue
         task, language = tasks.build(given["task"]), tasks.language(given)
+        looked = [
+            ("train", max(tasks.at_most(task, 64), settings.prompts)),
+            ("holdout", given["judge"]["problems"]),
+        ]
+        if given["model"]["name"] == "decoder":
+            looked.append(("evaluation", given["sft"]["problems"]))
         prompts = [
             prompt
-            for split, count in (
-                ("train", max(64, settings.prompts)),
-                ("evaluation", given["sft"]["problems"]),
-                ("holdout", given["judge"]["problems"]),
-            )
+            for split, count in looked
             for prompt in tasks.prompts_of(
                 task, language, split, count, np.random.default_rng(0)
             )

@@ -21,10 +21,34 @@ from tmdjax.rewards.math import MathVerifier
 from tmdjax.runtime import Prompt, Score
 
 
-def _math_file(path: str, layout: str, symbolic: bool = False) -> Any:
-    """Problems of a local JSONL file; symbolic comparison needs the extra math."""
-    problems = tuple(math_files.read(path, layout))
-    return math_files.MathProblems(problems, MathVerifier(symbolic=symbolic))
+def _math_file(
+    path: str,
+    layout: str,
+    symbolic: bool = False,
+    evaluation_path: str | None = None,
+    skip_bad_lines: bool = False,
+) -> Any:
+    """Problems of local JSONL files; symbolic comparison needs the extra math.
+
+    Args:
+        path: of the file to train on, and to judge on too, by the hash of a problem.
+        layout: of the files, see :mod:`tmdjax.data.text_tasks.math_files`.
+        symbolic: compare what are no numbers through sympy.
+        evaluation_path: of a file to judge on instead; what is in both is not trained
+            on.
+        skip_bad_lines: pass over malformed lines, and say how many.
+    """
+    bad: list[str] | None = [] if skip_bad_lines else None
+    read = functools.partial(math_files.read, layout=layout, bad_lines=bad)
+    problems, evaluation = tuple(read(path)), None
+    if evaluation_path is not None:
+        evaluation = tuple(read(evaluation_path))
+        known = {problem.prompt for problem in evaluation}
+        problems = tuple(p for p in problems if p.prompt not in known)
+    if bad:
+        print(f"[task] {len(bad)} malformed lines passed over; the first: {bad[0]}")
+    verifier = MathVerifier(symbolic=symbolic)
+    return math_files.MathProblems(problems, verifier, evaluation=evaluation)
 
 
 TASKS = {
@@ -59,8 +83,10 @@ def missing(given: Mapping[str, Any]) -> str | None:
 
 
 def files_of(given: Mapping[str, Any]) -> tuple[pathlib.Path, ...]:
-    """The folder of weights and the file of problems that an arm names, if it does."""
-    named = (given["model"].get("folder"), given["task"].get("path"))
+    """The folder of weights and the files of problems that an arm names, if it does."""
+    task = given["task"]
+    named = (given["model"].get("folder"), task.get("path"))
+    named += (task.get("evaluation_path"),)
     return tuple(pathlib.Path(path) for path in named if path is not None)
 
 
@@ -70,19 +96,21 @@ class Language:
 
     Attributes:
         config: of the decoder.
-        encode: prompt -> ids.
-        decode: ids of a response -> text.
+        encode: prompt -> ids; a chat model takes messages too.
+        decode: ids of a response -> text, without special tokens.
         stop: ids that end a response.
         pad: id of padding.
         weights: parameters on the host, or None for random ones.
+        stop_strings: texts that end a response.
     """
 
     config: models.DecoderConfig
-    encode: Callable[[str], list[int]]
+    encode: Callable[[Any], list[int]]
     decode: Callable[[Sequence[int]], str]
     stop: tuple[int, ...]
     pad: int
     weights: Any = None
+    stop_strings: tuple[str, ...] = ()
 
     def parameters(self, key: Any) -> Any:
         """Those of the weights, or initial ones."""
@@ -93,12 +121,14 @@ class Language:
         )
 
     def engine(self, sizes: Mapping[str, Any]) -> generation.EngineConfig:
-        """Sizes of an engine: 'slots', 'length' and 'chunk'."""
+        """Sizes of an engine: 'slots', 'length', 'chunk'; and the 'temperature'."""
         return generation.EngineConfig(
             slots=sizes["slots"],
             length=sizes["length"],
             steps=sizes["chunk"],
             stop=self.stop,
+            stop_strings=self.stop_strings,
+            sampling=generation.Sampling(temperature=sizes["temperature"]),
         )
 
 
@@ -109,7 +139,8 @@ def language(given: Mapping[str, Any], when: str = "train") -> Language:
         given: 'precision' {'rollout', 'train'}; and 'model', by its 'name': a 'decoder'
             of sizes of :class:`tmdjax.models.DecoderConfig`, over the characters of the
             tasks; 'packaged' and 'weights'; or 'folder', with the 'folder' of a
-            checkpoint and the 'template' of its chats.
+            checkpoint and the 'template' of its chats (None: the checkpoint's own). The
+            latter two take a 'system' message, or None.
         when: 'rollout' or 'train'.
     """
     precision = quant.Precision(**given["precision"])
@@ -135,38 +166,62 @@ def _language(name: str, **sizes: Any) -> Language:
 
 
 @functools.lru_cache(maxsize=1)
-def _packaged(weights: str) -> Language:
+def _packaged(weights: str, system: str | None = None) -> Language:
     """A chat model; a prompt is a message of the user."""
     path = find_weights(weights)
-    return _chat(*models.load_gguf(path), generation.gguf_tokenizer(path), weights)
+    render = functools.partial(generation.render_chat, template=weights)
+    tokenizer = generation.gguf_tokenizer(path)
+    return _chat(*models.load_gguf(path), tokenizer, render, system)
 
 
 @functools.lru_cache(maxsize=1)
-def _from_folder(folder: str, template: str) -> Language:
+def _from_folder(
+    folder: str, template: str | None = None, system: str | None = None
+) -> Language:
     """The same from a checkpoint in the layout of Hugging Face."""
     tokenizer = generation.load_tokenizer(folder)
-    return _chat(*models.load_decoder(folder), tokenizer, template)
+    if template is None:
+        render: Callable[..., str] = generation.load_chat_template(folder)
+    else:
+        render = functools.partial(generation.render_chat, template=template)
+    return _chat(*models.load_decoder(folder), tokenizer, render, system)
 
 
 def _chat(
     config: models.DecoderConfig,
     weights: Any,
     tokenizer: generation.Tokenizer,
-    template: str,
+    render: Callable[..., str],
+    system: str | None,
 ) -> Language:
-    stop = tokenizer.special_id("<|im_end|>")
+    # an embedding is padded to a round number of rows, which are no tokens
+    named = min(config.vocab_size, tokenizer.vocab_size)
 
-    def encode(prompt: str) -> list[int]:
+    def encode(prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.encode(generation.render_chat(messages, template))
+        if not isinstance(prompt, str):
+            messages = [
+                {"role": message["role"], "content": message["content"]}
+                for message in prompt
+            ]
+        if system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return tokenizer.encode(render(messages))
 
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode([i for i in ids if i != stop])
+    return Language(
+        dataclasses.replace(config, num_tokens=named),
+        encode,
+        functools.partial(tokenizer.decode, skip_special=True),
+        tuple(i for i in tokenizer.stop_ids if i < named),
+        tokenizer.pad_id,
+        weights,
+        tokenizer.stop_strings,
+    )
 
-    return Language(config, encode, decode, (stop,), tokenizer.pad_id, weights)
 
-
-def log_probs_of(config: models.DecoderConfig, chunk: int = 256) -> Any:
+def log_probs_of(
+    config: models.DecoderConfig, chunk: int = 256, temperature: float = 1.0
+) -> Any:
     """A :data:`tmdjax.runtime.LogProbs` of a decoder; logits a chunk at a time."""
     apply_fn = models.functional(models.Decoder(config))
 
@@ -174,10 +229,39 @@ def log_probs_of(config: models.DecoderConfig, chunk: int = 256) -> Any:
         h = apply_fn(params, tokens, positions, segments, method="hidden")
         output = functools.partial(apply_fn, params, method="output")
         return models.chunked_token_log_probs(
-            output, h, tokens, chunk=chunk, entropy=True
+            output, h, tokens, chunk=chunk, temperature=temperature, entropy=True
         )
 
     return log_probs
+
+
+def problems_of(
+    task: Any, split: str, count: int, rng: np.random.Generator
+) -> list[text_tasks.Problem]:
+    """Distinct problems of a split.
+
+    A task with problems of its own for ``evaluation`` trains on all others, and is
+    judged on those alone.
+
+    Raises:
+        ValueError: more problems asked for than there are.
+    """
+    if getattr(task, "evaluation", None) is None:
+        return text_tasks.sample(task, split, count, rng)
+    pool = task.problems if split == "train" else task.evaluation
+    if count > len(pool):
+        raise ValueError(
+            f"{count} problems of split {split!r} were asked for, but the file has "
+            f"{len(pool)}; lower judge.problems (evaluation) or rl.prompts (training)."
+        )
+    return [pool[i] for i in rng.choice(len(pool), count, replace=False)]
+
+
+def at_most(task: Any, count: int) -> int:
+    """The count, or how many problems to train on a task has, where these are fewer."""
+    if getattr(task, "evaluation", None) is None:
+        return count
+    return min(count, len(task.problems))
 
 
 def prompts_of(
@@ -185,8 +269,9 @@ def prompts_of(
 ) -> list[Prompt]:
     """Distinct prompts as ids, with their problems."""
     return [
-        Prompt(language.encode(problem.prompt), problem)
-        for problem in text_tasks.sample(task, split, count, rng)
+        # messages of a problem keep their roles
+        Prompt(language.encode(problem.facts.get("messages", problem.prompt)), problem)
+        for problem in problems_of(task, split, count, rng)
     ]
 
 
@@ -263,6 +348,7 @@ class Judge:
                 params,
                 self._language.engine(self._sizes),
                 self._key,
+                decode=self._language.decode,
             )
         else:
             self._engine.update_weights(params, self._engine.version + 1)

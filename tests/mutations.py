@@ -131,6 +131,7 @@ TESTS = {
     "domains/sprites/drawing": "data/test_moving_sprites.py",
     "domains/sprites": "domains/test_sprite_checks.py",
     **dict.fromkeys(["quant/linear", "quant/recipes"], "test_quant.py"),
+    "generation/chat_templates": "generation/test_tokenizers.py",
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/tex": "rewards/test_math.py",
     "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",

@@ -1,13 +1,20 @@
 """GRPO as an experiment: stages, the gate, resuming, refusals."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
+from checks import same
 
 from experiments import grpo
 from experiments import language_tasks as tasks
+from experiments.arms import of_arm
+from tmdjax import generation
 from tmdjax.data import text_tasks
 from tmdjax.harness import check_experiment, load_config
+from tmdjax.harness.config import to_plain
 from tmdjax.harness.experiment import measured
 
 TINY = (
@@ -32,6 +39,74 @@ def test_it_measures_what_claims_may_be_about(tmp_path, ran):
 def test_supervised_training_stops_at_the_gate(ran):
     found = ran(grpo, tiny("sft.gate=0.0"))  # any accuracy passes
     assert found["chain_sum/sft_steps"] == 2
+
+
+def test_methods_run_by_flags_alone(ran):
+    """KL to the start, another temperature, adapters; a length nobody has to give."""
+    flags = "rl.temperature=0.7 rl.lora_rank=2 method.name=grpo:dr_grpo"
+    found = ran(grpo, tiny(*flags.split(), "method.kl_coefficient=0.1"))
+    assert found["chain_sum/first_ratio_error"] < 1e-3
+    assert found["chain_sum/skipped_updates"] == 0
+    settings, objective, _ = grpo.settings_of(
+        to_plain(of_arm(tiny("method.name=grpo:decoupled"), "chain_sum"))
+    )
+    assert objective.correction == "reject" and settings.proximal == "auto"
+
+
+def test_adapters_alone_are_trained_and_the_start_is_the_base():
+    given = to_plain(of_arm(tiny("rl.lora_rank=2"), "chain_sum"))
+    base = tasks.language(given).parameters(jax.random.key(0))
+    start = grpo.trainable(given, base, jax.random.key(1))
+    same(grpo.merged(given, start), base)
+    optimizer = grpo.settings_of(given)[2]
+    gradient = jax.tree.map(np.ones_like, start)
+    changes, _ = optimizer.update(gradient, optimizer.init(start), start)
+    assert not any(np.any(x) for x in jax.tree.leaves(changes["base"]))
+    assert all(np.any(x) for x in jax.tree.leaves(changes["adapters"]))
+
+
+def test_a_chat_model_takes_messages_and_never_draws_padding():
+    names = ["<|im_start|>", "<|im_end|>", "<sys>", "<user>"]
+    tokenizer = generation.CharTokenizer(
+        "ab", eos="<|im_end|>", specials=names[:1] + names[2:]
+    )
+
+    def render(messages):
+        marks = {"system": "<sys>", "user": "<user>"}
+        return "".join(marks[m["role"]] + m["content"] for m in messages)
+
+    config = dataclasses.replace(LANGUAGE.config, vocab_size=16)
+    for system, prompt, expected in (
+        (None, "a", "<user>a"),
+        ("b", "a", "<sys>b<user>a"),
+        ("b", [{"role": "system", "content": "a", "x": 1}], "<sys>a"),
+        ("b", [{"role": "user", "content": "a"}], "<sys>b<user>a"),
+    ):
+        chat = tasks._chat(config, None, tokenizer, render, system)
+        assert tokenizer.decode(chat.encode(prompt)) == expected
+    assert chat.config.num_tokens == tokenizer.vocab_size < 16
+    assert chat.decode([*tokenizer.encode("ab<|im_end|>"), 15]) == "ab"
+    assert chat.stop == (tokenizer.eos_id,)
+
+
+def test_a_file_of_its_own_is_judged_on(tmp_path, refused):
+    def write(name, *questions):
+        lines = [json.dumps({"question": q, "answer": "#### 4"}) for q in questions]
+        (tmp_path / name).write_text("\n".join([*lines, "{"]), encoding="utf-8")
+        return str(tmp_path / name)
+
+    given = {"path": write("train.jsonl", "a", "b", "c")}
+    given |= {"evaluation_path": write("test.jsonl", "c", "d")}
+    given |= {"name": "math_file", "layout": "gsm8k", "skip_bad_lines": True}
+    task, rng = tasks.build(given), np.random.default_rng(0)
+
+    def drawn(split, count):
+        return sorted(p.prompt for p in tasks.problems_of(task, split, count, rng))
+
+    assert drawn("holdout", 2) == ["c", "d"] and drawn("train", 2) == ["a", "b"]
+    refused("the file has 2; lower judge.problems", drawn, "holdout", 3)
+    assert len(tasks.files_of({"model": {}, "task": given})) == 2
+    refused("line 4: no JSON", tasks.build, given | {"skip_bad_lines": False})
 
 
 def test_what_the_gate_sees_is_part_of_the_stage():
@@ -72,6 +147,7 @@ def test_judging_is_repeatable_and_by_tier():
     task = tasks.build({"name": "chain_sum", "high": 8})
     params = LANGUAGE.parameters(jax.random.key(0))
     sizes = {"slots": 8, "length": 48, "chunk": 8, "max_new_tokens": 20}
+    sizes["temperature"] = 1.0
     given = (task, LANGUAGE, sizes, "holdout", 6, 2)
     judge = tasks.Judge(*given, jax.random.key(1))
     first = judge(params)

@@ -22,8 +22,9 @@ PROMPTS = [(1, 2, 3), (5,), (0, 6, 7, 8, 9, 10, 11), (1, 2, 3, 3)]
 LIMITS = [9, 12, 5, 20]
 
 
-def made(key=KEY, params=PARAMS, **changes):
-    return Engine(MODEL, params, dataclasses.replace(CONFIG, **changes), key)
+def made(key=KEY, params=PARAMS, decode=None, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return Engine(MODEL, params, config, key, decode=decode)
 
 
 SHARED = made()
@@ -198,6 +199,30 @@ def test_g4_weights_swapped_in_the_middle(recompute, refused):
     refused(message, engine.update_weights, PARAMS, 1)
 
 
+def spelt(tokens):
+    """Two letters a token, so that a text may begin and end within tokens."""
+    return "".join("abcdefghijklm"[t] + "nopqrstuvwxyz"[t] for t in tokens)
+
+
+@pytest.mark.parametrize("steps, slots", [(4, 3), (1, 1), (16, 2)])
+def test_stop_strings_end_a_response_wherever_they_stand(steps, slots):
+    plain = [oracle(PROMPTS[0], n, 20, stop=()) for n in range(4)]
+    tokens, _ = plain[0]
+    across = spelt(tokens[4:8])[1:-1]  # begins and ends in the middle of a token
+    engine = made(
+        stop=(), stop_strings=("zzz", across), steps=steps, slots=slots, decode=spelt
+    )
+    engine.submit(range(4), PROMPTS[0], max_new_tokens=20)
+    for record, (expected, log_probs) in zip(engine.run(), plain):
+        ends = [n for n in range(1, 21) if across in spelt(expected[:n])]
+        end = ends[0] if ends else 20
+        assert record.tokens == expected[:end]
+        assert_allclose(record.log_probs, log_probs[:end], atol=1e-5)
+        assert record.status == ("stop" if ends else "length")
+        record.check()
+    assert not engine.active and engine.counts["stop"] >= 1
+
+
 def test_greedy_takes_the_most_likely():
     engine = made(sampling=Sampling(temperature=0.0), stop=())
     engine.submit([0], PROMPTS[0], max_new_tokens=6)
@@ -250,4 +275,7 @@ def test_refused_resumption(refused):
 def test_refused_engines(refused):
     refused("stop token 13 is outside", made, stop=(13,))
     refused("slots=0", made, slots=0)
+    refused("give the engine decode=tokenizer.decode", made, stop_strings=("a",))
+    refused("none of them empty", made, stop_strings=("",), decode=spelt)
+    refused("give a tuple of texts", made, stop_strings="ab", decode=spelt)
     refused("typed key", made, key=np.zeros(2, np.uint32), error=TypeError)

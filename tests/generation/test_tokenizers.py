@@ -1,5 +1,7 @@
 """Tokenizers: round trips, the libraries' own results, special tokens, damage."""
 
+import datetime
+import importlib.util
 import json
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 from tmdjax.generation import (
     CharTokenizer,
+    ChatTemplate,
     gguf_tokenizer,
+    load_chat_template,
     load_tokenizer,
     render_chat,
 )
@@ -61,7 +65,10 @@ def test_characters(refused):
     assert dollar.special_id("$") == 3
     refused("character 'x' at 1 of '1x' is not in the alp", dollar.encode, "1x")
     refused(r"given twice: \['1'\]", CharTokenizer, "11")
-    refused(r"ids \(a token\)=4 is outside \[0, 3\]", dollar.decode, [1, 4])
+    # whatever was drawn has a text: rows of a padded embedding add nothing to it
+    assert dollar.decode([1, 4, -1, 2**40, 2]) == "01"
+    assert dollar.decode([1, 3], skip_special=True) == "0"
+    assert dollar.stop_ids == (3,) and dollar.stop_strings == ()
     refused("'<bos>' is no special token", dollar.special_id, "<bos>")
 
 
@@ -109,16 +116,84 @@ def test_merges_give_the_ids_of_another_library(checkpoint):
     assert ours.decode(ours.encode("é")[:1]) == "\ufffd"
 
 
-def write_gguf(path, model="gpt2", pre="smollm", eos=True):
+def test_all_that_ends_a_response_is_read(checkpoint, refused):
+    pytest.importorskip("tokenizers")
+    path = checkpoint / "generation_config.json"
+    # <|im_end|> by the configuration, <|endoftext|> by its name
+    assert load_tokenizer(checkpoint).stop_ids == (266, 264)
+    for ids, texts, expected in (
+        (7, None, ((266, 7, 264), ())),
+        ([264, 9, 266], ["\n\nQ:"], ((266, 264, 9), ("\n\nQ:",))),
+        (None, "###", ((266, 264), ("###",))),
+    ):
+        path.write_text(json.dumps({"eos_token_id": ids, "stop_strings": texts}))
+        found = load_tokenizer(checkpoint)
+        assert (found.stop_ids, found.stop_strings) == expected
+    ids = [*found.encode("the"), 266, 264, 300, -1]
+    assert found.decode(ids, skip_special=True) == "the"
+    assert found.decode(ids) == "the<|im_end|><|endoftext|>"
+    path.write_text('{"eos_token_id": ["</s>"]}')
+    refused("generation_config.json has eos_token_id", load_tokenizer, checkpoint)
+
+
+def test_added_tokens_have_the_ids_and_kinds_of_the_configuration(checkpoint, refused):
+    pytest.importorskip("tokenizers")
+    path = checkpoint / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    added = config["added_tokens_decoder"]
+    added["267"] = {"content": "<think>", "special": False, "lstrip": True}
+    path.write_text(json.dumps(config))
+    found = load_tokenizer(checkpoint)
+    assert found.encode("a  <think>") == [vocabulary()["a"], 267]
+    assert found.decode([267, 266], skip_special=True) == "<think>"
+    added["299"] = added.pop("267")
+    path.write_text(json.dumps(config))
+    refused("'<think>' the id 299, but .* it is 267", load_tokenizer, checkpoint)
+
+
+WORD, THOUGHT, BLANKS = "hello", "<think>", "    "
+
+
+def test_ids_of_a_gguf_file_are_those_of_its_source(tmp_path):
+    """User-defined tokens stay whole, and llama-bpe takes a piece it knows unmerged."""
+    pytest.importorskip("tokenizers")
+    tiktoken = pytest.importorskip("tiktoken")
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    names = [*vocabulary(), WORD]  # which no merge makes
+    ranks = {bytes(letters[c] for c in t): rank for rank, t in enumerate(names)}
+    extra = [THOUGHT, BLANKS, *SPECIALS]
+    numbers = {name: len(names) + i for i, name in enumerate(extra)}
+    for pre in ("llama-bpe", "qwen2"):
+        theirs = tiktoken.Encoding(
+            "test", pat_str=PATTERNS[pre], mergeable_ranks=ranks, special_tokens=numbers
+        )
+        types = [1] * len(names) + [4, 4, 3, 3, 3]
+        given = {"pre": pre, "tokens": [*names, *extra], "types": types}
+        path = write_gguf(tmp_path / f"{pre}.gguf", **given, eos=numbers["<|im_end|>"])
+        ours = gguf_tokenizer(path)
+        for text in (f"the{THOUGHT}12", f"a{BLANKS}b<|im_end|>", "and 12 \u20ac"):
+            expected = theirs.encode(text, allowed_special="all")
+            assert ours.encode(text) == expected, (pre, text)
+        # tiktoken takes known pieces whole, as Llama 3 does; Qwen2 merges them
+        whole = [names.index(WORD)]
+        assert theirs.encode(WORD) == whole
+        assert (ours.encode(WORD) == whole) is (pre == "llama-bpe")
+        assert ours.decode([numbers[THOUGHT], numbers["<|im_end|>"]], skip_special=True)
+        assert ours.stop_ids == (numbers["<|im_end|>"], numbers["<|endoftext|>"])
+
+
+def write_gguf(path, model="gpt2", pre="smollm", eos=266, tokens=(), types=()):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([*vocabulary(), *SPECIALS])
-    writer.add_token_types([1] * len(vocabulary()) + [3] * 3)
+    writer.add_token_list(tokens or [*vocabulary(), *SPECIALS])
+    writer.add_token_types(types or [1] * len(vocabulary()) + [3] * 3)
+    writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    writer.add_bos_token_id(264)
     writer.add_token_merges(MERGES)
     if eos:
-        writer.add_eos_token_id(266)
+        writer.add_eos_token_id(eos)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -193,6 +268,123 @@ def test_chat(template):
     own = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
     brief = "<|im_start|>system\nBe brief.<|im_end|>\n" + body
     assert render_chat(own, template, generation=False) == brief
+
+
+# The template of Qwen3, without the parts about tools.
+QWEN3 = """
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- if loop.last or (not loop.last and reasoning_content) %}
+                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+            {%- else %}
+                {{- '<|im_start|>' + message.role + '\\n' + content }}
+            {%- endif %}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def said(*contents):
+    """Messages of user and assistant in turns, the user's first; or with roles."""
+    roles = ("user", "assistant")
+    return [
+        {"role": roles[i % 2], "content": c} if isinstance(c, str) else c
+        for i, c in enumerate(contents)
+    ]
+
+
+def test_chat_of_qwen3_is_that_of_its_template():
+    pytest.importorskip("jinja2")
+    theirs, thought = ChatTemplate(QWEN3), "<think>\nWell,\n</think>\n\nHi"
+    again = {"role": "assistant", "content": "And more."}
+    for messages in (
+        said("Hello"),
+        said("Hello", "Hi"),
+        said("Hello", thought),
+        said("Hello", thought, "Bye"),
+        said("Hello", "\n\nHi", "Bye", "\n\nBye"),
+        [*said("Hello", thought), again],
+        [*said("Hello", "Hi"), again],
+        [{"role": "system", "content": "Be brief."}, *said("Hello", "Hi")],
+        [again],
+    ):
+        for generation in (True, False):
+            ours = render_chat(messages, "qwen3", generation=generation)
+            assert ours == theirs(messages, generation=generation), messages
+    pair = "<|im_start|>assistant\n<think>\n\n</think>\n\nHi<|im_end|>\n"
+    assert render_chat(said("Hello", "Hi"), "qwen3", generation=False).endswith(pair)
+
+
+def test_the_template_of_a_checkpoint(checkpoint, tmp_path, refused):
+    pytest.importorskip("jinja2")
+    refused("has no chat template; name one", load_chat_template, checkpoint)
+    path = checkpoint / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    both = [
+        {"name": "default", "template": "{{ eos_token }}{{ messages[0]['content'] }}"},
+        {"name": "rag", "template": "{% for i in range(9) %}{% break %}{% endfor %}R"},
+    ]
+    path.write_text(json.dumps(config | {"chat_template": both}))
+    assert load_chat_template(checkpoint)(said("Hello")) == "<|im_end|>Hello"
+    assert load_chat_template(checkpoint, "rag")(said("Hello")) == "R"
+    refused("Did you mean 'rag'", load_chat_template, checkpoint, "rug")
+    # a file of its own comes before the key
+    own = "{% generation %}{{ messages | tojson }}{% endgeneration %}{{ x }}"
+    (checkpoint / "chat_template.jinja").write_text(own, encoding="utf-8")
+    template = load_chat_template(checkpoint)
+    shown = '[{"role": "user", "content": "\u00e9<"}]y'
+    assert template(said("\u00e9<"), x="y") == shown
+    refused("message 0 holds '<.im_end.>'", template, said("a<|im_end|>"))
+    refused("messages is empty", template, [])
+    if importlib.util.find_spec("gguf"):
+        template = load_chat_template(write_gguf(tmp_path / "chat.gguf"))
+        assert template(said("Hello")) == "<|endoftext|>Hello<|im_end|>"
+    absent = dict(error=FileNotFoundError)
+    refused("absent; give a checkpoint", load_chat_template, tmp_path / "x", **absent)
+
+
+def test_templates_run_in_a_sandbox(refused):
+    pytest.importorskip("jinja2")
+    for source, message in (
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{% set _ = messages.append(1) %}", "SecurityError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ strftime_now('%Y') }}", "strftime_now.* give date="),
+    ):
+        refused(message, ChatTemplate(source), said("Hello"))
+    day = datetime.datetime(2024, 7, 26)
+    dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}")
+    assert dated(said("Hello"), date=day) == "26 Jul 2024"
 
 
 def test_conversations_that_cannot_be_rendered(refused):

@@ -18,6 +18,7 @@ from model_helpers import (
     small_decoder,
 )
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.special import log_softmax
 
 from tmdjax import models
 from tmdjax.models import Decoder, functional
@@ -54,6 +55,32 @@ def test_logits_are_those_of_transformers(case):
         rough = jitted(half)(params, tokens)
         assert rough.dtype == jnp.float32
         assert_allclose(rough, logits, atol=0.05 * np.abs(logits).max())
+
+
+def test_rows_of_a_padded_embedding_are_never_drawn_and_weigh_nothing(refused):
+    count = SMALL.vocab_size - 3
+    padded = dataclasses.replace(SMALL, num_tokens=count)
+    tokens = draw_tokens(2, 7) % count
+    whole = logits_of(tokens)
+    logits = jitted(Decoder(padded))(small_params(), tokens)
+    assert_array_equal(logits[..., :count], whole[..., :count])
+    assert (logits[..., count:] == -np.inf).all()
+    lengths = np.full(2, 7, np.int32)
+    drawn, _ = models.prefill(padded, small_params(), tokens, lengths)
+    assert (drawn[:, count:] == -np.inf).all() and np.isfinite(drawn[:, :count]).all()
+    expected = log_softmax(np.asarray(whole)[:, :-1, :count], axis=-1)
+    expected = np.take_along_axis(expected, tokens[:, 1:, None], -1)[..., 0]
+    assert_allclose(models.token_log_probs(logits, tokens)[:, 1:], expected, atol=1e-5)
+
+    def total(params):
+        logits = functional(Decoder(padded))(params, tokens)
+        both = models.token_log_probs(logits, tokens) + models.token_entropies(logits)
+        return both.sum()
+
+    gradient = jax.grad(total)(small_params())
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    for bad in (0, SMALL.vocab_size + 1):
+        refused(f"num_tokens={bad}", dataclasses.replace, SMALL, num_tokens=bad)
 
 
 def test_left_padded_is_unpadded():

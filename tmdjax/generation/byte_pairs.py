@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 
 from tmdjax.core.checks import check_choice
 from tmdjax.core.optional import import_optional
-from tmdjax.generation.tokenizers import Tokenizer, check_ids, special_of
+from tmdjax.generation.tokenizers import Tokenizer, known_ids, special_of
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 
 # How a text is cut before merging, by the names llama.cpp has for them.
@@ -24,13 +24,34 @@ PATTERNS = {
     ),
     "smollm": "",  # digits one by one, then as gpt-2
 }
-_CONTROL = 3  # token type of a special token in GGUF
+_WHOLE_WORDS = ("llama-bpe",)  # a piece in the vocabulary is a token, unmerged
+_CONTROL, _USER_DEFINED = 3, 4  # types of added tokens in GGUF
+TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
+    *("<|end_of_text|>", "<|endoftext|>", "<EOT>"),
+)
+"""Special tokens that end a turn or a text where they exist, as llama.cpp has them."""
 
 
 class _BytePairs:
-    """A tokenizer of the tokenizers library as :class:`Tokenizer`."""
+    """A tokenizer of the tokenizers library as :class:`Tokenizer`.
 
-    def __init__(self, backend: Any, eos: str | int, pad: str | int | None):
+    Args:
+        backend: the library's.
+        eos: ends a response.
+        pad: padding; None takes ``eos``.
+        stop: more ids that end a response.
+        stop_strings: texts that end one.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        eos: str | int,
+        pad: str | int | None,
+        stop: Iterable[int] = (),
+        stop_strings: Sequence[str] = (),
+    ):
         # What a training script left switched on would cut or fill up every text.
         backend.no_truncation()
         backend.no_padding()
@@ -42,6 +63,9 @@ class _BytePairs:
         self.vocab_size = 1 + max(backend.get_vocab().values())
         self.eos_id = self._id(eos)
         self.pad_id = self.eos_id if pad is None else self._id(pad)
+        ends = [self._specials[name] for name in TURN_ENDS if name in self._specials]
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop, *ends)))
+        self.stop_strings = tuple(stop_strings)
 
     def _id(self, token: str | int) -> int:
         return token if isinstance(token, int) else self.special_id(token)
@@ -49,9 +73,11 @@ class _BytePairs:
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        plain = check_ids(ids, self.vocab_size)
-        return self._backend.decode(plain, skip_special_tokens=False)
+    def decode(
+        self, ids: Iterable[SupportsIndex], *, skip_special: bool = False
+    ) -> str:
+        known = known_ids(ids, self.vocab_size)
+        return self._backend.decode(known, skip_special_tokens=skip_special)
 
     def special_id(self, token: str) -> int:
         return special_of(self._specials, token)
@@ -72,8 +98,11 @@ def load_tokenizer(
 
     Args:
         folder: with tokenizer.json, or with vocab.json and merges.txt;
-            tokenizer_config.json names the special tokens.
-        eos: special token that ends a response; None reads the configuration.
+            tokenizer_config.json names the special tokens, and generation_config.json,
+            where there is one, the ids (``eos_token_id``, one or several) and texts
+            (``stop_strings``) that end a response.
+        eos: special token that ends a response, the first of ``stop_ids``; None reads
+            the configuration.
         pad: padding; None reads the configuration, and takes ``eos`` if it has none.
         pattern: a key of ``PATTERNS``, how vocab.json and merges.txt cut a text;
             tokenizer.json says it itself.
@@ -82,7 +111,7 @@ def load_tokenizer(
         ImportError: the tokenizers package is absent.
         FileNotFoundError: neither is in the folder.
         ValueError: a file that cannot be read; an unknown pattern; a special token
-            that is not there, by name.
+            that is not there, by name, or has another id than the configuration says.
     """
     library = import_optional("tokenizers", "reading a tokenizer", "llm")
     folder = Path(folder)
@@ -98,6 +127,7 @@ def load_tokenizer(
             f"{folder / 'tokenizer_config.json'} names no eos_token; pass eos=, "
             f"such as '<|im_end|>'."
         )
+    ends = _ends(folder / "generation_config.json")
     path = folder / "tokenizer.json"
     if path.exists():
         try:
@@ -106,7 +136,7 @@ def load_tokenizer(
             raise ValueError(
                 f"{path} cannot be read ({error}). Copy it again."
             ) from error
-        return _BytePairs(backend, eos, pad)
+        return _BytePairs(backend, eos, pad, *ends)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.exists() and merges.exists()):
         raise FileNotFoundError(
@@ -115,9 +145,17 @@ def load_tokenizer(
     lines = merges.read_text(encoding="utf-8").splitlines()
     pairs = [line for line in lines if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder", {})
-    names = [added[key]["content"] for key in sorted(added, key=int)]
-    backend = _byte_pairs(_json(vocab), pairs, pattern, names)
-    return _BytePairs(backend, eos, pad)
+    tokens = [_added_token(**added[key]) for key in sorted(added, key=int)]
+    backend = _byte_pairs(_json(vocab), pairs, pattern, tokens)
+    for key, token in added.items():
+        found = backend.token_to_id(token["content"])
+        if found != int(key):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'} gives {token['content']!r} the id "
+                f"{key}, but behind {vocab.name} it is {found}; take both files of one "
+                f"checkpoint."
+            )
+    return _BytePairs(backend, eos, pad, *ends)
 
 
 def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -146,23 +184,35 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         {token: index for index, token in enumerate(tokens)},
         gguf_value(reader, "tokenizer.ggml.merges", []),
         gguf_value(reader, "tokenizer.ggml.pre", "gpt-2"),
-        [token for token, kind in zip(tokens, types) if kind == _CONTROL],
+        [
+            _added_token(token, special=kind == _CONTROL)
+            for token, kind in zip(tokens, types)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ],
     )
-    pad = gguf_value(reader, "tokenizer.ggml.padding_token_id")
-    return _BytePairs(backend, int(eos), None if pad is None else int(pad))
+    pad, *ends = (
+        gguf_value(reader, f"tokenizer.ggml.{name}_token_id")
+        for name in ("padding", "eot", "eom")
+    )
+    stop = [int(end) for end in ends if end is not None]
+    return _BytePairs(backend, int(eos), None if pad is None else int(pad), stop)
 
 
 def _byte_pairs(
     vocab: Mapping[str, int],
     merges: Sequence[str],
     pattern: str,
-    specials: Sequence[str],
+    added: Sequence[Any],
 ) -> Any:
     """A tokenizer of the tokenizers library from its parts."""
     library = import_optional("tokenizers", "reading a tokenizer", "llm")
     check_choice("pattern", pattern, PATTERNS)
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = library.Tokenizer(library.models.BPE(vocab=dict(vocab), merges=pairs))
+    backend = library.Tokenizer(
+        library.models.BPE(
+            vocab=dict(vocab), merges=pairs, ignore_merges=pattern in _WHOLE_WORDS
+        )
+    )
     cut = library.pre_tokenizers
     if pattern == "smollm":
         parts = [
@@ -176,10 +226,27 @@ def _byte_pairs(
     if pattern == "qwen2":
         backend.normalizer = library.normalizers.NFC()
     backend.decoder = library.decoders.ByteLevel()
-    backend.add_special_tokens(
-        [library.AddedToken(name, special=True, normalized=False) for name in specials]
-    )
+    backend.add_tokens(list(added))
     return backend
+
+
+def _added_token(
+    content: str, *, special: bool = True, normalized: bool = False, **flags: Any
+) -> Any:
+    """A token that is found whole in a text, before it is cut; special or not."""
+    library = import_optional("tokenizers", "reading a tokenizer", "llm")
+    return library.AddedToken(content, special=special, normalized=normalized, **flags)
+
+
+def _ends(path: Path) -> tuple[list[int], list[str]]:
+    """Ids and texts that end a response, of a generation_config.json if it exists."""
+    config = _json(path) if path.exists() else {}
+    ids, texts = config.get("eos_token_id"), config.get("stop_strings")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    texts = [] if texts is None else texts if isinstance(texts, list) else [texts]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{path} has eos_token_id={ids}; it holds ids alone.")
+    return ids, texts
 
 
 def _token_name(token: Any) -> str | None:

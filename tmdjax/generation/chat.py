@@ -34,7 +34,9 @@ def render_chat(
         messages: ``{'role': 'system' | 'user' | 'assistant', 'content': text}``, the
             system message first if there is one.
         template: a name in ``CHAT_TEMPLATES``. 'qwen3' is its form for messages
-            without tools or thoughts.
+            without tools: thoughts (``<think>...</think>``) of answers before the last
+            message of the user are left out, and an assistant's message at the end has
+            a pair of marks for them, an empty one where it has no thoughts.
         generation: open the answer of the assistant at the end.
 
     Returns:
@@ -69,7 +71,27 @@ def render_chat(
                     f"or begin a message; remove it."
                 )
         parts.append((message["role"], message["content"]))
+    if template == "qwen3":
+        parts = _thoughts_of_the_last_turn(parts)
     if system is not None and parts[0][0] != "system":
         parts.insert(0, ("system", system))
     text = "".join(f"{_START}{role}\n{content}{_END}\n" for role, content in parts)
     return text + (f"{_START}assistant\n" if generation else "")
+
+
+def _thoughts_of_the_last_turn(
+    parts: Sequence[tuple[str, str]],
+) -> list[tuple[str, str]]:
+    """Roles and contents as the template of Qwen3 shows thoughts."""
+    users = [index for index, (role, _) in enumerate(parts) if role == "user"]
+    asked = users[-1] if users else len(parts) - 1
+    found = []
+    for index, (role, content) in enumerate(parts):
+        if role == "assistant":
+            before, mark, after = content.rpartition("</think>")
+            thoughts = before.split("</think>")[0].split("<think>")[-1].strip("\n")
+            content = after.lstrip("\n") if mark else content
+            if index > asked and (index == len(parts) - 1 or thoughts):
+                content = f"<think>\n{thoughts}\n</think>\n\n" + content.lstrip("\n")
+        found.append((role, content))
+    return found

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,9 @@ class EngineConfig:
         prefill_rows: prompts prefilled at a time.
         sampling: how tokens are drawn.
         stop: ids that end a text; they belong to it.
+        stop_strings: texts that end a response wherever they appear in it, in one
+            token or across several. The response ends with the token that completes
+            one; what was drawn behind it in the same call is dropped.
     """
 
     slots: int
@@ -46,8 +49,14 @@ class EngineConfig:
     prefill_rows: int = 4
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop_strings, str) or "" in self.stop_strings:
+            raise ValueError(
+                f"stop_strings={self.stop_strings!r}: give a tuple of texts, none of "
+                f"them empty."
+            )
         for name in ("slots", "length", "steps", "prefill_rows"):
             check_count(name, getattr(self, name))
 
@@ -60,8 +69,8 @@ class Engine:
     Attributes:
         version: of the weights in use; every token carries it.
         counts: what happened so far, by name: 'submitted', 'stop', 'length', 'aborted',
-            'drawn' (tokens), 'prefilled' (tokens, padding apart), 'chunks',
-            'slot_steps' (steps of all slots, idle ones too).
+            'drawn' (tokens, those behind a stop string too), 'prefilled' (tokens,
+            padding apart), 'chunks', 'slot_steps' (steps of all slots, idle ones too).
     """
 
     def __init__(
@@ -71,6 +80,8 @@ class Engine:
         config: EngineConfig,
         key: Any,
         version: int = 0,
+        *,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ):
         """Builds it and allocates the cache.
 
@@ -80,12 +91,20 @@ class Engine:
             config: sizes and rules.
             key: typed key; a text draws from it with its request's number folded in.
             version: number of these params; it rises with every update.
+            decode: text of ids, such as a tokenizer's ``decode``, in which stop strings
+                are looked for.
 
         Raises:
             TypeError: key is not a typed key.
-            ValueError: a stop token outside the vocabulary.
+            ValueError: a stop token outside the vocabulary, or stop strings without
+                ``decode``.
         """
         prng.check_key(key)
+        if config.stop_strings and decode is None:
+            raise ValueError(
+                f"stop_strings={config.stop_strings} are looked for in text; give the "
+                f"engine decode=tokenizer.decode."
+            )
         for token in config.stop:
             if not 0 <= token < model.vocab_size:
                 raise ValueError(
@@ -93,7 +112,7 @@ class Engine:
                     f"{model.vocab_size}."
                 )
         self.model, self.config, self.version = model, config, version
-        self._params, self._key = params, key
+        self._params, self._key, self._decode = params, key, decode
         _LOGGER.info("%s", describe(model, params, config))
         self._state = jax.jit(
             lambda: pure.init_slots(model, config.slots, config.length)
@@ -234,7 +253,7 @@ class Engine:
         self.counts["chunks"] += 1
         self.counts["slot_steps"] += valid.size
         self.counts["drawn"] += int(valid.sum())
-        ended = []
+        ended, stopped = [], np.zeros(self.config.slots, bool)
         for slot, record in enumerate(self._slot):
             if record is None:
                 continue
@@ -242,7 +261,11 @@ class Engine:
             record.extend(
                 token[live, slot].tolist(), log_prob[live, slot].tolist(), self.version
             )
-            if record.tokens[-1] in self.config.stop:
+            end = self._end_of(record, int(live.sum()))
+            if end is not None:
+                record.cut(end)
+                record.status, stopped[slot] = "stop", True
+            elif record.tokens[-1] in self.config.stop:
                 record.status = "stop"
             elif len(record) >= self._limits[record.number]:
                 record.status = "length"
@@ -251,7 +274,29 @@ class Engine:
             self._slot[slot] = None
             self._forget(record)
             ended.append(record)
+        if stopped.any():
+            self._state = self._deactivate(self._state, stopped)
         return ended
+
+    def _end_of(self, record: TokenRecord, new: int) -> int | None:
+        """How many tokens of the response make its first stop string complete, or None.
+
+        Args:
+            record: of which no stop string was complete before.
+            new: tokens that it got since.
+        """
+        decode, marks = self._decode, self.config.stop_strings
+        if decode is None or not marks:
+            return None
+
+        def found(length: int) -> bool:
+            text = decode(record.tokens[:length])
+            return any(mark in text for mark in marks)
+
+        if not found(len(record)):
+            return None
+        ends = range(len(record) - new + 1, len(record) + 1)
+        return next(length for length in ends if found(length))
 
     def run(self) -> list[TokenRecord]:
         """Until nothing is under way; records in the order of their numbers."""

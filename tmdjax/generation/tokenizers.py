@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
-from tmdjax.core.checks import check_range
 from tmdjax.core.registry import suggestion
 
 
@@ -20,22 +19,32 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: one past the largest id; an embedding may have more rows.
         eos_id: id that ends a response.
+        stop_ids: all ids that end one, ``eos_id`` first: ends of a turn, and what the
+            generation_config of a checkpoint lists.
+        stop_strings: texts that end one, for ``EngineConfig.stop_strings``.
         pad_id: id that fills up rows; it may be ``eos_id``.
     """
 
     vocab_size: int
     eos_id: int
+    stop_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
     pad_id: int
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added at its ends."""
         ...
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids, special tokens by their names.
+    def decode(
+        self, ids: Iterable[SupportsIndex], *, skip_special: bool = False
+    ) -> str:
+        """Text of ids; whatever a model drew has one.
 
-        Raises:
-            ValueError: an id out of range.
+        Args:
+            ids: those that name no token, such as rows of a padded embedding, add
+                nothing.
+            skip_special: special tokens add nothing either, as a scorer wants it;
+                without, they stand there by their names.
         """
         ...
 
@@ -91,6 +100,7 @@ class CharTokenizer:
         self._pattern = re.compile("|".join(map(re.escape, ordered)))
         self.vocab_size = len(tokens)
         self.eos_id = self._ids[eos]
+        self.stop_ids, self.stop_strings = (self.eos_id,), ()
         self.pad_id = self._ids[pad]
 
     def encode(self, text: str) -> list[int]:
@@ -112,13 +122,18 @@ class CharTokenizer:
             position = found.end()
         return ids
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids, special tokens by their names.
+    def decode(
+        self, ids: Iterable[SupportsIndex], *, skip_special: bool = False
+    ) -> str:
+        """Text of ids; those out of range add nothing.
 
-        Raises:
-            ValueError: an id out of range.
+        Args:
+            ids: integers.
+            skip_special: leave special tokens out, the end too.
         """
-        return "".join(self._tokens[i] for i in check_ids(ids, self.vocab_size))
+        skipped = set(self._specials.values()) if skip_special else ()
+        known = known_ids(ids, self.vocab_size)
+        return "".join(self._tokens[i] for i in known if i not in skipped)
 
     def special_id(self, token: str) -> int:
         """Id of a special token.
@@ -129,12 +144,9 @@ class CharTokenizer:
         return special_of(self._specials, token)
 
 
-def check_ids(ids: Iterable[SupportsIndex], vocab_size: int) -> list[int]:
-    """The ids as Python integers (arrays have others)."""
-    plain = [operator.index(i) for i in ids]
-    for extreme in (min(plain, default=0), max(plain, default=0)):
-        check_range("ids (a token)", extreme, 0, vocab_size - 1)
-    return plain
+def known_ids(ids: Iterable[SupportsIndex], vocab_size: int) -> list[int]:
+    """Those in [0, vocab_size), as Python integers (arrays have others)."""
+    return [i for i in map(operator.index, ids) if 0 <= i < vocab_size]
 
 
 def special_of(specials: Mapping[str, int], token: str) -> int:

@@ -71,6 +71,11 @@ class TokenRecord:
         self.log_probs += log_probs
         self.versions += [version] * len(tokens)
 
+    def cut(self, length: int) -> None:
+        """Leaves the first tokens of the response alone, ``length`` of them."""
+        for values in (self.tokens, self.log_probs, self.versions):
+            del values[length:]
+
     def check(self, *, scored: bool = False) -> None:
         """Refuses a record whose parts do not fit together.
 

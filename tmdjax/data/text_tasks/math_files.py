@@ -83,6 +83,8 @@ class MathProblems:
         problems: at least one, such as ``tuple(read(path, 'gsm8k'))``.
         verifier: compares a response with a problem's answer, and counts outcomes.
         name: for messages.
+        evaluation: problems to judge on that are not among ``problems``, at least one;
+            None where a part of those is, by :func:`split_of`.
 
     Raises:
         ValueError: no problems.
@@ -91,10 +93,13 @@ class MathProblems:
     problems: tuple[Problem, ...]
     verifier: MathVerifier
     name: str = "math_problems"
+    evaluation: tuple[Problem, ...] | None = None
 
     def __post_init__(self):
         if not self.problems:
             raise ValueError("problems is empty; give at least one.")
+        if self.evaluation is not None and not self.evaluation:
+            raise ValueError("evaluation is empty; give at least one problem, or None.")
 
     def problem(self, rng: np.random.Generator) -> Problem:
         """Draws a problem, all equally likely."""

@@ -65,6 +65,9 @@ class DecoderConfig:
 
     Attributes:
         vocab_size: entries of the embedding.
+        num_tokens: ids below it name tokens, such as a tokenizer's ``vocab_size``; the
+            embedding may have more rows, which are padding: their logits are -inf, so
+            that they are neither drawn nor have a share in a log-prob. None: all do.
         hidden_size: width.
         intermediate_size: width of the MLP.
         num_layers: blocks.
@@ -113,6 +116,7 @@ class DecoderConfig:
     out_bias: bool = False
     qk_norm: bool = False
     max_position_embeddings: int = 32768
+    num_tokens: int | None = None
     dtype: str = "float32"
     recipe: Any = "fp32"
     head_recipe: Any = None
@@ -135,6 +139,8 @@ class DecoderConfig:
             )
         for name in ("rope_theta", "rms_norm_eps"):
             check_range(name, getattr(self, name), 0, open_low=True, open_high=True)
+        if self.num_tokens is not None:
+            check_range("num_tokens", self.num_tokens, 1, self.vocab_size)
         check_choice("dtype", self.dtype, DTYPES)
         if isinstance(self.rope_scaling, Mapping):
             scaling = RopeScaling(**self.rope_scaling)

@@ -153,12 +153,17 @@ def embed_tokens(config: DecoderConfig, params: Params, tokens: Array) -> Array:
 def output_logits(
     config: DecoderConfig, params: Params, h: Float[Array, "*batch hidden"]
 ) -> Float[Array, "*batch vocab"]:
-    """Final norm and head: float32 logits [..., vocab]."""
+    """Final norm and head: float32 logits [..., vocab], -inf from num_tokens on."""
     x = rms_norm(h, params["norm"]["scale"], config.rms_norm_eps)
     kernel = (
         params["embedding"].T if config.tied_embedding else params["head"]["kernel"]
     )
-    return linear(x, kernel, config.output_recipe).astype(jnp.float32)
+    logits = linear(x, kernel, config.output_recipe).astype(jnp.float32)
+    if config.num_tokens is None or config.num_tokens == config.vocab_size:
+        return logits
+    return jnp.where(
+        jnp.arange(config.vocab_size) < config.num_tokens, logits, -jnp.inf
+    )
 
 
 def init_blocks(config: DecoderConfig, key: Array) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""The chat template that a checkpoint carries: a Jinja program, run in a sandbox."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tmdjax.core.checks import check_choice
+from tmdjax.core.optional import import_optional
+from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """Renders conversations as the checkpoint's authors wrote it down.
+
+    Attributes:
+        source: the template, in Jinja.
+        variables: what it may use beside the messages, such as 'bos_token'.
+        marks: texts that no message may hold, as they would end or begin one.
+
+    Example:
+        >>> template = ChatTemplate("{{ messages[0].content }};")
+        >>> template([{"role": "user", "content": "Hello"}])
+        'Hello;'
+    """
+
+    source: str
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generation: bool = True,
+        date: datetime.datetime | None = None,
+        **variables: Any,
+    ) -> str:
+        """Renders a conversation.
+
+        Args:
+            messages: with 'role' and 'content', and what else the template reads.
+            generation: open the answer of the assistant at the end.
+            date: of the day, for templates that write it; None gives them none, so that
+                a prompt is the same every day.
+            **variables: more that the template reads, such as ``enable_thinking``.
+
+        Returns:
+            Text for a tokenizer's ``encode``, which adds nothing: the template writes
+            the token that starts a text, where there is one.
+
+        Raises:
+            ImportError: jinja2 is absent.
+            ValueError: no messages, a content that holds a mark, or what the template
+                refuses or cannot do.
+        """
+        if not messages:
+            raise ValueError("messages is empty; give at least one, of the user, say.")
+        for index, message in enumerate(messages):
+            held = [mark for mark in self.marks if mark in str(message.get("content"))]
+            if held:
+                raise ValueError(
+                    f"the content of message {index} holds {held[0]!r}, which would "
+                    f"end or begin a message; remove it."
+                )
+        if date is not None:
+            variables["strftime_now"] = date.strftime
+        jinja = import_optional("jinja2", "a checkpoint's chat template", "llm")
+        try:
+            return _compiled(self.source).render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=generation,
+                **{**self.variables, **variables},
+            )
+        except (jinja.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+            hint = "; give date=" if "strftime_now" in str(error) else ""
+            raise ValueError(
+                f"the chat template cannot render these {len(messages)} messages: "
+                f"{type(error).__name__}: {error}{hint}"
+            ) from error
+
+
+def load_chat_template(
+    path: str | os.PathLike[str], name: str = "default"
+) -> ChatTemplate:
+    """The template of a checkpoint.
+
+    Args:
+        path: of a folder in the Hugging Face layout, with chat_template.jinja,
+            chat_template.json or the key 'chat_template' of tokenizer_config.json (read
+            in this order); or of a GGUF file.
+        name: where a checkpoint has several, which.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: it has no template, or none of that name, or a file is no JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is absent; give a checkpoint.")
+    found, variables, marks = (_of_gguf if path.is_file() else _of_folder)(path)
+    if not found:
+        raise ValueError(
+            f"{path} has no chat template; name one of generation.CHAT_TEMPLATES, or "
+            f"write the prompts of a base model yourself."
+        )
+    check_choice("the name of a chat template", name, found)
+    return ChatTemplate(found[name], variables, tuple(sorted(marks)))
+
+
+def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
+    config = _json(folder / "tokenizer_config.json")
+    given = config.get("chat_template")
+    given = _json(folder / "chat_template.json").get("chat_template", given)
+    if isinstance(given, list):
+        found = {entry["name"]: entry["template"] for entry in given}
+    else:
+        found = {} if given is None else {"default": given}
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = file.read_text(encoding="utf-8")
+    if (folder / "chat_template.jinja").exists():
+        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        found["default"] = text
+    variables = {}
+    for key in _SPECIAL:
+        token = config.get(key)
+        if token is not None:
+            variables[key] = token["content"] if isinstance(token, Mapping) else token
+    added = [
+        *config.get("added_tokens_decoder", {}).values(),
+        *(_json(folder / "tokenizer.json").get("added_tokens") or ()),
+    ]
+    marks = {token["content"] for token in added if token.get("special")}
+    return found, variables, marks | set(variables.values())
+
+
+def _of_gguf(path: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
+    reader = open_gguf(path)
+    key = "tokenizer.chat_template"
+    names = {n.removeprefix(f"{key}."): n for n in reader.fields if n.startswith(key)}
+    found = {
+        "default" if name == key else name: gguf_value(reader, field)
+        for name, field in names.items()
+    }
+    found = {name: text for name, text in found.items() if isinstance(text, str)}
+    tokens = gguf_value(reader, "tokenizer.ggml.tokens", [])
+    types = gguf_value(reader, "tokenizer.ggml.token_type", [])
+    variables = {}
+    for name in ("bos", "eos"):
+        index = gguf_value(reader, f"tokenizer.ggml.{name}_token_id")
+        if index is not None:
+            variables[f"{name}_token"] = tokens[int(index)]
+    return found, variables, {t for t, kind in zip(tokens, types) if kind == 3}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    """The template as transformers compiles it: trimmed blocks, loop controls."""
+    jinja = import_optional("jinja2", "a checkpoint's chat template", "llm")
+    sandbox = import_optional("jinja2.sandbox", "a checkpoint's chat template", "llm")
+    extensions = import_optional("jinja2.ext", "a checkpoint's chat template", "llm")
+
+    class Generation(extensions.Extension):
+        """``{% generation %}`` marks what an assistant wrote; it changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja.Undefined,
+        extensions=[Generation, extensions.loopcontrols],
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source)
