@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checks import same
 
-from experiments import grpo
+from experiments import grpo, language_models
 from experiments import language_tasks as tasks
 from experiments.arms import of_arm
 from tmdjax import generation
@@ -82,7 +82,7 @@ def test_a_chat_model_takes_messages_and_never_draws_padding():
         ("b", [{"role": "system", "content": "a", "x": 1}], "<sys>a"),
         ("b", [{"role": "user", "content": "a"}], "<sys>b<user>a"),
     ):
-        chat = tasks._chat(config, None, tokenizer, render, system)
+        chat = language_models._chat(config, None, tokenizer, render, system)
         assert tokenizer.decode(chat.encode(prompt)) == expected
     assert chat.config.num_tokens == tokenizer.vocab_size < 16
     assert chat.decode([*tokenizer.encode("ab<|im_end|>"), 15]) == "ab"
