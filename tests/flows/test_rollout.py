@@ -235,3 +235,14 @@ def test_bad_inputs(refused):
     refused(outside, flows.interpolate, x, x, times)
     refused(outside, flows.convert, x, "velocity", "data", x, times - 1)
     refused("method='rk5'", flows.nfe, table, "rk5")
+
+
+def test_noise_of_the_steps_may_be_given(refused):
+    x, table, keys = jnp.ones((2, 2)), noisy_table(3, 0.1), keys_of(2)
+    drawn = flows.rollout(keys, still, x, table)
+    noise = jnp.stack([prng.normal(prng.fold_in(keys, i), (2,)) for i in range(3)])
+    replayed = flows.rollout(None, still, x, table, noise=noise)
+    np.testing.assert_allclose(drawn.states, replayed.states, rtol=1e-6)
+    np.testing.assert_allclose(drawn.log_prob, replayed.log_prob, rtol=1e-5)
+    short = {"noise": noise[:2]}
+    refused("noise has shape", flows.rollout, None, still, x, table, **short)

@@ -426,6 +426,23 @@ def test_guidance_other_than_the_schedules_warns(found):
         boss.sample(wrapped, noise, schedule, cond)
 
 
+def test_noise_may_be_given_in_place_of_keys(found, tmp_path, refused):
+    noise = prng.normal(keys(7, 3), (2,))
+    given = {"budgets": 2, "knots": 5, "polish": True}
+    drawn = boss.search(FLOW.velocity, keys(7, 3), (2,), **given)
+    for cache in (None, tmp_path / "costs.npz"):
+        replayed = boss.search(FLOW.velocity, noise, (2,), cache=cache, **given)
+        assert_array_equal(drawn.costs, replayed.costs)
+        same(drawn.schedules[2].index, replayed.schedules[2].index)
+    schedules = [found.schedules[4]]
+    states = [
+        boss.fine_states(FLOW.velocity, start, (2,), schedules).states
+        for start in (keys(7, 3), noise)
+    ]
+    assert_array_equal(*states)
+    refused("noise has shape", boss.search, FLOW.velocity, noise, (3,), 2, knots=5)
+
+
 def test_one_key_and_numpy_budgets():
     key = jax.random.key(3)
     one = boss.search(FLOW.velocity, key, (2,), np.int64(2), samples=7, knots=5)

@@ -490,3 +490,16 @@ def test_bad_inputs(refused):
     refused("give keys", draw, transfer="renoise")
     refused("transfer='ode'", draw, transfer="ode")
     refused("need null_cond", tmd.pretraining_loss, {}, print, BATCH, FEW, PLAN)
+
+
+def test_renoised_steps_may_be_given_their_noise(refused):
+    def network(params, x, t, cond):
+        return x * t[:, None]
+
+    grid, keys = flows.truncated_grid(3, 2.0), KEYS[:5]
+    draw = functools.partial(
+        dmd2.sample, network, {}, NOISE[:5], None, grid, transfer="renoise"
+    )
+    noise = jnp.stack([prng.normal(prng.fold_in(keys, i), (1,)) for i in range(3)])
+    assert_allclose(draw(step_noise=noise), draw(keys=keys), rtol=1e-6)
+    refused("give one a step, .3, 5, 1", draw, step_noise=noise[:2])

@@ -74,6 +74,7 @@ from tmdjax.flows.rollout import initial_noise as initial_noise
 from tmdjax.flows.rollout import nfe as nfe
 from tmdjax.flows.rollout import rollout as rollout
 from tmdjax.flows.rollout import solver_velocity as solver_velocity
+from tmdjax.flows.rollout import start_noise as start_noise
 from tmdjax.flows.step_search import Metric as Metric
 from tmdjax.flows.step_search import Paths as Paths
 from tmdjax.flows.step_search import Schedule as Schedule

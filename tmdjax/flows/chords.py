@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core import prng, trees
+from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count, check_output, check_range
 from tmdjax.core.conventions import time_like
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import ApplyFn, Array, Grid, Params, Velocity
 from tmdjax.flows.reference import states_at
+from tmdjax.flows.rollout import start_noise
 from tmdjax.flows.step_search import (
     Schedule,
     check_samples,
@@ -62,7 +63,7 @@ def fine_states(
 
     Args:
         velocity: the pretrained model.
-        keys: [samples] typed keys, 5,000 in the paper.
+        keys: [samples] typed keys, 5,000 in the paper, or the noise [samples, *shape].
         shape: of one sample.
         schedules: on the same knots.
         cond: [samples, ...], or None.
@@ -87,7 +88,7 @@ def fine_states(
     size = min(check_count("micro_batch", micro_batch), count)
     parts = []
     for rows, counted in micro_batches(count, size):
-        noise = prng.normal(keys[rows], shape)
+        noise = start_noise(keys[rows], shape)
         kept = states_at(velocity, noise, knots, index, trees.take(cond, rows))
         parts.append(np.asarray(kept)[:, :counted])
     return FineStates(np.concatenate(parts, 1), index, knots, cond)

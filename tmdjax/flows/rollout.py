@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from tmdjax.core import prng
-from tmdjax.core.checks import check_batch, check_choice, check_output
+from tmdjax.core.checks import check_batch, check_choice, check_output, check_same_shape
 from tmdjax.core.functions import VelocityWrapper
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 from tmdjax.flows.table import CoefficientTable
@@ -50,6 +50,18 @@ def initial_noise(keys: Any, event_shape: tuple[int, ...]) -> Array:
     Independent of the noise that the steps of a rollout draw from the same keys.
     """
     return prng.normal(prng.fold_in(keys, _START), event_shape)
+
+
+def start_noise(keys: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Data:
+    """Noise [samples, *shape] drawn from typed keys [samples], or given in their place.
+
+    Raises:
+        ValueError: noise of another shape.
+    """
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return prng.normal(keys, shape, dtype)
+    check_same_shape("noise", keys, "a start", np.empty((len(keys), *shape)))
+    return jnp.asarray(keys, dtype)
 
 
 @struct.dataclass
@@ -160,6 +172,7 @@ def rollout(
     reduction: str = "mean",
     store: bool = True,
     unroll: int = 1,
+    noise: Array | None = None,
 ) -> Any:
     """Walks a table from the state x.
 
@@ -179,6 +192,8 @@ def rollout(
         store: False keeps no trajectory.
         unroll: rows a turn of the compiled loop; more than one is faster for very small
             networks, and compiles longer.
+        noise: standard normal noise of the steps [step, batch, *event], instead of
+            keys: to replay what other code drew. Rows without noise ignore theirs.
 
     Returns:
         A :class:`Trajectory`, or only the final state [batch, *event] if not
@@ -187,7 +202,8 @@ def rollout(
     Raises:
         TypeError: x is narrower than float32 (log-probs of rounded states are
             wrong), or keys are not typed keys.
-        ValueError: unknown method or reduction; keys missing or of another batch;
+        ValueError: unknown method or reduction; keys missing or of another batch, or
+            noise of another shape;
             a multi-stage method on noisy rows; a velocity of another shape than x; a
             time at which :func:`~tmdjax.flows.as_velocity` would divide by zero.
 
@@ -205,21 +221,27 @@ def rollout(
             f"the sampler state is {x.dtype}; give float32 and let the network cast."
         )
     if table.stochastic:
-        if keys is None:
+        if keys is None and noise is None:
             raise ValueError("this table adds noise: give keys, one a sample.")
         if method != "euler":
             raise ValueError(
                 f"method={method!r} needs rows without noise (S = 0); this table adds "
                 f"noise. Use 'euler', or split the table into slices."
             )
-        prng.check_key(keys, "keys")
-        check_batch("keys", keys, x.shape[0])
+        if noise is None:
+            prng.check_key(keys, "keys")
+            check_batch("keys", keys, x.shape[0])
+        elif np.shape(noise) != (len(table), *x.shape):
+            raise ValueError(
+                f"noise has shape {np.shape(noise)}; give one a step, "
+                f"{(len(table), *x.shape)}."
+            )
     if not isinstance(table.t, jax.core.Tracer):
         check_times(velocity, np.append(table.t, table.t_next[-1]), method)
     rows = table.rows(slice(None), x.dtype)
 
-    def body(carry: Any, row: dict[str, Array]) -> tuple[Any, Any]:
-        x, _, _ = carry
+    def body(carry: Any, given: tuple[dict[str, Array], Any]) -> tuple[Any, Any]:
+        (x, _, _), (row, z) = carry, given
         t, t_next = row["t"], row["t_next"]
         v = solver_velocity(velocity, x, t, t_next, cond, method)
         pull = None
@@ -229,7 +251,9 @@ def rollout(
         log_prob = jnp.zeros(x.shape[0], x.dtype)
         x_next = mean
         if table.stochastic:
-            z = prng.normal(prng.fold_in(keys, row["step"]), x.shape[1:], x.dtype)
+            if z is None:
+                own: Any = keys
+                z = prng.normal(prng.fold_in(own, row["step"]), x.shape[1:], x.dtype)
             x_next = gaussian_transition(mean, row["c"] * row["S"], z)
             std = jnp.where(row["mask"], row["log_prob_std"], 1.0)
             density = gaussian_log_prob(x_next, mean, std, reduction)
@@ -238,7 +262,7 @@ def rollout(
         return (x_next, mean, x0_hat), stacked
 
     (sample, mean, x0_hat), stacked = jax.lax.scan(
-        body, (x, x, x), rows, unroll=min(unroll, len(table))
+        body, (x, x, x), (rows, noise), unroll=min(unroll, len(table))
     )
     last = {"sample": sample, "mean": mean, "x0_hat": x0_hat}[table.final]
     if not store:

@@ -33,7 +33,12 @@ from tmdjax.core.checks import (
 from tmdjax.core.functions import as_pytree
 from tmdjax.core.types import Array, Cond, Data, Float, Grid, PerExample, Velocity
 from tmdjax.flows.grids import custom_grid, uniform_grid
-from tmdjax.flows.rollout import METHODS, check_times, solver_velocity
+from tmdjax.flows.rollout import (
+    METHODS,
+    check_times,
+    solver_velocity,
+    start_noise,
+)
 from tmdjax.flows.table import CoefficientTable
 
 Metric = Callable[[Data, Data], PerExample]
@@ -101,14 +106,16 @@ def cost_memory(shape: tuple[int, ...], knots: Any) -> int:
 
 
 def check_samples(keys: Any, cond: Cond) -> int:
-    """The number of samples that keys and conditions agree on.
+    """The number of samples that keys (or noise) and conditions agree on.
 
     Raises:
         TypeError: raw keys.
         ValueError: not one key a sample, none, or conditions of another batch.
     """
-    prng.check_key(keys, "keys")
-    if keys.ndim != 1 or not len(keys):
+    noise = jnp.issubdtype(getattr(keys, "dtype", object), jnp.floating)
+    if not noise:
+        prng.check_key(keys, "keys")
+    if not len(keys) or (keys.ndim != 1 and not noise):
         raise ValueError(
             f"keys have shape {keys.shape}; give one a sample, as from "
             f"prng.sample_keys(key, 100)."
@@ -172,7 +179,7 @@ def local_error_costs(
     Args:
         velocity: ``(x, t, cond) -> v``, guided or not; parameters that it holds by
             ``functools.partial`` are not compiled in.
-        keys: [samples] typed keys of the noise.
+        keys: [samples] typed keys of the noise, or the noise [samples, *shape].
         shape: of one sample.
         cond: pytree of [samples, ...], or None.
         knots: of the fine trajectory: a number of uniform steps, times from 1 to 0,
@@ -247,7 +254,7 @@ def _cost_sums(
         v = velocity(x, jnp.broadcast_to(t, (batch,)), cond).astype(x.dtype)
         return x - (t - t_next) * v, (x, v)
 
-    noise = prng.normal(keys, shape, knots.dtype)
+    noise = start_noise(keys, shape, knots.dtype)
     last, (states, velocities) = jax.lax.scan(fine_step, noise, (knots[:-1], knots[1:]))
     if method == "euler" and metric.func is squared_l2:
         return _squared_l2_sums(states, velocities, last, knots, counted)
@@ -463,7 +470,9 @@ def costs_fingerprint(
     )
     inputs = {
         "values": values,
-        "keys": jax.random.key_data(keys),
+        "keys": jax.random.key_data(keys)
+        if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+        else keys,
         "cond": cond,
         "knots": knots,
         "method": np.frombuffer(method.encode(), np.uint8),
@@ -484,7 +493,7 @@ def _probe(
 
     def one(item: Any) -> tuple[Array, Array]:
         key, t, c = jax.tree.map(lambda leaf: leaf[None], item)
-        x = prng.normal(key, shape, times.dtype)
+        x = start_noise(key, shape, times.dtype)
         v = velocity(x, t, c)
         return v, metric(x - v.astype(times.dtype), x)
 

@@ -73,7 +73,8 @@ def search(
 
     Args:
         velocity: ``(x, t, cond) -> v``; a guided model as it will be sampled.
-        keys: typed keys [samples] of the noise, or one key to draw them from.
+        keys: typed keys [samples] of the noise, one key to draw them from, or the noise
+            itself [samples, *shape], drawn by other code.
         shape: of one sample.
         budgets: K, or several; one number means 1, ..., K.
         cond: pytree of [samples, ...], or None.
@@ -105,8 +106,8 @@ def search(
         raise ValueError("budgets is empty; give one K or more.")
     check_range("future_weight", future_weight, 0, open_low=True)
     check_choice("method", method, flows.METHODS)
-    prng.check_key(keys, "keys")
-    if not keys.ndim:
+    if not getattr(keys, "ndim", 1):
+        prng.check_key(keys, "keys")
         keys = prng.sample_keys(keys, check_count("samples", samples))
     count = flows.check_samples(keys, cond)
     options = {"knots": fine, "metric": metric, "method": method, "dtype": dtype}
@@ -135,7 +136,7 @@ def search(
         index = paths.index[k - 1]
         found = Schedule(index, fine, flows.path_cost(costs, index), scale)
         if polish:
-            noise = prng.normal(keys, shape, dtype)
+            noise = flows.start_noise(keys, shape, dtype)
             found = polish_schedule(
                 velocity, noise, found, costs, cond, micro_batch=batch
             )

@@ -50,6 +50,7 @@ def sample(
     *,
     transfer: str = "deterministic",
     keys: SampleKeys | None = None,
+    step_noise: Data | None = None,
 ) -> Data:
     """Walks the student's grid from times[0] * noise.
 
@@ -63,30 +64,43 @@ def sample(
         transfer: 'deterministic' keeps the noise that x_t implies (Euler, eq. 18);
             'renoise' draws it anew (eq. 19).
         keys: [batch], for 'renoise'.
+        step_noise: [steps, batch, *event], the noise of each step of 'renoise' instead
+            of keys, to replay what other code drew; the last step, to t = 0, adds none.
 
     Returns:
         [batch, *event] at t = 0.
 
     Raises:
-        ValueError: 'renoise' without keys, an unknown transfer, a bad grid.
+        ValueError: 'renoise' without keys or noise, noise of another shape, an
+            unknown transfer, a bad grid.
     """
     check_choice("transfer", transfer, TRANSFERS)
     times = flows.custom_grid(times)
     velocity = functools.partial(apply_fn, params)
     if transfer == "deterministic":
         return flows.endpoints(velocity, times[0] * noise, times, cond)
-    if keys is None:
+    if keys is None and step_noise is None:
         raise ValueError("transfer='renoise' draws noise: give keys, one a sample.")
-    compiled = flows.as_pytree(velocity)
-    return _renoise(compiled, times[0] * noise, cond, keys, jnp.asarray(times))
+    if step_noise is not None and step_noise.shape != (len(times) - 1, *noise.shape):
+        raise ValueError(
+            f"step_noise has shape {step_noise.shape}; give one a step, "
+            f"{(len(times) - 1, *noise.shape)}."
+        )
+    compiled, start = flows.as_pytree(velocity), times[0] * noise
+    return _renoise(compiled, start, cond, keys, jnp.asarray(times), step_noise)
 
 
 @jax.jit
-def _renoise(velocity: Any, x: Data, cond: Any, keys: Any, times: Array) -> Data:
+def _renoise(
+    velocity: Any, x: Data, cond: Any, keys: Any, times: Array, given: Any
+) -> Data:
     def step(x: Data, i: Array) -> tuple[Data, None]:
         t = jnp.broadcast_to(times[i], x.shape[:1])
         x_data = flows.convert(velocity(x, t, cond), "velocity", "data", x, t)
-        noise = prng.normal(prng.fold_in(keys, i), x.shape[1:], x.dtype)
+        if given is None:
+            noise = prng.normal(prng.fold_in(keys, i), x.shape[1:], x.dtype)
+        else:
+            noise = given[i]
         return (1 - times[i + 1]) * x_data + times[i + 1] * noise, None
 
     return jax.lax.scan(step, x, jnp.arange(len(times) - 1))[0]
