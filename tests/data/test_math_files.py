@@ -139,6 +139,8 @@ def test_bad_input(tmp_path, refused):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"question": "\xff"}\n')
     refused(r"bad\.jsonl, line 1: no JSON", list, read(path, "gsm8k"))
+    path.write_bytes(b'{"question": ' + 10**7 * b'"')
+    refused(r"bad\.jsonl, line 1 is longer than 10000000", list, read(path, "gsm8k"))
     refused("unknown layout 'gsm'.*mean 'gsm8k'", read, tmp_path / "x", "gsm")
     absent = "x is not a file; .* layout 'math'"
     refused(absent, read, tmp_path / "x", "math", error=FileNotFoundError)

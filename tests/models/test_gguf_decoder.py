@@ -243,6 +243,7 @@ def test_refusals(tmp_path, refused):
             )
         ),
         ("g", "general.type='adapter'", dict(change={"general.type": "adapter"})),
+        ("h", "attention.head_count=0", dict(change={"attention.head_count": 0})),
     ):
         path = write(tmp_path / f"{name}.gguf", **options)
         refused(f"{path}.*{message}", load_gguf, path)

@@ -119,6 +119,8 @@ def test_folders_round_trip(folder, tmp_path, refused):
     assert files[0].name.startswith(f"{STEM}-00001-of-0000")
     index = json.loads((saved / f"{STEM}.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(stored("wan")[1])
+    deep = module.clone(depth=10**9)
+    refused("1000000000 layers", params_from_hf_video, deep, 16, {})
     files[1].unlink()
     absent = dict(error=FileNotFoundError)
     refused("is absent; .*index.json puts", load_video_dit, saved, **absent)

@@ -26,6 +26,8 @@ from tmdjax.core.registry import Registry
 from tmdjax.data.text_tasks.problems import Problem
 from tmdjax.rewards.math import MathVerifier, last_boxed
 
+_LONGEST_LINE = 10**7
+
 LAYOUTS: Registry[Callable[["_Line"], Problem]] = Registry("layout")
 
 
@@ -47,7 +49,8 @@ def read(
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        ValueError: unknown layout, or a malformed line without ``bad_lines``.
+        ValueError: unknown layout, a line above 10 MB, or a malformed one without
+            ``bad_lines``.
     """
     make = LAYOUTS[layout]
     path = Path(path)
@@ -62,7 +65,13 @@ def _stream(
     path: Path, make: Callable[["_Line"], Problem], bad_lines: list[str] | None
 ) -> Iterator[Problem]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
+        for number, raw in enumerate(lines, 1):
+            if len(raw) > _LONGEST_LINE:
+                raise ValueError(
+                    f"{path}, line {number} is longer than {_LONGEST_LINE} bytes; put "
+                    f"one JSON object in each line."
+                )
             if not raw.strip():
                 continue
             try:

@@ -176,6 +176,11 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
     _check_keys(reader, kind, path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     heads, hidden = value("attention.head_count"), value("embedding_length")
+    if heads < 1:
+        raise ValueError(
+            f"{os.fspath(path)} has {kind}.attention.head_count={heads}; a decoder has "
+            f"at least one head: the file is damaged."
+        )
     head_dim = value("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if value(key, head_dim) != head_dim:

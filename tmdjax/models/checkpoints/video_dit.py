@@ -20,6 +20,7 @@ from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
     cast_tensor,
+    check_depth,
     params_from_tensors,
     read_json,
     read_weights,
@@ -161,8 +162,9 @@ def params_from_hf_video(
 
     Raises:
         ValueError: tensors that are missing, not expected or of another shape, all
-            of them by name.
+            of them by name; more blocks than tensors.
     """
+    check_depth(module.depth, tensors)
 
     def dtype_of(leaf: Leaf) -> Any:
         kept = ("time_embedding/", _TABLE, "cross_norm/")
