@@ -53,9 +53,15 @@ MEANINGS = JUDGED | {
 }
 
 
+def resolved(config: Config, arm: str) -> dict[str, Any]:
+    """The config of an arm, with what its 'rl' may leave out."""
+    given = to_plain(of_arm(config, arm))
+    return given | {"rl": {"temperature": 1.0, "lora_rank": 0} | given["rl"]}
+
+
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
-    given = to_plain(of_arm(config, arm))
+    given = resolved(config, arm)
     first = Stage(
         name="sft",
         run=functools.partial(supervised_language.train_to_gate, given),
@@ -245,7 +251,7 @@ def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds every arm, so that what cannot work is refused."""
     rows: dict[str, Any] = {}
     for arm in arms(config):
-        given = to_plain(of_arm(config, arm))
+        given = resolved(config, arm)
         sizes = given["rl"]
         settings, _, _ = settings_of(given)
         rows[f"{arm}: supervised until accuracy"] = given["sft"]["gate"]
