@@ -4,6 +4,7 @@ Compiling a simulator's step takes a minute on a CPU, so give :class:`Vector`
 ``resets="first"``: a fresh start every step would cost as much as the step.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from tmdjax.core.types import Array, Key
 from tmdjax.envs.base import Transition
 
 
-class _Simulated:
+class _Simulated(abc.ABC):
     """What the adapters share: clipped actions, and a limit of steps an episode.
 
     The state is that of the simulator and the steps so far.
@@ -31,9 +32,9 @@ class _Simulated:
         check_count("horizon", self.horizon)
 
     @property
+    @abc.abstractmethod
     def simulator(self) -> Any:
         """The simulator's own environment."""
-        raise NotImplementedError
 
     @property
     def action_size(self) -> int:

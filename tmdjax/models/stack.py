@@ -1,5 +1,6 @@
 """Runs a stack of equal blocks, whose parameters lie along a leading layer axis."""
 
+import abc
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -158,8 +159,9 @@ class StackedNetwork(nn.Module):
             self.stack, h, c, start=start, stop=stop, taps=taps, skip=skip
         )
 
+    @abc.abstractmethod
     def _blocks(self) -> Stacked:
-        raise NotImplementedError
+        """The blocks, whose parameters ``stack`` holds."""
 
     def output_channels(self, patch_volume: int) -> int:
         """Channels of the velocity: ``out_channels``, or as many as the input has."""
