@@ -127,18 +127,18 @@ class Search:
         """Number of solutions of each target 0 to ``highest``, from any subset."""
         total = np.zeros(highest + 1, np.int64)
         for mask in range(1, self._full + 1):
-            for values, ways in self._reached(mask):
-                low = values <= highest
-                np.add.at(total, values[low], ways[low])
+            values, ways = self._values(mask)
+            low = values <= highest
+            total[values[low]] += ways[low]
         return total
 
     def draw(self, target: int, rng: np.random.Generator) -> Tree:
         """A solution of a target in reach, all equally likely."""
         masks = range(1, self._full + 1)
-        ways = [
-            sum(int(w[v == target].sum()) for v, w in self._reached(mask))
-            for mask in masks
-        ]
+        ways = []
+        for mask in masks:
+            values, counts = self._values(mask)
+            ways.append(int(counts[values == target].sum()))
         return self._draw(masks[_choose(ways, rng)], target, rng)
 
     def _draw(self, mask: int, value: int, rng: np.random.Generator) -> Tree:
@@ -163,27 +163,29 @@ class Search:
         """Distinct values of a subset, all of it used, and the ways to each."""
         if mask in self._known:
             return self._known[mask]
-        pieces = list(self._reached(mask))
-        values, index = np.unique(
-            np.concatenate([v for v, _ in pieces]), return_inverse=True
-        )
-        ways = np.zeros(len(values), np.int64)
-        np.add.at(ways, index, np.concatenate([w for _, w in pieces]))
-        self._known[mask] = values, ways
-        return values, ways
-
-    def _reached(self, mask: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same in pieces, with repeats."""
         if not mask & (mask - 1):
             number = self._numbers[mask.bit_length() - 1]
-            yield np.array([number]), np.array([1])
-            return
+            found = np.array([number]), np.array([1])
+        else:
+            found = self._joined(mask)
+        self._known[mask] = found
+        return found
+
+    def _joined(self, mask: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for a subset of two numbers or more, from its parts."""
+        values, ways = [], []
         for left, right in _splits(mask):
             a, ways_a = self._values(left)
             b, ways_b = self._values(right)
-            ways = ways_a[:, None] * ways_b
+            both = ways_a[:, None] * ways_b
             for _, _, results in _combine(a, b):
-                yield results[results > 0], ways[results > 0]
+                possible = results > 0
+                values.append(results[possible])
+                ways.append(both[possible])
+        distinct, index = np.unique(np.concatenate(values), return_inverse=True)
+        total = np.zeros(len(distinct), np.int64)
+        np.add.at(total, index, np.concatenate(ways))
+        return distinct, total
 
 
 def _splits(mask: int) -> Iterator[tuple[int, int]]:
