@@ -12,6 +12,7 @@ goes on when the same command is given again. Values are chosen on the metrics o
 same seeds here: judge claims on seeds that were not used for it.
 """
 
+import argparse
 import dataclasses
 import itertools
 import pathlib
@@ -58,11 +59,13 @@ def grid(arguments: Sequence[str]) -> list[tuple[str, ...]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the grid; returns the exit status of the run that was stopped, or 0."""
-    points = grid([a for a in arguments if a.startswith(_PREFIX)])
-    rest = [a for a in arguments if not a.startswith(_PREFIX)]
     flags = run.parser()
+    flags.prog, flags.description = "experiments.sweep", __doc__
+    flags.formatter_class = argparse.RawDescriptionHelpFormatter
     flags.add_argument("--metrics", nargs="+", default=(), help="to compare; all")
+    rest = [a for a in arguments if not a.startswith(_PREFIX)]
     given, overrides = run.parse(flags, rest)
+    points = grid([a for a in arguments if a.startswith(_PREFIX)])
     if not given.config:
         raise ConfigError("give --config=configs/<system>.py:<tier>.")
     _refuse(given)

@@ -209,6 +209,13 @@ def test_stages_and_sizes_of_a_sweep(tmp_path, monkeypatch, capsys):
     assert len(calls) == 2 and capsys.readouterr().out.count("to run") == 8
 
 
+def test_help_of_a_sweep_is_its_own(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        sweep.main(["--help"])
+    text = capsys.readouterr().out
+    assert "usage: experiments.sweep" in text and "--sweep.a.b=v,w" in text
+
+
 def test_bad_sweeps_run_nothing(executed, refused):
     steps = "--sweep.train.steps="
     for arguments, words in (
