@@ -3,6 +3,7 @@ import pytest
 from scipy import stats
 
 from tmdjax.metrics import paired_interval, t_interval
+from tmdjax.metrics.intervals import finite_interval
 
 VALUES = [1.3, 0.2, -0.7, 2.9, 1.1]
 
@@ -26,6 +27,14 @@ def test_one_seed_has_no_interval():
     assert paired_interval([3.0], [2.0], "difference") == (1.0, None, None)
     ratio = paired_interval([3.0], [2.0], "ratio")
     assert ratio == (pytest.approx(1.5), None, None)
+
+
+def test_a_seed_that_diverged_leaves_a_mean_alone():
+    assert finite_interval(VALUES) == t_interval(VALUES)
+    assert finite_interval([1.0, np.inf]) == (np.inf, None, None)
+    for values in ([1.0, np.nan], [np.inf, -np.inf]):
+        value, *bounds = finite_interval(values)
+        assert np.isnan(value) and bounds == [None, None]
 
 
 def test_difference_is_scipys_paired_t_test():

@@ -14,7 +14,7 @@ from tmdjax.harness.experiment import Experiment, Report
 from tmdjax.harness.load import MODELS
 from tmdjax.harness.logs import format_duration
 from tmdjax.harness.run_folder import CONFIG, FIGURES, add_to_list
-from tmdjax.metrics.intervals import Interval, t_interval
+from tmdjax.metrics.intervals import Interval, finite_interval
 
 Figures = list[tuple[str, pathlib.Path | None]]
 _FILES = ("metrics.csv", CONFIG, "environment.json", "summary.json")
@@ -137,12 +137,7 @@ def _mean_curve(curves: Sequence[Mapping[int, float]]) -> tuple[Any, list[Interv
     """Steps that all curves have, and the values there."""
     steps = sorted(set.intersection(*map(set, curves)))
     values = [[curve[step] for curve in curves] for step in steps]
-    return np.array(steps, int), [
-        t_interval(each)
-        if np.isfinite(each).all()
-        else Interval(float(np.mean(each)), None, None)
-        for each in values
-    ]
+    return np.array(steps, int), [finite_interval(each) for each in values]
 
 
 def _over(seeds: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tmdjax.harness.claims import PAIRINGS, Claim, judge, metric_name, stated
-from tmdjax.metrics.intervals import Interval, t_interval
+from tmdjax.metrics.intervals import Interval, finite_interval
 
 SUMMARY_KEYS = (
     "system",
@@ -251,12 +251,7 @@ def intervals(units: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
     for values in by_seed(units).values():
         for name, value in values.items():
             found.setdefault(name, []).append(value)
-    return {
-        name: t_interval(values)
-        if all(map(math.isfinite, values))
-        else Interval(sum(values) / len(values), None, None)
-        for name, values in found.items()
-    }
+    return {name: finite_interval(values) for name, values in found.items()}
 
 
 def by_seed(units: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

@@ -47,6 +47,17 @@ def t_interval(values: Sequence[float] | Any, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def finite_interval(values: Sequence[float]) -> Interval:
+    """The 95 % :func:`t_interval` where all values are finite, else their mean alone.
+
+    Args:
+        values: one a seed, at least one; NaN and infinity may be among them.
+    """
+    if all(map(math.isfinite, values)):
+        return t_interval(values)
+    return Interval(sum(values) / len(values), None, None)
+
+
 def paired_interval(
     ours: Sequence[float] | Any,
     baseline: Sequence[float] | Any,
