@@ -1,6 +1,7 @@
 """Conversations as the text a model was trained to continue."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tmdjax.core.checks import check_choice
 
@@ -50,8 +51,7 @@ def render_chat(
     """
     check_choice("template", template, CHAT_TEMPLATES)
     system = CHAT_TEMPLATES[template]
-    if not messages:
-        raise ValueError("messages is empty; give at least one, of the user, say.")
+    check_messages(messages, (_START, _END))
     parts = []
     for index, message in enumerate(messages):
         if set(message) != {"role", "content"}:
@@ -64,12 +64,6 @@ def render_chat(
             raise ValueError(
                 f"message {index} is of the system; only the first may be."
             )
-        for mark in (_START, _END):
-            if mark in message["content"]:
-                raise ValueError(
-                    f"the content of message {index} holds {mark!r}, which would end "
-                    f"or begin a message; remove it."
-                )
         parts.append((message["role"], message["content"]))
     if template == "qwen3":
         parts = _thoughts_of_the_last_turn(parts)
@@ -77,6 +71,27 @@ def render_chat(
         parts.insert(0, ("system", system))
     text = "".join(f"{_START}{role}\n{content}{_END}\n" for role, content in parts)
     return text + (f"{_START}assistant\n" if generation else "")
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], marks: Sequence[str]) -> None:
+    """Refuses a conversation without messages, or with marks in what they say.
+
+    Args:
+        messages: with 'content', if any.
+        marks: texts that would end or begin a message.
+
+    Raises:
+        ValueError: no messages, or a content that holds a mark.
+    """
+    if not messages:
+        raise ValueError("messages is empty; give at least one, of the user, say.")
+    for index, message in enumerate(messages):
+        held = [mark for mark in marks if mark in str(message.get("content"))]
+        if held:
+            raise ValueError(
+                f"the content of message {index} holds {held[0]!r}, which would end or "
+                f"begin a message; remove it."
+            )
 
 
 def _thoughts_of_the_last_turn(

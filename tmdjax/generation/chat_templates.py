@@ -11,6 +11,7 @@ from typing import Any
 
 from tmdjax.core.checks import check_choice
 from tmdjax.core.optional import import_optional
+from tmdjax.generation.chat import check_messages
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -61,15 +62,7 @@ class ChatTemplate:
             ValueError: no messages, a content that holds a mark, or what the template
                 refuses or cannot do.
         """
-        if not messages:
-            raise ValueError("messages is empty; give at least one, of the user, say.")
-        for index, message in enumerate(messages):
-            held = [mark for mark in self.marks if mark in str(message.get("content"))]
-            if held:
-                raise ValueError(
-                    f"the content of message {index} holds {held[0]!r}, which would "
-                    f"end or begin a message; remove it."
-                )
+        check_messages(messages, self.marks)
         if date is not None:
             variables["strftime_now"] = date.strftime
         jinja = import_optional("jinja2", "a checkpoint's chat template", "llm")
