@@ -182,7 +182,7 @@ def test_a_report_embeds_an_animation_as_one(tmp_path):
 @pytest.mark.parametrize("write", [video_strips, animation])
 def test_bad_input(tmp_path, write, refused):
     path = tmp_path / "x"
-    words = r"videos has shape \(4, 2, 5, 3\); give \[n, frame"
+    words = r"videos of shape \(4, 2, 5, 3\) are no videos; give \[n, frame"
     refused(words, write, VIDEOS[0], path)
     refused("n >= 1", write, VIDEOS[:0], path)
     refused("1 or 3 channels", write, VIDEOS[..., :2], path)

@@ -68,13 +68,18 @@ def image_grid(
 
 
 def _images(given: Any, name: str = "") -> np.ndarray:
-    """Images [n, height, width, channel] in float32, checked."""
+    """Images in float32, checked."""
+    return _samples(given, "images", name, ("n", "height", "width", "channel"))
+
+
+def _samples(given: Any, kind: str, name: str, axes: tuple[str, ...]) -> np.ndarray:
+    """An array of such axes in float32, checked; errors call it KIND['NAME']."""
     array = np.asarray(given, np.float32)
-    what = f"images[{name!r}]" if name else "images"
-    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+    what = f"{kind}[{name!r}]" if name else kind
+    if array.ndim != len(axes) or array.shape[-1] not in (1, 3) or 0 in array.shape:
         raise ValueError(
-            f"{what} of shape {array.shape} are no images; give [n, height, width, "
-            f"channel] with n >= 1 and 1 or 3 channels."
+            f"{what} of shape {array.shape} are no {kind}; give [{', '.join(axes)}] "
+            f"with n >= 1 and 1 or 3 channels."
         )
     check_finite(array, what)
     return array
@@ -168,20 +173,14 @@ def _pixels(videos: Mapping[str, Any] | Any, scale: int) -> dict[str, np.ndarray
     blocks: dict[str, np.ndarray] = {}
     shape = None
     for name, given in named.items():
-        array = np.asarray(given, np.float32)
-        what = f"videos[{name!r}]" if name else "videos"
-        if array.ndim != 5 or array.shape[-1] not in (1, 3) or 0 in array.shape:
-            raise ValueError(
-                f"{what} has shape {array.shape}; give [n, frame, height, width, "
-                f"channel] with n >= 1 and 1 or 3 channels."
-            )
+        axes = ("n", "frame", "height", "width", "channel")
+        array = _samples(given, "videos", name, axes)
         shape = shape or array.shape
         if array.shape != shape:
             raise ValueError(
-                f"{what} has shape {array.shape} but the first has {shape}; models "
-                f"beside each other need the same number and size of videos."
+                f"videos[{name!r}] has shape {array.shape} but the first has {shape}; "
+                f"models beside each other need the same number and size of videos."
             )
-        check_finite(array, what)
         levels = np.rint((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8)
         levels = levels.repeat(scale, axis=2).repeat(scale, axis=3)
         blocks[name] = np.broadcast_to(levels, (*levels.shape[:-1], 3))
