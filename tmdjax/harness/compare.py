@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tmdjax.core.registry import suggestion
-from tmdjax.harness.claims import metric_name
 from tmdjax.harness.records import read_summary
-from tmdjax.harness.summaries import Summary, numbers
+from tmdjax.harness.summaries import Summary, by_seed, numbers
 from tmdjax.metrics.intervals import adjusted_p_values, paired_interval, paired_p_value
 
 
@@ -50,25 +49,17 @@ def read_run(text: str) -> Run:
             f"or a record under results/, each with :ARM for one arm."
         )
     summary: Summary = read_summary(file)
-    units = [(u["arm"], int(u["seed"]), numbers(u)) for u in summary["units"]]
-    device = summary["device"]
-    arms = sorted({unit[0] for unit in units})
+    units = summary["units"]
+    arms = sorted({unit["arm"] for unit in units})
     if arm is not None and arm not in arms:
         raise ValueError(
             f"{file} has no arm {arm!r}; it has {', '.join(arms)}."
             f"{suggestion(arm, arms)}"
         )
-    seeds: dict[int, dict[str, float]] = {}
-    for name, seed, metrics in units:
-        if arm not in (None, name):
-            continue
-        seeds.setdefault(seed, {}).update(
-            {
-                key if arm else metric_name(name, key): float(value)
-                for key, value in metrics.items()
-            }
-        )
-    return Run(text, device, seeds)
+    if arm is None:
+        return Run(text, summary["device"], by_seed(units))
+    seeds = {unit["seed"]: numbers(unit) for unit in units if unit["arm"] == arm}
+    return Run(text, summary["device"], seeds)
 
 
 def comparison_rows(
