@@ -113,6 +113,33 @@ def test_4_coefficients_preserving_sampling_keeps_the_noise_power():
     assert not table.mask[-1]  # its last step has no noise
 
 
+def test_renoised_states_are_the_estimate_and_new_noise():
+    """A posterior that is a point, -2: each state is on its path to the noise drawn."""
+    grid = np.array([0.999, 0.7, 0.2, 0.0])
+    noise = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
+    table = flows.make_table("renoise", grid)
+    walk = functools.partial(
+        flows.rollout,
+        None,
+        lambda x, t, c: (x + 2) / t[:, None],
+        jnp.asarray(noise[0]),
+        table,
+    )
+    states = np.asarray(walk(noise=jnp.asarray(noise)).states)
+    for state, t, z in zip(states[1:], grid[1:], noise):
+        np.testing.assert_allclose(state, t * z - 2 * (1 - t), atol=1e-5)
+    np.testing.assert_allclose(flows.noise_excess(table)[:-1], 1)
+    assert table.mask.tolist() == [True, True, False]
+
+
+def test_noise_of_another_shape_is_refused_where_no_row_adds_any(refused):
+    table = flows.make_table("renoise", np.array([1.0, 0.0]))
+    assert not table.stochastic
+    given = (None, lambda x, t, c: x, np.ones((5, 4), np.float32), table)
+    walk = functools.partial(flows.rollout, *given)
+    refused("give one a step, .1, 5, 4", walk, noise=jnp.ones((2, 5, 4)))
+
+
 def test_noise_excess_of_the_published_grid():
     times = flows.shift_time(np.linspace(1, 3e-3, 10), 3)
     with pytest.warns(UserWarning, match=r"steps \[8\] remove more noise"):

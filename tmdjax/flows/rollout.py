@@ -231,11 +231,11 @@ def rollout(
         if noise is None:
             prng.check_key(keys, "keys")
             check_batch("keys", keys, x.shape[0])
-        elif np.shape(noise) != (len(table), *x.shape):
-            raise ValueError(
-                f"noise has shape {np.shape(noise)}; give one a step, "
-                f"{(len(table), *x.shape)}."
-            )
+    if noise is not None and np.shape(noise) != (len(table), *x.shape):
+        raise ValueError(
+            f"noise has shape {np.shape(noise)}; give one a step, "
+            f"{(len(table), *x.shape)}."
+        )
     if not isinstance(table.t, jax.core.Tracer):
         check_times(velocity, np.append(table.t, table.t_next[-1]), method)
     rows = table.rows(slice(None), x.dtype)

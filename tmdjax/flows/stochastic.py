@@ -81,6 +81,16 @@ def _flow_cps(
     return {"k": np.sqrt(t_next**2 - noise**2), "S": noise}
 
 
+@PRESETS.register("renoise")
+def _renoise(t: np.ndarray, t_next: np.ndarray) -> dict[str, Any]:
+    """S = t', k = 0: all noise of the next state is drawn anew, around x0_hat.
+
+    References:
+        Multistep sampling of consistency models, arXiv 2303.01469, algorithm 1.
+    """
+    return {"k": np.zeros_like(t_next), "S": t_next}
+
+
 def noise_excess(table: CoefficientTable) -> np.ndarray:
     """sqrt(k^2 + S^2) / t' of each step but one that ends at 0: 1 is exact.
 

@@ -11,12 +11,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tmdjax import flows
-from tmdjax.core import prng
 from tmdjax.core.checks import check_choice
-from tmdjax.core.types import ApplyFn, Array, Cond, Data, Grid, Params, SampleKeys
+from tmdjax.core.types import ApplyFn, Cond, Data, Grid, Params, SampleKeys
 
 TRANSFERS = ("deterministic", "renoise")
 
@@ -81,26 +79,12 @@ def sample(
         return flows.endpoints(velocity, times[0] * noise, times, cond)
     if keys is None and step_noise is None:
         raise ValueError("transfer='renoise' draws noise: give keys, one a sample.")
-    if step_noise is not None and step_noise.shape != (len(times) - 1, *noise.shape):
-        raise ValueError(
-            f"step_noise has shape {step_noise.shape}; give one a step, "
-            f"{(len(times) - 1, *noise.shape)}."
-        )
-    compiled, start = flows.as_pytree(velocity), times[0] * noise
-    return _renoise(compiled, start, cond, keys, jnp.asarray(times), step_noise)
+    table = flows.make_table("renoise", times)
+    return _walk(
+        flows.as_pytree(velocity), times[0] * noise, table, cond, keys, step_noise
+    )
 
 
 @jax.jit
-def _renoise(
-    velocity: Any, x: Data, cond: Any, keys: Any, times: Array, given: Any
-) -> Data:
-    def step(x: Data, i: Array) -> tuple[Data, None]:
-        t = jnp.broadcast_to(times[i], x.shape[:1])
-        x_data = flows.convert(velocity(x, t, cond), "velocity", "data", x, t)
-        if given is None:
-            noise = prng.normal(prng.fold_in(keys, i), x.shape[1:], x.dtype)
-        else:
-            noise = given[i]
-        return (1 - times[i + 1]) * x_data + times[i + 1] * noise, None
-
-    return jax.lax.scan(step, x, jnp.arange(len(times) - 1))[0]
+def _walk(velocity: Any, x: Data, table: Any, cond: Any, keys: Any, noise: Any) -> Data:
+    return flows.rollout(keys, velocity, x, table, cond, noise=noise, store=False)
