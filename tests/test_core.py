@@ -29,6 +29,16 @@ def test_fold_in_broadcasts():
         )
 
 
+def test_a_split_of_many_keys_is_each_keys_own():
+    keys = prng.sample_keys(jax.random.key(3), 4)
+    parts = prng.split(keys, 3)
+    own = [jax.random.split(key, 3) for key in keys]
+    np.testing.assert_array_equal(
+        jax.random.key_data(parts), np.stack([jax.random.key_data(k) for k in own])
+    )
+    assert len(np.unique(jax.random.key_data(parts).reshape(12, -1), axis=0)) == 12
+
+
 def test_registry(refused):
     table = registry.Registry("solver")
     table.register("euler")(1)

@@ -65,6 +65,11 @@ def fold_in(keys: Key[Array, "..."], data: ArrayLike) -> Key[Array, "..."]:
     return flat.reshape(keys.shape)
 
 
+def split(keys: SampleKeys, count: int = 2) -> Key[Array, "batch part"]:
+    """``jax.random.split`` of each sample's key: keys [batch, count]."""
+    return jax.vmap(lambda key: jax.random.split(key, count))(keys)
+
+
 def normal(
     keys: SampleKeys, event_shape: Sequence[int], dtype: Any = jnp.float32
 ) -> Float[Array, "batch *event"]:

@@ -171,7 +171,7 @@ class Vector:
         """
         check_batch("action", action, self.count)
         check_batch("keys", keys, self.count)
-        keys = jax.vmap(jax.random.split)(keys)
+        keys = prng.split(keys)
         after = jax.vmap(self.environment.step)(before.state, action, keys[:, 0])
         finite = [jnp.isfinite(after.reward)]
         for leaf in jax.tree.leaves((after.state, after.observation)):

@@ -80,7 +80,7 @@ def noised_start(x_data: Data, keys: SampleKeys, times: Any) -> tuple[Data, Time
     Returns:
         x_t, t [batch], and the noise.
     """
-    keys = jax.vmap(jax.random.split)(keys)
+    keys = prng.split(keys)
     times = custom_grid(times)
     t = discrete_time(times[:-1])(keys[:, 0])
     noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
@@ -147,7 +147,7 @@ def flow_matching_loss(
         Lipman et al., arXiv 2210.02747, eq. 14 with the linear path. Reflow: Liu et
         al., arXiv 2209.03003, sec. 2.
     """
-    keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    keys = prng.split(keys, 3)
     t = (time_sampler or uniform_time())(keys[:, 0])
     if x_noise is None:
         x_noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)

@@ -49,7 +49,7 @@ def meanflow_loss(
         arXiv 2505.13447, algorithm 1.
     """
     x_data = batch["x_data"]
-    keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
+    keys = prng.split(keys, 4)
     drops, jumps = flows.draw_roles(keys[:, 0], config)
     one, other = config.times()(keys[:, 1]), config.times()(keys[:, 2])
     t = jnp.maximum(one, other)

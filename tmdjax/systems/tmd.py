@@ -203,7 +203,7 @@ def generate(
     References:
         arXiv 2601.09881, eq. 15 and 17.
     """
-    keys = jax.vmap(jax.random.split)(keys)
+    keys = prng.split(keys)
     x_t, t, noise = flows.noised_start(batch["x_data"], keys[:, 0], plan.outer_times)
     network = functools.partial(apply_fn, params)
     features = network(x_t, t, batch.get("cond"), method="backbone")
@@ -255,7 +255,7 @@ def pretraining_loss(
         arXiv 2601.09881, sec. 3.1 and appendix A.2.
     """
     x_data = batch["x_data"]
-    keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
+    keys = prng.split(keys, 5)
     drops, jumps = flows.draw_roles(keys[:, 0], config)
     s = config.times()(keys[:, 1])
     r = jnp.where(jumps, flows.floor_to_grid(s, plan.inner_times), s)

@@ -146,7 +146,7 @@ class Distillation:
 
     def noised(self, x: Array, keys: Any) -> tuple[Array, Array]:
         """X at a random noise level, and the level [batch]."""
-        keys = _split(keys, 2)
+        keys = prng.split(keys, 2)
         tau = self.config.noise_levels()(keys[:, 0])
         noise = prng.normal(keys[:, 1], x.shape[1:])
         return flows.interpolate(x, noise, tau), tau
@@ -164,7 +164,7 @@ class Distillation:
             frozen: parameters of the teacher.
         """
         config, networks = self.config, self.networks
-        keys = _split(prng.fold_in(keys, _GENERATOR), _KEYS[_GENERATOR])
+        keys = prng.split(prng.fold_in(keys, _GENERATOR), _KEYS[_GENERATOR])
         x = self.generate(params, batch, keys[:, 0])
         x_tau, tau = self.noised(x, keys[:, 1])
         cond = batch.get("cond")
@@ -213,7 +213,7 @@ class Distillation:
             frozen: parameters of the teacher.
         """
         config, networks = self.config, self.networks
-        keys = _split(prng.fold_in(keys, _CRITIC), _KEYS[_CRITIC])
+        keys = prng.split(prng.fold_in(keys, _CRITIC), _KEYS[_CRITIC])
         x = jax.lax.stop_gradient(self.generate(generator, batch, keys[:, 0]))
         x_tau, tau = self.noised(x, keys[:, 1])
         cond = batch.get("cond")
@@ -282,7 +282,7 @@ class Distillation:
     ) -> str:
         size = jax.tree.leaves(batch)[0].shape[0]
         keys = prng.sample_keys(key, size)
-        of_samples = _split(prng.fold_in(keys, role), _KEYS[role])[:, 1]
+        of_samples = prng.split(prng.fold_in(keys, role), _KEYS[role])[:, 1]
         levels = np.asarray(self.noised(jnp.zeros((size, 1)), of_samples)[1])
         bad = np.zeros(size, bool)
         if others[-1] is not None:
@@ -290,8 +290,3 @@ class Distillation:
         rows = f"rows {np.flatnonzero(bad).tolist()}" if bad.any() else "all rows"
         listed = levels[bad] if bad.any() else levels
         return f"{rows} at noise levels {[round(float(x), 4) for x in listed]}"
-
-
-def _split(keys: Any, count: int) -> Any:
-    """[batch] keys -> [batch, count]."""
-    return jax.vmap(lambda key: jax.random.split(key, count))(keys)
