@@ -1,6 +1,5 @@
 """Byte-pair encoding: of a checkpoint, or of a GGUF file."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from tmdjax.core.checks import check_choice
 from tmdjax.core.optional import import_optional
 from tmdjax.generation.tokenizers import Tokenizer, known_ids, special_of
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
+from tmdjax.models.checkpoints.layout import read_json
 
 # How a text is cut before merging, by the names llama.cpp has for them.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -115,11 +115,9 @@ def load_tokenizer(
     """
     library = import_optional("tokenizers", "reading a tokenizer", "llm")
     folder = Path(folder)
-    config = {}
-    if (folder / "tokenizer_config.json").exists():
-        config = _json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json", optional=True)
     eos, pad = (
-        _token_name(config.get(key)) if given is None else given
+        token_name(config.get(key)) if given is None else given
         for key, given in (("eos_token", eos), ("pad_token", pad))
     )
     if eos is None:
@@ -146,7 +144,7 @@ def load_tokenizer(
     pairs = [line for line in lines if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder", {})
     tokens = [_added_token(**added[key]) for key in sorted(added, key=int)]
-    backend = _byte_pairs(_json(vocab), pairs, pattern, tokens)
+    backend = _byte_pairs(read_json(vocab), pairs, pattern, tokens)
     for key, token in added.items():
         found = backend.token_to_id(token["content"])
         if found != int(key):
@@ -240,7 +238,7 @@ def _added_token(
 
 def _ends(path: Path) -> tuple[list[int], list[str]]:
     """Ids and texts that end a response, of a generation_config.json if it exists."""
-    config = _json(path) if path.exists() else {}
+    config = read_json(path, optional=True)
     ids, texts = config.get("eos_token_id"), config.get("stop_strings")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     texts = [] if texts is None else texts if isinstance(texts, list) else [texts]
@@ -249,12 +247,6 @@ def _ends(path: Path) -> tuple[list[int], list[str]]:
     return ids, texts
 
 
-def _token_name(token: Any) -> str | None:
+def token_name(token: Any) -> str | None:
+    """The text of a special token as a tokenizer_config.json has it, or None."""
     return token["content"] if isinstance(token, Mapping) else token
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None

@@ -11,8 +11,10 @@ from typing import Any
 
 from tmdjax.core.checks import check_choice
 from tmdjax.core.optional import import_optional
+from tmdjax.generation.byte_pairs import token_name
 from tmdjax.generation.chat import check_messages
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
+from tmdjax.models.checkpoints.layout import read_json
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -109,9 +111,9 @@ def load_chat_template(
 
 
 def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
-    config = _json(folder / "tokenizer_config.json")
-    given = config.get("chat_template")
-    given = _json(folder / "chat_template.json").get("chat_template", given)
+    config = read_json(folder / "tokenizer_config.json", optional=True)
+    chat = read_json(folder / "chat_template.json", optional=True)
+    given = chat.get("chat_template", config.get("chat_template"))
     if isinstance(given, list):
         found = {entry["name"]: entry["template"] for entry in given}
     else:
@@ -121,14 +123,12 @@ def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     if (folder / "chat_template.jinja").exists():
         text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         found["default"] = text
-    variables = {}
-    for key in _SPECIAL:
-        token = config.get(key)
-        if token is not None:
-            variables[key] = token["content"] if isinstance(token, Mapping) else token
+    names = {key: token_name(config.get(key)) for key in _SPECIAL}
+    variables = {key: name for key, name in names.items() if name is not None}
+    whole = read_json(folder / "tokenizer.json", optional=True)
     added = [
         *config.get("added_tokens_decoder", {}).values(),
-        *(_json(folder / "tokenizer.json").get("added_tokens") or ()),
+        *(whole.get("added_tokens") or ()),
     ]
     marks = {token["content"] for token in added if token.get("special")}
     return found, variables, marks | set(variables.values())
@@ -151,15 +151,6 @@ def _of_gguf(path: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
         if index is not None:
             variables[f"{name}_token"] = tokens[int(index)]
     return found, variables, {t for t, kind in zip(tokens, types) if kind == 3}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -301,14 +301,16 @@ def _index(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Reads a JSON object; an empty one where the file is optional and absent.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON object, no plain file, or above 100 MB.
     """
     if not path.exists():
+        if optional:
+            return {}
         raise FileNotFoundError(
             f"{path} is absent; give the folder of a checkpoint in the Hugging Face "
             f"layout."
