@@ -117,6 +117,7 @@ def test_videos_alone_have_one_class(folder):
         ({"text": np.full((9, 1, 1), np.nan)}, {}, "9 non-finite .*Encode the prompts"),
         ({"video": np.array([{}])}, {}, "damaged or no array of numbers"),
         ({"prompts": "["}, {}, "prompts.json is damaged"),
+        ({"prompts": "[" * 100_000}, {}, "prompts.json is damaged"),
         ({"prompts": '{"a": 1}'}, {}, "a list of texts"),
         ({"prompts": '["a"]'}, {}, "1 texts for 9 videos"),
     ],

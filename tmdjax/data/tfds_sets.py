@@ -7,7 +7,6 @@ may be done in another environment, or on another machine and copied.
 """
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.files import json_of
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.data.dataset import Dataset, count_up_to
@@ -286,7 +286,7 @@ KINDS = ("Image", "ClassLabel", "Text", "Tensor", "Scalar")
 
 def _kinds(folder: Path) -> dict[str, str]:
     """Classes of a set's features, by feature."""
-    found = json.loads((folder / "features.json").read_text())["featuresDict"]
+    found = json_of(folder / "features.json")["featuresDict"]
     return {
         key: feature["pythonClassName"].rpartition(".")[2]
         for key, feature in found["features"].items()

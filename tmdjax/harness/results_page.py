@@ -6,7 +6,6 @@ and the benchmarks (``benchmarks/results/*.json``). Metrics stay in the records 
 the report of a run.
 """
 
-import json
 import os
 import tomllib
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import json_of, write_atomically
 from tmdjax.harness.logs import format_duration
 from tmdjax.harness.records import order, read_records
 from tmdjax.harness.report import claim_row, format_value
@@ -83,9 +82,7 @@ def read_findings(results: str | os.PathLike[str]) -> Findings:
 
 def read_benchmarks(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """What ``benchmarks.contest.conclude`` wrote, by file name."""
-    return [
-        json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))
-    ]
+    return [json_of(path) for path in sorted(Path(folder).glob("*.json"))]
 
 
 def render(

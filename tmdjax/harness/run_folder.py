@@ -135,7 +135,7 @@ def add_to_list(
     workdir: pathlib.Path, paths: Sequence[str | os.PathLike[str] | None]
 ) -> None:
     """Lists files of a claimed folder as the run's; None and others' are left out."""
-    config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    config = json_of(workdir / CONFIG)
     root, given = workdir.absolute(), [p for p in paths if p is not None]
     inside = [p for p in map(pathlib.Path.absolute, map(pathlib.Path, given))]
     names = [p.relative_to(root).as_posix() for p in inside if root in p.parents]

@@ -7,7 +7,6 @@ list of n texts).
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.checks import check_batch, check_finite, check_range
+from tmdjax.core.files import json_of
 from tmdjax.core.trees import content_hash
 from tmdjax.data.dataset import Dataset, count_up_to
 from tmdjax.data.pipeline import Batch, Batches, BatchPlan
@@ -95,7 +95,7 @@ def _prompts(folder: Path, count: int) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
+        prompts = json_of(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
