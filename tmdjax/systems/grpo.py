@@ -19,7 +19,7 @@ import numpy as np
 from tmdjax import rl
 from tmdjax.core.checks import check_choice, check_fields, check_range
 from tmdjax.core.types import Array
-from tmdjax.rl import TokenRecord
+from tmdjax.rl import TokenRecord, ratios
 from tmdjax.rl.advantages import BASELINES, SCALES
 from tmdjax.rl.kl import KINDS
 from tmdjax.runtime.packing import UpdateBatch
@@ -99,7 +99,7 @@ class GroupRelativeObjective:
         mask = batch.texts.mask
         if self.surrogate == "sequence":
             return rl.sequence_log_ratio(log_prob, batch.proximal, mask)
-        return jnp.where(mask, log_prob - batch.proximal, 0)
+        return ratios.log_ratio(log_prob, batch.proximal, mask)
 
     def advantages(self, records: Sequence[TokenRecord]) -> Array:
         """Advantages, float32 [sequence]; 0 where a group's rewards are equal."""
