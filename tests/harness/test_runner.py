@@ -52,8 +52,11 @@ def make_config(offset=1.0, claims=True):
     return ConfigDict(given)
 
 
-def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None):
-    """An experiment whose stage calls are listed; `interrupt(step)` may raise."""
+def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None, **members):
+    """An experiment whose stage calls are listed; `interrupt(step)` may raise.
+
+    It draws no curves of its training, unless `CURVES` is given: most tests do not look.
+    """
     calls = [] if calls is None else calls
 
     def fit(config, context):
@@ -106,6 +109,7 @@ def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None):
         describe=lambda config: {"parameters": 2},
         arms=lambda config: arms,
         measures=lambda config, arm: {"error", "w0"},
+        **{"CURVES": {}, **members},
     )
 
 
@@ -385,7 +389,8 @@ def test_a_report_shows_all_arms_and_seeds_and_says_whose_a_picture_is(
     tmp_path, capsys
 ):
     """Not the numbers of the first unit for all; pictures are of the first seed."""
-    experiment, config = make_experiment(arms=("a", "b")), make_config()
+    experiment = make_experiment(arms=("a", "b"), CURVES={"loss": "loss"})
+    config = make_config()
     config.claims, seeds = {}, (4, 2, 7)
     summary = run(tmp_path, experiment, config, seeds=seeds, record=True).summary
     workdir = tmp_path / "run"
@@ -705,7 +710,7 @@ def test_peak_memory_counts_kilobytes_but_on_macos(monkeypatch):
 
 def test_an_experiment_is_checked_and_gets_its_defaults(tmp_path, refused):
     given = make_experiment()
-    del given.arms
+    del given.arms, given.CURVES
     found = harness.check_experiment(given)
     assert list(found.arms(None)) == ["main"] and found.updates(None) == {}
     assert found.summary_rows(None, {"a": 1.0}) == [{"metric": "a", "value": 1.0}]
