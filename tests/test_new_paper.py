@@ -28,7 +28,8 @@ def copied(name, folder):
 @pytest.mark.parametrize(
     "name, measure, logged",
     [
-        ("signs", "swing", "ratio_error"),
+        # of flow RL, as the paper of test_first_paper.py
+        pytest.param("signs", "swing", "ratio_error", marks=pytest.mark.slow),
         ("small_actions", "reach", "action_size"),
         ("ranks", "growth", "rank_spread"),
     ],

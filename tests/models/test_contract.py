@@ -249,7 +249,8 @@ OWN = quant.rounding_recipe("own", jnp.float16)
 SIXTEEN_BITS = [
     ("mlp", "bf16"), ("text_dit", "bf16"), ("video_dit", "bf16"),
     ("discriminator", "bf16"), ("control_velocity", "bf16"),
-    ("dit", OWN), ("decoder", OWN), ("unet", OWN),
+    ("dit", OWN), ("decoder", OWN),
+    pytest.param("unet", OWN, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
