@@ -142,7 +142,8 @@ def test_the_recorded_picture_shows_real_videos_as_such():
     shape = (8, *tasks.scale_of(config).event_shape)
     with Image.open("results/tmd/cpu-teacher-frames.png") as picture:
         columns = cut(np.asarray(picture), 4, shape)
-    real = video_measures.real_videos(config, tasks.prompts(config), draw=1)[:8]
+    asked = tasks.prompts(config)[: shape[0]]  # a video depends on its own number alone
+    real = video_measures.real_videos(config, asked, draw=1)
     same = [bool((to_uint8(real) == column).all()) for column in columns]
     titles = video_samples.ways(tmd.of_arm(config, "teacher"))
     assert len(titles) == 3 and same == [False] * 3 + [True]
