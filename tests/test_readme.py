@@ -47,6 +47,7 @@ def test_python_of_the_docs_runs(page):
     assert executed(page)[0]
 
 
+@pytest.mark.slow  # a process of its own; tests/train/test_sharding.py does the same
 def test_python_of_several_devices_runs(run_python):
     text = (ROOT / "docs/concepts/devices.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
