@@ -14,8 +14,9 @@ TIERS = [
     for path in sorted(pathlib.Path("configs").glob("*.py"))
     for tier in load_module(path).TIERS
 ]
-# smokes are run by .ci/run; these take seconds to trace
-PAPERS = [f"{name}.py:paper" for name in ("branchgrpo", "boss", "policyflow", "tmd")]
+# smokes are run by .ci/run; these take seconds to trace, or to draw problems
+PAPERS = ("branchgrpo", "boss", "grpo", "policyflow", "tmd")
+PAPERS = [f"{name}.py:paper" for name in PAPERS]
 DEAR = ("boss.py:gpu", *PAPERS)
 BUILT = [
     pytest.param(spec, marks=[pytest.mark.nightly] * spec.endswith(DEAR))
