@@ -259,20 +259,16 @@ def describe(config: Config) -> dict[str, Any]:
             rows[f"{arm}: parameters"] = f"unknown, {missing} is not there"
             continue
         task, language = tasks.build(given["task"]), tasks.language(given)
-        looked = [
-            ("train", max(tasks.at_most(task, 64), settings.prompts)),
-            ("holdout", given["judge"]["problems"]),
-        ]
+        looked = {
+            "train": max(tasks.at_most(task, 64), settings.prompts),
+            "holdout": given["judge"]["problems"],
+        }
         if given["model"]["name"] == "decoder":
-            looked.append(("evaluation", given["sft"]["problems"]))
-        prompts = [
-            prompt
-            for split, count in looked
-            for prompt in tasks.prompts_of(
-                task, language, split, count, np.random.default_rng(0)
-            )
-        ]
-        longest = max(len(prompt.tokens) for prompt in prompts)
+            looked["evaluation"] = given["sft"]["problems"]
+        longest = max(
+            len(tasks.encode(language, problem))
+            for problem in tasks.first_problems(task, looked)
+        )
         if longest + settings.max_new_tokens > sizes["length"]:
             raise ValueError(
                 f"arms.{arm}: prompts of {longest} tokens and rl.max_new_tokens="

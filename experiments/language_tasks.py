@@ -118,13 +118,30 @@ def at_most(task: Any, count: int) -> int:
     return min(count, len(task.problems))
 
 
+def first_problems(task: Any, counts: Mapping[str, int]) -> list[text_tasks.Problem]:
+    """What :func:`problems_of` gives of several splits under seed 0, drawn at once."""
+    if getattr(task, "evaluation", None) is None:
+        rng = np.random.default_rng(0)
+        found = text_tasks.sample_splits(task, counts, rng).values()
+    else:
+        found = [
+            problems_of(task, split, count, np.random.default_rng(0))
+            for split, count in counts.items()
+        ]
+    return [problem for problems in found for problem in problems]
+
+
+def encode(language: Language, problem: text_tasks.Problem) -> list[int]:
+    """The ids of a problem's prompt; its messages, if it has any, keep their roles."""
+    return language.encode(problem.facts.get("messages", problem.prompt))
+
+
 def prompts_of(
     task: Any, language: Language, split: str, count: int, rng: np.random.Generator
 ) -> list[Prompt]:
     """Distinct prompts as ids, with their problems."""
     return [
-        # messages of a problem keep their roles
-        Prompt(language.encode(problem.facts.get("messages", problem.prompt)), problem)
+        Prompt(encode(language, problem), problem)
         for problem in problems_of(task, split, count, rng)
     ]
 

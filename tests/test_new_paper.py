@@ -28,8 +28,7 @@ def copied(name, folder):
 @pytest.mark.parametrize(
     "name, measure, logged",
     [
-        # of flow RL, as the paper of test_first_paper.py
-        pytest.param("signs", "swing", "ratio_error", marks=pytest.mark.slow),
+        ("signs", "swing", "ratio_error"),
         ("small_actions", "reach", "action_size"),
         ("ranks", "growth", "rank_spread"),
     ],

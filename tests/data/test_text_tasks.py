@@ -10,6 +10,7 @@ from tmdjax.data.text_tasks import (
     Countdown,
     ListOperations,
     sample,
+    sample_splits,
     split_of,
     vocabulary,
 )
@@ -86,6 +87,8 @@ def test_samples_are_distinct_and_of_their_split(task):
         prompts = {p.prompt for p in problems}
         assert len(prompts) == 12 and {*map(split_of, prompts)} == {split}
     again = sample(task, "evaluation", 12, np.random.default_rng(0))
+    counts = dict.fromkeys(SPLITS, 12)
+    assert sample_splits(task, counts, np.random.default_rng(0)) == found
     assert again == found["evaluation"]
 
 

@@ -101,23 +101,53 @@ def sample(
             20 times as many draws as there are problems so far, and at least 10,000,
             brought no further one.
     """
-    check_choice("split", split, SPLITS)
-    count = check_count("count", count)
-    found: dict[str, Problem] = {}
-    idle = 0
-    while len(found) < count:
+    return sample_splits(task, {split: count}, rng, tier=tier)[split]
+
+
+def sample_splits(
+    task: TextTask,
+    counts: Mapping[str, int],
+    rng: np.random.Generator,
+    *,
+    tier: str | None = None,
+) -> dict[str, list[Problem]]:
+    """Draws distinct problems of several splits at once.
+
+    Args:
+        task: draws the problems.
+        counts: how many of each split, see :func:`sample`.
+        rng: advanced by the draws; each split has the problems that :func:`sample`
+            would have drawn of it alone.
+        tier: only problems of this tier; None for all.
+
+    Returns:
+        The problems of each split, in the order they were drawn.
+
+    Raises:
+        TypeError: a count is no integer.
+        ValueError: as :func:`sample`.
+    """
+    for split in counts:
+        check_choice("split", split, SPLITS)
+    counts = {split: check_count("count", count) for split, count in counts.items()}
+    found: dict[str, dict[str, Problem]] = {split: {} for split in counts}
+    idle = dict.fromkeys(counts, 0)
+    while missing := [s for s, count in counts.items() if len(found[s]) < count]:
         problem = task.problem(rng)
         fits = tier is None or problem.tier == tier
-        if fits and problem.prompt not in found and split_of(problem.prompt) == split:
-            found[problem.prompt] = problem
-            idle = 0
-            continue
-        idle += 1
-        if idle >= max(_PATIENCE, 20 * len(found)):
-            of_tier = "" if tier is None else f" and tier {tier!r}"
-            raise ValueError(
-                f"task {task.name!r} gave {len(found)} distinct problems of split "
-                f"{split!r}{of_tier}, and none in {idle} further draws; {count} were "
-                f"asked for. Ask for fewer, or widen the task."
-            )
-    return list(found.values())
+        own = split_of(problem.prompt)
+        for split in missing:
+            if fits and own == split and problem.prompt not in found[split]:
+                found[split][problem.prompt] = problem
+                idle[split] = 0
+                continue
+            idle[split] += 1
+            if idle[split] >= max(_PATIENCE, 20 * len(found[split])):
+                of_tier = "" if tier is None else f" and tier {tier!r}"
+                raise ValueError(
+                    f"task {task.name!r} gave {len(found[split])} distinct problems of "
+                    f"split {split!r}{of_tier}, and none in {idle[split]} further "
+                    f"draws; {counts[split]} were asked for. Ask for fewer, or widen "
+                    f"the task."
+                )
+    return {split: list(problems.values()) for split, problems in found.items()}
