@@ -215,8 +215,8 @@ def test_bad_minibatches_are_seen_whatever_follows():
     """All are bad until the one with the marked transition; those after are good."""
 
     class Bad(GaussianPolicy):
-        def act(self, params, observation, keys):
-            action, record = super().act(params, observation, keys)
+        def act(self, *given):
+            action, record = super().act(*given)
             return action, {**record, "marked": jnp.arange(len(action)) == 0}
 
         def loss(self, params, behaviour, samples, *rest):

@@ -97,7 +97,9 @@ class FPO:
         module = self._module(action_size)
         return {"network": models.init_params(module, key, point, time, observation)}
 
-    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+    def act(
+        self, params: Params, observation: Array, keys: Any, coefficients: Any = None
+    ) -> tuple[Array, Any]:
         """An action, its (noise, time) pairs and their losses."""
         size = params["network"]["out"]["bias"].shape
         x = models.solve_action(

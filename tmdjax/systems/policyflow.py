@@ -145,7 +145,9 @@ class PolicyFlow:
             solver="midpoint",
         )
 
-    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+    def act(
+        self, params: Params, observation: Array, keys: Any, coefficients: Any = None
+    ) -> tuple[Array, Any]:
         """An action and what made it: noise, end of the flow, Gaussian part."""
         std = jnp.exp(self.log_std(params))
         shape = (observation.shape[0], *std.shape)

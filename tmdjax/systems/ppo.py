@@ -77,7 +77,9 @@ class GaussianPolicy:
         mean = models.functional(module)(params["network"], observation)
         return mean, jnp.clip(params["log_std"], *self.log_std_bounds)
 
-    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+    def act(
+        self, params: Params, observation: Array, keys: Any, coefficients: Any = None
+    ) -> tuple[Array, Any]:
         """An action, its mean and its log-prob (a sum over dimensions)."""
         mean, log_std = self.mean_and_log_std(params, observation)
         std = jnp.exp(log_std)

@@ -53,7 +53,9 @@ def collect(parts: Parts, state: OnPolicyState, key: Any) -> Rollout:
     def one_step(carry: Any, i: Array) -> tuple[Any, Any]:
         before, running, ended, total = carry
         seen = parts.prepare(state.statistics, before.observation)
-        action, record = parts.acting.act(policy, seen, prng.fold_in(keys, 2 * i))
+        action, record = parts.acting.act(
+            policy, seen, prng.fold_in(keys, 2 * i), state.numbers
+        )
         after, step = vector.step(before, action, prng.fold_in(keys, 2 * i + 1))
         running = running + step.reward
         done = step.terminated | step.truncated

@@ -39,9 +39,10 @@ class ControlMethod(Protocol):
 
     @property
     def coefficients(self) -> Sequence[str]:
-        """Names of attributes, numbers of the loss, that may be vmapped.
+        """Names of attributes, numbers of acting and of the loss, that may be vmapped.
 
-        They stand in the state, and the loss takes them from there.
+        They stand in the state, and ``act`` and ``loss`` get them from there, together
+        with 'iteration', int32, how many iterations were done: what a schedule needs.
         """
         ...
 
@@ -49,7 +50,13 @@ class ControlMethod(Protocol):
         """Parameters, from one observation's shape and dtype."""
         ...
 
-    def act(self, params: Params, observation: Array, keys: Any) -> tuple[Array, Any]:
+    def act(
+        self,
+        params: Params,
+        observation: Array,
+        keys: Any,
+        coefficients: Mapping[str, Any],
+    ) -> tuple[Array, Any]:
         """Actions [env, action_size], and what the loss needs of them, [env, ...].
 
         An entry 'action' of the record is the action before it is squashed.

@@ -43,6 +43,11 @@ class OnPolicyState(LearnerCounts):
     running_return: Any
     episode_return: Any
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The coefficients and 'iteration', as a method acts and learns by them."""
+        return {**self.coefficients, "iteration": self.iteration}
+
 
 class Parts(NamedTuple):
     """Environments, networks and rules of a training run.

@@ -84,7 +84,7 @@ def update(
     settings = parts.settings
     shuffle, noise = jax.random.split(key)
     train_step = make_train_step(
-        returns.loss(state.learner.params, state.coefficients),
+        returns.loss(state.learner.params, state.numbers),
         parts.rule,
         reductions={"ratio_error": jnp.max},
     )
