@@ -1,4 +1,4 @@
-"""Makes decoder_variants.npz: scaled rotations and biases, as make_decoder.py does.
+"""Makes decoder_variants.npz, as make_decoder.py does: scaled rotations, biases, windows.
 
 pip install 'tmdjax[parity]' && python tests/goldens/make_decoder_variants.py
 """
@@ -17,6 +17,7 @@ YARN = dict(rope_type="yarn", factor=4.0)
 MSCALE = dict(
     mscale=0.7, mscale_all_dim=0.3, beta_fast=4, beta_slow=0.5, truncate=False
 )
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 CASES = {
     "llama3": ("Llama", dict(rope_parameters=LLAMA3 | LENGTH)),
     "linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e5))),
@@ -25,6 +26,10 @@ CASES = {
     "yarn_attention_factor": ("Llama", dict(rope_parameters=YARN | LENGTH | dict(attention_factor=1.3))),
     "llama_bias": ("Llama", dict(attention_bias=True)),
     "qwen3_bias": ("Qwen3", dict(attention_bias=True, tie_word_embeddings=True)),
+    "mistral_window": ("Mistral", dict(head_dim=4, sliding_window=3, num_hidden_layers=2)),
+    "ministral_windows": ("Ministral", dict(head_dim=4, sliding_window=3, num_hidden_layers=3, layer_types=ALTERNATING)),
+    "qwen2_windows": ("Qwen2", dict(head_dim=4, use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2)),
+    "qwen3_windows": ("Qwen3", dict(head_dim=4, use_sliding_window=True, sliding_window=2, num_hidden_layers=3, layer_types=ALTERNATING)),
 }  # fmt: skip
 
 if __name__ == "__main__":

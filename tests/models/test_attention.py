@@ -64,6 +64,21 @@ def test_key_lengths(queries):
     assert_allclose(attention(q, k, v), by_loop(q, k, v, everywhere), atol=2e-6)
 
 
+def test_a_window_is_of_the_positions_just_before(refused):
+    q, k, v = draw(key_heads=2)
+    full = np.tril(np.ones((2, 4, 5, 5), bool))
+    run = jax.jit(lambda w: attention(q, k, v, causal=True, window=w))
+    for window in (1, 2, 4, 5, 9):  # as in transformers: query - key < window
+        expected = by_loop(q, k, v, full & ~np.tril(full, -window))
+        assert_allclose(run(window), expected, atol=2e-6)
+    mask = np.array([[True] * 5, [False, True, True, True, True]])
+    both = full & ~np.tril(full, -2) & (mask[:, None, None] | np.eye(5, dtype=bool))
+    out = attention(q, k, v, mask=jnp.asarray(both), causal=True, window=3)
+    assert_allclose(out, by_loop(q, k, v, both), atol=2e-6)
+    refused("window=3 is of causal attention", attention, q, k, v, window=3)
+    refused("window=0 must be", attention, q, k, v, causal=True, window=0)
+
+
 def test_softmax_is_float32_for_bfloat16_inputs():
     # 300 equal scores: a bfloat16 sum of 1/300 stalls far below one.
     q, k, v = draw(queries=1, keys=300, dtype="bfloat16")
@@ -145,10 +160,11 @@ def test_auto_follows_the_default_device(monkeypatch, by_name):
         assert select_implementation(Q, Q, masked=False) == "xla"
 
 
-@pytest.mark.parametrize("masked", [False, True, "lengths"])
+@pytest.mark.parametrize("masked", [False, True, "lengths", "window"])
 def test_cudnn_lowers_for_cuda(traceable_cudnn, masked):
     lengths, mask = jnp.array([3, 16]), jnp.ones((2, 16), bool)
     options = {"lengths": dict(key_lengths=lengths), True: dict(mask=mask)}
+    options["window"] = dict(causal=True, window=5)
 
     def loss(q, k, v):
         out = attention(q, k, v, implementation="cudnn", **options.get(masked, {}))
@@ -156,7 +172,10 @@ def test_cudnn_lowers_for_cuda(traceable_cudnn, masked):
 
     checks = dict(platforms=["cuda"], disabled_checks=traceable_cudnn)
     exported = jax.export.export(jax.jit(jax.grad(loss)), **checks)(Q, Q, Q)
-    assert "__cudnn$fmha" in exported.mlir_module()
+    text = exported.mlir_module()
+    assert "__cudnn$fmha" in text
+    if masked == "window":  # the kernel's own, which skips what it hides
+        assert text.count("sliding_window_length\\22: 5") == 2
 
 
 def test_refusals(refused):

@@ -30,6 +30,7 @@ def masks():
         "one a head and query": {"mask": jnp.asarray(full)},
         "one a key": {"mask": jnp.asarray(full[:, :1, 5:6])},
         "lengths": {"key_lengths": jnp.array([5, KEYS])},
+        "window": {"causal": True, "window": 3},
         "causal": {"causal": True, "mask": jnp.asarray(full[:, :1, 5:6, :QUERIES])},
     }
 
@@ -51,7 +52,7 @@ def by(fn, options):
 def test_values_and_derivatives_are_those_of_xla(kind):
     """Lengths that no block divides; values, forward mode and all three gradients."""
     options = masks()[kind]
-    arrays = draw(keys=QUERIES) if kind == "causal" else draw()
+    arrays = draw(keys=QUERIES) if "causal" in options else draw()
     blocks = functools.partial(block_attention, block=4)
     made = by(blocks, options)(*arrays[:7])
     at_once = functools.partial(attention, implementation="xla")

@@ -30,6 +30,7 @@ CASES = (
 )
 SMALL = small_decoder(qk_norm=True)
 MODULE = Decoder(SMALL)
+SLIDING = "sliding_attention"
 
 
 def small_params():
@@ -111,6 +112,32 @@ def test_packed_is_unpacked():
     assert_allclose(ours[0, 5:12], whole[1], atol=1e-5)
     given = jnp.asarray([[*range(5), *range(7), 0]], jnp.int32)
     assert_array_equal(logits_of(packed, given, segments), ours)
+
+
+def test_a_window_reaches_that_far_and_no_further():
+    """And packed texts, each of its own window, are the texts alone."""
+    tokens, params = draw_tokens(2, 10), small_params()
+    for kinds, reach in ((None, 6), (("full_attention",) + 2 * (SLIDING,), 99)):
+        config = dataclasses.replace(SMALL, sliding_window=3, layer_types=kinds)
+        run = jitted(Decoder(config))
+        logits = run(params, tokens)
+        other = run(params, tokens.at[:, 0].set((tokens[:, 0] + 1) % 13))
+        same = np.asarray(logits == other).all((0, 2))
+        # three layers of it, each two positions back
+        assert_array_equal(same, np.arange(10) > reach)
+        order = jnp.asarray([[*range(4), *range(6)]])
+        packed = jnp.concatenate([tokens[:1, :4], tokens[1:, :6]], 1)
+        segments = jnp.asarray([[1] * 4 + [2] * 6], jnp.int32)
+        ours = run(params, packed, order, segments)
+        assert_allclose(ours[0, :4], logits[0, :4], atol=1e-5)
+        assert_allclose(ours[0, 4:], logits[1, :6], atol=1e-5)
+    # one as wide as the text is the program without, bit for bit
+    wide = dataclasses.replace(SMALL, sliding_window=10)
+    programs = [
+        str(jax.make_jaxpr(functional(Decoder(c)))(params, tokens))
+        for c in (wide, SMALL, dataclasses.replace(SMALL, sliding_window=9))
+    ]
+    assert programs[0] == programs[1] != programs[2]
 
 
 def test_rotation_is_relative():

@@ -17,6 +17,9 @@ from tmdjax.models.decoder.cache import fuse_projections, prepare_weights
 LENGTH, SLOTS = 12, 3
 NORMED = small_decoder(head_dim=6, qk_norm=True)
 BIASED = small_decoder(head_dim=6, qkv_bias=True, tied_embedding=True)
+WINDOW = small_decoder(sliding_window=3)
+KINDS = ("full_attention", "sliding_attention", "full_attention")
+WINDOWS = dataclasses.replace(BIASED, sliding_window=2, layer_types=KINDS)
 
 
 @functools.cache
@@ -35,8 +38,11 @@ def insert(cache, prefix):
     return jax.tree.map(lambda a, b: update(a, b.astype(a.dtype)), cache, prefix)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("config", [NORMED, BIASED], ids=["normed", "biased"])
+@pytest.mark.parametrize(
+    ("config", "fused"),
+    [(NORMED, False), (NORMED, True), (WINDOWS, False), (BIASED, True), (WINDOW, True)],
+    ids=["normed", "normed fused", "windows", "biased fused", "window fused"],
+)
 def test_prefill_and_decode_are_the_full_forward(config, fused):
     tokens, params = draw_tokens(SLOTS, LENGTH), random_params(config)
     full = jitted(Decoder(config))(params, tokens)

@@ -59,7 +59,7 @@ def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=(), mor
     } | dict(change)
     writer = gguf.GGUFWriter(path, values.pop("architecture", kind))
     kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
-    kinds[bool] = writer.add_bool
+    kinds |= {bool: writer.add_bool, list: writer.add_array}
     for key in values.keys() - set(skip):
         full = key if key.startswith(("general.", "split.")) else f"{kind}.{key}"
         kinds[type(values[key])](full, values[key])
@@ -152,14 +152,91 @@ def test_quantisations_of_files_in_use(tmp_path):
         step = 2 * np.abs(blocks).max(-1, keepdims=True) / steps
         wrong = np.abs(tensors[name].reshape(blocks.shape) - blocks)
         assert (wrong <= 1.01 * step).all() and tensors[name].dtype == np.float32, name
-    for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K"):
-        size = gguf.GGML_QUANT_SIZES[kinds[name]][1]
-        writer = gguf.GGUFWriter(tmp_path / name, "llama")
-        raw = np.zeros((4, 2 * size), "u1")
-        writer.add_tensor("k", raw, raw_dtype=kinds[name])
-        finish(writer)
-        (tensor,) = open_gguf(tmp_path / name).tensors
-        assert (dequantise(tensor, "") == np.zeros((4, 512))).all()
+
+
+def f16(block, at):
+    return float(block[at : at + 2].astype("u1").view("f2")[0])
+
+
+def q2_k(block, i):
+    half, quarter, byte = i // 128, i % 128 // 32, i % 32
+    q = block[16 + 32 * half + byte] >> 2 * quarter & 3
+    scale = block[i // 16]
+    return f16(block, 80) * (scale & 15) * q - f16(block, 82) * (scale >> 4)
+
+
+def q3_k(block, i):
+    half, quarter, byte = i // 128, i % 128 // 32, i % 32
+    q = block[32 + 32 * half + byte] >> 2 * quarter & 3
+    q -= 0 if block[byte] >> (4 * half + quarter) & 1 else 4
+    at, packed = i // 16, block[96:108]
+    low = packed[at] & 15 if at < 8 else packed[at - 8] >> 4
+    high = packed[8 + at % 4] >> 2 * (at // 4) & 3
+    return f16(block, 108) * ((low | high << 4) - 32) * q
+
+
+def of_4_and_5(block, i, bits):
+    group, byte, packed = i // 32, i % 32, block[4:16]
+    if group < 4:
+        scale, low = packed[group] & 63, packed[group + 4] & 63
+    else:
+        scale = packed[group + 4] & 15 | packed[group - 4] >> 6 << 4
+        low = packed[group + 4] >> 4 | packed[group] >> 6 << 4
+    nibbles = 16 if bits == 4 else 48
+    q = block[nibbles + 32 * (group // 2) + byte] >> 4 * (group % 2) & 15
+    if bits == 5:
+        q += 16 * (block[16 + byte] >> group & 1)
+    return f16(block, 0) * scale * q - f16(block, 2) * low
+
+
+# levels of the non-linear quantisations, ggml-common.h
+LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10]
+LEVELS += [1, 13, 25, 38, 53, 69, 89, 113]
+
+
+def iq4_nl(block, i):
+    return f16(block, 0) * LEVELS[block[2 + i % 16] >> 4 * (i // 16) & 15]
+
+
+def iq4_xs(block, i):
+    group, high = i // 32, int(block[2]) | int(block[3]) << 8
+    scale = block[4 + group // 2] >> 4 * (group % 2) & 15
+    scale = (scale | (high >> 2 * group & 3) << 4) - 32
+    q = block[8 + 16 * group + i % 16] >> 4 * (i % 32 // 16) & 15
+    return f16(block, 0) * scale * LEVELS[q]
+
+
+FORMATS = {
+    # bytes and numbers of a block, where its scales in float16 stand, one number
+    "Q2_K": (84, 256, (80, 82), q2_k),
+    "Q3_K": (110, 256, (108,), q3_k),
+    "Q4_K": (144, 256, (0, 2), functools.partial(of_4_and_5, bits=4)),
+    "Q5_K": (176, 256, (0, 2), functools.partial(of_4_and_5, bits=5)),
+    "IQ4_NL": (18, 32, (0,), iq4_nl),
+    "IQ4_XS": (136, 256, (0,), iq4_xs),
+}
+
+
+def test_blocks_of_any_bits_are_the_numbers_of_ggml(tmp_path):
+    """Against a loop over the numbers of ggml's blocks, on bytes drawn at random."""
+    rng, kinds = np.random.default_rng(3), gguf.GGMLQuantizationType
+    writer, raw = gguf.GGUFWriter(tmp_path / "q.gguf", "llama"), {}
+    for name, (size, _, scales, _) in FORMATS.items():
+        blocks = rng.integers(0, 256, (2, 3, size)).astype("u1")
+        for at in scales:
+            drawn = rng.normal(size=(2, 3, 1)).astype("f2")
+            blocks[..., at : at + 2] = drawn.view("u1")
+        raw[name] = blocks
+        writer.add_tensor(name, blocks.reshape(2, -1), raw_dtype=kinds[name])
+    finish(writer)
+    read = {t.name: dequantise(t, "") for t in open_gguf(tmp_path / "q.gguf").tensors}
+    for name, (_, size, _, number) in FORMATS.items():
+        expected = [
+            [[number(block, i) for block in row.astype(int) for i in range(size)]]
+            for row in raw[name]
+        ]
+        assert_allclose(read[name], np.concatenate(expected), rtol=1e-5, atol=1e-4)
+        assert len(np.unique(read[name])) > 20, name
 
 
 def test_rotary_scaling_is_what_llama_cpp_makes_of_it(tmp_path):
@@ -193,6 +270,27 @@ def test_rotary_scaling_is_what_llama_cpp_makes_of_it(tmp_path):
     assert config.rope_scaling.scale == 1
     equal(params, load_gguf(tmp_path / "0.gguf")[1])
     assert type(config).from_hf(config.to_hf()) == config  # can be saved
+
+
+def test_windows(tmp_path):
+    full, sliding = "full_attention", "sliding_attention"
+    pattern = "attention.sliding_window_pattern"
+    for number, (case, change, kinds) in enumerate(
+        (
+            ("llama_grouped_tied", {}, None),  # Mistral: all layers
+            ("llama_grouped_tied", {pattern: [True, False]}, (sliding, full)),
+            ("llama_grouped_tied", {pattern: 2}, (sliding, full)),
+            ("qwen3_full_tied", {pattern: [False, True]}, (full, sliding)),
+            ("qwen2_single_tied", {pattern: [True, True]}, None),
+        )
+    ):
+        change = {"attention.sliding_window": 5} | change
+        config, _ = load_gguf(write(tmp_path / f"{number}.gguf", case, change=change))
+        assert (config.sliding_window, config.layer_types) == (5, kinds), change
+        assert DecoderConfig.from_hf(config.to_hf()) == config
+    change = {"attention.sliding_window": 5, pattern: [False, False]}
+    config, _ = load_gguf(write(tmp_path / "none.gguf", change=change))
+    assert config.sliding_window is None
 
 
 @pytest.mark.parametrize("case", ["llama_bias", "qwen3_bias"])
@@ -230,7 +328,7 @@ def test_refusals(tmp_path, refused):
                 (
                     {"rope.dimension_count": 2},
                     {"attention.value_length": 8},
-                    {"attention.sliding_window": 4096},
+                    {"attention.key_length_swa": 4096},
                     {"attention.causal": False},
                     {"attention.scale": 0.5},
                     {"rope.scaling.attn_factor": 2.0},
@@ -241,6 +339,11 @@ def test_refusals(tmp_path, refused):
                     {"split.count": 2},
                 )
             )
+        ),
+        (
+            "window",
+            "qwen2.attention.sliding_window=4 and .*=None, which does not say for each",
+            dict(case="qwen2_single_tied", change={"attention.sliding_window": 4}),
         ),
         ("g", "general.type='adapter'", dict(change={"general.type": "adapter"})),
         ("h", "attention.head_count=0", dict(change={"attention.head_count": 0})),

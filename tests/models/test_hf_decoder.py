@@ -1,5 +1,6 @@
 """Checkpoints in and out: configurations, names, files, adapters, damage."""
 
+import dataclasses
 import functools
 import json
 
@@ -17,6 +18,7 @@ from tmdjax.models.checkpoints.decoder import params_from_hf, params_to_hf
 from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safetensors
 
 CASE = "qwen2_grouped_untied"
+SLIDING = "sliding_attention"
 OLD = dict(
     model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=24,
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -77,13 +79,14 @@ def test_configurations_the_decoder_does_not_have(refused):
     longrope = dict(type="longrope", short_factor=[1, 1], long_factor=[1, 2], **length)
     quantised = {"quant_method": "gptq", "bits": 4}
     for change, message in (
-        (dict(model_type="mistral"), "model_type='mistral' is not supported"),
+        (dict(model_type="gemma2"), "model_type='gemma2' is not supported"),
         (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
-        (
-            dict(use_sliding_window=True, max_window_layers=1),
-            "use_sliding_window=True is not supported: of 2 layers those from .*=1 on",
-        ),
         (dict(quantization_config=quantised), "quantization_config='gptq' is not supp"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings='false' is no switch"),
+        (
+            dict(dtype={"text": "float32"}),
+            "dtype={.*} and torch_dtype='float32' disagr",
+        ),
         (dict(rope_scaling=llama3), "'llama3' lacks low_freq_factor, high_freq_factor"),
         (dict(rope_scaling=yarn), "rope_scaling: rope_type='yarn' lacks factor;"),
         (
@@ -110,8 +113,20 @@ def test_configurations_the_decoder_does_not_have(refused):
         (dict(is_causal=False), "is_causal=False is not supported"),
         (dict(auto_map={"AutoModel": "a.B"}), "auto_map={'AutoModel': 'a.B'} is not"),
         (dict(rope_parameters=rope), "disagree"),
-        (dict(layer_types=["sliding_attention"]), "layer_types holds .'sliding_att"),
-        (dict(model_type="llama"), "sliding_window=32768 is not supported"),
+        (dict(layer_types=["chunked_attention"] * 2), "layer_types holds .'chunked_at"),
+        (dict(layer_types=["full_attention"]), "layer_types has 1 entries; give one a"),
+        (dict(layer_types="full_attention"), "layer_types='full_attention' is no list"),
+        (dict(layer_types=[SLIDING] * 2), "'sliding_attention', but there is no windo"),
+        (dict(model_type="llama"), "sliding_window=32768 is not .* set model_type to "),
+        (
+            dict(model_type="llama", sliding_window=None, layer_types=[SLIDING] * 2),
+            "no",
+        ),
+        (
+            dict(model_type="mistral", layer_types=["full_attention", SLIDING]),
+            "Set model_type to 'ministral' if only some",
+        ),
+        (dict(model_type="mistral", sliding_window=-1), "sliding_window=-1 must be at"),
         (dict(torch_dtype="float64"), "dtype='float64' is not one of"),
         (dict(hidden_size=None), "the configuration lacks hidden_size"),
         (dict(num_key_value_heads=3), "num_heads=4 must be a multiple of num_kv_head"),
@@ -119,6 +134,8 @@ def test_configurations_the_decoder_does_not_have(refused):
         (dict(vocab_size=0), "vocab_size=0 must be at least 1"),
     ):
         refused(message, DecoderConfig.from_hf, OLD | change)
+    both = DecoderConfig.from_hf(OLD, out_bias=True, sliding_window=3)
+    refused("llama has no window, mistral no bias", both.to_hf)
     both = DecoderConfig.from_hf(OLD, qk_norm=True)  # biases and norms
     refused("of qwen2 qkv_bias is set alone, of llama", both.to_hf)
 
@@ -138,15 +155,51 @@ def test_keys_that_change_no_network_are_read_past():
         assert DecoderConfig.from_hf(OLD | change) == plain, change
 
 
+def test_windows_are_those_transformers_makes_of_a_configuration():
+    full, windowed = "full_attention", dict(use_sliding_window=True)
+    mistral = {k: v for k, v in OLD.items() if "window" not in k}
+    mistral["model_type"] = "mistral"
+    for change, window, kinds in (
+        ({}, None, None),
+        (windowed | dict(max_window_layers=1), 32768, (full, SLIDING)),
+        (windowed | dict(max_window_layers=0, sliding_window=8), 8, None),
+        (windowed | dict(layer_types=[SLIDING, full]), 32768, (SLIDING, full)),
+        (windowed | dict(layer_types=[SLIDING] * 2), 32768, None),
+        (windowed | dict(sliding_window=0, max_window_layers=0), None, None),
+        (dict(sliding_window=3, max_window_layers=0), None, None),  # not in use
+        (mistral, 4096, None),  # the default of an absent key
+        (mistral | dict(sliding_window=None), None, None),
+        (mistral | dict(sliding_window=0), None, None),
+        (mistral | dict(sliding_window=5, layer_types=[SLIDING] * 2), 5, None),
+        (mistral | dict(sliding_window=5, attention_bias=True), 5, None),
+        (mistral | dict(model_type="ministral", sliding_window=5), 5, None),
+    ):
+        given = change if "model_type" in change else OLD | change
+        config = DecoderConfig.from_hf(given)
+        assert (config.sliding_window, config.layer_types) == (window, kinds), change
+        written = json.loads(json.dumps(config.to_hf()))
+        assert DecoderConfig.from_hf(written) == config, change
+        # readers of before layer_types take max_window_layers
+        older = {k: v for k, v in written.items() if k != "layer_types"}
+        if kinds != (SLIDING, full):
+            assert DecoderConfig.from_hf(older) == config, change
+
+
 VARIANTS = ("llama3", "linear", "yarn", "yarn_mscale", "yarn_attention_factor")
 
 
-@pytest.mark.parametrize("case", [*VARIANTS, "llama_bias", "qwen3_bias"])
-def test_scaled_rotations_and_biases_are_those_of_transformers(case, tmp_path):
+PLAIN = ("llama_bias", "qwen3_bias", "mistral_window")
+PLAIN += ("ministral_windows", "qwen2_windows", "qwen3_windows")
+
+
+@pytest.mark.parametrize("case", [*VARIANTS, *PLAIN])
+def test_scaled_rotations_biases_and_windows_are_those_of_transformers(case, tmp_path):
     stored = golden(case, "decoder_variants.npz")
     saved = json.loads(str(stored["config"]))
     config, weights = DecoderConfig.from_hf(saved), below(stored, "weights/")
-    assert (config.rope_scaling is None) == case.endswith("bias")
+    assert (config.rope_scaling is None) == (case in PLAIN)
+    assert (config.sliding_window is None) == ("window" not in case)
+    assert config.model_type == case.split("_")[0] or case in VARIANTS
     params = params_from_hf(config, weights)
     tokens = jnp.asarray(stored["tokens"], jnp.int32)
     logits = jitted(models.Decoder(config))(params, tokens)
@@ -230,7 +283,14 @@ def test_redundant_tensors(refused):
     assert "head" not in params
     assert set(params_to_hf(config, params)) == set(weights)
     other = weights | {"lm_head.weight": embedding + 1}
-    refused(r"lm_head.weight \[32, 16\] is not exp", params_from_hf, config, other)
+    message = "lm_head.weight differs from model.embed_tokens.weight, .*Set it to false"
+    refused(message, params_from_hf, config, other)
+    untied = dataclasses.replace(config, tied_embedding=False)  # the remedy
+    apart = params_from_hf(untied, other)
+    equal(apart["head"]["kernel"], other["lm_head.weight"].T)
+    # a library that stores shared tensors once keeps the first name in the alphabet
+    del other["model.embed_tokens.weight"]
+    equal(params_from_hf(config, other | {"lm_head.weight": embedding}), params)
 
 
 def test_tensors_that_do_not_fit_are_all_named(refused):

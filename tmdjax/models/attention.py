@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.experimental import xla_metadata
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_count
 from tmdjax.core.types import Array, Bool, Float, Int
 from tmdjax.models.block_attention import BLOCK, block_attention
 
@@ -95,6 +96,7 @@ def attention(
     mask: Bool[Array, "..."] | None = None,
     key_lengths: Int[Array, "batch"] | None = None,
     causal: bool = False,
+    window: Any = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(q kᵀ / √head_dim) v, with the softmax in float32.
@@ -115,6 +117,9 @@ def attention(
             are looked at. The same as a mask of [batch, key], but cuDNN takes it
             without a bias, so single queries and odd lengths run forward there.
         causal: position i looks at positions <= i only.
+        window: with ``causal``, position i looks at itself and the window - 1
+            positions before it, as a sliding window of transformers; an integer of at
+            least 1, or a traced int32 scalar, which cuDNN takes as a bias like a mask.
         implementation: 'auto', 'xla', 'cudnn' (CUDA of compute capability 8.0
             or more, 16-bit) or 'blocks', which runs everywhere with memory linear in
             the length, in reverse and forward mode; 'auto' is
@@ -124,8 +129,10 @@ def attention(
         [batch, position, heads, head_dim] in the dtype of q.
 
     Raises:
+        TypeError: a window that is no integer.
         ValueError: unknown implementation; shapes, dtypes or mask that disagree;
-            causal attention between sequences of unequal length.
+            causal attention between sequences of unequal length; a window below 1, or
+            one without ``causal``.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     _check_inputs(q, k, v, causal)
@@ -136,8 +143,11 @@ def attention(
         )
     if mask is not None:
         mask = _expand_mask(mask, q, k)
+    if window is not None:
+        window = _check_window(window, causal)
+    masked = mask is not None or isinstance(window, jax.core.Tracer)
     if implementation == "auto":
-        implementation = select_implementation(q, k, masked=mask is not None)
+        implementation = select_implementation(q, k, masked=masked)
     if implementation == "blocks":
         return block_attention(
             q,
@@ -146,8 +156,16 @@ def attention(
             mask=mask,
             key_lengths=key_lengths,
             causal=causal,
+            window=window,
             block=PLANNED_BLOCK if _PLANNED.get() else BLOCK,
         )
+    local: Any = None  # the window of a fused kernel
+    if window is not None and implementation == "cudnn" and not masked:
+        local = (window - 1, 0)
+    elif window is not None:
+        at = jnp.arange(k.shape[1])
+        near = (at > at[:, None] - window)[None, None]
+        mask = near if mask is None else near & mask
     if implementation == "cudnn" and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     exact = q.dtype == jnp.float32
@@ -161,6 +179,7 @@ def attention(
                 None if key_lengths is None else key_lengths.astype(jnp.int32)
             ),
             is_causal=causal,
+            local_window_size=local,
             implementation="cudnn" if implementation == "cudnn" else "xla",
         )
 
@@ -192,6 +211,17 @@ def _check_inputs(q: Array, k: Array, v: Array, causal: bool) -> None:
             f"causal attention needs as many queries as keys, got {q.shape[1]} and "
             f"{k.shape[1]}; pass a mask that says which position each query has."
         )
+
+
+def _check_window(window: Any, causal: bool) -> Any:
+    if not causal:
+        raise ValueError(
+            f"window={window} is of causal attention; set causal=True, or say in mask "
+            f"who looks where."
+        )
+    if isinstance(window, jax.core.Tracer):
+        return window
+    return check_count("window", window)
 
 
 def _expand_mask(mask: Array, q: Array, k: Array) -> Array:

@@ -32,6 +32,7 @@ def block_attention(
     mask: Array | None = None,
     key_lengths: Array | None = None,
     causal: bool = False,
+    window: Any = None,
     block: int = BLOCK,
 ) -> Array:
     """Of the shape and dtype of q; softmax and sums in float32.
@@ -43,6 +44,8 @@ def block_attention(
         mask: bool [batch, heads, query, key]; all axes but the last may be 1.
         key_lengths: [batch], how many keys of a row are looked at.
         causal: position i looks at positions <= i only.
+        window: position i looks at positions > i - window only; an integer, which may
+            be traced.
         block: most queries and keys of a tile.
 
     References:
@@ -66,6 +69,7 @@ def block_attention(
         _blocks(v, 1, columns),
         mask,
         key_lengths,
+        window,
     )
     out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, width)
     return out[:, :queries]
@@ -129,14 +133,18 @@ def _tile_scores(
     column: Array,
     part: Array | None,
     lengths: Array | None,
+    window: Any,
 ) -> tuple[Array, Array]:
     """Masked scores of a tile, and which of them are not masked."""
     at = column * k.shape[1] + jnp.arange(k.shape[1])
     allowed = there = at < keys
     if lengths is not None:
         allowed = allowed & (at < lengths[:, None, None, None, None])
+    here = (row * q.shape[1] + jnp.arange(q.shape[1]))[:, None]
     if causal:
-        allowed = allowed & (at <= (row * q.shape[1] + jnp.arange(q.shape[1]))[:, None])
+        allowed = allowed & (at <= here)
+    if window is not None:
+        allowed = allowed & (at > here - window)
     if part is not None:
         part = part if part.ndim == 5 else part[row]
         allowed = allowed & part
@@ -153,6 +161,7 @@ def _attend(
     v: Array,
     mask: Array | None,
     lengths: Array | None,
+    window: Any,
 ) -> tuple[Array, Array, Array]:
     """Blocks of outputs, and of largest scores and sums of exponentials in float32."""
 
@@ -162,7 +171,8 @@ def _attend(
         def step(carry: Any, tile: Any) -> Any:
             out, most, total = carry
             column, k, v, part = tile
-            scores, _ = _tile_scores(causal, keys, q, k, row, column, part, lengths)
+            where = row, column, part, lengths, window
+            scores, _ = _tile_scores(causal, keys, q, k, *where)
             larger = jnp.maximum(most, scores.max(-1))
             shrink = jnp.exp(most - larger)
             weights = jnp.exp(scores - larger[..., None])
@@ -182,7 +192,7 @@ def _attend(
 
 @_attend.defjvp
 def _(causal: bool, keys: int, primals: Any, tangents: Any) -> Any:
-    q, k, v, mask, lengths = primals
+    q, k, v, mask, lengths, window = primals
     # in float32, so that their transposes gather up gradients in it
     dq, dk, dv = [d.astype(jnp.float32) for d in tangents[:3]]
     dtype = q.dtype
@@ -195,7 +205,8 @@ def _(causal: bool, keys: int, primals: Any, tangents: Any) -> Any:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(carry: Any, tile: Any) -> Any:
             column, k, dk, v, dv, part = tile
-            scores, seen = _tile_scores(causal, keys, q, k, row, column, part, lengths)
+            where = row, column, part, lengths, window
+            scores, seen = _tile_scores(causal, keys, q, k, *where)
             weights = jnp.exp(scores - most[..., None]) / total[..., None]
             rise = _scores(dq, k, dtype) + _scores(q, dk, dtype)
             moved = weights * jnp.where(seen, rise, 0.0)

@@ -117,8 +117,8 @@ def params_from_hf(
 
     Args:
         config: of the checkpoint.
-        tensors: arrays by name. A head beside a tied embedding, which some
-            checkpoints carry, must equal it; stored rotary frequencies are ignored.
+        tensors: arrays by name. Of a tied embedding and its head one is enough, and two
+            must be equal; stored rotary frequencies are ignored.
         dtype: of the parameters; None keeps that of the tensors, and takes float32
             where those of the layers differ.
 
@@ -127,27 +127,26 @@ def params_from_hf(
 
     Raises:
         ValueError: tensors that are missing, not expected, of another shape or no
-            floating numbers, all of them by name; numbers that the dtype cannot hold.
+            floating numbers, all of them by name; a head that differs from the
+            embedding it is tied to; numbers that the dtype cannot hold.
     """
     check_depth(config.num_layers, tensors)
+    embedding, head = _TOP["embedding"], _TOP["head/kernel"]
+    if config.tied_embedding and head in tensors:
+        first = np.asarray(tensors.get(embedding, tensors[head]))
+        if not np.array_equal(first, np.asarray(tensors[head])):
+            raise ValueError(
+                f"{head} differs from {embedding}, which tie_word_embeddings=True says "
+                f"are one. Set it to false in config.json (tied_embedding=False here) "
+                f"if the head was trained apart, or remove {head}."
+            )
+        tensors = {k: v for k, v in tensors.items() if k != head} | {embedding: first}
     return params_from_tensors(
         _leaves(config),
         tensors,
         lambda leaf: dtype,
         f"a {config.model_type} decoder of {config.num_layers} layers",
-        lambda name: _redundant(config, name, tensors),
-    )
-
-
-def _redundant(config: DecoderConfig, name: str, tensors: Mapping[str, Any]) -> bool:
-    if name.endswith("rotary_emb.inv_freq"):
-        return True
-    embedding = tensors.get(_TOP["embedding"])
-    return (
-        config.tied_embedding
-        and name == _TOP["head/kernel"]
-        and embedding is not None
-        and np.array_equal(np.asarray(tensors[name]), np.asarray(embedding))
+        lambda name: name.endswith("rotary_emb.inv_freq"),
     )
 
 
@@ -163,7 +162,7 @@ def params_to_hf(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]
 def load_decoder(
     folder: Folder, *, dtype: Any = np.float32, **options: Any
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama type.
+    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3, Mistral or Llama type.
 
     Args:
         folder: with config.json and model.safetensors, or the shards that

@@ -9,13 +9,14 @@ import numpy as np
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.models.checkpoints.decoder import params_from_hf
-from tmdjax.models.decoder.config import MODEL_TYPES, DecoderConfig
+from tmdjax.models.decoder.config import LAYER_TYPES, DecoderConfig
 from tmdjax.models.decoder.rope import RopeScaling
 
 _MOST_ENTRIES = 10_000_000
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's is llama
 QUANTISATIONS = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
 
 # Keys below '<architecture>.' that are read; those whose value changes no network; and
@@ -26,7 +27,8 @@ _READ = (
     *("attention.value_length", "attention.layer_norm_rms_epsilon"),
     *("context_length", "rope.freq_base", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
-    "rope.scaling.original_context_length",
+    *("rope.scaling.original_context_length", "attention.sliding_window"),
+    "attention.sliding_window_pattern",
 )
 _NO_EFFECT = ("rope.scaling.finetuned", "tensor_data_layout")
 _PLAIN: dict[str, Any] = {
@@ -157,10 +159,10 @@ def load_gguf(
 
 def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
     kind = gguf_value(reader, "general.architecture")
-    if kind not in MODEL_TYPES:
+    if kind not in ARCHITECTURES:
         raise ValueError(
             f"{os.fspath(path)} has architecture {kind!r}; known: "
-            f"{', '.join(MODEL_TYPES)}.{suggestion(str(kind), MODEL_TYPES)}"
+            f"{', '.join(ARCHITECTURES)}.{suggestion(str(kind), ARCHITECTURES)}"
         )
 
     def value(key: str, default: Any = None) -> Any:
@@ -199,6 +201,13 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
         None if factors is None else dequantise(factors, path),
     )
     tokens = reader.fields.get("tokenizer.ggml.tokens")
+    window, kinds = _windows(
+        path,
+        kind,
+        value("attention.sliding_window", 0),
+        gguf_value(reader, f"{kind}.attention.sliding_window_pattern"),
+        value("block_count"),
+    )
     return DecoderConfig(
         vocab_size=value("vocab_size", None if tokens is None else len(tokens.data)),
         hidden_size=hidden,
@@ -214,6 +223,8 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
         qkv_bias=kind == "qwen2" or "blk.0.attn_q.bias" in tensors,
         out_bias="blk.0.attn_output.bias" in tensors,
         qk_norm=kind == "qwen3",
+        sliding_window=window,
+        layer_types=kinds,
         max_position_embeddings=context,
     )
 
@@ -233,6 +244,34 @@ def _check_keys(reader: Any, kind: str, path: str | os.PathLike[str]) -> None:
                 f"decoder is built for {key}={allowed[0]!r}. Take another file of the "
                 f"same model."
             )
+
+
+def _windows(
+    path: str | os.PathLike[str], kind: str, window: int, pattern: Any, layers: int
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """The window and, where layers differ, which have it.
+
+    A pattern says so of each layer, or is the n of which every nth layer sees all.
+    Without one all layers of Mistral have the window; of Qwen, none or some may.
+    """
+    full, sliding = LAYER_TYPES
+    if not window:
+        return None, None
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
+        pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(layers)]
+    if pattern is None and kind == "llama":
+        pattern = [True] * layers
+    if not isinstance(pattern, list) or len(pattern) != layers:
+        raise ValueError(
+            f"{os.fspath(path)} has {kind}.attention.sliding_window={window} and "
+            f"sliding_window_pattern={pattern!r}, which does not say for each of "
+            f"{layers} layers whether it has the window. Take another file of the same "
+            f"model."
+        )
+    kinds = tuple(sliding if one else full for one in pattern)
+    if sliding not in kinds:
+        return None, None
+    return window, kinds if full in kinds else None
 
 
 def _scaling(

@@ -25,6 +25,18 @@ from tmdjax.models.checkpoints.safetensors import encode_safetensors, read_safet
 Folder = str | os.PathLike[str]
 _LONGEST_JSON = 100_000_000
 CONFIG = "config.json"
+_PICKLED = "load it with its own library and save it there with safe_serialization=True"
+# What files of weights that are not read call for, by their ending.
+_FOREIGN = {
+    ".bin": _PICKLED,
+    ".pt": _PICKLED,
+    ".pth": _PICKLED,
+    ".ckpt": _PICKLED,
+    ".h5": _PICKLED,
+    ".msgpack": _PICKLED,
+    ".gguf": "models.load_gguf reads it",
+    ".safetensors": "rename it if it is the whole checkpoint under another name",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +198,7 @@ def read_weights(folder: Folder, stem: str) -> dict[str, np.ndarray]:
             return read_safetensors(folder / weights)
         raise FileNotFoundError(
             f"{folder} has neither {weights} nor {index}; give the folder of a "
-            f"checkpoint in the safetensors format."
+            f"checkpoint in the safetensors format.{_other_weights(folder)}"
         )
     weight_map = _weight_map(folder / index)
     if (folder / weights).exists() and weights not in weight_map.values():
@@ -211,8 +223,21 @@ def read_weights(folder: Folder, stem: str) -> dict[str, np.ndarray]:
                 f"{folder / file} lacks {first_few(lost, separator=', ')}, which "
                 f"{index} puts into it. Copy both again."
             )
-        tensors |= found
+        # a tensor that the index puts into another file is not read from this one
+        tensors |= {k: v for k, v in found.items() if weight_map.get(k, file) == file}
     return tensors
+
+
+def _other_weights(folder: Path) -> str:
+    """A sentence on weights of other formats in a folder, and how to turn them."""
+    found = sorted(
+        path.name
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.suffix in _FOREIGN
+    )
+    if not found:
+        return ""
+    return f" It holds {first_few(found, 3, ', ')}: {_FOREIGN[Path(found[0]).suffix]}."
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -108,19 +108,26 @@ def prefill(
         )
     dtype = config.recipe.dtype if dtype is None else dtype
     rotation = rotations(config, default_positions(h.shape[:2]))
+    shared, each = config.windows(h.shape[1])
 
-    def body(h: Array, layer: Any) -> tuple[Array, Cache]:
+    def body(h: Array, inputs: Any) -> tuple[Array, Cache]:
+        layer, own = inputs
         kept: Cache = {}
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             kept.update(k=k.astype(dtype), v=v.astype(dtype))
             return attention(
-                q, k, v, causal=True, implementation=config.attention_implementation
+                q,
+                k,
+                v,
+                causal=True,
+                window=shared if own is None else own,
+                implementation=config.attention_implementation,
             )
 
         return run_block(config, layer, h, rotation, attend), kept
 
-    h, cache = jax.lax.scan(body, h, params["blocks"])
+    h, cache = jax.lax.scan(body, h, (params["blocks"], each))
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return output_logits(config, params, last), cache
 
@@ -132,7 +139,9 @@ def decode(
     tokens: Array,
     positions: Int[Array, "slot"],
 ) -> tuple[Float[Array, "slot vocab"], Cache]:
-    """One token in every slot: writes its key and value, and looks at all before it.
+    """One token in every slot: writes its key and value, and looks at those before it.
+
+    A layer with a window looks at that of them; the cache keeps all.
 
     The cache is carried through the scan over layers and updated in place: donate it
     (``jax.jit(..., donate_argnums=...)``) or carry it in an outer scan, and no copy
@@ -166,10 +175,12 @@ def decode(
     rotation = rotations(config, positions[:, None])
     slot = jnp.arange(slots)
     seen = jnp.clip(positions + 1, 1, length)
+    shared, each = config.windows(length)
 
     def body(carry: tuple[Array, Cache], inputs: Any) -> tuple[Any, None]:
         h, cache = carry
-        index, layer = inputs
+        index, layer, own = inputs
+        window = shared if own is None else own
         written: Cache = {}
 
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -180,10 +191,14 @@ def decode(
                     new, mode="drop", unique_indices=True, wrap_negative_indices=False
                 )
             k, v = (layer_of(written[name], index).astype(q.dtype) for name in "kv")
+            near = None
+            if window is not None:
+                near = jnp.arange(length) >= seen[:, None] - window
             return attention(
                 q,
                 k,
                 v,
+                mask=near,
                 key_lengths=seen,
                 implementation=config.attention_implementation,
             )
@@ -192,7 +207,8 @@ def decode(
         return (h, written), None
 
     layers = jnp.arange(config.num_layers)
-    (h, cache), _ = jax.lax.scan(body, (h, dict(cache)), (layers, params["blocks"]))
+    inputs = layers, params["blocks"], each
+    (h, cache), _ = jax.lax.scan(body, (h, dict(cache)), inputs)
     return output_logits(config, params, h[:, 0]), cache
 
 

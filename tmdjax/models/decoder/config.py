@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.models.decoder.rope import RopeScaling, rope_from_hf
 from tmdjax.models.layers import check_attributes
 from tmdjax.quant import Recipe, as_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys of config.json that change the network, and the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -61,7 +62,8 @@ class DecoderConfig:
 
     Qwen2 and Qwen2.5 have ``qkv_bias``, Qwen3 has ``qk_norm``, Llama-type models
     (SmolLM2 too) have neither; with ``attention_bias`` Llama and Qwen3 have
-    ``qkv_bias`` and ``out_bias``.
+    ``qkv_bias`` and ``out_bias``. Mistral is of Llama type with a ``sliding_window``
+    in all layers, Ministral in some; Qwen2 and Qwen3 may have one too.
 
     Attributes:
         vocab_size: entries of the embedding.
@@ -83,6 +85,11 @@ class DecoderConfig:
         qkv_bias: query, key and value projections have a bias.
         out_bias: the projection of the attention's output has one.
         qk_norm: query and key heads are normalised before the rotation.
+        sliding_window: positions that a query looks at, itself and those before it, of
+            its own text and as they stand in its row; None is all. One as wide as a
+            text changes nothing. The cache of generation keeps all positions.
+        layer_types: of each layer 'sliding_attention', which has the window, or
+            'full_attention'; None where all have it, or none.
         max_position_embeddings: positions the weights were trained on. It is carried
             to config.json and limits nothing here.
         dtype: of the weights in a checkpoint, one of 'float32', 'bfloat16',
@@ -117,6 +124,8 @@ class DecoderConfig:
     qk_norm: bool = False
     max_position_embeddings: int = 32768
     num_tokens: int | None = None
+    sliding_window: int | None = None
+    layer_types: Any = None
     dtype: str = "float32"
     recipe: Any = "fp32"
     head_recipe: Any = None
@@ -126,6 +135,7 @@ class DecoderConfig:
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
         sizes += ("num_heads", "num_kv_heads", "head_dim", "max_position_embeddings")
+        sizes += ("sliding_window",)
         check_attributes(self, *sizes)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -150,6 +160,14 @@ class DecoderConfig:
                 f"rope_scaling={self.rope_scaling!r}; give a RopeScaling or None."
             )
         self.rotary_frequencies()
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
+            _check_layer_types(self.layer_types, self.num_layers)
+            if self.sliding_window is None:
+                raise ValueError(
+                    "layer_types says which layers have sliding_window, which is None; "
+                    "give both or neither."
+                )
         if self.head_recipe is not None:
             object.__setattr__(self, "head_recipe", as_recipe(self.head_recipe))
 
@@ -165,22 +183,43 @@ class DecoderConfig:
         scaling = self.rope_scaling
         return plain if scaling is None else scaling.scaled(plain, self.rope_theta)
 
+    def windows(self, length: int) -> tuple[int | None, np.ndarray | None]:
+        """The windows that hide any of ``length`` keys.
+
+        Returns:
+            One for all layers or None; and where layers differ, int32 [layer], those
+            that see all having ``length``.
+        """
+        window, kinds = self.sliding_window, self.layer_types
+        if window is None or window >= length:
+            return None, None
+        if kinds is None:
+            return window, None
+        sliding = np.array([kind == "sliding_attention" for kind in kinds])
+        return None, np.where(sliding, window, length).astype(np.int32)
+
     @property
     def model_type(self) -> str:
         """Its name in config.json.
 
         Raises:
-            ValueError: biases that none of the three has.
+            ValueError: biases, or biases and windows, that none of the five has.
         """
-        if (self.qkv_bias, self.out_bias) in ((False, False), (True, True)):
-            return "qwen3" if self.qk_norm else "llama"
-        if self.out_bias or self.qk_norm:
-            raise ValueError(
-                f"qkv_bias={self.qkv_bias}, out_bias={self.out_bias} and "
-                f"qk_norm={self.qk_norm} have no checkpoint: of qwen2 qkv_bias is set "
-                f"alone, of llama and qwen3 (qk_norm) both biases are or neither."
-            )
-        return "qwen2"
+        biases, plain = (self.qkv_bias, self.out_bias), not self.qk_norm
+        if self.qkv_bias == self.out_bias and self.qk_norm:
+            return "qwen3"
+        if biases == (True, False) and plain:
+            return "qwen2"
+        if self.qkv_bias == self.out_bias and self.sliding_window is None:
+            return "llama"
+        if biases == (False, False):
+            return "mistral" if self.layer_types is None else "ministral"
+        raise ValueError(
+            f"qkv_bias={self.qkv_bias}, out_bias={self.out_bias}, "
+            f"qk_norm={self.qk_norm} and sliding_window={self.sliding_window} have no "
+            f"checkpoint: of qwen2 qkv_bias is set alone, of llama and qwen3 (qk_norm) "
+            f"both biases are or neither; llama has no window, mistral no bias."
+        )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **options: Any) -> "DecoderConfig":
@@ -202,7 +241,7 @@ class DecoderConfig:
                 f"model_type={model_type!r} is not supported; the decoder reads "
                 f"{', '.join(MODEL_TYPES)}."
             )
-        _check_neutral(config, model_type)
+        _check_neutral(config)
         needed = dict(
             vocab_size="vocab_size",
             hidden_size="hidden_size",
@@ -223,7 +262,9 @@ class DecoderConfig:
             # What transformers takes where the key is absent.
             head_dim = 128 if model_type == "qwen3" else values["hidden_size"] // heads
         dtype = _either(config, "dtype", "torch_dtype", "float32")
-        bias = bool(config.get("attention_bias"))
+        # Qwen2 has its biases and Mistral none, whatever the key says.
+        bias = model_type in ("llama", "qwen3") and _flag(config, "attention_bias")
+        window, kinds = _windows_from_hf(config, model_type)
         theta, scaling = rope_from_hf(config)
         values |= dict(
             num_kv_heads=_first(config.get("num_key_value_heads"), heads),
@@ -231,10 +272,12 @@ class DecoderConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             rms_norm_eps=_first(config.get("rms_norm_eps"), 1e-6),
-            tied_embedding=bool(config.get("tie_word_embeddings", False)),
+            tied_embedding=_flag(config, "tie_word_embeddings"),
             qkv_bias=bias or model_type == "qwen2",
-            out_bias=bias and model_type != "qwen2",
+            out_bias=bias,
             qk_norm=model_type == "qwen3",
+            sliding_window=window,
+            layer_types=kinds,
             max_position_embeddings=_first(
                 config.get("max_position_embeddings"), 32768
             ),
@@ -251,9 +294,8 @@ class DecoderConfig:
         """
         kind, scaling = self.model_type, self.rope_scaling
         rope = {"rope_type": "default"} if scaling is None else scaling.to_hf()
-        architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind]
         return {
-            "architectures": [f"{architecture}ForCausalLM"],
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
             "model_type": kind,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -270,62 +312,132 @@ class DecoderConfig:
             "tie_word_embeddings": self.tied_embedding,
             "max_position_embeddings": self.max_position_embeddings,
             "attention_bias": self.qkv_bias,
-            "use_sliding_window": False,
+            **self._windows_to_hf(kind),
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
         }
+
+    def _windows_to_hf(self, kind: str) -> dict[str, Any]:
+        """Keys of the windows, for readers of layer_types and those before them."""
+        window, kinds = self.sliding_window, self.layer_types
+        if window is None:
+            return {"use_sliding_window": False}
+        if kind == "mistral":
+            return {"sliding_window": window}
+        kinds = list(kinds or [LAYER_TYPES[1]] * self.num_layers)
+        found: dict[str, Any] = {"sliding_window": window, "layer_types": kinds}
+        if kind != "ministral":
+            first = kinds.index(LAYER_TYPES[1])
+            found |= {"use_sliding_window": True, "max_window_layers": first}
+        return found
 
 
 def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    """A switch, off where it is absent; the string 'false' is none."""
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{key}={value!r} is no switch; write true or false.")
+    return bool(value)
+
+
 def _either(config: Mapping[str, Any], new: str, old: str, default: Any) -> Any:
     """One value under its new or its old key; two must agree."""
     given = {key: config[key] for key in (new, old) if config.get(key) is not None}
-    if len(set(given.values())) > 1:
+    if len({str(value) for value in given.values()}) > 1:
         raise ValueError(
             f"{new}={given[new]!r} and {old}={given[old]!r} disagree; keep one."
         )
     return next(iter(given.values()), default)
 
 
-def _check_neutral(config: Mapping[str, Any], model_type: str) -> None:
+def _check_neutral(config: Mapping[str, Any]) -> None:
     for key, given in config.items():
         if key in _READ or key in _NO_EFFECT or key.startswith("_"):
             continue
         values = _NEUTRAL.get(key, (None, False, [], {}, ""))
         if given not in values:
-            if isinstance(given, Mapping):
-                given = given.get("quant_method", dict(given))
+            if key in ("quantization_config", "compression_config"):
+                method = given.get("quant_method") if isinstance(given, Mapping) else 0
+                raise ValueError(
+                    f"{key}={method or given!r} is not supported: the weights are "
+                    f"quantised. Take the checkpoint they were made of, or load them "
+                    f"with transformers, dequantize() and save_pretrained."
+                )
             raise ValueError(
                 f"{key}={given!r} is not supported; the decoder is built for "
                 f"{key}={values[0]!r}. Take a checkpoint without it, or delete the key "
                 f"from config.json if it does not change the network."
             )
-    # Qwen2 and Qwen3 let the layers from max_window_layers on see a window alone;
-    # Qwen2 has its biases whatever attention_bias says, and Llama no window.
-    window, layers = config.get("sliding_window"), config.get("num_hidden_layers") or 0
-    if model_type == "llama" and window is not None:
+
+
+def _check_layer_types(kinds: Any, layers: int) -> None:
+    """Refuses kinds of attention that no layer has, or a kind too many or too few."""
+    odd = {str(kind) for kind in kinds} - set(LAYER_TYPES)
+    if odd:
+        raise ValueError(
+            f"layer_types holds {sorted(odd)}; known: {', '.join(LAYER_TYPES)}. Take "
+            f"another checkpoint."
+        )
+    if len(kinds) != layers:
+        raise ValueError(
+            f"layer_types has {len(kinds)} entries; give one a layer, {layers}."
+        )
+
+
+def _windows_from_hf(
+    config: Mapping[str, Any], model_type: str
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """The window and, where layers differ, which have it, as transformers has them.
+
+    In Qwen2 and Qwen3 those from max_window_layers on, under use_sliding_window; in
+    Mistral and Ministral all; in Qwen and Ministral layer_types goes before. Llama has
+    no window. A window of 0 is none.
+    """
+    full, sliding = LAYER_TYPES
+    layers = check_count("num_hidden_layers", config["num_hidden_layers"])
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list | tuple):
+            raise ValueError(f"layer_types={kinds!r} is no list of kinds, one a layer.")
+        _check_layer_types(kinds, layers)
+    # A key that is absent has the value that transformers takes then.
+    window = config.get("sliding_window", None if model_type == "llama" else 4096)
+    if model_type == "llama" and window:
         raise ValueError(
             f"sliding_window={window!r} is not supported; a llama decoder is built for "
-            f"sliding_window=None. Take a checkpoint without it."
+            f"sliding_window=None, and transformers ignores it. Delete the key, or set "
+            f"model_type to 'mistral' if the model was trained with that window."
         )
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
+    if model_type.startswith("qwen") and not _flag(config, "use_sliding_window"):
+        window = None
+    if window is not None and check_count("sliding_window", window, 0) == 0:
+        window = None
+    if kinds is None:
+        first = 0
+        if model_type.startswith("qwen"):
+            first = check_count(
+                "max_window_layers", _first(config.get("max_window_layers"), 28), 0
+            )
+        kinds = [
+            full if window is None or i < first else sliding for i in range(layers)
+        ]
+    if sliding in kinds and window is None:
         raise ValueError(
-            f"layer_types holds {sorted(kinds)}; every layer of the decoder has "
-            f"'full_attention'."
+            f"layer_types holds 'sliding_attention', but there is no window: "
+            f"sliding_window={config.get('sliding_window')!r}, use_sliding_window="
+            f"{config.get('use_sliding_window')!r}. Take the config.json that came "
+            f"with the weights."
         )
-    first = _first(config.get("max_window_layers"), 28)
-    if (
-        config.get("use_sliding_window")
-        and window is not None
-        and config.get("layer_types") is None
-        and first < layers
-    ):
+    if model_type == "mistral" and window is not None and full in kinds:
         raise ValueError(
-            f"use_sliding_window=True is not supported: of {layers} layers those from "
-            f"max_window_layers={first} on see {window} positions; every layer of the "
-            f"decoder sees all. Take a checkpoint without it."
+            f"layer_types holds 'full_attention' beside sliding_window={window}; a "
+            f"mistral decoder has the window in every layer. Set model_type to "
+            f"'ministral' if only some layers have it, or delete layer_types."
         )
+    if sliding not in kinds:
+        return None, None
+    return window, tuple(kinds) if full in kinds else None

@@ -1,4 +1,4 @@
-"""Decoder language model: Qwen2, Qwen2.5, Qwen3 and Llama-type (SmolLM2)."""
+"""Decoder language model: Qwen2, Qwen2.5, Qwen3, Mistral and Llama-type (SmolLM2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -153,20 +153,28 @@ class Decoder(nn.Module):
         _check_shapes(h, positions=positions, segments=segments)
         rotation = rotations(config, positions)
         mask = None if segments is None else segment_mask(segments)
+        shared, each = config.windows(h.shape[1])
 
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(
-                q,
-                k,
-                v,
-                mask=mask,
-                causal=mask is None,
-                implementation=config.attention_implementation,
-            )
+        def block(layer: Any, h: Array) -> Array:
+            params, own = layer
+            window = shared if own is None else own
+
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                return attention(
+                    q,
+                    k,
+                    v,
+                    mask=mask,
+                    causal=mask is None or window is not None,
+                    window=window,
+                    implementation=config.attention_implementation,
+                )
+
+            return run_block(config, params, h, rotation, attend)
 
         return run_stack(
-            lambda params, h: run_block(config, params, h, rotation, attend),
-            self.stack,
+            block,
+            (self.stack, each),
             h,
             depth=config.num_layers,
             start=start,
