@@ -117,7 +117,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
 
 def train_seeds(config: Config, context: StageContext) -> StageResult:
     """All seeds of an arm, side by side."""
-    (trainer, _), sizes = build(config), config.train
+    (trainer, method), sizes = build(config), config.train
     seeds, per_call = sizes.seeds, sizes.iterations_per_call
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     run = on_policy.jit_iterations(trainer, per_call, seeds=True)
@@ -133,7 +133,7 @@ def train_seeds(config: Config, context: StageContext) -> StageResult:
         return state, row
 
     state = context.fit(
-        jax.jit(jax.vmap(trainer.init))(keys),
+        _begin(trainer, method, keys, context.inputs.get("clone")),
         step,
         train.NoData(),
         num_steps=sizes.iterations // per_call,
@@ -163,6 +163,23 @@ def train_seeds(config: Config, context: StageContext) -> StageResult:
             "seconds_per_iteration": seconds_per_step(rows) / (per_call * len(seeds))
         },
     )
+
+
+def _begin(
+    trainer: on_policy.Trainer, method: Any, keys: Any, cloned: StageResult | None
+) -> on_policy.OnPolicyState:
+    """States of all seeds; from networks that were cloned, if there are such."""
+    if cloned is None:
+        return jax.jit(jax.vmap(trainer.init))(keys)
+    statistics = cloned.outputs["statistics"]
+    if statistics is not None:
+        statistics = rl.RunningStatistics(**jax.tree.map(jnp.asarray, statistics))
+
+    def start(key: Any, network: Any) -> on_policy.OnPolicyState:
+        policy = method.pretrained(network)
+        return trainer.init(key, policy=policy, statistics=statistics)
+
+    return jax.jit(jax.vmap(start))(keys, cloned.outputs["network"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,13 +29,22 @@ SHOWN_PATHS = 200
 
 
 def build(env: Mapping[str, Any]) -> Any:
-    """From 'name' and the fields of its class ('task' for the name in a simulator)."""
+    """From 'name' and the fields of its class ('task' for the name in a simulator).
+
+    'chunk' is how many of its actions are one (:class:`tmdjax.envs.Chunked`).
+    """
     given = dict(env)
-    name = given.pop("name")
+    name, chunk = given.pop("name"), given.pop("chunk", 1)
     check_choice("env.name", name, ENVIRONMENTS)
     if "task" in given:
         given["name"] = given.pop("task")
-    return ENVIRONMENTS[name](**given)
+    environment = ENVIRONMENTS[name](**given)
+    return environment if chunk == 1 else envs.Chunked(environment, chunk)
+
+
+def without_chunks(env: Mapping[str, Any]) -> dict[str, Any]:
+    """The same environment, acted in step by step."""
+    return {k: v for k, v in env.items() if k != "chunk"}
 
 
 def vector(env: Mapping[str, Any], count: int) -> envs.Vector:
@@ -63,7 +72,7 @@ def measures(env: Mapping[str, Any]) -> tuple[str, ...]:
 
 def map_of(env: Mapping[str, Any]) -> dict[str, Any]:
     """What a plot of paths also shows: marks and squares."""
-    environment = build(env)
+    environment = build(without_chunks(env))
     if env["name"] == "multi_goal":
         return {"marks": environment.goal_positions}
     if env["name"] == "point_maze":
@@ -80,7 +89,7 @@ def judge(
         Measures by name, and what may be shown: 'paths' [agent, time, 2]; 'states' of
         the first agent in a brax simulator, flattened.
     """
-    name, environment = env["name"], build(env)
+    name, environment, acted = env["name"], build(without_chunks(env)), build(env)
     start_key, walk_key = jax.random.split(key)
     if name == "multi_goal":
         state, seen = environment.at((0.0, 0.0))
@@ -89,7 +98,7 @@ def judge(
     else:
         keys = prng.sample_keys(start_key, agents)
         start = jax.vmap(environment.reset)(keys)
-    kept, reward, ended = _episode(environment, act, name, policy, start, walk_key)
+    kept, reward, ended = _episode(acted, act, name, policy, start, walk_key)
     reward, ended = np.asarray(reward), np.asarray(ended)
     alive = np.cumsum(ended, 0) - ended == 0  # up to and with the last step
     found = {"reward": float((reward * alive).sum() / alive.sum())}
@@ -129,7 +138,8 @@ def _kept(environment: Any, name: str, state: Any) -> Any:
     if name == "brax":
         return jax.tree.map(lambda x: x[0], state[0].pipeline_state)
     if name == "point_maze":
-        return state.position, environment.success(state)
+        inner = getattr(environment, "environment", environment)  # of chunks
+        return state.position, inner.success(state)
     return state.position if name == "multi_goal" else state.object
 
 
@@ -153,18 +163,87 @@ def _episode(
     return jax.lax.scan(body, start, jax.random.split(key, environment.horizon))[1]
 
 
+def record(
+    env: Mapping[str, Any],
+    agents: int,
+    act: Act,
+    policy: Any,
+    key: Any,
+    shown: Mapping[str, Any] | None = None,
+) -> dict[str, np.ndarray]:
+    """One episode of many agents, as demonstrations: one after the other.
+
+    Args:
+        env: without chunks, its actions in +-1.
+        agents: how many.
+        act: how they act.
+        policy: handed to it.
+        key: typed key.
+        shown: the same environment with the observations to record, where they are not
+            those that the agents see.
+
+    Returns:
+        The arrays of :class:`tmdjax.data.Demonstrations`, without steps after an end.
+
+    Raises:
+        ValueError: actions have another bound.
+    """
+    environment, other = build(env), None if shown is None else build(shown)
+    if environment.action_bound != 1:
+        raise ValueError(
+            f"actions of {env['name']} are in +-{environment.action_bound}; policies "
+            f"are cloned from actions in +-1."
+        )
+    start_key, walk_key = jax.random.split(key)
+    start = jax.vmap(environment.reset)(prng.sample_keys(start_key, agents))
+    rows = _recorded(environment, other, act, policy, start, walk_key)
+    # [agent, time, ...]: an episode after the other
+    rows = [np.asarray(x).swapaxes(0, 1) for x in rows]
+    seen, action, reward, terminated, truncated = rows
+    truncated = truncated & ~terminated
+    truncated[:, -1] |= ~terminated[:, -1]
+    ended = terminated | truncated
+    alive = np.cumsum(ended, 1) - ended == 0
+    return {
+        "observation": seen[alive],
+        "action": action[alive],
+        "reward": reward[alive],
+        "terminated": terminated[alive],
+        "truncated": truncated[alive],
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _recorded(
+    environment: Any, shown: Any, act: Act, policy: Any, start: Any, key: Any
+) -> Any:
+    """What was seen, done and earned, and ends, [time, agent, ...], without resets."""
+    count = start[1].shape[0]
+
+    def body(carry: Any, key: Any) -> tuple[Any, Any]:
+        state, seen = carry
+        act_key, step_key = jax.random.split(key)
+        action = jnp.clip(act(policy, seen, act_key), -1, 1)
+        keys = prng.sample_keys(step_key, count)
+        step = jax.vmap(environment.step)(state, action, keys)
+        picture = seen if shown is None else jax.vmap(shown.observe)(state)
+        row = picture, action, step.reward, step.terminated, step.truncated
+        return (step.state, step.observation), row
+
+    return jax.lax.scan(body, start, jax.random.split(key, environment.horizon))[1]
+
+
 def film(env: Mapping[str, Any], states: Any) -> str | None:
     """A page that plays the states of a brax simulator; None where there is none."""
     if env["name"] != "brax":
         return None
     from brax.io import html
 
-    environment = build(env)
-    simulator = environment.simulator
+    horizon, simulator = build(env).horizon, build(without_chunks(env)).simulator
     shape = jax.eval_shape(lambda: simulator.reset(jax.random.key(0)).pipeline_state)
     tree = jax.tree.structure(shape)
     stacked = jax.tree.unflatten(tree, [np.asarray(states[k]) for k in sorted(states)])
-    frames = [trees.take(stacked, i) for i in range(environment.horizon)]
+    frames = [trees.take(stacked, i) for i in range(horizon)]
     return html.render(
         simulator.sys.tree_replace({"opt.timestep": simulator.dt}), frames
     )

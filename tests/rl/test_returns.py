@@ -131,3 +131,71 @@ def test_12_the_forgetful_form_shrinks():
         statistics = rl.update_statistics(statistics, batch, forget=True)
         found.append(float(np.sqrt(statistics.variance)[0]))
     assert_allclose(found, 1 / np.sqrt(np.arange(1, 9)), rtol=0.05)
+
+
+def test_10_nothing_after_a_cut_is_in_an_advantage():
+    """A_t of a truncated step is of V(final observation), and of no later reward."""
+    reward, value, next_value, terminated, _ = drawn(3)
+    truncated, terminated[2], terminated[:3] = np.zeros_like(terminated), False, False
+    truncated[2] = True
+
+    def advantage(reward, next_value):
+        given = (reward, value, next_value, terminated, truncated)
+        return np.asarray(
+            rl.generalised_advantages(*given, discount=0.9, gae_lambda=0.8)[0]
+        )
+
+    base, later, last = advantage(reward, next_value), reward.copy(), next_value.copy()
+    later[3:] += 100
+    assert_array_equal(advantage(later, next_value)[:3], base[:3])
+    last[2] += 1
+    assert_allclose(advantage(reward, last)[2] - base[2], 0.9, rtol=1e-5)
+    assert_allclose(advantage(reward, last)[0] - base[0], 0.9 * 0.72**2, rtol=1e-4)
+
+
+def sums_of(reward, ended, discount, start=0.0):
+    """Forward discounted sums of one environment, and what stands after them."""
+    found, running = [], start
+    for r, e in zip(reward, ended):
+        running = r + discount * running
+        found.append(running)
+        running = 0.0 if e else running
+    return found, running
+
+
+def test_11_rewards_are_divided_by_the_spread_of_their_sums():
+    rng = np.random.default_rng(4)
+    reward, ended = rng.normal(2, 3, (40, 3)), rng.random((40, 3)) < 0.1
+    ended[19] = (False, True, False)
+    scale, found = rl.RewardScale.start(3), []
+    for part in (slice(0, 20), slice(20, 40)):  # two iterations
+        given = (scale, np.float32(reward[part]), ended[part])
+        scaled, scale = rl.scale_rewards(*given, discount=0.9)
+        found.append(np.asarray(scaled))
+    whole = [sums_of(reward[:, i], ended[:, i], 0.9) for i in range(3)]
+    assert_allclose(scale.running, [after for _, after in whole], rtol=1e-5)
+    sums = np.array([sums for sums, _ in whole])
+    for k, rows in enumerate((slice(0, 20), slice(20, 40))):
+        expected = reward[rows] / sums[:, : rows.stop].std(ddof=1)
+        assert_allclose(found[k], expected, rtol=1e-4)
+
+
+def test_11_the_unit_of_rewards_does_not_matter():
+    rng = np.random.default_rng(5)
+    reward, ended = np.float32(rng.normal(size=(30, 2))), rng.random((30, 2)) < 0.2
+    start = rl.RewardScale.start(2)
+    scaled, _ = rl.scale_rewards(start, reward, ended, discount=0.9)
+    other, _ = rl.scale_rewards(start, 1000 * reward, ended, discount=0.9)
+    assert_allclose(other, scaled, rtol=1e-4)
+    # one outlier is clipped; a step that is not valid is not counted
+    reward[7, 0], valid = 1e6, np.ones_like(ended)
+    valid[7, 0], ended[7, 0] = False, True
+    left_out, kept = rl.scale_rewards(start, reward, ended, valid, discount=0.9)
+    assert left_out[7, 0] == 10 and kept.statistics.count == 59
+    assert np.abs(left_out).max() == 10 > np.sort(np.abs(left_out).ravel())[-2]
+
+
+def test_11_bad_inputs(refused):
+    start = rl.RewardScale.start(2)
+    given = (start, np.zeros((3, 2)), np.zeros((3, 1), bool))
+    refused("ended has shape", rl.scale_rewards, *given, discount=0.9)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from checks import lowered, same
 from numpy.testing import assert_allclose, assert_array_equal
@@ -16,6 +17,7 @@ from tmdjax.systems.policyflow import PolicyFlow
 from tmdjax.systems.ppo import GaussianPolicy
 from tmdjax.train import NonFiniteError, on_policy
 from tmdjax.train.on_policy import ControlSettings, check, jit_iterations, make_trainer
+from tmdjax.train.on_policy.state import Parts
 
 KEY = jax.random.key(0)
 METHODS = {
@@ -128,6 +130,90 @@ def test_9_learning_rate_follows_the_kl():
     assert (four_iterations("fpo")[1]["learning_rate"] == np.float32(1e-3)).all()
 
 
+OPTIONS = {
+    "critic_learning_rate": 0.05, "learning_rate_cycle": (2, 1, 0.5), "critic_warmup": 1,
+    "target_kl": 1e-9, "kl_rule": "stop", "scale_rewards": True, "normalise": "fixed",
+    "truncation": "legacy",
+}  # fmt: skip
+
+
+@functools.cache
+def with_options():
+    """A trainer with every option that others leave out, and one iteration."""
+    settings = dataclasses.replace(TINY, **OPTIONS)
+    trainer = make_trainer(envs.Vector(Breaking(), 16), METHODS["ppo"], settings)
+    return trainer, jit_iterations(trainer, 1)
+
+
+def test_critic_warms_up_rates_cycle_and_a_kl_too_large_stops_an_iteration():
+    trainer, run = with_options()
+    given = {"policy": {"log_std": jnp.float32([-1, -2])}}
+    given["statistics"] = rl.RunningStatistics(
+        jnp.float32(0), jnp.arange(4.0), jnp.full(4, 4.0)
+    )
+    state, found = trainer.init(KEY, **given), []
+    same(state.learner.params["policy"]["log_std"], np.float32([-1, -2]))
+    for _ in range(3):
+        before = jax.device_get(state)
+        state, metrics = run(state, KEY)
+        found.append((before, jax.device_get(state), jax.device_get(metrics)))
+    (start, warm, first), (_, tuned, second), (_, _, third) = found
+    same(start.learner.params["policy"], warm.learner.params["policy"])
+    assert not np.array_equal(value_at_0(start, 4), value_at_0(warm, 4))
+    assert np.array_equal(start.statistics.mean, tuned.statistics.mean)
+    rates = [float(m["learning_rate"][0]) for m in (first, second, third)]
+    assert_allclose(rates, [0, 2e-4, 1e-4], rtol=1e-6)
+    critic = [optax.tree.get(s.learner.opt_state, "critic_rate") for _, s, _ in found]
+    assert_allclose(critic, [0.025, 0.05, 0.025], rtol=1e-6)
+    # no KL while the policy stays; then all but the first of four minibatches
+    assert warm.learner.step == 4 and tuned.learner.step == 5
+    assert first["stopped_fraction"][0] == 0 and second["stopped_fraction"][0] == 0.75
+    assert 0 < tuned.reward_scale.statistics.count < 2 * 16 * 8  # broken ones are out
+    assert tuned.reward_scale.statistics.variance != 1
+    assert max(m["first_ratio_error"][0] for m in (first, second, third)) < 1e-5
+
+
+def test_10_a_legacy_advantage_runs_on_into_the_next_episode():
+    """delta = r + discount V' (1 - terminated) - V, cut at terminations alone."""
+    rng = np.random.default_rng(0)
+    reward, value = np.float32(rng.normal(size=(2, 9, 3)))
+    kind = rng.integers(0, 4, (9, 3))
+    ended, cut = kind == 0, kind == 1
+    assert ended.any() and cut.any()
+    step = envs.VectorStep(None, reward, ended, cut, np.ones_like(ended))
+    following = np.concatenate([value[1:], np.float32(rng.normal(size=(1, 3)))])
+    unroll = on_policy.returns.Unroll(
+        np.zeros((9, 3, 1)), None, step, value, following, None
+    )
+    settings = dataclasses.replace(TINY, truncation="legacy", advantages="none")
+    numbers = {"discount": 0.9, "gae_lambda": 0.8}
+    found = on_policy.returns.targets(unroll, settings, numbers)
+    expected, later = np.zeros((9, 3)), 0.0
+    for t in reversed(range(9)):
+        delta = reward[t] + 0.9 * following[t] * ~ended[t] - value[t]
+        later = expected[t] = delta + 0.72 * ~ended[t] * later
+    assert_allclose(found.samples.advantage.reshape(9, 3), expected, rtol=2e-5)
+    correct = dataclasses.replace(settings, truncation="final")
+    other = on_policy.returns.targets(unroll, correct, numbers).samples.advantage
+    assert not np.allclose(other, found.samples.advantage)
+
+
+def test_10_what_follows_in_legacy_mode_is_the_next_episode():
+    """Its first observation, where the last one of the old would be right."""
+    trainer, _ = with_options()
+    state, method = trainer.init(KEY), METHODS["ppo"]
+    drawn = jax.jit(trainer.collect)(state, None, KEY)
+    critic = models.ControlMLP(1, (16,), "mish", out_scale=0.01)
+    vector = envs.Vector(Breaking(), 16)
+    parts = Parts(vector, method, method, trainer.settings, critic, optax.identity())
+    unroll = on_policy.returns.unroll_of(parts, state, drawn, state.statistics)
+    assert drawn.step.truncated.any()
+    assert_array_equal(unroll.next_value[:-1], unroll.value[1:])
+    seen = parts.prepare(state.statistics, drawn.vector.observation)
+    value = parts.value(state.learner.params["critic"], seen)
+    assert_allclose(unroll.next_value[-1], value, rtol=1e-5, atol=1e-7)
+
+
 def test_13_seeds_and_coefficients_side_by_side_are_runs_one_by_one():
     trainer, start, run = compiled("ppo")
     keys = jnp.stack([KEY, KEY, jax.random.key(1)])
@@ -181,10 +267,10 @@ def test_known_optima_are_reached(name, probe):
         assert 8.5 < value_at_0(state) < 10.5
 
 
-def value_at_0(state):
+def value_at_0(state, size=1):
     critic = models.ControlMLP(1, (16,), "mish", out_scale=0.01)
-    params = state.learner.params["critic"]
-    return float(models.functional(critic)(params, jnp.zeros((1, 1)))[0, 0])
+    params = jax.tree.map(jnp.asarray, state.learner.params["critic"])
+    return float(models.functional(critic)(params, jnp.zeros((1, size)))[0, 0])
 
 
 @pytest.mark.slow
@@ -389,6 +475,11 @@ def test_bad_settings(refused):
     unlike = AFRESH | {"value_clip": 0.2}
     refused("value_clip=None instead of 0.2", changed, **unlike)
     refused("diagnosed_samples=-1", changed, diagnosed_samples=-1)
+    refused("critic_learning_rate=0.0", changed, critic_learning_rate=0.0)
+    refused("critic_warmup=-1", changed, critic_warmup=-1)
+    refused("warm-up=5 is outside", changed, learning_rate_cycle=(5, 5, 0.1))
+    refused("share=1.5 is outside", changed, learning_rate_cycle=(5, 1, 1.5))
+    refused("kl_rule='halt'.*'adapt', 'stop'", changed, kl_rule="halt")
     start = compiled("ppo")[0].init
     mistyped = {"entropy_coeficient": 0.1}
     refused("Did you mean 'entropy_coefficient'", start, KEY, **mistyped)
@@ -396,6 +487,15 @@ def test_bad_settings(refused):
     refused("discount=1.2 is outside", start, KEY, discount=1.2)
     refused("learning_rate=0.0 is outside", start, KEY, learning_rate=0.0)
     refused("coefficient=-1.0 is outside", start, KEY, entropy_coefficient=-1.0)
+    alien = {"policy": {"weights": jnp.zeros(2)}}
+    refused("entry of the given policy='weights'.*'log_std'", start, KEY, **alien)
+    wide = {"policy": {"log_std": jnp.zeros(3)}}
+    words = r"policy\['log_std'\] does not fit.*\(3,\), not \(2,\).*chunk"
+    refused(words, start, KEY, **wide)
+    few = {"statistics": rl.RunningStatistics.start((3,))}
+    refused(r"statistics does not fit.*mean is \(3,\)", start, KEY, **few)
+    plain = make_trainer(envs.Vector(MULTI, 4), METHODS["ppo"], TINY).init
+    refused("under normalise='none' are not normalised", plain, KEY, **few)
     make = functools.partial(make_trainer, envs.Vector(MULTI, 9), METHODS["ppo"])
     refused(
         "object has no coefficients, init",

@@ -2,6 +2,13 @@
 
 from tmdjax.data import procedural as procedural
 from tmdjax.data.dataset import Dataset as Dataset
+from tmdjax.data.demonstration_files import load_demonstrations as load_demonstrations
+from tmdjax.data.demonstrations import Demonstrations as Demonstrations
+from tmdjax.data.demonstrations import action_bounds as action_bounds
+from tmdjax.data.demonstrations import action_chunks as action_chunks
+from tmdjax.data.demonstrations import observation_bounds as observation_bounds
+from tmdjax.data.demonstrations import read_demonstrations as read_demonstrations
+from tmdjax.data.demonstrations import write_demonstrations as write_demonstrations
 from tmdjax.data.images import captioned_shapes as captioned_shapes
 from tmdjax.data.images import rendered_text as rendered_text
 from tmdjax.data.pipeline import Batches as Batches

@@ -33,6 +33,8 @@ from tmdjax.rl.records import chain_transitions as chain_transitions
 from tmdjax.rl.records import concatenate as concatenate
 from tmdjax.rl.returns import generalised_advantages as generalised_advantages
 from tmdjax.rl.returns import standardise as standardise
+from tmdjax.rl.reward_scale import RewardScale as RewardScale
+from tmdjax.rl.reward_scale import scale_rewards as scale_rewards
 from tmdjax.rl.running_statistics import RunningStatistics as RunningStatistics
 from tmdjax.rl.running_statistics import update_statistics as update_statistics
 from tmdjax.rl.surrogates import ClipRange as ClipRange

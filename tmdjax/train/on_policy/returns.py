@@ -74,10 +74,13 @@ def unroll_of(
         statistics: that observations are normalised by.
     """
     step = rollout.step
-    seen, final = (
-        parts.prepare(statistics, x)
-        for x in (rollout.observation, step.final_observation)
-    )
+    final = step.final_observation
+    if (
+        parts.settings.truncation == "legacy"
+    ):  # what the policy saw next, resets and all
+        now = rollout.vector.observation[None]
+        final = jnp.concatenate([rollout.observation[1:], now])
+    seen, final = (parts.prepare(statistics, x) for x in (rollout.observation, final))
     critic = state.learner.params["critic"]
     return Unroll(
         seen,
@@ -92,14 +95,17 @@ def unroll_of(
 def targets(unroll: Unroll, settings: ControlSettings, coefficients: Any) -> Targets:
     """Advantages and returns of transitions, as [time * env]."""
     step, value, next_value = unroll.step, unroll.value, unroll.next_value
+    truncated = step.truncated
     if settings.truncation == "current":
         next_value = jnp.where(step.truncated, value, next_value)
+    elif settings.truncation == "legacy":
+        truncated = jnp.zeros_like(truncated)
     advantage, returns = rl.generalised_advantages(
         settings.reward_scale * step.reward,
         value,
         next_value,
         step.terminated,
-        step.truncated,
+        truncated,
         discount=coefficients["discount"],
         gae_lambda=coefficients["gae_lambda"],
         valid=step.valid,

@@ -11,7 +11,8 @@ from tmdjax.quant import Precision
 
 VALUE_CLIPS = ("larger", "released")
 ADVANTAGES = ("batch", "minibatch", "none")
-TRUNCATIONS = ("final", "current")
+TRUNCATIONS = ("final", "current", "legacy")
+KL_RULES = ("adapt", "stop")
 GAE = ("once", "per_minibatch")
 
 
@@ -113,7 +114,11 @@ class Normaliser:
     before_update: bool = False
 
 
-NORMALISERS = {"none": None, "running": Normaliser()}
+NORMALISERS = {
+    "none": None,
+    "running": Normaliser(),
+    "fixed": Normaliser(update=lambda statistics, observations: statistics),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,10 +130,20 @@ class ControlSettings:
         epochs: passes over them.
         minibatches: an epoch; they divide environments x unroll.
         learning_rate: at the start.
-        target_kl: at the end of every epoch the learning rate is divided by 1.5 where
-            the mean KL is above twice this, and multiplied by 1.5 where below half of
-            it; None keeps it.
-        learning_rate_bounds: lowest and highest learning rate that target_kl leads to.
+        critic_learning_rate: of the critic, which no KL changes; None takes that of the
+            policy.
+        learning_rate_cycle: (iterations, of them warm-up, share): both learning rates
+            run through cycles of so many iterations: linearly up from a share of
+            themselves, then down to it by half a cosine, and again. None keeps them.
+        critic_warmup: iterations at the start in which the critic alone is changed; the
+            optimiser's averages of the policy's gradient gather meanwhile.
+        target_kl: of behaviour and policy, what kl_rule holds them to; None lets them
+            be.
+        kl_rule: 'adapt': at the end of every epoch the learning rate is divided by 1.5
+            where the mean KL is above twice target_kl, and multiplied by 1.5 where
+            below half of it. 'stop': a minibatch whose KL is above target_kl, and all
+            that follow it in the iteration, change nothing.
+        learning_rate_bounds: lowest and highest learning rate that 'adapt' leads to.
         weight_decay: of AdamW.
         clip_norm: of the gradient of policy and critic together; None does not clip.
         discount: of returns.
@@ -144,9 +159,13 @@ class ControlSettings:
             'released' the clipped one alone: no gradient outside the band.
         truncation: which value stands for what a time limit cut off: that of the
             'final' observation, or of the 'current' one, before the step (PolicyFlow's
-            code).
+            code). 'legacy' (the code of ReinFlow and DPPO) takes the first one of the
+            next episode and sums advantages on into it: a time limit is not seen.
+        scale_rewards: divide rewards by the deviation of their running discounted sums
+            and clip them to +-10 (:func:`tmdjax.rl.scale_rewards`).
         reward_scale: rewards are multiplied by it before returns.
-        normalise: observations by 'running' statistics that move after the update, by
+        normalise: observations by 'running' statistics that move after the update; by
+            'fixed' ones, given to the trainer's ``init`` (else mean 0, variance 1); by
             another :class:`Normaliser`, or 'none'. Images never are.
         diagnosed_samples: transitions an iteration on which a method that has a
             ``diagnose`` (arguments of its loss without coefficients; scalars by name)
@@ -164,7 +183,11 @@ class ControlSettings:
     epochs: int = 5
     minibatches: int = 4
     learning_rate: float = 2e-4
+    critic_learning_rate: float | None = None
+    learning_rate_cycle: tuple[int, int, float] | None = None
+    critic_warmup: int = 0
     target_kl: float | None = None
+    kl_rule: str = "adapt"
     learning_rate_bounds: tuple[float, float] = (1e-6, 1e-2)
     weight_decay: float = 1e-5
     clip_norm: float | None = 1.0
@@ -176,6 +199,7 @@ class ControlSettings:
     value_clip: float | None = 0.2
     value_clip_kind: str = "larger"
     truncation: str = "final"
+    scale_rewards: bool = False
     reward_scale: float = 1.0
     normalise: str | Normaliser = "none"
     diagnosed_samples: int = 0
@@ -190,7 +214,8 @@ class ControlSettings:
         for name in ("learning_rate", "reward_scale"):
             value = getattr(self, name)
             check_range(name, value, 0, open_low=True, open_high=True)
-        for name in ("target_kl", "clip_norm", "value_clip", "max_ratio_error"):
+        optional = "target_kl clip_norm value_clip max_ratio_error critic_learning_rate"
+        for name in optional.split():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 0, open_low=True)
         for name in ("weight_decay", "value_coefficient"):
@@ -200,6 +225,14 @@ class ControlSettings:
         low, high = self.learning_rate_bounds
         check_range("learning_rate_bounds, upper", high, 0, open_high=True)
         check_range("learning_rate_bounds, lower", low, 0, high, open_low=True)
+        check_count("critic_warmup", self.critic_warmup, 0)
+        if self.learning_rate_cycle is not None:
+            cycle, warmup, share = self.learning_rate_cycle
+            check_count("learning_rate_cycle, iterations", cycle)
+            check_count("learning_rate_cycle, warm-up", warmup, 0)
+            check_range("learning_rate_cycle, warm-up", warmup, 0, cycle - 1)
+            check_range("learning_rate_cycle, share", share, 0, 1)
+        check_choice("kl_rule", self.kl_rule, KL_RULES)
         check_choice("advantages", self.advantages, ADVANTAGES)
         check_choice("value_clip_kind", self.value_clip_kind, VALUE_CLIPS)
         check_choice("truncation", self.truncation, TRUNCATIONS)

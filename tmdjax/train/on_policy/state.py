@@ -1,6 +1,7 @@
 """What an iteration changes, and what all parts of it share."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ import optax
 from flax import struct
 
 from tmdjax import envs, models, rl
-from tmdjax.core import prng
-from tmdjax.core.checks import check_choice
+from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_choice, first_few
 from tmdjax.core.types import Array, Params
 from tmdjax.train.on_policy.settings import ControlMethod, ControlSettings
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
@@ -27,11 +28,13 @@ class OnPolicyState(LearnerCounts):
             them on the host).
         learner: parameters {'policy', 'critic'} and optimiser state.
         learning_rate: float32.
-        coefficients: of the method, and 'discount', 'gae_lambda'; float32 each.
+        coefficients: of the method, and 'discount', 'gae_lambda' and, if the critic has
+            one of its own, 'critic_learning_rate'; float32 each.
         statistics: of observations, or None for images.
         vector: the environments.
         running_return: float32 [env], of the episodes under way.
         episode_return: mean of the last episodes that ended; NaN before any did.
+        reward_scale: sums of rewards so far; None unless rewards are scaled by them.
     """
 
     iteration: Any
@@ -42,6 +45,7 @@ class OnPolicyState(LearnerCounts):
     vector: envs.VectorState
     running_return: Any
     episode_return: Any
+    reward_scale: Any = None
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -99,21 +103,36 @@ class Parts(NamedTuple):
         return self.value(params, flat).reshape(observation.shape[:2])
 
 
-def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
+def start(
+    parts: Parts,
+    key: Any,
+    *,
+    policy: Mapping[str, Any] | None = None,
+    statistics: rl.RunningStatistics | None = None,
+    **changes: Any,
+) -> OnPolicyState:
     """The state before the first iteration.
 
     Args:
         parts: environments, networks and rules.
         key: typed key of the run.
-        **changes: coefficients, and 'learning_rate', in place of the configured ones.
+        policy: entries of the policy's parameters, such as 'network' of a pretrained
+            one, in place of those that the method makes.
+        statistics: of observations, to begin with.
+        **changes: coefficients, and the learning rates, in place of the configured
+            ones.
 
     Raises:
-        ValueError: a coefficient that is unknown or out of range.
+        ValueError: a coefficient that is unknown or out of range; parameters or
+            statistics that do not fit the method's, or statistics where observations
+            are not normalised.
     """
     prng.check_key(key)
     settings, method, vector = parts.settings, parts.method, parts.vector
     owners = dict.fromkeys(method.coefficients, method)
     owners |= dict.fromkeys(("discount", "gae_lambda", "learning_rate"), settings)
+    if settings.critic_learning_rate is not None:
+        owners["critic_learning_rate"] = settings
     for name, value in changes.items():
         check_choice("coefficient", name, owners)
         owner = owners[name]
@@ -135,17 +154,56 @@ def start(parts: Parts, key: Any, **changes: Any) -> OnPolicyState:
         "policy": method.init(policy_key, one, vector.action_size),
         "critic": models.init_params(parts.critic, critic_key, one),
     }
-    statistics = None if parts.is_image else rl.RunningStatistics.start(seen.shape)
+    if policy is not None:
+        params["policy"] = _with_entries(params["policy"], policy)
+    fresh = None if parts.is_image else rl.RunningStatistics.start(seen.shape)
+    if statistics is not None:
+        if fresh is None or settings.normaliser is None:
+            raise ValueError(
+                f"statistics are given, but observations of {seen.dtype} under "
+                f"normalise={settings.normalise!r} are not normalised; leave them out, "
+                f"or use 'fixed' or 'running'."
+            )
+        _check_alike("statistics", statistics, fresh)
     state = OnPolicyState(
         iteration=jnp.zeros((), jnp.int32),
         learner=create_state(params, parts.rule),
         learning_rate=numbers.pop("learning_rate"),
         coefficients=numbers,
-        statistics=statistics,
+        statistics=fresh if statistics is None else statistics,
         vector=vector.reset(reset_key),
         running_return=jnp.zeros(vector.count),
         episode_return=jnp.full((), jnp.nan),
+        reward_scale=(
+            rl.RewardScale.start(vector.count) if settings.scale_rewards else None
+        ),
     )
     # weak types would become strong in the first iteration, and compile it twice; one
     # buffer in two places could not be donated
     return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True), state)
+
+
+def _with_entries(drawn: Params, given: Mapping[str, Any]) -> Params:
+    """A policy's parameters with some entries given."""
+    for name, entry in given.items():
+        check_choice("entry of the given policy", name, drawn)
+        _check_alike(f"policy[{name!r}]", entry, drawn[name])
+    return {**drawn, **given}
+
+
+def _check_alike(what: str, given: Any, own: Any) -> None:
+    """Raises ValueError unless two trees have one structure and the same shapes."""
+    shapes, owned = (
+        {name: tuple(jnp.shape(leaf)) for name, leaf in trees.flatten(tree).items()}
+        for tree in (given, own)
+    )
+    different = [
+        f"{name} is {shapes.get(name, 'absent')}, not {owned.get(name, 'absent')}"
+        for name in sorted({*shapes, *owned})
+        if shapes.get(name) != owned.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{what} does not fit this run: {first_few(different)}. It comes from "
+            f"another method, environment or chunk; give the settings it was made with."
+        )

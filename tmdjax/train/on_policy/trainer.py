@@ -30,8 +30,9 @@ MAX_ACTION = 1e3
 class Trainer(Iteration[OnPolicyState, Rollout]):
     """An iteration in pure functions: jitted, scanned and vmapped as a whole.
 
-    ``init(key, **coefficients)`` makes the state: coefficients named replace the
-    configured ones. Batches are None: the environments stand in the state.
+    ``init(key, policy=None, statistics=None, **coefficients)`` makes the state: what is
+    given begins a run from a policy that was trained before, and coefficients named
+    replace the configured ones. Batches are None: the environments stand in the state.
 
     Attributes:
         settings: as given.
@@ -135,6 +136,16 @@ def _learn(
         statistics = normaliser.update(statistics, rollout.observation)
     before = normaliser is not None and normaliser.before_update
     used = statistics if before else state.statistics
+    reward_scale = state.reward_scale
+    if reward_scale is not None:
+        reward, reward_scale = rl.scale_rewards(
+            reward_scale,
+            step.reward,
+            step.terminated | step.truncated,
+            step.valid,
+            discount=state.coefficients["discount"],
+        )
+        rollout = rollout._replace(step=step._replace(reward=reward))
     unroll = unroll_of(parts, state, rollout, used)
     given = targets(unroll, settings, state.coefficients)
     good = jnp.sum(step.valid)
@@ -174,7 +185,6 @@ def _learn(
         "action_abs_max": rollout.action_size.max(),
         "action_abs_max_env": rollout.action_size.max(0).argmax().astype(jnp.float32),
         "explained_variance": 1 - left / jnp.maximum(spread, 1e-12),
-        "learning_rate": learning_rate,
     }
     state = dataclasses.replace(
         state,
@@ -185,6 +195,7 @@ def _learn(
         vector=rollout.vector,
         running_return=rollout.running_return,
         episode_return=episode_return,
+        reward_scale=reward_scale,
     )
     return state, metrics
 

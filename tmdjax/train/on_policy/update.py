@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tmdjax.core import trees
 from tmdjax.core.types import Array
 from tmdjax.train.on_policy.returns import Once, PerMinibatch
 from tmdjax.train.on_policy.settings import ControlSettings
@@ -16,7 +17,7 @@ from tmdjax.train.state import TrainState, make_train_step
 
 
 def make_rule(settings: ControlSettings) -> optax.GradientTransformation:
-    """AdamW whose learning rate is an array in its state."""
+    """AdamW of policy and critic, whose learning rates are arrays in its state."""
     rule = make_optimizer(
         OptimizerConfig(
             name="adamw",
@@ -25,13 +26,43 @@ def make_rule(settings: ControlSettings) -> optax.GradientTransformation:
             clip_norm=settings.clip_norm,
         )
     )
-    scale = optax.inject_hyperparams(optax.scale)(step_size=1.0)
-    return optax.chain(rule, scale)
+
+    def scaled_policy(policy_rate: Any) -> optax.GradientTransformation:
+        return optax.scale(policy_rate)
+
+    def scaled_critic(critic_rate: Any) -> optax.GradientTransformation:
+        return optax.scale(critic_rate)
+
+    scales: dict[Any, Any] = {
+        "policy": optax.inject_hyperparams(scaled_policy)(policy_rate=1.0),
+        "critic": optax.inject_hyperparams(scaled_critic)(critic_rate=1.0),
+    }
+    return optax.chain(rule, optax.multi_transform(scales, {k: k for k in scales}))
 
 
-def _with_learning_rate(learner: TrainState, rate: Array) -> TrainState:
-    opt_state = optax.tree.set(learner.opt_state, step_size=rate)
-    return dataclasses.replace(learner, opt_state=opt_state)
+def learning_rates(
+    settings: ControlSettings, state: OnPolicyState, learning_rate: Array
+) -> dict[str, Array]:
+    """What the updates of an iteration are multiplied by, float32 scalars.
+
+    Args:
+        settings: learning_rate_cycle and critic_warmup.
+        state: its iteration, and the critic's learning rate if it has one of its own.
+        learning_rate: of the policy.
+
+    Returns:
+        'policy_rate' and 'critic_rate'.
+    """
+    policy: Any = learning_rate
+    critic: Any = state.coefficients.get("critic_learning_rate", policy)
+    if settings.learning_rate_cycle is not None:
+        cycle, warmup, share = settings.learning_rate_cycle
+        wave = optax.warmup_cosine_decay_schedule(share, 1.0, warmup, cycle, share)
+        factor = wave(state.iteration % cycle)
+        policy, critic = factor * policy, factor * critic
+    if settings.critic_warmup:
+        policy = jnp.where(state.iteration < settings.critic_warmup, 0.0, policy)
+    return {"policy_rate": policy, "critic_rate": critic}
 
 
 def adapted_learning_rate(
@@ -78,10 +109,16 @@ def update(
 
     Returns:
         The learner, the learning rate, and metrics: means over minibatches, but for
-        'first_ratio_error' and 'skipped_in_a_row', the largest number of consecutive
-        updates that were skipped, whatever followed them.
+        'first_ratio_error', 'learning_rate' of the policy's last update, and
+        'skipped_in_a_row', the largest number of consecutive updates that were skipped,
+        whatever followed them.
     """
     settings = parts.settings
+    limit = jnp.inf if settings.target_kl is None else settings.target_kl
+    adapts, stops = (
+        settings.target_kl is not None and settings.kl_rule == rule
+        for rule in ("adapt", "stop")
+    )
     shuffle, noise = jax.random.split(key)
     train_step = make_train_step(
         returns.loss(state.learner.params, state.numbers),
@@ -89,32 +126,51 @@ def update(
         reductions={"ratio_error": jnp.max},
     )
 
-    def minibatch(learner: TrainState, rows: Array) -> tuple[Any, Any]:
+    def with_rates(learner: TrainState, learning_rate: Array) -> TrainState:
+        rates = learning_rates(settings, state, learning_rate)
+        opt_state = optax.tree.set(learner.opt_state, **rates)
+        return dataclasses.replace(learner, opt_state=opt_state)
+
+    def minibatch(carry: Any, rows: Array) -> tuple[Any, Any]:
+        before, stopped = carry
         batch = returns.batch(data, rows, scale)
-        learner, metrics = train_step(learner, batch, noise)
-        return learner, {**metrics, "skipped_in_a_row": learner.skipped_in_a_row}
+        learner, metrics = train_step(before, batch, noise)
+        if stops:
+            stopped |= metrics["kl"] > limit
+            learner = trees.select(stopped, before, learner)
+            metrics["stopped_fraction"] = stopped.astype(jnp.float32)
+        metrics["skipped_in_a_row"] = learner.skipped_in_a_row
+        return (learner, stopped), metrics
 
     def epoch(carry: Any, key: Any) -> tuple[Any, Any]:
-        learner, learning_rate = carry
+        learner, stopped, learning_rate = carry
         rows = jax.random.permutation(key, returns.rows)
-        learner, metrics = jax.lax.scan(
-            minibatch, learner, rows.reshape(settings.minibatches, -1)
+        (learner, stopped), metrics = jax.lax.scan(
+            minibatch, (learner, stopped), rows.reshape(settings.minibatches, -1)
         )
-        if settings.target_kl is not None:
-            learning_rate = adapted_learning_rate(
+        if adapts:
+            adapted = adapted_learning_rate(
                 learning_rate, metrics["kl"].mean(), settings
             )
-            learner = _with_learning_rate(learner, learning_rate)
-        return (learner, learning_rate), metrics
+            if settings.critic_warmup:  # in which the policy has no KL to go by
+                warm = state.iteration < settings.critic_warmup
+                adapted = jnp.where(warm, learning_rate, adapted)
+            learning_rate, learner = adapted, with_rates(learner, adapted)
+        return (learner, stopped, learning_rate), metrics
 
-    learner = _with_learning_rate(state.learner, state.learning_rate)
-    (learner, learning_rate), metrics = jax.lax.scan(
+    (learner, _, learning_rate), metrics = jax.lax.scan(
         epoch,
-        (learner, state.learning_rate),
+        (
+            with_rates(state.learner, state.learning_rate),
+            jnp.array(False),
+            state.learning_rate,
+        ),
         jax.random.split(shuffle, settings.epochs),
     )
+    rates = learning_rates(settings, state, learning_rate)
     apart = {
         "first_ratio_error": metrics.pop("ratio_error")[0, 0],
         "skipped_in_a_row": metrics.pop("skipped_in_a_row").max(),
+        "learning_rate": rates["policy_rate"],
     }
     return learner, learning_rate, {k: v.mean() for k, v in metrics.items()} | apart

@@ -1,0 +1,278 @@
+"""Demonstrations in the files of others: D4RL's HDF5 and the folders of Minari.
+
+What is read is what is understood: entries of the names below, of numbers, stored in
+the file itself. Anything else is refused by name, unless it is named in ``ignore``.
+Needs h5py: ``pip install 'tmdjax[demonstrations]'``.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmdjax.core.checks import check_count, first_few
+from tmdjax.core.files import json_of
+from tmdjax.core.optional import import_optional
+from tmdjax.data.demonstrations import MANIFEST, Demonstrations, read_demonstrations
+
+D4RL = ("observations", "actions", "rewards", "terminals", "timeouts")
+D4RL_LEFT_OUT = ("next_observations", "infos", "metadata")
+"""Known entries of no use here."""
+MINARI = ("observations", "actions", "rewards", "terminations", "truncations")
+MINARI_LEFT_OUT = ("infos",)
+_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
+_MOST_BYTES = 2**36
+
+
+def load_demonstrations(path: str | os.PathLike[str], **options: Any) -> Demonstrations:
+    """Demonstrations of any kind that is understood, told by what lies at a path.
+
+    Args:
+        path: a folder of :func:`tmdjax.data.write_demonstrations`, a folder of Minari
+            (with data/main_data.hdf5), or a .hdf5 or .h5 file in the layout of D4RL.
+        **options: of :func:`read_minari` or :func:`read_d4rl`.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is none of these.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a folder or file.")
+    if (path / MANIFEST).is_file():
+        return read_demonstrations(path, **options)
+    if (path / "data").is_dir():
+        return read_minari(path, **options)
+    if path.is_file() and path.suffix in (".hdf5", ".h5"):
+        return read_d4rl(path, **options)
+    raise ValueError(
+        f"{path} holds no demonstrations that are understood: a folder with {MANIFEST} "
+        f"(tmdjax), a folder with data/main_data.hdf5 (Minari), or a .hdf5 or .h5 file "
+        f"(D4RL)."
+    )
+
+
+def read_d4rl(
+    path: str | os.PathLike[str],
+    *,
+    horizon: int | None = None,
+    ignore: Sequence[str] = (),
+) -> Demonstrations:
+    """A file in the layout of D4RL.
+
+    Understood are the datasets observations [step, feature], actions [step, action],
+    rewards [step], terminals [step] and timeouts [step]; next_observations, infos and
+    metadata are left out. Where the file ends inside an episode, it is cut there.
+
+    Args:
+        path: of the file.
+        horizon: steps after which an episode was cut, for a file without timeouts;
+            counted anew after every end.
+        ignore: other entries to leave out.
+
+    Raises:
+        ImportError: h5py is not installed.
+        ValueError: the file, or an entry of it, is not as described; named.
+    """
+    with _opened(path) as file:
+        _check_names(path, file, D4RL, (*D4RL_LEFT_OUT, *ignore), optional=D4RL[4:])
+        arrays = {name: _numbers(path, file, name) for name in D4RL if name in file}
+    count = len(arrays["actions"])
+    terminated = _flags(path, "terminals", arrays["terminals"])
+    if "timeouts" in arrays:
+        truncated = _flags(path, "timeouts", arrays["timeouts"])
+    elif horizon is None:
+        raise ValueError(
+            f"{path} has no timeouts: where episodes were cut is not known. Give "
+            f"horizon=, the steps after which they were."
+        )
+    else:
+        truncated = _cuts(terminated, check_count("horizon", horizon))
+    truncated = truncated & ~terminated
+    truncated[-1:] |= ~terminated[-1:]
+    return Demonstrations(
+        observation=_seen(arrays["observations"]),
+        action=_floats(arrays["actions"]),
+        reward=_floats(arrays["rewards"]).reshape(count, -1)[:, 0],
+        terminated=terminated,
+        truncated=truncated,
+        meta={"source": "D4RL", "file": Path(path).name},
+    )
+
+
+def read_minari(
+    folder: str | os.PathLike[str],
+    *,
+    entries: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> Demonstrations:
+    """A data set of Minari (0.5) whose data are HDF5.
+
+    Understood are groups episode_0, episode_1 and so on of data/main_data.hdf5, each
+    with observations [step + 1, ...], actions [step, action], rewards, terminations and
+    truncations [step]; infos are left out. The last observation of an episode, after
+    its last action, is not kept.
+
+    Args:
+        folder: of the data set, in which 'data' lies.
+        entries: of observations that are a dict, concatenated in this order.
+        ignore: other entries of episodes to leave out.
+
+    Raises:
+        ImportError: h5py is not installed.
+        FileNotFoundError: the folder has no such file.
+        ValueError: the file, or an entry of it, is not as described; named.
+    """
+    path = Path(folder, "data", "main_data.hdf5")
+    described: Any = {}
+    if (told := path.with_name("metadata.json")).is_file():
+        described = json_of(told)
+        kind = described.get("data_format") if isinstance(described, dict) else None
+        if kind not in (None, "hdf5"):
+            raise ValueError(
+                f"{told} says data_format={kind!r}, and 'hdf5' is read; convert it, as "
+                f"by minari.DataCollector(..., data_format='hdf5')."
+            )
+    parts = []
+    with _opened(path) as file:
+        names = [f"episode_{i}" for i in range(len(file))]
+        if not names or {*names} != {*file}:
+            odd = first_few(sorted({*file} - {*names})) or "no group"
+            raise ValueError(f"{path} has {odd}; it needs episode_0, episode_1, ...")
+        for name in names:
+            group = _entry(path, file, name)
+            where = f"{path}: {name}"
+            _check_names(where, group, MINARI, (*MINARI_LEFT_OUT, *ignore))
+            parts.append(_episode(where, group, entries))
+    arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    known = ("dataset_id", "minari_version", "algorithm_name", "author")
+    told = {k: described[k] for k in known if k in described}
+    return Demonstrations(**arrays, meta={"source": "Minari", **told})
+
+
+def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.ndarray]:
+    arrays = {name: _numbers(where, group, name) for name in MINARI[1:]}
+    steps = len(arrays["actions"])
+    seen = _entry(where, group, "observations")
+    if isinstance(seen, Mapping):
+        if not entries or not {*entries} <= {*seen}:
+            raise ValueError(
+                f"{where}: observations are a dict of {', '.join(map(repr, seen))}, "
+                f"entries={tuple(entries)}; name those to concatenate."
+            )
+        found = [_numbers(f"{where}/observations", seen, name) for name in entries]
+        observation = np.concatenate([_floats(x) for x in found], axis=1)
+    else:
+        observation = _seen(_numbers(where, group, "observations"))
+    if len(observation) != steps + 1:
+        raise ValueError(
+            f"{where}: {len(observation)} observations and {steps} actions; there is "
+            f"one observation more than actions."
+        )
+    terminated = _flags(where, "terminations", arrays["terminations"])
+    truncated = _flags(where, "truncations", arrays["truncations"]) & ~terminated
+    if (terminated | truncated)[:-1].any():
+        raise ValueError(f"{where} goes on after its end; split it there.")
+    truncated[-1:] |= ~terminated[-1:]
+    return {
+        "observation": observation[:-1],
+        "action": _floats(arrays["actions"]),
+        "reward": _floats(arrays["rewards"]),
+        "terminated": terminated,
+        "truncated": truncated,
+    }
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    h5py = import_optional("h5py", "reading HDF5", "demonstrations")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is no file.")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is no HDF5 file ({error}); copy it again.") from error
+
+
+def _check_names(
+    where: Any,
+    group: Any,
+    names: Sequence[str],
+    left_out: Sequence[str],
+    optional: Sequence[str] = (),
+) -> None:
+    """Raises ValueError unless a group has the names, and no others."""
+    missing = [n for n in names if n not in group and n not in optional]
+    unknown = sorted({*group} - {*names, *left_out})
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: {first_few(missing) or 'nothing'} is missing and "
+            f"{first_few(map(repr, unknown)) or 'nothing'} is not understood; add the "
+            f"former, and name the latter in ignore= to leave it out."
+        )
+
+
+def _entry(where: Any, group: Any, name: str) -> Any:
+    """A group or dataset that lies in the file itself."""
+    h5py = import_optional("h5py", "reading HDF5", "demonstrations")
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(
+            f"{where}/{name} is a link; write the file anew with the data in it."
+        )
+    return group[name]
+
+
+def _numbers(where: Any, group: Any, name: str) -> np.ndarray:
+    """A dataset of numbers, stored in the file by filters that are known."""
+    found = _entry(where, group, name)
+    if not hasattr(found, "dtype"):
+        raise ValueError(f"{where}/{name} is a group; it must be a dataset.")
+    if found.dtype.kind not in "biuf" or not found.shape:
+        raise ValueError(
+            f"{where}/{name} is {found.dtype} {found.shape}; it must be an array of "
+            f"numbers."
+        )
+    stored = found.id.get_create_plist()
+    codes = [stored.get_filter(i)[0] for i in range(stored.get_nfilters())]
+    odd = [code for code in codes if code not in _FILTERS]
+    if odd or found.is_virtual or found.external:
+        what = f"filter {odd[0]}" if odd else "data outside the file"
+        raise ValueError(
+            f"{where}/{name} has {what}; write it anew, contiguous or with "
+            f"{', '.join(_FILTERS.values())}."
+        )
+    if found.nbytes > _MOST_BYTES:
+        raise ValueError(
+            f"{where}/{name} is said to have {found.nbytes} bytes; {_MOST_BYTES} are "
+            f"read at most. Split the file."
+        )
+    return found[()]
+
+
+def _seen(array: np.ndarray) -> np.ndarray:
+    """Images in uint8 as they are, anything else as float32."""
+    return array if array.dtype == np.uint8 and array.ndim == 4 else _floats(array)
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def _flags(where: Any, name: str, array: np.ndarray) -> np.ndarray:
+    """Bool [step] of flags that others store as bytes or floats."""
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{where}/{name} has values other than 0 and 1.")
+    return array.astype(bool)
+
+
+def _cuts(terminated: np.ndarray, horizon: int) -> np.ndarray:
+    """Where episodes of at most ``horizon`` steps were cut, bool [step]."""
+    cuts, length = np.zeros_like(terminated), 0
+    for i, ended in enumerate(terminated):
+        length += 1
+        cuts[i] = length == horizon and not ended
+        length = 0 if ended or cuts[i] else length
+    return cuts
