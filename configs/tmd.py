@@ -152,6 +152,7 @@ def get_config(tier: str) -> ConfigDict:
             "count": 512,
             "per_prompt": 16,
             "teacher_steps": (50, 2, 1),
+            "teacher_solver": "euler",
             "projections": 128,
         }
     )

@@ -20,7 +20,7 @@ from experiments import video_samples as samples
 from experiments import video_students as students
 from experiments import video_tasks as tasks
 from experiments.arms import arms, of_arm
-from tmdjax import models
+from tmdjax import flows, models
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.domains.sprites.prompts import prompt_words
@@ -146,6 +146,7 @@ def describe(config: Config) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     # beside the exact teacher its network is only where students start
     check_count("teacher.steps", config.teacher.steps, int(not config.teacher.exact))
+    check_choice("sample.teacher_solver", config.sample.teacher_solver, flows.SOLVERS)
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted: dict[str, int] = {}  # many arms share a network
     for arm in arms(config):

@@ -63,18 +63,19 @@ def samplers(config: Config, params: Any) -> dict[str, tuple[Any, float]]:
     if kind == "teacher":
         velocity = tasks.teacher_velocity(config, params, config.distill.guidance)
         calls = 1 if config.distill.guidance == 1 else 2
+        solver = config.sample.teacher_solver
 
-        def walk(steps: int) -> Any:
+        def walk(steps: int) -> tuple[Any, float]:
             grid = flows.shifted_grid(steps, config.teacher.sample_shift)
-            return lambda noise, asked, keys: flows.endpoints(
-                velocity, noise, grid, asked
-            )
+            evaluations = flows.nfe(flows.make_table("ode", grid), solver)
+
+            def draw(noise: Any, asked: Any, keys: Any) -> Any:
+                return flows.endpoints(velocity, noise, grid, asked, method=solver)
+
+            return draw, float(evaluations * calls)
 
         return {
-            f"steps{k}." if k != config.sample.teacher_steps[0] else "": (
-                walk(k),
-                float(k * calls),
-            )
+            f"steps{k}." if k != config.sample.teacher_steps[0] else "": walk(k)
             for k in config.sample.teacher_steps
         }
     module = models.build(students.student_spec(config, "rollout"))

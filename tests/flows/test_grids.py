@@ -1,6 +1,13 @@
+import json
+import pathlib
+
 import numpy as np
+import pytest
 
 from tmdjax import flows
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "schedulers.json"
+PEER = json.loads(GOLDENS.read_text())
 
 
 def test_uniform_ends_exactly():
@@ -56,3 +63,44 @@ def test_grids_of_schedulers_that_count_in_training_steps(refused):
     refused("steps=1 must be at least 2", flows.discrete_shifted_grid, 1, 3.0)
     refused("shift=0.0 is outside", flows.discrete_shifted_grid, 4, 0.0)
     refused("tokens=0", flows.resolution_shift, 0)
+
+
+def flux(steps, tokens):
+    return flows.shifted_grid(steps, flows.resolution_shift(tokens))
+
+
+def qwen_image(steps, tokens):
+    shift = flows.resolution_shift(tokens, high=(8192, 0.9))
+    return flows.stretched_grid(flows.shifted_grid(steps, shift), 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("sd3_28", flows.discrete_shifted_grid(28, 3.0)),
+        ("sd3_10", flows.discrete_shifted_grid(10, 3.0)),
+        ("flux_dev_512", flux(28, 1024)),
+        ("flux_dev_1024", flux(50, 4096)),
+        ("flux_schnell", flows.uniform_grid(4)),
+        ("qwen_image", qwen_image(20, 6032)),
+    ],
+)
+def test_published_grids_are_those_of_the_scheduler(name, grid):
+    """FlowMatchEulerDiscreteScheduler of diffusers, as each pipeline sets it."""
+    np.testing.assert_allclose(grid, PEER["grids"][name], atol=3e-7)
+
+
+def test_grids_of_wans_solvers():
+    wan = flows.shift_time(0.999 * flows.uniform_grid(20), 3.0)
+    want = PEER["solvers"]["dpmpp_2m 20 plain"]["grid"]
+    np.testing.assert_allclose(flows.custom_grid(wan), want, atol=3e-7)
+
+
+def test_stretching_is_refused_where_it_says_nothing(refused):
+    grid = flows.stretched_grid(flows.uniform_grid(4), 0.1)
+    np.testing.assert_allclose(grid, [1.0, 0.7, 0.4, 0.1, 0.0], rtol=1e-12)
+    refused("terminal=1", flows.stretched_grid, grid, 1)
+    refused("terminal=0", flows.stretched_grid, grid, 0)
+    for one in (np.array([1.0, 0.0]), np.array([0.9, 0.5, 0.0])):
+        refused("begins at 1", flows.stretched_grid, one, 0.1)
+    refused("tokens of high=256", flows.resolution_shift, 64, high=(256, 1.0))

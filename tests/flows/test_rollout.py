@@ -157,7 +157,7 @@ def test_conditions_reach_the_velocity():
     np.testing.assert_allclose(np.asarray(end)[:, 0], [-1, -2, -3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", flows.METHODS)
+@pytest.mark.parametrize("method", flows.SOLVERS)
 def test_evaluations_are_counted_and_stay_in_the_unit_interval(method):
     table = flows.make_table("ode", flows.shifted_grid(7, 5.0))
     seen = []

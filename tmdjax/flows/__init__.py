@@ -38,6 +38,7 @@ from tmdjax.flows.grids import edm_grid as edm_grid
 from tmdjax.flows.grids import resolution_shift as resolution_shift
 from tmdjax.flows.grids import shift_time as shift_time
 from tmdjax.flows.grids import shifted_grid as shifted_grid
+from tmdjax.flows.grids import stretched_grid as stretched_grid
 from tmdjax.flows.grids import truncated_grid as truncated_grid
 from tmdjax.flows.grids import uniform_grid as uniform_grid
 from tmdjax.flows.matching import TimeSampler as TimeSampler
@@ -51,6 +52,7 @@ from tmdjax.flows.matching import shifted_time as shifted_time
 from tmdjax.flows.matching import uniform_time as uniform_time
 from tmdjax.flows.mixture import GaussianMixture as GaussianMixture
 from tmdjax.flows.mixture import gaussian_mixture as gaussian_mixture
+from tmdjax.flows.multistep import MULTISTEP as MULTISTEP
 from tmdjax.flows.paths import PARAMETRISATIONS as PARAMETRISATIONS
 from tmdjax.flows.paths import as_velocity as as_velocity
 from tmdjax.flows.paths import conditional_velocity as conditional_velocity
@@ -68,6 +70,7 @@ from tmdjax.flows.rescore import score_transitions as score_transitions
 from tmdjax.flows.rescore import step_weights as step_weights
 from tmdjax.flows.rescore import transition_kl as transition_kl
 from tmdjax.flows.rollout import METHODS as METHODS
+from tmdjax.flows.rollout import SOLVERS as SOLVERS
 from tmdjax.flows.rollout import Trajectory as Trajectory
 from tmdjax.flows.rollout import check_times as check_times
 from tmdjax.flows.rollout import initial_noise as initial_noise

@@ -67,8 +67,9 @@ def discrete_shifted_grid(steps: int, shift: float, training_steps: int = 1000) 
 
     Times from 1 down to the shifted 1 / training_steps, equidistant, are shifted once
     more, and 0 is appended: the last step before data is shorter than that of
-    :func:`shifted_grid`. (For FLUX the two agree: there the grid is
-    ``shifted_grid(steps, resolution_shift(tokens))``.)
+    :func:`shifted_grid`. For FLUX the two agree, as its pipelines set the times: there
+    the grid is ``shifted_grid(steps, resolution_shift(tokens))``. Wan's own solvers walk
+    ``shift_time(0.999 * uniform_grid(steps), shift)``.
 
     Args:
         steps: N, at least 2.
@@ -91,22 +92,61 @@ def discrete_shifted_grid(steps: int, shift: float, training_steps: int = 1000) 
     return np.append(shift_time(np.linspace(1.0, last, steps), shift), 0.0)
 
 
-def resolution_shift(tokens: int) -> float:
-    """The shift for an image of so many tokens, as for FLUX: exp(mu), mu linear in it.
+def resolution_shift(
+    tokens: int,
+    low: tuple[int, float] = (256, 0.5),
+    high: tuple[int, float] = (4096, 1.15),
+) -> float:
+    """The shift for an image of so many tokens: exp(mu), mu linear in their number.
 
     Args:
-        tokens: positions of the transformer, at least 1; 256 give exp(0.5), 4096
-            exp(1.15).
+        tokens: positions of the transformer, at least 1.
+        low: a number of tokens, and mu there: base_image_seq_len and base_shift of a
+            ``scheduler_config.json``. Those of FLUX by default.
+        high: another number, and mu there: max_image_seq_len and max_shift; (8192,
+            0.9) for Qwen-Image.
 
     Raises:
-        TypeError: no integer.
-        ValueError: below 1.
+        TypeError: a number of tokens that is no integer.
+        ValueError: one below 1, or high at no more tokens than low.
 
     References:
-        ``calculate_shift`` of the FLUX pipelines in diffusers.
+        ``calculate_shift`` of the pipelines in diffusers, which hand
+        ``FlowMatchEulerDiscreteScheduler`` mu where it has use_dynamic_shifting.
     """
-    slope = (1.15 - 0.5) / (4096 - 256)
-    return float(np.exp(0.5 + slope * (check_count("tokens", tokens) - 256)))
+    (fewest, least), (most, last) = low, high
+    check_count("tokens of high", most, check_count("tokens of low", fewest) + 1)
+    slope = (last - least) / (most - fewest)
+    return float(np.exp(least + slope * (check_count("tokens", tokens) - fewest)))
+
+
+def stretched_grid(grid: Grid, terminal: float) -> Grid:
+    """A grid whose last time before 0 is moved to ``terminal``, the others in proportion.
+
+    Distances from 1 are scaled by one number; for Qwen-Image and LTX-Video,
+    ``stretched_grid(shifted_grid(steps, resolution_shift(...)), terminal)``.
+
+    Args:
+        grid: N + 1 times that begin at 1 and end at 0, N at least 2.
+        terminal: in (0, 1); shift_terminal of a ``scheduler_config.json``, 0.02 for
+            Qwen-Image.
+
+    Raises:
+        ValueError: no grid, one of a single step or that does not begin at 1, or a
+            terminal out of range.
+
+    References:
+        ``FlowMatchEulerDiscreteScheduler.stretch_shift_to_terminal`` of diffusers.
+    """
+    grid = custom_grid(grid)
+    check_range("terminal", terminal, 0, 1, open_low=True, open_high=True)
+    if len(grid) < 3 or grid[0] != 1:
+        raise ValueError(
+            f"the grid {grid.tolist()} cannot be stretched; give one of two steps or "
+            f"more that begins at 1."
+        )
+    inner = grid[:-1]
+    return np.append(1 - (1 - inner) * (1 - terminal) / (1 - inner[-1]), 0.0)
 
 
 def truncated_grid(steps: int, shift: float, start: float = 0.999) -> Grid:

@@ -34,7 +34,7 @@ def endpoints(
         noise: [batch, *event].
         grid: times to walk.
         cond: pytree of [batch, ...], or None.
-        method: solver, 'euler', 'heun', 'midpoint' or 'rk4'.
+        method: solver, one of ``flows.SOLVERS``.
         micro_batch: samples at a time; None walks them all together.
 
     Raises:

@@ -1,8 +1,9 @@
 """Rollouts: one scan over a coefficient table, with log-probs.
 
 A multi-stage solver replaces the velocity of a row by a weighted sum of its
-stages (explicit Runge-Kutta) and leaves the update as it is; it needs rows
-without noise. NFE (number of function evaluations) = steps x stages.
+stages (explicit Runge-Kutta) and leaves the update as it is, a multistep solver by
+one that knows the steps before (flows/multistep.py); both need rows without noise.
+NFE (number of function evaluations) = steps x stages.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,12 @@ from tmdjax.core import prng
 from tmdjax.core.checks import check_batch, check_choice, check_output, check_same_shape
 from tmdjax.core.functions import VelocityWrapper
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
+from tmdjax.flows.multistep import (
+    MULTISTEP,
+    multistep_velocity,
+    multistep_weights,
+    no_past,
+)
 from tmdjax.flows.table import CoefficientTable
 from tmdjax.flows.transition import (
     REDUCTIONS,
@@ -38,6 +45,8 @@ METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple, tuple]] = {
         (0.0, 0.5, 0.5, 1.0),
     ),
 }
+SOLVERS = (*METHODS, *MULTISTEP)
+"""What ``method`` of :func:`rollout` may be: one-step solvers, then multistep ones."""
 
 
 _START = 1 << 20
@@ -86,8 +95,13 @@ class Trajectory:
 
 def nfe(table: CoefficientTable, method: str = "euler") -> int:
     """Number of velocity evaluations a sample of one rollout."""
-    check_choice("method", method, METHODS)
-    return len(table) * len(METHODS[method][1])
+    return len(table) * len(_stage_times(method))
+
+
+def _stage_times(method: str) -> tuple[float, ...]:
+    """Where in a step, from 0 to 1, a solver evaluates the velocity."""
+    check_choice("method", method, SOLVERS)
+    return METHODS[method][2] if method in METHODS else (0.0,)
 
 
 def check_times(velocity: Velocity, grid: Any, method: str = "euler") -> None:
@@ -108,12 +122,10 @@ def check_times(velocity: Velocity, grid: Any, method: str = "euler") -> None:
     """
     if not isinstance(velocity, VelocityWrapper) or isinstance(grid, jax.core.Tracer):
         return
-    check_choice("method", method, METHODS)
+    times = {*_stage_times(method)}
     grid = np.asarray(grid, np.float64)
     t, h = grid[:-1], grid[:-1] - grid[1:]
-    velocity.check_times(
-        np.concatenate([t - time * h for time in {*METHODS[method][2]}])
-    )
+    velocity.check_times(np.concatenate([t - time * h for time in times]))
 
 
 def solver_velocity(
@@ -160,6 +172,29 @@ def solver_velocity(
     return sum(w * s for w, s in zip(weights, stages) if w)  # pyright: ignore
 
 
+def _check_method(method: str, table: CoefficientTable, g: Any) -> None:
+    """Refuses a solver on rows for which it is not defined."""
+    check_choice("method", method, SOLVERS)
+    if table.stochastic and method != "euler":
+        raise ValueError(
+            f"method={method!r} needs rows without noise (S = 0); this table adds "
+            f"noise. Use 'euler', or split the table into slices."
+        )
+    if method not in MULTISTEP:
+        return
+    if g is not None:
+        raise ValueError(
+            f"method={method!r} takes the states of several steps to be of one flow, "
+            f"which a gradient g moves them off. Use 'euler' with g."
+        )
+    traced = isinstance(table.k, jax.core.Tracer)
+    if not traced and not np.array_equal(table.k, table.t_next):
+        raise ValueError(
+            f"method={method!r} needs rows of the ODE (k = t'); this table has k = "
+            f"{np.round(table.k, 4).tolist()}. Use 'euler', or make_table('ode', grid)."
+        )
+
+
 def rollout(
     keys: Any,
     velocity: Velocity,
@@ -186,6 +221,11 @@ def rollout(
             :func:`~tmdjax.flows.make_table`.
         cond: handed to velocity and g.
         method: solver of the rows, static; all but 'euler' need rows without noise.
+            One-step solvers are 'euler', 'midpoint', 'heun' and 'rk4'; multistep ones,
+            at one evaluation a step, 'dpmpp_2m' (DPM-Solver++ 2M) and 'unipc' (order 2
+            with its corrector). These begin every rollout, that of a slice too, with
+            a step of Euler's, and the states of 'unipc' are those that the velocity
+            was evaluated at, before their correction.
         g: gradient of a reward, ``(x, t, cond) -> [batch, *event]``, weighted by
             the column C.
         reduction: of log-probs over event dimensions, 'mean' or 'sum'.
@@ -204,7 +244,8 @@ def rollout(
             wrong), or keys are not typed keys.
         ValueError: unknown method or reduction; keys missing or of another batch, or
             noise of another shape;
-            a multi-stage method on noisy rows; a velocity of another shape than x; a
+            a method but 'euler' on noisy rows; a multistep one with a gradient g or
+            on rows that are not the ODE's; a velocity of another shape than x; a
             time at which :func:`~tmdjax.flows.as_velocity` would divide by zero.
 
     Warns:
@@ -214,7 +255,7 @@ def rollout(
         Stochastic form: Flow-GRPO, arXiv 2505.05470; see flows/table.py.
     """
     x = jnp.asarray(x)
-    check_choice("method", method, METHODS)
+    _check_method(method, table, g)
     check_choice("reduction", reduction, REDUCTIONS)
     if x.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(
@@ -223,11 +264,6 @@ def rollout(
     if table.stochastic:
         if keys is None and noise is None:
             raise ValueError("this table adds noise: give keys, one a sample.")
-        if method != "euler":
-            raise ValueError(
-                f"method={method!r} needs rows without noise (S = 0); this table adds "
-                f"noise. Use 'euler', or split the table into slices."
-            )
         if noise is None:
             prng.check_key(keys, "keys")
             check_batch("keys", keys, x.shape[0])
@@ -239,11 +275,18 @@ def rollout(
     if not isinstance(table.t, jax.core.Tracer):
         check_times(velocity, np.append(table.t, table.t_next[-1]), method)
     rows = table.rows(slice(None), x.dtype)
+    multistep = method in MULTISTEP
+    past = None
+    if multistep:
+        rows, past = rows | multistep_weights(rows), no_past(x)
 
     def body(carry: Any, given: tuple[dict[str, Array], Any]) -> tuple[Any, Any]:
-        (x, _, _), (row, z) = carry, given
+        (x, _, _, past), (row, z) = carry, given
         t, t_next = row["t"], row["t_next"]
-        v = solver_velocity(velocity, x, t, t_next, cond, method)
+        one_step = "euler" if multistep else method
+        v = solver_velocity(velocity, x, t, t_next, cond, one_step)
+        if multistep:
+            x, v, past = multistep_velocity(method, row, past, x, v)
         pull = None
         if g is not None:
             pull = g(x, jnp.broadcast_to(t, x.shape[:1]), cond)
@@ -259,10 +302,10 @@ def rollout(
             density = gaussian_log_prob(x_next, mean, std, reduction)
             log_prob = jnp.where(row["mask"], density, 0.0)
         stacked = (x_next, log_prob) if store else None
-        return (x_next, mean, x0_hat), stacked
+        return (x_next, mean, x0_hat, past), stacked
 
-    (sample, mean, x0_hat), stacked = jax.lax.scan(
-        body, (x, x, x), (rows, noise), unroll=min(unroll, len(table))
+    (sample, mean, x0_hat, _), stacked = jax.lax.scan(
+        body, (x, x, x, past), (rows, noise), unroll=min(unroll, len(table))
     )
     last = {"sample": sample, "mean": mean, "x0_hat": x0_hat}[table.final]
     if not store:

@@ -48,6 +48,9 @@ class CoefficientTable:
         log_prob_std: standard deviation under which log-probs are computed.
         mask: True where a step is stochastic and has a log-prob.
         step: global step number, int.
+        log_snr_step: how far the step goes along log((1 - t) / t), half the log of the
+            signal-to-noise ratio, for multistep solvers; > 0, infinite from t = 1 and
+            to t' = 0.
         final: rule for the last state: 'sample', 'mean' or 'x0_hat'.
         stochastic: False if no row adds noise.
     """
@@ -62,6 +65,7 @@ class CoefficientTable:
     log_prob_std: Any
     mask: Any
     step: Any
+    log_snr_step: Any
     final: str = struct.field(pytree_node=False, default="sample")
     stochastic: bool = struct.field(pytree_node=False, default=False)
 
@@ -71,7 +75,7 @@ class CoefficientTable:
     def columns(self) -> dict[str, Any]:
         """The per-step columns by name."""
         names = ("t", "t_next", "h", "k", "S", "C", "c", "log_prob_std", "mask", "step")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "log_snr_step")}
 
     @property
     def velocity_weight(self) -> Any:
@@ -177,9 +181,15 @@ def make_table(
         log_prob_std=scale * noise if split_log_prob == "proposal" else noise,
         mask=mask,
         step=np.arange(steps, dtype=np.int32),
+        log_snr_step=_log_snr_step(t, t_next),
         final=rule,
         stochastic=bool(np.any(scale * noise > 0)),
     )
+
+
+def _log_snr_step(t: np.ndarray, t_next: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log1p(-t_next) - np.log(t_next) - np.log1p(-t) + np.log(t)
 
 
 def _inside(

@@ -270,7 +270,8 @@ def sample(
         cond: pytree of [batch, ...], or None.
         allow_grid_mismatch: walk another grid than the velocity's own, or by another
             solver than Euler's, all the same.
-        method: solver; 'heun' and 'midpoint' cost two evaluations a step.
+        method: solver, one of ``flows.SOLVERS``; 'heun' and 'midpoint' cost two
+            evaluations a step, 'dpmpp_2m' and 'unipc' one.
         guidance_scale: of the velocity; None takes that of a
             :class:`tmdjax.flows.Guided` one, and of others is unknown.
 
@@ -301,9 +302,9 @@ def sample(
             )
         if method != "euler":
             raise ValueError(
-                f"this model was straightened for Euler steps, and method={method!r} "
-                f"asks it at other times than {np.round(own[:-1], 4).tolist()}. Leave "
-                f"the method out, or set allow_grid_mismatch=True."
+                f"this model was straightened for Euler steps from "
+                f"{np.round(own[:-1], 4).tolist()}, and method={method!r} takes others."
+                f" Leave the method out, or set allow_grid_mismatch=True."
             )
     if allow_grid_mismatch:
         velocity = flows.without(velocity, flows.OnGrid)
