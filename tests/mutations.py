@@ -122,7 +122,10 @@ TESTS = {
         "models/test_checkpoint_folders.py models/test_hf_decoder.py",
     ),
     "models/checkpoints/gguf": "models/test_gguf_decoder.py",
-    "models/checkpoints/video_dit": "models/test_hf_video_dit.py",
+    **dict.fromkeys(
+        ["models/checkpoints/video_dit", "models/checkpoints/wan_names"],
+        "models/test_hf_video_dit.py",
+    ),
     "models/decoder/network": "models/test_decoder.py",
     "models/decoder/cache": "models/test_decoder_cache.py",
     "models/videos/patches": "models/test_video_dit.py -k 'rotary or distances or patches'",

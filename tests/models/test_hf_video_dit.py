@@ -1,4 +1,5 @@
-"""Video transformers from diffusers: parity, names, folders, what is refused."""
+"""Video transformers from diffusers and from Wan's own code: parity, names, folders,
+what is refused."""
 
 import functools
 import json
@@ -35,6 +36,16 @@ def network(case):
     config = values["config"]
     module = video_dit_from_hf(config)
     return module, params_from_hf_video(module, config["in_channels"], tensors)
+
+
+@functools.cache
+def original():
+    """The case 'wan' as Wan's own code stores it, which computes the same there."""
+    found = json.loads((GOLDENS / "wan_original.json").read_text())
+    _, tensors = stored("wan")
+    # what that class does not store differs from its defaults in this small network
+    config = found["config"] | {"text_dim": stored("wan")[0]["config"]["text_dim"]}
+    return config, {name: tensors[there] for name, there in found["names"].items()}
 
 
 def channels_last(array):
@@ -99,6 +110,57 @@ def test_tensors_and_configuration_round_trip(case):
     want = {k: v for k, v in values["config"].items() if not k.startswith("_diff")}
     assert config == want
     assert video_dit_from_hf(config) == module
+
+
+def test_the_original_layout_is_the_same_network(tmp_path, refused):
+    module, params = network("wan")
+    config, tensors = original()
+    want = module.clone(rope_length=1024)
+    assert video_dit_from_hf(config) == want
+    equal(params_from_hf_video(module, 4, tensors), params)
+    equal(hf_video_dit.params_to_hf_video(module, params, "original"), tensors)
+    written = hf_video_dit.video_dit_to_hf(module, 4, "original")
+    assert {key: written[key] for key in config} == config | {"text_len": 512}
+    save_video_dit(tmp_path, module, params, layout="original")
+    assert read_safetensors(tmp_path / f"{STEM}.safetensors").keys() == tensors.keys()
+    again, read = load_video_dit(tmp_path)
+    assert again == want
+    equal(read, params)
+    # the repository of the 1.3 B network, key by key
+    published = dict(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, freq_dim=256)
+    published |= dict(in_dim=16, out_dim=16, eps=1e-6, text_len=512, model_type="t2v")
+    published |= {"_class_name": "WanModel", "_diffusers_version": "0.30.0"}
+    assert video_dit_from_hf(published) == models.build(models.WAN_1_3B)
+    for change, message in (
+        (dict(model_type="i2v"), "model_type='i2v', a part this network lacks"),
+        (dict(window_size=[9, 9]), r"window_size=\[9, 9\].*\[-1, -1\] alone"),
+        (dict(vace_layers=[0]), r"vace_layers=\[0\], a part"),
+        (dict(num_heads=7), "dim=1536, which num_heads=7 does not divide"),
+        (dict(num_heads=0), "num_heads of config.json=0 must be at least 1"),
+    ):
+        refused(message, video_dit_from_hf, published | change)
+    del published["out_dim"]
+    refused("config.json lacks out_dim", video_dit_from_hf, published)
+    refused(
+        "layout='wan' is not one of",
+        save_video_dit,
+        tmp_path,
+        *network("wan"),
+        layout="wan",
+    )
+
+
+def test_names_of_two_layouts_are_not_mixed(refused):
+    module, _ = network("wan")
+    _, theirs = stored("wan")
+    _, tensors = original()
+    mixed = {k: v for k, v in tensors.items() if "head" not in k}
+    mixed |= {k: v for k, v in theirs.items() if "proj_out" in k or k[:5] == "scale"}
+    both = r"names of two layouts, .*\(diffusers\), .*\(original\)"
+    for given in (mixed, tensors | theirs):
+        refused(both, params_from_hf_video, module, 4, given)
+    short = {k: v for k, v in tensors.items() if k != "blocks.1.norm3.bias"}
+    refused("blocks.1.norm3.bias is missing", params_from_hf_video, module, 4, short)
 
 
 def test_folders_round_trip(folder, tmp_path, refused):

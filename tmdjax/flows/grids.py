@@ -68,8 +68,8 @@ def discrete_shifted_grid(steps: int, shift: float, training_steps: int = 1000) 
     Times from 1 down to the shifted 1 / training_steps, equidistant, are shifted once
     more, and 0 is appended: the last step before data is shorter than that of
     :func:`shifted_grid`. For FLUX the two agree, as its pipelines set the times: there
-    the grid is ``shifted_grid(steps, resolution_shift(tokens))``. Wan's own solvers walk
-    ``shift_time(0.999 * uniform_grid(steps), shift)``.
+    the grid is ``shifted_grid(steps, resolution_shift(tokens))``. That of Wan's own
+    solvers is ``shift_time(0.999 * uniform_grid(steps), shift)``.
 
     Args:
         steps: N, at least 2.
@@ -121,7 +121,7 @@ def resolution_shift(
 
 
 def stretched_grid(grid: Grid, terminal: float) -> Grid:
-    """A grid whose last time before 0 is moved to ``terminal``, the others in proportion.
+    """A grid whose last time before 0 is moved to ``terminal``, the others with it.
 
     Distances from 1 are scaled by one number; for Qwen-Image and LTX-Video,
     ``stretched_grid(shifted_grid(steps, resolution_shift(...)), terminal)``.

@@ -186,9 +186,9 @@ def local_error_costs(
             or a coefficient table without noise.
         metric: per-sample cost of an estimate; arrays that it holds by
             ``functools.partial`` (a network's, say) are not compiled in.
-        method: one-step solver (of ``METHODS``) whose steps are judged. 'euler' needs one evaluation a knot
-            and sample; others as many more a *pair* of knots as they have stages
-            after the first: n (n + 1) / 2 times one for 'heun'.
+        method: one-step solver (of ``METHODS``) whose steps are judged. 'euler' needs
+            one evaluation a knot and sample; others as many more a *pair* of knots as
+            they have stages after the first: n (n + 1) / 2 times one for 'heun'.
         micro_batch: trajectories at a time; None takes as many as fit.
         memory_limit: bytes for their states and velocities (:func:`cost_memory`).
         dtype: of the states; float64 under x64.
