@@ -1,5 +1,8 @@
 import gc
 import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,7 +67,7 @@ def test_what_the_function_raises_is_reported(evaluate, refused):
 def test_a_death_is_reported_and_the_next_call_works(evaluate, refused):
     for text, message in (
         ("__import__('os')._exit(3)", "ended by itself, with status 3"),
-        (f"__import__('os').kill({PID}, 9)", "with status -9"),
+        (f"__import__('os').kill({PID}, 9)", "with status 137"),
     ):
         refused(message, evaluate, text, error=WorkerError)
         assert evaluate("2 + 2") == 4
@@ -89,6 +92,76 @@ def test_the_process_ends_with_its_worker():
     assert gone(pid)
     assert worker("1") == 1
     worker.close()
+
+
+SLEEP = "__import__('subprocess').Popen(['sleep', '1000'], start_new_session={}).pid"
+FORKS = "[__import__('os').fork() or __import__('time').sleep(1000)][0]"
+
+
+def test_nothing_that_the_function_started_is_left(evaluate, refused):
+    def started():
+        return [evaluate(SLEEP.format(left)) for left in (False, True)]
+
+    def check(*pids):
+        assert all(map(gone, pids)), pids
+
+    # a child, one that left its session, one whose parent is gone
+    orphan = "__import__('os').popen('sleep 1000 & echo $!').readline()"
+    pids = [evaluate(PID), *started(), int(evaluate(orphan))]
+    assert not any(map(gone, pids))
+    evaluate.close()
+    check(*pids)
+    pids = started()
+    refused(
+        "gave no answer", evaluate, "__import__('time').sleep(100)", error=WorkerError
+    )
+    check(*pids)
+    pids = [*started(), evaluate(FORKS)]
+    refused("with status 3", evaluate, "__import__('os')._exit(3)", error=WorkerError)
+    check(*pids)
+    # the process that looks on is killed
+    pids = [evaluate(PID)]
+    os_, sleep = "__import__('os')", "__import__('time').sleep(9)"
+    parent = f"{os_}.kill({os_}.getppid(), 9) or {sleep}"
+    refused("ended by itself", evaluate, parent, error=WorkerError)
+    end = time.monotonic() + 10
+    while not gone(pids[0]) and time.monotonic() < end:
+        time.sleep(0.01)
+    check(*pids)
+
+
+def test_what_a_killed_process_leaves_ends():
+    code = f"""
+import time
+from tmdjax.rewards.worker import Worker
+evaluate = Worker("builtins:eval", timeout=1000)
+print(evaluate("{PID}"), evaluate("{SLEEP.format(True)}"), flush=True)
+evaluate("__import__('time').sleep(1000)")
+"""
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    pids = [int(pid) for pid in caller.stdout.readline().split()]
+    assert len(pids) == 2 and not any(map(gone, pids))
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    caller.stdout.close()
+    end = time.monotonic() + 10
+    while not all(map(gone, pids)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(map(gone, pids))
+
+
+def test_answers_and_calls_are_bounded(evaluate, refused, monkeypatch):
+    monkeypatch.setattr("tmdjax.rewards.worker._LONGEST_ANSWER", 10**6)
+    for text, message in (
+        ("'x' * 2 * 10**6", "answers with more than 1000000 bytes"),
+        (r"__import__('os').write(4, b'7\n')", r"wrote b'7\\n.* where its answer"),
+    ):
+        refused(message, evaluate, text, error=WorkerError)
+    assert evaluate("__import__('sys').stdin.read()") == ""  # not the next call
+    # a call larger than a pipe meets a process that does not read
+    evaluate("__import__('threading').Timer(0.1, lambda: 9**9**9).start()")
+    time.sleep(0.2)
+    refused("gave no answer", evaluate, repr("x" * 10**6), error=WorkerTimeout)
 
 
 def test_bad_settings(refused):

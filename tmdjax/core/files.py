@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import stat
 import tempfile
@@ -136,16 +137,16 @@ def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
     return sha256(path)
 
 
-def read_bounded(path: str | os.PathLike[str], most: int = 10**9) -> bytes:
-    """Reads a file that strangers may have made.
+def check_plain(path: str | os.PathLike[str], most: float = math.inf) -> int:
+    """The bytes of a file that strangers may have made, once it is safe to open it.
 
     Args:
-        path: of a plain file; reading a pipe might never end.
+        path: of a plain file; reading a pipe or a device might never end.
         most: bytes that it may have.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it cannot be read.
+        OSError: it cannot be looked at.
         ValueError: it is no plain file, or larger.
     """
     status = os.stat(path)
@@ -156,8 +157,30 @@ def read_bounded(path: str | os.PathLike[str], most: int = 10**9) -> bytes:
             f"{os.fspath(path)} has {status.st_size} bytes; such a file has at most "
             f"{most}. It is damaged or of another kind."
         )
+    return status.st_size
+
+
+def read_bounded(path: str | os.PathLike[str], most: int = 10**9) -> bytes:
+    """Reads a plain file of at most so many bytes; raises as :func:`check_plain`."""
+    check_plain(path, most)
     with open(path, "rb") as file:
         return file.read(most)
+
+
+def text_of(path: str | os.PathLike[str], most: int = 10**8) -> str:
+    """The text of a file in UTF-8, without its byte-order mark; lines end with LF.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :func:`check_plain`.
+        ValueError: it is not UTF-8; names the file.
+    """
+    try:
+        text = read_bounded(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{os.fspath(path)} is not UTF-8 ({error}); save it as UTF-8."
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def json_of(path: str | os.PathLike[str], most: int = 10**9) -> Any:

@@ -26,7 +26,6 @@ held out.
 import argparse
 import contextlib
 import io
-import json
 import os
 import re
 import sys
@@ -37,13 +36,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from tmdjax.core.checks import check_batch, check_count, first_few
+from tmdjax.core.checks import check_batch, check_count, check_range, first_few
+from tmdjax.core.files import check_plain, json_of, text_of
 from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
 
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff".split())
 HELD_OUT = ("val", "valid", "validation", "test")
 """Folders beside 'train' that hold what is held out."""
+
+_LARGEST_IMAGE, _LONGEST_CAPTION = 10**9, 10**6
+_MOST_CLASSES = 10**6
 
 
 class Column(NamedTuple):
@@ -106,6 +109,7 @@ def image_columns(
 
     def decoded(i: int) -> Image.Image:
         try:
+            check_plain(paths[i], _LARGEST_IMAGE)
             with Image.open(paths[i]) as file:
                 frames = getattr(file, "n_frames", 1)
                 if frames != 1:
@@ -199,24 +203,35 @@ def image_splits(folder: Path) -> tuple[Path, Path | None]:
 
 def _caption(path: Path) -> str:
     """A text in UTF-8, with or without a byte-order mark."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
+    text = text_of(path, _LONGEST_CAPTION).strip()
     if "\0" in text:
         raise ValueError(f"{path} holds NUL; remove it (UTF-16 is full of it).")
     return text
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, through links too, but nothing hidden; sorted."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
-            folders.clear()  # a link back to a folder above
+    """All files below a folder, through links too, but nothing hidden; sorted.
+
+    Within a class (a folder in the folder), what several links lead to is walked once,
+    and a link back to a folder above is not followed: links in a ring have an end.
+
+    Raises:
+        OSError: a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, walked = [], set()
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real, path = os.path.realpath(place), Path(place)
+        there = path.relative_to(folder).parts[:1], real
+        if there in walked or real in map(os.path.realpath, path.parents):
+            folders.clear()
             continue
+        walked.add(there)
         hidden = (".", "__MACOSX")
-        folders[:] = [name for name in folders if not name.startswith(hidden)]
+        folders[:] = sorted(n for n in folders if not n.startswith(hidden))
         found += [Path(place, name) for name in files if not name.startswith(".")]
     return sorted(found)
 
@@ -265,7 +280,8 @@ def array_columns(paths: Sequence[Path]) -> dict[str, Column]:
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text("utf-8-sig"))
+            return json_of(path)
+        check_plain(path)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is no array of numbers or JSON ({error}).") from error
@@ -293,6 +309,7 @@ def _column(name: str, values: Any, path: Path) -> Column:
     if name == "label":
         if shape or dtype.kind not in "iu" or values.min() < 0:
             raise ValueError(f"{path} must hold integers [n] from 0, one class each.")
+        check_range(f"greatest label of {path}", int(values.max()), 0, _MOST_CLASSES)
         names = tuple(str(i) for i in range(int(values.max()) + 1))
         return Column("ClassLabel", len(values), lambda i: int(values[i]), names=names)
     if name == "image" and dtype == np.uint8 and len(shape) == 2:

@@ -30,6 +30,7 @@ _BUILDER = re.compile(r"([a-z]\w*(?:/[\w.+-]+)?)(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _METADATA = ("dataset_info.json", "features.json")
 _CHUNK = 64
+_MOST_TEXT = 8 * 10**9
 
 
 def data_folder(data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -264,13 +265,20 @@ def encode_texts(texts: Sequence[str]) -> np.ndarray:
     """Texts as uint8 [n, bytes of the longest]: UTF-8, filled up with zeros.
 
     Raises:
-        ValueError: a text with the character NUL, which could not be read again.
+        ValueError: a text with the character NUL, which could not be read again; or
+            texts that take more than 8 GB, as all are as long as the longest.
     """
     rows = [text.encode() for text in texts]
     for i, row in enumerate(rows):
         if b"\0" in row:
             raise ValueError(f"text {i}, {texts[i][:80]!r}, holds NUL; remove it.")
-    length = max([1, *map(len, rows)])
+    lengths = [len(row) for row in rows]
+    length = max([1, *lengths])
+    if length * len(rows) > _MOST_TEXT:
+        raise ValueError(
+            f"{len(rows)} texts filled up to {length} bytes, the longest, take more "
+            f"than {_MOST_TEXT} bytes; shorten text {lengths.index(length)}."
+        )
     joined = b"".join(row.ljust(length, b"\0") for row in rows)
     return np.frombuffer(joined, np.uint8).reshape(len(rows), length).copy()
 

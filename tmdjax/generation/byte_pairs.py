@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.files import read_bounded, text_of
 from tmdjax.core.optional import import_optional
 from tmdjax.generation.tokenizers import Tokenizer, known_ids, special_of
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
@@ -25,6 +26,7 @@ PATTERNS = {
     "smollm": "",  # digits one by one, then as gpt-2
 }
 _WHOLE_WORDS = ("llama-bpe",)  # a piece in the vocabulary is a token, unmerged
+_LONGEST_FILE = 100_000_000
 _CONTROL, _USER_DEFINED = 3, 4  # types of added tokens in GGUF
 TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
@@ -129,7 +131,7 @@ def load_tokenizer(
     path = folder / "tokenizer.json"
     if path.exists():
         try:
-            backend = library.Tokenizer.from_file(str(path))
+            backend = library.Tokenizer.from_buffer(read_bounded(path, _LONGEST_FILE))
         except Exception as error:  # the library raises bare exceptions
             raise ValueError(
                 f"{path} cannot be read ({error}). Copy it again."
@@ -140,7 +142,7 @@ def load_tokenizer(
         raise FileNotFoundError(
             f"{folder} has neither tokenizer.json nor vocab.json and merges.txt."
         )
-    lines = merges.read_text(encoding="utf-8").splitlines()
+    lines = text_of(merges).splitlines()
     pairs = [line for line in lines if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder", {})
     tokens = [_added_token(**added[key]) for key in sorted(added, key=int)]

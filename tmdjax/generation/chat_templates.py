@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tmdjax.core.checks import check_choice
+from tmdjax.core.files import text_of
 from tmdjax.core.optional import import_optional
 from tmdjax.generation.byte_pairs import token_name
 from tmdjax.generation.chat import check_messages
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 from tmdjax.models.checkpoints.layout import read_json
 
+_LONGEST_TEMPLATE = 1_000_000
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -119,10 +121,9 @@ def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     else:
         found = {} if given is None else {"default": given}
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
+        found[file.stem] = text_of(file, _LONGEST_TEMPLATE)
     if (folder / "chat_template.jinja").exists():
-        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        found["default"] = text
+        found["default"] = text_of(folder / "chat_template.jinja", _LONGEST_TEMPLATE)
     names = {key: token_name(config.get(key)) for key in _SPECIAL}
     variables = {key: name for key, name in names.items() if name is not None}
     whole = read_json(folder / "tokenizer.json", optional=True)

@@ -2,14 +2,15 @@
 
 A verifier that hands a policy's text to a computer algebra system can be made to
 compute 9^(9^9); a thread that does so never ends, and holds the interpreter meanwhile.
-A process can be killed, and its memory is bounded:
+A process can be killed, with all that it started, and its memory is bounded:
 
     equal = Worker("tmdjax.rewards.symbolic:equal", timeout=5.0)
     equal("x^2-1", "(x-1)(x+1)")
 
 Arguments and results are JSON values, so neither side can make the other run code, and
 the main module is not imported again. Hashes of strings are fixed in the process: the
-same calls give the same results in each.
+same calls give the same results in each. An interrupt at the keyboard does not reach
+it: the run that pauses then has its scores.
 """
 
 import contextlib
@@ -27,10 +28,12 @@ from typing import Any
 from tmdjax.core.checks import check_range
 
 _START_TIMEOUT = 120.0
+_END_TIMEOUT = 10.0
+_LONGEST_ANSWER = 1 << 26
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from tmdjax.rewards.worker_process import serve; "
-    "serve(sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))"
+    "serve(sys.argv[2], float(sys.argv[3]))"
 )
 
 
@@ -46,7 +49,9 @@ class Worker:
     """One process that runs one function; started by the first call.
 
     It may be called from several threads, which wait for each other. After a time-out
-    or a death the next call starts a new process.
+    or a death the next call starts a new process. Whatever the function started ends
+    with the process: after a time-out, when the worker is closed or dropped, and when
+    this process dies, by SIGKILL too.
 
     Args:
         function: 'module:name'.
@@ -75,17 +80,13 @@ class Worker:
         Raises:
             TypeError: an argument that JSON cannot hold.
             WorkerTimeout: no answer in time.
-            WorkerError: the function raised, or the process died or did not start.
+            WorkerError: the function raised, the process died or did not start, or the
+                answer is longer than 64 MiB as JSON.
         """
         line = json.dumps(arguments).encode() + b"\n"
         with self._lock:
             process = self._process or self._start()
-            assert process.stdin is not None
-            # A process that died takes no line; the missing answer then tells.
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(line)
-                process.stdin.flush()
-            return self._answer(process, self._timeout)
+            return self._exchange(process, line, self._timeout)
 
     def close(self) -> None:
         """Ends the process; a later call would start another."""
@@ -93,18 +94,25 @@ class Worker:
             self._stop()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        settings = [json.dumps(sys.path), self._function]
-        settings += [repr(self._timeout), repr(self._memory_gb)]
+        settings = [json.dumps(sys.path), self._function, repr(self._memory_gb)]
         process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, *settings],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONHASHSEED": "0"},
+            start_new_session=True,
         )
-        self._process, self._received = process, b""
-        self._end = weakref.finalize(self, _kill, process)
-        self._answer(process, _START_TIMEOUT)
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        self._process = process
+        self._end = weakref.finalize(self, _end, process)
+        try:
+            self._exchange(process, b"", _START_TIMEOUT)
+        except WorkerError:
+            self._stop()
+            raise
         return process
 
     def _stop(self) -> None:
@@ -112,38 +120,64 @@ class Worker:
             self._end()
         self._process = self._end = None
 
-    def _answer(self, process: subprocess.Popen[bytes], timeout: float) -> Any:
-        assert process.stdout is not None
+    def _killed(self, fault: str, kind: type[WorkerError] = WorkerError) -> WorkerError:
+        """Ends the process; the error that says why."""
+        self._stop()
+        return kind(f"{self._function} {fault}; its process was killed.")
+
+    def _exchange(
+        self, process: subprocess.Popen[bytes], line: bytes, timeout: float
+    ) -> Any:
+        """Sends a line while the answer, one line, is waited for."""
+        assert process.stdin is not None and process.stdout is not None
         deadline = time.monotonic() + timeout
-        while b"\n" not in self._received:
-            remaining = max(deadline - time.monotonic(), 0)
-            if not select.select([process.stdout], [], [], remaining)[0]:
-                self._stop()
-                raise WorkerTimeout(
-                    f"{self._function} gave no answer within {timeout:g} s; its "
-                    f"process was killed."
+        unsent, received = memoryview(line), bytearray()
+        while not received.endswith(b"\n"):
+            remaining = deadline - time.monotonic()
+            writes = [process.stdin] if unsent else []
+            ready = select.select([process.stdout], writes, [], max(remaining, 0))
+            if remaining <= 0 or not any(ready):
+                raise self._killed(
+                    f"gave no answer within {timeout:g} s", WorkerTimeout
                 )
+            if ready[1]:
+                try:
+                    unsent = unsent[os.write(process.stdin.fileno(), unsent) :]
+                except BrokenPipeError:  # it died; the missing answer then tells
+                    unsent = memoryview(b"")
+            if not ready[0]:
+                continue
             piece = os.read(process.stdout.fileno(), 1 << 16)
             if not piece:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1)  # else the status would be that of our kill
+                    process.wait(1)  # else the status would be that of our end
                 self._stop()
                 raise WorkerError(
                     f"the process of {self._function} ended by itself, with status "
                     f"{process.returncode}."
                 )
-            self._received += piece
-        line, _, self._received = self._received.partition(b"\n")
-        fields = json.loads(line)
-        if "error" in fields:
-            raise WorkerError(f"{self._function} raised {fields['error']}")
-        return fields["value"]
+            received += piece
+            if len(received) > _LONGEST_ANSWER:
+                raise self._killed(f"answers with more than {_LONGEST_ANSWER} bytes")
+        try:
+            fields = json.loads(received)
+            value, error = fields.get("value"), fields.get("error")
+        except (AttributeError, RecursionError, ValueError):
+            wrote = bytes(received[:80])
+            raise self._killed(f"wrote {wrote!r} where its answer belongs") from None
+        if error is not None:
+            raise WorkerError(f"{self._function} raised {error}")
+        return value
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process, which ends all that it started."""
+    process.terminate()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+            pipe.close()
+    try:
+        process.wait(_END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -82,7 +82,10 @@ def files_of(
 
 def _open(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it holds several arrays")
+        return array
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path} is damaged or no array of numbers ({error}). Write it again with "

@@ -86,6 +86,8 @@ def _bounded(gguf: Any) -> Any:
     """The library's reader, which trusts the lengths in a file, made to check them."""
 
     class Reader(gguf.GGUFReader):
+        entries = 0  # of all lists: each becomes an object of a hundred bytes
+
         def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **kw: Any):
             end = offset + np.dtype(dtype).itemsize * int(count)
             if end > len(self.data):
@@ -95,7 +97,8 @@ def _bounded(gguf: Any) -> Any:
         def _get_field_parts(self, orig_offs: Any, raw_type: Any):
             if raw_type == gguf.GGUFValueType.ARRAY:
                 length = int(self._get(orig_offs + 4, np.uint64)[0])
-                if length > _MOST_ENTRIES:
+                self.entries += length
+                if self.entries > _MOST_ENTRIES:
                     raise ValueError(f"it says that a list has {length} entries")
             return super()._get_field_parts(orig_offs, raw_type)
 

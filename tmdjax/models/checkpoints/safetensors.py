@@ -8,6 +8,8 @@ References:
     https://huggingface.co/docs/safetensors (format).
 """
 
+import collections
+import itertools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tmdjax.core.files import in_native_order, write_together
+from tmdjax.core.files import check_plain, in_native_order, write_together
 
 _DTYPES = {
     "F64": np.float64,
@@ -86,9 +88,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The entries of the tensors, where the data start, and the size of the file."""
-    size = path.stat().st_size
-    if not path.is_file():  # reading a pipe might never end
-        raise ValueError(f"{path} is no plain file; give that of a checkpoint.")
+    size = check_plain(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or 8 + length > size or length > _LONGEST_HEADER:
@@ -101,11 +101,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=_object, parse_int=_whole)
         metadata = header.pop(_METADATA, None)
-        words = [*sum(metadata.items(), ())] if metadata is not None else []
+        words = [*itertools.chain(*(metadata or {}).items())]
         if not all(isinstance(word, str) for word in words):
             raise ValueError(f"{_METADATA} holds other things than strings")
         "".join([*header, *words]).encode()  # refuses half of a surrogate pair
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no safetensors file: its header is not JSON as it should be "
             f"({error}). Copy it again."
@@ -117,8 +117,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, none of whose names stands in it twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"{twice!r} stands in it twice")
     return found
 
