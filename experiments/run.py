@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -201,6 +202,8 @@ def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
     logging.basicConfig(format="%(message)s")
     for name in ("absl", "asyncio"):  # their faults are raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _of_a_thread
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     try:
         status = main(arguments)
@@ -214,6 +217,22 @@ def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
         else:  # whoever read the output went away: nothing is left to flush to
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """The first interrupt ends the command, the next one at once and in silence."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _of_a_thread(found: Any) -> None:
+    """Prints what nobody could catch, but for writes to a full disk.
+
+    Orbax gives up at the first array that cannot be written, and says so; the others
+    then report to an event loop that is closed.
+    """
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _is_override(argument: str) -> bool:

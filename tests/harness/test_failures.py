@@ -43,6 +43,11 @@ def test_what_is_foreseen_is_a_line(tmp_path):
         (read_bounded, (tmp_path,), "is no plain file"),
         (read_bounded, (odd, 10), "has 100000 bytes; such a file has at most 10"),
         (raising, (MemoryError(),), "out of memory: of the host. Make batches"),
+        (
+            raising,
+            (RuntimeError("RESOURCE_EXHAUSTED: No space left"),),
+            "RuntimeError: RESOURCE",
+        ),
         (raising, (OSError(28, "No space left", "x"),), "x: No space left. Free space"),
         (raising, (ValueError("two\nlines"),), "ValueError: two lines"),
     ):
@@ -110,7 +115,39 @@ def test_interrupts_and_closed_pipes_are_quiet():
     stopped.send_signal(signal.SIGINT)
     _, said = stopped.communicate(timeout=60)
     assert stopped.returncode == 130 and said.startswith("interrupted;")
+    body = (
+        "from tmdjax.harness.runner import _stopper; stopper = _stopper(None);"
+        "asked = stopper.__enter__(); print('training', flush=True);"
+        "[time.sleep(0.01) for _ in iter(asked.should_stop, True)];"
+        "print('at a log', flush=True); time.sleep(60)"
+    )
+    asked = start(body)
+    lines = [asked.stdout.readline(), asked.stdout.readline()]
+    asked.send_signal(signal.SIGINT)
+    assert [*lines, asked.stdout.readline()] == ["ready\n", "training\n", "at a log\n"]
+    asked.send_signal(signal.SIGINT)
+    _, said = asked.communicate(timeout=60)
+    assert asked.returncode == -signal.SIGINT  # 130 in a shell
+    assert said.startswith("stopping at the next log;") and said.count("\n") == 1
     left = start("[print('x' * 1000) for _ in range(1000)]")
     assert left.stdout.readline() == "ready\n"
     left.stdout.close()
     assert left.stderr.read() == "" and left.wait(60) == 141
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(tmp_path):
+    body = (
+        "import resource; from tmdjax.train import Checkpoints; import numpy as np;"
+        f"kept = Checkpoints({str(tmp_path)!r}); kept.save(0, {{'a': np.ones(3)}});"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "draw = np.random.default_rng(0).random;"
+        "kept.save(1, {str(i): draw(20_000) for i in range(40)})"
+    )
+    for _ in range(3):  # which of the writes fails first is chance
+        full = start(body)
+        _, said = full.communicate(timeout=120)
+        assert full.returncode == MISTAKE and said.count("\n") == 1, said
+        assert said.startswith("CheckpointError: cannot write step 1") and (
+            "intact: step 0. Free space" in said
+        )

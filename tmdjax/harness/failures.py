@@ -37,8 +37,6 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted; the same command goes on from its last checkpoint.", 130
     if isinstance(error, BrokenPipeError):
         return "", 141
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return f"out of memory: {text or 'of the host'}. {_OUT_OF_MEMORY}", MISTAKE
     if isinstance(error, OSError) and error.strerror:
         remedy = "Check the path and its permissions."
         if error.errno in _FULL:
@@ -47,8 +45,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{type(error).__name__}: {where}{error.strerror}. {remedy}", MISTAKE
     if raised_on_purpose(error) and isinstance(error, _KINDS):
         return f"{type(error).__name__}: {text}", MISTAKE
-    if "No space left on device" in text:
+    if "No space left on device" in text:  # RESOURCE_EXHAUSTED to tensorstore
         return f"the disk is full: {text} Free space; then run it again.", MISTAKE
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory: {text or 'of the host'}. {_OUT_OF_MEMORY}", MISTAKE
     if "Unable to initialize backend" in text:
         return f"{text} Set JAX_PLATFORMS to a platform that is there.", MISTAKE
     return f"{type(error).__name__}: {text} {_kept(error)}", FAULT

@@ -300,7 +300,12 @@ class _Stopper:
 
 @contextlib.contextmanager
 def _stopper(max_seconds: float | None) -> Iterator[_Stopper]:
-    """SIGTERM and the first SIGINT pause at the next log; a second SIGINT kills."""
+    """SIGTERM and the first SIGINT pause at the next log.
+
+    The SIGINT after them ends the process as SIGKILL would, in a compilation or a save
+    too: raised as an exception, it would wait for what runs outside Python. What was
+    saved is whole at any moment.
+    """
     stopper = _Stopper(max_seconds)
     if threading.current_thread() is not threading.main_thread():
         yield stopper
@@ -309,8 +314,13 @@ def _stopper(max_seconds: float | None) -> Iterator[_Stopper]:
     def handle(number: int, frame: Any) -> None:
         stopper.signal = number
         # not print: the handler may have interrupted one
-        os.write(2, b"stopping at the next log; interrupt again to kill\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        line = (
+            "stopping at the next log; interrupt again to end at once, at the last "
+            "checkpoint"
+        )
+        show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # the live line hides it
+        os.write(2, f"{show_cursor}{line}\n".encode())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -24,7 +24,7 @@ from flax import serialization
 
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
-from tmdjax.core.files import sha256, write_atomically
+from tmdjax.core.files import json_of, sha256, write_atomically
 from tmdjax.core.types import PyTree
 
 logger = logging.getLogger("tmdjax")
@@ -356,7 +356,7 @@ def _identity(folder: pathlib.Path) -> _Identity | None:
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     """The manifest's body; None if it is absent or not as it was written."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = json_of(folder / _MANIFEST)
         body = manifest["body"]
         return body if manifest["sha256"] == _text_sha256(body) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -419,5 +419,7 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    """Kind and first line, the middle of a long one left out."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(".")
+    return text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"
