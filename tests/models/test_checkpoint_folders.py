@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 
@@ -190,6 +191,34 @@ def test_two_checkpoints_in_a_folder_are_refused(tmp_path, refused):
     for odd in ({}, {"weight_map": {"a": 3}}, {"weight_map": []}):
         index.write_text(json.dumps(odd))
         refused("index.json lacks 'weight_map'", read_weights, tmp_path, "model")
+
+
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
+    """A shard that was left from an earlier save may hold the same name."""
+    for number in (1, 2):
+        tensors = {"a": np.full(2, number, "f4"), f"own{number}": np.zeros(1, "f4")}
+        write_safetensors(tmp_path / f"{number}.safetensors", tensors)
+    for number in (1, 2):
+        places = {"a": f"{number}.safetensors"}
+        places |= {f"own{n}": f"{n}.safetensors" for n in (1, 2)}
+        index = json.dumps({"weight_map": places})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert (read_weights(tmp_path, "model")["a"] == number).all()
+
+
+def test_weights_of_another_format_are_named_with_what_turns_them(tmp_path, refused):
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    missing = functools.partial(refused, error=FileNotFoundError)
+    missing("in the safetensors format.$", read_weights, tmp_path, "model")
+    for name, remedy in (
+        ("pytorch_model-00001-of-00002.bin", "load it with its own library and save"),
+        ("flax_model.msgpack", "load it with its own library and save it there with s"),
+        ("model-q4.gguf", "models.load_gguf reads it"),
+        ("consolidated.safetensors", "rename it if it is the whole checkpoint"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        missing(f"It holds {name}: {remedy}", read_weights, tmp_path, "model")
+        (tmp_path / name).unlink()
 
 
 FLOATS = {

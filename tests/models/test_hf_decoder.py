@@ -305,6 +305,13 @@ def test_tensors_that_do_not_fit_are_all_named(refused):
         r"score.weight \[2, 16\] is not expected",
     ):
         refused(message, params_from_hf, config, weights)
+    for more, less, message in (
+        ("module.", "", "begin with 'module.'; save the tensors without it"),
+        ("", "model.", "lack 'model.' in front; save the tensors with it"),
+    ):
+        names = [name for name in parts("weights") if name != "lm_head.weight"]
+        renamed = {more + name.removeprefix(less): np.zeros(1) for name in names}
+        refused(message, params_from_hf, config, renamed | {"x": 0 * np.ones(1)})
     params = params_from_hf(config, parts("weights"))
     less = {k: v for k, v in params.items() if k != "norm"}
     refused(r"norm/scale: None, not \(16,\)", params_to_hf, config, less)
@@ -379,6 +386,8 @@ REFUSED_ADAPTERS = [
     (dict(lora_alpha=-1), "lora_alpha=-1 is outside"),
     (dict(alpha_pattern={"q_proj": "a"}), r"alpha_pattern\['q_proj'\]='a' is no numb"),
     (dict(alpha_pattern=[1]), r"alpha_pattern=\[1\] is no mapping"),
+    (dict(alpha_pattern={"(": 1}), "alpha_pattern holds .* no regular expression"),
+    (dict(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\] is not supp"),
 ]
 PLAIN_ADAPTERS = [
     dict(init_lora_weights="gaussian"),
@@ -424,6 +433,45 @@ def test_scales_of_adapters_are_those_of_peft(adapter_folder):
             assert_allclose(merged[name], weight, atol=1e-5, err_msg=name)
 
 
+def test_layers_of_other_ranks_or_none_are_filled_up_with_zeros():
+    """Adapters of some layers, and of ranks that differ by layer, against PEFT's sum."""
+    config = DecoderConfig.from_hf(OLD)
+    params = jax.tree.map(jnp.asarray, params_from_hf(config, parts("weights")))
+    theirs = json.loads(str(golden(CASE)["adapter_config"]))
+    every, prefix = parts("adapters"), "base_model.model.model.layers."
+    first = {k: v for k, v in every.items() if k.startswith(f"{prefix}0.")}
+    narrow = {
+        k: (v[:1] if "lora_A" in k else v[:, :1]) if ".1.self_attn.q" in k else v
+        for k, v in every.items()
+    }
+    no_mlp = {k: v for k, v in every.items() if ".1.mlp" not in k}
+    one = {"layers.1.self_attn.q_proj": 1}
+    for tensors, change, scale in (
+        (first, dict(layers_to_transform=[0]), 6 / 3),
+        (first, dict(layers_to_transform=0, layers_pattern="layers"), 6 / 3),
+        (first, dict(target_modules=r".*layers\.0\..*(q|down)_proj"), 6 / 3),
+        (first, dict(exclude_modules=r".*layers\.1\..*", use_rslora=True), 6 / 3**0.5),
+        (no_mlp, dict(exclude_modules=["layers.1.mlp.down_proj"]), 6 / 3),
+        (narrow, dict(rank_pattern=one), 6 / 3),
+        (narrow, dict(rank_pattern=one, alpha_pattern={"down_proj": 4.5}), 6 / 3),
+        (narrow, dict(rank_pattern=one, use_rslora=True), 6 / 3**0.5),
+    ):
+        adapters, alpha = models.adapters_from_hf(config, tensors, theirs | change)
+        merged = params_to_hf(config, lora.merge(params, adapters, alpha))
+        for name, weight in parts("weights").items():
+            names = [
+                f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"
+                for side in "AB"
+            ]
+            if names[0] in tensors:
+                a, b = (tensors[each] for each in names)
+                own = 6.0 if len(a) == 1 else scale
+                if "down_proj" in name and "alpha_pattern" in change:
+                    own = 4.5 / 3
+                weight = weight + own * b @ a
+            assert_allclose(merged[name], weight, atol=1e-5, err_msg=name)
+
+
 def test_adapters_that_do_not_fit(adapter_folder, refused):
     config = DecoderConfig.from_hf(OLD)
     path = adapter_folder / "adapter_model.safetensors"
@@ -434,8 +482,15 @@ def test_adapters_that_do_not_fit(adapter_folder, refused):
     write_safetensors(path, rest | {"other": np.zeros(1)})
     load = functools.partial(load_adapters, adapter_folder, config)
     refused(r"lora_B.weight is missing, .*; other \[1\] is not exp", load)
+    # a layer that settings do not leave out
+    rest = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+    write_safetensors(path, rest)
+    refused(r"layers.0.mlp.down_proj.lora_A.weight is missing", load)
     write_safetensors(path, {"other": np.zeros(1)})
     refused("holds no adapter of this decoder, but other", load)
+    base = {"base_model.model.lm_head.base_layer.weight": np.zeros((32, 16), "f4")}
+    write_safetensors(path, tensors | base)
+    refused("weights of the base, .*lm_head.* with save_embedding_layers=False", load)
     write_safetensors(path, tensors | {odd: np.zeros((3, 7), np.float32)})
     refused(r"has shape \[3, 7\], expected \[3, 24\]", load)
     settings = json.loads(str(golden(CASE)["adapter_config"])) | {"use_dora": True}
@@ -451,6 +506,9 @@ def test_adapters_that_do_not_fit(adapter_folder, refused):
         settings = json.dumps(theirs | change)
         (adapter_folder / "adapter_config.json").write_text(settings)
         assert load()[1] == 6
+    path.rename(adapter_folder / "adapter_model.bin")
+    message = "neither adapter_model.safetensors .*It holds adapter_model.bin: load it"
+    refused(message, load, error=FileNotFoundError)
     save = functools.partial(models.save_adapters, adapter_folder)
     refused("there are no adapters to save", save, {}, 1.0)
     foreign = {"mlp_in": {"kernel": {"a": np.ones((2, 1))}}}

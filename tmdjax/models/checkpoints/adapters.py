@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_range, first_few
 from tmdjax.core.files import write_together
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
@@ -19,8 +19,9 @@ from tmdjax.models.checkpoints.layout import (
     encode_json,
     params_from_tensors,
     read_json,
+    read_weights,
 )
-from tmdjax.models.checkpoints.safetensors import encode_safetensors, read_safetensors
+from tmdjax.models.checkpoints.safetensors import encode_safetensors
 from tmdjax.models.decoder.config import DecoderConfig
 
 _ADAPTER = "adapter_model.safetensors"
@@ -54,7 +55,8 @@ def load_adapters(
     """Reads low-rank adapters in the layout of the PEFT library.
 
     Args:
-        folder: with adapter_model.safetensors and adapter_config.json.
+        folder: with adapter_model.safetensors, or the shards that its index names, and
+            adapter_config.json.
         config: of the decoder they belong to.
 
     Returns:
@@ -69,7 +71,7 @@ def load_adapters(
     """
     folder = Path(folder)
     settings = read_json(folder / _ADAPTER_CONFIG)
-    tensors = read_safetensors(folder / _ADAPTER)
+    tensors = read_weights(folder, "adapter_model")
     try:
         return adapters_from_hf(config, tensors, settings)
     except ValueError as error:
@@ -84,6 +86,9 @@ def adapters_from_hf(
     PEFT adds ``s b a`` to a kernel, s = alpha / r, or alpha / √r under ``use_rslora``;
     ``rank_pattern`` and ``alpha_pattern`` give modules an r and an alpha of their own.
     Here s is alpha / rank with one alpha for all: where modules differ, b is scaled.
+    Layers of a stack have one rank here: those of a lower one, and layers without an
+    adapter (``layers_to_transform``, a regular expression in ``target_modules``), are
+    filled up with zeros, which leaves the network as it is.
 
     Args:
         config: of the decoder they belong to.
@@ -103,27 +108,29 @@ def adapters_from_hf(
         arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA); PEFT's ``LoraConfig``.
     """
     _check_settings(settings)
-    leaves = list(_leaves(config, tensors, settings))
+    base = sorted(name for name in tensors if ".base_layer." in name)
+    if base:
+        raise ValueError(
+            f"the file holds weights of the base, {first_few(base, 3, ', ')}, which "
+            f"adapters here lack. Save it with save_embedding_layers=False if they are "
+            f"those of the base, else merge it with PEFT (merge_and_unload)."
+        )
+    whole: dict[str, Any] = dict(tensors)
+    scales: dict[str, float] = {}
+    leaves = list(_leaves(config, whole, scales, settings))
     if not leaves:
         raise ValueError(
             f"the file holds no adapter of this decoder, but "
             f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}."
         )
-    # Of each module, by its name: the alpha that makes alpha / rank its scale.
-    alphas = {
-        name: _rank_and_alpha(settings, name)[1]
-        for leaf in leaves
-        for name in leaf.names
-    }
-    alpha = max(alphas.values())
-    scaled = {
-        name: np.asarray(tensor, np.float32) * np.float32(alphas[name] / alpha)
-        for name, tensor in tensors.items()
-        if ".lora_B." in name and alphas.get(name, alpha) != alpha
-    }
+    alpha = max(scales.values())
+    for name, own in scales.items():
+        if own != alpha and name in tensors:
+            factor = np.float32(own / alpha)
+            whole[name] = np.asarray(whole[name], np.float32) * factor
     adapters = params_from_tensors(
         leaves,
-        {**tensors, **scaled},
+        whole,
         lambda leaf: np.float32,
         "adapters of all layers of this decoder",
     )
@@ -136,6 +143,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             continue
         allowed = _PLAIN.get(key, _OFF)
         if value not in allowed:
+            allowed = (None,) if allowed is _OFF else allowed
             plain = " or ".join(f"{key}={value!r}" for value in allowed)
             raise ValueError(
                 f"{key}={value!r} is not supported; adapters here have {plain}. Merge "
@@ -161,16 +169,15 @@ def _first(settings: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _rank_and_alpha(settings: Mapping[str, Any], tensor: str) -> tuple[int, float]:
+def _rank_and_alpha(settings: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Rank of a module, and the alpha that makes alpha / rank its scale.
 
     A pattern of PEFT is a regular expression of the end of the module's name.
     """
-    module = tensor.removeprefix(_PREFIX).partition(".lora_")[0]
 
     def of(patterns: str, default: Any) -> Any:
         for pattern, value in (settings.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if _match(patterns, rf"(.*\.)?({pattern})$", module):
                 return value
         return default
 
@@ -179,28 +186,77 @@ def _rank_and_alpha(settings: Mapping[str, Any], tensor: str) -> tuple[int, floa
     return rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
 
+def _match(key: str, pattern: Any, text: str) -> re.Match[str] | None:
+    try:
+        return re.match(pattern, text)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{key} holds {pattern!r}, which is no regular expression ({error})."
+        ) from None
+
+
+def _adapted(settings: Mapping[str, Any], module: str, layer: int) -> bool:
+    """Whether PEFT gives a module an adapter; it does where settings do not say."""
+
+    def named(key: str) -> bool:
+        wanted = settings.get(key)
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or bool(
+                _match(key, rf"(?:{wanted})\Z", module)
+            )
+        return any(f".{module}".endswith(f".{name}") for name in wanted or ())
+
+    if settings.get("exclude_modules") and named("exclude_modules"):
+        return False
+    layers = settings.get("layers_to_transform")
+    if isinstance(layers, int | list) and layers != []:
+        if layer not in ([layers] if isinstance(layers, int) else layers):
+            return False
+    return not settings.get("target_modules") or named("target_modules")
+
+
 def _leaves(
-    config: DecoderConfig, tensors: Mapping[str, Any], settings: Mapping[str, Any]
+    config: DecoderConfig,
+    tensors: dict[str, Any],
+    scales: dict[str, float],
+    settings: Mapping[str, Any],
 ) -> Iterator[Leaf]:
-    """Adapters of the modules of which there is any tensor, of the rank in settings."""
+    """Adapters of the modules of which there is any tensor.
+
+    Layers that settings leave out get zeros in ``tensors``, and those of a lower rank
+    than others are filled up with zeros: neither changes the sum of the kernel and its
+    adapter. ``scales`` gets, by the name of each second factor, the alpha that makes
+    alpha / rank its scale.
+    """
     for path, struct in flatten(param_shapes(config)).items():
-        module, _, last = path.rpartition("/")
+        leaf_of, _, last = path.rpartition("/")
         if last != "kernel":
             continue
-        stacked, name = struct.ndim == 3, _PREFIX + hf_module(module)
-        layers = range(config.num_layers if stacked else 1)
-        a, b = (
-            [f"{name.format(layer=i)}.lora_{side}.weight" for i in layers]
-            for side in "AB"
-        )
-        if not any(key in tensors for key in (*a, *b)):
+        stacked, name = struct.ndim == 3, hf_module(leaf_of)
+        modules = [
+            name.format(layer=i) for i in range(struct.shape[0] if stacked else 1)
+        ]
+        a, b = ([f"{_PREFIX}{m}.lora_{side}.weight" for m in modules] for side in "AB")
+        given = [one in tensors or other in tensors for one, other in zip(a, b)]
+        if not any(given):
             continue
         inputs, outputs = struct.shape[-2:]
-        rank = _rank_and_alpha(settings, a[0])[0]
-        for side, names, shape in (
-            ("a", a, (rank, inputs)),
-            ("b", b, (outputs, rank)),
-        ):
+        own = [_rank_and_alpha(settings, module) for module in modules]
+        rank = max(r for (r, _), there in zip(own, given) if there)
+        for i, (r, alpha) in enumerate(own):
+            if not given[i]:
+                if not _adapted(settings, modules[i], i):
+                    tensors[a[i]] = np.zeros((rank, inputs), np.float32)
+                    tensors[b[i]] = np.zeros((outputs, rank), np.float32)
+                continue
+            scales[b[i]] = alpha * (rank / r)
+            for side, shape, room in (
+                (a[i], (r, inputs), ((0, rank - r), (0, 0))),
+                (b[i], (outputs, r), ((0, 0), (0, rank - r))),
+            ):
+                if r < rank and np.shape(tensors.get(side, ())) == shape:
+                    tensors[side] = np.pad(np.asarray(tensors[side], np.float32), room)
+        for side, names, shape in (("a", a, (rank, inputs)), ("b", b, (outputs, rank))):
             yield Leaf(
                 path=f"{path}/{side}",
                 names=names,

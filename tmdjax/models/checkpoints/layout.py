@@ -26,6 +26,7 @@ Folder = str | os.PathLike[str]
 _LONGEST_JSON = 100_000_000
 CONFIG = "config.json"
 _PICKLED = "load it with its own library and save it there with safe_serialization=True"
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 # What files of weights that are not read call for, by their ending.
 _FOREIGN = {
     ".bin": _PICKLED,
@@ -106,8 +107,8 @@ def params_from_tensors(
     if problems:
         raise ValueError(
             f"{len(problems)} tensor(s) do not fit {network}: "
-            f"{first_few(sorted(problems))}. Take configuration and tensors of one "
-            f"checkpoint."
+            f"{first_few(sorted(problems))}. {_prefix_remedy(shapes, tensors)}Take "
+            f"configuration and tensors of one checkpoint."
         )
     params: dict[str, Any] = {}
     for leaf in leaves:
@@ -120,6 +121,27 @@ def params_from_tensors(
             value[i] = leaf.read(cast_tensor(name, row, value.dtype))
         params[leaf.path] = value if leaf.stacked else value[0]
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _prefix_remedy(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """A sentence on names that differ from those expected by what they begin with."""
+
+    def prefix(longer: Iterable[str], shorter: Mapping[str, Any]) -> str | None:
+        for name in longer:
+            cuts = (i + 1 for i, letter in enumerate(name) if letter == ".")
+            for cut in cuts:
+                if name[cut:] in shorter:
+                    return name[:cut]
+        return None
+
+    if expected.keys() & given.keys():
+        return ""
+    more, less = prefix(given, expected), prefix(expected, given)
+    if more is not None:
+        return f"The names begin with {more!r}; save the tensors without it. "
+    if less is not None:
+        return f"The names lack {less!r} in front; save the tensors with it. "
+    return ""
 
 
 def _common_dtype(dtypes: set[Any]) -> Any:
@@ -233,7 +255,7 @@ def _other_weights(folder: Path) -> str:
     found = sorted(
         path.name
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.suffix in _FOREIGN
+        if path.suffix in _FOREIGN and not path.name.startswith(_NO_WEIGHTS)
     )
     if not found:
         return ""
