@@ -30,12 +30,9 @@ RANGES = {
         ("teacher.steps", "pretrain.steps", "distill.cycles"), "[0, 1000000000]"
     ),
     **dict.fromkeys(("sample.teacher_steps", "pairs.teacher_steps"), "[1, 10000]"),
-    **dict.fromkeys(("student.outer", "student.inner"), "[1, 1000]"),
-    **dict.fromkeys(("student.outer_shift", "student.inner_shift"), "[1, 1000]"),
-    "teacher.sample_shift": "(0, 1000]",
-    "distill.critic_updates": "[1, 1000]",
+    **dict.fromkeys(("student.outer_shift", "student.inner_shift"), "[1, 100]"),
     "student.head_blocks": "[0, 1000]",
-    "student.initial_gate": "[-1000, 1000]",
+    "student.initial_gate": "[-100, 100]",
 }
 
 ABLATIONS = (

@@ -15,28 +15,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WHOLE, NUMBER = "[1, 1000000000]", "(0, 1000000000]"
+WHOLE, NUMBER = "[1, 1000000000]", "(0, 1000000]"
 _NAMES = {
-    "[0, 1000000000]": "adversarial_weight diagnosed_samples kl_coefficient warmup "
-    "warmup_steps weight_decay",
+    # an end is far beyond what anybody means: 1e9 for a rate is a slip of the hand
+    "(0, 10]": "learning_rate critic_learning_rate",
+    "[0, 10]": "weight_decay",
+    "(0, 100]": "sample_shift shift temperature",
+    "[0, 100]": "guidance overlong_factor strength",
+    "[-10, 10]": "time_mean",
+    "[0, 1000]": "adversarial_weight attention_levels brownian_coefficient "
+    "entropy_coefficient kl_coefficient text_depth",
+    "(0, 1000]": "future_weight",
+    "(0, 1000000] or none": "clip_norm",
+    "(0, inf]": "clip_range",
+    # fractions
     "[0, 1)": "drop_rate ema_decay",
     "[0, 1]": "gate map_rate",
-    "(0, 1]": "ema_half_life",
+    "(0, 1]": "ema_half_life fraction",
     "(0, 1)": "eval_fraction",
-    "(0, 1000000000] or none": "clip_norm",
-    "(0, inf]": "clip_range",
-    "(0, 1000]": "learning_rate critic_learning_rate shift",
-    "[0, 1000]": "guidance text_depth attention_levels",
-    "[-1000, 1000]": "time_mean",
     # networks of these are traced before a run, and prompts drawn
     "[1, 200]": "blocks depth num_layers",
-    "[1, 1000]": "heads num_heads",
-    "[1, 1000000]": "critic_hidden discriminator_width feature_dim frequency_dim "
-    "head_dim hidden hidden_size intermediate_size length mlp_width projections "
-    "text_width width",
+    "[1, 1000]": "critic_updates epochs heads inner levels num_heads num_kv_heads "
+    "outer patch_size shown updates",
     "[1, 10000]": "problems size",
-    "[1, 100000]": "held_out prompts shape",
+    "[1, 100000]": "critic_hidden discriminator_width feature_dim frequency_dim "
+    "group_size head_dim held_out hidden hidden_size intermediate_size mlp_width "
+    "projections prompts shape text_width width",
     "[0, 10000]": "lora_rank",
+    # what is held at once, and what is drawn
+    "[1, 1000000]": "agents batch batch_size chunk chunks envs length max_new_tokens "
+    "microbatch microbatches minibatches num_classes per_prompt samples slots unroll",
+    "[0, 1000000]": "diagnosed_samples pack_rows overlong_buffer",
+    "[1, 10000000]": "count images noises pairs test_count train_count",
+    WHOLE: "iterations prune_interval",
+    "[0, 1000000000]": "warmup warmup_steps",
     "[0, 4294967295]": "seeds",  # a key holds 32 bits
     "[-inf, inf]": "method.*",  # its preset knows its settings, and checks them
 }
