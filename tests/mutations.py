@@ -123,7 +123,10 @@ TESTS = {
     ),
     "models/checkpoints/gguf": "models/test_gguf_decoder.py",
     **dict.fromkeys(
-        ["models/checkpoints/video_dit", "models/checkpoints/wan_names"],
+        [
+            "models/checkpoints/" + name
+            for name in "video_dit video_adapters wan_names".split()
+        ],
         "models/test_hf_video_dit.py",
     ),
     "models/decoder/network": "models/test_decoder.py",

@@ -20,6 +20,7 @@ from tmdjax.models.checkpoints.safetensors import read_safetensors, write_safete
 from tmdjax.models.checkpoints.video_dit import params_from_hf_video, video_dit_from_hf
 
 CASES = ("wan", "wide_patches")
+LORAS = ("diffusers", "metadata", "original", "kohya", "peft")
 STEM = "diffusion_pytorch_model"
 
 
@@ -52,6 +53,24 @@ def channels_last(array):
     return jnp.asarray(array.transpose(0, 2, 3, 4, 1))
 
 
+@functools.cache
+def gradients(case):
+    """A compiled function of parameters: input gradients, and the velocity."""
+    values, _ = stored(case)
+    apply_fn = functional(network(case)[0])
+    given = channels_last(values["x"]), jnp.asarray(values["text"])
+
+    @jax.jit
+    def run(params):
+        def weighted(x, text):
+            v = apply_fn(params, x, values["t"], text)
+            return (v * channels_last(values["weights"])).sum(), v
+
+        return jax.grad(weighted, (0, 1), has_aux=True)(*given)
+
+    return run
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint as the library of the format writes it."""
@@ -65,19 +84,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_input_gradient_equal_diffusers(case):
     values, _ = stored(case)
-    module, params = network(case)
-    params = jax.tree.map(jnp.asarray, params)
-
-    @jax.jit
-    def run(x, text):
-        def weighted(x, text):
-            v = functional(module)(params, x, values["t"], text)
-            return (v * channels_last(values["weights"])).sum(), v
-
-        return jax.grad(weighted, (0, 1), has_aux=True)(x, text)
-
-    text = jnp.asarray(values["text"])
-    (slope, text_slope), v = run(channels_last(values["x"]), text)
+    (slope, text_slope), v = gradients(case)(network(case)[1])
     assert_allclose(v, channels_last(values["output"]), atol=2e-5)
     slopes = channels_last(values["gradient"]), values["text_gradient"]
     for got, want in zip((slope, text_slope), slopes):
@@ -202,6 +209,117 @@ def test_narrow_parameters_keep_the_time_in_float32(folder, tmp_path):
     assert found == {np.dtype(ml_dtypes.bfloat16)}
     _, kept = load_video_dit(tmp_path / "saved", dtype=None)
     assert kept["final"]["scale_shift_table"].dtype == ml_dtypes.bfloat16
+
+
+@functools.cache
+def adapted(layout):
+    """Adapters of the network as a layout has them: tensors, settings, output."""
+    arrays = golden(layout, "wan_loras.npz")
+    whole = below(arrays, "tensors/")
+    tensors = {k: np.asarray(v / np.float32(64)) for k, v in whole.items()}
+    return tensors, json.loads(str(arrays["settings"])), arrays["output"]
+
+
+def write_adapters(folder, layout):
+    """As the library of the layout does: a folder or a file."""
+    library = pytest.importorskip("safetensors.numpy")
+    tensors, settings, _ = adapted(layout)
+    if layout == "peft":
+        library.save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        return folder
+    stored = {"lora_adapter_metadata": json.dumps(settings)} if settings else None
+    name = "pytorch_lora_weights" if layout == "diffusers" else layout
+    library.save_file(tensors, folder / f"{name}.safetensors", stored)
+    return folder if layout == "diffusers" else folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("layout", LORAS)
+def test_adapters_do_what_they_do_in_the_library_of_their_layout(layout, tmp_path):
+    """And again, merged, after they were written in each layout."""
+    module, params = network("wan")
+    adapters, alpha = models.load_video_adapters(
+        write_adapters(tmp_path, layout), module
+    )
+    params = jax.tree.map(jnp.asarray, params)
+    merged = models.lora.merge(params, adapters, alpha)
+    output = gradients("wan")(merged)[1]
+    assert_allclose(output, channels_last(adapted(layout)[2]), atol=2e-4)
+    for other in ("diffusers", "original", "peft"):
+        saved = tmp_path / f"again_{other}"
+        models.save_video_adapters(saved, adapters, alpha, layout=other)
+        again = models.load_video_adapters(saved, module)
+        same = models.lora.merge(params, *again)
+        for path, leaf in flatten(merged).items():
+            assert_allclose(flatten(same)[path], leaf, atol=1e-6)
+        if other == "peft":
+            assert again[1] == alpha
+            equal(again[0], adapters)
+
+
+def test_adapters_of_some_layers_are_zero_in_the_others():
+    module, _ = network("wan")
+    tensors, _, _ = adapted("diffusers")
+    adapters, alpha = models.adapters_from_hf_video(module, tensors)
+    query = adapters["blocks"]["attention"]["query"]["kernel"]
+    assert query["a"].shape == (3, 48, 2) and query["b"].dtype == np.float32
+    assert [bool(np.any(layer)) for layer in query["b"]] == [True, False, True]
+    assert adapters["blocks"]["mlp_in"]["kernel"]["a"].shape == (3, 48, 4)
+    assert alpha == 4  # ranks of 2, 3 and 4, each its own alpha
+
+
+def test_adapters_are_known_by_a_list_of_what_is_understood(refused, tmp_path):
+    module, params = network("wan")
+    tensors, _, _ = adapted("kohya")
+    load = functools.partial(models.adapters_from_hf_video, module)
+    name = "lora_unet_blocks_1_self_attn_q"
+    for extra, message in (
+        (f"{name}.dora_scale", "dora_scale .* is not understood"),
+        (f"{name}.lokr_w1", "lokr_w1 .* is not understood"),
+        (f"{name}.diff_b", "diff_b .* is not understood"),
+        ("lora_unet_blocks_3_self_attn_q.alpha", "blocks_3_self_attn_q.alpha .* not"),
+        ("lora_te_text_model_q.alpha", "lora_te_text_model_q.alpha .* not underst"),
+        ("diffusion_model.patch_embedding.lora_A.weight", "patch_embedding.* not und"),
+        ("diffusion_model.blocks.1.cross_attn.k_img.lora_A.weight", "k_img.* not und"),
+        ("transformer.blocks.1.attn1.to_q.lora_A.weight", "second of its kind"),
+    ):
+        refused(message, load, tensors | {extra: np.float32(np.ones((2, 48)))})
+    both = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
+    for missing, part in zip(both, "AB"):
+        less = {k: v for k, v in tensors.items() if k != missing}
+        refused(f"1 tensor.*{name} has no {part}", load, less)
+    words = rf"A of {name} is \[2, 47\], expected \[2, 48\]"
+    refused(words, load, tensors | {both[0]: np.ones((2, 47), np.float32)})
+    refused("has 2 numbers", load, tensors | {f"{name}.alpha": np.ones(2, np.float32)})
+    refused(f"{name}.alpha=-1", load, tensors | {f"{name}.alpha": np.float32(-1)})
+    refused(r"alpha=nan", load, tensors | {f"{name}.alpha": np.float32(np.nan)})
+    refused("expected floating", load, tensors | {both[0]: np.ones((2, 48), int)})
+    refused("beside settings", load, tensors, {"r": 2, "lora_alpha": 2})
+    refused("it has none", load, {})
+    tensors, settings, _ = adapted("peft")
+    refused("give its content as settings", load, tensors)
+    refused("use_dora=True", load, tensors, settings | {"use_dora": True})
+    refused(r"expected \[8, 48\]", load, tensors, settings | {"r": 8})
+    file = functools.partial(models.load_video_adapters, tmp_path, module)
+    refused("neither adapter_config", file, error=FileNotFoundError)
+    write_adapters(tmp_path, "peft")
+    write_adapters(tmp_path, "diffusers")
+    refused("holds two sets of adapters.*give adapter_model.safetensors or", file)
+    for name in ("adapter_model", "pytorch_lora_weights"):
+        models.load_video_adapters(tmp_path / f"{name}.safetensors", module)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "lora.safetensors")
+    own = tmp_path / "lora.safetensors"
+    refused("give its content as settings", models.load_video_adapters, own, module)
+    save = functools.partial(models.save_video_adapters, tmp_path)
+    refused("there are no adapters", save, {}, 1.0)
+    refused("layout='kohya' is not one of", save, {}, 1.0, layout="kohya")
+    drawn = models.lora.init(jax.random.key(0), params, 2, ["patch_embedding"])
+    refused("leave it out of the targets", save, drawn, 1.0)
+    alien = {
+        "blocks": {"gate": {"kernel": {"a": np.ones((2, 2)), "b": np.ones((2, 2))}}}
+    }
+    refused("'blocks/gate' is no module of a video", save, alien, 1.0)
+    refused("alpha=-1", save, drawn, -1.0)
 
 
 @pytest.mark.nightly

@@ -16,6 +16,15 @@ from tmdjax.models.checkpoints.decoder import params_from_hf as params_from_hf
 from tmdjax.models.checkpoints.decoder import params_to_hf as params_to_hf
 from tmdjax.models.checkpoints.decoder import save_decoder as save_decoder
 from tmdjax.models.checkpoints.gguf import load_gguf as load_gguf
+from tmdjax.models.checkpoints.video_adapters import (
+    adapters_from_hf_video as adapters_from_hf_video,
+)
+from tmdjax.models.checkpoints.video_adapters import (
+    load_video_adapters as load_video_adapters,
+)
+from tmdjax.models.checkpoints.video_adapters import (
+    save_video_adapters as save_video_adapters,
+)
 from tmdjax.models.checkpoints.video_dit import load_video_dit as load_video_dit
 from tmdjax.models.checkpoints.video_dit import (
     params_from_hf_video as params_from_hf_video,

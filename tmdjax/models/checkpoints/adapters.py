@@ -24,9 +24,9 @@ from tmdjax.models.checkpoints.layout import (
 from tmdjax.models.checkpoints.safetensors import encode_safetensors
 from tmdjax.models.decoder.config import DecoderConfig
 
-_ADAPTER = "adapter_model.safetensors"
-_ADAPTER_CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 
 # Settings that leave a trained adapter what it is, whatever their value.
 _NO_EFFECT = (
@@ -70,12 +70,12 @@ def load_adapters(
             or of another shape, by name.
     """
     folder = Path(folder)
-    settings = read_json(folder / _ADAPTER_CONFIG)
+    settings = read_json(folder / ADAPTER_CONFIG)
     tensors = read_weights(folder, "adapter_model")
     try:
         return adapters_from_hf(config, tensors, settings)
     except ValueError as error:
-        raise ValueError(f"{folder / _ADAPTER}: {error}") from None
+        raise ValueError(f"{folder / ADAPTER}: {error}") from None
 
 
 def adapters_from_hf(
@@ -107,7 +107,7 @@ def adapters_from_hf(
     References:
         arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA); PEFT's ``LoraConfig``.
     """
-    _check_settings(settings)
+    check_settings(settings)
     base = sorted(name for name in tensors if ".base_layer." in name)
     if base:
         raise ValueError(
@@ -137,7 +137,8 @@ def adapters_from_hf(
     return adapters, alpha
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError unless adapter_config.json is of plain low-rank adapters."""
     for key, value in settings.items():
         if key in _NO_EFFECT or key in _SCALES:
             continue
@@ -148,7 +149,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}={value!r} is not supported; adapters here have {plain}. Merge "
                 f"it into its base with PEFT (merge_and_unload) and load that, or "
-                f"delete the key from {_ADAPTER_CONFIG} if it changes nothing."
+                f"delete the key from {ADAPTER_CONFIG} if it changes nothing."
             )
     numbers = {"r": _first(settings, "r", 8)}
     numbers["lora_alpha"] = _first(settings, "lora_alpha", 8)
@@ -169,10 +170,14 @@ def _first(settings: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _rank_and_alpha(settings: Mapping[str, Any], module: str) -> tuple[int, float]:
+def rank_and_alpha(settings: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Rank of a module, and the alpha that makes alpha / rank its scale.
 
     A pattern of PEFT is a regular expression of the end of the module's name.
+
+    Args:
+        settings: content of adapter_config.json.
+        module: its name, without PEFT's prefix.
     """
 
     def of(patterns: str, default: Any) -> Any:
@@ -236,12 +241,14 @@ def _leaves(
         modules = [
             name.format(layer=i) for i in range(struct.shape[0] if stacked else 1)
         ]
-        a, b = ([f"{_PREFIX}{m}.lora_{side}.weight" for m in modules] for side in "AB")
+        a, b = (
+            [f"{PEFT_PREFIX}{m}.lora_{side}.weight" for m in modules] for side in "AB"
+        )
         given = [one in tensors or other in tensors for one, other in zip(a, b)]
         if not any(given):
             continue
         inputs, outputs = struct.shape[-2:]
-        own = [_rank_and_alpha(settings, module) for module in modules]
+        own = [rank_and_alpha(settings, module) for module in modules]
         rank = max(r for (r, _), there in zip(own, given) if there)
         for i, (r, alpha) in enumerate(own):
             if not given[i]:
@@ -292,14 +299,35 @@ def save_adapters(
         name = hf_module(module)
         rows = np.asarray(leaf) if "{layer}" in name else np.asarray(leaf)[None]
         for layer, row in enumerate(rows):
-            full = f"{_PREFIX}{name.format(layer=layer)}.lora_{side.upper()}.weight"
+            full = f"{PEFT_PREFIX}{name.format(layer=layer)}.lora_{side.upper()}.weight"
             tensors[full] = np.ascontiguousarray(row.T)
         if side == "a":
             ranks[name.rpartition(".")[2]] = rows.shape[-1]
+    write_together(peft_files(folder, tensors, ranks, alpha, base, "CAUSAL_LM"))
+
+
+def peft_files(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    ranks: Mapping[str, int],
+    alpha: float,
+    base: str | None,
+    task: str | None,
+) -> dict[Path, Any]:
+    """The files of adapters in the layout of the PEFT library, and their content.
+
+    Args:
+        folder: where they are to stand.
+        tensors: arrays by their names in adapter_model.safetensors.
+        ranks: of the modules, by the ends of their names.
+        alpha: of all modules.
+        base: name or folder of the checkpoint they belong to.
+        task: PEFT's name of what the network is for.
+    """
     rank = max(ranks.values())
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -315,9 +343,7 @@ def save_adapters(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    write_together(
-        {
-            folder / _ADAPTER: encode_safetensors(tensors),
-            folder / _ADAPTER_CONFIG: [encode_json(settings)],
-        }
-    )
+    return {
+        folder / ADAPTER: encode_safetensors(tensors),
+        folder / ADAPTER_CONFIG: [encode_json(settings)],
+    }

@@ -56,7 +56,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             tensor concerned, and the size it should have.
     """
     path = Path(path)
-    header, start, size = _read_header(path)
+    header, _, start, size = _read_header(path)
     kinds = {name: _check_entry(path, name, entry) for name, entry in header.items()}
     spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
     whole = start + max((end for _, end in spans.values()), default=0)
@@ -86,8 +86,18 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     }
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The entries of the tensors, where the data start, and the size of the file."""
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that a file holds beside its tensors, by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its header is damaged.
+    """
+    return _read_header(Path(path))[1]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """Entries of the tensors, metadata, where the data start, and the file's size."""
     size = check_plain(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -110,7 +120,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             f"{path} is no safetensors file: its header is not JSON as it should be "
             f"({error}). Copy it again."
         ) from None
-    return header, 8 + length, size
+    return header, metadata or {}, 8 + length, size
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

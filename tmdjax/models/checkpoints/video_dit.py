@@ -273,7 +273,7 @@ def params_to_hf_video(
             unknown layout.
     """
     channels = in_channels_of(module, params)
-    shapes = _shapes(module, channels)
+    shapes = video_param_shapes(module, channels)
     leaves = checkpoint_leaves(module, channels, layout)
     return tensors_from_params(leaves, shapes, params, "video transformer")
 
@@ -362,7 +362,7 @@ def in_channels_of(module: VideoDiT, params: Params) -> int:
     return leaf.shape[0] // volume
 
 
-def _shapes(module: VideoDiT, in_channels: int) -> dict[str, Any]:
+def video_param_shapes(module: VideoDiT, in_channels: int) -> dict[str, Any]:
     """Shape structs of the parameters; nothing is allocated."""
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     video = struct((1, *module.patch_size, in_channels))
@@ -375,7 +375,7 @@ def checkpoint_leaves(
 ) -> Iterator[Leaf]:
     """Every parameter, and the tensors of a checkpoint in a layout that hold it."""
     check_choice("layout", layout, LAYOUTS)
-    for path, struct in flatten(_shapes(module, in_channels)).items():
+    for path, struct in flatten(video_param_shapes(module, in_channels)).items():
         stacked = path.startswith("blocks/")
         shape = struct.shape[1:] if stacked else struct.shape
         there, read, write = _turns(path, shape, module.patch_size)
