@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +15,15 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_datasets") is None,
     reason="tensorflow-datasets is absent (pip install 'tmdjax[tfds]')",
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch, tmp_path_factory):
+    """What is written for a while is removed, and nobody asks the network."""
+    place = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    yield
+    assert list(place.iterdir()) == []
 
 
 def write_images(folder, count=6, size=(8, 8), classes=("cat", "dog"), captions=False):

@@ -267,6 +267,23 @@ def test_writing_is_all_or_nothing(tmp_path, refused):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path, other = tmp_path / "x.array_record", tmp_path / "x.array_record.partial"
+    other.write_text("of somebody else")
+
+    def slow():
+        yield {"x": np.zeros(2)}
+        assert write_array_record(path, [{"x": np.ones(2)}] * 3) == 3
+        assert len(list(tmp_path.iterdir())) == 3  # and the folder of the outer writer
+        yield {"x": np.zeros(2)}
+
+    assert write_array_record(path, slow()) == 2
+    batch = next(array_record(path, 2, threads=0))
+    np.testing.assert_array_equal(batch["x"], np.zeros((2, 2)))
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
+    assert other.read_text() == "of somebody else"
+
+
 def test_bfloat16_and_scalars_survive_the_file(tmp_path):
     example = {"w": np.asarray(jnp.ones(2, jnp.bfloat16)), "n": 3, "flag": True}
     write_array_record(tmp_path / "r", [example])

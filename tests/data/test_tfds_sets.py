@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ def no_network_and_no_other_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    # TFDS leaves a temporary folder for each set that it builds
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
 @pytest.fixture

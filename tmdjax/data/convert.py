@@ -398,11 +398,15 @@ def write_tfds(
         code_path = None  # no checksums of downloads stand beside this code
 
         def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
+            info = tfds.core.DatasetInfo(
                 builder=self,
                 features=tfds.features.FeaturesDict(features),
                 disable_shuffling=True,  # in the order given: `order` is random
             )
+            # else it asks the network for facts on a set of the catalogue of this name,
+            # and leaves a temporary folder
+            info.initialize_from_bucket = lambda: None
+            return info
 
         def _split_generators(self, dl_manager: Any) -> Any:
             return {

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,8 @@ def write_array_record(
     """Writes examples to one ArrayRecord file, complete or not at all.
 
     Args:
-        path: of the file; an older one is replaced.
+        path: of the file, in a folder that is there; an older one is replaced once the
+            new one is whole. Of several writers at once the last one's file stays.
         examples: dicts of numeric arrays, all with the same names, shapes and
             dtypes.
 
@@ -270,28 +272,29 @@ def write_array_record(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    # Records of their own groups are what makes random access cheap.
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
     first, count = None, 0
-    try:
-        for count, example in enumerate(examples, 1):
-            layout = _layout(example, count - 1)
-            first = first or layout
-            if layout != first:
-                raise ValueError(
-                    f"example {count - 1} is {layout} but example 0 is {first}; all "
-                    f"need the same names, shapes and dtypes."
-                )
-            writer.write(encode_example(example))
-        if not count:
-            raise ValueError(f"no examples to write to {path}; give at least one.")
-        writer.close()
-        partial.replace(path)
-    finally:
-        if writer.is_open():
+    # a folder of its own: another writer of the same file may be at work beside it
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+        partial = Path(place, path.name)
+        # Records of their own groups are what makes random access cheap.
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            for count, example in enumerate(examples, 1):
+                layout = _layout(example, count - 1)
+                first = first or layout
+                if layout != first:
+                    raise ValueError(
+                        f"example {count - 1} is {layout} but example 0 is {first}; "
+                        f"all need the same names, shapes and dtypes."
+                    )
+                writer.write(encode_example(example))
+            if not count:
+                raise ValueError(f"no examples to write to {path}; give at least one.")
+        finally:
             writer.close()
-        partial.unlink(missing_ok=True)
+        with partial.open("rb") as file:  # the data reach the disk before the name does
+            os.fsync(file.fileno())
+        partial.replace(path)
     return count
 
 
