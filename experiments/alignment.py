@@ -19,6 +19,7 @@ from experiments import alignment_iteration as iterations
 from experiments import alignment_tasks as tasks
 from experiments.arms import arms, of_arm
 from experiments.curves import ends, seconds_per_step
+from experiments.figures import side_by_side
 from tmdjax import data, flows
 from tmdjax.core import prng, trees
 from tmdjax.harness import Report, Stage, StageContext, StageResult
@@ -46,6 +47,12 @@ COURSE = {
 }
 """What RL itself reports, beside the evaluation, and what it means."""
 CURVES = {"reward_mean": "mean reward of rollouts", "loss": "loss"}
+LABELS = {
+    "score": "score",
+    "strict": "share with all that was asked for",
+    "exact": "share with the whole word",
+}
+"""Axes of what samples are measured by."""
 MEANINGS = COURSE | {
     "score": "mean reward of samples by the ODE on held-out prompts, in [0, 1]",
     "strict": "share of samples with all that was asked for, in [0, 1]",
@@ -207,6 +214,26 @@ def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any
             | {title: found.get(metric_name(arm, n)) for title, n in columns.items()}
         )
     return rows
+
+
+def summary_figures(
+    config: Config, found: Mapping[str, Any], folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path | None]]:
+    """What held-out prompts score before RL and after, an arm a row."""
+    measured = {arm: tasks.measures(of_arm(config, arm)) for arm in arms(config)}
+    figures = []
+    for what in dict.fromkeys(what for names in measured.values() for what in names):
+        rows = {
+            arm: {
+                model: metric_name(arm, f"{model}.held_out.{what}")
+                for model in ("base", "aligned")
+            }
+            for arm, names in measured.items()
+            if what in names
+        }
+        path = folder / f"held_out-{what}.png"
+        figures += side_by_side(found, rows, path, "Held-out prompts", LABELS[what])
+    return figures
 
 
 def report(

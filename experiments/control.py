@@ -17,6 +17,7 @@ import numpy as np
 from experiments import control_tasks as tasks
 from experiments.arms import arms, build_method, of_arm, tuples
 from experiments.curves import ends, seconds_per_step
+from experiments.figures import side_by_side
 from tmdjax import models, quant, rl, train
 from tmdjax.core import prng, trees
 from tmdjax.core.files import write_atomically
@@ -246,6 +247,23 @@ def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any
         | {n.replace("_", " "): found.get(metric_name(arm, n)) for n in names}
         for arm in arms(config)
     ]
+
+
+def summary_figures(
+    config: Config, found: Mapping[str, Any], folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path | None]]:
+    """What each measure finds of the policies, an arm a row."""
+    judged = {arm: tasks.measures(of_arm(config, arm).env) for arm in arms(config)}
+    figures = []
+    for what in dict.fromkeys(what for names in judged.values() for what in names):
+        rows = {
+            arm: {what: metric_name(arm, what)}
+            for arm, names in judged.items()
+            if what in names
+        }
+        label, path = what.replace("_", " "), folder / f"{what}.png"
+        figures += side_by_side(found, rows, path, "Episodes not trained on", label)
+    return figures
 
 
 def report(

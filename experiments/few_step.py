@@ -189,7 +189,7 @@ def summary_figures(
                     each = (np.array(budgets), [found[m] for m in metrics])
                     curves[metric_name(arm, name)] = each
         label = what.replace("_", " ")
-        title = f"{label} against {unit}"
+        title = f"{label[0].upper()}{label[1:]} against {unit}"
         path = folder / f"{what}.png"
         if curves:
             path = line_plot(curves, path, title, unit, label, log_y=True)

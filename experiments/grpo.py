@@ -6,6 +6,7 @@ and after.
 """
 
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiments import language_tasks as tasks
 from experiments import supervised_language
 from experiments.arms import arms, build_method, of_arm
 from experiments.curves import ends
+from experiments.figures import side_by_side
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.core import trees
 from tmdjax.harness import Stage, StageContext, StageResult
@@ -28,13 +30,14 @@ from tmdjax.models import lora
 Config = Any
 LOOK = ("slots", "length", "chunk", "max_new_tokens", "temperature")
 """Sizes of rl that judging uses too."""
+WHEN = ("before", "after")
 JUDGED = {
     f"{what}_{when}": f"{meaning} {when} reinforcement learning, in [0, 1]"
     for what, meaning in (
         ("accuracy", "share of right responses to held-out problems"),
         ("solved", "share of held-out problems with any right response"),
     )
-    for when in ("before", "after")
+    for when in WHEN
 }
 KEPT = ("score", "entropy", "length_median")
 """Columns of the log that the result of 'rl' keeps."""
@@ -245,6 +248,25 @@ def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any
         | {n.replace("_", " "): found.get(metric_name(arm, n)) for n in JUDGED}
         for arm in arms(config)
     ]
+
+
+def summary_figures(
+    config: Config, found: Mapping[str, Any], folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path | None]]:
+    """Held-out problems before reinforcement learning and after, an arm a row."""
+    labels = {
+        "accuracy": "share of right responses",
+        "solved": "share of problems with any right response",
+    }
+    figures = []
+    for what, label in labels.items():
+        rows = {
+            arm: {when: metric_name(arm, f"{what}_{when}") for when in WHEN}
+            for arm in arms(config)
+        }
+        path = folder / f"{what}.png"
+        figures += side_by_side(found, rows, path, "Held-out problems", label)
+    return figures
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -1,35 +1,35 @@
 """Joins shards, compares runs and renders results.
 
-    python -m experiments.report --merge runs/a runs/b [--record]
+    python -m experiments.report --merge runs/a runs/b [--workdir runs/all] [--record]
     python -m experiments.report --compare runs/a runs/b:arm [--metrics loss ...]
     python -m experiments.report --render
 
-``--merge`` takes workdirs (or their summary.json) of one config and device kind,
-judges the claims on all seeds together and prints them; ``--record`` writes
-results/<system>/<tier>.json. ``--compare`` takes any runs or records, or single arms
-of them, and sets each against the first on the seeds both have: difference, its
-interval and the paired t test, adjusted for all rows. ``--render`` writes RESULTS.md,
-and in README.md and docs/*.md what stands between ``<!-- table: system:tier -->`` (or
-``claims:``) and ``<!-- end -->``, from results/ alone.
+``--merge`` takes workdirs (or their summary.json, or a record) of one config and device
+kind, judges the claims on all seeds together and prints them; ``--workdir`` names a
+folder for the page and figures of all; ``--record`` makes these too (by default in
+runs/SYSTEM-TIER-merged) and writes results/<system>/<tier>.json. ``--compare`` takes
+any runs or records, or single arms of them, and sets each against the first on the
+seeds both have: difference, its interval and the paired t test, adjusted for all rows.
+``--render`` writes RESULTS.md, and in README.md and docs/*.md what stands between
+``<!-- table: system:tier -->`` (or ``claims:``) and ``<!-- end -->``, from results/
+alone.
 """
 
 import argparse
 import pathlib
 import re
+import shlex
 from collections.abc import Sequence
+from typing import Any
 
-from experiments.run import Parser, exit_with, find_experiment
+from experiments.run import Parser, exit_with, find_experiment, parse, parser
+from tmdjax.core.checks import check_name
 from tmdjax.core.files import write_atomically
-from tmdjax.harness import load_config
+from tmdjax.harness import ConfigError, load_config, run_report
 from tmdjax.harness.claims import Claim, stated
 from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.records import (
-    copy_figures,
-    read_records,
-    read_summary,
-    write_record,
-)
+from tmdjax.harness.records import read_records, read_summary, write_record
 from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.results_page import markdown_table, write_results
 from tmdjax.harness.summaries import merge, numbers
@@ -103,6 +103,34 @@ def comparison(runs: Sequence[str], metrics: Sequence[str]) -> str:
     return text
 
 
+def show_merged(
+    merged: dict[str, Any], paths: Sequence[pathlib.Path], workdir: pathlib.Path | None
+) -> run_report.Figures:
+    """Writes the page and figures of joined runs, by the config of their command.
+
+    Args:
+        merged: their summary.
+        paths: of the runs; of those that are workdirs, logs and pictures are shown.
+        workdir: for all of it; None is runs/SYSTEM-TIER-merged.
+
+    Raises:
+        ConfigError: the command names none, or one that cannot be loaded.
+    """
+    words = shlex.split(merged["command"].partition("\n")[0])
+    flags, overrides = parse(parser(), words[3:])  # python -m experiments.run
+    if not flags.config:
+        raise ConfigError(
+            f"the runs were made by {merged['command']!r}, which names no --config; "
+            f"without it there is neither page nor record."
+        )
+    config = load_config(flags.config, overrides)
+    experiment = find_experiment(config, flags.config)
+    folders = [path for path in paths if path.is_dir()]
+    name = f"{merged['system']}-{merged['tier']}-merged"
+    workdir = workdir or pathlib.Path("runs", check_name("the run", name))
+    return run_report.show_joined(workdir, experiment, config, merged, folders)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Parses and runs; returns the exit status."""
     flags = Parser(
@@ -113,6 +141,7 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="WORKDIR")
     flags.add_argument("--compare", nargs="+", metavar="RUN[:ARM]")
     flags.add_argument("--metrics", nargs="+", default=(), help="to compare; all")
+    flags.add_argument("--workdir", type=pathlib.Path, help="of what is merged")
     flags.add_argument("--record", action="store_true")
     flags.add_argument("--render", action="store_true")
     flags.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
@@ -124,11 +153,13 @@ def main(arguments: Sequence[str]) -> int:
     if given.merge:
         paths = [p / "summary.json" if p.is_dir() else p for p in given.merge]
         merged = merge([read_summary(path) for path in paths])
-        print(text_table([claim_row(claim) for claim in merged["claims"]]))
-        if given.record:
-            record = write_record(given.results, merged)
-            copy_figures(given.merge, record)
-            print(f"recorded {record}")
+        if given.workdir or given.record:
+            figures = show_merged(merged, given.merge, given.workdir)
+            if given.record:
+                record = write_record(given.results, merged, figures)
+                print(f"recorded {record}")
+        else:
+            print(text_table([claim_row(claim) for claim in merged["claims"]]))
     if given.render or given.record:
         check_claims(given.results)
         write_results(given.results)

@@ -20,6 +20,7 @@ from experiments import video_samples as samples
 from experiments import video_students as students
 from experiments import video_tasks as tasks
 from experiments.arms import arms, of_arm
+from experiments.figures import side_by_side
 from tmdjax import flows, models
 from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count
@@ -120,6 +121,27 @@ def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any
         for name, title in samples.ways(of_arm(config, arm)).items():
             rows.append(row(f"{arm}, {title}", arm, name))
     return rows
+
+
+def summary_figures(
+    config: Config, found: Mapping[str, Any], folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path | None]]:
+    """Adherence and distance of every arm, each way that it is sampled."""
+    labels = {
+        "adherence": "share that shows all the prompt asked for",
+        "frechet": "Frechet distance to real videos",
+    }
+    ways = {
+        f"{arm}, {title}": metric_name(arm, name)
+        for arm in arms(config)
+        for name, title in samples.ways(of_arm(config, arm)).items()
+    }
+    ways = {"real videos": metric_name("teacher", samples.REAL), **ways}
+    figures = []
+    for what, label in labels.items():
+        rows = {title: {what: f"{name}{what}"} for title, name in ways.items()}
+        figures += side_by_side(found, rows, folder / f"{what}.png", "Videos", label)
+    return figures
 
 
 def report(

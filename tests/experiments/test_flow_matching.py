@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import runpy
 import sys
 
@@ -37,12 +38,22 @@ def test_shards_merge_to_the_whole(tmp_path):
         own = [f"--workdir={part}", f"--cache={tmp_path / f'c{i}'}"]
         run.main([SMOKE, "--seeds=0..1", f"--shard={i}/2", *own])
     results = tmp_path / "results"
-    merge = ["--merge", *map(str, parts), "--record", "--results", str(results)]
-    report_command.main(merge)
+    together = tmp_path / "together"
+    merge = ["--merge", *map(str, parts), f"--workdir={together}"]
+    report_command.main([*merge, "--record", "--results", str(results)])
     merged = json.loads((results / "flow_matching" / "smoke.json").read_text())
     summary = json.loads((whole / "summary.json").read_text())
     assert merged["metrics"] == summary["metrics"]
     assert "flow_matching" in (tmp_path / "RESULTS.md").read_text()
+    # the page is that of the whole run, curves and pictures too
+    pages = [(each / "report.html").read_text() for each in (whole, together)]
+    pictures = [re.findall('alt="(.*?)" src="(.*?)"', page) for page in pages]
+    assert pictures[0] == pictures[1] and len(pictures[0]) > 4
+    assert (
+        re.findall("<td.*?</td>", pages[0])[:20]
+        == re.findall("<td.*?</td>", pages[1])[:20]
+    )
+    assert "joined from 2 runs" in pages[1]
 
 
 def test_training_and_sampling_lower_for_accelerators():

@@ -199,6 +199,37 @@ def test_record_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["gpu.json"]
 
 
+def test_pictures_of_a_record_say_what_they_show_and_go_with_it(tmp_path):
+    made, folder = {}, tmp_path / "figures" / "run" / "figures"  # the last one counts
+    for name in ("error.png", "arm/samples.png", "film.html"):
+        made[name] = folder / name
+        made[name].parent.mkdir(parents=True, exist_ok=True)
+        made[name].write_text(name)
+    first = [("error (seeds 0, 1)", made["error.png"])]
+    first += [("samples (arm, seed 0)", made["arm/samples.png"]), ("absent", None)]
+    path = write_record(tmp_path, summarise(), first)
+
+    def there():
+        return {p.name: p.read_text() for p in path.parent.glob("gpu-*")}
+
+    both = {"gpu-error.png": "error.png", "gpu-arm-samples.png": "arm/samples.png"}
+    assert there() == both
+    (record,) = read_records(tmp_path)
+    captions = ["error (seeds 0, 1)", "samples (arm, seed 0)"]
+    assert list(record["figures"].values()) == captions
+    made["error.png"].write_text("drawn anew")  # of the same units
+    write_record(tmp_path, merge([record]), [("error again", made["error.png"])])
+    assert there() == {**both, "gpu-error.png": "drawn anew"}
+    captions[0] = "error again"
+    assert list(read_records(tmp_path)[0]["figures"].values()) == captions
+    write_record(tmp_path, summarise(UNITS[:-1]), [("film", made["film.html"])])
+    assert there() == {"gpu-film.html": "film.html"}
+    foreign = json.loads(path.read_text())
+    foreign["figures"] |= {"gpu-../../x": "", "cpu.json": ""}
+    path.write_text(json.dumps(foreign))
+    refuses("picture='gpu-../../x' names a file", write_record, tmp_path, summarise())
+
+
 def test_records_come_by_system_then_tier(tmp_path):
     for system, tier in (("tmd", "cpu"), ("boss", "paper"), ("boss", "cpu")):
         write_record(tmp_path, summarise(system=system, tier=tier))

@@ -12,10 +12,12 @@ from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import (
     claim_row,
     format_value,
+    interval_plot,
     line_plot,
     text_table,
     write_report,
 )
+from tmdjax.metrics.intervals import Interval
 
 
 def pixels(path):
@@ -33,11 +35,47 @@ def test_line_plot_writes_a_png_that_depends_on_its_data(tmp_path):
     x = np.arange(1, 5)
     one = plot(tmp_path / "f" / "one.png", {"uniform": (x, x)})
     two = plot(tmp_path / "two.png", {"uniform": (x, x[::-1])})
-    log = plot(tmp_path / "log.png", {"uniform": (x, x)}, log_y=True)
+    log = plot(tmp_path / "log.png", {"uniform": (x, 10.0**x)}, log_y=True)
     pictures = [pixels(path) for path in (one, two, log)]
     assert all(p.ndim == 3 and p.min() < 128 for p in pictures)
     assert len({p.tobytes() for p in pictures}) == 3
     assert ("matplotlib.pyplot" in sys.modules) == stateful
+
+
+def test_interval_plot_has_a_row_an_arm_and_a_colour_a_series(tmp_path, refused):
+    pytest.importorskip("matplotlib")
+    one, wide = Interval(1.0, None, None), Interval(1.0, 0.5, 1.5)
+    drawn = [
+        pixels(interval_plot(rows, tmp_path / f"{i}.png", "after", "share"))
+        for i, rows in enumerate(
+            (
+                {"a": {"x": one}},
+                {"a": {"x": wide}},
+                {"a": {"x": wide}, "b": {"x": one}},
+                {"a": {"x": wide, "y": one}, "b": {"y": one}},
+            )
+        )
+    ]
+    assert len({picture.tobytes() for picture in drawn}) == 4
+    heights = [len(picture) for picture in drawn]
+    assert heights[0] == heights[1] < heights[2] < heights[3]
+    colourful = [np.ptp(p[..., :3].astype(int), axis=-1).max() for p in drawn]
+    assert min(colourful) > 100
+    words = "no intervals to plot in 'after'"
+    refused(words, interval_plot, {"a": {}}, tmp_path / "no.png", "after", "share")
+
+
+def test_a_logarithmic_axis_needs_a_decade(tmp_path):
+    """Within one, its ticks are all of the kind 1.7095 x 10^-1."""
+    pytest.importorskip("matplotlib")
+
+    for y, equal in (([1.0, 9.0], True), ([1.0, 11.0], False), ([0.0, 0.0], True)):
+        series = {"a": (np.arange(2), np.array(y))}
+        one, other = (
+            pixels(plot(tmp_path / f"{log}.png", series, log_y=log)).tobytes()
+            for log in (True, False)
+        )
+        assert (one == other) == equal
 
 
 def test_line_plot_without_matplotlib_warns_and_goes_on(tmp_path, monkeypatch, caplog):

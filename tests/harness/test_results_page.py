@@ -20,7 +20,7 @@ def record(system="boss", tier="cpu", device="cpu, 2 cores", claims=(CLAIM,)):
 
 def test_page_holds_claims_findings_and_commands_but_no_metrics():
     made = [record(), record("appo", claims=()), record(tier="smoke")]
-    shown = {"finding": "It works.", "picture": "cpu-a.png", "arm": "uniform"}
+    shown = {"finding": "It works.", "picture": "cpu-a.png", "caption": "one seed"}
     findings = {"boss": {"cpu": shown}}
     text = results_page.render(made, findings)
     assert text == results_page.render(made[::-1], findings)
@@ -29,9 +29,10 @@ def test_page_holds_claims_findings_and_commands_but_no_metrics():
         "# Results", "## appo, cpu tier", "## boss, smoke tier", "## boss, cpu tier"
     ]  # fmt: skip
     assert "It works.\n\n![boss, cpu tier](results/boss/cpu-a.png)" in text
-    assert (
-        "The picture is of one seed of the arm uniform; the claims are of all." in text
-    )
+    assert "The picture: one seed. The claims are of all seeds." in text
+    made[0]["figures"] = {"cpu-a.png": "Samples (uniform, seed 0)"}  # it knows better
+    again = results_page.render(made, findings)
+    assert "The picture: Samples (uniform, seed 0). The claims are of all" in again
     assert f"{made[0]['command']}\n" in text and "peak memory 1.25 GB" in text
     rows = [line for line in text.splitlines() if "a \\| b c" in line]
     assert len(rows) == 2

@@ -13,9 +13,17 @@ import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from records import claim, unit
 
-from tmdjax.harness import Report, check_experiment, run_report, summaries
+from tmdjax.harness import (
+    ConfigError,
+    Report,
+    check_experiment,
+    run_folder,
+    run_report,
+    summaries,
+)
 from tmdjax.harness.pictures import image_grid
 from tmdjax.harness.report import format_value, line_plot
 from tmdjax.metrics.intervals import Interval, t_interval
@@ -81,7 +89,8 @@ def shown(workdir, units=UNITS, claims=CLAIMS, single=None, **changes):
         **given, units=[each["unit"] for each in units], claims=claims
     )
     experiment = make_experiment(**changes)
-    run_report.show(workdir, experiment, None, summary, units, single or Report())
+    run_folder.write_single(workdir, "uniform", single)
+    run_report.show(workdir, experiment, None, summary, units)
     return (workdir / "report.html").read_text()
 
 
@@ -107,7 +116,7 @@ def test_claims_come_first_then_means_of_every_arm(tmp_path, capsys):
         "metrics.csv", "config.json", "summary.json"
     }  # fmt: skip
     listed = json.loads((tmp_path / "config.json").read_text())["files"]
-    assert listed == ["figures/training-train-loss.png"]
+    assert listed == ["single.json", "figures/training-train-loss.png"]
 
 
 def test_cells_of_means():
@@ -184,6 +193,75 @@ def test_a_training_that_arms_share_is_one_curve_and_columns_by_seed_are_taken_a
     shown(tmp_path, side_by_side, claims=[])
     series = plotted["training-train-loss.png"]
     assert [values[0].value for _, values in series.values()] == [0.5, 1.5, 2.5]
+
+
+def run_folder_of(path, units, first):
+    """A workdir with units, and a picture of the first of an arm."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"files": []}))
+    for each in units:
+        run_folder.write_unit(path, each["unit"], each["stages"], each["logs"])
+    arm, seed = first
+    folder = run_folder.arm_folder(path, arm)
+    grid = image_grid(np.full((1, 2, 2, 1), seed / 9), folder / "grid.png", 1)
+    shown = Report([("Steps", [{"k": np.float32(2)}])], [("Samples", grid)])
+    run_folder.write_single(path, arm, shown.of(f"{arm}, seed {seed}"))
+    return path
+
+
+def test_joined_runs_have_the_page_of_the_whole(tmp_path, refused):
+    """Means and curves of all units; a picture keeps saying whose it is."""
+    parts = [
+        run_folder_of(tmp_path / "a", UNITS[:7], ("bellman", 0)),
+        run_folder_of(tmp_path / "b", UNITS[7:], ("bellman", 3)),
+        run_folder_of(tmp_path / "c", [], ("uniform", 2)),
+    ]
+    given = {"system": "made_up", "tier": "cpu", "command": "run", "config_hash": "0"}
+    units = [each["unit"] for each in UNITS]
+    shards = [summaries.summary(**given, units=p) for p in (units[:7], units[7:])]
+    config, experiment = ConfigDict({"system": "made_up"}), make_experiment()
+
+    def joined(workdir, folders):
+        merged = summaries.merge(shards)
+        figures = run_report.show_joined(workdir, experiment, config, merged, folders)
+        return figures, (workdir / "report.html").read_text()
+
+    figures, page = joined(tmp_path / "all", parts)
+    whole = shown(tmp_path / "whole", claims=[])
+    tables = [re.findall("<td.*?</td>", text) for text in (page, whole)]
+    assert [cell for cell in tables[1] if "±" in cell]
+    assert [c for c in tables[0] if "±" in c] == [c for c in tables[1] if "±" in c]
+    curve = "figures/training-train-loss.png"
+    drawn = [(tmp_path / name / curve).read_bytes() for name in ("all", "whole")]
+    assert drawn[0] == drawn[1]
+    captions = [caption for caption, _ in figures]
+    assert "Samples (bellman, seed 0)" in captions and len(captions) == 3
+    assert "Samples (uniform, seed 2)" in captions
+    assert "Steps (bellman, seed 0)" in page and "joined from 3 runs" in page
+    assert "bellman, seed 3" not in page and "a config that was changed" in page
+    (first,) = (path for caption, path in figures if "bellman, seed 0" in caption)
+    assert first.read_bytes() == (parts[0] / "figures/bellman/grid.png").read_bytes()
+    rows = (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 5 * len(UNITS)
+    figures, page = joined(tmp_path / "all", parts[2:])  # again, of one of them
+    assert "Samples (bellman" not in page and "Training of stage" not in page
+    words = "holds a run of its own"
+    refused(words, joined, parts[0], parts, error=ConfigError)
+    refused(words, joined, parts[2], parts, error=ConfigError)
+
+
+def test_a_foreign_list_of_pictures_is_refused(tmp_path, refused):
+    for text, words in (
+        ("[]", "no dict of arms"),
+        ('{"a": {"tables": []}}', "KeyError"),
+        ('{"a": {"tables": [], "figures": [["x", "../secret"]]}}', "no file of it"),
+        ('{"a": {"tables": [], "figures": [["x", "/etc/passwd"]]}}', "no file of it"),
+    ):
+        (tmp_path / "single.json").write_text(text)
+        refused(f"single.json is damaged .*{words}", run_folder.read_single, tmp_path)
+    gone = '{"a": {"tables": [], "figures": [["x", "gone.png"]]}}'
+    (tmp_path / "single.json").write_text(gone)
+    assert run_folder.read_single(tmp_path) == {"a": Report()}
 
 
 LAYOUT = """<title></title><iframe width="WIDTH" height="900" srcdoc="PAGE"></iframe>

@@ -145,8 +145,17 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         ConfigError: :func:`to_plain` has no form for a value; names its key.
         OSError: the file cannot be written.
     """
+    write_atomically(path, json_text(value))
+
+
+def json_text(value: Any) -> bytes:
+    """Plain values as :func:`write_json` writes them.
+
+    Raises:
+        ConfigError: :func:`to_plain` has no form for a value; names its key.
+    """
     text = json.dumps(to_plain(value), indent=1, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
+    return f"{text}\n".encode()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -211,7 +211,7 @@ def _sheet(blocks: Mapping[str, np.ndarray], row_labels: Sequence[str]) -> np.nd
     font: Any = ImageFont.load_default()
     top = max(_text_size(font, name)[1] for name in blocks)
     labels = [_text_size(font, label) for label in row_labels]
-    left = max((width for width, _ in labels), default=0)
+    left = max((width + _GAP for width, _ in labels), default=0)
     step = max([height + _GAP, *(tall for _, tall in labels)])
     places, end = {}, left
     for name in blocks:

@@ -1,24 +1,43 @@
 """Records: the summaries that count, ``results/<system>/<tier>.json``."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tmdjax.core.checks import check_name
-from tmdjax.core.files import write_atomically
+from tmdjax.core.files import write_together
 from tmdjax.harness.claims import metric_name, stated
-from tmdjax.harness.config import differences, read_json, write_json
+from tmdjax.harness.config import differences, json_text, read_json
 from tmdjax.harness.summaries import SUMMARY_KEYS, Summary, merge
 
 LATER = ("timings",)
 """Keys of a summary that records of old runs lack."""
 
+PICTURES = "figures"
+"""Key of a record: what its pictures show, by the names of the files beside it."""
+
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 
-def write_record(results_dir: str | os.PathLike[str], record: Summary) -> Path:
-    """Writes ``<results_dir>/<system>/<tier>.json`` atomically; returns its path.
+def write_record(
+    results_dir: str | os.PathLike[str],
+    record: Summary,
+    figures: Sequence[tuple[str, Path | None]] = (),
+) -> Path:
+    """Writes ``<results_dir>/<system>/<tier>.json`` and its pictures, all or nothing.
+
+    Args:
+        results_dir: of all records.
+        record: from :func:`tmdjax.harness.summaries.summary`.
+        figures: (caption, path) each; a caption says of which arms and seeds it is.
+            They lie in a folder 'figures', are named by their place in it, and their
+            captions are kept in the record under :data:`PICTURES`. Other pictures that
+            an older record lists stay where it has the same units, and are removed
+            where it has others.
+
+    Returns:
+        The path of the record.
 
     Raises:
         ValueError: a key is missing, a claim has no seed (shards still to merge), or
@@ -35,20 +54,33 @@ def write_record(results_dir: str | os.PathLike[str], record: Summary) -> Path:
                 f"or merge the missing shards before recording."
             )
     path = Path(results_dir, system, f"{tier}.json")
-    write_json(path, record)
+    files, captions = {}, {}
+    for caption, picture in figures:
+        if picture is not None:
+            parts = picture.parts
+            places = [i for i, part in enumerate(parts) if part == "figures"]
+            below = parts[places[-1] + 1 :] if places else parts[-1:]
+            name = f"{tier}-{'-'.join(below)}"
+            files[path.with_name(name)] = [picture.read_bytes()]
+            captions[name] = caption
+    older, units = _drawn(path)
+    if units == json_text(record["units"]):  # drawn anew: the others are still of it
+        captions, older = {**older, **captions}, {}
+    text = json_text({**record, PICTURES: captions} if captions else record)
+    gone = {path.with_name(name) for name in older} - {*files}
+    write_together({**files, path: [text]}, remove_after=gone)
     return path
 
 
-def copy_figures(workdirs: Iterable[Path], record: Path) -> None:
-    """Puts the figures of workdirs beside a record, each from the first that has it."""
-    figures: dict[str, Path] = {}
-    for workdir in workdirs:
-        folder = workdir / "figures"
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            figures.setdefault("-".join(path.relative_to(folder).parts), path)
-    for name, path in figures.items():
-        target = record.with_name(f"{record.stem}-{name}")
-        write_atomically(target, path.read_bytes())
+def _drawn(path: Path) -> tuple[dict[str, str], bytes]:
+    """Pictures that a record lists, and its units; none where none can be read."""
+    try:
+        found = read_json(path)
+        listed, units = dict(found[PICTURES]), json_text(found["units"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, b""
+    own = {n: c for n, c in listed.items() if n.startswith(f"{path.stem}-")}
+    return {check_name("picture", name): c for name, c in own.items()}, units
 
 
 def read_records(results_dir: str | os.PathLike[str]) -> list[Summary]:
@@ -82,7 +114,9 @@ def read_record(path: Path) -> Summary:
 def _check_recomputed(record: Summary, path: Path) -> None:
     """Judges a record again from its units, and takes its means again."""
     try:
-        given, again = (_comparable(found) for found in (record, merge([record])))
+        drawn = {PICTURES: record.get(PICTURES, {})}
+        again = _comparable(merge([record]) | drawn)
+        given = _comparable(record | drawn)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it.") from error
     changed = differences(again, given)

@@ -80,7 +80,8 @@ def line_plot(
         title: above the axes.
         x_label: below the horizontal axis.
         y_label: beside the vertical axis.
-        log_y: logarithmic vertical axis.
+        log_y: logarithmic vertical axis, where values span a decade; a narrower range
+            is read better on a linear one.
 
     Returns:
         The path; None, with a logged warning, where matplotlib is absent (a run
@@ -112,7 +113,9 @@ def line_plot(
         (line,) = axes.plot(x, y, style, marker=".", label=name)
         if name in bounds:
             axes.fill_between(x, *bounds[name], color=line.get_color(), alpha=0.2)
-    if log_y:
+    drawn = np.concatenate([np.asarray(y, float) for _, y in series.values()])
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    if log_y and drawn.size and drawn.max() >= 10 * drawn.min():
         axes.set_yscale("log")
     if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in series.values()):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -120,6 +123,53 @@ def line_plot(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
+    return _save(figure, path)
+
+
+def interval_plot(
+    rows: Mapping[str, Mapping[str, Interval]],
+    path: str | os.PathLike[str],
+    title: str,
+    x_label: str,
+) -> Path | None:
+    """Writes values and their intervals as a PNG by matplotlib, a row an arm.
+
+    Args:
+        rows: by the text to the left, from top to bottom: intervals of finite values by
+            the name of a series, drawn below each other in a colour a series; a row may
+            lack some. One series alone has no legend.
+        path: the PNG to write; folders are made.
+        title: above the axes.
+        x_label: below the axis, on which all values lie; whole ones have whole ticks.
+
+    Returns:
+        The path; None, with a logged warning, where matplotlib is absent.
+
+    Raises:
+        ValueError: no row with an interval.
+    """
+    series = list(dict.fromkeys(key for found in rows.values() for key in found))
+    if not series:
+        raise ValueError(f"no intervals to plot in {title!r}; give at least one.")
+    figure = _figure(path, (6.4, 1.3 + 0.35 * len(rows) + 0.15 * len(series)))
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    for place, key in enumerate(series):
+        down = 0.16 * (place - (len(series) - 1) / 2)
+        at = [i + down for i, found in enumerate(rows.values()) if key in found]
+        ends = [_bounded(found[key]) for found in rows.values() if key in found]
+        values, low, high = np.array(ends, float).T
+        bars = [values - low, high - values]
+        axes.errorbar(values, at, xerr=bars, fmt="o", capsize=3, label=key)
+        if all(value == int(value) for value in values):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set(title=title, xlabel=x_label)
+    axes.grid(alpha=0.3, axis="x")
+    if len(series) > 1:
+        figure.legend(loc="outside lower center", ncols=len(series))
     return _save(figure, path)
 
 
@@ -222,7 +272,8 @@ def write_report(
         claims: judged claims, as in a summary.
         facts: on the run, in the line below the title.
         links: of files beside the page, relative to it.
-        meanings: a sentence a measure, by its name.
+        meanings: a sentence a measure, by its name; shown with blanks for underscores,
+            as tables have them.
         details: more tables (caption, rows), folded.
 
     Returns:
@@ -243,7 +294,8 @@ def write_report(
     parts += [_html_table(caption, rows) for caption, rows in tables]
     if meanings:
         rows = (
-            f"<dt>{text(k)}</dt><dd>{text(what)}</dd>" for k, what in meanings.items()
+            f"<dt>{text(name.replace('_', ' '))}</dt><dd>{text(what)}</dd>"
+            for name, what in meanings.items()
         )
         parts.append(f"<h2>What the measures mean</h2><dl>{''.join(rows)}</dl>")
     shown = [_html_figure(caption, picture) for caption, picture in figures]

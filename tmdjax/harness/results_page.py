@@ -15,13 +15,13 @@ from typing import Any
 
 from tmdjax.core.files import json_of, write_atomically
 from tmdjax.harness.logs import format_duration
-from tmdjax.harness.records import order, read_records
+from tmdjax.harness.records import PICTURES, order, read_records
 from tmdjax.harness.report import claim_row, format_value
 from tmdjax.harness.summaries import Summary
 
 Findings = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""By system and tier: "finding", a sentence, "picture", a file beside it, and "arm",
-the one that the picture shows, where a record has several."""
+"""By system and tier: "finding", a sentence, "picture", a file beside it, and
+"caption", what it shows of which arm and seed, where the record does not say so."""
 
 NO_GPU = (
     "**No GPU result is recorded yet.** Every claim below was judged on two CPU cores, "
@@ -95,7 +95,7 @@ def render(
     Args:
         records: as read by :func:`tmdjax.harness.records.read_records`.
         findings: by system and tier, "finding", a sentence, "picture", the name of a
-            file in the system's folder of records, and "arm", what it shows.
+            file in the system's folder of records, and "caption", what it shows.
         benchmarks: as read by :func:`read_benchmarks`.
     """
     records = sorted(records, key=order)
@@ -155,10 +155,11 @@ def _overview(record: Summary) -> dict[str, Any]:
 def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
     system, tier = record["system"], record["tier"]
     lines = [found["finding"], ""] if found.get("finding") else []
-    if found.get("picture"):
-        lines += [f"![{system}, {tier} tier](results/{system}/{found['picture']})", ""]
-        arm = f" of the arm {found['arm']}" if found.get("arm") else ""
-        lines += [f"The picture is of one seed{arm}; the claims are of all.", ""]
+    if picture := found.get("picture"):
+        lines += [f"![{system}, {tier} tier](results/{system}/{picture})", ""]
+        caption = record.get(PICTURES, {}).get(picture) or found.get("caption")
+        if caption:
+            lines += [f"The picture: {caption}. The claims are of all seeds.", ""]
     peak = record["peak_memory_gb"]
     memory = "" if peak is None else f", peak memory {format_value(peak)} GB"
     lines += [

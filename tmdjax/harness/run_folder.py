@@ -8,9 +8,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tmdjax import train
 from tmdjax.core.files import json_of, write_atomically
-from tmdjax.harness import environment
+from tmdjax.harness.claims import MAIN_ARM
 from tmdjax.harness.config import (
     ConfigError,
     config_hash,
@@ -19,9 +21,10 @@ from tmdjax.harness.config import (
     to_plain,
     write_json,
 )
-from tmdjax.harness.experiment import Experiment
+from tmdjax.harness.experiment import Experiment, Report
 from tmdjax.harness.load import MODELS, model_folder
 from tmdjax.harness.logs import Row, write_csv
+from tmdjax.harness.report import format_value
 from tmdjax.harness.stages import StageResult, stage_hashes
 
 logger = logging.getLogger("tmdjax")
@@ -29,7 +32,9 @@ logger = logging.getLogger("tmdjax")
 UNITS = "units"
 FIGURES = "figures"
 CONFIG = "config.json"
+SINGLE = "single.json"
 _FILES = (
+    SINGLE,
     "environment.json",
     "summary.json",
     "metrics.jsonl",
@@ -42,10 +47,7 @@ _FOLDERS = (UNITS, FIGURES, MODELS)
 def claim_workdir(
     workdir: pathlib.Path, config: Any, tier: str, fresh: bool = False
 ) -> None:
-    """Writes config.json and environment.json.
-
-    config.json says whose the folder is and lists, under 'files', what the run writes
-    in it.
+    """Writes config.json: whose the folder is, and under 'files' what the run writes.
 
     Args:
         workdir: of the run.
@@ -74,7 +76,6 @@ def claim_workdir(
             )
     owner = {"tier": tier, "hash": config_hash(plain), "config": plain, "files": files}
     write_json(workdir / CONFIG, owner)
-    write_json(workdir / "environment.json", environment.environment())
 
 
 def check_workdir(workdir: pathlib.Path, fresh: bool = False) -> None:
@@ -136,12 +137,16 @@ def add_to_list(
 ) -> None:
     """Lists files of a claimed folder as the run's; None and others' are left out."""
     config = json_of(workdir / CONFIG)
-    root, given = workdir.absolute(), [p for p in paths if p is not None]
-    inside = [p for p in map(pathlib.Path.absolute, map(pathlib.Path, given))]
-    names = [p.relative_to(root).as_posix() for p in inside if root in p.parents]
-    files = list(dict.fromkeys([*config["files"], *names]))
+    names = [_name(workdir, path) for path in paths if path is not None]
+    files = list(dict.fromkeys([*config["files"], *filter(None, names)]))
     if files != config["files"]:
         write_json(workdir / CONFIG, config | {"files": files})
+
+
+def _name(workdir: pathlib.Path, path: str | os.PathLike[str]) -> str | None:
+    """A path as seen from a folder; None of one that is not in it."""
+    root, path = workdir.absolute(), pathlib.Path(path).absolute()
+    return path.relative_to(root).as_posix() if root in path.parents else None
 
 
 def _discard(workdir: pathlib.Path, files: Sequence[str]) -> None:
@@ -176,6 +181,26 @@ def write_unit(
     write_json(path, {"unit": unit, "logs": logs, "stages": stages})
 
 
+def read_units(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What :func:`write_unit` wrote, by the name of the file; none where none did.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found = {}
+    for path in sorted((workdir / UNITS).glob("*.json")):
+        try:
+            unit = read_json(path)
+            unit["unit"]["arm"], unit["unit"]["seed"], unit["stages"], unit["logs"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}); remove it and run the same command: "
+                f"its stages are cached."
+            ) from error
+        found[path.name] = unit
+    return found
+
+
 def finished_units(
     experiment: Experiment, config: Any, workdir: pathlib.Path
 ) -> list[dict[str, Any]]:
@@ -187,21 +212,87 @@ def finished_units(
         ValueError: a file is damaged.
     """
     found = []
-    for path in sorted((workdir / UNITS).glob("*.json")):
-        try:
-            unit = read_json(path)
-            arm, seed = unit["unit"]["arm"], unit["unit"]["seed"]
-            unit["stages"], unit["logs"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error!r}); remove it and run the same command: "
-                f"its stages are cached."
-            ) from error
+    for name, unit in read_units(workdir).items():
+        arm, seed = unit["unit"]["arm"], unit["unit"]["seed"]
         if unit["stages"] == stage_hashes(experiment.stages(config, arm), seed):
             found.append(unit)
         else:
-            logger.warning("%s is of an earlier version and left out", path.name)
+            logger.warning("%s is of an earlier version and left out", name)
     return found
+
+
+def arm_folder(workdir: pathlib.Path, arm: str) -> pathlib.Path:
+    """Where the figures of single units of an arm go."""
+    return workdir / FIGURES / ("" if arm == MAIN_ARM else arm)
+
+
+def write_single(workdir: pathlib.Path, arm: str, shown: Report | None) -> None:
+    """Notes in single.json what a run shows of one unit of an arm; None forgets it.
+
+    A picture says no more whose it is once it lies in a folder: this file does, for
+    pages of this run that are written later and for those that join it to others.
+
+    Args:
+        workdir: of the run.
+        arm: of the unit.
+        shown: its captions say whose it is. Figures outside the workdir are left out.
+    """
+    found = _read_single(workdir)
+    found.pop(arm, None)
+    if shown is not None:
+        names = [(c, path and _name(workdir, path)) for c, path in shown.figures]
+        tables = [
+            (caption, [{k: _cell(v) for k, v in row.items()} for row in rows])
+            for caption, rows in shown.tables
+        ]
+        found[arm] = {"tables": tables, "figures": [n for n in names if n[1]]}
+    add_to_list(workdir, [workdir / SINGLE])
+    write_json(workdir / SINGLE, found)
+
+
+def read_single(workdir: pathlib.Path) -> dict[str, Report]:
+    """What :func:`write_single` noted, by arm; of the figures, those that are there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    shown = {}
+    for arm, found in _read_single(workdir).items():
+        try:
+            figures = [(str(caption), str(name)) for caption, name in found["figures"]]
+            tables = [
+                (str(caption), list(map(dict, rows)))
+                for caption, rows in found["tables"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(workdir, repr(error)) from error
+        for _, name in figures:
+            if not _is_inside(pathlib.PurePath(name).parts):
+                raise _damaged(workdir, f"{name!r} is no file of it")
+        there = [(caption, workdir / name) for caption, name in figures]
+        shown[arm] = Report(tables, [pair for pair in there if pair[1].is_file()])
+    return shown
+
+
+def _cell(value: Any) -> Any:
+    """A cell of a table as JSON can hold it: a number, a text or None."""
+    kinds = str | int | float | np.number | np.bool_ | None
+    return value if isinstance(value, kinds) else format_value(value)
+
+
+def _read_single(workdir: pathlib.Path) -> dict[str, Any]:
+    path = workdir / SINGLE
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise _damaged(workdir, "no dict of arms")
+    return found
+
+
+def _damaged(workdir: pathlib.Path, what: str) -> ValueError:
+    return ValueError(
+        f"{workdir / SINGLE} is damaged ({what}); remove it and run the same command: "
+        f"its stages are cached."
+    )
 
 
 def write_metrics(workdir: pathlib.Path, units: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The report of a run: what its units give together, then pictures of single ones."""
+"""The report of a run, or of joined ones: all units, then pictures of single ones."""
 
 import datetime
 import pathlib
@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.harness import environment, report, summaries
+from tmdjax.core.files import write_atomically
+from tmdjax.harness import environment, report, run_folder, summaries
 from tmdjax.harness.claims import MAIN_ARM, metric_name
-from tmdjax.harness.config import write_json
+from tmdjax.harness.config import ConfigError, config_hash, to_plain, write_json
 from tmdjax.harness.experiment import Experiment, Report
 from tmdjax.harness.load import MODELS
 from tmdjax.harness.logs import format_duration
-from tmdjax.harness.run_folder import CONFIG, FIGURES, add_to_list
+from tmdjax.harness.run_folder import CONFIG, FIGURES, UNITS, add_to_list
 from tmdjax.metrics.intervals import Interval, finite_interval
 
 Figures = list[tuple[str, pathlib.Path | None]]
@@ -27,9 +28,13 @@ def show(
     config: Any,
     summary: summaries.Summary,
     units: Sequence[Mapping[str, Any]],
-    single: Report,
-) -> None:
+    made: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> Figures:
     """Writes summary.json, report.html and figures; prints the tables and claims.
+
+    Tables and figures of single units are those that the workdir has noted, see
+    :func:`tmdjax.harness.run_folder.write_single`.
 
     Args:
         workdir: of the run.
@@ -37,13 +42,23 @@ def show(
         config: of the run.
         summary: of all units.
         units: as :func:`tmdjax.harness.run_folder.finished_units` reads them.
-        single: tables and figures of single units, whose captions say whose they are.
+        made: versions and so on of where the run was made; None is this process.
+        notes: facts for the line below the title, after its own.
+
+    Returns:
+        (caption, path) of every figure; a caption says of which arms and seeds it is.
     """
     write_json(workdir / "summary.json", summary)
     found = summaries.intervals(summary["units"])
     rows = experiment.summary_rows(config, found)
+    single = sum(run_folder.read_single(workdir).values(), Report())
     tables = [(f"Results: {_over(summary['seeds'])}", rows), *single.tables]
-    figures = experiment.summary_figures(config, found, workdir / FIGURES)
+    figures = [
+        (f"{caption} ({_over(summary['seeds'], '')})", path)
+        for caption, path in experiment.summary_figures(
+            config, found, workdir / FIGURES
+        )
+    ]
     figures += training_curves(units, experiment.CURVES, workdir / FIGURES)
     add_to_list(workdir, [path for _, path in figures])
     for caption, rows in tables:
@@ -60,15 +75,17 @@ def show(
             f"{now:%Y-%m-%d %H:%M} UTC",
             f"commit {summary['commit']}",
             summary["device"],
-            f"seeds {', '.join(map(str, summary['seeds']))}",
+            f"seed{'s' * (len(summary['seeds']) > 1)} "
+            + ", ".join(map(str, summary["seeds"])),
             f"{format_duration(summary['wall_s'])} in all stages",
+            *notes,
         ],
         links=[
             *(name for name in _FILES if (workdir / name).exists()),
             *(f"{MODELS}/{p.name}/" for p in sorted((workdir / MODELS).glob("*"))),
         ],
-        environment=environment.environment()
-        | {
+        environment={
+            **(environment.environment() if made is None else made),
             "peak_memory_gb": summary["peak_memory_gb"],
             "config": summary["config_hash"],
         },
@@ -83,6 +100,77 @@ def show(
         ],
     )
     print(f"\nwrote {path} and {workdir / 'summary.json'}")
+    return [*figures, *single.figures]
+
+
+def show_joined(
+    workdir: pathlib.Path,
+    experiment: Experiment,
+    config: Any,
+    summary: summaries.Summary,
+    folders: Sequence[pathlib.Path],
+) -> Figures:
+    """Writes what :func:`show` does of a run whose units lie in several workdirs.
+
+    Logs and pictures of single units are taken from these; of each arm, the pictures
+    of the first that has some.
+
+    Args:
+        workdir: a folder of its own for all of it.
+        experiment: that was run.
+        config: of the run.
+        summary: of all units, from :func:`tmdjax.harness.summaries.merge`.
+        folders: workdirs; of a unit that is in none there is no training curve.
+
+    Returns:
+        As :func:`show`.
+
+    Raises:
+        ConfigError: workdir holds a run of its own, or files that no run wrote.
+    """
+    if (workdir / UNITS).is_dir() or workdir.resolve() in map(
+        pathlib.Path.resolve, folders
+    ):
+        raise ConfigError(
+            f"{workdir} holds a run of its own; name a folder for the joined one."
+        )
+    with environment.locked(workdir):
+        run_folder.claim_workdir(workdir, config, summary["tier"])
+        logged = {
+            _identity(each["unit"]): each
+            for folder in reversed(folders)
+            for each in run_folder.read_units(folder).values()
+        }
+        units = [
+            logged.get(_identity(unit), {"unit": unit, "logs": {}, "stages": {}})
+            for unit in summary["units"]
+        ]
+        run_folder.write_metrics(workdir, units)
+        for arm in run_folder.read_single(workdir):  # of an earlier call
+            run_folder.write_single(workdir, arm, None)
+        taken = {}
+        for folder in folders:
+            for arm, shown in run_folder.read_single(folder).items():
+                taken.setdefault(arm, (folder, shown))
+        for arm, (folder, shown) in taken.items():
+            figures = []
+            for caption, path in shown.figures:
+                copy = workdir / path.relative_to(folder)
+                write_atomically(copy, path.read_bytes())
+                figures.append((caption, copy))
+            add_to_list(workdir, [path for _, path in figures])
+            run_folder.write_single(workdir, arm, Report(shown.tables, figures))
+        made = {"device": summary["device"], **summary["versions"]}
+        now, then = config_hash(to_plain(config)), summary["config_hash"]
+        changed = f"drawn by a config that was changed since ({then}, now {now})"
+        notes = [f"joined from {len(folders)} runs"] * bool(folders)
+        notes += [changed] * (now != then)
+        return show(workdir, experiment, config, summary, units, made, notes)
+
+
+def _identity(unit: Mapping[str, Any]) -> tuple[str, int, str]:
+    """What a unit is known by; compared as text, for NaN does not equal itself."""
+    return unit["arm"], unit["seed"], repr(unit["metrics"])
 
 
 def training_curves(
@@ -121,7 +209,7 @@ def training_curves(
             path = report.line_plot(
                 {arm: _mean_curve(list(curves.values())) for arm, curves in kept},
                 folder / f"training-{stage}-{column.replace('/', '-')}.png",
-                title=stage,
+                title=f"Training of stage {stage}",
                 x_label="step",
                 y_label=label,
             )
@@ -140,14 +228,13 @@ def _mean_curve(curves: Sequence[Mapping[int, float]]) -> tuple[Any, list[Interv
     return np.array(steps, int), [finite_interval(each) for each in values]
 
 
-def _over(seeds: Sequence[int]) -> str:
-    """What a number of the tables is."""
+def _over(
+    seeds: Sequence[int], alone: str = "; without ±: equal in all, or of one"
+) -> str:
+    """What a number of the tables is; ``alone`` says what one without interval is."""
     if len(seeds) == 1:
         return f"seed {seeds[0]} alone"
-    named = ", ".join(map(str, seeds))
-    return (
-        f"mean ± 95 % interval over seeds {named}; without ±: equal in all, or of one"
-    )
+    return f"mean ± 95 % interval over seeds {', '.join(map(str, seeds))}{alone}"
 
 
 def _every(

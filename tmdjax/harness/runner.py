@@ -22,7 +22,7 @@ from tmdjax.harness import (
     summaries,
 )
 from tmdjax.harness.claims import MAIN_ARM, Claim
-from tmdjax.harness.config import ConfigError, config_hash, to_plain
+from tmdjax.harness.config import ConfigError, config_hash, to_plain, write_json
 from tmdjax.harness.experiment import (
     Experiment,
     Report,
@@ -120,6 +120,7 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
                 for name, hash_ in stage_hashes(stages, seed).items():
                     cache.discard(name, hash_)
         run_folder.claim_workdir(workdir, config, options.tier, options.fresh)
+        write_json(workdir / "environment.json", environment.environment())
         shown: dict[str, Report] = {}
         paused = False
         for arm, seed in units:
@@ -132,11 +133,13 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
                 paused = True
                 break
             if arm not in shown:
-                alone = arm == MAIN_ARM
-                folder = workdir / run_folder.FIGURES / ("" if alone else arm)
+                run_folder.write_single(workdir, arm, None)  # it is drawn over
+                folder = run_folder.arm_folder(workdir, arm)
                 more = experiment.report(config, arm, results, folder)
                 run_folder.add_to_list(workdir, [path for _, path in more.figures])
-                shown[arm] = more.of(f"{'' if alone else f'{arm}, '}seed {seed}")
+                whose = f"{'' if arm == MAIN_ARM else f'{arm}, '}seed {seed}"
+                shown[arm] = more.of(whose)
+                run_folder.write_single(workdir, arm, shown[arm])
         code = stopper.code if paused else 0
         finished = not paused and not stopper.should_stop()
         done = run_folder.finished_units(experiment, config, workdir)
@@ -154,11 +157,9 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
             claims=claims,
             pairing=experiment.PAIRING,
         )
-        single = sum(shown.values(), Report())
-        run_report.show(workdir, experiment, config, found, done, single)
+        figures = run_report.show(workdir, experiment, config, found, done)
         if options.record and not paused:
-            record = records.write_record(options.results, found)
-            records.copy_figures([workdir], record)
+            record = records.write_record(options.results, found, figures)
             results_page.write_results(options.results)
             print(f"recorded {record}")
         return Outcome(code, found, finished)
