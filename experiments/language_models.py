@@ -153,7 +153,7 @@ def log_probs_of(
     def log_probs(params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
         h = apply_fn(params, tokens, positions, segments, method="hidden")
         output = functools.partial(apply_fn, params, method="output")
-        return models.chunked_token_log_probs(
+        return models.token_log_probs_from_hidden(
             output, h, tokens, chunk=chunk, temperature=temperature, entropy=True
         )
 

@@ -95,6 +95,12 @@ def test_left_padded_is_unpadded():
     # padding holds any id
     other = logits_of(padded.at[:, :3].set(5), None, segments)
     assert_array_equal(other[:, 3:], ours[:, 3:])
+    # and its positions any number, such as other code gives
+    theirs = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0).at[:, :3].set(1)
+    assert_allclose(logits_of(padded, theirs, segments)[:, 3:], whole, atol=1e-5)
+    for function in (models.token_log_probs, lambda x, _: models.token_entropies(x)):
+        expected = function(whole, tokens)[:, 1:]
+        assert_allclose(function(ours, padded)[:, 4:], expected, atol=1e-5)
 
 
 def test_right_padding_needs_no_segments():
@@ -186,7 +192,7 @@ def test_training_gradient_lowers_for_cuda_and_tpu():
         run = functools.partial(apply_fn, params)
         output = functools.partial(run, method="output")
         h = run(tokens, None, segments, method="hidden")
-        return models.chunked_token_log_probs(output, h, tokens, chunk=4)[0].sum()
+        return models.token_log_probs_from_hidden(output, h, tokens, chunk=4)[0].sum()
 
     export = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda", "tpu"])
     exported = export(small_params(), draw_tokens(2, 7))
@@ -211,7 +217,7 @@ def step(params, tokens, key):
         run = functools.partial(apply_fn, params)
         output = functools.partial(run, method="output")
         h = run(tokens, method="hidden")
-        log_probs, _ = models.chunked_token_log_probs(output, h, tokens, chunk=4)
+        log_probs, _ = models.token_log_probs_from_hidden(output, h, tokens, chunk=4)
         return -log_probs.mean()
     value, gradient = jax.value_and_grad(loss)(params)
     return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient), value

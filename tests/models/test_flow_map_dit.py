@@ -206,6 +206,24 @@ def test_discriminator(width):
     assert_allclose(moved[:, 0], logits[:, 0], rtol=1e-5)  # a head a feature
 
 
+def test_norms_of_the_discriminator_are_torchs(refused):
+    """Their epsilon of 1e-5 shows where features hardly vary."""
+    module, x = models.VideoDiscriminator(width=4), [2e-3 * draw(2, 2, 8, 8, 4)]
+    params = models.init_params(module, jax.random.key(0), x)
+    _, seen = module.apply({"params": params}, x, capture_intermediates=True)
+    head = seen["intermediates"]["head_0"]
+    before, after = (
+        np.asarray(head[name]["__call__"][0], np.float64)
+        for name in ("convolution_0", "norm_0")
+    )
+    axes = (1, 2, 3, 4)  # of 4 channels one group
+    deviation = before - before.mean(axes, keepdims=True)
+    variance = np.square(deviation).mean(axes, keepdims=True)
+    assert variance.max() < 1e-4
+    assert_allclose(after, deviation / np.sqrt(variance + 1e-5), rtol=1e-3, atol=1e-5)
+    refused("epsilon=0.0", models.VideoDiscriminator, epsilon=0.0)
+
+
 def test_discriminator_features_that_are_just_large_enough(refused):
     least, module = smallest_size(), models.VideoDiscriminator(width=4)
 

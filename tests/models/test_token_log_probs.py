@@ -12,7 +12,7 @@ from model_helpers import close, draw
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
-from tmdjax.models import chunked_token_log_probs, token_entropies, token_log_probs
+from tmdjax.models import token_entropies, token_log_probs, token_log_probs_from_hidden
 
 BATCH, LENGTH, VOCAB, HIDDEN = 2, 8, 11, 6
 
@@ -68,7 +68,7 @@ def test_chunked_is_plain(chunk):
 
     def chunked(kernel, h):
         options = dict(chunk=chunk, temperature=1.7, entropy=True)
-        return chunked_token_log_probs(lambda h: h @ kernel, h, tokens, **options)
+        return token_log_probs_from_hidden(lambda h: h @ kernel, h, tokens, **options)
 
     def of(fn):
         def loss(kernel, h):
@@ -84,7 +84,7 @@ def test_chunked_never_holds_all_logits(equation_outputs):
     h, kernel, tokens = inputs()
 
     def loss(h, kernel):
-        chunked = functools.partial(chunked_token_log_probs, lambda h: h @ kernel)
+        chunked = functools.partial(token_log_probs_from_hidden, lambda h: h @ kernel)
         log_prob, entropies = chunked(h, tokens, chunk=2)
         assert entropies is None
         return log_prob.sum()
@@ -98,7 +98,10 @@ def test_wrong_inputs(refused):
     h, kernel, tokens = inputs()
     message = r"tokens have shape \(2, 7\); give one a pos"
     refused(message, token_log_probs, h @ kernel, tokens[:, 1:])
-    chunked = functools.partial(chunked_token_log_probs, jnp.array, h, tokens)
+    for ids, found in ((tokens.at[0, 1].set(-100), "from -100 to"), (tokens, "to 10")):
+        message = f"tokens hold ids {'.*' + found}.*token_log_probs_from_hidden.*-100"
+        refused(message, token_log_probs, h, ids)
+    chunked = functools.partial(token_log_probs_from_hidden, jnp.array, h, tokens)
     for temperature in (0.0, -1.0, float("nan")):
         message = r"temperature=.* is outside \(0, inf\)"
         refused(message, token_log_probs, h @ kernel, tokens, temperature)

@@ -90,6 +90,34 @@ def test_1_without_splits_a_tree_is_a_rollout():
     assert_array_equal(log_prob, plain.log_prob.T)
 
 
+def test_given_noise_is_that_of_the_keys_that_drew_it(refused):
+    """Edges in the order of their log-probs; siblings after one another."""
+    keys = prng.sample_keys(jax.random.key(0), 3)
+    x = prng.normal(prng.sample_keys(jax.random.key(1), 3), (2,))
+    window = np.arange(6) != 2  # a step without noise
+    table = flows.make_table("dance_grpo", flows.uniform_grid(6), window=window)
+    given, splits = (MIXTURE.velocity, x, table), (1, 3)
+    drawn = tree_rollout(keys, *given, splits=splits)
+    branch, levels = keys[:, None], []
+    for step in range(6):
+        if step in splits:
+            branch = prng.fold_in(branch[..., None], (1 << 21) + jnp.arange(2))
+            branch = branch.reshape(3, -1)
+        own = prng.fold_in(branch.reshape(-1), step)
+        levels.append(prng.normal(own, (2,)).reshape(3, -1, 2))
+    noise = jnp.concatenate(levels, 1)
+    replayed = tree_rollout(None, *given, splits=splits, noise=noise)
+    for ours, theirs in zip(replayed, drawn):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    other = tree_rollout(None, *given, splits=splits, noise=noise.at[1, 7].add(1.0))
+    changed = np.abs(other[1] - drawn[1]).max(-1) > 1e-4
+    assert not changed[[0, 2]].any() and changed[1, 8] and not changed[1, 1:8].any()
+    walk = functools.partial(flows.tree_rollout, None, *given, splits=splits)
+    words = r"noise has shape \(3, 4, 2\); give one an edge, \(3, 17, 2\)"
+    refused(words, walk, noise=noise[:, :4])
+    refused("give noise that correlates", walk, noise=noise, correlation=0.5)
+
+
 def test_1_one_split_at_the_root_is_a_group_from_one_noise():
     group = 6
     method = Trees(splits=(0,), branches=group)

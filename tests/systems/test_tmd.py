@@ -365,7 +365,7 @@ def test_9_gradient_of_the_rollout_reaches_backbone_and_head():
     assert all((np.abs(leaf) > 1e-4).all() for leaf in jax.tree.leaves(grads))
 
 
-def test_15_samples_depend_on_keys_and_one_step_uses_no_data():
+def test_15_samples_depend_on_keys_and_one_step_uses_no_data(refused):
     x = ROWS["x_data"]
     draw = functools.partial(tmd.sample, toy, TOY, x[:4], None, plan=PLAN)
     first, again, other = (np.asarray(draw(KEYS[i : i + 4])) for i in (0, 0, 4))
@@ -373,6 +373,25 @@ def test_15_samples_depend_on_keys_and_one_step_uses_no_data():
     assert np.abs(first - other).min(1).max() > 1e-4
     generate = jax.jit(functools.partial(tmd.generate, toy, plan_of(1, 2), TOY))
     assert_array_equal(*(generate({"x_data": y}, ROW_KEYS) for y in (x, 100 + x)))
+    # what other code drew, in place of keys
+    steps = len(PLAN.outer_times) - 1
+    inner = [prng.normal(prng.fold_in(KEYS[:4], i), x.shape[1:]) for i in range(steps)]
+    assert_allclose(draw(jnp.stack(inner)), first, rtol=1e-5, atol=1e-6)
+    for wrong in (inner[:1], [y[:3] for y in inner]):
+        refused("shape", draw, jnp.stack(wrong))
+    starts, inner_keys = prng.split(ROW_KEYS).T
+    _, t, noise = flows.noised_start(x, starts, PLAN.outer_times)
+    given = {
+        "t": t,
+        "noise": noise,
+        "inner_noise": prng.normal(inner_keys, x.shape[1:]),
+    }
+    generate = jax.jit(functools.partial(tmd.generate, toy, PLAN, TOY))
+    keyed, other = (generate({"x_data": x}, k) for k in (ROW_KEYS, ROW_KEYS[::-1]))
+    replayed = generate({"x_data": x}, ROW_KEYS[::-1], **given)
+    assert_allclose(replayed, keyed, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(other) - keyed).max() > 1e-2
+    refused("noise", flows.noised_start, x, starts, (1.0, 0.0), noise=noise[:1])
 
 
 def test_plans_travel_with_a_model(recwarn, refused):

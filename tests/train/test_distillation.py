@@ -68,10 +68,10 @@ def method(config=PLAIN, networks=NETWORKS, null_cond=None, generate=generate):
     return train.Distillation(generate, networks, config, null_cond)
 
 
-def generator_loss(losses, batch=BATCH, critic=CRITIC):
+def generator_loss(losses, batch=BATCH, critic=CRITIC, **given):
     """Per row, at GENERATOR."""
-    loss = lambda *args: losses.generator_loss(*args)[0]  # noqa: E731
-    return np.asarray(jax.jit(loss)(GENERATOR, batch, KEYS, critic, FROZEN))
+    loss = lambda *args, **given: losses.generator_loss(*args, **given)[0]  # noqa: E731
+    return np.asarray(jax.jit(loss)(GENERATOR, batch, KEYS, critic, FROZEN, **given))
 
 
 @pytest.mark.parametrize("trained", ["generator", "critic"])
@@ -185,6 +185,30 @@ def test_14_real_and_fake_share_their_noise(same_noise):
         assert np.abs(fake - real).min() > 0
     assert_allclose(metrics["discriminator_loss"], 2 * np.log(2), rtol=1e-5)
     assert_array_equal(metrics["r1"], 0)  # D is 0 everywhere
+
+
+def test_levels_and_noise_may_be_given_in_place_of_keys(refused):
+    losses = method()
+    still = prng.split(prng.fold_in(KEYS, 0))[:, 1]  # of the generator's loss
+    zero = jnp.zeros((16, 2))
+    noise = losses.noised(zero, still, tau=jnp.ones(16))[0]
+    tau = losses.noised(zero, still)[1]
+    keyed = generator_loss(losses)
+    assert_allclose(generator_loss(losses, tau=tau, noise=noise), keyed, rtol=1e-3)
+    assert np.abs(generator_loss(losses, tau=tau[::-1]) - keyed).max() > 1e-3
+
+    def both(tau, noise):
+        given = (CRITIC, BATCH, KEYS, GENERATOR, FROZEN)
+        seen, watching = [], lambda p, f: seen.append(f[0]) or discriminator(p, f)
+        watched = method(PLAIN, NETWORKS._replace(discriminator=watching))
+        watched.critic_loss(*given, tau=tau, noise=noise)
+        return seen
+
+    fake, real = jax.jit(both)(tau, noise)
+    away = np.asarray((1 - tau)[:, None] * BATCH["x_data"] + tau[:, None] * noise)
+    assert_allclose(real, away, rtol=1e-5, atol=1e-6)
+    assert fake.shape == real.shape
+    refused("noise has shape", losses.noised, zero, KEYS, noise=noise[:3])
 
 
 def test_r1_of_a_linear_discriminator():

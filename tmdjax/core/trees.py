@@ -118,6 +118,17 @@ def _holds(dtype: Any, values: Any) -> bool:
     return bool(np.array_equal(there, values))
 
 
+def in_float32(tree: PyTree) -> PyTree:
+    """Floating leaves in float32, or in their own dtype where that is wider."""
+
+    def widened(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(widened, tree)
+
+
 def content_hash(tree: PyTree) -> str:
     """SHA-256 over paths, shapes, dtypes and bytes of all leaves (on the host).
 

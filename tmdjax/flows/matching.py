@@ -66,7 +66,14 @@ def ranged_time(shift: float, low: float = 0.001, high: float = 0.999) -> TimeSa
     return sample
 
 
-def noised_start(x_data: Data, keys: SampleKeys, times: Any) -> tuple[Data, Time, Data]:
+def noised_start(
+    x_data: Data,
+    keys: SampleKeys,
+    times: Any,
+    *,
+    t: Time | None = None,
+    noise: Data | None = None,
+) -> tuple[Data, Time, Data]:
     """Noised data at the start of a random step of a grid: where few steps begin.
 
     At the first time of the grid the state is t x_noise, without data: there a
@@ -76,14 +83,22 @@ def noised_start(x_data: Data, keys: SampleKeys, times: Any) -> tuple[Data, Time
         x_data: [batch, *event].
         keys: [batch].
         times: a grid, decreasing to 0; its last time is no start.
+        t: starts [batch] that other code drew, instead of keys.
+        noise: [batch, *event], the noise that other code drew, instead of keys.
 
     Returns:
         x_t, t [batch], and the noise.
+
+    Raises:
+        ValueError: noise of another shape than x_data, or t outside [0, 1].
     """
-    keys = prng.split(keys)
-    times = custom_grid(times)
-    t = discrete_time(times[:-1])(keys[:, 0])
-    noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
+    times, keys = custom_grid(times), prng.split(keys)
+    if t is None:
+        t = discrete_time(times[:-1])(keys[:, 0])
+    if noise is None:
+        noise = prng.normal(keys[:, 1], x_data.shape[1:], x_data.dtype)
+    check_same_shape("noise", noise, "x_data", x_data)
+    check_time(t, "t")
     weight = jnp.where(t >= jnp.float32(times[0]), 0.0, 1 - t)
     x_t = time_like(weight, x_data) * x_data + time_like(t, x_data) * noise
     return x_t, t, noise

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tmdjax import rl
 from tmdjax.core import prng
@@ -21,7 +23,7 @@ _CHILD = 1 << 21
 
 
 def tree_rollout(
-    keys: SampleKeys,
+    keys: SampleKeys | None,
     velocity: Velocity,
     x: Data,
     table: CoefficientTable,
@@ -31,6 +33,7 @@ def tree_rollout(
     branches: int = 2,
     correlation: float | None = None,
     reduction: str = "mean",
+    noise: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Walks a table from one root a tree; all live nodes of all trees in one batch.
 
@@ -40,7 +43,7 @@ def tree_rollout(
     without splits is a rollout.
 
     Args:
-        keys: typed keys [tree].
+        keys: typed keys [tree]; None where the noise is given.
         velocity: ``(x, t, cond) -> v``.
         x: roots [tree, *event].
         table: coefficients; at splits the column c scales the noise.
@@ -53,18 +56,23 @@ def tree_rollout(
             child's noise is standard normal, siblings correlate by 1 / (1 + s^2). None
             draws them independently (s -> infinity).
         reduction: of log-probs.
+        noise: standard normal noise of the edges [tree, node - 1, *event], in the order
+            of their log-probs, instead of keys: to replay what other code drew. Rows
+            without noise ignore theirs.
 
     Returns:
         Samples x0_hat of the last step [tree, leaf, *event]; states [tree, node,
         *event]; log-probs of the edges [tree, node - 1], 0 where a step has none.
 
     Raises:
-        ValueError: splits that do not fit the table, or conditions that are not one a
-            leaf.
+        ValueError: splits that do not fit the table, conditions that are not one a
+            leaf, noise of another shape, or noise beside a correlation to draw it with.
     """
-    leaves = rl.make_tree(len(table), splits, branches).leaves
+    tree = rl.make_tree(len(table), splits, branches)
     for leaf in jax.tree.leaves(cond):
-        check_batch("cond", leaf, x.shape[0] * leaves)
+        check_batch("cond", leaf, x.shape[0] * tree.leaves)
+    if noise is not None:
+        _check_noise(noise, (x.shape[0], tree.edges, *x.shape[1:]), correlation)
     trees, event = x.shape[0], x.shape[1:]
     states, log_probs = [x[:, None]], []
 
@@ -75,6 +83,11 @@ def tree_rollout(
             by_tree = jnp.moveaxis(by_tree, 0, 1)
             kept.append(by_tree.reshape(trees, -1, *stacked.shape[2:]))
 
+    def of_step(step: int) -> Array:
+        """The noise of the edges of a step, [tree * node, *event]."""
+        first, last = np.searchsorted(tree.depth[1:], [step + 1, step + 2])
+        return jnp.asarray(noise, x.dtype)[:, first:last].reshape(-1, *event)
+
     x0_hat, start = x, 0
     for stop in [*(s + 1 for s in splits), len(table)]:
         splitting = stop - 1 in splits
@@ -84,7 +97,13 @@ def tree_rollout(
                 piece, final="mean"
             )  # its noise is drawn by child
         here = jax.tree.map(functools.partial(_of_first_leaf, len(x)), cond)
-        drawn = rollout(keys, velocity, x, piece, here, reduction=reduction)
+        given = None
+        if noise is not None:
+            own = [of_step(step) for step in range(start, stop - splitting)]
+            given = jnp.stack([*own, *[jnp.zeros_like(x)] * splitting])
+        drawn = rollout(
+            keys, velocity, x, piece, here, reduction=reduction, noise=given
+        )
         x, x0_hat, start = drawn.states[-1], drawn.x0_hat, stop
         inner = slice(0, -1 if splitting else None)
         if len(piece) > splitting:
@@ -92,15 +111,11 @@ def tree_rollout(
         if not splitting:
             continue
         row = table.rows(stop - 1, x.dtype)
-        child_keys = prng.fold_in(keys[:, None], _CHILD + jnp.arange(branches))
-        z = prng.normal(
-            prng.fold_in(child_keys.reshape(-1), row["step"]), event, x.dtype
-        )
-        if correlation is not None:
-            shared = prng.normal(prng.fold_in(keys, row["step"]), event, x.dtype)
-            scale = 1 / math.sqrt(1 + correlation**2)
-            z = scale * (jnp.repeat(shared, branches, 0) + correlation * z)
-        keys, mean = child_keys.reshape(-1), jnp.repeat(x, branches, 0)
+        if noise is None:
+            keys, z = _drawn(keys, row["step"], branches, correlation, x)
+        else:
+            z = of_step(stop - 1)
+        mean = jnp.repeat(x, branches, 0)
         x = gaussian_transition(mean, row["c"] * row["S"], z)
         std = jnp.where(row["mask"], row["log_prob_std"], 1.0)
         density = gaussian_log_prob(x, mean, std, reduction)
@@ -110,6 +125,34 @@ def tree_rollout(
         jnp.concatenate(states, axis=1),
         jnp.concatenate(log_probs, axis=1),
     )
+
+
+def _check_noise(
+    noise: Array, shape: tuple[int, ...], correlation: float | None
+) -> None:
+    if np.shape(noise) != shape:
+        raise ValueError(
+            f"noise has shape {np.shape(noise)}; give one an edge, {shape}."
+        )
+    if correlation is not None:
+        raise ValueError(
+            f"correlation={correlation} says how siblings' noise is drawn, but noise "
+            f"is given; give noise that correlates, and correlation=None."
+        )
+
+
+def _drawn(
+    keys: Any, step: Array, branches: int, correlation: float | None, x: Array
+) -> tuple[Any, Array]:
+    """Keys of the children of every node, and the noise that leads to them."""
+    event = x.shape[1:]
+    children = prng.fold_in(keys[:, None], _CHILD + jnp.arange(branches)).reshape(-1)
+    z = prng.normal(prng.fold_in(children, step), event, x.dtype)
+    if correlation is not None:
+        shared = prng.normal(prng.fold_in(keys, step), event, x.dtype)
+        scale = 1 / math.sqrt(1 + correlation**2)
+        z = scale * (jnp.repeat(shared, branches, 0) + correlation * z)
+    return children, z
 
 
 def _of_first_leaf(nodes: int, leaf: Array) -> Array:

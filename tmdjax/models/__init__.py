@@ -45,13 +45,13 @@ from tmdjax.models.decoder.cache import prepare_weights as prepare_weights
 from tmdjax.models.decoder.config import DecoderConfig as DecoderConfig
 from tmdjax.models.decoder.network import Decoder as Decoder
 from tmdjax.models.decoder.rope import RopeScaling as RopeScaling
-from tmdjax.models.decoder.token_log_probs import (
-    chunked_token_log_probs as chunked_token_log_probs,
-)
 from tmdjax.models.decoder.token_log_probs import entropy_of as entropy_of
 from tmdjax.models.decoder.token_log_probs import log_prob_of as log_prob_of
 from tmdjax.models.decoder.token_log_probs import token_entropies as token_entropies
 from tmdjax.models.decoder.token_log_probs import token_log_probs as token_log_probs
+from tmdjax.models.decoder.token_log_probs import (
+    token_log_probs_from_hidden as token_log_probs_from_hidden,
+)
 from tmdjax.models.images.classifier import Classifier as Classifier
 from tmdjax.models.images.dit import DiT as DiT
 from tmdjax.models.images.text_dit import TextDiT as TextDiT

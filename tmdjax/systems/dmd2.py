@@ -20,7 +20,12 @@ TRANSFERS = ("deterministic", "renoise")
 
 
 def generate(
-    apply_fn: ApplyFn, times: Grid, params: Params, batch: Any, keys: SampleKeys
+    apply_fn: ApplyFn,
+    times: Grid,
+    params: Params,
+    batch: Any,
+    keys: SampleKeys,
+    **given: Any,
 ) -> Data:
     """x_t - t v(x_t, t) from noised data, t uniform over the grid's starts.
 
@@ -30,11 +35,13 @@ def generate(
         params: of the student.
         batch: {'x_data': [batch, *event], 'cond': ...}.
         keys: [batch].
+        **given: what other code drew, instead of keys: 't' [batch] and 'noise' [batch,
+            *event].
 
     References:
         arXiv 2601.09881, eq. 17.
     """
-    x_t, t, _ = flows.noised_start(batch["x_data"], keys, times)
+    x_t, t, _ = flows.noised_start(batch["x_data"], keys, times, **given)
     velocity = apply_fn(params, x_t, t, batch.get("cond"))
     return flows.convert(velocity, "velocity", "data", x_t, t)
 

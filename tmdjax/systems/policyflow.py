@@ -278,6 +278,11 @@ def preset(
 ) -> on_policy.ControlSetup:
     """The settings of the released code (MultiGoal), with changes.
 
+    Not as released, on purpose: the value loss is the larger of clipped and unclipped
+    error (``value_clip_kind``), a time limit is bootstrapped from the last observation
+    (``truncation``), the KL that moves the learning rate is that of one epoch, and
+    sinusoids of the time, of frequencies of our own, enter the first layer directly.
+
     Args:
         name: 'policyflow'.
         settings: changed fields of :class:`tmdjax.train.on_policy.ControlSettings`.

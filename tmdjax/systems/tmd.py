@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax import flows
-from tmdjax.core import prng
-from tmdjax.core.checks import check_choice, check_count, check_output
+from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_batch, check_choice, check_count, check_output
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import ApplyFn, Array, Cond, Data, Params, PerExample, SampleKeys
 
@@ -186,7 +186,12 @@ def inner_flow(network: Network, features: Any, y1: Data, plan: StudentPlan) -> 
 
 
 def generate(
-    apply_fn: ApplyFn, plan: StudentPlan, params: Params, batch: Any, keys: SampleKeys
+    apply_fn: ApplyFn,
+    plan: StudentPlan,
+    params: Params,
+    batch: Any,
+    keys: SampleKeys,
+    **given: Any,
 ) -> Data:
     """What stage 2 trains: one outer step from noised data, differentiable throughout.
 
@@ -196,6 +201,8 @@ def generate(
         params: of the student.
         batch: {'x_data': [batch, *event], 'cond': ...}.
         keys: [batch].
+        **given: what other code drew, instead of keys: 't' [batch] and 'noise' [batch,
+            *event] of the start, 'inner_noise' of the inner flow.
 
     Returns:
         [batch, *event], the student's sample.
@@ -203,11 +210,11 @@ def generate(
     References:
         arXiv 2601.09881, eq. 15 and 17.
     """
-    keys = prng.split(keys)
-    x_t, t, noise = flows.noised_start(batch["x_data"], keys[:, 0], plan.outer_times)
+    keys, x, times = prng.split(keys), batch["x_data"], plan.outer_times
+    y1 = flows.start_noise(given.pop("inner_noise", keys[:, 1]), x.shape[1:], x.dtype)
+    x_t, t, noise = flows.noised_start(x, keys[:, 0], times, **given)
     network = functools.partial(apply_fn, params)
     features = network(x_t, t, batch.get("cond"), method="backbone")
-    y1 = prng.normal(keys[:, 1], x_t.shape[1:], x_t.dtype)
     y = inner_flow(network, features, y1, plan)
     return noise - y if plan.output == "noise" else x_t - time_like(t, x_t) * y
 
@@ -285,20 +292,9 @@ def pretraining_loss(
     features = features_of(params, cond)
     u, derivative_of = velocity(apply_fn, params, features), None
     if derivative_apply_fn is not None:
-        constant = _in_float32(jax.lax.stop_gradient(features))
+        constant = trees.in_float32(jax.lax.stop_gradient(features))
         derivative_of = velocity(derivative_apply_fn, frozen, constant)
     return flows.flow_map_loss(u, y_s, s, r, v, config, derivative_of=derivative_of)
-
-
-def _in_float32(features: Any) -> Any:
-    """The features in at least float32, whose dtype a head's blocks carry on."""
-
-    def widened(leaf: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-    return jax.tree.map(widened, features)
 
 
 def sample(
@@ -306,7 +302,7 @@ def sample(
     params: Params,
     noise: Data,
     cond: Cond,
-    keys: SampleKeys,
+    keys: SampleKeys | Data,
     plan: StudentPlan,
     *,
     trained_plan: StudentPlan | Mapping[str, Any] | None = None,
@@ -322,7 +318,7 @@ def sample(
         params: of the student.
         noise: [batch, *event], standard normal; scaled by the first outer time here.
         cond: pytree of [batch, ...], or None.
-        keys: [batch], of the inner noises.
+        keys: [batch]; or the inner noises themselves, [outer step, batch, *event].
         plan: to sample with.
         trained_plan: what the student was trained with (``meta['plan']`` of a finished
             run); None does not compare.
@@ -332,7 +328,7 @@ def sample(
         [batch, *event] at t = 0.
 
     Raises:
-        ValueError: another plan than the student was trained with.
+        ValueError: another plan than it was trained with, noises of another shape.
 
     Warns:
         UserWarning: likewise, where allow_mismatch is set.
@@ -346,23 +342,27 @@ def sample(
 @functools.partial(jax.jit, static_argnames="plan")
 def _sample(network: Any, noise: Data, cond: Any, keys: Any, plan: StudentPlan) -> Data:
     times = jnp.asarray(plan.outer_times, jnp.float32)
+    steps = jnp.arange(len(times) - 1)
+    if not jnp.issubdtype(keys.dtype, jnp.floating):
+        keys = prng.fold_in(keys[None], steps[:, None])
+    check_batch("noise of the outer steps", keys, len(steps))
+    check_batch("noise of an outer step", keys[0], len(noise))
 
     def step(x: Data, i: Array) -> tuple[Data, None]:
         t = jnp.broadcast_to(times[i], x.shape[:1])
         features = network(x, t, cond, method="backbone")
-        y1 = prng.normal(prng.fold_in(keys, i), x.shape[1:], x.dtype)
+        y1 = flows.start_noise(keys[i], x.shape[1:], x.dtype)
         y = inner_flow(network, features, y1, plan)
         return x - (times[i] - times[i + 1]) * y, None
 
-    return jax.lax.scan(step, times[0] * noise, jnp.arange(len(times) - 1))[0]
+    return jax.lax.scan(step, times[0] * noise, steps)[0]
 
 
 def _compare(plan: StudentPlan, trained: Any, allowed: bool) -> None:
     if not isinstance(trained, StudentPlan):
         trained = StudentPlan.from_dict(trained)
     ours, theirs = (
-        {name: _rounded(value) for name, value in each.to_dict().items()}
-        for each in (plan, trained)
+        {k: _rounded(v) for k, v in each.to_dict().items()} for each in (plan, trained)
     )
     differing = [
         f"{name}={value}, trained with {theirs[name]}"

@@ -20,7 +20,13 @@ import numpy as np
 
 from tmdjax import flows
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_count, check_output, check_range
+from tmdjax.core.checks import (
+    check_choice,
+    check_count,
+    check_output,
+    check_range,
+    check_same_shape,
+)
 from tmdjax.core.types import Array, Cond, Params, PyTree
 
 FEATURES = ("teacher", "critic")
@@ -144,15 +150,33 @@ class Distillation:
         """Whether there is a discriminator to train."""
         return self.config.adversarial_weight > 0
 
-    def noised(self, x: Array, keys: Any) -> tuple[Array, Array]:
-        """X at a random noise level, and the level [batch]."""
+    def noised(
+        self, x: Array, keys: Any, tau: Any = None, noise: Any = None
+    ) -> tuple[Array, Array]:
+        """X at a random noise level, and the level [batch].
+
+        Args:
+            x: [batch, *event].
+            keys: [batch].
+            tau: levels [batch] in [0, 1] that other code drew, instead of keys.
+            noise: [batch, *event] that other code drew, instead of keys.
+        """
         keys = prng.split(keys, 2)
-        tau = self.config.noise_levels()(keys[:, 0])
-        noise = prng.normal(keys[:, 1], x.shape[1:])
+        if tau is None:
+            tau = self.config.noise_levels()(keys[:, 0])
+        if noise is None:
+            noise = prng.normal(keys[:, 1], x.shape[1:])
+        check_same_shape("noise", noise, "x", x)
         return flows.interpolate(x, noise, tau), tau
 
     def generator_loss(
-        self, params: Params, batch: Any, keys: Any, critic: Params, frozen: PyTree
+        self,
+        params: Params,
+        batch: Any,
+        keys: Any,
+        critic: Params,
+        frozen: PyTree,
+        **given: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """Distribution matching and adversarial loss of the generator.
 
@@ -162,11 +186,13 @@ class Distillation:
             keys: [batch].
             critic: parameters of the critic.
             frozen: parameters of the teacher.
+            **given: 'tau' and 'noise' of :meth:`noised`, to replay what other code
+                drew.
         """
         config, networks = self.config, self.networks
         keys = prng.split(prng.fold_in(keys, _GENERATOR), _KEYS[_GENERATOR])
         x = self.generate(params, batch, keys[:, 0])
-        x_tau, tau = self.noised(x, keys[:, 1])
+        x_tau, tau = self.noised(x, keys[:, 1], **given)
         cond = batch.get("cond")
         velocity, features = networks.teacher(frozen, x_tau, tau, cond)
         check_output(velocity, x_tau, "the teacher's velocity")
@@ -201,7 +227,13 @@ class Distillation:
         return self.networks.teacher(frozen, x, tau, null)[0]
 
     def critic_loss(
-        self, params: Params, batch: Any, keys: Any, generator: Params, frozen: PyTree
+        self,
+        params: Params,
+        batch: Any,
+        keys: Any,
+        generator: Params,
+        frozen: PyTree,
+        **given: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """Denoising loss of the fake score, and the discriminator's.
 
@@ -211,11 +243,13 @@ class Distillation:
             keys: [batch].
             generator: parameters of the generator.
             frozen: parameters of the teacher.
+            **given: 'tau' and 'noise' of :meth:`noised`, to replay what other code
+                drew; those of real samples too where they share them (same_noise).
         """
         config, networks = self.config, self.networks
         keys = prng.split(prng.fold_in(keys, _CRITIC), _KEYS[_CRITIC])
         x = jax.lax.stop_gradient(self.generate(generator, batch, keys[:, 0]))
-        x_tau, tau = self.noised(x, keys[:, 1])
+        x_tau, tau = self.noised(x, keys[:, 1], **given)
         cond = batch.get("cond")
         fake, fake_features = networks.critic(params["score"], x_tau, tau, cond)
         prediction = flows.convert(fake, "velocity", "data", x_tau, tau)
@@ -223,8 +257,10 @@ class Distillation:
         metrics = {"score_loss": loss}
         if not self.adversarial:
             return loss, metrics
-        real_keys = keys[:, 1] if config.same_noise else keys[:, 2]
-        real_tau, level = self.noised(batch["x_data"], real_keys)
+        if config.same_noise:
+            real_tau, level = self.noised(batch["x_data"], keys[:, 1], **given)
+        else:
+            real_tau, level = self.noised(batch["x_data"], keys[:, 2])
 
         def logits(x: Array, t: Array, known: Any = None) -> Array:
             if config.features == "teacher":

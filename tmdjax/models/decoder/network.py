@@ -33,7 +33,9 @@ class Decoder(nn.Module):
     ``segments`` int32 [batch, position] say what belongs together: a position sees
     earlier ones of its own segment alone, 0 is padding. So several texts may be
     packed into a row, and padding may stand anywhere. Without segments a row is one
-    text; padding at its end needs none, as no earlier position sees it.
+    text; padding at its end needs none, as no earlier position sees it. The
+    ``attention_mask`` of a batch that other code padded on the left is its segments:
+    positions then count from the first token, as that code's do.
 
     Attributes:
         config: a :class:`DecoderConfig`, or its attributes as a mapping.

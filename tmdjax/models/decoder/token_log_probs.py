@@ -4,7 +4,11 @@ Logits at position t - 1 are a distribution of token t. The shift by one is made
 here and nowhere else: what these functions return at [batch, t] is about token t,
 and the first position, which nothing predicts, holds 0. In rows packed of several
 texts that first token of each later text is not predicted either; the loss mask
-leaves it out, as it does prompts and padding.
+leaves it out, as it does prompts and padding. So it is with padding on the left, where
+the first token of the text seems to be predicted by the padding before it.
+
+Functions of logits are :func:`token_log_probs` and :func:`token_entropies`; what
+:func:`token_log_probs_from_hidden` takes are hidden states, and it gives both.
 """
 
 from collections.abc import Callable
@@ -68,16 +72,28 @@ def token_log_probs(
 
     Args:
         logits: [batch, position, vocab] of the same tokens, any floating dtype.
-        tokens: int [batch, position].
+        tokens: int [batch, position], ids of the vocabulary, also where a mask leaves
+            them out.
         temperature: number above 0 that divides the logits.
 
     Returns:
         float32 [batch, position]; [:, t] is of token t, [:, 0] is 0.
 
     Raises:
-        ValueError: shapes that disagree, a (concrete) temperature not above 0.
+        ValueError: shapes that disagree, a (concrete) id that has no logit, a
+            (concrete) temperature not above 0.
     """
     _check(logits, tokens)
+    if tokens.size and not isinstance(tokens, jax.core.Tracer):
+        ids = np.asarray(tokens)
+        first, last = int(ids.min()), int(ids.max())
+        if first < 0 or last >= logits.shape[-1]:
+            raise ValueError(
+                f"tokens hold ids from {first} to {last}, but logits are of "
+                f"{logits.shape[-1]} tokens. For hidden states there is "
+                f"token_log_probs_from_hidden; for labels in which -100 marks what "
+                f"does not count, give any id there and leave it out by the mask."
+            )
     return _align(log_prob_of(logits[:, :-1], tokens[:, 1:], temperature))
 
 
@@ -93,7 +109,7 @@ def token_entropies(
     return _align(entropy_of(logits[:, :-1], temperature))
 
 
-def chunked_token_log_probs(
+def token_log_probs_from_hidden(
     output: Callable[[Any], Any],
     h: Float[Array, "batch position hidden"],
     tokens: Int[Array, "batch position"],
@@ -102,7 +118,7 @@ def chunked_token_log_probs(
     temperature: ArrayLike = 1.0,
     entropy: bool = False,
 ) -> tuple[Array, Any]:
-    """:func:`token_log_probs` of hidden states, a chunk of positions at a time.
+    """Log-probability of each token from hidden states, a chunk of positions at a time.
 
     Logits of all positions never exist at once, in neither pass: the backward pass
     makes those of a chunk again. Values and gradients are those of the plain form.

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_count
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, Float
 from tmdjax.models.layers import Convolution, Dense, check_attributes
 from tmdjax.quant import Recipe
@@ -48,6 +48,7 @@ class _Head(nn.Module):
 
     widths: tuple[int, ...]
     recipe: Recipe
+    epsilon: float
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -59,7 +60,10 @@ class _Head(nn.Module):
                 _STRIDES[index],
                 name=f"convolution_{index}",
             )(x)
-            x = nn.GroupNorm(_groups(width), name=f"norm_{index}")(x)
+            norm = nn.GroupNorm(
+                _groups(width), epsilon=self.epsilon, name=f"norm_{index}"
+            )
+            x = norm(x)
             x = nn.leaky_relu(x, _SLOPE)
         x = jnp.mean(x, (1, 2, 3))
         x = Dense(self.widths[-1], self.recipe, name="hidden")(x)
@@ -76,6 +80,7 @@ class VideoDiscriminator(nn.Module):
         width: channels of the first convolution; the others have 2, 4 and 4 times as
             many.
         recipe: GEMM recipe of dense layers and convolutions, or its name.
+        epsilon: added to the variance by the group norms, > 0; torch's default.
 
     References:
         Kernels and strides as arXiv 2601.09881, appendix A.3 ('Conv3D'); its widths
@@ -84,9 +89,11 @@ class VideoDiscriminator(nn.Module):
 
     width: int = 64
     recipe: Any = "fp32"
+    epsilon: float = 1e-5
 
     def __post_init__(self):
         check_attributes(self, "width")
+        check_range("epsilon", self.epsilon, 0, open_low=True)
         super().__post_init__()
 
     @nn.compact
@@ -108,6 +115,6 @@ class VideoDiscriminator(nn.Module):
                     f"features of {feature.shape[1:4]} (frames, height, width) are too "
                     f"small for four strided convolutions; at least {least}."
                 )
-            head = _Head(widths, self.recipe, name=f"head_{index}")
+            head = _Head(widths, self.recipe, self.epsilon, name=f"head_{index}")
             logits.append(head(feature))
         return jnp.stack(logits, -1)
