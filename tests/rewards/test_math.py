@@ -19,10 +19,13 @@ def value_of(text):
     return None if separators else terms[0].number
 
 
-needs_math_verify = pytest.mark.skipif(
-    importlib.util.find_spec("math_verify") is None,
-    reason="math-verify is absent (pip install 'tmdjax[math]')",
-)
+def needs_math_verify(test):
+    """The package is part of what `make nightly` installs."""
+    absent = pytest.mark.skipif(
+        importlib.util.find_spec("math_verify") is None,
+        reason="math-verify is absent (pip install 'tmdjax[math]')",
+    )
+    return pytest.mark.nightly(absent(test))
 
 
 @pytest.fixture
@@ -79,6 +82,14 @@ def test_long_nonsense_costs_little(plain):
         "9" * 100_000,
         "- " * 50_000,
         r"\text{" * 20_000,
+        "<think>" * 20_000,
+        "<think>a</think>" * 10_000,
+        r"\boxed{" + "1+" * 900 + "1}",
+        r"\boxed{\{" + "1," * 900 + r"\}}",
+        r"\boxed{" + r"\text{a}" * 280 + "}",
+        r"\boxed{" + "{" * 900 + "}" * 901,
+        r"\boxed{0.\overline{" + "3" * 1900 + "}}",
+        r"\boxed   " * 20_000,
     ):
         plain.outcome(text, "5")
         read_answer(text)
@@ -157,6 +168,8 @@ def test_answers_behind_a_mark_are_paid_as_strict_patterns_pay(plain):
         "#### 5 million": "5000000",
     }.items():
         assert plain(response, answer) == 1, response
+    assert plain("#### 5!", "5") == plain("#### 10^3", "1000") == 1
+    assert plain(r"so 3.5\times10^2", "350") == plain("some 50 percent", "0.5") == 1
     for response, answer in {
         "#### Step 3": "3",
         "#### Step 3\nIt is Tuesday": "3",
@@ -166,6 +179,20 @@ def test_answers_behind_a_mark_are_paid_as_strict_patterns_pay(plain):
         "72<|reserved_special_token_5|>": "5",
     }.items():
         assert plain(response, answer) == 0, response
+
+
+def test_a_thought_is_no_answer(plain):
+    for response, answer in {
+        r"<think>so \boxed{3}</think> It is 4.": "4",
+        r"so \boxed{3}</think>#### 4": "4",  # the prompt opened it
+        r"\boxed{4} <think>or \boxed{3}</think>": "4",
+        r"<think>3</think>\boxed{4}<think>is it \boxed{3}": "4",
+        r"<think>3</think>a<think>3</think> 4": "4",
+        r"<think>it is \boxed{3}": None,  # cut off
+        r"<think>it is \boxed{3}</think>": None,
+    }.items():
+        assert extract_answer(response) == answer, response
+        assert plain(response, "3") == 0
 
 
 def matrix(*rows, kind="pmatrix"):
@@ -225,6 +252,61 @@ SAME_OR_NOT = [
     (r"\sqrt2", r"\sqrt{2}", 1),
     (r"\sqrt[3]2", r"\sqrt[3]{2}", 1),
     (r"\frac{x}2", r"\dfrac x2", 1),
+    # sets and intervals
+    (r"\{1,2,3\}", r"\{3,2,1\}", 1),
+    (r"\{1,2\}", r"\{1,2,3\}", 0),
+    (r"\{1,1,2\}", r"\{1,2,2\}", 1),
+    (r"\{1,1,2\}", r"\{1,2,3\}", 0),
+    (r"\left(-\infty, 3\right]", "(−∞,3]", 1),
+    (r"(-\infty,3]", r"(-\infty,3)", 0),
+    (r"[1,2)\cup(3,4]", "[1, 2) ∪ (3, 4]", 1),
+    (r"\varnothing", "∅", 1),
+    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", matrix("1 & 2", "3 & 4"), 1),
+    (matrix("1", "2"), matrix("1 & 2"), 0),
+    # numbers
+    ("50 per cent", "50", 1),
+    ("0.5%", "50", 0),
+    ("10^6", "1,000,000", 1),
+    ("10^3", "103", 0),
+    ("-10^{3}", "1000", 0),
+    (r"6\cdot 10^{-4}", "0.0006", 1),
+    (r"\frac{0.5}{2}", "0.25", 1),
+    (r"0.\overline{3}", r"\frac13", 1),
+    (r"0.\overline{3}", "0.3", 0),
+    (r"-1.1\bar6", r"-\frac76", 1),
+    (r"0.\overline{12}", "4/33", 1),
+    ("5!", "5", 0),
+    (r"\pm 2", "2", 0),
+    ("±2", r"\pm 2", 1),
+    ("2π", r"2 \pi", 1),
+    (r"3√2", r"3\sqrt{2}", 1),
+    ("x ≥ 5", r"x\ge5", 1),
+    # units and money
+    ("€5", "5", 1),
+    ("£5", "€5", 0),
+    (r"5\text{ euros}", "€5", 1),
+    (r"US\$5", r"\$5", 1),
+    (r"\$1{,}000.50", "1000.5", 1),
+    (r"5\ \mathrm{~cm}", r"5\text{ cm}", 1),
+    ("5 cm^2", r"5\text{ cm}^2", 1),
+    ("5 cm^2", r"5\text{ cm}^3", 0),
+    ("5 km/h", r"5\text{ kilometers per hour}", 1),
+    ("5 km/h", r"5\text{ m/h}", 0),
+    ("60 mph", r"60\text{ miles per hour}", 1),
+    ("98.6°F", "98.6", 1),
+    (r"37^\circ\text{C}", "37 °C", 1),
+    ("37°C", "37°F", 0),
+    ("8:00 PM", r"8\text{ p.m.}", 1),
+    ("8:00 PM", r"8\text{ a.m.}", 0),
+    # names, bases, choices
+    ("5 = x", "5", 1),
+    ("5 = x", "y=5", 0),
+    ("(1010)_2", "1010_2", 1),
+    ("(1010)_2", "1010_3", 0),
+    ("A", r"\text{(A)}", 1),
+    ("(B)", r"\text{(A)}", 0),
+    ("**5**", "5", 1),
+    ("{5}", "5", 1),
 ]
 
 

@@ -1,14 +1,18 @@
 r"""Answers of mathematical word problems: found in a response, compared with the gold.
 
 The answer of a response is its last complete ``\boxed{...}`` (or ``\boxed 9``); else
-the number behind its last '####'; else its last number. Two answers are equal
+the number behind its last '####'; else its last number. What stands in a thought,
+``<think>...</think>``, is no answer, whether the thought ends or not. Two answers are
+equal
 
-- as exact numbers: '1,234.50', '3/4', '\frac{3}{4}', '1\frac12', '1.5e3',
-  '2\times10^{3}', '50\%', '5\text{ million}'. A percentage is a hundredth, or the bare
-  number if the other side has no percent sign: '50%' equals both '0.5' and '50';
-- as TeX, token by token, up to sizes of brackets, thin spaces and math shifts;
+- as exact numbers: '1,234.50', '3/4', '\frac{3}{4}', '1\frac12', '1.5e3', '10^6',
+  '2\times10^{3}', '0.1\overline{6}', '50\%', '5\text{ million}'. A percentage is a
+  hundredth, or the bare number if the other side has no percent sign: '50%' equals both
+  '0.5' and '50';
+- as TeX, token by token, up to sizes of brackets, thin spaces and math shifts; '√', 'π'
+  and their like are the TeX that they stand for;
 - part by part, where both are lists, tuples, sets, intervals or matrices of the same
-  form: '(1, \frac12)' and '(1,0.5)';
+  form: '(1, \frac12)' and '(1,0.5)'. The order of a set in braces counts nothing;
 - or symbolically, where one of them is no number: '2\sqrt2' and '\sqrt8'.
 
 A unit ('5\text{ cm}', '45^\circ', '10\text{ a.m.}'), the base of a numeral ('4343_7')
@@ -44,11 +48,17 @@ _POWER = r"(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|×|x|\*)10\^\{?([+-]?[0-9]+)\}
 _SCIENTIFIC = re.compile(rf"([+-]?)({_DECIMAL}){_POWER}?")
 _RATIO = re.compile(rf"([+-]?)({_DECIMAL})/([+-]?)({_DECIMAL})")
 _MIXED = re.compile(r"([+-]?)([0-9]+)\s+([0-9]+)/([0-9]+)")
-_FRAC = re.compile(r"([+-]?)([0-9]*)\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}")
+_FRAC = re.compile(
+    rf"([+-]?)([0-9]*)\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
+)
+_TEN = re.compile(r"([+-]?)10\^\{([+-]?[0-9]+)\}")
+_REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]+)\}")
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])[-−+])?\\?\$?"
     r"(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
-    rf"|{_DIGITS}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|/[0-9]+)?|\.[0-9]+)(?:\s?\\?%)?"
+    rf"|{_DIGITS}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|/[0-9]+"
+    r"|\s?(?:\\times|\\cdot|×|x|\*)\s?10\^\{?[+-]?[0-9]+\}?)?"
+    r"|\.[0-9]+)(?:\s?\\?%|\s+percent)?"
 )
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])([^\n$]*)")
@@ -57,10 +67,16 @@ _SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,60}\|>|</s>|<eos>|<end_of_turn>")
 _COUNTED = re.compile(rf"([-−+]?\\?\$?[-−+]?{_DECIMAL})(?:\.?\s+[^\W\d_]{{2,}}.*)")
 _LETTER = r"(?:[A-Za-z]|\\[a-z]+ ?)(?:_\{[^{}]*\})?"
 _NAMED = re.compile(rf"({_LETTER})(?:=(?!=)|\\in(?![a-z]) ?)")
+_NAMED_BEHIND = re.compile(rf"([^=]+)=({_LETTER})")
 _BASED = re.compile(r"([0-9A-Za-z.]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _TEXT_UNIT = re.compile(rf"{_TEXT.pattern}(?:\^\{{([0-9])\}})?$")
-_BARE_UNIT = re.compile(r"(?<=[0-9.}%]) ?([A-Za-z][A-Za-z. ]*)$")
+_BARE_UNIT = re.compile(
+    r"(?<=[0-9.}%]) ?([A-Za-z][A-Za-z. ]*(?:/[A-Za-z]+)?)(?:\^\{([0-9])\})?$"
+)
+_TEMPERATURE = re.compile(r"° ?(?:\\text\{)?([CF])\}?$")
+_CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?([A-Z])\)?\}?")
+_CURRENCIES = {"US\\$": "$", "\\$": "$", "€": "€", "£": "£", "¥": "¥"}
 
 _BASES = (
     "two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -72,11 +88,11 @@ _SCALES = {
 _UNITS = {
     name: names.split()[0]
     for names in (
-        "° degree deg|$ dollar usd buck|¢ cent|mm millimeter millimetre|cm centimeter "
-        "centimetre|m meter metre|km kilometer kilometre|in inch inche|ft foot feet|yd "
-        "yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce|ml milliliter "
-        "millilitre|l liter litre|h hr hour|min minute|s sec second|day|week|month|"
-        "year|am|pm|mph|% percent"
+        "° degree deg|$ dollar usd buck|¢ cent|€ euro eur|£ gbp|¥ yen|mm millimeter "
+        "millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in "
+        "inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb "
+        "pound|oz ounce|ml milliliter millilitre|l liter litre|h hr hour|min minute|s "
+        "sec second|day|week|month|year|am|pm|mi/h mph|% percent"
     ).split("|")
     for name in names.split()
 }
@@ -119,6 +135,7 @@ def extract_answer(text: str) -> str | None:
         '#### (\-?[0-9\.\,]+)' of openai/grade-school-math, the harness of EleutherAI
         and verl.
     """
+    text = _without_thoughts(text)
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
@@ -126,7 +143,7 @@ def extract_answer(text: str) -> str | None:
     rest, heading = text, None
     for index, part in enumerate(reversed(text.split("####")[1:])):
         line, _, after = part.strip().partition("\n")
-        line = line.replace("**", "").strip(" \t*")
+        line = line.replace("**", "").strip(" \t*!")
         if counted := _COUNTED.fullmatch(line):
             following = line[counted.end(1) :].split()[0].lower()
             return line if following in _SCALES else counted[1]
@@ -138,6 +155,14 @@ def extract_answer(text: str) -> str | None:
             rest, heading = after, line
     numbers = _LAST_NUMBER.findall(rest[-_TAIL:])
     return numbers[-1] if numbers else heading
+
+
+def _without_thoughts(text: str) -> str:
+    """What stands outside of <think>...</think>; either mark may be missing."""
+    *closed, last = text.split("</think>")
+    before = [part.partition("<think>") for part in closed]
+    spoken = [part for part, mark, _ in before if mark]
+    return "\n".join([*spoken, last.partition("<think>")[0]])
 
 
 def last_boxed(text: str) -> str | None:
@@ -173,7 +198,11 @@ def read_answer(text: str) -> tuple[list[Term], list[str]]:
     """
     if len(text) > _LONGEST_FORMULA:
         return [Term(text.strip())], []
-    parts, separators = parts_of(tokens_of(text.strip().rstrip(".").strip()))
+    text = text.strip().rstrip(".").strip(" *\n\t")
+    if choice := _CHOICE.fullmatch(text):
+        return [Term(choice[1])], []
+    text = re.sub(r"^\(([0-9A-Za-z]+)\)(?=_)", r"\1", text)
+    parts, separators = parts_of(tokens_of(text))
     return [_term(joined(part)) for part in parts], separators
 
 
@@ -185,11 +214,18 @@ def _term(text: str) -> Term:
             scale *= 10 ** _SCALES[word]
         else:
             unit = unit or word
-    if "\\$" in text:
-        text, unit = text.replace("\\$", ""), unit or "$"
+    for sign, currency in _CURRENCIES.items():
+        if sign in text:
+            text, unit = text.replace(sign, ""), unit or currency
     text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
+    if text[:1] == "{" and text[-1:] == "}" and text.count("{") == 1:
+        text = text[1:-1]
+    if unit in ("am", "pm"):
+        text = text.removesuffix(":00")
     if match := _NAMED.match(text):
         name, text = match[1].strip(), text[match.end() :].strip()
+    elif (match := _NAMED_BEHIND.fullmatch(text)) and parse_number(match[1]):
+        text, name = match[1].strip(), match[2].strip()
     if (match := _BASED.fullmatch(text)) and match[1][0].isdecimal():
         text, base = match[1], match[2]
         base = str(_BASES.index(base) + 2) if base in _BASES else base
@@ -204,6 +240,8 @@ def _term(text: str) -> Term:
 
 def _unit_at_end(text: str) -> tuple[str, str] | None:
     """What stands before a unit at the end, and the unit in one spelling."""
+    if match := _TEMPERATURE.search(text):
+        return text[: match.start()].rstrip(), f"°{match[1]}"
     if len(text) > 1 and text.endswith("°"):
         return text[:-1], "°"
     match = _TEXT_UNIT.search(text)
@@ -211,15 +249,20 @@ def _unit_at_end(text: str) -> tuple[str, str] | None:
         return text[: match.start()].rstrip(), _spelling(match[1], match[2] or "")
     match = _BARE_UNIT.search(text)
     if match and all(len(word) > 1 for word in match[1].split()):
-        word = _spelling(match[1], "")
-        if word in _SCALES or word.rstrip("0123456789") in {*_UNITS.values(), ""}:
+        word = _spelling(match[1], match[2] or "")
+        each = word.rstrip("0123456789").split("/")
+        if word in _SCALES or all(one in {*_UNITS.values(), ""} for one in each):
             return text[: match.start()].rstrip(), word
     return None
 
 
 def _spelling(unit: str, power: str) -> str:
     """A unit in one spelling: 'square inches' is 'in2', 'a.m.' is 'am'."""
-    words = unit.lower().replace(".", "").split()
+    unit = unit.lower().replace(".", "").replace("per cent", "percent")
+    first, slash, second = unit.replace(" per ", "/").partition("/")
+    if slash:
+        return f"{_spelling(first, '')}/{_spelling(second, power)}"
+    words = unit.split()
     for word, exponent in (("square", "2"), ("sq", "2"), ("cubic", "3")):
         if words[:1] == [word]:
             words, power = words[1:], exponent
@@ -263,7 +306,13 @@ def _value(text: str) -> Fraction | None:
         return _signed(sign, _signed(sign_below, _plain(top) / _plain(bottom)))
     if match := _FRAC.fullmatch(text):
         sign, whole, top, bottom = match.groups()
-        return _signed(sign, int(whole or 0) + Fraction(int(top), int(bottom)))
+        return _signed(sign, int(whole or 0) + _plain(top) / _plain(bottom))
+    if (match := _TEN.fullmatch(text)) and abs(int(match[2])) <= _LARGEST_EXPONENT:
+        return _signed(match[1], Fraction(10) ** int(match[2]))
+    if match := _REPEATING.fullmatch(text):
+        sign, whole, digits, again = match.groups()
+        part = Fraction(int(again), 10 ** len(again) - 1) + int(digits or 0)
+        return _signed(sign, int(whole or 0) + part / 10 ** len(digits))
     return None
 
 
@@ -347,6 +396,8 @@ class MathVerifier:
         verdicts = [self._same(x, y) for x, y in zip(terms, wanted)]
         if separators == between and all(verdicts):
             return "equal"
+        if separators == between and self._same_set(terms, wanted, separators):
+            return "equal"
         if len(terms) == len(wanted) == 1 and verdicts == [False]:
             return "different"
         one_number = [len(t) == 1 and t[0].number is not None for t in (terms, wanted)]
@@ -374,6 +425,19 @@ class MathVerifier:
         if found.number is not None and gold.number is not None:
             return self._close(found, gold)
         return True if found.text == gold.text else None
+
+    def _same_set(
+        self, found: list[Term], gold: list[Term], separators: list[str]
+    ) -> bool:
+        """Whether both are one set in braces, in whatever order."""
+        commas = len(separators) - 2
+        if separators != [r"\{", *[","] * commas, r"\}"] or commas > 50:
+            return False
+        for those, others in ((found, gold), (gold, found)):
+            for term in those[1:-1]:
+                if not any(self._same(term, other) for other in others[1:-1]):
+                    return False
+        return not (found[0].text or found[-1].text or gold[0].text or gold[-1].text)
 
     def _close(self, found: Term, gold: Term) -> bool:
         assert found.number is not None and gold.number is not None

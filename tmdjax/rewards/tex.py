@@ -20,6 +20,11 @@ _DROPPED = {
 _REPLACED = {
     **dict.fromkeys((r"\dfrac", r"\tfrac", r"\cfrac"), r"\frac"),
     **dict.fromkeys(("−", "–"), "-"),
+    **dict.fromkeys(("·", "⋅"), r"\cdot"),
+    **dict.fromkeys(("∅", r"\varnothing"), r"\emptyset"),
+    **{"∞": r"\infty", "π": r"\pi", "θ": r"\theta", "√": r"\sqrt", "±": r"\pm"},
+    **{"≤": r"\le", "≥": r"\ge", "≠": r"\ne", "×": r"\times"},
+    **{"∪": r"\cup", "∩": r"\cap", "∈": r"\in"},
     r"\%": "%",
     r"\lbrace": r"\{",
     r"\rbrace": r"\}",
@@ -28,7 +33,10 @@ _REPLACED = {
     r"\neq": r"\ne",
     r"\degree": "°",
 }
-_ARGUMENTS = {"^": 1, "_": 1, r"\sqrt": 1, r"\frac": 2, r"\binom": 2}
+_ARGUMENTS = {
+    **dict.fromkeys(("^", "_", r"\sqrt", r"\overline", r"\bar"), 1),
+    **dict.fromkeys((r"\frac", r"\binom"), 2),
+}
 _OPENING, _CLOSING = ("(", "[", r"\{"), (")", "]", r"\}")
 SEPARATORS = (*_OPENING, *_CLOSING, ",", ", ", "&", r"\\", r"\cup")
 """Tokens between the parts of a list, a tuple, a set, an interval or a matrix."""
@@ -70,6 +78,7 @@ def parts_of(tokens: list[str]) -> tuple[list[list[str]], list[str]]:
         if token in (r"\begin", r"\end") and "}" in tokens[position:]:
             end = tokens.index("}", position)
             token, position = joined(tokens[position : end + 1]), end
+            token = token.replace("{bmatrix}", "{pmatrix}")
         elif token not in SEPARATORS:
             parts[-1].append(token)
             position += 1
@@ -91,7 +100,8 @@ def _words(raw: list[str]) -> list[str]:
             position += raw[position : position + 1] == ["."]
         elif token in _TEXT and (group := _group(raw, position)):
             start, position = group
-            content = " ".join("".join(raw[start : position - 1]).split())
+            inside = (" " if t in _SPACES else t for t in raw[start : position - 1])
+            content = " ".join("".join(inside).split())
             if content in ("and", "or"):
                 found.append(", ")
             elif content.strip("$ "):
@@ -142,8 +152,8 @@ def _spaced(tokens: list[str]) -> list[str]:
         after = next((t for t in tokens[position + 1 : position + 2]), "")
         if found and found[-1] == ",":
             found[-1] = ", "
-        elif found and found[-1][-1].isalnum() and after[:1].isalnum():
-            found.append(" ")
+        elif found and re.search(r"^[^\\]*\w$", found[-1]) and after[:1].isalnum():
+            found.append(" ")  # after a control word it says nothing
     return found
 
 

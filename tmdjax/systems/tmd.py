@@ -342,20 +342,19 @@ def sample(
 @functools.partial(jax.jit, static_argnames="plan")
 def _sample(network: Any, noise: Data, cond: Any, keys: Any, plan: StudentPlan) -> Data:
     times = jnp.asarray(plan.outer_times, jnp.float32)
-    steps = jnp.arange(len(times) - 1)
-    if not jnp.issubdtype(keys.dtype, jnp.floating):
-        keys = prng.fold_in(keys[None], steps[:, None])
-    check_batch("noise of the outer steps", keys, len(steps))
-    check_batch("noise of an outer step", keys[0], len(noise))
+    if given := jnp.issubdtype(keys.dtype, jnp.floating):
+        check_batch("noise of the outer steps", keys, len(times) - 1)
+        check_batch("noise of an outer step", keys[0], len(noise))
 
     def step(x: Data, i: Array) -> tuple[Data, None]:
         t = jnp.broadcast_to(times[i], x.shape[:1])
         features = network(x, t, cond, method="backbone")
-        y1 = flows.start_noise(keys[i], x.shape[1:], x.dtype)
+        own = keys[i] if given else prng.fold_in(keys, i)
+        y1 = flows.start_noise(own, x.shape[1:], x.dtype)
         y = inner_flow(network, features, y1, plan)
         return x - (times[i] - times[i + 1]) * y, None
 
-    return jax.lax.scan(step, times[0] * noise, steps)[0]
+    return jax.lax.scan(step, times[0] * noise, jnp.arange(len(times) - 1))[0]
 
 
 def _compare(plan: StudentPlan, trained: Any, allowed: bool) -> None:
