@@ -87,8 +87,11 @@ def test_where_nothing_can_be_written_the_traceback_is_said(monkeypatch, tmp_pat
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from experiments.run import exit_with
+
+# a shell starts its background jobs with interrupts ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main(arguments):
     print("ready", flush=True)
@@ -110,29 +113,29 @@ def start(body):
 
 
 def test_interrupts_and_closed_pipes_are_quiet():
-    stopped = start("time.sleep(60)")
+    stopped = start("time.sleep(20)")
     assert stopped.stdout.readline() == "ready\n"
     stopped.send_signal(signal.SIGINT)
-    _, said = stopped.communicate(timeout=60)
+    _, said = stopped.communicate(timeout=15)
     assert stopped.returncode == 130 and said.startswith("interrupted;")
     body = (
         "from tmdjax.harness.runner import _stopper; stopper = _stopper(None);"
         "asked = stopper.__enter__(); print('training', flush=True);"
         "[time.sleep(0.01) for _ in iter(asked.should_stop, True)];"
-        "print('at a log', flush=True); time.sleep(60)"
+        "print('at a log', flush=True); time.sleep(20)"
     )
     asked = start(body)
     lines = [asked.stdout.readline(), asked.stdout.readline()]
     asked.send_signal(signal.SIGINT)
     assert [*lines, asked.stdout.readline()] == ["ready\n", "training\n", "at a log\n"]
     asked.send_signal(signal.SIGINT)
-    _, said = asked.communicate(timeout=60)
+    _, said = asked.communicate(timeout=15)
     assert asked.returncode == -signal.SIGINT  # 130 in a shell
     assert said.startswith("stopping at the next log;") and said.count("\n") == 1
     left = start("[print('x' * 1000) for _ in range(1000)]")
     assert left.stdout.readline() == "ready\n"
     left.stdout.close()
-    assert left.stderr.read() == "" and left.wait(60) == 141
+    assert left.stderr.read() == "" and left.wait(15) == 141
 
 
 @pytest.mark.slow
