@@ -5,6 +5,7 @@ Loaded by ``tests/conftest.py``; the ten dearest files are shown after every run
 names. ``TMDJAX_PRICE=tests/prices.json make test`` renews what workers are ordered by.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -86,6 +87,7 @@ class Price:
         if last and _compiled - self.cleared > CLEAR_AFTER:
             self.cleared = _compiled
             jax.clear_caches()
+            gc.collect()  # which is rare: see conftest.py
 
     def pytest_terminal_summary(self, terminalreporter):
         rows = sorted(self.files.items(), key=lambda row: -row[1][0])
