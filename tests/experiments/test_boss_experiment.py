@@ -79,6 +79,7 @@ print("same")
 """
 
 
+@pytest.mark.slow  # its fit is the one of tests/train/test_sharding.py
 def test_eight_devices_equal_one(run_python):
     assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 

@@ -1,4 +1,7 @@
-"""The invariants of the stochastic sampler, numbered as in its sheet."""
+"""The invariants of the stochastic sampler, numbered as in its sheet.
+
+15, that devices do not matter, stands in tests/train/test_sharding.py.
+"""
 
 import functools
 import warnings
@@ -359,26 +362,6 @@ def test_14_shared_noise_and_a_window():
     assert np.all(before == before[:, :1])
     assert not np.any(np.all(after == after[:, :1], axis=(1, 2)))
     np.testing.assert_array_equal(sample.log_prob[~window], 0)
-
-
-def test_15_trajectories_do_not_depend_on_the_devices(run_python):
-    script = """
-import jax, numpy as np
-from tmdjax import flows, train
-from tmdjax.core import prng
-
-keys = prng.sample_keys(jax.random.key(1), 8)
-x = prng.normal(keys, (3,))
-table = flows.make_table("flow_grpo", flows.uniform_grid(5))
-sample = jax.jit(lambda k, x: flows.rollout(k, lambda x, t, c: x ** 3 / 4, x, table))
-one = sample(keys, x)
-assert len(one.states.sharding.device_set) == 1
-eight = sample(*jax.device_put((keys, x), train.batch_sharding(train.make_mesh())))
-assert len(eight.states.sharding.device_set) == 8
-np.testing.assert_allclose(one.states, eight.states, atol=1e-6)
-print("same")
-"""
-    assert run_python(script, devices=8).strip() == "same"
 
 
 def test_split_scale_is_scored_as_asked():

@@ -1,4 +1,7 @@
-"""The on-policy iteration: what it learns, and what it must never do."""
+"""The on-policy iteration: what it learns, and what it must never do.
+
+On eight devices it is what it is on one: tests/train/test_sharding.py.
+"""
 
 import dataclasses
 import functools
@@ -375,34 +378,6 @@ def test_advantages_per_minibatch_are_those_of_the_batch_before_any_update():
     for name in ("policy_loss", "value_error", "grad_norm"):
         assert_allclose(once[2][name], afresh[2][name], rtol=1e-4, atol=1e-5)
     same(once[1].learner.params, afresh[1].learner.params, atol=2e-4)
-
-
-EIGHT_DEVICES = """
-import jax, numpy as np
-from tmdjax import envs, train
-from tmdjax.systems.ppo import GaussianPolicy
-from tmdjax.train.on_policy import ControlSettings, jit_iterations, make_trainer
-assert jax.device_count() == 8
-trainer = make_trainer(
-    envs.Vector(envs.MultiGoal(), 16),
-    GaussianPolicy(hidden=(16,)),
-    ControlSettings(unroll=4, epochs=2, minibatches=2, critic_hidden=(16,), normalise="running"),
-)
-key = jax.random.key(0)
-start, mesh = jax.jit(trainer.init), train.make_mesh()
-one, found = jit_iterations(trainer, 3)(start(key), key)
-many, others = jit_iterations(trainer, 3, mesh=mesh)(start(key), key)
-assert len(many.vector.observation.sharding.device_set) == 8
-assert not many.vector.observation.sharding.is_fully_replicated
-for x, y in zip(jax.tree.leaves((one.learner.params, found)),
-                jax.tree.leaves((many.learner.params, others)), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
-print("same")
-"""
-
-
-def test_eight_devices_equal_one(run_python):
-    assert run_python(EIGHT_DEVICES, devices=8).strip().endswith("same")
 
 
 def test_an_iteration_lowers_for_accelerators():

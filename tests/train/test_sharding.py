@@ -1,3 +1,5 @@
+"""Eight devices do what one does; one process, for what starts them is dear."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,10 +102,52 @@ assert not placed["w"].sharding.is_fully_replicated
 train.Checkpoints(FOLDER).save(1, placed)
 """
 
+TRAJECTORIES = """
+from tmdjax.core import prng
+
+keys = prng.sample_keys(jax.random.key(1), 8)
+x = prng.normal(keys, (3,))
+table = flows.make_table("flow_grpo", flows.uniform_grid(5))
+sample = jax.jit(lambda k, x: flows.rollout(k, lambda x, t, c: x ** 3 / 4, x, table))
+one = sample(keys, x)
+assert len(one.states.sharding.device_set) == 1
+eight = sample(*jax.device_put((keys, x), train.batch_sharding(train.make_mesh())))
+assert len(eight.states.sharding.device_set) == 8
+np.testing.assert_allclose(one.states, eight.states, atol=1e-6)
+print("trajectories are the same")
+"""
+
+CONTROL = """
+from tmdjax import envs
+from tmdjax.systems.ppo import GaussianPolicy
+from tmdjax.train.on_policy import ControlSettings, jit_iterations, make_trainer
+
+trainer = make_trainer(
+    envs.Vector(envs.MultiGoal(), 16),
+    GaussianPolicy(hidden=(16,)),
+    ControlSettings(unroll=4, epochs=2, minibatches=2, critic_hidden=(16,), normalise="running"),
+)
+key = jax.random.key(0)
+start, mesh = jax.jit(trainer.init), train.make_mesh()
+one, found = jit_iterations(trainer, 3)(start(key), key)
+many, others = jit_iterations(trainer, 3, mesh=mesh)(start(key), key)
+assert len(many.vector.observation.sharding.device_set) == 8
+assert not many.vector.observation.sharding.is_fully_replicated
+for x, y in zip(jax.tree.leaves((one.learner.params, found)),
+                jax.tree.leaves((many.learner.params, others)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+print("control is the same")
+"""
+
 
 def test_eight_devices_equal_one(run_python, tmp_path):
-    """Training steps, a video transformer, and a checkpoint that one device reads."""
-    said = run_python(f"FOLDER = {str(tmp_path)!r}\n{EIGHT_DEVICES}", devices=8)
+    """Training steps, a video transformer, and a checkpoint that one device reads.
+
+    And invariant 15 of stochastic samplers, and the on-policy iteration.
+    """
+    script = "".join([EIGHT_DEVICES, TRAJECTORIES, CONTROL])
+    said = run_python(f"FOLDER = {str(tmp_path)!r}\n{script}", devices=8)
+    assert "trajectories are the same" in said and "control is the same" in said
     assert "steps are the same" in said and "video is the same" in said
     assert "each device holds its videos" in said
     assert "batch of 6 does not divide over 4 devices" in said
