@@ -36,15 +36,14 @@ def test_it_measures_what_claims_may_be_about(tmp_path, ran):
     assert len(grpo.summary_rows(tiny(), found)) == 1
 
 
-def test_supervised_training_stops_at_the_gate(ran):
-    found = ran(grpo, tiny("sft.gate=0.0"))  # any accuracy passes
-    assert found["chain_sum/sft_steps"] == 2
-
-
 def test_methods_run_by_flags_alone(ran):
-    """KL to the start, another temperature, adapters; a length nobody has to give."""
-    flags = "rl.temperature=0.7 rl.lora_rank=2 method.name=grpo:dr_grpo"
+    """KL to the start, another temperature, adapters; a length nobody has to give.
+
+    And supervised training stops at the gate.
+    """
+    flags = "rl.temperature=0.7 rl.lora_rank=2 method.name=grpo:dr_grpo sft.gate=0.0"
     found = ran(grpo, tiny(*flags.split(), "method.kl_coefficient=0.1"))
+    assert found["chain_sum/sft_steps"] == 2  # any accuracy passes
     assert found["chain_sum/first_ratio_error"] < 1e-3
     assert found["chain_sum/skipped_updates"] == 0
     settings, objective, _ = grpo.settings_of(
