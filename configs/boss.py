@@ -24,7 +24,7 @@ from configs import flow_matching
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "30 s on 2 cores",
+    "smoke": "12 s of CPU once compiled",
     "cpu": "7 min a seed on 2 cores",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

@@ -28,7 +28,7 @@ EXPERIMENT = "alignment"
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "40 s on 2 cores",
+    "smoke": "17 s of CPU once compiled",
     "cpu": "3 min pretraining, then 4 min a seed (4 arms), on 2 cores",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

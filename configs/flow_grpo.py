@@ -22,7 +22,7 @@ EXPERIMENT = "alignment"
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "30 s on 2 cores",
+    "smoke": "14 s of CPU once compiled",
     "cpu": "3 min pretraining, then 2 min a seed, on 2 cores",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "30 s on 2 cores",
+    "smoke": "10 s of CPU once compiled",
     "cpu": "4 min a seed on 2 cores",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

@@ -33,7 +33,7 @@ from ml_collections.config_dict import placeholder
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "30 s on 2 cores",
+    "smoke": "7 s of CPU once compiled",
     "cpu": "24 min on 2 busy cores, 5 seeds",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

@@ -25,7 +25,7 @@ EXPERIMENT = "control"
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "40 s on 2 cores",
+    "smoke": "15 s of CPU once compiled",
     "cpu": "10 min on 2 cores, 5 seeds side by side",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

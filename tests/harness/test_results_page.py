@@ -55,10 +55,14 @@ def test_benchmarks_are_ratios_against_their_rival():
     row = {"what": "x / y", "unit": "s", "ours": 1.0, "rival": 2.0, "ratio": 0.51,
            "quartiles": [0.5, 0.52], "goal": 1.0}  # fmt: skip
     alone = {"what": "memory", "unit": "GB", "ours": 3.0}
-    found = {"benchmark": "sampler", "device": "cpu, 2 cores", "rows": [row, alone]}
+    rate = {**row, "unit": "1/s", "ratio": 1.5, "better": "greater"}
+    rows = [row, alone, rate]
+    found = {"benchmark": "sampler", "device": "cpu, 2 cores", "rows": rows}
     text = results_page.render([], benchmarks=[found])
-    cells = "| sampler | x / y | 1 s | 2 s | 0.51 | 0.5 .. 0.52 | 1 | cpu, 2 cores |"
+    cells = "| sampler | x / y | 1 s | 2 s | 0.51 | 0.5 .. 0.52 | at most 1 | cpu, 2"
     assert cells in text
+    cells = "| 1 1/s | 2 1/s | 1.5 | 0.5 .. 0.52 | at least 1 |"
+    assert cells in text and "of a rate (1/s) above 1" in text  # is better
     assert "| sampler | memory | 3 GB | - | - | - | - | cpu, 2 cores |" in text
 
 

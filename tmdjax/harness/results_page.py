@@ -119,7 +119,8 @@ def render(
         lines += ["", "## Benchmarks", ""]
         lines += [
             "Medians over repeats in one process; a ratio is ours over the rival's in "
-            "the same repeat, so that below 1 is faster or smaller.",
+            "the same repeat: of seconds, bytes and counts below 1 is better, of a "
+            "rate (1/s) above 1.",
             "",
             *markdown_table([r for each in benchmarks for r in _benchmark_rows(each)]),
         ]
@@ -194,11 +195,19 @@ def _benchmark_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "rival": rival,
                 "ratio": row.get("ratio"),
                 "quartiles": quartiles or None,
-                "goal": row.get("goal"),
+                "goal": _goal(row),
                 "device": found["device"],
             }
         )
     return rows
+
+
+def _goal(row: Mapping[str, Any]) -> str | None:
+    """The bound of a ratio, or of the figure itself; None where none was set."""
+    if row.get("goal") is None:
+        return None
+    side = "least" if row.get("better") == "greater" else "most"
+    return f"at {side} {format_value(row['goal'])}"
 
 
 def _markdown_row(cells: Iterable[Any]) -> str:
