@@ -19,6 +19,7 @@ paper  the sizes of Qwen2.5-1.5B; its arm qwen_gsm8k trains Qwen2.5-1.5B-Instruc
 
 Methods and how they are trained, for all arms or for one (arms.ARM.method.name):
 
+    --config.arms=countdown                    one arm alone
     --config.method.name=grpo:dr_grpo          grpo:decoupled, grpo:dapo, ...
     --config.method.kl_coefficient=0.04        to the policy before RL
     --config.rl.temperature=0.7 --config.rl.lora_rank=32

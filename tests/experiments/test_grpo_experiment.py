@@ -10,7 +10,7 @@ from checks import same
 
 from experiments import grpo, language_models
 from experiments import language_tasks as tasks
-from experiments.arms import of_arm
+from experiments.arms import arms, of_arm
 from tmdjax import generation
 from tmdjax.data import text_tasks
 from tmdjax.harness import check_experiment, load_config
@@ -50,6 +50,17 @@ def test_methods_run_by_flags_alone(ran):
         to_plain(of_arm(tiny("method.name=grpo:decoupled"), "chain_sum"))
     )
     assert objective.correction == "reject" and settings.proximal == "auto"
+    # one arm of several, and the method of the config without arms
+    one = load_config("configs/grpo.py:cpu", ["arms=countdown"])
+    assert (
+        arms(one) == ("countdown",)
+        and set(one.claims)
+        and "chain" not in str(one.claims)
+    )
+    alone = tiny("arms=", "method.name=grpo:dapo")
+    assert arms(alone) == ("main",) and not alone.claims
+    given = grpo.resolved(alone, "main")
+    assert grpo.settings_of(given)[1].clip_range == (0.2, 0.28)
 
 
 def test_adapters_alone_are_trained_and_the_start_is_the_base():

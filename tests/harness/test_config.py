@@ -147,6 +147,28 @@ def test_an_arm_may_be_given_what_the_config_has_for_all(tmp_path):
             load_config(f"{path}:smoke", [change])
 
 
+def test_some_arms_alone_keep_their_own_claims(tmp_path):
+    path = tmp_path / "arms.py"
+    path.write_text(
+        ARMS.replace(
+            '"arms": {',
+            '"claims": {"1": {"ours": "a/x"}, "2": {"ours": "a/x", "baseline": '
+            '"words/x"}}, "one_seed_arms": ("words",), "arms": {',
+        )
+    )
+    for change, arms, claims in (
+        ("arms=a", ["a"], ["1"]),
+        ("arms=words,a", ["a", "words"], ["1", "2"]),
+        ("arms=words", ["words"], []),
+        ("arms=", [], []),  # what config.method names
+    ):
+        config = load_config(f"{path}:smoke", [change])
+        assert sorted(config.arms) == arms and sorted(config.claims) == claims
+        assert config.one_seed_arms == (("words",) if "words" in arms else ())
+    with pytest.raises(ConfigError, match="arms=word: .*Did you mean 'words'"):
+        load_config(f"{path}:smoke", ["arms=word"])
+
+
 def test_last_override_wins_and_none_comes_back(config_file):
     overrides = ["train.clip=1", "train.steps=3", "train.steps=4", "train.clip=None"]
     config = load_config(f"{config_file}:smoke", overrides)

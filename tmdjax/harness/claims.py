@@ -24,6 +24,32 @@ def metric_name(arm: str, name: str) -> str:
     return name if arm == MAIN_ARM else f"{arm}/{name}"
 
 
+def keep_arms(config: Any, names: Iterable[str]) -> None:
+    """Drops all other arms of a config, and what it says of them, claims too.
+
+    Args:
+        config: a ConfigDict with 'arms', changed in place.
+        names: of the arms that stay; with none of them the config is that of 'main'.
+
+    Raises:
+        ValueError: no such arm.
+    """
+    names = tuple(names)
+    for name in names:
+        check_choice("arm", name, config.arms)
+    gone = [arm for arm in config.arms if arm not in names]
+    with config.unlocked():
+        for name, claim in list(config.get("claims", {}).items()):
+            about = (claim.get("ours"), claim.get("baseline"))
+            if any((metric or "").partition("/")[0] in gone for metric in about):
+                del config.claims[name]
+        for setting in ("one_seed_arms", "planned"):
+            if setting in config:
+                config[setting] = tuple(a for a in config[setting] if a not in gone)
+        for arm in gone:
+            del config.arms[arm]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
     """One statement to check, fixed before the run.

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_dict
 from tmdjax.core.files import json_of, write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ranges
+from tmdjax.harness.claims import keep_arms
 from tmdjax.harness.find import use_folder
 
 _EXPECTED = {
@@ -354,6 +355,11 @@ def _apply(config: ConfigDict, override: str, own: Mapping[str, str]) -> None:
             f"{'' if key in fields else _nearest(key, fields)}"
         )
     given = f"--config.{key}={text}"
+    if key == "arms" and "arms" in config:
+        try:
+            return keep_arms(config, filter(None, text.split(",")))
+        except ValueError as error:
+            raise ConfigError(f"{given}: {error}") from None
     try:
         if key not in fields and _add_to_group(config, key, text, fields):
             fields = _fields(config)
