@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from tmdjax import flows
+from tmdjax.core import prng
 
 MU, S = 0.7, 0.5
 
@@ -266,3 +268,40 @@ def test_jvp_without_forward_mode_names_the_remedy(refused):
     of_fused = lambda y, s, r: fused(y)  # noqa: E731
     refused(remedy, flows.total_derivative, of_fused, y, s, 0 * s, y)
     refused("own", flows.total_derivative, broken, y, s, 0 * s, y, error=TypeError)
+
+
+def test_half_jumps_along_straight_lines_agree_with_the_whole():
+    """Sheet of ReinFlow, 13: the exact field of a point mass, (x - m) / t."""
+    m, count = 0.4, 512
+    exact = lambda y, s, r: (y - m) / s[:, None]  # noqa: E731
+    y, s = jnp.linspace(-2, 2, 10).reshape(5, 2), jnp.float32([1, 1, 0.5, 0.25, 0.75])
+    r = jnp.float32([0, 0.5, 0, 0.125, 0.5])
+    assert_allclose(flows.shortcut_target(exact, y, s, r), exact(y, s, r), rtol=1e-5)
+    keys, data = prng.sample_keys(jax.random.key(0), count), jnp.full((count, 2), m)
+    loss = jax.jit(
+        flows.shortcut_loss,
+        static_argnums=0,
+        static_argnames=("rate", "levels", "target_of"),
+    )
+    assert np.quantile(loss(exact, data, keys, rate=1.0), 1) < 1e-6
+    assert np.quantile(loss(exact, data, keys, rate=0.0), 0.95) < 1e-6
+
+    # told apart by a map that answers with the length of its jump
+    length = lambda y, s, r: (s - r)[:, None] + 0 * y  # noqa: E731
+    nothing = lambda y, s, r: 0 * y  # noqa: E731
+    found = loss(length, data, keys, levels=3, target_of=nothing)
+    sizes = np.sqrt(found)
+    jumps = [np.isclose(sizes, size, atol=1e-6).mean() for size in (1, 0.5, 0.25)]
+    assert np.abs(np.array(jumps) - 0.25 / 3).max() < 4 * np.sqrt(0.083 / count)
+    # the halves are those of another map, without gradient
+    half = jax.grad(
+        lambda a: flows.shortcut_target(lambda y, s, r: a * y, y, s, r).sum()
+    )
+    assert half(1.0) == 0
+
+
+def test_halves_of_a_curved_map_are_averaged():
+    """u = y: two halves of length d / 2 give y (1 - d / 4)."""
+    y, s, r = jnp.ones((1, 1)), jnp.float32([0.8]), jnp.float32([0.4])
+    found = flows.shortcut_target(lambda y, s, r: y, y, s, r)
+    assert_allclose(found, 1 - 0.4 / 4, rtol=1e-6)

@@ -1,7 +1,8 @@
 """Training of flow maps from data: who jumps, who drops its condition, to which target.
 
 References:
-    MeanFlow, arXiv 2505.13447, algorithm 1 and sec. 4.2.
+    MeanFlow, arXiv 2505.13447, algorithm 1 and sec. 4.2. Shortcut models: arXiv
+    2410.12557.
 """
 
 import dataclasses
@@ -12,16 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from tmdjax.core import prng, trees
-from tmdjax.core.checks import check_choice, check_output, check_range
+from tmdjax.core.checks import check_choice, check_count, check_output, check_range
 from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Bool, Cond, Data, PerExample, SampleKeys, Time
 from tmdjax.flows.flow_maps import (
     DERIVATIVES,
     AverageVelocity,
+    apply_map,
     meanflow_error,
     normalised_loss,
 )
 from tmdjax.flows.matching import TimeSampler, ranged_time
+from tmdjax.flows.paths import conditional_velocity, interpolate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,3 +162,84 @@ def flow_map_loss(
     count = math.prod(y.shape[1:])
     loss = normalised_loss(error, config.loss_constant * count)
     return loss, {"squared_error": error / count}
+
+
+def shortcut_target(
+    average_velocity: AverageVelocity, y: Data, s: Time, r: Time
+) -> Data:
+    """The average velocity from s to r as two jumps of half the length have it.
+
+    Args:
+        average_velocity: ``u(y, s, r)``; no gradient flows through it.
+        y: states [batch, *event] at s.
+        s: times [batch].
+        r: times [batch], at most s; the jumps meet at (s + r) / 2.
+
+    Returns:
+        [batch, *event], the mean of u over the two jumps. A map along the straight line
+        to one point answers with its own u(y, s, r).
+
+    Raises:
+        TypeError, ValueError: what :func:`tmdjax.flows.apply_map` refuses.
+
+    References:
+        Shortcut models, arXiv 2410.12557, eq. 4 (its step size d is s - r).
+    """
+    middle = (s + r) / 2
+    first = check_output(average_velocity(y, s, middle), y, "the average velocity")
+    half = apply_map(lambda *given: first, y, s, middle)
+    second = check_output(average_velocity(half, middle, r), y, "the average velocity")
+    return jax.lax.stop_gradient((first + second) / 2)
+
+
+def shortcut_loss(
+    average_velocity: AverageVelocity,
+    x_data: Data,
+    keys: SampleKeys,
+    *,
+    rate: float = 0.25,
+    levels: int = 7,
+    target_of: AverageVelocity | None = None,
+) -> PerExample:
+    """Flow matching, and for a share of examples agreement with two half jumps.
+
+    An example that jumps does so over d = 2^-b, b uniform in 0, ..., levels - 1, from a
+    time on the grid of d; the others learn the velocity, s = r, at a uniform time.
+
+    Args:
+        average_velocity: ``u(y, s, r)`` of the network that is trained.
+        x_data: [batch, *event] float32.
+        keys: [batch] typed keys.
+        rate: share of examples that jump, in [0, 1].
+        levels: how many step sizes 1, 1/2, 1/4, ... are trained, at least 1.
+        target_of: the map that the half jumps are asked of, such as an average of
+            parameters; None is average_velocity.
+
+    Returns:
+        [batch], squared errors as means over event dimensions.
+
+    Raises:
+        TypeError, ValueError: numbers out of range, or an average velocity of another
+            kind or shape than x_data.
+
+    References:
+        Shortcut models, arXiv 2410.12557, algorithm 1; the noise of 1e-5 that stays in
+        the data is that of its code.
+    """
+    check_range("rate", rate, 0, 1)
+    check_count("levels", levels)
+    keys = prng.split(keys, 5)
+    jumps = prng.uniform(keys[:, 0]) < rate
+    integer = jax.vmap(lambda key, high: jax.random.randint(key, (), 0, high))
+    count = 2 ** integer(keys[:, 1], jnp.full(len(keys), levels))  # of steps of size d
+    d = 1 / count.astype(x_data.dtype)
+    end = integer(keys[:, 2], count) * d
+    s = jnp.where(jumps, end + d, prng.uniform(keys[:, 3], x_data.dtype))
+    r = jnp.where(jumps, end, s)
+    noise = prng.normal(keys[:, 4], x_data.shape[1:], x_data.dtype)
+    x_data = x_data + 1e-5 * noise
+    y, v = interpolate(x_data, noise, s), conditional_velocity(x_data, noise)
+    target = shortcut_target(target_of or average_velocity, y, s, r)
+    target = jnp.where(time_like(jumps, y), target, v)
+    u = check_output(average_velocity(y, s, r), y, "the average velocity")
+    return jnp.mean(jnp.square(u - target), axis=tuple(range(1, y.ndim)))

@@ -69,6 +69,32 @@ def gaussian_transition(mean: Data, std: Any, z: Data) -> Data:
     return mean + _std_like(std, mean) * z
 
 
+def gaussian_log_density(x: Data, mean: Data, std: Any) -> Data:
+    """Log N(x; mean, std^2) of every event dimension by itself.
+
+    Args:
+        x: [batch, *event], float32 or wider.
+        mean: [batch, *event].
+        std: scalar, [batch] or [batch, *event], > 0.
+
+    Returns:
+        [batch, *event] in nats.
+
+    Raises:
+        TypeError: x has fewer bits than mean: a rounded state has another density.
+        ValueError: a mean of another shape than x.
+    """
+    check_same_shape("mean", mean, "x", x)
+    if jnp.finfo(x.dtype).bits < jnp.finfo(mean.dtype).bits:
+        raise TypeError(
+            f"x is {x.dtype} but its transition was computed in {mean.dtype}; store "
+            f"sampler states in {mean.dtype}, or log-probs belong to other states."
+        )
+    std = _std_like(std, mean)
+    z = (x - mean) / std
+    return -0.5 * z * z - jnp.log(std) - 0.5 * np.log(2 * np.pi)
+
+
 def gaussian_log_prob(
     x: Data, mean: Data, std: Any, reduction: str = "mean"
 ) -> PerExample:
@@ -89,14 +115,6 @@ def gaussian_log_prob(
         ValueError: unknown reduction, or a mean of another shape than x.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_same_shape("mean", mean, "x", x)
-    if jnp.finfo(x.dtype).bits < jnp.finfo(mean.dtype).bits:
-        raise TypeError(
-            f"x is {x.dtype} but its transition was computed in {mean.dtype}; store "
-            f"sampler states in {mean.dtype}, or log-probs belong to other states."
-        )
-    std = _std_like(std, mean)
-    z = (x - mean) / std
-    log_density = -0.5 * z * z - jnp.log(std) - 0.5 * np.log(2 * np.pi)
+    density = gaussian_log_density(x, mean, std)
     axes = tuple(range(1, x.ndim))
-    return (jnp.mean if reduction == "mean" else jnp.sum)(log_density, axis=axes)
+    return (jnp.mean if reduction == "mean" else jnp.sum)(density, axis=axes)
