@@ -8,6 +8,8 @@ from tmdjax.models.build import functional as functional
 from tmdjax.models.build import init_params as init_params
 from tmdjax.models.build import spec_of as spec_of
 from tmdjax.models.build import with_recipe as with_recipe
+from tmdjax.models.chain_policy import ChainPolicy as ChainPolicy
+from tmdjax.models.chain_policy import action_size_of as action_size_of
 from tmdjax.models.checkpoints.adapters import adapters_from_hf as adapters_from_hf
 from tmdjax.models.checkpoints.adapters import load_adapters as load_adapters
 from tmdjax.models.checkpoints.adapters import save_adapters as save_adapters

@@ -100,8 +100,9 @@ class ControlMLP(nn.Module):
 class ControlVelocity(nn.Module):
     """Velocity (x, t, observation) -> v of an action's flow.
 
-    The first layer is linear in x, in sinusoids of t and in the observation; what the
-    observation adds is computed once an action (:meth:`embed`), not once an ODE step.
+    The first layer is linear in x, in what stands for t and in the observation; what
+    the observation adds is computed once an action (:meth:`embed`), not once an ODE
+    step.
 
     Attributes:
         action_size: of x.
@@ -112,6 +113,15 @@ class ControlVelocity(nn.Module):
         out_scale: of the output's kernel at the start; 0 for zeros.
         output_scale: what the output is multiplied by.
         recipe: GEMM recipe, or its name.
+        residual: layers after the first come in pairs, each adding
+            ``second(act(first(act(h))))`` to h: an odd number of equal widths.
+        time_hidden: width of the first of two layers that the sinusoids of t pass
+            before they enter; None leaves both out.
+        step_size: it also takes the length of the step that it is to make.
+
+    References:
+        ReinFlow, arXiv 2505.22094: residual, time_hidden=32 and activation 'relu' are
+        its networks; with a step size, those of shortcut models, arXiv 2410.12557.
     """
 
     action_size: int
@@ -121,9 +131,19 @@ class ControlVelocity(nn.Module):
     out_scale: float = 0.01
     output_scale: float = 1.0
     recipe: Any = "fp32"
+    residual: bool = False
+    time_hidden: int | None = None
+    step_size: bool = False
 
     def __post_init__(self):
         _check(self.hidden, self.activation)
+        if self.residual and (len(self.hidden) % 2 == 0 or len({*self.hidden}) > 1):
+            raise ValueError(
+                f"hidden={self.hidden} of a residual network: give an odd number of "
+                f"equal widths, a first layer and pairs that add to it."
+            )
+        if self.time_hidden is not None:
+            check_count("time_hidden", self.time_hidden)
         self.recipe = as_recipe(self.recipe)
         low, high, count = self.frequencies
         check_count("frequencies, how many", count)
@@ -140,30 +160,73 @@ class ControlVelocity(nn.Module):
         self.layers = [Dense(width, recipe) for width in rest]
         init = _out_init(self.out_scale)
         self.out = Dense(self.action_size, recipe, kernel_init=init)
+        if self.time_hidden is not None:
+            self.time_in = Dense(self.time_hidden, recipe)
+            self.time_out = Dense(2 * self.frequencies[2], recipe)
+
+    def features(self, observation: Array) -> Array:
+        """An observation as a vector, [batch, n]."""
+        return self.observation(observation)
 
     def embed(self, observation: Array) -> Array:
         """What an observation adds to the first layer, [batch, hidden[0]]."""
-        return self.from_observation(self.observation(observation))
+        return self.from_observation(self.features(observation))
 
-    def velocity(self, x: Array, t: Array, embedded: Array) -> Array:
+    def time(self, t: Array, step_size: Any = None) -> Array:
+        """What stands for a time (and the step's length), [batch, n].
+
+        Args:
+            t: [batch]; 1 is noise, 0 the action.
+            step_size: [batch] or a number in [0, 1], of a network that takes it.
+
+        Raises:
+            ValueError: a step size is lacking, or given to a network without one.
+        """
+        if (step_size is None) == self.step_size:
+            raise ValueError(
+                f"step_size={step_size} for a network with step_size={self.step_size}; "
+                f"give it to such a network, and to no other."
+            )
+        given = [t]
+        if step_size is not None:
+            given.append(jnp.broadcast_to(jnp.asarray(step_size, t.dtype), t.shape))
+        waves = jnp.asarray(np.geomspace(*self.frequencies), jnp.float32)
+        sinusoids = []
+        for number in given:
+            angles = number[:, None] * waves
+            sinusoids += [jnp.cos(angles), jnp.sin(angles)]
+        time = jnp.concatenate(sinusoids, -1)
+        if self.time_hidden is None:
+            return time
+        return self.time_out(ACTIVATIONS["mish"](self.time_in(time)))
+
+    def velocity(
+        self, x: Array, t: Array, embedded: Array, step_size: Any = None
+    ) -> Array:
         """float32 [batch, action_size].
 
         Args:
             x: [batch, action_size].
             t: [batch], or [1] where all have one time; 1 is noise, 0 the action.
             embedded: of the observation, from :meth:`embed`.
+            step_size: see :meth:`time`.
         """
         act = ACTIVATIONS[self.activation]
-        angles = t[:, None] * jnp.asarray(np.geomspace(*self.frequencies), jnp.float32)
-        time = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-        h = act(self.from_action(x) + self.from_time(time) + embedded)
-        for layer in self.layers:
-            h = act(layer(h))
+        h = self.from_action(x) + self.from_time(self.time(t, step_size)) + embedded
+        if self.residual:
+            for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
+                h = h + second(act(first(act(h))))
+        else:
+            h = act(h)
+            for layer in self.layers:
+                h = act(layer(h))
         return self.output_scale * self.out(h).astype(jnp.float32)
 
-    def __call__(self, x: Array, t: Array, observation: Array) -> Array:
+    def __call__(
+        self, x: Array, t: Array, observation: Array, step_size: Any = None
+    ) -> Array:
         """float32 [batch, action_size]: :meth:`velocity` of an embedded observation."""
-        return self.velocity(x, t, self.embed(observation))
+        return self.velocity(x, t, self.embed(observation), step_size)
 
 
 def solve_action(

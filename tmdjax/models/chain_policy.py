@@ -1,0 +1,97 @@
+"""What policies share that draw an action in several noisy steps."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax.core.checks import check_count, check_range
+from tmdjax.core.types import ApplyFn, Array, Params
+from tmdjax.models.build import functional, init_params
+from tmdjax.models.control import ControlVelocity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainPolicy:
+    """The network of such a policy, and the clips of its chain.
+
+    Attributes:
+        hidden: widths of the network, a :class:`tmdjax.models.ControlVelocity` that is
+            residual.
+        activation: its activation.
+        recipe: its GEMM recipe, or the name of one.
+        frequencies: of the sinusoids of its time.
+        time_hidden: width of the first of two layers that these pass.
+        steps: K, of a chain.
+        clip_noise: the noise of a step stays within so many standard deviations; None
+            does not clip.
+        clip_last: the end of a chain stays within +-clip_last; None does not clip.
+        bound: what the end of a chain is multiplied by to give an action.
+    """
+
+    hidden: tuple[int, ...] = (512, 512, 512)
+    activation: str = "relu"
+    recipe: Any = "fp32"
+    frequencies: tuple[float, float, int] = (1e-4, 1.0, 8)
+    time_hidden: int = 32
+    steps: int = 4
+    clip_noise: float | None = 3.0
+    clip_last: float | None = 1.0
+    bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        for name in ("clip_noise", "clip_last", "bound"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 0, open_low=True)
+
+    @property
+    def step_size(self) -> float | None:
+        """The length of a step, for a network that takes it; None for others."""
+        return None
+
+    def module(self, size: int) -> ControlVelocity:
+        """The network of actions of a size."""
+        return ControlVelocity(
+            size,
+            self.hidden,
+            self.activation,
+            self.frequencies,
+            recipe=self.recipe,
+            residual=True,
+            time_hidden=self.time_hidden,
+            step_size=self.step_size is not None,
+        )
+
+    def init_network(self, key: Any, observation: Any, action_size: int) -> Params:
+        """Its parameters, from one observation's shape and dtype."""
+        point = jax.ShapeDtypeStruct((1, action_size), jnp.float32)
+        time = jax.ShapeDtypeStruct((1,), jnp.float32)
+        given = point, time, observation, self.step_size
+        return init_params(self.module(action_size), key, *given)
+
+    def function(self, network: Params) -> ApplyFn:
+        """``apply_fn(network, x, t, observation)`` for these parameters."""
+        return functional(self.module(action_size_of(network)))
+
+    def seen(self, network: Params, observation: Array) -> tuple[Array, Array]:
+        """What an observation adds to the first layer, and its features, [batch, n].
+
+        Raises:
+            ValueError: observations of another size than the network was made for.
+        """
+        fn = self.function(network)
+        features = fn(network, observation, method="features")
+        size = network["from_observation"]["kernel"].shape[0]
+        if features.shape[-1] != size:
+            raise ValueError(
+                f"observations have shape {observation.shape}, {features.shape[-1]} "
+                f"numbers each; this policy was made for {size}."
+            )
+        return fn(network, observation, method="embed"), features
+
+
+def action_size_of(network: Params) -> int:
+    """The size of an action, from a network's parameters."""
+    return network["out"]["bias"].shape[0]
