@@ -112,6 +112,7 @@ TESTS = {
     "models/layers": "models/test_model_layers.py models/test_text_dit.py",
     "models/stack": "models/test_model_layers.py",
     "models/control": "models/test_control_networks.py",
+    "models/chain_policy": "systems/test_reinflow.py systems/test_dppo.py",
     "models/wrappers": "models/test_nnx_modules.py models/test_model_layers.py "
     "models/test_build.py",
     "models/decoder/config": "models/test_hf_decoder.py",

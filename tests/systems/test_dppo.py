@@ -1,0 +1,216 @@
+"""DPPO, the rival of ReinFlow: the rules of its sheet."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from numpy.testing import assert_allclose, assert_array_equal
+
+from tmdjax import envs, flows
+from tmdjax.core import prng
+from tmdjax.systems import dppo
+from tmdjax.systems.dppo import DPPO
+from tmdjax.train import on_policy
+from tmdjax.train.on_policy import Samples
+
+BATCH, SIZE, STEPS, TUNED = 64, 24, 5, 3
+KEYS = prng.sample_keys(jax.random.key(7), BATCH)
+COEFFICIENTS = {"clip_range": 0.1, "clip_base": 0.01, "denoising_discount": 0.9}
+
+
+def method_of(**options):
+    small = {"hidden": (16, 16, 16), "frequencies": (1.0, 8.0, 4)}
+    return DPPO(**small | {"steps": STEPS, "fine_tuned_steps": TUNED} | options)
+
+
+def nudged(tree, size=0.02):
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda x: x + np.float32(rng.normal(0, size, x.shape)), tree)
+
+
+@functools.cache
+def done():
+    """What a policy does, and its loss under other parameters, in one program."""
+    method = method_of()
+
+    @jax.jit
+    def run(key):
+        seen = jax.random.normal(jax.random.fold_in(key, 1), (BATCH, 4))
+        params = method.init(key, seen[:1], SIZE)
+        action, record = method.act(params, seen, KEYS)
+        samples = Samples(seen, record, 1 + 2 * jax.random.normal(key, (BATCH,)))
+        new = {**params, "network": nudged(params["network"])}
+        given = params, samples, KEYS, COEFFICIENTS
+        slope = jax.grad(lambda p: method.loss(p, *given)[0].sum())(new)
+        return {
+            "params": params,
+            "samples": samples,
+            "action": action,
+            "same": method.loss(params, *given)[1],
+            "moved": method.loss(new, *given),
+            "slope": slope,
+            "chain": method.rescore(new, seen, record["chain"]),
+            "deployed": [method.evaluate(params, seen, KEYS) for _ in range(2)],
+        }
+
+    return method, jax.device_get(run(jax.random.key(0)))
+
+
+def test_1_ratios_are_one_before_the_first_update():
+    _, found = done()
+    assert found["samples"].record["chain"].shape == (BATCH, TUNED + 1, SIZE)
+    assert found["same"]["ratio_error"].max() < 1e-5
+    assert_array_equal(found["action"], found["samples"].record["chain"][:, -1])
+    assert np.abs(found["action"]).max() == 1  # clipped
+
+
+def test_14_clip_ranges():
+    clips = np.asarray(dppo.clip_ranges(10, 0.01, 0.001))
+    assert_allclose(clips[[0, -1]], [0.001, 0.01], rtol=1e-6)
+    i = np.arange(10) / 9
+    expected = 0.001 + 0.009 * (np.exp(3 * i) - 1) / (np.exp(3) - 1)
+    assert_allclose(clips, expected, rtol=1e-5)
+    # as released a single step would have none, and never learn
+    assert_allclose(dppo.clip_ranges(1, 0.01, 0.001), [0.01], rtol=1e-6)
+
+
+def test_14_advantages_are_clipped_and_then_discounted():
+    a = np.float32(scipy.stats.norm.rvs(size=200, random_state=0))
+    found = dppo.step_advantages(jnp.asarray(a), 4, 0.9, (0.05, 0.95))
+    clipped = np.clip(a, *np.quantile(a, [0.05, 0.95]))
+    assert (clipped != a).sum() == 20
+    for i in range(4):  # the last step has weight 1
+        assert_allclose(found[i], 0.9 ** (3 - i) * clipped, rtol=1e-5)
+
+
+def test_loss_by_hand():
+    method, found = done()
+    chain, samples = found["chain"], found["samples"]
+    x, mean_law = samples.record["chain"].swapaxes(0, 1), chain.log_density
+    std = np.maximum([0.1] * TUNED, method.schedule.columns()["std"][2::-1])
+    assert_allclose(chain.std[:, 0, 0], std, rtol=1e-5)
+    assert x.shape == (TUNED + 1, BATCH, SIZE)
+    new = np.clip(np.float64(mean_law), -5, 2).mean(-1)
+    r = np.exp(new - samples.record["log_prob"].T)
+    a = np.clip(samples.advantage, *np.quantile(samples.advantage, [0.05, 0.95]))
+    a = a * 0.9 ** np.arange(TUNED)[::-1, None]
+    e = 0.01 + 0.09 * np.expm1([0, 1.5, 3]) / np.expm1(3)
+    e = e[:, None]
+    expected = np.maximum(-a * r, -a * np.clip(r, 1 - e, 1 + e)).mean(0)
+    loss, metrics = found["moved"]
+    assert_allclose(loss, expected, rtol=1e-3, atol=1e-5)
+    assert_allclose(metrics["kl"], (r - 1 - np.log(r)).mean(0), rtol=1e-2, atol=1e-6)
+    outside = (mean_law < -5) | (mean_law > 2)
+    assert_allclose(metrics["log_prob_clipped"], outside.mean((0, 2)), atol=1e-6)
+
+
+def test_only_the_last_steps_are_trained():
+    slope = done()[1]["slope"]
+    assert slope["network"]["out"]["kernel"].any()
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope["base"]))
+    whole = method_of(fine_tuned_steps=STEPS)
+    assert set(whole.pretrained({})) == {"network"}
+
+
+def test_clipping_a_sum_over_dimensions_would_saturate():
+    """24 dimensions of log-densities near 1 sum to far above 2: no gradient is left."""
+    method, found = done()
+    chain = found["chain"]
+    last = jnp.asarray(chain.log_density[-1:])
+
+    @jax.jit
+    @jax.jacrev
+    def slopes(scale):
+        ours = method.log_probs(chain.replace(log_density=scale * last)).sum()
+        summed_first = jnp.clip((scale * last).sum(-1), -5, 2).sum()
+        return ours, summed_first
+
+    assert last.sum(-1).min() > 2
+    ours, summed_first = slopes(1.0)
+    assert summed_first == 0 and ours > 1
+
+
+def test_the_deployed_policy_has_the_models_own_noise_and_none_in_the_end():
+    method, found = done()
+    first, second = found["deployed"]
+    assert_array_equal(first, second)
+    params, seen = jax.tree.map(
+        jnp.asarray, (found["params"], found["samples"].observation)
+    )
+    levels = method.schedule.rows(np.arange(STEPS)[::-1])
+
+    def predicts(x, row):
+        fn = method.function(params["network"])
+        return fn(params["network"], x, row["t"], seen)
+
+    @jax.jit
+    def walk(x):  # the textbook's formula of the mean
+        beta, bar = method.schedule.beta, method.schedule.alpha_bar
+        for i, k in enumerate(range(STEPS - 1, -1, -1)):
+            row = {name: jnp.broadcast_to(c[i], (BATCH,)) for name, c in levels.items()}
+            e = predicts(x, row)
+            x_0 = jnp.clip((x - np.sqrt(1 - bar[k]) * e) / np.sqrt(bar[k]), -1, 1)
+            before = bar[k - 1] if k else 1.0
+            x = (
+                np.sqrt(before) * beta[k] * x_0
+                + np.sqrt(1 - beta[k]) * (1 - before) * x
+            ) / (1 - bar[k])
+            if k:
+                std = max(np.sqrt((1 - before) / (1 - bar[k]) * beta[k]), 1e-3)
+                z = prng.normal(prng.fold_in(KEYS, i), (SIZE,))
+                x = x + std * jnp.clip(z, -3, 3)
+        return jnp.clip(x, -1, 1)
+
+    expected = walk(flows.initial_noise(KEYS, (SIZE,)))
+    assert_allclose(first, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_cloning_trains_the_network_alone():
+    method, found = method_of(bound=2.0), done()[1]
+    seen = jnp.asarray(found["samples"].observation)
+    action = 2 * jnp.tanh(seen[:, :1] + jnp.zeros(SIZE))
+
+    @jax.jit
+    def both(params):
+        loss = method.cloning_loss(params, seen, action, KEYS)
+        of = lambda p: method.cloning_loss(p, seen, action, KEYS).mean()  # noqa: E731
+        return loss, jax.grad(of)(params)
+
+    loss, slope = both(found["params"])
+    assert loss.shape == (BATCH,) and 0.8 < loss.mean() < 1.2  # it predicts about 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope["base"]))
+    assert all(leaf.any() for leaf in jax.tree.leaves(slope["network"]))
+
+
+@pytest.mark.slow
+def test_a_known_optimum_is_approached():
+    method = method_of(clip_range=0.1, clip_base=0.05, bound=2.0)
+    settings = on_policy.ControlSettings(
+        unroll=8, epochs=4, minibatches=2, critic_hidden=(16,), learning_rate=3e-3,
+        discount=0.9, value_clip=None,
+    )  # fmt: skip
+    environment = envs.Vector(envs.PROBES["target"], 64)
+    trainer = on_policy.make_trainer(environment, method, settings)
+    run, key = on_policy.jit_iterations(trainer, 100), jax.random.key(0)
+    _, metrics = run(jax.jit(trainer.init)(key), key)
+    reward = metrics["reward_mean"]
+    assert metrics["first_ratio_error"].max() < 1e-4
+    assert reward[-10:].mean() > 0.3 * reward[0], (reward[0], reward[-10:].mean())
+
+
+def test_bad_inputs(refused):
+    refused("fine_tuned_steps=3 of steps=2", DPPO, steps=2, fine_tuned_steps=3)
+    refused("std_floor=0.0 is outside", DPPO, std_floor=0.0)
+    refused("advantage_quantiles, upper=0.1", DPPO, advantage_quantiles=(0.5, 0.1))
+    refused("advantage_quantiles=1.5", DPPO, advantage_quantiles=(0.5, 1.5))
+    refused(r"denoising_discount=1.1 is outside \[0, 1\]", DPPO, denoising_discount=1.1)
+    refused("clip_data=0 is outside", DPPO, clip_data=0)
+    refused("preset='hopper' is not one of 'dppo'", dppo.preset, "hopper")
+    assert dppo.preset("dppo").method == DPPO()
+    method, found = done()
+    chain = found["samples"].record["chain"][:, 1:]
+    refused(r"a chain of 3 steps has shape \(3, 64, 24\)", method.rescore,
+            found["params"], found["samples"].observation, chain)  # fmt: skip

@@ -1,0 +1,386 @@
+"""ReinFlow: PPO for flow policies that sample in a few steps.
+
+A flow policy is deterministic given its start noise. While it is trained, a small
+network adds bounded Gaussian noise after every Euler step, so that the chain of states
+has a likelihood; afterwards it is thrown away, and the policy is the ODE again with the
+velocity that PPO left. Policies begin as clones of demonstrations.
+
+In this library's time (1 is noise, 0 the action) a step is x - v / K; the paper's time
+runs the other way.
+
+References:
+    arXiv 2505.22094 and its code.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from tmdjax import flows, models, rl
+from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.types import Array, Params
+from tmdjax.train import on_policy
+from tmdjax.train.on_policy import Samples
+
+VARIANTS = ("rectified", "shortcut")
+NOISE_INPUTS = ("observation", "observation_time", "none")
+W2_NOISES = ("normal", "zero")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReinFlow(models.ChainPolicy):
+    """A :class:`tmdjax.train.on_policy.ControlMethod`.
+
+    Attributes, beside those of :class:`tmdjax.models.ChainPolicy`:
+        variant: 'rectified', or 'shortcut': the network also takes the step's length.
+        noise_hidden: widths of the noise network (tanh).
+        noise_input: what it sees: 'observation', 'observation_time' (the velocity
+            network's embedding of the time too, without gradient), or 'none': the
+            standard deviation is std_lower everywhere.
+        std_lower: lowest standard deviation of a step's noise, > 0.
+        std_upper: highest one, >= std_lower.
+        decay_iterations: of training; the highest deviation falls over them as
+            :func:`noise_bound` says. None holds it.
+        clip_mean: means of steps stay within +-clip_mean; None does not clip.
+        log_prob_reduction: 'mean' over steps and dimensions, as published, or 'sum';
+            clip_range, log_prob_range and the entropy go by it.
+        log_prob_range: log-probs are clipped to it, and have no gradient outside.
+        count_start: the start noise counts as a step in log-prob and entropy.
+        clip_range: of the ratio, in (0, 1).
+        entropy_coefficient: of the entropy, >= 0.
+        w2_coefficient: of the squared distance to the action that the pretrained policy
+            takes from the same start, >= 0; 0 leaves it out, with the copy it needs.
+        w2_noise: that start: 'normal' noise, as in the paper, or 'zero', as in the
+            code.
+        legacy_grid: chains are walked on the times of the released code, K points from
+            1 to 0, and scored on others: ratios do not start at 1. To compare alone.
+    """
+
+    variant: str = "rectified"
+    noise_hidden: tuple[int, ...] = (64, 64)
+    noise_input: str = "observation_time"
+    std_lower: float = 0.1
+    std_upper: float = 0.24
+    decay_iterations: int | None = 1000
+    clip_mean: float | None = 1.0
+    log_prob_reduction: str = "mean"
+    log_prob_range: tuple[float, float] = (-1.0, 1.0)
+    count_start: bool = True
+    clip_range: float = 0.01
+    entropy_coefficient: float = 0.03
+    w2_coefficient: float = 0.0
+    w2_noise: str = "normal"
+    legacy_grid: bool = False
+    coefficients: ClassVar[tuple[str, ...]] = (
+        "clip_range",
+        "entropy_coefficient",
+        "std_lower",
+        "std_upper",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("noise_input", self.noise_input, NOISE_INPUTS)
+        check_choice("w2_noise", self.w2_noise, W2_NOISES)
+        check_choice("log_prob_reduction", self.log_prob_reduction, flows.REDUCTIONS)
+        if not 0 < self.std_lower <= self.std_upper < float("inf"):
+            raise ValueError(
+                f"std_lower={self.std_lower}, std_upper={self.std_upper}: the noise of "
+                f"a step needs 0 < std_lower <= std_upper."
+            )
+        if self.decay_iterations is not None:
+            check_count("decay_iterations", self.decay_iterations)
+        if self.clip_mean is not None:
+            check_range("clip_mean", self.clip_mean, 0, open_low=True)
+        low, high = self.log_prob_range
+        check_range("log_prob_range, upper", high, low, open_low=True)
+        check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
+        for name in ("entropy_coefficient", "w2_coefficient"):
+            check_range(name, getattr(self, name), 0)
+        shortcut = self.variant == "shortcut"
+        if shortcut and self.steps & (self.steps - 1):
+            warnings.warn(
+                f"steps={self.steps} of a shortcut policy is no power of 2: cloning "
+                f"trains steps of 1, 1/2, 1/4, 1/8, not of 1/{self.steps}.",
+                stacklevel=3,
+            )
+        if shortcut and self.legacy_grid:
+            raise ValueError(
+                "legacy_grid=True is of variant='rectified'; the released code walks "
+                "and scores shortcut policies on one grid."
+            )
+
+    @property
+    def step_size(self) -> float | None:
+        """1 / K for a shortcut policy, None for a rectified flow."""
+        return 1 / self.steps if self.variant == "shortcut" else None
+
+    @property
+    def _rows(self) -> dict[str, Array]:
+        grid = flows.uniform_grid(self.steps)
+        return flows.make_table("ode", grid).rows(slice(None), jnp.float32)
+
+    def init(self, key: Any, observation: Any, action_size: int) -> Params:
+        """Parameters 'network' (velocity), and 'noise' and 'pretrained' if needed."""
+        keys = jax.random.split(key)
+        network = self.init_network(keys[0], observation, action_size)
+        params = self.pretrained(network)
+        if self.noise_input != "none":
+            time = jax.ShapeDtypeStruct((1,), jnp.float32)
+            given = jax.eval_shape(
+                lambda n, x, t: self._noise_seen(n, self.seen(n, x)[1], t),
+                network,
+                observation,
+                time,
+            )
+            noise = self._noise_module(action_size)
+            params["noise"] = models.init_params(noise, keys[1], given)
+        return params
+
+    def pretrained(self, network: Params) -> dict[str, Any]:
+        """The entries of the parameters that a cloned network gives."""
+        entries = {"network": network}
+        return entries | {"pretrained": network} if self.w2_coefficient else entries
+
+    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The velocity network, and how it is walked; no noise is left."""
+        size = models.action_size_of(params["network"])
+        names = ("steps", "step_size", "clip_mean", "clip_last", "bound")
+        facts = {name: getattr(self, name) for name in names}
+        return models.spec_of(self.module(size)), {"solver": "euler", **facts}
+
+    def std_bounds(self, coefficients: Mapping[str, Any] | None = None) -> Any:
+        """Lowest and highest standard deviation in an iteration, scalars.
+
+        Coefficients may be traced; without them it is the first iteration.
+        """
+        if coefficients is None:
+            return self.std_lower, self.std_upper
+        low, high = coefficients["std_lower"], coefficients["std_upper"]
+        if self.decay_iterations is not None:
+            done = coefficients["iteration"] / self.decay_iterations
+            high = noise_bound(done, low, high)
+        return low, high
+
+    def ode(self, params: Params, observation: Array, x_0: Array) -> Array:
+        """The deployed policy: K Euler steps without noise.
+
+        Args:
+            params: of the policy; 'network' is used.
+            observation: [batch, ...].
+            x_0: [batch, action_size], the start at t = 1: standard normal, or zeros.
+
+        Returns:
+            Actions [batch, action_size], within clip_last times bound.
+        """
+        cond = self.seen(params["network"], observation)
+        given = self._transition(params, self.std_bounds()), x_0, self._rows, cond
+        chain = flows.noisy_chain(None, *given, clip_last=self.clip_last)
+        return self.bound * chain.states[-1]
+
+    def evaluate(self, params: Params, observation: Array, keys: Any) -> Array:
+        """Actions [batch, action_size] of :meth:`ode` from noise drawn by keys."""
+        size = models.action_size_of(params["network"])
+        return self.ode(params, observation, flows.initial_noise(keys, (size,)))
+
+    def act(
+        self, params: Params, observation: Array, keys: Any, coefficients: Any = None
+    ) -> tuple[Array, Any]:
+        """An action, its chain [batch, K + 1, action_size] and the chain's log-prob."""
+        size = models.action_size_of(params["network"])
+        bounds = self.std_bounds(coefficients)
+        chain = flows.noisy_chain(
+            keys,
+            self._transition(params, bounds, legacy=self.legacy_grid),
+            flows.initial_noise(keys, (size,)),
+            self._rows,
+            self.seen(params["network"], observation),
+            clip_noise=self.clip_noise,
+            clip_last=self.clip_last,
+        )
+        record = {"chain": chain.states.swapaxes(0, 1)}
+        record["log_prob"] = self.log_prob(chain)
+        return self.bound * chain.states[-1], record
+
+    def rescore(
+        self, params: Params, observation: Array, chain: Array, coefficients: Any = None
+    ) -> flows.Chain:
+        """Chains [batch, K + 1, action_size] under a policy, all steps in one call.
+
+        Raises:
+            ValueError: chains of another number of steps, or observations of another
+                size than the policy was made for.
+        """
+        transition = self._transition(params, self.std_bounds(coefficients))
+        cond = self.seen(params["network"], observation)
+        return flows.rescore_chain(chain.swapaxes(0, 1), transition, self._rows, cond)
+
+    def log_prob(self, chain: flows.Chain) -> Array:
+        """Log-prob of a chain as the ratio takes it, [batch], before it is clipped."""
+        return flows.chain_log_prob(
+            chain, self.log_prob_reduction, count_start=self.count_start
+        )
+
+    def loss(
+        self,
+        params: Params,
+        behaviour: Params,
+        samples: Samples,
+        keys: Any,
+        coefficients: Mapping[str, Any],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Clipped surrogate less the entropy, plus the W2 term, [batch]."""
+        seen, record = samples.observation, samples.record
+        chain = self.rescore(params, seen, record["chain"], coefficients)
+        whole = self.log_prob(chain)
+        log_prob, old = (
+            jnp.clip(x, *self.log_prob_range) for x in (whole, record["log_prob"])
+        )
+        entropy = flows.chain_entropy(
+            chain, self.log_prob_reduction, count_start=self.count_start
+        )
+        loss = rl.clipped_surrogate(
+            log_prob, old, samples.advantage, clip_range=coefficients["clip_range"]
+        )
+        loss = loss - coefficients["entropy_coefficient"] * entropy
+        metrics = {
+            "kl": rl.kl_estimate(old, log_prob),
+            "ratio_error": rl.ratio_error(whole - record["log_prob"]),
+            "entropy": entropy,
+            "std": chain.std.mean((0, 2)),
+            "log_prob_clipped": (whole != log_prob).astype(jnp.float32),
+        }
+        if self.w2_coefficient:
+            distance = self._w2(params, seen, keys)
+            loss, metrics["w2"] = loss + self.w2_coefficient * distance, distance
+        return loss, metrics
+
+    def cloning_loss(
+        self, params: Params, observation: Array, action: Array, keys: Any
+    ) -> Array:
+        """Flow matching of demonstrated actions, of 'network' alone, [batch].
+
+        Args:
+            params: of the policy.
+            observation: [batch, ...].
+            action: [batch, action_size] within +-bound.
+            keys: [batch].
+        """
+        network, action = params["network"], action / self.bound
+        fn = self.function(network)
+        if self.variant == "rectified":
+            return flows.flow_matching_loss(network, fn, action, keys, observation)[0]
+        return flows.shortcut_loss(
+            lambda y, s, r: fn(network, y, s, observation, s - r), action, keys
+        )
+
+    def _noise_module(self, size: int) -> models.ControlMLP:
+        return models.ControlMLP(size, self.noise_hidden, "tanh", 0.01, self.recipe)
+
+    def _noise_seen(self, network: Params, features: Array, t: Array) -> Array:
+        if self.noise_input == "observation":
+            return features
+        time = self.function(network)(network, t, self.step_size, method="time")
+        return jnp.concatenate([features, jax.lax.stop_gradient(time)], -1)
+
+    def _transition(
+        self, params: Params, bounds: Any, *, legacy: bool = False
+    ) -> flows.Transition:
+        network = params["network"]
+        fn = self.function(network)
+        noise = models.functional(self._noise_module(models.action_size_of(network)))
+
+        def clock(t: Array) -> Array:
+            # the released code walks K points from 1 to 0 in steps of 1 / K
+            return 1 - (1 - t) * self.steps / max(self.steps - 1, 1) if legacy else t
+
+        def velocity(x: Array, t: Array, cond: Any) -> Array:
+            given = x, clock(t), cond[0], self.step_size
+            return fn(network, *given, method="velocity")
+
+        def std(t: Array, cond: Any) -> Any:
+            if self.noise_input == "none":
+                return bounds[0]
+            given = self._noise_seen(network, cond[1], clock(t))
+            return flows.bounded_std(noise(params["noise"], given), *bounds)
+
+        return flows.euler_transition(velocity, std, clip_mean=self.clip_mean)
+
+    def _w2(self, params: Params, observation: Array, keys: Any) -> Array:
+        """Squared distance to the pretrained policy's action, a mean, [batch]."""
+        x_0 = flows.initial_noise(keys, (models.action_size_of(params["network"]),))
+        x_0 = jnp.zeros_like(x_0) if self.w2_noise == "zero" else x_0
+        before = {**params, "network": params["pretrained"]}
+        there = jax.lax.stop_gradient(self.ode(before, observation, x_0))
+        return jnp.mean((self.ode(params, observation, x_0) - there) ** 2, -1)
+
+
+def noise_bound(done: Any, low: Any, high: Any) -> Array:
+    """The highest standard deviation, a scalar, after a share of training, in [0, 1].
+
+    ``high`` in the first 35 %; then half a cosine down to 0.3 low + 0.7 high, where it
+    stays. All may be traced.
+
+    References:
+        'learn_decay' in ReinFlow's code.
+    """
+    fallen = jnp.clip((done - 0.35) / 0.65, 0, 1)
+    return high - 0.3 * (high - low) * (1 - jnp.cos(jnp.pi * fallen)) / 2
+
+
+_TRAINER = {
+    "unroll": 500,
+    "epochs": 5,
+    "minibatches": 4,
+    "learning_rate": 4.5e-5,
+    "weight_decay": 0.0,
+    "clip_norm": None,
+    "advantages": "minibatch",
+    "value_coefficient": 0.25,
+    "value_clip": None,
+    "critic_hidden": (256, 256, 256),
+}
+_NARROW = {"std_lower": 0.08, "std_upper": 0.16}
+_HELD = {"decay_iterations": None, "entropy_coefficient": 0.0}
+_KITCHEN = {**_HELD, "variant": "shortcut", "std_lower": 0.05, "std_upper": 0.12}
+_IMAGE = {**_HELD, "std_lower": 0.08, "std_upper": 0.14, "steps": 1, "clip_range": 1e-3}
+_TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "reinflow": ({}, {}),
+    "hopper": ({}, {}),
+    "walker": ({}, {"learning_rate": 4.5e-4}),
+    "halfcheetah": ({}, {"learning_rate": 3e-5}),
+    "ant": (_NARROW, {}),
+    "humanoid": (_NARROW, {}),
+    "kitchen": (_KITCHEN, {}),
+    "image": (_IMAGE, {"discount": 0.999, "epochs": 10}),
+}
+PRESETS = tuple(_TASKS)
+
+
+def preset(
+    name: str, *, settings: Mapping[str, Any] | None = None, **changes: Any
+) -> on_policy.ControlSetup:
+    """The settings of the released code, corrected by the paper's text, with changes.
+
+    A sample is seen once an epoch; the code has each ten times among its indices, for
+    as many updates of ten times the size.
+
+    Args:
+        name: 'hopper' ('reinflow' is the same), 'walker', 'halfcheetah', 'ant',
+            'humanoid', 'kitchen', or 'image' (robomimic from pixels).
+        settings: changed fields of :class:`tmdjax.train.on_policy.ControlSettings`.
+        **changes: fields of :class:`ReinFlow`.
+
+    Raises:
+        ValueError: an unknown preset, or settings out of range.
+        TypeError: an unknown field.
+    """
+    check_choice("preset", name, PRESETS)
+    method, trainer = _TASKS[name]
+    trainer = {**_TRAINER, **trainer}
+    return on_policy.make_setup(ReinFlow, trainer, {**method, **changes}, settings)
