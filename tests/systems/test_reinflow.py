@@ -337,6 +337,12 @@ def test_presets_are_the_published_ones(name):
         (method.decay_iterations is None) == held == (method.entropy_coefficient == 0)
     )
     assert settings.weight_decay == 0 and settings.advantages == "minibatch"
+    actor, critic, warmup = {
+        "walker": (4.5e-4, 4e-3, 5), "halfcheetah": (3e-5, 3e-4, 10)
+    }.get(name, (4.5e-5, 6.5e-4, 0))  # fmt: skip
+    assert settings.learning_rate == actor and settings.critic_warmup == warmup
+    assert settings.critic_learning_rate == critic and settings.scale_rewards
+    assert settings.target_kl == (0.01 if name == "image" else 1.0)
 
 
 def test_bad_inputs(refused):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import ApplyFn, Array, Params
+from tmdjax.flows import initial_noise
 from tmdjax.models.build import functional, init_params
 from tmdjax.models.control import ControlVelocity
 
@@ -74,6 +75,10 @@ class ChainPolicy:
     def function(self, network: Params) -> ApplyFn:
         """``apply_fn(network, x, t, observation)`` for these parameters."""
         return functional(self.module(action_size_of(network)))
+
+    def start(self, params: Params, keys: Any) -> Array:
+        """Where chains begin: normal noise [batch, action_size], one key a sample."""
+        return initial_noise(keys, (action_size_of(params["network"]),))
 
     def seen(self, network: Params, observation: Array) -> tuple[Array, Array]:
         """What an observation adds to the first layer, and its features, [batch, n].

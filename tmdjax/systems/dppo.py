@@ -143,8 +143,7 @@ class DPPO(models.ChainPolicy):
         self, params: Params, observation: Array, keys: Any, floor: Any, x_0: Any = None
     ) -> flows.Chain:
         """The trained part of a chain."""
-        size = models.action_size_of(params["network"])
-        x = flows.initial_noise(keys, (size,)) if x_0 is None else x_0
+        x = self.start(params, keys) if x_0 is None else x_0
         if self.fine_tuned_steps < self.steps:
             transition, cond = self._transition(params["base"], observation, floor)
             rows, noise = self._rows(trained=False), {"clip_noise": self.clip_noise}
@@ -295,18 +294,11 @@ def step_advantages(
     return weight[:, None] * jnp.clip(advantage, low, high)
 
 
-_TRAINER = {
-    "unroll": 500,
-    "epochs": 5,
-    "minibatches": 4,
-    "learning_rate": 1e-4,
-    "weight_decay": 0.0,
-    "clip_norm": None,
-    "advantages": "minibatch",
-    "value_coefficient": 0.25,
-    "value_clip": None,
-    "critic_hidden": (256, 256, 256),
-}
+_TRAINER = {"unroll": 500, "epochs": 5, "minibatches": 4, "advantages": "minibatch"}
+_TRAINER |= {"learning_rate": 1e-4, "critic_learning_rate": 1e-3, "weight_decay": 0.0}
+_TRAINER |= {"target_kl": 1.0, "kl_rule": "stop", "clip_norm": None}
+_TRAINER |= {"value_coefficient": 0.25, "value_clip": None, "scale_rewards": True}
+_TRAINER |= {"normalise": "fixed", "critic_hidden": (256, 256, 256)}
 
 
 def preset(

@@ -131,12 +131,10 @@ class ReinFlow(models.ChainPolicy):
         network = self.init_network(keys[0], observation, action_size)
         params = self.pretrained(network)
         if self.noise_input != "none":
-            time = jax.ShapeDtypeStruct((1,), jnp.float32)
             given = jax.eval_shape(
-                lambda n, x, t: self._noise_seen(n, self.seen(n, x)[1], t),
+                lambda n, x: self._noise_seen(n, self.seen(n, x)[1], jnp.zeros(1)),
                 network,
                 observation,
-                time,
             )
             noise = self._noise_module(action_size)
             params["noise"] = models.init_params(noise, keys[1], given)
@@ -149,10 +147,10 @@ class ReinFlow(models.ChainPolicy):
 
     def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """The velocity network, and how it is walked; no noise is left."""
-        size = models.action_size_of(params["network"])
+        module = self.module(models.action_size_of(params["network"]))
         names = ("steps", "step_size", "clip_mean", "clip_last", "bound")
         facts = {name: getattr(self, name) for name in names}
-        return models.spec_of(self.module(size)), {"solver": "euler", **facts}
+        return models.spec_of(module), {"solver": "euler", **facts}
 
     def std_bounds(self, coefficients: Mapping[str, Any] | None = None) -> Any:
         """Lowest and highest standard deviation in an iteration, scalars.
@@ -185,19 +183,17 @@ class ReinFlow(models.ChainPolicy):
 
     def evaluate(self, params: Params, observation: Array, keys: Any) -> Array:
         """Actions [batch, action_size] of :meth:`ode` from noise drawn by keys."""
-        size = models.action_size_of(params["network"])
-        return self.ode(params, observation, flows.initial_noise(keys, (size,)))
+        return self.ode(params, observation, self.start(params, keys))
 
     def act(
         self, params: Params, observation: Array, keys: Any, coefficients: Any = None
     ) -> tuple[Array, Any]:
         """An action, its chain [batch, K + 1, action_size] and the chain's log-prob."""
-        size = models.action_size_of(params["network"])
         bounds = self.std_bounds(coefficients)
         chain = flows.noisy_chain(
             keys,
             self._transition(params, bounds, legacy=self.legacy_grid),
-            flows.initial_noise(keys, (size,)),
+            self.start(params, keys),
             self._rows,
             self.seen(params["network"], observation),
             clip_noise=self.clip_noise,
@@ -313,7 +309,7 @@ class ReinFlow(models.ChainPolicy):
 
     def _w2(self, params: Params, observation: Array, keys: Any) -> Array:
         """Squared distance to the pretrained policy's action, a mean, [batch]."""
-        x_0 = flows.initial_noise(keys, (models.action_size_of(params["network"]),))
+        x_0 = self.start(params, keys)
         x_0 = jnp.zeros_like(x_0) if self.w2_noise == "zero" else x_0
         before = {**params, "network": params["pretrained"]}
         there = jax.lax.stop_gradient(self.ode(before, observation, x_0))
@@ -333,31 +329,29 @@ def noise_bound(done: Any, low: Any, high: Any) -> Array:
     return high - 0.3 * (high - low) * (1 - jnp.cos(jnp.pi * fallen)) / 2
 
 
-_TRAINER = {
-    "unroll": 500,
-    "epochs": 5,
-    "minibatches": 4,
-    "learning_rate": 4.5e-5,
-    "weight_decay": 0.0,
-    "clip_norm": None,
-    "advantages": "minibatch",
-    "value_coefficient": 0.25,
-    "value_clip": None,
-    "critic_hidden": (256, 256, 256),
-}
+_TRAINER = {"unroll": 500, "epochs": 5, "minibatches": 4, "advantages": "minibatch"}
+_TRAINER |= {"learning_rate": 4.5e-5, "critic_learning_rate": 6.5e-4}
+_TRAINER |= {"learning_rate_cycle": (100, 10, 0.45), "weight_decay": 0.0}
+_TRAINER |= {"target_kl": 1.0, "kl_rule": "stop", "clip_norm": None}
+_TRAINER |= {"value_coefficient": 0.25, "value_clip": None, "scale_rewards": True}
+_TRAINER |= {"normalise": "fixed", "critic_hidden": (256, 256, 256)}
 _NARROW = {"std_lower": 0.08, "std_upper": 0.16}
 _HELD = {"decay_iterations": None, "entropy_coefficient": 0.0}
 _KITCHEN = {**_HELD, "variant": "shortcut", "std_lower": 0.05, "std_upper": 0.12}
 _IMAGE = {**_HELD, "std_lower": 0.08, "std_upper": 0.14, "steps": 1, "clip_range": 1e-3}
+_WALKER = {"learning_rate": 4.5e-4, "critic_learning_rate": 4e-3, "critic_warmup": 5}
+_WALKER |= {"learning_rate_cycle": (100, 10, 0.9)}
+_HALFCHEETAH = {"learning_rate": 3e-5, "critic_learning_rate": 3e-4}
+_HALFCHEETAH |= {"critic_warmup": 10, "learning_rate_cycle": None}
 _TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reinflow": ({}, {}),
     "hopper": ({}, {}),
-    "walker": ({}, {"learning_rate": 4.5e-4}),
-    "halfcheetah": ({}, {"learning_rate": 3e-5}),
+    "walker": ({}, _WALKER),
+    "halfcheetah": ({}, _HALFCHEETAH),
     "ant": (_NARROW, {}),
     "humanoid": (_NARROW, {}),
     "kitchen": (_KITCHEN, {}),
-    "image": (_IMAGE, {"discount": 0.999, "epochs": 10}),
+    "image": (_IMAGE, {"discount": 0.999, "epochs": 10, "target_kl": 0.01}),
 }
 PRESETS = tuple(_TASKS)
 
