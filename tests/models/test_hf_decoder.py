@@ -132,8 +132,20 @@ def test_configurations_the_decoder_does_not_have(refused):
         (dict(num_key_value_heads=3), "num_heads=4 must be a multiple of num_kv_head"),
         (dict(head_dim=5), "head_dim=5 must be even"),
         (dict(vocab_size=0), "vocab_size=0 must be at least 1"),
+        (dict(num_hidden_layers=10**30), "num_hidden_layers=10+ is outside"),
+        (dict(head_dim=10**30), "head_dim=10+ is outside"),
+        (dict(rope_theta="1e6"), "rope_theta='1e6' is no number"),
+        (
+            dict(rope_theta=None, rope_parameters={"rope_theta": [1]}),
+            "rope_parameters: r",
+        ),
+        (dict(attention_bias="no"), "attention_bias='no' is no switch"),
     ):
         refused(message, DecoderConfig.from_hf, OLD | change)
+    change = {"rms_norm_eps": "1e-5"}
+    refused(
+        "eps='1e-5' is no number", DecoderConfig.from_hf, OLD | change, error=TypeError
+    )
     both = DecoderConfig.from_hf(OLD, out_bias=True, sliding_window=3)
     refused("llama has no window, mistral no bias", both.to_hf)
     both = DecoderConfig.from_hf(OLD, qk_norm=True)  # biases and norms
@@ -387,6 +399,10 @@ REFUSED_ADAPTERS = [
     (dict(alpha_pattern={"q_proj": "a"}), r"alpha_pattern\['q_proj'\]='a' is no numb"),
     (dict(alpha_pattern=[1]), r"alpha_pattern=\[1\] is no mapping"),
     (dict(alpha_pattern={"(": 1}), "alpha_pattern holds .* no regular expression"),
+    (dict(target_modules=3), "target_modules=3 is not understood; it is a regular"),
+    (dict(layers_to_transform="0"), "layers_to_transform='0' is not understood"),
+    (dict(exclude_modules=["a", 1]), "exclude_modules=.* is not understood"),
+    (dict(use_rslora="false"), "use_rslora='false' is not understood; it is true or"),
     (dict(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\] is not supp"),
 ]
 PLAIN_ADAPTERS = [
@@ -486,6 +502,16 @@ def test_adapters_that_do_not_fit(adapter_folder, refused):
     rest = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
     write_safetensors(path, rest)
     refused(r"layers.0.mlp.down_proj.lora_A.weight is missing", load)
+    # nor do settings of another adapter, which leave out a layer that is there
+    settings = json.loads(str(golden(CASE)["adapter_config"]))
+    for change in (dict(layers_to_transform=[0]), dict(target_modules=".*v_proj")):
+        refused(
+            r"layers.0.self_attn.q_proj.lora_B.weight is missing",
+            models.adapters_from_hf,
+            config,
+            rest,
+            settings | change,
+        )
     write_safetensors(path, {"other": np.zeros(1)})
     refused("holds no adapter of this decoder, but other", load)
     base = {"base_model.model.lm_head.base_layer.weight": np.zeros((32, 16), "f4")}

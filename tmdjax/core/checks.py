@@ -73,9 +73,12 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raises ValueError unless the number lies in the interval."""
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
+    """Raises ValueError unless the number lies in the interval, TypeError for none."""
+    try:
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is no number.") from None
     if not (above and below):
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise ValueError(f"{name}={value} is outside {left}{low:g}, {high:g}{right}.")

@@ -46,6 +46,13 @@ _PLAIN = {
 }
 # Settings that are scales.
 _SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+# What says which modules have an adapter, and a switch: their types, in words too.
+_KINDS: dict[str, tuple[type, str]] = {
+    "target_modules": (str, "a regular expression, or a list of names of modules"),
+    "exclude_modules": (str, "a regular expression, or a list of names of modules"),
+    "layers_to_transform": (int, "the number of a layer, or a list of them"),
+    "use_rslora": (bool, "true or false"),
+}
 _OFF = (None, False, [], {}, "")
 
 
@@ -151,6 +158,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                 f"it into its base with PEFT (merge_and_unload) and load that, or "
                 f"delete the key from {ADAPTER_CONFIG} if it changes nothing."
             )
+    for key, (one, words) in _KINDS.items():
+        value = settings.get(key)
+        if isinstance(value, one) and (one is bool or not isinstance(value, bool)):
+            continue
+        if one is not bool and isinstance(value, list):
+            if all(isinstance(each, one) for each in value):
+                continue
+        if value:
+            raise ValueError(f"{key}={value!r} is not understood; it is {words}.")
     numbers = {"r": _first(settings, "r", 8)}
     numbers["lora_alpha"] = _first(settings, "lora_alpha", 8)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -250,9 +266,12 @@ def _leaves(
         inputs, outputs = struct.shape[-2:]
         own = [rank_and_alpha(settings, module) for module in modules]
         rank = max(r for (r, _), there in zip(own, given) if there)
+        expected = [_adapted(settings, module, i) for i, module in enumerate(modules)]
+        # settings that leave out what is there are those of another adapter
+        told = all(wanted for wanted, there in zip(expected, given) if there)
         for i, (r, alpha) in enumerate(own):
             if not given[i]:
-                if not _adapted(settings, modules[i], i):
+                if told and not expected[i]:
                     tensors[a[i]] = np.zeros((rank, inputs), np.float32)
                     tensors[b[i]] = np.zeros((outputs, rank), np.float32)
                 continue

@@ -13,6 +13,7 @@ from tmdjax.quant import Recipe, as_recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3")
+_MOST = 10_000  # layers, or numbers in a head; a file that says more is damaged
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys of config.json that change the network, and the values that leave it as it is.
@@ -147,6 +148,7 @@ class DecoderConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even: the rotation takes pairs."
             )
+        check_range("head_dim", self.head_dim, 1, _MOST)
         for name in ("rope_theta", "rms_norm_eps"):
             check_range(name, getattr(self, name), 0, open_low=True, open_high=True)
         if self.num_tokens is not None:
@@ -263,7 +265,7 @@ class DecoderConfig:
             head_dim = 128 if model_type == "qwen3" else values["hidden_size"] // heads
         dtype = _either(config, "dtype", "torch_dtype", "float32")
         # Qwen2 has its biases and Mistral none, whatever the key says.
-        bias = model_type in ("llama", "qwen3") and _flag(config, "attention_bias")
+        bias = _flag(config, "attention_bias") and model_type in ("llama", "qwen3")
         window, kinds = _windows_from_hf(config, model_type)
         theta, scaling = rope_from_hf(config)
         values |= dict(
@@ -399,6 +401,7 @@ def _windows_from_hf(
     """
     full, sliding = LAYER_TYPES
     layers = check_count("num_hidden_layers", config["num_hidden_layers"])
+    check_range("num_hidden_layers", layers, 1, _MOST)
     kinds = config.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list | tuple):

@@ -228,5 +228,9 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         values = list(found.values())
         if any(value != values[0] for value in values):
             raise ValueError(f"{' and '.join(found)} disagree: {values}; keep one.")
+    for key, base in given.items():
+        if isinstance(base, bool) or not isinstance(base, int | float):
+            inside = "" if key == "rope_theta" else f"{key}: "
+            raise ValueError(f"{inside}rope_theta={base!r} is no number.")
     scaling = next(iter(scalings.values()), None)
     return float(next(iter(given.values()), 10000.0)), scaling
