@@ -80,6 +80,7 @@ def test_lines_as_the_published_files_have_them(write):
     for layout, line, answer, tier in (
         ("math", {**MATH, "level": 2}, r"\frac{1}{2}", "T2"),
         ("math", {**MATH, "level": "4"}, r"\frac{1}{2}", "T4"),
+        ("math", {**MATH, "level": 2.0, "answer": 42.0}, "42", "T2"),
         ("math", {**MATH, "solution": r"so $x = \boxed 9$."}, "9", "T3"),
         ("math", {**MATH, "solution": r"\fbox{$9$}"}, "$9$", "T3"),
         ("math", {**MATH, "solution": r"\boxed 9", "answer": "10"}, "10", "T3"),

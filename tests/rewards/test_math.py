@@ -67,6 +67,10 @@ def test_extraction():
         "1, 2, 3": "3",
         "1.5e-3 m": "1.5e-3",
         r"is \frac{3}{4} of": r"\frac{3}{4}",
+        r"is \frac12": r"\frac12",
+        r"1\frac{1}{2} cups": r"1\frac{1}{2}",
+        "it takes 1 1/2 hours": "1 1/2",
+        "of 3, 1/2": "1/2",
         "x2": "2",
         **dict.fromkeys(("no number", "", "}{\\", "####")),
     }.items():
@@ -166,6 +170,8 @@ def test_answers_behind_a_mark_are_paid_as_strict_patterns_pay(plain):
         "#### Tuesday": "Tuesday",
         "#### 3/4": "3/4",
         "#### 5 million": "5000000",
+        "#### 1/2 cup": "0.5",
+        "#### 2 1/2 cups": "2.5",
     }.items():
         assert plain(response, answer) == 1, response
     assert plain("#### 5!", "5") == plain("#### 10^3", "1000") == 1
@@ -293,6 +299,8 @@ SAME_OR_NOT = [
     ("5 km/h", r"5\text{ kilometers per hour}", 1),
     ("5 km/h", r"5\text{ m/h}", 0),
     ("60 mph", r"60\text{ miles per hour}", 1),
+    (r"\text{5 cm}", "5", 1),
+    ("5¢", r"5\text{ cents}", 1),
     ("98.6°F", "98.6", 1),
     (r"37^\circ\text{C}", "37 °C", 1),
     ("37°C", "37°F", 0),

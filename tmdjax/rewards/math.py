@@ -55,8 +55,8 @@ _TEN = re.compile(r"([+-]?)10\^\{([+-]?[0-9]+)\}")
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]+)\}")
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])[-−+])?\\?\$?"
-    r"(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
-    rf"|{_DIGITS}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|/[0-9]+"
+    r"(?:(?:[0-9]+ ?)?\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9]{2})"
+    rf"|{_DIGITS}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|/[0-9]+| [0-9]+/[0-9]+"
     r"|\s?(?:\\times|\\cdot|×|x|\*)\s?10\^\{?[+-]?[0-9]+\}?)?"
     r"|\.[0-9]+)(?:\s?\\?%|\s+percent)?"
 )
@@ -64,7 +64,10 @@ _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])([^\n$]*)")
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,60}\|>|</s>|<eos>|<end_of_turn>")
 # What begins with a number, and has a word of another kind behind it.
-_COUNTED = re.compile(rf"([-−+]?\\?\$?[-−+]?{_DECIMAL})(?:\.?\s+[^\W\d_]{{2,}}.*)")
+_COUNTED = re.compile(
+    rf"([-−+]?\\?\$?[-−+]?{_DECIMAL}(?: [0-9]+/[0-9]+|/[0-9]+)?)"
+    rf"(?:\.?\s+[^\W\d_]{{2,}}.*)"
+)
 _LETTER = r"(?:[A-Za-z]|\\[a-z]+ ?)(?:_\{[^{}]*\})?"
 _NAMED = re.compile(rf"({_LETTER})(?:=(?!=)|\\in(?![a-z]) ?)")
 _NAMED_BEHIND = re.compile(rf"([^=]+)=({_LETTER})")
@@ -76,7 +79,7 @@ _BARE_UNIT = re.compile(
 )
 _TEMPERATURE = re.compile(r"° ?(?:\\text\{)?([CF])\}?$")
 _CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?([A-Z])\)?\}?")
-_CURRENCIES = {"US\\$": "$", "\\$": "$", "€": "€", "£": "£", "¥": "¥"}
+_CURRENCIES = {"US\\$": "$", "\\$": "$", "€": "€", "£": "£", "¥": "¥", "¢": "¢"}
 
 _BASES = (
     "two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -208,6 +211,8 @@ def read_answer(text: str) -> tuple[list[Term], list[str]]:
 
 def _term(text: str) -> Term:
     unit, name, base, scale = "", "", "", 1
+    if whole := _TEXT.fullmatch(text):
+        text = whole[1]
     while found := _unit_at_end(text):
         text, word = found
         if word in _SCALES:

@@ -157,7 +157,8 @@ class _Line:
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise self.error(f"key {key!r} is {value}", expected)
-            return str(value)
+            # 2.0 is what tables make of 2 in a column with gaps
+            return str(int(value) if float(value).is_integer() else value)
         return self.get(key, expected).strip()
 
     def has(self, key: str) -> bool:
