@@ -211,10 +211,41 @@ def test_splits_are_no_classes(tmp_path, capsys, refused):
     refused("holds splits, not classes", convert.image_columns, folder)
     write_images(folder / "Val", count=1, classes=("cow",))
     refused("cow, which are not among", convert.main, [*arguments, "--version=2.0.0"])
-    (folder / "test").mkdir()
-    refused("Val beside 'train'|test, Val|Val, test", convert.image_splits, folder)
-    (folder / "cat").mkdir()  # a class called train among others
-    assert convert.image_splits(folder) == (folder, None)
+
+
+def test_folders_are_splits_by_their_names(tmp_path, refused):
+    for i, (names, found) in enumerate(
+        (
+            ("train val", ("train", "val")),
+            ("training testing", ("training", "testing")),  # as mnist_png has them
+            ("Train DEV", ("Train", "DEV")),
+            ("train", ("train", None)),
+            ("train bus plane", None),  # a class called train among others
+            ("cat dog", None),
+            ("train training", None),
+            ("train val test", "val"),
+            ("test val", "test"),
+            ("test", "test"),
+            ("train test extra", "extra"),
+        )
+    ):
+        folder = tmp_path / str(i)
+        for name in names.split():
+            (folder / name).mkdir(parents=True)
+        if isinstance(found, str):
+            words = f"holds .*{found}.*: splits are one of train, training and at most"
+            refused(words, convert.image_splits, folder)
+        else:
+            want = (folder, None) if found is None else found
+            want = tuple(name and folder / name for name in want)
+            assert convert.image_splits(folder) == want
+
+
+def test_captions_in_files_of_windows_are_found(tmp_path):
+    write_images(tmp_path, count=2, classes=())
+    for i in range(2):
+        (tmp_path / f"picture{i}.TXT").write_bytes(b"\xef\xbb\xbfnumber\r\n")
+    assert convert.image_columns(tmp_path)["text"].read(1) == "number"
 
 
 def test_pictures_of_other_formats_and_texts_with_a_mark(tmp_path):

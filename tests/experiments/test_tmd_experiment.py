@@ -113,6 +113,20 @@ def test_updates_lower_for_accelerators():
         lowered(jax.jit(step), *shapes)
 
 
+def test_evaluations_of_a_teacher_are_those_of_its_solver(refused):
+    for solver, stages in (("euler", 1), ("heun", 2), ("unipc", 1)):
+        change = f"sample.teacher_solver={solver}"
+        config = tiny({"teacher": {"student": {"kind": "teacher"}}}, change)
+        ways = video_samples.samplers(tmd.of_arm(config, "teacher"), None)
+        # guidance of 2 costs two evaluations
+        assert {name: nfe for name, (_, nfe) in ways.items()} == {
+            "": 8 * stages * 2.0,
+            "steps2.": 2 * stages * 2.0,
+        }
+    wrong = tiny(ONE, "sample.teacher_solver=unipcc")
+    refused("sample.teacher_solver='unipcc'.*Did you mean 'unipc'", tmd.describe, wrong)
+
+
 @pytest.mark.parametrize("steps", [(8, 2, 1), (8, 1, 3, 10)])
 def test_a_picture_stands_under_the_name_of_what_it_shows(tmp_path, steps):
     """In whatever order metrics and stored videos come back: they come back sorted."""

@@ -115,4 +115,8 @@ def test_where_no_step_before_is_of_the_same_flow(refused):
         refused("a gradient g", run, ode, cond, **pull)
         search = functools.partial(flows.local_error_costs, velocity, keys, (2,), cond)
         refused("is not one of 'euler', 'midpoint'", search, knots=4, method=method)
+        own = boss.on_grid(velocity, grid)
+        with pytest.warns(UserWarning, match="by method='euler', or .*flows.without"):
+            flows.check_times(own, grid, method)
+        flows.check_times(flows.without(own, flows.OnGrid), grid, method)
     refused("Did you mean 'dpmpp_2m'", run, ode, cond, method="dpmpp2m")

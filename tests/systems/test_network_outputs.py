@@ -68,6 +68,7 @@ def entrances(wrong):
         "rollout": lambda: flows.rollout(None, velocity, X, table),
         "pull": lambda: flows.rollout(None, fine, X, table, g=velocity),
         "heun": lambda: flows.rollout(None, velocity, X, table, method="heun"),
+        "unipc": lambda: flows.rollout(None, velocity, X, table, method="unipc"),
         "tree": lambda: flows.tree_rollout(KEYS, velocity, X, noisy, splits=[0]),
         "endpoints": lambda: flows.endpoints(velocity, X, GRID),
         "guidance": lambda: flows.classifier_free_guidance(velocity, 2.0, NULL)(

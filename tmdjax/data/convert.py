@@ -10,9 +10,9 @@ builder="my_set", test_count=100)``.
 ``images``: every PNG, JPEG, WebP, BMP, GIF or TIFF file below the folder (of one
 picture each), hidden ones left out, turned as its camera says. Where the folder has
 folders, these are the classes, in alphabetical order (numbers in theirs); but 'train'
-alone or beside 'val' or 'test' are splits, with classes in them or not. A text beside
-an image, NAME.txt for NAME.png, is its caption. ``--size`` crops the middle square and
-resizes it; without it all images must have one size.
+or 'training' alone or beside 'val' or 'test' are splits, with classes in them or not.
+A text beside an image, NAME.txt for NAME.png, is its caption. ``--size`` crops the
+middle square and resizes it; without it all images must have one size.
 
 ``arrays``: arrays whose first axis is the sample, each under the name of its file:
 uint8 [n, height, width, channel] called 'image' is stored as PNG, integers [n] called
@@ -42,7 +42,10 @@ from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
 
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff".split())
-HELD_OUT = ("val", "valid", "validation", "test")
+TRAINS = ("train", "training")
+"""Folders that hold what trains, where :data:`HELD_OUT` or nothing stands beside."""
+
+HELD_OUT = tuple("val valid validation dev eval evaluation test testing".split())
 """Folders beside 'train' that hold what is held out."""
 
 _LARGEST_IMAGE, _LONGEST_CAPTION = 10**9, 10**6
@@ -103,7 +106,8 @@ def image_columns(
         raise ValueError(
             f"channels={channels} must be one of {', '.join(map(str, modes))}."
         )
-    paths = [p for p in _files(folder) if p.suffix.lower() in SUFFIXES]
+    files = _files(folder)
+    paths = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
 
@@ -162,8 +166,9 @@ def image_columns(
         names = tuple(names if classes is None else classes)
         label = Column("ClassLabel", len(paths), lambda i: labels[i], names=names)
         found["label"] = label
-    texts = [p.with_suffix(".txt") for p in paths]
-    has = [t.is_file() for t in texts]
+    beside = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
+    texts = [beside.get(p.with_suffix("")) for p in paths]
+    has = [text is not None for text in texts]
     if any(has):
         if not all(has):
             raise ValueError(
@@ -171,18 +176,21 @@ def image_columns(
                 f"{paths[has.index(False)]} has none; write the others, or move the "
                 f"texts away."
             )
-        found["text"] = Column("Text", len(paths), lambda i: _caption(texts[i]))
+        captions = [text for text in texts if text is not None]
+        found["text"] = Column("Text", len(paths), lambda i: _caption(captions[i]))
     return found
 
 
 def image_splits(folder: Path) -> tuple[Path, Path | None]:
     """The folder of images that train, and that of those held out, or None.
 
-    They are 'train' and one of :data:`HELD_OUT` (capitals or not) where a folder holds
-    no other folders; else the folder itself is what trains.
+    They are one of :data:`TRAINS` and one of :data:`HELD_OUT` (capitals or not). Where
+    a folder holds none of the latter, and more than one of the former or other folders
+    too, these are classes: the folder itself is what trains.
 
     Raises:
-        ValueError: several folders that could be held out.
+        ValueError: several folders that could be held out, or none that trains beside
+            them; splits beside other folders.
     """
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     names = {
@@ -190,15 +198,19 @@ def image_splits(folder: Path) -> tuple[Path, Path | None]:
         for path in inside
         if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
     }
-    if "train" not in names or {*names} - {"train", *HELD_OUT}:
+    train = [path for name, path in names.items() if name in TRAINS]
+    held = [path for name, path in names.items() if name in HELD_OUT]
+    if not held and (len(names) > 1 or not train):
         return folder, None
-    held = [path for name, path in names.items() if name != "train"]
-    if len(held) > 1:
+    others = [name for name in names if name not in (*TRAINS, *HELD_OUT)]
+    if len(train) != 1 or len(held) > 1 or others:
         raise ValueError(
-            f"{folder} holds {', '.join(path.name for path in held)} beside 'train'; "
-            f"one is held out: move the others away."
+            f"{folder} holds {first_few((p.name for p in names.values()), 8, ', ')}: "
+            f"splits are one of {', '.join(TRAINS)} and at most one of "
+            f"{', '.join(HELD_OUT)} beside it, and no other folders. Move the others "
+            f"away, or rename them if all are classes."
         )
-    return names["train"], held[0] if held else None
+    return train[0], held[0] if held else None
 
 
 def _caption(path: Path) -> str:

@@ -6,6 +6,7 @@ one that knows the steps before (flows/multistep.py); both need rows without noi
 NFE (number of function evaluations) = steps x stages.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import struct
 
 from tmdjax.core import prng
 from tmdjax.core.checks import check_batch, check_choice, check_output, check_same_shape
-from tmdjax.core.functions import VelocityWrapper
+from tmdjax.core.functions import VelocityWrapper, around
 from tmdjax.core.types import Array, Cond, Data, Time, Velocity
 from tmdjax.flows.multistep import (
     MULTISTEP,
@@ -32,7 +33,7 @@ from tmdjax.flows.transition import (
     gaussian_transition,
     transition_mean,
 )
-from tmdjax.flows.velocities import guidance_scale
+from tmdjax.flows.velocities import OnGrid, guidance_scale
 
 # Explicit Runge-Kutta tableaus: (stage matrix rows, weights, stage times).
 METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple, tuple]] = {
@@ -118,8 +119,17 @@ def check_times(velocity: Velocity, grid: Any, method: str = "euler") -> None:
 
     Warns:
         UserWarning: times that a straightened velocity
-            (:class:`~tmdjax.flows.OnGrid`) does not know.
+            (:class:`~tmdjax.flows.OnGrid`) does not know, or a multistep solver, which
+            extrapolates from one of its chords to the next.
     """
+    if method in MULTISTEP and around(velocity, OnGrid) is not None:
+        warnings.warn(
+            f"this velocity knows Euler steps of its own grid alone, and "
+            f"method={method!r} takes them for the tangents of a curve. Walk the grid "
+            f"by method='euler', or take the network without it (flows.without).",
+            UserWarning,
+            stacklevel=3,
+        )
     if not isinstance(velocity, VelocityWrapper) or isinstance(grid, jax.core.Tracer):
         return
     times = {*_stage_times(method)}
