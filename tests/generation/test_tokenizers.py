@@ -163,13 +163,17 @@ def test_ids_of_a_gguf_file_are_those_of_its_source(tmp_path):
     ranks = {bytes(letters[c] for c in t): rank for rank, t in enumerate(names)}
     extra = [THOUGHT, BLANKS, *SPECIALS]
     numbers = {name: len(names) + i for i, name in enumerate(extra)}
-    for pre in ("llama-bpe", "qwen2"):
+    same = {"llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+    for named in ("llama-bpe", "qwen2", *same):
+        pre = same.get(named, named)
         theirs = tiktoken.Encoding(
             "test", pat_str=PATTERNS[pre], mergeable_ranks=ranks, special_tokens=numbers
         )
         types = [1] * len(names) + [4, 4, 3, 3, 3]
-        given = {"pre": pre, "tokens": [*names, *extra], "types": types}
-        path = write_gguf(tmp_path / f"{pre}.gguf", **given, eos=numbers["<|im_end|>"])
+        given = {"pre": named, "tokens": [*names, *extra], "types": types}
+        path = write_gguf(
+            tmp_path / f"{named}.gguf", **given, eos=numbers["<|im_end|>"]
+        )
         ours = gguf_tokenizer(path)
         for text in (f"the{THOUGHT}12", f"a{BLANKS}b<|im_end|>", "and 12 \u20ac"):
             expected = theirs.encode(text, allowed_special="all")

@@ -25,6 +25,11 @@ PATTERNS = {
     ),
     "smollm": "",  # digits one by one, then as gpt-2
 }
+_ALIKE = {
+    **dict.fromkeys(("llama3", "llama-v3"), "llama-bpe"),
+    "deepseek-r1-qwen": "qwen2",
+}
+"""Other names that GGUF files have for these."""
 _WHOLE_WORDS = ("llama-bpe",)  # a piece in the vocabulary is a token, unmerged
 _LONGEST_FILE = 100_000_000
 _CONTROL, _USER_DEFINED = 3, 4  # types of added tokens in GGUF
@@ -180,10 +185,11 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise ValueError(
             f"{os.fspath(path)} lacks the key tokenizer.ggml.eos_token_id."
         )
+    pattern = gguf_value(reader, "tokenizer.ggml.pre", "gpt-2")
     backend = _byte_pairs(
         {token: index for index, token in enumerate(tokens)},
         gguf_value(reader, "tokenizer.ggml.merges", []),
-        gguf_value(reader, "tokenizer.ggml.pre", "gpt-2"),
+        _ALIKE.get(pattern, pattern),
         [
             _added_token(token, special=kind == _CONTROL)
             for token, kind in zip(tokens, types)
