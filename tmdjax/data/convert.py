@@ -43,10 +43,8 @@ from tmdjax.data import tfds_sets
 
 SUFFIXES = tuple(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff".split())
 TRAINS = ("train", "training")
-"""Folders that hold what trains, where :data:`HELD_OUT` or nothing stands beside."""
-
 HELD_OUT = tuple("val valid validation dev eval evaluation test testing".split())
-"""Folders beside 'train' that hold what is held out."""
+"""Folders of what trains, and those beside them of what is held out."""
 
 _LARGEST_IMAGE, _LONGEST_CAPTION = 10**9, 10**6
 _MOST_CLASSES = 10**6
@@ -176,26 +174,24 @@ def image_columns(
                 f"{paths[has.index(False)]} has none; write the others, or move the "
                 f"texts away."
             )
-        captions = [text for text in texts if text is not None]
-        found["text"] = Column("Text", len(paths), lambda i: _caption(captions[i]))
+        given = [*filter(None, texts)]
+        found["text"] = Column("Text", len(given), lambda i: _caption(given[i]))
     return found
 
 
 def image_splits(folder: Path) -> tuple[Path, Path | None]:
     """The folder of images that train, and that of those held out, or None.
 
-    They are one of :data:`TRAINS` and one of :data:`HELD_OUT` (capitals or not). Where
-    a folder holds none of the latter, and more than one of the former or other folders
-    too, these are classes: the folder itself is what trains.
+    They are one of :data:`TRAINS`, and one of :data:`HELD_OUT` (capitals or not) or
+    nothing beside it. Other folders are classes: the folder itself is what trains.
 
     Raises:
         ValueError: several folders that could be held out, or none that trains beside
             them; splits beside other folders.
     """
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
     names = {
         path.name.lower(): path
-        for path in inside
+        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
         if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
     }
     train = [path for name, path in names.items() if name in TRAINS]
@@ -205,10 +201,9 @@ def image_splits(folder: Path) -> tuple[Path, Path | None]:
     others = [name for name in names if name not in (*TRAINS, *HELD_OUT)]
     if len(train) != 1 or len(held) > 1 or others:
         raise ValueError(
-            f"{folder} holds {first_few((p.name for p in names.values()), 8, ', ')}: "
-            f"splits are one of {', '.join(TRAINS)} and at most one of "
-            f"{', '.join(HELD_OUT)} beside it, and no other folders. Move the others "
-            f"away, or rename them if all are classes."
+            f"{folder} holds {first_few(p.name for p in names.values())}: splits are "
+            f"one of {', '.join(TRAINS)} and at most one of {', '.join(HELD_OUT)}, and "
+            f"no other folders. Move these away, or rename them if all are classes."
         )
     return train[0], held[0] if held else None
 

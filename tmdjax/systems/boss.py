@@ -302,9 +302,9 @@ def sample(
             )
         if method != "euler":
             raise ValueError(
-                f"this model was straightened for Euler steps from "
-                f"{np.round(own[:-1], 4).tolist()}, and method={method!r} takes others."
-                f" Leave the method out, or set allow_grid_mismatch=True."
+                f"this model was straightened for Euler steps, and method={method!r} "
+                f"takes others than those from {np.round(own[:-1], 4).tolist()}. Leave "
+                f"the method out, or set allow_grid_mismatch=True."
             )
     if allow_grid_mismatch:
         velocity = flows.without(velocity, flows.OnGrid)
