@@ -21,7 +21,7 @@ from tmdjax.systems import grpo
 KEY = jax.random.key(0)
 CONFIG = models.DecoderConfig(
     vocab_size=11, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
-    num_kv_heads=1, head_dim=8,
+    num_kv_heads=1, head_dim=8, sliding_window=4,
 )  # fmt: skip
 DECODER = models.Decoder(CONFIG)
 APPLY = models.functional(DECODER)
