@@ -121,3 +121,16 @@ def test_keys_that_are_none_are_refused(refused):
     of_type("only integers fold", prng.fold_in, key, 0.5)
     refused("must not be negative", prng.sample_keys, key, 2, start=-1)
     refused("give one key", prng.sample_keys, jax.random.split(key, 4), 4)
+
+
+def test_keys_of_samples_are_one_program(count_compiles):
+    key = jax.random.key(3)
+    with count_compiles() as found:
+        keys = prng.sample_keys(key, 23, start=5)
+        folded = prng.fold_in(keys, 7)
+    assert len(found) <= 2
+    expected = [jax.random.fold_in(key, 5 + i) for i in (0, 22)]
+    expected += [jax.random.fold_in(own, 7) for own in expected]
+    ours, again = (np.asarray(jax.random.key_data(x)) for x in (keys, folded))
+    rows = [ours[0], ours[22], again[0], again[22]]
+    np.testing.assert_array_equal(rows, [jax.random.key_data(x) for x in expected])

@@ -232,7 +232,10 @@ def test_gradient_is_the_slope_and_reaches_every_leaf(name, stir, check_slope):
             assert path.endswith("key/bias") or (layers > 0).all(), path
 
 
-@every(UNET, "text_dit", "video_dit")  # text_dit: of tokens too
+TEXT_TOO = pytest.param("text_dit", marks=pytest.mark.slow)  # the stack of video_dit
+
+
+@every(UNET, TEXT_TOO, "video_dit")
 def test_remat_changes_neither_value_nor_gradient(name, stir):
     params = stir(initial(name))
     value, gradient = value_and_gradient(name)(params, 0.0)

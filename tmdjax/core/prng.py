@@ -4,6 +4,7 @@ A sample's key depends on its global position alone, never on the microbatch or
 device that holds it, so the same noise bits appear under every layout.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,31 @@ def sample_keys(
         raise ValueError(
             f"key has shape {key.shape}; give one key, and each sample gets its own."
         )
+    _check_numbers(start)
+    return _numbered(key, count, start)
+
+
+# Outside jit these are one program each, and not one an operation.
+@functools.partial(jax.jit, static_argnames="count", inline=True)
+def _numbered(key, count, start):
     return fold_in(key, jnp.arange(count) + start)
+
+
+@functools.partial(jax.jit, inline=True)
+def _folded(keys, data):
+    keys, data = jnp.broadcast_arrays(keys, jnp.asarray(data, jnp.uint32))
+    flat = jax.vmap(jax.random.fold_in)(keys.reshape(-1), data.reshape(-1))
+    return flat.reshape(keys.shape)
+
+
+def _check_numbers(data) -> None:
+    if not jnp.issubdtype(jnp.result_type(data), jnp.integer):
+        raise TypeError(
+            f"only integers fold into a key, got {jnp.result_type(data)}; give a "
+            f"step or a sample number."
+        )
+    if not isinstance(data, jax.core.Tracer) and np.any(np.asarray(data) < 0):
+        raise ValueError(f"data={data} folded into a key must not be negative.")
 
 
 def fold_in(keys: Key[Array, "..."], data: ArrayLike) -> Key[Array, "..."]:
@@ -53,16 +78,10 @@ def fold_in(keys: Key[Array, "..."], data: ArrayLike) -> Key[Array, "..."]:
         TypeError: data are not integers (a time in [0, 1] would fold in as 0).
         ValueError: concrete data are negative.
     """
-    if not jnp.issubdtype(jnp.result_type(data), jnp.integer):
-        raise TypeError(
-            f"only integers fold into a key, got {jnp.result_type(data)}; give a "
-            f"step or a sample number."
-        )
-    if not isinstance(data, jax.core.Tracer) and np.any(np.asarray(data) < 0):
-        raise ValueError(f"data={data} folded into a key must not be negative.")
-    keys, data = jnp.broadcast_arrays(keys, jnp.asarray(data, jnp.uint32))
-    flat = jax.vmap(jax.random.fold_in)(keys.reshape(-1), data.reshape(-1))
-    return flat.reshape(keys.shape)
+    _check_numbers(data)
+    if not isinstance(data, jax.Array):
+        data = np.asarray(data, np.uint32)
+    return _folded(keys, data)
 
 
 def split(keys: SampleKeys, count: int = 2) -> Key[Array, "batch part"]:
