@@ -163,7 +163,8 @@ def show_joined(
         made = {"device": summary["device"], **summary["versions"]}
         now, then = config_hash(to_plain(config)), summary["config_hash"]
         changed = f"drawn by a config that was changed since ({then}, now {now})"
-        notes = [f"joined from {len(folders)} runs"] * bool(folders)
+        notes = [f"joined from {len(folders)} run{'s' * (len(folders) > 1)}"]
+        notes *= bool(folders)
         notes += [changed] * (now != then)
         return show(workdir, experiment, config, summary, units, made, notes)
 
