@@ -316,7 +316,8 @@ def sample(
     Args:
         apply_fn: of a :class:`tmdjax.models.SplitDiT`.
         params: of the student.
-        noise: [batch, *event], standard normal; scaled by the first outer time here.
+        noise: [batch, *event], standard normal; scaled by the first outer time here, so
+            that latents which other code has scaled are divided by it first.
         cond: pytree of [batch, ...], or None.
         keys: [batch]; or the inner noises themselves, [outer step, batch, *event].
         plan: to sample with.
