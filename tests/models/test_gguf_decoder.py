@@ -272,7 +272,7 @@ def test_rotary_scaling_is_what_llama_cpp_makes_of_it(tmp_path):
     assert type(config).from_hf(config.to_hf()) == config  # can be saved
 
 
-def test_windows(tmp_path):
+def test_windows(tmp_path, refused):
     full, sliding = "full_attention", "sliding_attention"
     pattern = "attention.sliding_window_pattern"
     for number, (case, change, kinds) in enumerate(
@@ -288,6 +288,10 @@ def test_windows(tmp_path):
         config, _ = load_gguf(write(tmp_path / f"{number}.gguf", case, change=change))
         assert (config.sliding_window, config.layer_types) == (5, kinds), change
         assert DecoderConfig.from_hf(config.to_hf()) == config
+    # a size of a damaged file allocates nothing
+    change = {"attention.sliding_window": 5, pattern: 2, "block_count": 2**32 - 1}
+    path = write(tmp_path / "deep.gguf", change=change)
+    refused("deep.gguf: the configuration has 4294967295 layers", load_gguf, path)
     change = {"attention.sliding_window": 5, pattern: [False, False]}
     config, _ = load_gguf(write(tmp_path / "none.gguf", change=change))
     assert config.sliding_window is None

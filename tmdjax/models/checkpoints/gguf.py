@@ -9,6 +9,7 @@ import numpy as np
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.models.checkpoints.decoder import params_from_hf
+from tmdjax.models.checkpoints.layout import check_depth
 from tmdjax.models.decoder.config import LAYER_TYPES, DecoderConfig
 from tmdjax.models.decoder.rope import RopeScaling
 
@@ -180,6 +181,11 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
 
     _check_keys(reader, kind, path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    layers = value("block_count")
+    try:
+        check_depth(layers, tensors)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
     heads, hidden = value("attention.head_count"), value("embedding_length")
     if heads < 1:
         raise ValueError(
@@ -209,13 +215,13 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
         kind,
         value("attention.sliding_window", 0),
         gguf_value(reader, f"{kind}.attention.sliding_window_pattern"),
-        value("block_count"),
+        layers,
     )
     return DecoderConfig(
         vocab_size=value("vocab_size", None if tokens is None else len(tokens.data)),
         hidden_size=hidden,
         intermediate_size=value("feed_forward_length"),
-        num_layers=value("block_count"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=value("attention.head_count_kv", heads),
         head_dim=head_dim,
@@ -260,10 +266,10 @@ def _windows(
     full, sliding = LAYER_TYPES
     if not window:
         return None, None
+    if pattern is None and kind == "llama":
+        return window, None
     if isinstance(pattern, int) and not isinstance(pattern, bool):
         pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(layers)]
-    if pattern is None and kind == "llama":
-        pattern = [True] * layers
     if not isinstance(pattern, list) or len(pattern) != layers:
         raise ValueError(
             f"{os.fspath(path)} has {kind}.attention.sliding_window={window} and "
