@@ -6,7 +6,8 @@
 
 methods  PolicyFlow's and FPO's iteration over Gaussian PPO's, networks of one size, on
          MultiGoal. The update is what five more epochs add; the rollout is the rest.
-         The same with twice the solver steps: the update should not care. The share of
+         The same with twice the solver steps: the update should not care. ReinFlow's (4
+         steps) over DPPO's (20, of which 10 are trained) and over PPO's. The share of
          the FLOP bound counts the products of the networks' layers against the largest
          rate of a float32 product of two 2048 x 2048 matrices on the same device.
 physics  the same for PolicyFlow and Gaussian PPO in brax's hopper (tmdjax[brax]).
@@ -38,13 +39,15 @@ from flax import struct
 
 from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
 from tmdjax import envs
-from tmdjax.systems import fpo, policyflow, ppo
+from tmdjax.systems import dppo, fpo, policyflow, ppo, reinflow
 from tmdjax.train import on_policy
 
 PARTS = ("methods", "physics", "brax", "fpo")
 GOALS = {"update": 2.2, "whole": 1.8}
 PHYSICS_GOALS = {"whole": 1.5}
 """Of PolicyFlow over Gaussian PPO."""
+CHAIN_GOALS = {"whole": 0.5}
+"""Of ReinFlow over DPPO."""
 
 WIDTHS = {"hidden": (32, 32, 32, 32), "activation": "silu"}
 BRAX = on_policy.ControlSettings(
@@ -113,7 +116,7 @@ def _products(params: Any) -> int:
 
 
 def _evaluations(method: Any) -> tuple[int, int]:
-    """Evaluations of the policy's network a transition: acting, and one epoch.
+    """Evaluations of all the policy's networks a transition: acting, and one epoch.
 
     A backward pass counts two.
     """
@@ -121,6 +124,10 @@ def _evaluations(method: Any) -> tuple[int, int]:
         return 2 * method.steps, 3 + 1
     if isinstance(method, fpo.FPO):
         return method.steps + method.pairs, 3 * method.pairs
+    if isinstance(method, reinflow.ReinFlow):
+        return method.steps, 3 * method.steps
+    if isinstance(method, dppo.DPPO):  # of its two networks each step asks one
+        return method.steps // 2, 3 * method.fine_tuned_steps // 2
     return 1, 3
 
 
@@ -165,6 +172,8 @@ def method_rows(count: int, repeats: int) -> list[Row]:
         "policyflow": policyflow.PolicyFlow(hidden=hidden),
         "policyflow, 20 steps": policyflow.PolicyFlow(hidden=hidden, steps=20),
         "fpo": fpo.FPO(hidden=hidden, activation="mish"),
+        "reinflow": reinflow.ReinFlow(hidden=(128,) * 3),
+        "dppo": dppo.DPPO(hidden=(128,) * 3),
     }
     contenders = {
         name: Ours(method, settings, count) for name, method in methods.items()
@@ -178,6 +187,8 @@ def method_rows(count: int, repeats: int) -> list[Row]:
         {"update": 1.0},
     )
     rows += compare("fpo / ppo", found["fpo"], found["ppo"])
+    rows += compare("reinflow / ppo", found["reinflow"], found["ppo"])
+    rows += compare("reinflow / dppo", found["reinflow"], found["dppo"], CHAIN_GOALS)
     return rows + _speeds(found, contenders)
 
 

@@ -55,6 +55,32 @@ def test_what_the_observation_adds_is_computed_apart():
     assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_residual_layers_and_the_two_of_the_time():
+    """As ReinFlow's networks are written: linear, pairs that add, linear."""
+    options = {"residual": True, "time_hidden": 5, "step_size": True, "out_scale": 1.0}
+    net = models.ControlVelocity(2, (8, 8, 8), "relu", (1.0, 4.0, 3), **options)
+    t, d = jnp.linspace(0, 1, 5), jnp.full(5, 0.25)
+    params = initial(net, ACTIONS, t, OBSERVED, 0.25)
+    out = jitted(net)(params, ACTIONS, t, OBSERVED, d)
+
+    def dense(name, x):
+        return x @ params[name]["kernel"] + params[name].get("bias", 0)
+
+    waves = [np.asarray(x)[:, None] * [1.0, 2.0, 4.0] for x in (t, d)]
+    sinusoids = [f(wave) for wave in waves for f in (np.cos, np.sin)]
+    hidden = jax.nn.mish(dense("time_in", np.concatenate(sinusoids, 1)))
+    h = dense("from_action", ACTIONS) + dense("from_observation", OBSERVED)
+    h = h + dense("from_time", dense("time_out", hidden))
+    inner = np.maximum(dense("layers_0", np.maximum(h, 0)), 0)
+    expected = dense("out", h + dense("layers_1", inner))
+    assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    apply_fn = models.functional(net)
+    parts = {m: apply_fn(params, OBSERVED, method=m) for m in ("features", "embed")}
+    assert_array_equal(parts["features"], OBSERVED)
+    again = apply_fn(params, ACTIONS, t, parts["embed"], 0.25, method="velocity")
+    assert_allclose(again, out, rtol=1e-5, atol=1e-6)
+
+
 def test_outputs_start_small():
     inputs = ACTIONS, jnp.ones(1), OBSERVED
     for scale, low, high in ((0.0, 0, 0), (0.01, 1e-4, 0.05)):
@@ -78,6 +104,13 @@ def test_bad_inputs(refused):
     refused("Did you mean 'mish'", models.ControlMLP, 1, (8,), "mis")
     frequencies = (9.0, 1.0, 4)
     refused("lowest=9", models.ControlVelocity, 1, frequencies=frequencies)
+    message = r"hidden=\(8, 4, 8\) of a residual network: give an odd number of equal"
+    refused(message, models.ControlVelocity, 1, (8, 4, 8), residual=True)
+    refused("odd number", models.ControlVelocity, 1, (8, 8), residual=True)
+    inputs = ACTIONS, jnp.ones(5), OBSERVED
+    plain = models.ControlVelocity(2, (8,))
+    given = models.functional(plain), initial(plain, *inputs), *inputs
+    refused("step_size=0.5 for a network with step_size=False", *given, 0.5)
     net = models.ControlMLP(1, (8,))
     params, wrong = initial(net, OBSERVED), jnp.zeros((1, 2, 3))
     message = "float32 .1, 2, 3.; give float32"

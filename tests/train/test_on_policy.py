@@ -424,6 +424,7 @@ def test_faults_stop_a_run_or_are_warned_of(refused):
         ("skipped_in_a_row", [0, 3], NonFiniteError, "3 updates in a row"),
         ("action_abs_max", [1, 2e3], NonFiniteError, "2000.* environment 1 "),
         ("action_abs_max", [np.nan, 1], NonFiniteError, "nan in environment 0"),
+        ("log_prob_clipped", [0, 0.6], ValueError, "no policy gradient flows: 60%"),
     ):
         refused(message, check, GOOD | {name: np.array(values)}, TINY, error=error)
     off = dataclasses.replace(TINY, max_ratio_error=None)
@@ -431,6 +432,7 @@ def test_faults_stop_a_run_or_are_warned_of(refused):
     for name, value, message in (
         ("action_clip_fraction", 0.8, "80% of the actions lie outside"),
         ("std_at_bound", 1.0, "every standard deviation is at its bound"),
+        ("log_prob_clipped", 0.2, "20% of the log-probs lie outside log_prob_range"),
     ):
         with pytest.warns(UserWarning, match=message):
             check(GOOD | {name: np.array([0.1, value])}, TINY)

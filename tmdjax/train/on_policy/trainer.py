@@ -267,10 +267,11 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
         RatioError: before its first update an iteration had ratios that are not 1.
         NonFiniteError: three updates in a row were not finite; or an action was, or was
             larger than 1000.
+        ValueError: more than half of the log-probs that a method clips were clipped.
 
     Warns:
-        UserWarning: more than half of all actions lie outside the bound, or all
-            standard deviations are at theirs.
+        UserWarning: more than half of all actions lie outside the bound, all standard
+            deviations are at theirs, or 5 % of the log-probs were clipped.
     """
     host = {k: np.asarray(v) for k, v in metrics.items()}
     largest = host["action_abs_max"]
@@ -296,8 +297,19 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
             f"max |ratio - 1| = {error:.3g} in the first minibatch of an iteration, "
             f"before any update; it must be below max_ratio_error={most:g}. Usual "
             f"causes: acting with averaged parameters but updating against the raw "
-            f"ones; statistics of observations that moved in between.{why}"
+            f"ones; statistics of observations that moved in between; a chain that is "
+            f"scored on other times than it was walked on (legacy_grid).{why}"
         )
+    clipped = host.get("log_prob_clipped", np.zeros(1)).max()
+    outside = (
+        f"{clipped:.0%} of the log-probs lie outside log_prob_range, where they have "
+        f"no gradient; raise the lowest noise (std_lower, std_floor), or widen the "
+        f"range."
+    )
+    if clipped > 0.5:
+        raise ValueError(f"no policy gradient flows: {outside}")
+    if clipped > 0.05:
+        warnings.warn(outside, stacklevel=2)
     if host.get("std_at_bound", np.zeros(1)).max() >= 1:
         warnings.warn(
             "every standard deviation is at its bound (log_std_bounds), where it has "
