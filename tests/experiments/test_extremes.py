@@ -157,6 +157,8 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path, refused):
     bad("evaluate.projections=0", "flow_matching", "--config.evaluate.projections=0")
     bad("train.batch_size=600, but", "flow_matching", "--config.train.batch_size=600")
     bad("fine_tune.batch_size=500", "boss", "--config.fine_tune.batch_size=500")
+    few = "microbatches=1000000, but a minibatch has [0-9]+ transitions"
+    bad(few, "flow_grpo", "--config.rl.microbatches=1000000")
     bad("--seeds=4294967296 is outside", "boss", "--seeds=4294967296")
     bad("has more than 10000 seeds", "boss", "--seeds=0..99999999999")
     bad("--max_seconds=nan is outside", "boss", "--max_seconds=nan")

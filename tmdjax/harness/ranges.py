@@ -19,9 +19,9 @@ WHOLE, NUMBER = "[1, 1000000000]", "(0, 1000000]"
 _NAMES = {
     # an end is far beyond what anybody means: 1e9 for a rate is a slip of the hand
     "(0, 10]": "learning_rate critic_learning_rate",
-    "[0, 10]": "weight_decay",
-    "(0, 100]": "sample_shift shift temperature",
-    "[0, 100]": "guidance overlong_factor strength",
+    "[0.01, 100]": "sample_shift shift temperature",
+    "[0, 10]": "strength weight_decay",
+    "[0, 100]": "guidance overlong_factor",
     "[-10, 10]": "time_mean",
     "[0, 1000]": "adversarial_weight attention_levels brownian_coefficient "
     "entropy_coefficient kl_coefficient text_depth",
@@ -37,10 +37,10 @@ _NAMES = {
     "[1, 200]": "blocks depth num_layers",
     "[1, 1000]": "critic_updates epochs heads inner levels num_heads num_kv_heads "
     "outer patch_size shown updates",
-    "[1, 10000]": "problems size",
+    "[1, 10000]": "problems prompts size",
     "[1, 100000]": "critic_hidden discriminator_width feature_dim frequency_dim "
     "group_size head_dim held_out hidden hidden_size intermediate_size mlp_width "
-    "projections prompts shape text_width width",
+    "projections shape text_width width",
     "[0, 10000]": "lora_rank",
     # what is held at once, and what is drawn
     "[1, 1000000]": "agents batch batch_size chunk chunks envs length max_new_tokens "

@@ -79,7 +79,7 @@ def make_update(
             reductions={"ratio_error": jnp.max},
             skip_above=skip_above,
         )
-        parts = _minibatches(credit, updates, microbatches * ways, order_key)
+        parts = _minibatches(credit, updates, microbatches, ways, order_key)
         if objective.proximal == "recompute":
             edges = parts["edge"].reshape(updates * microbatches, -1)
             parts["proximal"] = jax.lax.map(
@@ -116,10 +116,13 @@ def make_update(
     return jax.jit(traced, donate_argnums=0)
 
 
-def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
+def _minibatches(
+    credit: Credit, updates: int, microbatches: int, ways: int, key: Any
+) -> Any:
     """[updates, n] each: transitions in random order, padded with weight 0.
 
-    n is a multiple of the one given, which does not change what is in a minibatch.
+    n is a multiple of microbatches times ways, which does not change what is in a
+    minibatch.
     Weights are scaled so that a plain mean over a minibatch is its weighted mean.
     """
     count = credit.edge.shape[0]
@@ -129,6 +132,12 @@ def _minibatches(credit: Credit, updates: int, multiple: int, key: Any) -> Any:
             f"make at most as many."
         )
     share = -(-count // updates)
+    if microbatches > share:
+        raise ValueError(
+            f"microbatches={microbatches}, but a minibatch has {share} transitions; "
+            f"make at most as many."
+        )
+    multiple = microbatches * ways
     size = -(-share // multiple) * multiple
     parts = {
         "edge": credit.edge,
