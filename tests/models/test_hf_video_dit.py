@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import traverse_util
 from model_helpers import GOLDENS, below, equal, golden
 from numpy.testing import assert_allclose
 
@@ -234,6 +235,16 @@ def write_adapters(folder, layout):
     return folder if layout == "diffusers" else folder / f"{name}.safetensors"
 
 
+def changes(adapters, alpha):
+    """What adapters add to each kernel."""
+    leaves = {path: np.float64(leaf) for path, leaf in flatten(adapters).items()}
+    return {
+        path: alpha / leaf.shape[-1] * leaf @ leaves[f"{path[:-1]}b"]
+        for path, leaf in leaves.items()
+        if path.endswith("/a")
+    }
+
+
 @pytest.mark.parametrize("layout", LORAS)
 def test_adapters_do_what_they_do_in_the_library_of_their_layout(layout, tmp_path):
     """And again, merged, after they were written in each layout."""
@@ -241,17 +252,22 @@ def test_adapters_do_what_they_do_in_the_library_of_their_layout(layout, tmp_pat
     adapters, alpha = models.load_video_adapters(
         write_adapters(tmp_path, layout), module
     )
-    params = jax.tree.map(jnp.asarray, params)
-    merged = models.lora.merge(params, adapters, alpha)
+    want = changes(adapters, alpha)
+    leaves = {
+        path: np.float32(leaf + want.get(f"{path}/a", 0))
+        for path, leaf in flatten(params).items()
+    }
+    merged = traverse_util.unflatten_dict(leaves, sep="/")
     output = gradients("wan")(merged)[1]
     assert_allclose(output, channels_last(adapted(layout)[2]), atol=2e-4)
     for other in ("diffusers", "original", "peft"):
         saved = tmp_path / f"again_{other}"
         models.save_video_adapters(saved, adapters, alpha, layout=other)
         again = models.load_video_adapters(saved, module)
-        same = models.lora.merge(params, *again)
-        for path, leaf in flatten(merged).items():
-            assert_allclose(flatten(same)[path], leaf, atol=1e-6)
+        same = changes(*again)
+        assert same.keys() == want.keys()
+        for path, change in same.items():
+            assert_allclose(change, want[path], atol=1e-6)
         if other == "peft":
             assert again[1] == alpha
             equal(again[0], adapters)
@@ -334,6 +350,20 @@ def test_diffusers_reads_what_is_written(folder, tmp_path):
     with torch.no_grad():
         output = peer(x, 1000 * t, text).sample
     assert_allclose(output, values["output"], atol=2e-5)
+    peft = pytest.importorskip("peft")
+    tensors, _, want = adapted("kohya")
+    adapters = models.adapters_from_hf_video(network("wan")[0], tensors)
+    for layout in ("diffusers", "peft"):
+        models.save_video_adapters(saved / layout, *adapters, layout=layout)
+        again = diffusers.WanTransformer3DModel.from_pretrained(saved)
+        if layout == "peft":
+            again = peft.PeftModel.from_pretrained(again, saved / layout)
+        else:
+            file = "pytorch_lora_weights.safetensors"
+            again.load_lora_adapter(saved / layout, weight_name=file)
+        with torch.no_grad():
+            output = again.eval()(x, 1000 * t, text).sample
+        assert_allclose(output, want, atol=2e-4)
 
 
 def test_all_unfit_tensors_are_named(folder, refused):
