@@ -185,7 +185,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise ValueError(
             f"{os.fspath(path)} lacks the key tokenizer.ggml.eos_token_id."
         )
-    pattern = gguf_value(reader, "tokenizer.ggml.pre", "gpt-2")
+    pattern: str = gguf_value(reader, "tokenizer.ggml.pre", "gpt-2")
     backend = _byte_pairs(
         {token: index for index, token in enumerate(tokens)},
         gguf_value(reader, "tokenizer.ggml.merges", []),
