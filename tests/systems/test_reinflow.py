@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import lowered
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import envs, flows
 from tmdjax.core import prng
 from tmdjax.systems import reinflow
+from tmdjax.systems.dppo import DPPO
 from tmdjax.systems.reinflow import ReinFlow
 from tmdjax.train import on_policy
 from tmdjax.train.on_policy import Samples
@@ -324,6 +326,24 @@ def test_a_known_optimum_is_approached():
     assert metrics["first_ratio_error"].max() <= 1e-5
     assert missed[1] < 0.3 * missed[0], missed
     assert metrics["reward_mean"][-1] > 0.3 * metrics["reward_mean"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ReinFlow, DPPO])
+def test_an_iteration_from_pixels_lowers_for_accelerators(kind):
+    method = kind(
+        hidden=(16, 16, 16),
+        steps=2,
+        **({"fine_tuned_steps": 1} if kind is DPPO else {}),
+    )
+    settings = on_policy.ControlSettings(unroll=2, critic_hidden=(16,))
+    vector = envs.Vector(envs.Push("pixels", side=16), 8)
+    trainer = on_policy.make_trainer(vector, method, settings)
+    key = jax.random.key(0)
+    start = jax.eval_shape(trainer.init, key)
+    lowered(jax.jit(trainer.iterate), start, None, key)
+    _, metrics = jax.jit(trainer.iterate)(trainer.init(key), None, key)
+    assert metrics["first_ratio_error"] < 1e-5 and np.isfinite(metrics["loss"])
 
 
 @pytest.mark.parametrize("name", reinflow.PRESETS)
