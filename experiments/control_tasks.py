@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arms import tuples
 from tmdjax import envs
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice
@@ -33,7 +34,7 @@ def build(env: Mapping[str, Any]) -> Any:
 
     'chunk' is how many of its actions are one (:class:`tmdjax.envs.Chunked`).
     """
-    given = dict(env)
+    given = tuples(env)
     name, chunk = given.pop("name"), given.pop("chunk", 1)
     check_choice("env.name", name, ENVIRONMENTS)
     if "task" in given:
