@@ -171,7 +171,7 @@ def record(
     policy: Any,
     key: Any,
     shown: Mapping[str, Any] | None = None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """One episode of many agents, as demonstrations: one after the other.
 
     Args:

@@ -17,7 +17,7 @@ TIERS = [
 # smokes are run by .ci/run; these take seconds to trace, or to draw problems
 PAPERS = ("branchgrpo", "boss", "grpo", "policyflow", "tmd")
 PAPERS = [f"{name}.py:paper" for name in PAPERS]
-DEAR = ("boss.py:gpu", *PAPERS)
+DEAR = ("boss.py:gpu", "reinflow.py:cpu", "reinflow.py:gpu", *PAPERS)
 BUILT = [
     pytest.param(spec, marks=[pytest.mark.nightly] * spec.endswith(DEAR))
     for spec in TIERS
