@@ -220,7 +220,7 @@ def test_bad_inputs(refused):
     refused("reduction='max' is not one of", flows.chain_log_prob, chain, "max")
 
 
-@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("steps", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_any_number_of_steps(steps):
     rows = flows.make_table("ode", flows.uniform_grid(steps)).rows(
         slice(None), jnp.float32
