@@ -68,6 +68,24 @@ def test_ancestral_steps_are_those_of_bayes(name):
         assert_allclose(mean[i], variance * (away + seen), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "level, mean, std",
+    [
+        (19, [-0.140628576, -0.0987204313], 0.99646997),
+        (10, [-1.78140426, -0.719814062], 0.36897564),
+        (1, [-1.28349364, -0.713925779], 0.07582580),
+        (0, [-1.0, -0.699267507], 0.0),
+    ],
+)
+def test_steps_are_those_of_diffusers(level, mean, std):
+    """DDPMScheduler(20, 'squaredcos_cap_v2', fixed_small, clip_sample) of diffusers."""
+    x, noise = jnp.float32([[-2, -2 / 3]]), jnp.float32([[1, 1 / 3]])
+    row = SCHEDULES["cosine"].rows(level)
+    ours, own = flows.ancestral_step(noise, x, row, clip_data=1.0)
+    assert_allclose(ours[0], mean, rtol=1e-5)
+    assert_allclose(own, std, rtol=1e-5)
+
+
 @pytest.mark.parametrize("prediction", flows.PREDICTIONS)
 def test_predictions_carry_the_same_data(prediction):
     row = SCHEDULES["cosine"].rows(np.array([0, 3, 9, 15, 18]))
