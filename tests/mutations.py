@@ -109,6 +109,10 @@ TESTS = {
     "harness/environment": "harness/test_report.py harness/test_runner.py",
     "metrics/diversity": "metrics/test_video_metrics.py metrics/test_frechet.py",
     "metrics/video_features": "metrics/test_video_metrics.py",
+    **dict.fromkeys(
+        ["metrics/" + name for name in "rollouts spectra image_quality".split()],
+        "metrics/test_rollout_metrics.py",
+    ),
     "models/layers": "models/test_model_layers.py models/test_text_dit.py",
     "models/stack": "models/test_model_layers.py",
     "models/control": "models/test_control_networks.py",
