@@ -1,0 +1,1 @@
+"""A torus on which digits drift, seen through a window that moves."""
