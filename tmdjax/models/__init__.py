@@ -54,6 +54,14 @@ from tmdjax.models.decoder.token_log_probs import token_log_probs as token_log_p
 from tmdjax.models.decoder.token_log_probs import (
     token_log_probs_from_hidden as token_log_probs_from_hidden,
 )
+from tmdjax.models.flow_equivariant.equivariance import (
+    check_equivariance as check_equivariance,
+)
+from tmdjax.models.flow_equivariant.equivariance import (
+    equivariance_errors as equivariance_errors,
+)
+from tmdjax.models.flow_equivariant.torus_map import TorusMap as TorusMap
+from tmdjax.models.flow_equivariant.torus_map import TorusState as TorusState
 from tmdjax.models.images.classifier import Classifier as Classifier
 from tmdjax.models.images.dit import DiT as DiT
 from tmdjax.models.images.text_dit import TextDiT as TextDiT
