@@ -72,6 +72,9 @@ def test_extraction():
         "it takes 1 1/2 hours": "1 1/2",
         "of 3, 1/2": "1/2",
         "x2": "2",
+        "It is 25 cm².": "25",
+        "takes 1½ hours": r"1\frac{1}{2}",
+        "so it is ‑3": "-3",
         **dict.fromkeys(("no number", "", "}{\\", "####")),
     }.items():
         assert extract_answer(text) == answer, text
@@ -103,16 +106,16 @@ def test_long_nonsense_costs_little(plain):
 def test_numbers():
     for value, texts in {
         42: ["42"],
-        7: ["+7", "007"],
-        -7: ["−7"],
+        7: ["+7", "007", r"\boldsymbol{7}", r"\textcolor{red}{7}", "7\u200b", "７"],
+        -7: ["−7", "‑7"],  # with the hyphen that ends no line
         Fraction("1234567.5"): ["1,234,567.50"],
         1234: [r"1{,}234"],
         18: ["$18", r"\$18.00"],
-        Fraction(1, 2): [".5", "50%"],
+        Fraction(1, 2): [".5", "50%", "½", r"{\frac{1}{2}}", "1⁄2"],
         5: ["5.", r"5\text{ cm}", r"5\ \mathrm{cm}^2", "x = 5"],
         Fraction(3, 4): ["3/4", "-3/-4", r"\frac{3}{4}", r"\tfrac34"],
         Fraction(-3, 4): [r"-\dfrac{3}{4}", r"\frac{-3}{4}"],
-        Fraction(3, 2): ["1 1/2", r"1\frac{1}{2}"],
+        Fraction(3, 2): ["1 1/2", r"1\frac{1}{2}", "1½"],
         Fraction(-3, 2): ["-1 1/2"],
         Fraction(1, 8): [r"12.5\%"],
         1500: ["1.5e3"],
@@ -123,7 +126,7 @@ def test_numbers():
         90: [r"90^\circ", r"90^{\circ}"],
         None: [
             *[r"\left(5\right)", "1,2", "12,34", "1/0", r"\frac{1}{0}", "5%%", "1e401"],
-            *["1e999999999", "9" * 101, "1.2.3", "--5", "٣", "½", "nan", "inf", "0x10"],
+            *["1e999999999", "9" * 101, "1.2.3", "--5", "٣", "nan", "inf", "0x10"],
             *["1_000", ""],
         ],
     }.items():
@@ -172,6 +175,18 @@ def test_answers_behind_a_mark_are_paid_as_strict_patterns_pay(plain):
         "#### 5 million": "5000000",
         "#### 1/2 cup": "0.5",
         "#### 2 1/2 cups": "2.5",
+        "#### 72 (seventy-two)": "72",
+        "#### 72, because 70 + 2 = 72": "72",
+        "#### 72 = the total": "72",
+        "#### 72 a day": "72",
+        "#### $72/day": "72",
+        "#### 72 m": "72",
+        "#### 20% off": "20",
+        "#### 72🎉": "72",
+        '#### "72"': "72",
+        "##### 72": "72",
+        "#### 72<|endoftext|>on 99": "72",
+        "#### 72 million dollars": "72000000",
     }.items():
         assert plain(response, answer) == 1, response
     assert plain("#### 5!", "5") == plain("#### 10^3", "1000") == 1
@@ -182,6 +197,11 @@ def test_answers_behind_a_mark_are_paid_as_strict_patterns_pay(plain):
         "#### 3/4": "3",
         "#### 72 dollars": "720",
         "#### 5 million": "5",
+        "#### 5x": "5",
+        "#### 5 + x": "5",
+        "#### 5^2": "5",
+        "#### 5/x": "5",
+        "#### 3:30": "3",
         "72<|reserved_special_token_5|>": "5",
     }.items():
         assert plain(response, answer) == 0, response
@@ -242,6 +262,9 @@ SAME_OR_NOT = [
     ("5 pi", "5", 0),
     (r"5\text{ million}", "5", 0),
     (r"5\text{ million}", "5,000,000", 1),
+    (r"5\text{ million dollars}", "5", 0),
+    (r"5\text{ million dollars}", r"\$5,000,000", 1),
+    ("2.5 thousand km", "2500", 1),
     ("12 percent", r"12\%", 1),
     ("y=5", "x=5", 0),
     (r"\theta = 5", "5", 1),
@@ -269,6 +292,22 @@ SAME_OR_NOT = [
     (r"\varnothing", "∅", 1),
     (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", matrix("1 & 2", "3 & 4"), 1),
     (matrix("1", "2"), matrix("1 & 2"), 0),
+    ("(2,+\\infty)", r"(2,\infty)", 1),
+    (r"\begin{pmatrix}1\\[4pt]2\\\end{pmatrix}", matrix("1", "2"), 1),
+    ("x = 2 or x = 3", "2, 3", 1),
+    ("2 and 3", "3", 0),
+    # letters that look different
+    ("25 cm²", r"25\text{ cm}^2", 1),
+    (r"25\text{ cm²}", r"25\text{ cm}^3", 0),
+    (r"25\text{ cm^2}", "25 square centimeters", 1),
+    ("x² + 1", "x^2+1", 1),
+    ("2³", "23", 0),
+    ("10⁻³", "0.001", 1),
+    ("（1，2）", "(1, 2)", 1),
+    ("60º", r"60^\circ", 1),
+    (r"\log_2 3", r"\log_{2}3", 1),
+    (r"\underline{\frac12}", r"{\bf 0.5}", 1),
+    (r"|x|\leqslant 5", r"\lvert x\rvert\le5", 1),
     # numbers
     ("50 per cent", "50", 1),
     ("0.5%", "50", 0),
@@ -300,6 +339,9 @@ SAME_OR_NOT = [
     ("5 km/h", r"5\text{ m/h}", 0),
     ("60 mph", r"60\text{ miles per hour}", 1),
     (r"\text{5 cm}", "5", 1),
+    (r"\text{5 apples}", "5", 1),
+    (r"\text{5 apples}", r"5\text{ pears}", 0),
+    ("5 students", "5", 1),
     ("5¢", r"5\text{ cents}", 1),
     ("98.6°F", "98.6", 1),
     (r"37^\circ\text{C}", "37 °C", 1),

@@ -9,8 +9,8 @@ equal
   '2\times10^{3}', '0.1\overline{6}', '50\%', '5\text{ million}'. A percentage is a
   hundredth, or the bare number if the other side has no percent sign: '50%' equals both
   '0.5' and '50';
-- as TeX, token by token, up to sizes of brackets, thin spaces and math shifts; '√', 'π'
-  and their like are the TeX that they stand for;
+- as TeX, token by token, up to sizes of brackets, thin spaces, bold face, colours and
+  math shifts; '√', 'π', '½', '²' and their like are the TeX that they stand for;
 - part by part, where both are lists, tuples, sets, intervals or matrices of the same
   form: '(1, \frac12)' and '(1,0.5)'. The order of a set in braces counts nothing;
 - or symbolically, where one of them is no number: '2\sqrt2' and '\sqrt8'.
@@ -32,7 +32,7 @@ from collections import Counter
 from fractions import Fraction
 
 from tmdjax.core.checks import check_range
-from tmdjax.rewards.tex import joined, parts_of, tokens_of
+from tmdjax.rewards.tex import joined, parts_of, plain_letters, plain_text, tokens_of
 from tmdjax.rewards.worker import Worker, WorkerError, WorkerTimeout
 
 OUTCOMES = ("equal", "different", "no answer", "timed out", "failed")
@@ -54,7 +54,7 @@ _FRAC = re.compile(
 _TEN = re.compile(r"([+-]?)10\^\{([+-]?[0-9]+)\}")
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]+)\}")
 _LAST_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]}])[-−+])?\\?\$?"
+    r"(?:(?<![\w.)\]}])[-+])?\\?\$?"
     r"(?:(?:[0-9]+ ?)?\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9]{2})"
     rf"|{_DIGITS}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|/[0-9]+| [0-9]+/[0-9]+"
     r"|\s?(?:\\times|\\cdot|×|x|\*)\s?10\^\{?[+-]?[0-9]+\}?)?"
@@ -63,16 +63,19 @@ _LAST_NUMBER = re.compile(
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"\\(?:boxed|fbox)\s+(?=[^\s{])([^\n$]*)")
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,60}\|>|</s>|<eos>|<end_of_turn>")
-# What begins with a number, and has a word of another kind behind it.
+# A number, and behind it words, a remark in brackets, or nothing that counts.
+_WORDS = r"(?:[^\W\d_]{2,}|[^\W\d_] +[^\W\d_]{2,}|[mghsLl]$)"
 _COUNTED = re.compile(
-    rf"([-−+]?\\?\$?[-−+]?{_DECIMAL}(?: [0-9]+/[0-9]+|/[0-9]+)?)"
-    rf"(?:\.?\s+[^\W\d_]{{2,}}.*)"
+    rf"([-+]?\\?\$?[-+]?{_DECIMAL}(?: [0-9]+/[0-9]+|/[0-9]+)?(?: ?\\?%)?)"
+    rf"(?:[.,;:!?]?\s+{_WORDS}|\s*(?:[-=&]|—)\s+{_WORDS}|/{_WORDS}|\s*[(\[]|\s*</?[a-z]"
+    r"|[^\w+*/^=\\<>-]*$)"
 )
 _LETTER = r"(?:[A-Za-z]|\\[a-z]+ ?)(?:_\{[^{}]*\})?"
 _NAMED = re.compile(rf"({_LETTER})(?:=(?!=)|\\in(?![a-z]) ?)")
 _NAMED_BEHIND = re.compile(rf"([^=]+)=({_LETTER})")
 _BASED = re.compile(r"([0-9A-Za-z.]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_COUNTED_IN_WORDS = re.compile(rf"({_DECIMAL}) ([A-Za-z][A-Za-z ]*)")
 _TEXT_UNIT = re.compile(rf"{_TEXT.pattern}(?:\^\{{([0-9])\}})?$")
 _BARE_UNIT = re.compile(
     r"(?<=[0-9.}%]) ?([A-Za-z][A-Za-z. ]*(?:/[A-Za-z]+)?)(?:\^\{([0-9])\})?$"
@@ -95,7 +98,8 @@ _UNITS = {
         "millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in "
         "inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb "
         "pound|oz ounce|ml milliliter millilitre|l liter litre|h hr hour|min minute|s "
-        "sec second|day|week|month|year|am|pm|mi/h mph|% percent"
+        "sec second|day|week|month|year|am|pm|mi/h mph|% percent|people person|way|"
+        "point|integer|digit|student|ticket|meal|edge|cup"
     ).split("|")
     for name in names.split()
 }
@@ -142,22 +146,25 @@ def extract_answer(text: str) -> str | None:
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
-    text = _SPECIAL_TOKEN.sub("", text)
+    text = plain_letters(_SPECIAL_TOKEN.sub(" ", text))
     rest, heading = text, None
-    for index, part in enumerate(reversed(text.split("####")[1:])):
+    for index, part in enumerate(reversed(re.split("#{4,}", text)[1:])):
         line, _, after = part.strip().partition("\n")
-        line = line.replace("**", "").strip(" \t*!")
-        if counted := _COUNTED.fullmatch(line):
-            following = line[counted.end(1) :].split()[0].lower()
-            return line if following in _SCALES else counted[1]
+        line = line.replace("**", "").strip(" \t*!`'\"")
         if line and not line[0].isalpha():
-            return line
+            counted = None if _is_number(line) else _COUNTED.match(line)
+            return counted[1] if counted else line
         if line and not index:
             if not after.strip():
                 return line
             rest, heading = after, line
     numbers = _LAST_NUMBER.findall(rest[-_TAIL:])
     return numbers[-1] if numbers else heading
+
+
+def _is_number(line: str) -> bool:
+    """Whether all of a line is a number, or a list of them, units aside."""
+    return all(t.number is not None or not t.text for t in read_answer(line)[0])
 
 
 def _without_thoughts(text: str) -> str:
@@ -201,7 +208,8 @@ def read_answer(text: str) -> tuple[list[Term], list[str]]:
     """
     if len(text) > _LONGEST_FORMULA:
         return [Term(text.strip())], []
-    text = text.strip().rstrip(".").strip(" *\n\t")
+    text = plain_text(text).strip()
+    text = re.sub(r"(?<!\\)[.,;]+$", "", text).strip(" *\n\t")
     if choice := _CHOICE.fullmatch(text):
         return [Term(choice[1])], []
     text = re.sub(r"^\(([0-9A-Za-z]+)\)(?=_)", r"\1", text)
@@ -213,6 +221,8 @@ def _term(text: str) -> Term:
     unit, name, base, scale = "", "", "", 1
     if whole := _TEXT.fullmatch(text):
         text = whole[1]
+        if counted := _COUNTED_IN_WORDS.fullmatch(text):
+            text = rf"{counted[1]}\text{{{counted[2]}}}"
     while found := _unit_at_end(text):
         text, word = found
         if word in _SCALES:
@@ -223,7 +233,7 @@ def _term(text: str) -> Term:
         if sign in text:
             text, unit = text.replace(sign, ""), unit or currency
     text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
-    if text[:1] == "{" and text[-1:] == "}" and text.count("{") == 1:
+    while _in_braces(text):
         text = text[1:-1]
     if unit in ("am", "pm"):
         text = text.removesuffix(":00")
@@ -234,6 +244,7 @@ def _term(text: str) -> Term:
     if (match := _BASED.fullmatch(text)) and match[1][0].isdecimal():
         text, base = match[1], match[2]
         base = str(_BASES.index(base) + 2) if base in _BASES else base
+    text = text.removeprefix("+")
     number = parse_number(text)
     if number is None:
         return Term(text, None, False, name, unit, base)
@@ -243,6 +254,16 @@ def _term(text: str) -> Term:
     return Term(text, value * scale, percent, name, unit.strip("%"), base)
 
 
+def _in_braces(text: str) -> bool:
+    """Whether one pair of braces holds all of a text."""
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth <= 0:
+            return letter == "}" and position == len(text) - 1
+    return False
+
+
 def _unit_at_end(text: str) -> tuple[str, str] | None:
     """What stands before a unit at the end, and the unit in one spelling."""
     if match := _TEMPERATURE.search(text):
@@ -250,20 +271,24 @@ def _unit_at_end(text: str) -> tuple[str, str] | None:
     if len(text) > 1 and text.endswith("°"):
         return text[:-1], "°"
     match = _TEXT_UNIT.search(text)
-    if match and text[: match.start()].strip():
-        return text[: match.start()].rstrip(), _spelling(match[1], match[2] or "")
-    match = _BARE_UNIT.search(text)
-    if match and all(len(word) > 1 for word in match[1].split()):
-        word = _spelling(match[1], match[2] or "")
-        each = word.rstrip("0123456789").split("/")
-        if word in _SCALES or all(one in {*_UNITS.values(), ""} for one in each):
-            return text[: match.start()].rstrip(), word
-    return None
+    if not (match and text[: match.start()].strip()):
+        match = _BARE_UNIT.search(text)
+        if not match or any(len(word) < 2 for word in match[1].split()):
+            return None
+    before, word = text[: match.start()].rstrip(), _spelling(match[1], match[2] or "")
+    first, _, more = word.partition(" ")
+    if first in _SCALES and more:  # 'million dollars'
+        return f"{before} {first}", more
+    each = word.rstrip("0123456789").split("/")
+    known = word in _SCALES or all(one in {*_UNITS.values(), ""} for one in each)
+    return (before, word) if known or match.re is _TEXT_UNIT else None
 
 
 def _spelling(unit: str, power: str) -> str:
     """A unit in one spelling: 'square inches' is 'in2', 'a.m.' is 'am'."""
     unit = unit.lower().replace(".", "").replace("per cent", "percent")
+    unit, raised, digit = unit.partition("^")
+    power = digit.strip("{}") if raised else power
     first, slash, second = unit.replace(" per ", "/").partition("/")
     if slash:
         return f"{_spelling(first, '')}/{_spelling(second, power)}"
@@ -455,7 +480,7 @@ class MathVerifier:
 
 def _bare(text: str) -> str:
     """TeX without the math shifts around the whole of it."""
-    text = text.strip()
+    text = plain_text(text).strip()
     for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text.removeprefix(start).removesuffix(end)
         if len(text) == len(inner) + len(start) + len(end) and start not in inner:

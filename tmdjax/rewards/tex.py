@@ -5,8 +5,25 @@ thin space) and ``\leftarrow`` beside ``\left`` are each what they are.
 """
 
 import re
+import unicodedata
 
-_TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|\s+|.", re.DOTALL)
+_LENGTH = r"\[-?[0-9.]+ ?(?:pt|em|ex|mm|cm|in)\]"
+_TOKEN = re.compile(rf"\\\\(?:{_LENGTH})?|\\(?:[A-Za-z]+|.)|\s+|.", re.DOTALL)
+# Letters that only look different, and what they stand for.
+_PLAIN = {
+    **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full width
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),  # of no width
+    **dict.fromkeys("−–‐‑‒", "-"),
+    **dict.fromkeys("⁄∕", "/"),
+    **dict.fromkeys("º˚", "°"),
+    **{"\u3000": " ", "、": ", ", "。": "."},
+    **{
+        letter: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", letter)[::2])
+        for letter in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    },
+}
+_TRANSLATION = str.maketrans(_PLAIN)
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _SPACES = {r"\ ", "~", r"\quad", r"\qquad"}
 _TEXT = {
     *(r"\text", r"\textbf", r"\textit", r"\textrm", r"\textnormal", r"\mathrm"),
@@ -14,12 +31,13 @@ _TEXT = {
 }
 _DROPPED = {
     *("$", r"\(", r"\)", r"\[", r"\]", r"\,", r"\!", r"\;", r"\:", r"\>"),
-    *(r"\displaystyle", r"\textstyle", r"\limits", r"\nolimits"),
+    *(r"\displaystyle", r"\textstyle", r"\limits", r"\nolimits", r"\hline"),
+    *(r"\bf", r"\rm", r"\it", r"\small", r"\large", r"\Large", r"\LARGE", r"\huge"),
+    *(r"\thinspace", r"\enspace", r"\nonumber"),
     *(rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in "lr"),
 }
 _REPLACED = {
     **dict.fromkeys((r"\dfrac", r"\tfrac", r"\cfrac"), r"\frac"),
-    **dict.fromkeys(("−", "–"), "-"),
     **dict.fromkeys(("·", "⋅"), r"\cdot"),
     **dict.fromkeys(("∅", r"\varnothing"), r"\emptyset"),
     **{"∞": r"\infty", "π": r"\pi", "θ": r"\theta", "√": r"\sqrt", "±": r"\pm"},
@@ -28,8 +46,10 @@ _REPLACED = {
     r"\%": "%",
     r"\lbrace": r"\{",
     r"\rbrace": r"\}",
-    r"\leq": r"\le",
-    r"\geq": r"\ge",
+    **dict.fromkeys((r"\leq", r"\leqslant"), r"\le"),
+    **dict.fromkeys((r"\geq", r"\geqslant"), r"\ge"),
+    **dict.fromkeys((r"\lvert", r"\rvert", r"\vert"), "|"),
+    **{r"\lt": "<", r"\gt": ">"},
     r"\neq": r"\ne",
     r"\degree": "°",
 }
@@ -37,19 +57,44 @@ _ARGUMENTS = {
     **dict.fromkeys(("^", "_", r"\sqrt", r"\overline", r"\bar"), 1),
     **dict.fromkeys((r"\frac", r"\binom"), 2),
 }
+# Commands that change the looks of an argument, and how many before it are not shown.
+_LOOKS = {
+    **dict.fromkeys((r"\boldsymbol", r"\bm", r"\underline"), 0),
+    **dict.fromkeys((r"\color", r"\textcolor", r"\phantom", r"\hspace", r"\tag"), 1),
+}
 _OPENING, _CLOSING = ("(", "[", r"\{"), (")", "]", r"\}")
 SEPARATORS = (*_OPENING, *_CLOSING, ",", ", ", "&", r"\\", r"\cup")
 """Tokens between the parts of a list, a tuple, a set, an interval or a matrix."""
 
 
-def tokens_of(text: str) -> list[str]:
-    r"""The tokens of an answer that say what it means.
+def plain_letters(text: str) -> str:
+    r"""The text in letters of ASCII where others only look different.
 
-    Math shifts, sizes of brackets and thin spaces are gone; white space is kept between
-    letters and digits alone. ``\text{...}`` and its kind are one token, '°' stands for
-    ``^\circ``, arguments have their braces (``\frac12`` is ``\frac{1}{2}``), commas and
-    spaces that group the digits of a number are gone, and the comma of a list is ', '
-    where a space follows it. 'and' and 'or' in ``\text`` are such a comma.
+    Full-width forms, hyphens and minus signs, '½' (``\frac{1}{2}``); what has no width
+    is gone.
+    """
+    return text.translate(_TRANSLATION)
+
+
+def plain_text(text: str) -> str:
+    """As :func:`plain_letters`, and '²' is ``^2``: a formula, no more a sentence."""
+
+    def power(match: re.Match[str]) -> str:
+        digits = plain_letters(unicodedata.normalize("NFKC", match[0]))
+        return f"^{digits}" if len(digits) == 1 else f"^{{{digits}}}"
+
+    return _RAISED.sub(power, plain_letters(text))
+
+
+def tokens_of(text: str) -> list[str]:
+    r"""The tokens of an answer, as :func:`plain_text` has it, that say what it means.
+
+    Math shifts, sizes of brackets, colours, bold face, thin spaces and a row break
+    behind the last row are gone; white space is kept between letters and digits alone.
+    ``\text{...}`` and its kind are one token, '°' stands for ``^\circ``, arguments have
+    their braces (``\frac12`` is ``\frac{1}{2}``), commas and spaces that group the
+    digits of a number are gone, and the comma of a list is ', ' where a space follows
+    it. 'and' and 'or' are such a comma, but not between words.
     """
     return _ungrouped(_braced(_spaced(_words(_TOKEN.findall(text)))))
 
@@ -96,7 +141,17 @@ def _words(raw: list[str]) -> list[str]:
     while position < len(raw):
         token = raw[position]
         position += 1
-        if token in (r"\left", r"\right"):
+        if token.startswith("\\\\"):
+            last = "".join(raw[position : position + 2]).strip()
+            if last and not last.startswith(r"\end"):
+                found.append("\\\\")
+        elif token in _LOOKS:
+            for _ in range(_LOOKS[token]):
+                position = (_group(raw, position) or (0, position))[1]
+            if group := _group(raw, position):
+                found += _words(raw[group[0] : group[1] - 1])
+                position = group[1]
+        elif token in (r"\left", r"\right"):
             position += raw[position : position + 1] == ["."]
         elif token in _TEXT and (group := _group(raw, position)):
             start, position = group
@@ -111,6 +166,9 @@ def _words(raw: list[str]) -> list[str]:
             position = end
         elif raw[position - 1 : position + 2] == ["{", ",", "}"]:
             position += 2
+        elif token.isspace() and (end := _conjunction(raw, position)):
+            found.append(", ")
+            position = end
         elif token.isspace() or token in _SPACES:
             found.append(" ")
         elif token not in _DROPPED:
@@ -142,6 +200,18 @@ def _circle(raw: list[str], position: int) -> int:
     return 0
 
 
+def _conjunction(raw: list[str], position: int) -> int:
+    """What follows 'and ' or 'or ', unless a word stands before it; else 0."""
+    before = raw[max(position - 3, 0) : position - 1]
+    if len(before) == 2 and all(token.isalpha() for token in before):
+        return 0
+    for word in ("or", "and"):
+        end = position + len(word)
+        if "".join(raw[position:end]) == word and raw[end : end + 1]:
+            return end + 1 if raw[end].isspace() else 0
+    return 0
+
+
 def _spaced(tokens: list[str]) -> list[str]:
     """White space between letters and digits alone; ', ' where it follows a comma."""
     found: list[str] = []
@@ -164,7 +234,7 @@ def _braced(tokens: list[str]) -> list[str]:
     wanted = 0  # arguments still to come
     degree = False  # whether that of a root is being read
     for token in tokens:
-        if wanted and token == " ":
+        if token == " " and (wanted or found[-1:] == ["}"]):
             continue
         if token == "{":
             opened.append(max(wanted - 1, 0))
