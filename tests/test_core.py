@@ -73,7 +73,11 @@ def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a" / "b.json"
     files.write_atomically(path, b"old")
     assert path.read_bytes() == b"old"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    for mask in (0o077, 0o022):  # who keeps files private keeps these private
+        before = os.umask(mask)
+        files.write_atomically(path, b"old")
+        os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
     def fail(*arguments):
         raise OSError("disk full")

@@ -42,6 +42,7 @@ def checkpoint(tmp_path):
     specials = enumerate(SPECIALS, len(vocab))
     added = {str(index): {"content": name} for index, name in specials}
     names = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}}
+    names["tokenizer_class"] = "Qwen2TokenizerFast"
     for name, content in {
         "vocab.json": json.dumps(vocab),
         "merges.txt": "\n".join(["#version: 0.2", *MERGES]),
@@ -134,6 +135,37 @@ def test_all_that_ends_a_response_is_read(checkpoint, refused):
     assert found.decode(ids) == "the<|im_end|><|endoftext|>"
     path.write_text('{"eos_token_id": ["</s>"]}')
     refused("generation_config.json has eos_token_id", load_tokenizer, checkpoint)
+    path.rename(checkpoint / "config.json")  # as of Llama 3.1, where there is no other
+    refused("config.json has eos_token_id", load_tokenizer, checkpoint)
+    (checkpoint / "config.json").write_text('{"eos_token_id": [266, 9]}')
+    assert load_tokenizer(checkpoint).stop_ids == (266, 9, 264)
+
+
+def test_a_text_is_cut_as_the_class_of_its_tokenizer_cuts_it(checkpoint, refused):
+    """Ids of GPT-2's class are those of transformers 5.24 on this folder."""
+    pytest.importorskip("tokenizers")
+    path = checkpoint / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+
+    def loaded(**changes):
+        path.write_text(json.dumps(config | changes))
+        return load_tokenizer(checkpoint)
+
+    vocab = vocabulary()
+    gpt2 = loaded(tokenizer_class="GPT2Tokenizer")
+    assert gpt2.encode("12") == [vocab["12"]]  # Qwen's takes digits one by one
+    assert gpt2.decode(gpt2.encode("cafe\u0301")) == "cafe\u0301"
+    for changes, message in (
+        ({"tokenizer_class": "RobertaTokenizer"}, "class='RobertaTokenizer'; .* Pass"),
+        ({"tokenizer_class": None}, "tokenizer_class='None'; how Qwen2Tokenizer"),
+        ({"add_prefix_space": True}, "has add_prefix_space=True, which is not read"),
+    ):
+        refused(message, loaded, **changes)
+    assert load_tokenizer(checkpoint, pattern="qwen2").encode("the") == [vocab["the"]]
+    (checkpoint / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 266}))
+    assert loaded().eos_id == 266
+    del config["added_tokens_decoder"]
+    refused(r"has added_tokens.json, .*\.save_pretrained", loaded)
 
 
 def test_added_tokens_have_the_ids_and_kinds_of_the_configuration(checkpoint, refused):
@@ -190,7 +222,8 @@ def write_gguf(path, model="gpt2", pre="smollm", eos=266, tokens=(), types=()):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
+    if pre:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens or [*vocabulary(), *SPECIALS])
     writer.add_token_types(types or [1] * len(vocabulary()) + [3] * 3)
     writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
@@ -219,6 +252,15 @@ def test_gguf(tmp_path, refused):
     refused("pattern='viking' is not one of", gguf_tokenizer, path)
     path = write_gguf(tmp_path / "d.gguf", eos=False)
     refused(r"d.gguf lacks the key .*eos_token_id", gguf_tokenizer, path)
+    path = write_gguf(tmp_path / "e.gguf", pre=None)
+    refused(r"e.gguf lacks the key tokenizer.ggml.pre", gguf_tokenizer, path)
+    types = [1] * len(vocabulary()) + [3] * 3
+    path = write_gguf(tmp_path / "f.gguf", types=types[:-1])
+    refused("267 tokens and types of 266", gguf_tokenizer, path)
+    # rows that pad the embedding are no tokens, and so never drawn
+    padded = [*vocabulary(), *SPECIALS, "[PAD267]", "[PAD268]"]
+    path = write_gguf(tmp_path / "g.gguf", tokens=padded, types=[*types, 5, 5])
+    assert gguf_tokenizer(path).vocab_size == 267
 
 
 def test_special_tokens_that_are_not_there(checkpoint, refused):

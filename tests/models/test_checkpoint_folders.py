@@ -164,6 +164,16 @@ def test_adapters_that_cannot_be_saved_leave_the_old_ones(tmp_path, refused):
     kernel["a"] = kernel["a"].astype(complex)
     refused("dtype complex128", *save, 8.0, error=TypeError)
     assert content(tmp_path) == there
+    # adapters in shards go once the new ones are whole: nobody finds two sets
+    kernel["a"] = kernel["a"].real
+    weights = there["adapter_model.safetensors"]
+    where = {"weight_map": {"a": "adapter_model-1.safetensors"}}
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model-1.safetensors").write_bytes(weights)
+    index = tmp_path / "adapter_model.safetensors.index.json"
+    index.write_text(json.dumps(where))
+    models.save_adapters(tmp_path, made, 4.0)
+    assert content(tmp_path).keys() == there.keys()
 
 
 def test_two_checkpoints_in_a_folder_are_refused(tmp_path, refused):

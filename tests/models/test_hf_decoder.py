@@ -135,6 +135,7 @@ def test_configurations_the_decoder_does_not_have(refused):
         (dict(num_hidden_layers=10**30), "num_hidden_layers=10+ is outside"),
         (dict(head_dim=10**30), "head_dim=10+ is outside"),
         (dict(rope_theta="1e6"), "rope_theta='1e6' is no number"),
+        (dict(rope_theta=np.nan), "rope_theta=nan is outside"),
         (
             dict(rope_theta=None, rope_parameters={"rope_theta": [1]}),
             "rope_parameters: r",

@@ -8,8 +8,8 @@ import json
 import logging
 import math
 import os
+import secrets
 import stat
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -60,15 +60,13 @@ def write_together(
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "a folder has that name")
             path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{path.name}."
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
-            written[path] = Path(temporary)
-            with os.fdopen(handle, "wb") as file:
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            with open(temporary, "xb") as file:  # readable to whom the umask says
+                written[path] = temporary
                 for buffer in buffers:
                     file.write(buffer)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
         for path in remove_before:
             path.unlink(missing_ok=True)
         for path in list(written):

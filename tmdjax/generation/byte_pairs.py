@@ -32,7 +32,10 @@ _ALIKE = {
 """Other names that GGUF files have for these."""
 _WHOLE_WORDS = ("llama-bpe",)  # a piece in the vocabulary is a token, unmerged
 _LONGEST_FILE = 100_000_000
-_CONTROL, _USER_DEFINED = 3, 4  # types of added tokens in GGUF
+_CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
+"""Patterns of classes of transformers whose files are vocab.json and merges.txt."""
+# Types in GGUF: of added tokens, and of rows of the embedding that name no token.
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
     *("<|end_of_text|>", "<|endoftext|>", "<EOT>"),
@@ -95,7 +98,7 @@ def load_tokenizer(
     *,
     eos: str | None = None,
     pad: str | None = None,
-    pattern: str = "qwen2",
+    pattern: str | None = None,
 ) -> Tokenizer:
     """The tokenizer of a checkpoint in the Hugging Face layout.
 
@@ -106,19 +109,21 @@ def load_tokenizer(
     Args:
         folder: with tokenizer.json, or with vocab.json and merges.txt;
             tokenizer_config.json names the special tokens, and generation_config.json,
-            where there is one, the ids (``eos_token_id``, one or several) and texts
-            (``stop_strings``) that end a response.
+            or config.json where there is none, the ids (``eos_token_id``, one or
+            several) and texts (``stop_strings``) that end a response.
         eos: special token that ends a response, the first of ``stop_ids``; None reads
             the configuration.
         pad: padding; None reads the configuration, and takes ``eos`` if it has none.
-        pattern: a key of ``PATTERNS``, how vocab.json and merges.txt cut a text;
-            tokenizer.json says it itself.
+        pattern: a key of ``PATTERNS``, how vocab.json and merges.txt cut a text; None
+            goes by the tokenizer_class of the configuration. tokenizer.json says it
+            itself.
 
     Raises:
         ImportError: the tokenizers package is absent.
         FileNotFoundError: neither is in the folder.
-        ValueError: a file that cannot be read; an unknown pattern; a special token
-            that is not there, by name, or has another id than the configuration says.
+        ValueError: a file that cannot be read; a pattern or a class that is not known;
+            a special token that is not there, by name, or has another id than the
+            configuration says.
     """
     library = import_optional("tokenizers", "reading a tokenizer", "llm")
     folder = Path(folder)
@@ -132,7 +137,8 @@ def load_tokenizer(
             f"{folder / 'tokenizer_config.json'} names no eos_token; pass eos=, "
             f"such as '<|im_end|>'."
         )
-    ends = _ends(folder / "generation_config.json")
+    generation = folder / "generation_config.json"
+    ends = _ends(generation if generation.exists() else folder / "config.json")
     path = folder / "tokenizer.json"
     if path.exists():
         try:
@@ -147,6 +153,8 @@ def load_tokenizer(
         raise FileNotFoundError(
             f"{folder} has neither tokenizer.json nor vocab.json and merges.txt."
         )
+    if pattern is None:
+        pattern = _pattern_of(folder, config)
     lines = text_of(merges).splitlines()
     pairs = [line for line in lines if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder", {})
@@ -161,6 +169,27 @@ def load_tokenizer(
                 f"checkpoint."
             )
     return _BytePairs(backend, eos, pad, *ends)
+
+
+def _pattern_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """How a tokenizer of transformers cuts a text, by its class."""
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    remedy = (
+        "Have transformers write tokenizer.json, which says it all: "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+    )
+    if kind not in _CLASSES:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'} has tokenizer_class={kind!r}; how "
+            f"{', '.join(_CLASSES)} cut a text is known. Pass pattern=, one of "
+            f"{', '.join(PATTERNS)}. {remedy}"
+        )
+    odd = "add_prefix_space=True" if config.get("add_prefix_space") else None
+    if (folder / "added_tokens.json").exists() and "added_tokens_decoder" not in config:
+        odd = "added_tokens.json"
+    if odd:
+        raise ValueError(f"{folder} has {odd}, which is not read. {remedy}")
+    return _CLASSES[kind]
 
 
 def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -178,16 +207,27 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"{os.fspath(path)} has a tokenizer of kind {kind!r}; 'gpt2' (byte-pair "
             f"encoding) is read."
         )
-    tokens = gguf_value(reader, "tokenizer.ggml.tokens")
+
+    def needed(key: str) -> Any:
+        found = gguf_value(reader, f"tokenizer.ggml.{key}")
+        if found is None:
+            raise ValueError(
+                f"{os.fspath(path)} lacks the key tokenizer.ggml.{key}; take another "
+                f"file of the same model."
+            )
+        return found
+
+    tokens, eos = needed("tokens"), needed("eos_token_id")
+    pattern: str = needed("pre")
     types = gguf_value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
-    eos = gguf_value(reader, "tokenizer.ggml.eos_token_id")
-    if eos is None:
+    if len(types) != len(tokens):
         raise ValueError(
-            f"{os.fspath(path)} lacks the key tokenizer.ggml.eos_token_id."
+            f"{os.fspath(path)} has {len(tokens)} tokens and types of {len(types)}: "
+            f"the file is damaged. Copy it again."
         )
-    pattern: str = gguf_value(reader, "tokenizer.ggml.pre", "gpt-2")
+    kinds = zip(tokens, types)
     backend = _byte_pairs(
-        {token: index for index, token in enumerate(tokens)},
+        {t: index for index, (t, kind) in enumerate(kinds) if kind != _UNUSED},
         gguf_value(reader, "tokenizer.ggml.merges", []),
         _ALIKE.get(pattern, pattern),
         [

@@ -17,6 +17,7 @@ from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
     encode_json,
+    older_weights,
     params_from_tensors,
     read_json,
     read_weights,
@@ -128,7 +129,8 @@ def adapters_from_hf(
     if not leaves:
         raise ValueError(
             f"the file holds no adapter of this decoder, but "
-            f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}."
+            f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}; the names that PEFT's "
+            f"save_pretrained writes are {PEFT_PREFIX}<module>.lora_A.weight."
         )
     alpha = max(scales.values())
     for name, own in scales.items():
@@ -322,26 +324,30 @@ def save_adapters(
             tensors[full] = np.ascontiguousarray(row.T)
         if side == "a":
             ranks[name.rpartition(".")[2]] = rows.shape[-1]
-    write_together(peft_files(folder, tensors, ranks, alpha, base, "CAUSAL_LM"))
+    write_peft(folder, tensors, ranks, alpha, base, "CAUSAL_LM")
 
 
-def peft_files(
+def write_peft(
     folder: Path,
     tensors: Mapping[str, np.ndarray],
     ranks: Mapping[str, int],
     alpha: float,
     base: str | None,
     task: str | None,
-) -> dict[Path, Any]:
-    """The files of adapters in the layout of the PEFT library, and their content.
+) -> None:
+    """Writes the files of adapters in the layout of the PEFT library.
 
     Args:
-        folder: where they are to stand.
+        folder: made if absent; adapters in it, whole or in shards, stay until the new
+            ones are whole.
         tensors: arrays by their names in adapter_model.safetensors.
         ranks: of the modules, by the ends of their names.
         alpha: of all modules.
         base: name or folder of the checkpoint they belong to.
         task: PEFT's name of what the network is for.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     rank = max(ranks.values())
     settings = {
@@ -362,7 +368,8 @@ def peft_files(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    return {
+    files = {
         folder / ADAPTER: encode_safetensors(tensors),
         folder / ADAPTER_CONFIG: [encode_json(settings)],
     }
+    write_together(files, remove_after=older_weights(folder, Path(ADAPTER).stem, files))

@@ -324,15 +324,29 @@ def write_checkpoint(
         listing = {"metadata": {"total_size": total}, "weight_map": where}
         content[index] = [encode_json(listing)]
     content[CONFIG] = [encode_json(config)]
-    old = _old_shards(folder / index)
+    files = {folder / name: parts for name, parts in content.items()}
     # The index goes first, so that nobody reads shards of two checkpoints by a name
     # of the one and the content of the other.
-    gone = [name for name in (index, single, *old) if name not in content]
+    shared = set(_old_shards(folder / index)) & set(names)
     write_together(
-        {folder / name: parts for name, parts in content.items()},
-        remove_before=[folder / index] if set(old) & set(names) else (),
-        remove_after=[folder / name for name in gone],
+        files,
+        remove_before=[folder / index] if shared else (),
+        remove_after=older_weights(folder, stem, files),
     )
+
+
+def older_weights(folder: Path, stem: str, files: Iterable[Path]) -> list[Path]:
+    """The weights of a checkpoint in a folder that are not among its new files.
+
+    Args:
+        folder: may be absent.
+        stem: of ``<stem>.safetensors``, of the index, and of what the index names.
+        files: the new ones.
+    """
+    index = folder / _index(stem)
+    names = (index.name, f"{stem}.safetensors", *_old_shards(index))
+    new = {*files}
+    return [folder / name for name in names if folder / name not in new]
 
 
 def _old_shards(index: Path) -> list[str]:

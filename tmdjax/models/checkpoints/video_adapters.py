@@ -24,8 +24,8 @@ from tmdjax.models.checkpoints.adapters import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
     check_settings,
-    peft_files,
     rank_and_alpha,
+    write_peft,
 )
 from tmdjax.models.checkpoints.layout import Folder, read_json, read_weights
 from tmdjax.models.checkpoints.safetensors import (
@@ -342,6 +342,6 @@ def save_video_adapters(
         if side == "a":
             ranks[name.removeprefix("blocks.{layer}.")] = value.shape[-1]
     if peft:
-        write_together(peft_files(folder, tensors, ranks, alpha, base, None))
+        write_peft(folder, tensors, ranks, alpha, base, None)
     else:
         write_together({folder / _WEIGHTS: encode_safetensors(tensors)})

@@ -18,7 +18,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys of config.json that change the network, and the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # one function of two names
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "quantization_config": (None,),

@@ -224,13 +224,14 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{key}: {error}") from None
     given = {key: base for key, base in bases.items() if base is not None}
+    for key, base in given.items():
+        inside = "rope_theta" if key == "rope_theta" else f"{key}: rope_theta"
+        if isinstance(base, bool) or not isinstance(base, int | float):
+            raise ValueError(f"{inside}={base!r} is no number.")
+        check_range(inside, base, 0, math.inf, open_low=True, open_high=True)
     for found in (given, scalings):
         values = list(found.values())
         if any(value != values[0] for value in values):
             raise ValueError(f"{' and '.join(found)} disagree: {values}; keep one.")
-    for key, base in given.items():
-        if isinstance(base, bool) or not isinstance(base, int | float):
-            inside = "" if key == "rope_theta" else f"{key}: "
-            raise ValueError(f"{inside}rope_theta={base!r} is no number.")
     scaling = next(iter(scalings.values()), None)
     return float(next(iter(given.values()), 10000.0)), scaling
