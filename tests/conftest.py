@@ -15,9 +15,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # in the environment, so that workers and scripts that a test starts inherit it
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if OPTIMISED else "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
-    FLAG = "--xla_cpu_use_fusion_emitters=false"
-    if FLAG not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+    # a program is one module of LLVM: parts for several threads cost a quarter more
+    FLAGS = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
+    if FLAGS not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
     collect_ignore = ["optimised"]
 
 import jax
