@@ -83,7 +83,17 @@ TESTS = {
     "data/videos/files": "data/test_video_files.py",
     "data/weights": "data/test_sources.py data/test_rendered_text.py",
     "data/text_tasks": "data/test_text_tasks.py data/test_countdown_task.py",
-    "data/demonstration_files": "data/test_demonstrations.py",
+    **dict.fromkeys(
+        ["data/demonstration_files", "data/hdf5"], "data/test_demonstrations.py"
+    ),
+    "data/record_sets": "data/test_demonstrations.py data/test_pde_sets.py",
+    **dict.fromkeys(
+        ["data/pde/equations", "data/pde/etdrk4"], "data/test_pde_solvers.py"
+    ),
+    **dict.fromkeys(
+        ["data/pde/" + name for name in "files generate trajectories".split()],
+        "data/test_pde_sets.py",
+    ),
     "envs/base": "envs/test_vector.py envs/test_push.py",
     "envs/diagnostic": "envs/test_vector.py",
     "envs/host": "envs/test_gymnasium.py",

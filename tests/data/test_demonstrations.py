@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from tmdjax import data
-from tmdjax.data import demonstrations as module
+from tmdjax.data import record_sets as module
 from tmdjax.data.demonstration_files import load_demonstrations, read_d4rl, read_minari
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmdjax import flows, metrics
+from tmdjax import data, flows, metrics
 
 pytestmark = [
     pytest.mark.nightly,
@@ -88,3 +88,69 @@ def test_transport_plan_against_ott(x64):
     )
     theirs = sinkhorn.Sinkhorn(threshold=1e-12, max_iterations=20_000)(problem)
     np.testing.assert_allclose(ours, theirs.matrix, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ks", "burgers", "kolmogorov"])
+def test_equations_equal_those_of_exponax(x64, name):
+    exponax = pytest.importorskip("exponax", reason="needs tmdjax[oracle]")
+    steppers, side = exponax.stepper, 256
+    x = np.arange(side) / side * 2 * np.pi
+    if name == "ks":
+        ours = data.pde.kuramoto_sivashinsky(side, 64.0)
+        theirs = steppers.KuramotoSivashinskyConservative(1, 64.0, side, 0.05, order=4)
+        start, steps = np.cos(x) + 0.5 * np.sin(2 * x + 1), 200
+    elif name == "burgers":
+        ours = data.pde.burgers(side, viscosity=0.1)
+        theirs = steppers.Burgers(
+            1, 2 * np.pi, side, 0.01, diffusivity=0.1, conservative=True, order=4
+        )
+        start, steps = np.sin(x), 100
+    else:
+        side = 48
+        x = np.arange(side) / side * 2 * np.pi
+        # its velocity is that of the vorticity with the other sign
+        ours = data.pde.kolmogorov_flow(side, viscosity=0.02, force=-1.0)
+        theirs = steppers.KolmogorovFlowVorticity(
+            2, 2 * np.pi, side, 0.02, diffusivity=0.02, order=4
+        )
+        start, steps = np.cos(2 * x)[:, None] * np.sin(3 * x) + np.cos(x), 50
+    u, step = jnp.asarray(start)[None], jax.jit(lambda u: theirs(u))
+    for _ in range(steps):
+        u = step(u)
+    sign = -1 if name == "kolmogorov" else 1
+    options = {"substeps": steps}
+    found = data.pde.solve(ours, sign * start[None], steps * theirs.dt, 2, **options)
+    np.testing.assert_allclose(sign * found[1], u, atol=1e-9)
+
+
+def test_chaos_is_solved_as_well_as_is_told():
+    """The table of the sheet: largest error of steps 0.2 and 0.05 at times 2 to 30."""
+    x = np.arange(256) / 256 * 2 * np.pi
+    equation = data.pde.kuramoto_sivashinsky(256, 64.0)
+    start = (np.cos(x) + 0.5 * np.sin(2 * x + 1))[None]
+    fine = data.pde.solve(equation, start, 2.0, 16, substeps=2000)[:, 0]
+    for substeps, bounds in ((10, (1e-6, 7e-5, 3e-3)), (40, (6e-9, 1e-6, 4e-5))):
+        found = data.pde.solve(equation, start, 2.0, 16, substeps=substeps)[:, 0]
+        error = np.abs(found - fine).max(-1)[[1, 5, 15]]
+        assert np.all(error < 10 * np.array(bounds)), (substeps, error)
+
+
+def test_radau_agrees_with_our_solver():
+    from scipy.integrate import solve_ivp
+
+    side, length = 64, 32.0
+    x = np.arange(side) / side * 2 * np.pi
+    q, kept = 2 * np.pi / length * np.arange(33), np.arange(33) < side / 3
+    start = np.cos(x) + 0.3 * np.sin(2 * x + 1)
+
+    def rate(t, u):
+        v = np.fft.rfft(u)
+        return np.fft.irfft((q**2 - q**4) * v - 0.5j * q * np.fft.rfft(u * u) * kept)
+
+    options = {"method": "Radau", "rtol": 1e-9, "atol": 1e-9}
+    theirs = solve_ivp(rate, (0, 10), start, **options).y[:, -1]
+    equation = data.pde.kuramoto_sivashinsky(side, length)
+    for substeps, bound in ((1000, 1e-7), (200, 2e-5)):
+        found = data.pde.solve(equation, start[None], 10.0, 2, substeps=substeps)
+        error = np.abs(found[1, 0] - theirs).max()
+        assert error < bound, (substeps, error)

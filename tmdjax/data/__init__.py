@@ -1,5 +1,6 @@
 """Data sources, procedural sets, and batches that resume exactly."""
 
+from tmdjax.data import pde as pde
 from tmdjax.data import procedural as procedural
 from tmdjax.data.dataset import Dataset as Dataset
 from tmdjax.data.demonstration_files import load_demonstrations as load_demonstrations

@@ -2,7 +2,7 @@
 
 What is read is what is understood: entries of the names below, of numbers, stored in
 the file itself. Anything else is refused by name, unless it is named in ``ignore``.
-Needs h5py: ``pip install 'tmdjax[demonstrations]'``.
+Needs h5py: ``pip install 'tmdjax[hdf5]'``.
 """
 
 import os
@@ -14,16 +14,15 @@ import numpy as np
 
 from tmdjax.core.checks import check_count, first_few
 from tmdjax.core.files import json_of
-from tmdjax.core.optional import import_optional
-from tmdjax.data.demonstrations import MANIFEST, Demonstrations, read_demonstrations
+from tmdjax.data import hdf5
+from tmdjax.data.demonstrations import Demonstrations, read_demonstrations
+from tmdjax.data.record_sets import MANIFEST
 
 D4RL = ("observations", "actions", "rewards", "terminals", "timeouts")
 D4RL_LEFT_OUT = ("next_observations", "infos", "metadata")
 """Known entries of no use here."""
 MINARI = ("observations", "actions", "rewards", "terminations", "truncations")
 MINARI_LEFT_OUT = ("infos",)
-_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
-_MOST_BYTES = 2**36
 
 
 def load_demonstrations(path: str | os.PathLike[str], **options: Any) -> Demonstrations:
@@ -76,9 +75,9 @@ def read_d4rl(
         ImportError: h5py is not installed.
         ValueError: the file, or an entry of it, is not as described; named.
     """
-    with _opened(path) as file:
-        _check_names(path, file, D4RL, (*D4RL_LEFT_OUT, *ignore), optional=D4RL[4:])
-        arrays = {name: _numbers(path, file, name) for name in D4RL if name in file}
+    with hdf5.opened(path) as file:
+        hdf5.check_names(path, file, D4RL, (*D4RL_LEFT_OUT, *ignore), optional=D4RL[4:])
+        arrays = {name: hdf5.numbers(path, file, name) for name in D4RL if name in file}
     count = len(arrays["actions"])
     terminated = _flags(path, "terminals", arrays["terminals"])
     if "timeouts" in arrays:
@@ -136,15 +135,15 @@ def read_minari(
                 f"by minari.DataCollector(..., data_format='hdf5')."
             )
     parts = []
-    with _opened(path) as file:
+    with hdf5.opened(path) as file:
         names = [f"episode_{i}" for i in range(len(file))]
         if not names or {*names} != {*file}:
             odd = first_few(sorted({*file} - {*names})) or "no group"
             raise ValueError(f"{path} has {odd}; it needs episode_0, episode_1, ...")
         for name in names:
-            group = _entry(path, file, name)
+            group = hdf5.entry(path, file, name)
             where = f"{path}: {name}"
-            _check_names(where, group, MINARI, (*MINARI_LEFT_OUT, *ignore))
+            hdf5.check_names(where, group, MINARI, (*MINARI_LEFT_OUT, *ignore))
             parts.append(_episode(where, group, entries))
     arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     known = ("dataset_id", "minari_version", "algorithm_name", "author")
@@ -153,19 +152,19 @@ def read_minari(
 
 
 def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.ndarray]:
-    arrays = {name: _numbers(where, group, name) for name in MINARI[1:]}
+    arrays = {name: hdf5.numbers(where, group, name) for name in MINARI[1:]}
     steps = len(arrays["actions"])
-    seen = _entry(where, group, "observations")
+    seen = hdf5.entry(where, group, "observations")
     if isinstance(seen, Mapping):
         if not entries or not {*entries} <= {*seen}:
             raise ValueError(
                 f"{where}: observations are a dict of {', '.join(map(repr, seen))}, "
                 f"entries={tuple(entries)}; name those to concatenate."
             )
-        found = [_numbers(f"{where}/observations", seen, name) for name in entries]
+        found = [hdf5.numbers(f"{where}/observations", seen, name) for name in entries]
         observation = np.concatenate([_floats(x) for x in found], axis=1)
     else:
-        observation = _seen(_numbers(where, group, "observations"))
+        observation = _seen(hdf5.numbers(where, group, "observations"))
     if len(observation) != steps + 1:
         raise ValueError(
             f"{where}: {len(observation)} observations and {steps} actions; there is "
@@ -183,71 +182,6 @@ def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.nda
         "terminated": terminated,
         "truncated": truncated,
     }
-
-
-def _opened(path: str | os.PathLike[str]) -> Any:
-    h5py = import_optional("h5py", "reading HDF5", "demonstrations")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is no file.")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is no HDF5 file ({error}); copy it again.") from error
-
-
-def _check_names(
-    where: Any,
-    group: Any,
-    names: Sequence[str],
-    left_out: Sequence[str],
-    optional: Sequence[str] = (),
-) -> None:
-    """Raises ValueError unless a group has the names, and no others."""
-    missing = [n for n in names if n not in group and n not in optional]
-    unknown = sorted({*group} - {*names, *left_out})
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: {first_few(missing) or 'nothing'} is missing and "
-            f"{first_few(map(repr, unknown)) or 'nothing'} is not understood; add the "
-            f"former, and name the latter in ignore= to leave it out."
-        )
-
-
-def _entry(where: Any, group: Any, name: str) -> Any:
-    """A group or dataset that lies in the file itself."""
-    h5py = import_optional("h5py", "reading HDF5", "demonstrations")
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(
-            f"{where}/{name} is a link; write the file anew with the data in it."
-        )
-    return group[name]
-
-
-def _numbers(where: Any, group: Any, name: str) -> np.ndarray:
-    """A dataset of numbers, stored in the file by filters that are known."""
-    found = _entry(where, group, name)
-    if not hasattr(found, "dtype"):
-        raise ValueError(f"{where}/{name} is a group; it must be a dataset.")
-    if found.dtype.kind not in "biuf" or not found.shape:
-        raise ValueError(
-            f"{where}/{name} is {found.dtype} {found.shape}; it must be an array of "
-            f"numbers."
-        )
-    stored = found.id.get_create_plist()
-    codes = [stored.get_filter(i)[0] for i in range(stored.get_nfilters())]
-    odd = [code for code in codes if code not in _FILTERS]
-    if odd or found.is_virtual or found.external:
-        what = f"filter {odd[0]}" if odd else "data outside the file"
-        raise ValueError(
-            f"{where}/{name} has {what}; write it anew, contiguous or with "
-            f"{', '.join(_FILTERS.values())}."
-        )
-    if found.nbytes > _MOST_BYTES:
-        raise ValueError(
-            f"{where}/{name} is said to have {found.nbytes} bytes; {_MOST_BYTES} are "
-            f"read at most. Split the file."
-        )
-    return found[()]
 
 
 def _seen(array: np.ndarray) -> np.ndarray:

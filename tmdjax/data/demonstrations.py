@@ -6,7 +6,6 @@ D4RL and Minari are read by :mod:`tmdjax.data.demonstration_files`.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tmdjax.core.checks import (
-    check_batch,
-    check_count,
-    check_finite,
-    check_name,
-    first_few,
-)
-from tmdjax.core.files import json_of, write_atomically
-from tmdjax.core.trees import content_hash
-from tmdjax.data.pipeline import array_record, write_array_record
+from tmdjax.core.checks import check_batch, check_count, check_finite, first_few
+from tmdjax.data.record_sets import read_manifest, read_records, write_record_set
 
-MANIFEST = "manifest.json"
 KIND = "tmdjax.demonstrations"
 _FIELDS = ("observation", "action", "reward", "terminated", "truncated")
 _KEYS = ("kind", "version", "records", "steps", "episodes", "returns", "meta")
@@ -199,14 +189,8 @@ def write_demonstrations(
     Raises:
         OSError: the place cannot be written; an older set is intact.
     """
-    folder, arrays = Path(folder), demonstrations.arrays()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"steps-{content_hash(arrays)[:16]}.array_record"
-    manifest = {
-        "kind": KIND,
-        "version": 1,
-        "records": name,
-        "steps": len(demonstrations.action),
+    arrays = demonstrations.arrays()
+    described = {
         "episodes": int(demonstrations.ends.sum()),
         "returns": demonstrations.returns.tolist(),
         **{
@@ -221,49 +205,7 @@ def write_demonstrations(
         },
         "meta": dict(demonstrations.meta),
     }
-    text = json.dumps(manifest, indent=1, allow_nan=False).encode()  # before any file
-    old = _records_in(folder)
-    rows = ({k: v[i] for k, v in arrays.items()} for i in range(manifest["steps"]))
-    write_array_record(folder / name, rows)
-    write_atomically(folder / MANIFEST, text)
-    if old not in (None, name):
-        (folder / old).unlink(missing_ok=True)
-    return folder / MANIFEST
-
-
-def _records_in(folder: Path) -> str | None:
-    """Name of the records of the set that a folder holds, None without one."""
-    try:
-        return read_manifest(folder)["records"]
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a stored set says of itself.
-
-    Raises:
-        FileNotFoundError: the folder holds no manifest.
-        ValueError: the manifest is no such one; names what is missing or unknown.
-    """
-    path = Path(folder, MANIFEST)
-    found = json_of(path)
-    known = {*_KEYS, *_FIELDS[:2]}
-    if not isinstance(found, dict) or found.keys() != known or found["kind"] != KIND:
-        keys = set(found) if isinstance(found, dict) else set()
-        raise ValueError(
-            f"{path} is no manifest of demonstrations: "
-            f"{first_few(sorted(known - keys)) or 'nothing'} is missing, "
-            f"{first_few(map(repr, sorted(keys - known))) or 'nothing'} is not known. "
-            f"Write the set with write_demonstrations."
-        )
-    if found["version"] != 1:
-        raise ValueError(
-            f"{path} has version {found['version']!r}, and 1 is read; write the set "
-            f"again."
-        )
-    check_name(f"records of {path}", found["records"])
-    return found
+    return write_record_set(folder, KIND, "steps", arrays, described)
 
 
 def read_demonstrations(folder: str | os.PathLike[str]) -> Demonstrations:
@@ -273,26 +215,12 @@ def read_demonstrations(folder: str | os.PathLike[str]) -> Demonstrations:
         FileNotFoundError: manifest or records are not there.
         ValueError: they are damaged, or do not belong together.
     """
-    manifest, folder = read_manifest(folder), Path(folder)
-    path = folder / manifest["records"]
-    steps = check_count(f"steps of {folder / MANIFEST}", manifest["steps"])
-    options = {"shuffle": False, "drop_remainder": False, "threads": 0}
-    batches = array_record(path, steps, **options)
-    if batches.plan.count != steps:
-        raise ValueError(
-            f"{path} holds {batches.plan.count} steps, its manifest says {steps}; copy "
-            f"both again."
-        )
-    arrays = next(batches)
-    if arrays.keys() != {*_FIELDS}:
-        raise ValueError(
-            f"records of {path} are of {', '.join(sorted(arrays))}; those of "
-            f"demonstrations are {', '.join(_FIELDS)}."
-        )
+    manifest = read_manifest(folder, KIND, {*_KEYS, *_FIELDS[:2]})
+    arrays = read_records(folder, manifest, "steps", _FIELDS)
     found = Demonstrations(**arrays, meta=manifest["meta"])
     if (episodes := int(found.ends.sum())) != manifest["episodes"]:
         raise ValueError(
-            f"{path} holds {episodes} episodes, its manifest says "
-            f"{manifest['episodes']}; copy both again."
+            f"{Path(folder, manifest['records'])} holds {episodes} episodes, its "
+            f"manifest says {manifest['episodes']}; copy both again."
         )
     return found
