@@ -146,7 +146,12 @@ def budgets(config: Config) -> list[tuple[str, str, int]]:
     found = []
     for method in ("euler", "heun", "midpoint"):
         stages_a_step = len(flows.METHODS[method][1])
-        for nfe in config.sample[f"{method}_nfe"]:
+        counts = config.sample[f"{method}_nfe"]
+        if len({*counts}) < len(counts):
+            raise ValueError(
+                f"sample.{method}_nfe={counts} has a number twice; give each once."
+            )
+        for nfe in counts:
             if nfe % stages_a_step:
                 raise ValueError(
                     f"sample.{method}_nfe has {nfe}, but a {method} step costs "

@@ -36,8 +36,14 @@ MEASURES = {
 
 
 def check_sizes(config: Config) -> None:
-    """Refuses more samples than the data set was asked for, where it was."""
-    options = config.data.options
+    """Refuses images of another size or more of them than the data set is asked for."""
+    options, shape = config.data.options, tuple(config.data.shape)
+    size = options.get("size")
+    if size is not None and shape[:2] != (size, size):
+        raise ValueError(
+            f"data.options.size={size}, but data.shape={shape}; both say how large the "
+            f"images are: change them together."
+        )
     for group, name, made in (
         ("sample", "count", "test_count"),
         ("train", "batch_size", "train_count"),

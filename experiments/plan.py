@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.run import Parser, exit_with, find_experiment, parse
+from experiments.run import Parser, find_experiment, parse
 from tmdjax import train
+from tmdjax.core.failures import exit_with
 from tmdjax.harness import ConfigError, load_config
 from tmdjax.harness.report import text_table
 

@@ -22,11 +22,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.run import Parser, exit_with, find_experiment, parse, parser
+from experiments.run import Parser, find_experiment, folder, parse, parser
 from tmdjax.core.checks import check_name
-from tmdjax.core.files import write_atomically
+from tmdjax.core.failures import exit_with
+from tmdjax.core.files import text_of, write_atomically
 from tmdjax.harness import ConfigError, load_config, run_report
-from tmdjax.harness.claims import Claim, stated
+from tmdjax.harness.claims import claims_of, stated
 from tmdjax.harness.compare import comparison_rows, read_run
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.records import read_records, read_summary, write_record
@@ -34,6 +35,7 @@ from tmdjax.harness.report import claim_row, text_table
 from tmdjax.harness.results_page import markdown_table, write_results
 from tmdjax.harness.summaries import merge, numbers
 
+_MARK = re.compile(r"<!-- (?:table|claims): ")
 _MARKED = re.compile(r"<!-- (table|claims): (\w+):(\w+) -->\n.*?<!-- end -->", re.S)
 
 
@@ -43,6 +45,10 @@ def fill_tables(text: str, results: pathlib.Path) -> str:
 
     def table(found: re.Match[str]) -> str:
         kind, system, tier = found.groups()
+        if len(_MARK.findall(found[0])) > 1:
+            raise ValueError(
+                f"{found[0].splitlines()[0]} has no <!-- end --> before the next table."
+            )
         if (system, tier) not in records:
             raise ValueError(f"{found[0].splitlines()[0]} has no record in {results}.")
         record = records[system, tier]
@@ -70,21 +76,23 @@ def check_claims(results: pathlib.Path) -> None:
     """Refuses records whose claims are not those of their configs.
 
     Raises:
-        ValueError: a statement, metric, direction or threshold that differs.
+        ValueError: a statement, metric, direction or threshold that differs; a claim
+            that one has and the other lacks.
     """
     for record in read_records(results):
         path = f"configs/{record['system']}.py:{record['tier']}"
         if not pathlib.Path(path.partition(":")[0]).exists():
             continue  # a paper from another folder
-        claims = to_plain(load_config(path).get("claims", {}))
-        for recorded in stated(record["claims"]):
-            now = claims.get(recorded.id)
-            if now is None or Claim(id=recorded.id, **now) != recorded:
+        now = {claim.id: claim for claim in claims_of(to_plain(load_config(path)))}
+        then = {claim.id: claim for claim in stated(record["claims"])}
+        for name in {**now, **then}:
+            if now.get(name) != then.get(name):
                 raise ValueError(
-                    f"claim {recorded.id!r} of {results}/{record['system']}/"
-                    f"{record['tier']}.json is {recorded}, in {path} it is {now}. No "
-                    f"claim changes after its result is seen: restore the one that was "
-                    f"changed, or record the run again."
+                    f"claim {name!r} of {results}/{record['system']}/"
+                    f"{record['tier']}.json is {then.get(name)}, in {path} it is "
+                    f"{now.get(name)}. No claim changes after its result is seen: "
+                    f"restore the one that was changed or left out, or record the run "
+                    f"again."
                 )
 
 
@@ -116,7 +124,10 @@ def show_merged(
     Raises:
         ConfigError: the command names none, or one that cannot be loaded.
     """
-    words = shlex.split(merged["command"].partition("\n")[0])
+    try:
+        words = shlex.split(merged["command"].partition("\n")[0])
+    except ValueError:  # a quotation without an end
+        words = []
     flags, overrides = parse(parser(), words[3:])  # python -m experiments.run
     if not flags.config:
         raise ConfigError(
@@ -138,16 +149,19 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="WORKDIR")
+    flags.add_argument("--merge", nargs="+", type=folder, metavar="WORKDIR")
     flags.add_argument("--compare", nargs="+", metavar="RUN[:ARM]")
     flags.add_argument("--metrics", nargs="+", default=(), help="to compare; all")
-    flags.add_argument("--workdir", type=pathlib.Path, help="of what is merged")
+    flags.add_argument("--workdir", type=folder, help="of what is merged")
     flags.add_argument("--record", action="store_true")
     flags.add_argument("--render", action="store_true")
-    flags.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
+    flags.add_argument("--results", type=folder, default=pathlib.Path("results"))
     given = flags.parse_args(arguments)
     if not (given.merge or given.compare or given.render):
         flags.error("give --merge WORKDIR..., --compare RUN... or --render")
+    for flag, of in (("metrics", "compare"), ("workdir", "merge"), ("record", "merge")):
+        if getattr(given, flag) and not getattr(given, of):
+            flags.error(f"--{flag} goes with --{of}; leave it out, or give that too")
     if given.compare:
         print(comparison(given.compare, given.metrics))
     if given.merge:
@@ -162,10 +176,11 @@ def main(arguments: Sequence[str]) -> int:
             print(text_table([claim_row(claim) for claim in merged["claims"]]))
     if given.render or given.record:
         check_claims(given.results)
-        write_results(given.results)
-        for page in pages(given.results.parent):
-            if page.exists():
-                filled = fill_tables(page.read_text(), given.results)
+        root = write_results(given.results).parent
+        for page in filter(pathlib.Path.exists, pages(root)):
+            text = text_of(page)
+            filled = fill_tables(text, given.results)
+            if filled != text:
                 write_atomically(page, filled.encode())
     return 0
 

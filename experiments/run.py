@@ -5,18 +5,16 @@ however hard, goes on when the same command is given again.
 """
 
 import argparse
-import logging
 import os
 import pathlib
 import re
 import shlex
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tmdjax.core import compilation_cache
 from tmdjax.core.checks import check_count
+from tmdjax.core.failures import exit_with
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import (
     ConfigError,
@@ -25,7 +23,6 @@ from tmdjax.harness import (
     Outcome,
     check_experiment,
     dry_run,
-    failures,
     load_config,
     run,
 )
@@ -64,11 +61,14 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def _folder(text: str) -> pathlib.Path:
-    """A folder that is named: '' would be the current one."""
+def folder(text: str) -> pathlib.Path:
+    """A folder, or file, that is named: '' would be the current one.
+
+    ``~`` is the home folder; after ``--workdir=`` shells leave it as it is.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; name a folder (. is this one)")
-    return pathlib.Path(text)
+    return pathlib.Path(os.path.expanduser(text))
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -82,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line, but for --config.a.b=value."""
     flags = Parser(prog="experiments.run", description=__doc__, allow_abbrev=False)
     flags.add_argument("--config", help="configs/<system>.py:<tier>")
-    flags.add_argument("--workdir", type=_folder, help="default runs/SYSTEM-TIER")
-    flags.add_argument("--cache", type=_folder, help="default WORKDIR/../stages")
+    flags.add_argument("--workdir", type=folder, help="default runs/SYSTEM-TIER")
+    flags.add_argument("--cache", type=folder, help="default WORKDIR/../stages")
     flags.add_argument("--seeds", type=_seeds, default=(0,), help="0..4 or 0,2,5")
     flags.add_argument("--shard", type=_shard, default=(0, 1), help="i/n of the units")
     flags.add_argument("--stage", help="stop after this stage")
@@ -179,7 +179,7 @@ def find_experiment(config: Any, path: str) -> Experiment:
     """
     file = pathlib.Path(path.rpartition(":")[0] or path)
     name = getattr(load_module(file), "EXPERIMENT", config.get("system"))
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(
             f"{path} names the experiment {name!r}; set EXPERIMENT, or config.system, "
             f"to the name of a module."
@@ -192,47 +192,6 @@ def find_experiment(config: Any, path: str) -> Experiment:
             f"set EXPERIMENT in the config."
         )
     return check_experiment(found)
-
-
-def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a command on the process's arguments; what fails is said in one line.
-
-    The exit status is that of ``main``, or of :func:`tmdjax.harness.failures.explain`.
-    """
-    logging.basicConfig(format="%(message)s")
-    for name in ("absl", "asyncio"):  # their faults are raised
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGINT, _interrupt)
-    sys.unraisablehook = _of_a_thread
-    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
-    try:
-        status = main(arguments)
-        sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
-        if "--traceback" in sys.argv:
-            raise
-        line, status = failures.explain(error)
-        if line:
-            print(f"{line} (--traceback shows where)", file=sys.stderr)
-        else:  # whoever read the output went away: nothing is left to flush to
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    """The first interrupt ends the command, the next one at once and in silence."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
-def _of_a_thread(found: Any) -> None:
-    """Prints what nobody could catch, but for writes to a full disk.
-
-    Orbax gives up at the first array that cannot be written, and says so; the others
-    then report to an event loop that is closed.
-    """
-    if str(found.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(found)
 
 
 def _is_override(argument: str) -> bool:

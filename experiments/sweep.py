@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import run
+from tmdjax.core.failures import exit_with
 from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, check_run, dry_run, load_config
@@ -152,4 +153,4 @@ def folder(point: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run.exit_with(main)
+    exit_with(main)

@@ -97,6 +97,7 @@ TESTS = {
     "envs/base": "envs/test_vector.py envs/test_push.py",
     "envs/diagnostic": "envs/test_vector.py",
     "envs/host": "envs/test_gymnasium.py",
+    "core/failures": "harness/test_failures.py",
     "core/functions": "flows/test_guidance_and_matching.py",
     "flows/velocities": "flows/test_guidance_and_matching.py",
     "flows/matching": "flows/test_guidance_and_matching.py",

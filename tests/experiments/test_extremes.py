@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import report, run
+from tmdjax.core.failures import raised_on_purpose
 from tmdjax.harness import ConfigError, load_config
 from tmdjax.harness.config import _fields, load_module
-from tmdjax.harness.failures import raised_on_purpose
 from tmdjax.harness.ranges import NUMBER, WHOLE, read_range, rule_of
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))

@@ -109,6 +109,8 @@ def test_a_command_keeps_its_programs_where_make_does(command, tmp_path, monkeyp
         ([SMOKE, "--shard=3"], "is not like 0/4"),
         ([SMOKE, "--workdir=", "--fresh"], "--workdir: it is empty; name a folder"),
         ([SMOKE, "--cache= "], "--cache: it is empty"),
+        (["--config=:smoke"], "config file '' does not exist"),
+        ([SMOKE, "--config.system=../x"], "names the experiment '../x'"),
     ],
 )
 def test_bad_commands_are_one_line(arguments, message):
@@ -126,12 +128,14 @@ def test_bad_commands_are_one_line(arguments, message):
         ("optimizer.name=adamm", "Did you mean 'adam"),
         ("sample.heun_nfe=(3,)", r"sample.heun_nfe has 3.*give positive multiples"),
         ("data.num_classes=9", "announce"),
+        ("data.options.size=16", r"options.size=16, but data.shape=\(8, 8, 3\)"),
         ("train.drop_rate=1.5", r"rate=1.5 is outside \[0, 1\)"),
         ("train.log_every=0", "train.log_every=0 is outside"),
         ("train.microbatches=0", "train.microbatches=0"),
         ("sample.count=0", "sample.count=0"),
         ("sample.count=100000", "data.options.test_count=128"),
         ("sample.euler_nfe=(0,4)", r"euler_nfe=\(0, 4\) is outside"),
+        ("sample.euler_nfe=(4,4)", r"euler_nfe=\(4, 4\) has a number twice"),
         ("evaluate.projections=0", "evaluate.projections=0"),
         ("train.microbatches=5", "batch of 32 does not divide into 5"),
     ],
@@ -144,17 +148,27 @@ def test_impossible_settings(override, message, tmp_path, as_shipped):
 @pytest.mark.parametrize(
     "command, arguments, what",
     [
-        ("run", [SMOKE, "--config.train.stps=1"], "train.steps"),
-        ("sweep", [SMOKE], "give --sweep.a.b=v,w"),
-        ("plan", [], "give --config"),
-        ("report", ["--merge"], "expected at least one argument"),
-        ("report", [], "give --merge WORKDIR"),
+        ("experiments/run", [SMOKE, "--config.train.stps=1"], "train.steps"),
+        ("experiments/sweep", [SMOKE], "give --sweep.a.b=v,w"),
+        ("experiments/plan", [], "give --config"),
+        ("experiments/report", ["--merge"], "expected at least one argument"),
+        ("experiments/report", ["--merge", ""], "--merge: it is empty"),
+        ("experiments/report", ["--merge=a", "--workdir="], "--workdir: it is empty"),
+        ("experiments/report", ["--render", "--results="], "--results: it is empty"),
+        (
+            "experiments/report",
+            ["--compare=a", "--record"],
+            "--record goes with --merge",
+        ),
+        ("experiments/report", [], "give --merge WORKDIR"),
+        ("tmdjax/data/convert", ["arrays", "no.npy", "--name=x"], "no.npy is no array"),
+        ("tmdjax/data/check", ["digits"], "'digits' is too much"),
     ],
 )
 def test_one_line_at_the_shell(command, arguments, what, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["python", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(f"experiments/{command}.py", run_name="__main__")
+        runpy.run_path(f"{command}.py", run_name="__main__")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and what in said and "Traceback" not in said
     assert stopped.value.code == 2

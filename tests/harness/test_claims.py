@@ -7,7 +7,7 @@ import pytest
 from records import claim, refuses
 from scipy import stats
 
-from tmdjax.harness.claims import judge, stated
+from tmdjax.harness.claims import Claim, claims_of, judge, stated
 
 EXACT = {"statistic": "exact", "direction": "equal"}
 
@@ -24,6 +24,24 @@ def judged(ours, baseline=None, **changes):
     return judge(claim(**changes), by_seed)
 
 
+def test_claims_of_a_config_have_the_fields_of_a_claim(refused):
+    good = {"statement": "a", "statistic": "report", "ours": "x"}
+    assert claims_of({}) == claims_of({"claims": None}) == []
+    assert claims_of({"claims": {"1": good}}) == [Claim(id="1", **good)]
+    for change, words in (
+        (
+            {"statment": "a"},
+            "field='statment' is not one of .*Did you mean 'statement'",
+        ),
+        ({"ours": None}, "ours is None; give a text"),
+        ({"statistic": "difference", "direction": "less", "threshold": "1"}, "is 1; a"),
+    ):
+        refused(f"claim 'T': .*{words}", claims_of, {"claims": {"T": good | change}})
+    for odd in ("we win", {"ours": "x"}):
+        refused("claim 'T' is .* a claim has ours, statement, statistic",
+                claims_of, {"claims": {"T": odd}})  # fmt: skip
+
+
 def test_claims_that_do_not_fit_together_are_refused():
     refuses("claim 'B1'", claim, statistic="ratios")
     refuses("'ratios' is not one of", claim, statistic="ratios")
@@ -35,8 +53,8 @@ def test_claims_that_do_not_fit_together_are_refused():
     words = "threshold is None; a difference needs a finite one"
     refuses(words, claim, threshold=None)
     refuses("threshold is inf", claim, threshold=math.inf)
-    refuses("ours is empty", claim, ours=" ")
-    refuses("claim '': id is empty", claim, id="")
+    refuses("ours is ' '; give a text", claim, ours=" ")
+    refuses("claim '': id is ''; give a text", claim, id="")
     words = "baseline and ours are both 'boss/score'"
     refuses(words, claim, baseline="boss/score")
 

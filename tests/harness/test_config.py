@@ -284,11 +284,13 @@ def test_missing_and_wrong_tier_list_the_tiers(config_file):
         ("raise RuntimeError('first\\nsecond')", "RuntimeError: first second"),
         ("def (", "failed at import: SyntaxError"),
         ("import no_such_package", "No module named 'no_such_package'"),
+        ("raise SystemExit(0)", "failed at import: SystemExit: 0"),
         ("", "defines no get_config; add"),
         (f"{GET}...", "must define TIERS, a tuple"),
         (f"TIERS = ['a']\n{GET}...", "it has ['a']"),
         (f"{HEAD}{GET}...", "returned NoneType"),
         (f"{HEAD}{GET}return {{}}['b']", "get_config('a') of"),
+        (f"{HEAD}{GET}raise SystemExit", "raised SystemExit"),
     ],
 )
 def test_broken_config_files(tmp_path, source, expected):

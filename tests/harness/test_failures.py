@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tmdjax.core.checks import check_count
+from tmdjax.core.failures import FAULT, MISTAKE, explain
 from tmdjax.core.files import json_of, read_bounded
 from tmdjax.core.optional import import_optional
-from tmdjax.harness.failures import FAULT, MISTAKE, explain
 
 
 def failed(call, *arguments):
@@ -88,7 +88,7 @@ def test_where_nothing_can_be_written_the_traceback_is_said(monkeypatch, tmp_pat
 
 SLOW = """
 import signal, sys, time
-from experiments.run import exit_with
+from tmdjax.core.failures import exit_with
 
 # a shell starts its background jobs with interrupts ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)

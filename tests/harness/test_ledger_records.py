@@ -1,5 +1,6 @@
 """Summaries of runs, their merge, and the records that they become."""
 
+import copy
 import json
 import math
 import random
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import claim, refuses, unit
 
-from tmdjax.harness.records import LATER, read_records, write_record
+from tmdjax.harness.compare import comparison_rows, read_run
+from tmdjax.harness.records import LATER, read_records, read_summary, write_record
 from tmdjax.harness.summaries import (
     SUMMARY_KEYS,
     merge,
@@ -325,6 +327,49 @@ def test_timings_stand_apart_from_metrics_and_old_records_have_none(tmp_path):
     del old["timings"]
     path.write_text(json.dumps(old))
     assert numbers(read_records(tmp_path)[0]) == old["metrics"]
+
+
+def parts(found, place=()):
+    """Places of all parts of a JSON value, of a list its first."""
+    yield place
+    if isinstance(found, list):
+        found = dict(enumerate(found[:1]))
+    for key, value in found.items() if isinstance(found, dict) else ():
+        yield from parts(value, (*place, key))
+
+
+def replaced(found, place, value):
+    if not place:
+        return value
+    other = copy.copy(found)
+    other[place[0]] = replaced(found[place[0]], place[1:], value)
+    return other
+
+
+def test_a_summary_with_a_part_of_another_kind_is_damaged(tmp_path):
+    """Whatever is read can be merged, compared and judged again."""
+    path, refusals = tmp_path / "summary.json", 0
+    good = json.loads(json.dumps(summarise(UNITS[:1] + UNITS[5:6])))
+    for place in parts(good):
+        for value in (None, "x", [], {}, [None], {"a": None}, True):
+            path.write_text(json.dumps(replaced(good, place, value)))
+            try:
+                found = read_summary(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refusals += 1
+                continue
+            for call in (
+                lambda found=found: merge([found, found]),
+                lambda: comparison_rows(
+                    [read_run(f"{path}:{arm}") for arm in ("boss", "uniform")]
+                ),
+            ):
+                try:
+                    call()
+                except ValueError:  # of other arms, pairings, devices or labels
+                    assert place[0] in ("units", "claims")
+    assert refusals > 300
 
 
 def test_records_made_by_hand_are_refused(tmp_path):

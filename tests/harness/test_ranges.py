@@ -110,3 +110,6 @@ def test_they_are_checked_where_a_config_is_read(tmp_path):
     path.write_text(SOURCE.replace("[-3, 3]", "-3 to 3"))
     with pytest.raises(ConfigError, match="RANGES of .*'-3 to 3' is not like"):
         load()
+    path.write_text(f"{SOURCE}RANGES = ['[1, 2]']\n")
+    with pytest.raises(ConfigError, match="RANGES of .* give a dict of rules"):
+        load()

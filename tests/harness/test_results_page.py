@@ -79,5 +79,23 @@ def test_page_is_written_beside_the_records(tmp_path, refused):
     assert not (results / "RESULTS.md").exists()
     words = "shows 'gone.png' for boss.cpu, which is not"
     refused(words, results_page.write_results, results)
-    (results / "findings.toml").write_text("[boss")
-    refused("findings.toml is not TOML", results_page.read_findings, results)
+    for text, words in (
+        ("[boss", "findings.toml is not TOML"),
+        ("boss = 1", "boss. is 1; a finding is a table"),
+        ("[boss]\ncpu = 1", "boss.cpu is 1; a finding"),
+        ("[boss.cpu]\nfinding = 1", "boss.cpu is .* a finding is a table"),
+        ("[boss.cpu]\nfindng = 'x'", "texts called finding, picture, caption"),
+        ("[boss.cpu]\npicture = '../x.png'", "picture='../x.png' names a file"),
+        ("[bos.cpu]\nfinding = 'x'", "bos.cpu, of which there is no record"),
+        ("\xff", "findings.toml is not UTF-8"),
+    ):
+        (results / "findings.toml").write_text(text, encoding="latin1")
+        refused(words, results_page.write_results, results)
+    (results / "findings.toml").unlink()
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for text in ("{}", "[]", "3", '{"rows": [{}]}'):
+        (folder / "a.json").write_text(text)
+        words = "a.json is no result of a benchmark"
+        refused(words, results_page.write_results, results)
+    assert written.read_text() == results_page.render([record()])

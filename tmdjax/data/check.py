@@ -4,7 +4,9 @@ Usage: ``python -m tmdjax.data.check``
 """
 
 import os
+from collections.abc import Sequence
 
+from tmdjax.core.failures import exit_with
 from tmdjax.data.sources import DATA_VARIABLE, SOURCES, Source, find_files
 from tmdjax.data.weights import WEIGHTS
 
@@ -51,5 +53,17 @@ def unpacking() -> str:
     )
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Prints both; takes no arguments.
+
+    Raises:
+        ValueError: an argument.
+    """
+    if arguments:
+        raise ValueError(f"{arguments[0]!r} is too much: this command takes nothing.")
     print(table(), unpacking(), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

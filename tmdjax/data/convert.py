@@ -28,7 +28,6 @@ import contextlib
 import io
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +36,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tmdjax.core.checks import check_batch, check_count, check_range, first_few
+from tmdjax.core.failures import exit_with
 from tmdjax.core.files import check_plain, json_of, text_of
 from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
@@ -494,7 +494,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError, ImportError) as fault:
-        sys.exit(f"{type(fault).__name__}: {fault}")
+    exit_with(main)

@@ -86,8 +86,9 @@ class Claim:
         where = f"claim {self.id!r}:"
         check_choice(f"{where} statistic", self.statistic, STATISTICS)
         for name in ("id", "statement", "ours"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"{where} {name} is empty; fill it in.")
+            text = getattr(self, name)
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{where} {name} is {text!r}; give a text.")
         if self.baseline == self.ours:
             raise ValueError(
                 f"{where} baseline and ours are both {self.ours!r}; compare two "
@@ -97,11 +98,37 @@ class Claim:
             return
         allowed = DIRECTIONS[2:] if self.statistic == "exact" else DIRECTIONS[:2]
         check_choice(f"{where} direction", str(self.direction), allowed)
-        if self.threshold is None or not math.isfinite(self.threshold):
+        bound = self.threshold
+        if not isinstance(bound, int | float) or not math.isfinite(bound):
             raise ValueError(
                 f"{where} threshold is {self.threshold}; a {self.statistic} needs a "
                 f"finite one, fixed before the run."
             )
+
+
+def claims_of(config: Mapping[str, Any]) -> list[Claim]:
+    """The claims that a config states.
+
+    Args:
+        config: plain; its 'claims' are dicts of the fields of a claim by its id. It may
+            have none.
+
+    Raises:
+        ValueError: one that is no such dict, lacks a field or has one too many, or
+            whose fields do not fit together.
+    """
+    fields = [field.name for field in dataclasses.fields(Claim)][1:]
+    needed = {"statement", "statistic", "ours"}
+    found = []
+    for name, given in (config.get("claims") or {}).items():
+        if not isinstance(given, Mapping) or needed - given.keys():
+            raise ValueError(
+                f"claim {name!r} is {given!r}; a claim has {', '.join(sorted(needed))}."
+            )
+        for field in given:
+            check_choice(f"claim {name!r}: field", field, fields)
+        found.append(Claim(id=name, **given))
+    return found
 
 
 def judge(

@@ -85,7 +85,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         )
     try:
         config = module.get_config(tier)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"get_config({tier!r}) of {path} raised {_describe(error)}"
         ) from error
@@ -95,6 +95,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"it must return an ml_collections.ConfigDict."
         )
     own = getattr(module, "RANGES", {})
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"RANGES of {path} is {own!r}; give a dict of rules by name.")
     for override in overrides:
         _apply(config, override, own)
     to_plain(config)
@@ -210,7 +212,7 @@ def _canonical(plain: Any) -> str:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -219,7 +221,7 @@ def _split_spec(spec: str) -> tuple[Path, str]:
     path = Path(name)
     if path.is_file():
         return path, tier
-    if not path.suffix:
+    if path.name and not path.suffix:
         path = path.with_suffix(".py")
     found = {
         file.stem: file.as_posix()
@@ -249,7 +251,7 @@ def load_module(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their own module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ConfigError(f"{path} failed at import: {_describe(error)}") from error
     if not callable(getattr(module, "get_config", None)):

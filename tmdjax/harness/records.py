@@ -7,9 +7,13 @@ from typing import Any
 
 from tmdjax.core.checks import check_name
 from tmdjax.core.files import write_together
-from tmdjax.harness.claims import metric_name, stated
 from tmdjax.harness.config import differences, json_text, read_json
-from tmdjax.harness.summaries import SUMMARY_KEYS, Summary, merge
+from tmdjax.harness.summaries import (
+    SUMMARY_KEYS,
+    Summary,
+    check_summary_parts,
+    merge,
+)
 
 LATER = ("timings",)
 """Keys of a summary that records of old runs lack."""
@@ -89,7 +93,7 @@ def read_records(results_dir: str | os.PathLike[str]) -> list[Summary]:
     Raises:
         ValueError: as :func:`read_record`, of any.
     """
-    paths = sorted(Path(results_dir).glob("*/*.json"))
+    paths = sorted(Path(results_dir).glob("[!.]*/[!.]*.json"))
     return sorted(map(read_record, paths), key=order)
 
 
@@ -113,12 +117,8 @@ def read_record(path: Path) -> Summary:
 
 def _check_recomputed(record: Summary, path: Path) -> None:
     """Judges a record again from its units, and takes its means again."""
-    try:
-        drawn = {PICTURES: record.get(PICTURES, {})}
-        again = _comparable(merge([record]) | drawn)
-        given = _comparable(record | drawn)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); restore it.") from error
+    drawn = {PICTURES: record.get(PICTURES, {})}
+    again, given = (_comparable(r | drawn) for r in (merge([record]), record))
     changed = differences(again, given)
     if changed:
         raise ValueError(
@@ -161,14 +161,10 @@ def read_summary(path: str | os.PathLike[str]) -> Summary:
         )
     _check_summary(found, os.fspath(path))
     try:
-        [metric_name(u["arm"], m) for u in found["units"] for m in u["metrics"]]
-        [int(u["seed"]) for u in found["units"]]
-        [{**u["labels"], **u["versions"]} for u in found["units"]]
-        stated(found["claims"])
-        [claim["verdict"] for claim in found["claims"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        check_summary_parts(found)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}); restore it, or run its command again."
+            f"{path} is damaged ({error}); restore it, or run its command again."
         ) from error
     return found
 

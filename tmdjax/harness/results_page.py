@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tmdjax.core.files import json_of, write_atomically
+from tmdjax.core.checks import check_name
+from tmdjax.core.files import json_of, text_of, write_atomically
 from tmdjax.harness.logs import format_duration
 from tmdjax.harness.records import PICTURES, order, read_records
 from tmdjax.harness.report import claim_row, format_value
@@ -22,6 +23,8 @@ from tmdjax.harness.summaries import Summary
 Findings = Mapping[str, Mapping[str, Mapping[str, str]]]
 """By system and tier: "finding", a sentence, "picture", a file beside it, and
 "caption", what it shows of which arm and seed, where the record does not say so."""
+
+_FINDING = ("finding", "picture", "caption")
 
 NO_GPU = (
     "**No GPU result is recorded yet.** Every claim below was judged on two CPU cores, "
@@ -36,8 +39,8 @@ def write_results(results: str | os.PathLike[str]) -> Path:
         results: of records; ``benchmarks/results`` is looked for beside it.
 
     Raises:
-        ValueError: no record in the folder, a file that is not a record, a findings
-            file that is not TOML, or a picture that is not there.
+        ValueError: no record in the folder, a file that is not a record or a benchmark,
+            or findings that are damaged or of what is not recorded.
     """
     results = Path(results)
     records = read_records(results)
@@ -46,12 +49,20 @@ def write_results(results: str | os.PathLike[str]) -> Path:
             f"there is no record (SYSTEM/TIER.json) in {results}, so RESULTS.md stays "
             f"as it is; give the folder that --record writes to by --results."
         )
-    text = render(
-        records,
+    findings, known = (
         read_findings(results),
-        read_benchmarks(results.parent / "benchmarks" / "results"),
+        {(r["system"], r["tier"]) for r in records},
     )
-    path = results.parent / "RESULTS.md"
+    for system, tier in ((s, t) for s, tiers in findings.items() for t in tiers):
+        if (system, tier) not in known:
+            raise ValueError(
+                f"{results}/findings.toml has {system}.{tier}, of which there is no "
+                f"record; mend its name, or take it out until there is one."
+            )
+    root = Path(os.path.abspath(results)).parent
+    benchmarks = read_benchmarks(root / "benchmarks" / "results")
+    text = render(records, findings, benchmarks)
+    path = root / "RESULTS.md"
     write_atomically(path, text.encode())
     return path
 
@@ -60,18 +71,27 @@ def read_findings(results: str | os.PathLike[str]) -> Findings:
     """The sentences and pictures of ``<results>/findings.toml``; none where absent.
 
     Raises:
-        ValueError: it is not TOML, or names a picture that is not there.
+        ValueError: it is not TOML, holds anything else than these, or names a picture
+            that is not there.
     """
     path = Path(results, "findings.toml")
     if not path.exists():
         return {}
     try:
-        findings = tomllib.loads(path.read_text(encoding="utf-8"))
+        findings = tomllib.loads(text_of(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}.") from error
     for system, tiers in findings.items():
-        for tier, found in tiers.items():
+        for tier, found in tiers.items() if isinstance(tiers, dict) else [("", tiers)]:
+            texts = found.items() if isinstance(found, dict) else [("", found)]
+            if not all(k in _FINDING and isinstance(t, str) for k, t in texts):
+                raise ValueError(
+                    f"{path}: {system}.{tier} is {found!r}; a finding is a table "
+                    f"[SYSTEM.TIER] of texts called {', '.join(_FINDING)}."
+                )
             picture = found.get("picture")
+            if picture:
+                check_name(f"{path}: picture", picture)
             if picture and not Path(results, system, picture).exists():
                 raise ValueError(
                     f"{path} shows {picture!r} for {system}.{tier}, which is not in "
@@ -81,8 +101,22 @@ def read_findings(results: str | os.PathLike[str]) -> Findings:
 
 
 def read_benchmarks(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What ``benchmarks.contest.conclude`` wrote, by file name."""
-    return [json_of(path) for path in sorted(Path(folder).glob("*.json"))]
+    """What ``benchmarks.contest.conclude`` wrote, by file name.
+
+    Raises:
+        ValueError: a file of another kind; names it.
+    """
+    found = []
+    for path in sorted(Path(folder).glob("[!.]*.json")):
+        found.append(json_of(path))
+        try:
+            markdown_table(_benchmark_rows(found[-1]))
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no result of a benchmark ({error!r}); move it away, or run "
+                f"the benchmark again."
+            ) from error
+    return found
 
 
 def render(

@@ -21,7 +21,7 @@ from tmdjax.harness import (
     run_report,
     summaries,
 )
-from tmdjax.harness.claims import MAIN_ARM, Claim
+from tmdjax.harness.claims import MAIN_ARM, Claim, claims_of
 from tmdjax.harness.config import ConfigError, config_hash, to_plain, write_json
 from tmdjax.harness.experiment import (
     Experiment,
@@ -187,10 +187,7 @@ def check_run(
     for seed in options.seeds:  # keys hold 32 bits of it
         check_range("--seeds", seed, 0, 2**32 - 1)
     check_range("--max_seconds", options.max_seconds or 0, 0)
-    claims = [
-        Claim(id=name, **fields)
-        for name, fields in to_plain(config.get("claims", {})).items()
-    ]
+    claims = claims_of(to_plain(config))
     described = experiment.describe(config)
     known = measured(experiment, config)
     for claim in claims:

@@ -31,6 +31,72 @@ SUMMARY_KEYS = (
 )
 Summary = dict[str, Any]
 
+# by key, the kind of a part: a type, {str: kind of each} or [kind of each], or a tuple
+# of such, one of which it is
+_NUMBER = int | float
+_NUMBERS, _TEXTS = {str: _NUMBER}, {str: str}
+_EITHER = {"metrics": _NUMBERS, "wall_s": _NUMBER, "peak_memory_gb": _NUMBER | None}
+_EITHER |= {"device": str, "commit": str, "versions": _TEXTS, "labels": _TEXTS}
+_UNIT = {"arm": str, "seed": int, **_EITHER}
+_CLAIM = {
+    **{"ours": [_NUMBER], "baseline": ([_NUMBER], type(None)), "pairing": str},
+    **{"value": _NUMBER | None, "ci95": [_NUMBER | None], "verdict": str},
+    **{"ours_metric": str, "baseline_metric": str | None},
+}
+_SUMMARY = {
+    **{"system": str, "tier": str, "command": str, "config_hash": str, **_EITHER},
+    **{"seeds": [int], "units": [dict], "claims": [dict]},
+}
+_LATER = {"timings": _NUMBERS, "stage_s": _NUMBERS}
+
+
+def check_unit(found: Any) -> None:
+    """Refuses what is not as :func:`unit` makes it, such as a file of another program.
+
+    Raises:
+        ValueError: names the first part that is missing or of another kind.
+    """
+    _check_parts("a unit", found, _UNIT)
+
+
+def check_summary_parts(found: Any) -> None:
+    """Refuses what is not as :func:`summary` makes it, its units and claims too.
+
+    Raises:
+        ValueError: names the first part that is missing or of another kind.
+    """
+    _check_parts("a summary", found, _SUMMARY)
+    if not found["units"]:
+        raise ValueError("a summary needs at least one unit")
+    for each in found["units"]:
+        check_unit(each)
+    for each in found["claims"]:
+        _check_parts("a claim", each, _CLAIM)
+        if len(each["ci95"]) != 2:
+            raise ValueError("'ci95' of a claim has two ends")
+    stated(found["claims"])
+
+
+def _check_parts(what: str, found: Any, kinds: Mapping[str, Any]) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is {found!r}, no dict")
+    for key, kind in {**kinds, **_LATER}.items():
+        if key not in found and key not in _LATER:
+            raise ValueError(f"{what} lacks {key!r}")
+        if key in found and not _is(found[key], kind):
+            raise ValueError(f"{key!r} of {what} cannot be {str(found[key])[:80]!r}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, tuple):
+        return any(_is(value, each) for each in kind)
+    if isinstance(kind, dict):
+        of = kind[str]
+        return isinstance(value, dict) and all(_is(v, of) for v in value.values())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is(v, kind[0]) for v in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
 
 def numbers(found: Mapping[str, Any]) -> dict[str, float]:
     """Metrics and timings of a unit or a summary, by name; old records lack timings."""

@@ -1,4 +1,4 @@
-"""What a command says when it fails: one line that names the remedy, and a status.
+"""How a command ends: where it fails, one line that names the remedy, and a status.
 
 What is foreseen is raised on purpose by our own code, or comes from files, memory or an
 interrupt. Anything else is a fault of the code: its traceback is kept whole in a file,
@@ -7,11 +7,16 @@ which the line names.
 
 import dis
 import errno
+import logging
+import os
+import signal
 import sys
 import sysconfig
 import tempfile
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 FAULT, MISTAKE = 1, 2
 """Exit statuses: a fault of the code; something that whoever runs it can mend."""
@@ -24,6 +29,52 @@ _OUT_OF_MEMORY = (
 )
 
 
+def exit_with(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Runs a command on the process's arguments; what fails is said in one line.
+
+    Args:
+        main: takes the arguments but for ``--traceback``, which has errors raised as
+            they are, and returns the exit status.
+
+    Raises:
+        SystemExit: always; with the status of ``main``, or that of :func:`explain`.
+    """
+    logging.basicConfig(format="%(message)s")
+    for name in ("absl", "asyncio"):  # their faults are raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _of_a_thread
+    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
+    try:
+        status = main(arguments)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if "--traceback" in sys.argv:
+            raise
+        line, status = explain(error)
+        if line:
+            print(f"{line} (--traceback shows where)", file=sys.stderr)
+        else:  # whoever read the output went away: nothing is left to flush to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """The first interrupt ends the command, the next one at once and in silence."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _of_a_thread(found: Any) -> None:
+    """Prints what nobody could catch, but for writes to a full disk.
+
+    Orbax gives up at the first array that cannot be written, and says so; the others
+    then report to an event loop that is closed.
+    """
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
 def explain(error: BaseException) -> tuple[str, int]:
     """The line to print for an error that ends a command, and the exit status.
 
@@ -34,7 +85,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     """
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on from its last checkpoint.", 130
+        said = "interrupted; the same command goes on, from its last checkpoint if any."
+        return said, 130
     if isinstance(error, BrokenPipeError):
         return "", 141
     if isinstance(error, OSError) and error.strerror:
