@@ -113,6 +113,9 @@ def make_experiment(calls=None, arms=("main",), interrupt=lambda step: None, **m
     )
 
 
+MODEL = "models/main-seed0"
+
+
 def nothing(context):
     return harness.StageResult()
 
@@ -342,6 +345,8 @@ def test_a_model_loads_from_the_workdir(tmp_path, refused):
     refused = functools.partial(refused, error=FileNotFoundError)
     words = "seed 7; it holds: main-seed1, main-seed2"
     refused(words, harness.load, workdir, seed=7)
+    refused("holds no model of arm '../models/main'", harness.load, workdir,
+            "../models/main", 1)  # fmt: skip
     refused(r"holds: none.*Finish the run", harness.load, tmp_path / "absent")
     one_stage(tmp_path / "b", measured)
     refused("finished without a model", harness.load, tmp_path / "b" / "run")
@@ -499,6 +504,23 @@ def test_fresh_removes_what_the_run_lists_and_nothing_else(tmp_path):
     assert files_below(workdir).keys() == {*own, *left}
 
 
+def test_fresh_leaves_what_links_lead_to(tmp_path):
+    """A folder of somebody else that was put in the place of the run's own."""
+    workdir, theirs = tmp_path / "run", tmp_path / "theirs"
+    run(tmp_path)
+    for name in ("figures", MODEL):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).rename(theirs / name)
+        (workdir / name).symlink_to(theirs / name)
+    kept = files_below(theirs)
+    assert {"figures/w.png", f"{MODEL}/step_0000000000/manifest.json"} <= kept.keys()
+    (tmp_path / "link").symlink_to(workdir)
+    config = make_config()
+    run_folder.claim_workdir(tmp_path / "link", config, "smoke", fresh=True)
+    assert files_below(theirs) == kept
+    assert {p.name for p in workdir.iterdir()} == {".lock", "config.json", "figures"}
+
+
 @pytest.mark.parametrize(
     "files, words",
     [
@@ -513,6 +535,11 @@ def test_fresh_removes_what_the_run_lists_and_nothing_else(tmp_path):
         ),
         ({"config.json": '{"tier": "a", "config": {}, "files": ["/x"]}'}, "is not of"),
         ({"config.json": '{"tier": "a", "config": {}, "files": [""]}'}, "is not of"),
+        ({"config.json": '{"tier": "a", "config": {}, "files": "x"}'}, "is not of"),
+        (
+            {"config.json": '{"tier": "a", "config": {}, "files": ["a\\u0000"]}'},
+            "is not of",
+        ),
     ],
 )
 @pytest.mark.parametrize("fresh", [True, False])
@@ -677,8 +704,15 @@ def test_a_stage_in_use_is_waited_for(tmp_path, capsys):
 def test_a_damaged_unit_is_named(tmp_path, refused):
     run(tmp_path, seeds=(0, 1))
     path = tmp_path / "run" / "units" / "main-seed1.json"
-    path.write_text(path.read_text()[:-20])
+    whole = json.loads(path.read_text())
+    for key, odd in (("logs", []), ("logs", {"fit": 3}), ("logs", {"fit": [{}]}),
+                     ("stages", 3), ("unit", {"arm": "main", "seed": 1})):  # fmt: skip
+        path.write_text(json.dumps(whole | {key: odd}))
+        refused(r"main-seed1.json is damaged.*remove it", run, tmp_path)
+    path.write_text(json.dumps(whole)[:-20])
     refused(r"main-seed1.json is damaged.*remove it", run, tmp_path)
+    path.rename(path.with_name("._main-seed1.json"))  # as other systems leave them
+    assert run(tmp_path).code == 0
 
 
 def test_full_disk_names_the_file(tmp_path, monkeypatch, refused):

@@ -42,7 +42,7 @@ def load(
         seeds = [int(n) for owner, _, n in names if owner == arm and n.isdecimal()]
         seed = min(seeds, default=0)
     folder = model_folder(workdir, arm, seed)
-    if folder.name not in found:
+    if f"{arm}-seed{seed}" not in found:
         remedy = (
             "This run finished without a model: none of its stages returns one."
             if (workdir / "summary.json").exists() and not found

@@ -26,6 +26,7 @@ from tmdjax.harness.load import MODELS, model_folder
 from tmdjax.harness.logs import Row, write_csv
 from tmdjax.harness.report import format_value
 from tmdjax.harness.stages import StageResult, stage_hashes
+from tmdjax.harness.summaries import check_unit
 
 logger = logging.getLogger("tmdjax")
 
@@ -115,6 +116,7 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         tier, config, files = (found[key] for key in ("tier", "config", "files"))
         parts = [pathlib.PurePath(name).parts for name in files]
         whole = isinstance(tier, str) and isinstance(config, dict)
+        whole = whole and isinstance(files, list)
     except (ValueError, KeyError, TypeError):
         parts, whole = [], False
     if not whole or not all(map(_is_inside, parts)):
@@ -127,9 +129,9 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _is_inside(parts: tuple[str, ...]) -> bool:
-    return (
-        bool(parts) and ".." not in parts and not pathlib.PurePath(*parts).is_absolute()
-    )
+    path = pathlib.PurePath(*parts)
+    odd = ".." in parts or "\0" in str(path) or path.is_absolute()
+    return bool(parts) and not odd
 
 
 def add_to_list(
@@ -150,9 +152,12 @@ def _name(workdir: pathlib.Path, path: str | os.PathLike[str]) -> str | None:
 
 
 def _discard(workdir: pathlib.Path, files: Sequence[str]) -> None:
+    """Removes files, then folders that are empty; what links lead to stays as it is."""
     for name in files:
         path = workdir / name
-        if path.is_dir():
+        if not path.parent.resolve().is_relative_to(workdir.resolve()):
+            continue  # a folder of somebody else was put in the place of ours
+        if path.is_dir() and not path.is_symlink():
             train.Checkpoints(path).discard()
         else:
             path.unlink(missing_ok=True)
@@ -188,11 +193,14 @@ def read_units(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
         ValueError: a file is damaged.
     """
     found = {}
-    for path in sorted((workdir / UNITS).glob("*.json")):
+    for path in sorted((workdir / UNITS).glob("[!.]*.json")):
         try:
             unit = read_json(path)
-            unit["unit"]["arm"], unit["unit"]["seed"], unit["stages"], unit["logs"]
-        except (KeyError, TypeError, ValueError) as error:
+            check_unit(unit["unit"])
+            dict(unit["stages"])
+            logs = {name: list(map(dict, rows)) for name, rows in unit["logs"].items()}
+            [row["step"] for rows in logs.values() for row in rows]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error!r}); remove it and run the same command: "
                 f"its stages are cached."
