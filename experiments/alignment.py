@@ -268,8 +268,9 @@ def describe(config: Config) -> dict[str, Any]:
         policy = iterations.linear_policy if network in traced else tasks.policy
         traced.add(network)
         if base not in built:
+            task = tasks.build(own)
             params = jax.eval_shape(functools.partial(tasks.initial, own), key)
-            built[base] = tasks.build(own), params
+            built[base] = task, params
         (task, params), name = built[base], own.task.name
         method, _, _ = iterations.setup(own, task.event_shape)
         stored = flow_rl.stored_bytes(method, own.rl.prompts) / 1e9
@@ -282,6 +283,7 @@ def describe(config: Config) -> dict[str, Any]:
         iterations.trace(own, task, params, policy)
         rows[f"{name}: parameters"] = trees.count(params)
         if name != "mixture":
+            tasks.pretraining(own)  # refuses an optimiser that is not there
             rows[f"{name}: pretraining updates"] = own.train.steps
         rows[f"{arm}: iterations"] = own.rl.iterations
         rows[f"{arm}: samples an iteration"] = method.group_size * own.rl.prompts

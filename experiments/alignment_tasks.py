@@ -18,6 +18,7 @@ from experiments.arms import tuples
 from experiments.supervised import Supervised
 from tmdjax import data, flows, models, quant, train
 from tmdjax.core import prng, trees
+from tmdjax.core.checks import check_choice
 from tmdjax.core.types import Array, Params
 from tmdjax.data import captioned_shapes, rendered_text
 from tmdjax.domains.shapes import captions
@@ -64,9 +65,9 @@ def measures(config: Config) -> tuple[str, ...]:
 
 def build(config: Config) -> Task:
     """The task of a config, its prompts drawn."""
-    return {"shapes": _shapes, "words": _words, "mixture": _mixture}[config.task.name](
-        config
-    )
+    kinds = {"shapes": _shapes, "words": _words, "mixture": _mixture}
+    check_choice("task.name", config.task.name, kinds)
+    return kinds[config.task.name](config)
 
 
 def _shapes(config: Config) -> Task:

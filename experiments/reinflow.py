@@ -7,6 +7,7 @@ each seed's policy is judged without noise. What arms have in common is made onc
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -159,6 +160,17 @@ def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds and traces arms and experts, to refuse what cannot work."""
     for arm in arms(config):
         own = of_arm(config, arm)
+        if not own.start.cloned and not own.start.tuned:
+            raise ValueError(
+                f"arm {arm!r} is neither cloned nor tuned; set start.cloned=True or "
+                f"start.tuned=True."
+            )
+        folder = own.demonstrations.folder
+        if own.start.cloned and folder and not pathlib.Path(folder).exists():
+            raise ValueError(
+                f"demonstrations.folder={folder} is not there; give a folder or file "
+                f"that tmdjax.data.load_demonstrations reads."
+            )
         if not own.start.cloned or tasks.absent(own.env) is not None:
             continue
         if not _is_chain(control.build(own)[1]):

@@ -28,7 +28,11 @@ def ways(config: Config) -> dict[str, str]:
     """
     settings = config.student
     if settings.kind == "teacher":
-        own, *others = config.sample.teacher_steps
+        own, *others = counts = config.sample.teacher_steps
+        if len({*counts}) < len(counts):
+            raise ValueError(
+                f"sample.teacher_steps={counts} has a number twice; give each once."
+            )
         names = {"": own} | {f"steps{k}.": k for k in others}
         return {name: f"{k} step{'s' * (k != 1)}" for name, k in names.items()}
     if settings.kind != "tmd":

@@ -77,6 +77,12 @@ def test_bad_inputs(refused):
         config.arms.flow_grpo.method.name = "flow_grpo:dance_grp"
     refused("Did you mean 'dance_grpo'", alignment.describe, config)
     refused("rl.updates=0", shapes_config, "rl.updates=0")
+    config = shapes_config("task.name=shape")
+    refused(
+        "task.name='shape' is not one of .*Did you mean", alignment.describe, config
+    )
+    config = shapes_config("optimizer.name=adamm")
+    refused("optimizer.name='adamm' is not one of", alignment.describe, config)
     config = shapes_config("rl.prompts=4", "rl.chunks=3")
     refused("does not divide|do not divide", alignment.describe, config)
     for change, words in (  # of the last arm

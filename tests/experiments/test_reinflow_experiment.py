@@ -154,3 +154,9 @@ def test_bad_inputs(folder, refused):
     expert = cloning.expert_config(whole, "expert")
     assert expert.train.iterations == 3 and "chunk" not in expert.env
     refused("iterations=3 is no multiple of", reinflow.describe, whole)
+    for change, words in (
+        ("arms.maze_bc.start.cloned=false", "'maze_bc' is neither cloned nor tuned"),
+        ("demonstrations.folder=absent", "folder=absent is not there; give a folder"),
+    ):
+        config = load_config("configs/reinflow.py:smoke", [change])
+        refused(words, reinflow.describe, config)

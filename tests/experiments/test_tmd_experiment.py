@@ -258,6 +258,10 @@ def test_bad_inputs(refused):
         (["model.patch_size=(3,2,2)"], "does not divide a video of 4"),
     ):
         refused(words, lambda changes=changes: setup(tiny(ONE, *changes)))
+    config = load_config("configs/tmd.py:smoke", ["sample.teacher_steps=(8,8)"])
+    refused(
+        r"teacher_steps=\(8, 8\) has a number twice", tmd.measures, config, "teacher"
+    )
 
 
 @pytest.mark.slow

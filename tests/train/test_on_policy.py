@@ -456,6 +456,7 @@ def test_bad_settings(refused):
     refused("critic_warmup=-1", changed, critic_warmup=-1)
     refused("warm-up=5 is outside", changed, learning_rate_cycle=(5, 5, 0.1))
     refused("share=1.5 is outside", changed, learning_rate_cycle=(5, 1, 1.5))
+    refused("must be three numbers", changed, learning_rate_cycle=("x",))
     refused("kl_rule='halt'.*'adapt', 'stop'", changed, kl_rule="halt")
     start = compiled("ppo")[0].init
     mistyped = {"entropy_coeficient": 0.1}

@@ -227,6 +227,11 @@ class ControlSettings:
         check_range("learning_rate_bounds, lower", low, 0, high, open_low=True)
         check_count("critic_warmup", self.critic_warmup, 0)
         if self.learning_rate_cycle is not None:
+            if len(self.learning_rate_cycle) != 3:
+                raise ValueError(
+                    f"learning_rate_cycle={self.learning_rate_cycle} must be three "
+                    f"numbers: iterations, warm-up and share."
+                )
             cycle, warmup, share = self.learning_rate_cycle
             check_count("learning_rate_cycle, iterations", cycle)
             check_count("learning_rate_cycle, warm-up", warmup, 0)
