@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from tmdjax.core import prng
 from tmdjax.data import load
@@ -89,6 +90,7 @@ def test_what_is_drawn_is_uniform():
     assert abs(np.corrcoef(sample["velocity"].reshape(64, -1).T)[0, 1:]).max() < 0.4
 
 
+@pytest.mark.slow
 def test_18_static_worlds_and_distinct_labels():
     still = TorusWorld(
         world=12, window=10, digits=4, camera_step=0, speed=0, context=2, predicted=2

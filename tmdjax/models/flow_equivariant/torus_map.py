@@ -1,8 +1,12 @@
 """A latent map of a torus that an agent sees through a window which it moves."""
 
+import warnings
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -42,9 +46,9 @@ class TorusMap(nn.Module):
     read there: the largest of the copies, convolution, relu, convolution. What has left
     the window moves on in the map.
 
-    Three methods are the protocol of world models in this package: ``observe`` takes in
-    a frame, ``predict`` says the next one, ``feed`` tells what it was or is taken to
-    be; ``start`` makes the state before.
+    It keeps the protocol of world models: ``prepare`` checks the actions of a video,
+    ``start`` makes the state before its first frame, ``observe`` takes in a frame,
+    ``predict`` says the next one, and ``feed`` tells what that was or is taken to be.
 
     Attributes:
         world: side of the torus, the true period of the data.
@@ -81,9 +85,6 @@ class TorusMap(nn.Module):
     feedback: str = "stale"
     window_padding: str | None = None
     implementation: str = "auto"
-
-    idle = (0, 0)
-    """The action that does nothing."""
 
     def __post_init__(self):
         check_attributes(self, "world", "window", "hidden", "channels", "kernel_size")
@@ -129,6 +130,34 @@ class TorusMap(nn.Module):
         """The frame after one that is seen, if the agent moves by an action."""
         state = self.observe(self.start(frame), frame, jnp.zeros_like(action))
         return self.predict(state, action)[1]
+
+    def prepare(
+        self, actions: Int[Array, "batch time 2"]
+    ) -> Int[Array, "batch time 2"]:
+        """Actions of a video, whose first one (nothing was seen before it) is 0.
+
+        Where actions are concrete and reach around the whole torus, a warning says so,
+        once.
+
+        Raises:
+            TypeError: actions that are no integers.
+            ValueError: actions of another shape.
+        """
+        _check_integers(actions)
+        if jnp.ndim(actions) != 3 or jnp.shape(actions)[2] != 2:
+            raise ValueError(
+                f"actions have shape {jnp.shape(actions)}; give (x, y) of every frame, "
+                f"[batch, time, 2]."
+            )
+        if not isinstance(actions, jax.core.Tracer):
+            most = int(np.abs(actions).max(initial=0))
+            if most >= self.world:
+                warnings.warn(
+                    f"actions of up to {most} pixels lead around a torus of "
+                    f"{self.world}; is that meant?",
+                    stacklevel=2,
+                )
+        return jnp.asarray(actions).at[:, 0].set(0)
 
     def start(self, frame: Float[Array, "batch window window channel"]) -> TorusState:
         """The state that knows nothing, for frames of that shape and dtype.
@@ -238,14 +267,18 @@ class TorusMap(nn.Module):
             )
 
     def _check_action(self, action: Any, batch: int) -> Array:
-        if not jnp.issubdtype(jnp.result_type(action), jnp.integer):
-            raise TypeError(
-                f"actions are {jnp.result_type(action)}; the window moves by whole "
-                f"pixels: give integers (x, y)."
-            )
+        _check_integers(action)
         check_batch("action", action, batch)
         if jnp.shape(action) != (batch, 2):
             raise ValueError(
                 f"actions have shape {jnp.shape(action)}; give (x, y), [batch, 2]."
             )
         return jnp.asarray(action)
+
+
+def _check_integers(actions: Any) -> None:
+    if not jnp.issubdtype(jnp.result_type(actions), jnp.integer):
+        raise TypeError(
+            f"actions are {jnp.result_type(actions)}; the window moves by whole "
+            f"pixels: give integers (x, y)."
+        )
