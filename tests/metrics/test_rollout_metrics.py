@@ -74,6 +74,20 @@ def test_each_rollout_has_its_own_time_and_step():
     assert found.count.tolist() == [3, 4, 0, 8]
 
 
+def test_a_table_counts_rollouts_that_broke():
+    error = np.arange(6.0)[:, None] + [0, 1, 100, 5]
+    error[4:, 2] = np.nan
+    table = metrics.horizon_errors(error, [(0, 2), (2, 6), (2, 7)])
+    assert table["failed"] == 1 / 4 and "mean_3_7" not in table
+    np.testing.assert_allclose(table["mean_1_2"], 0.5 + 2)
+    np.testing.assert_allclose(table["median_1_2"], 0.5 + 1)
+    np.testing.assert_allclose(table["mean_3_6"], 3.5 + 2)
+    np.testing.assert_allclose(table["mean_1_6"], 2.5 + 2)
+    np.testing.assert_allclose(table["growth"], (4.5 + 2) / (0.5 + 2))
+    broken = metrics.horizon_errors(error[:, 2:3], [])
+    assert broken["failed"] == 1 and np.isnan(broken["growth"])
+
+
 def test_growth_is_late_over_early():
     error = np.array([[1.0, 2.0], [3.0, 2.0], [9.0, 5.0], [4.0, np.nan], [4.0, 1.0]])
     np.testing.assert_allclose(metrics.growth(error, 2), [4 / 2, np.nan])

@@ -10,7 +10,7 @@ import pytest
 from checks import lowered
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import models, train
+from tmdjax import metrics, models, train
 from tmdjax.core import prng
 from tmdjax.domains.torus.videos import TorusWorld
 from tmdjax.systems import flow_equivariant as system
@@ -152,7 +152,7 @@ def test_what_is_fed_back_is_clipped():
     free = roll(*given, config=CONFIG)
     assert free.failed.all() and (free.first_bad < 30).all()
     errors = system.frame_errors(free.outputs["frame"], batch["frames"][:, CONTEXT:])
-    table = system.summarise(errors, [(0, 1), (0, 31)])
+    table = metrics.horizon_errors(errors, [(0, 1), (0, 31)])
     assert table["failed"] == 1 and np.isnan(table["mean_1_1"])
     assert not any("31" in name for name in table)
     good = np.asarray(free.outputs["amplitude"])[: int(free.first_bad.min())]
@@ -161,9 +161,8 @@ def test_what_is_fed_back_is_clipped():
     clipped = dataclasses.replace(CONFIG, feedback_clip=(0.0, 1.0))
     kept = roll(quiet, *given[1:], config=clipped)
     assert not kept.failed.any()
-    table = system.summarise(
-        system.frame_errors(kept.outputs["frame"], batch["frames"][:, CONTEXT:])
-    )
+    errors = system.frame_errors(kept.outputs["frame"], batch["frames"][:, CONTEXT:])
+    table = metrics.horizon_errors(errors, system.HORIZONS)
     assert table["failed"] == 0 and table["mean_1_20"] > 0
     assert table["growth"] == pytest.approx(1, abs=0.5)
 

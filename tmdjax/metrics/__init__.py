@@ -16,6 +16,7 @@ from tmdjax.metrics.rollouts import HighCorrelationTime as HighCorrelationTime
 from tmdjax.metrics.rollouts import ensemble_correlation as ensemble_correlation
 from tmdjax.metrics.rollouts import growth as growth
 from tmdjax.metrics.rollouts import high_correlation_time as high_correlation_time
+from tmdjax.metrics.rollouts import horizon_errors as horizon_errors
 from tmdjax.metrics.rollouts import pearson_correlation as pearson_correlation
 from tmdjax.metrics.sliced_wasserstein import sliced_wasserstein as sliced_wasserstein
 from tmdjax.metrics.spectra import error_by_wavenumber as error_by_wavenumber

@@ -3,6 +3,7 @@
 Arrays are as a scan stacks them, [time, batch, *field]; all is float64 on the host.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,6 +160,37 @@ def growth(error: Any, early: int, late: int | None = None) -> np.ndarray:
             )
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(error[-late:].mean(0) / error[:early].mean(0))
+
+
+def horizon_errors(
+    errors: Any, horizons: Sequence[tuple[int, int]]
+) -> dict[str, float]:
+    """Numbers of a table from the errors of steps; broken rollouts are counted.
+
+    Args:
+        errors: [time, batch], not negative; NaN from where a rollout broke.
+        horizons: (first, one past the last) step of each row of the table; those that
+            reach beyond the errors are left out.
+
+    Returns:
+        'failed', the share of broken rollouts; 'mean_{first + 1}_{last}' and
+        'median_{first + 1}_{last}' over the others for each horizon and for all steps;
+        'growth', the error of the last third over that of the first. NaN where every
+        rollout broke.
+    """
+    errors = np.asarray(errors, np.float64)
+    whole = errors[:, np.isfinite(errors).all(0)]
+    time = len(errors)
+    table = {"failed": 1 - whole.shape[1] / errors.shape[1]}
+    for first, last in [*(h for h in horizons if h[1] <= time), (0, time)]:
+        each = whole[first:last].mean(0)
+        name = f"{first + 1}_{last}"
+        table[f"mean_{name}"] = float(each.mean()) if each.size else float("nan")
+        table[f"median_{name}"] = float(np.median(each)) if each.size else float("nan")
+    third = max(time // 3, 1)
+    average = whole.mean(1) if whole.size else np.full(time, np.nan)
+    table["growth"] = float(growth(average, third))
+    return table
 
 
 def _standard(field: Any, leading: int) -> np.ndarray:

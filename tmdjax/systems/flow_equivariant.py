@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tmdjax import core, metrics, models, train
+from tmdjax import core, models, train
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
 from tmdjax.core.types import ApplyFn, Array, Float, Params, PerExample
@@ -276,37 +275,6 @@ def trivial_predictions(
         "mean": jnp.broadcast_to(seen.mean(1), every),
         "shifted": shifted,
     }
-
-
-def summarise(
-    errors: Any, horizons: Sequence[tuple[int, int]] = HORIZONS
-) -> dict[str, float]:
-    """Numbers of a table from the errors of frames; broken rollouts are counted.
-
-    Args:
-        errors: [time, batch], of :func:`frame_errors`; NaN from where a rollout broke.
-        horizons: (first, one past the last) frame of each row of the table; those that
-            reach beyond the errors are left out.
-
-    Returns:
-        'failed', the share of broken rollouts; 'mean_{first + 1}_{last}' and
-        'median_{first + 1}_{last}' over the others for each horizon and for all frames;
-        'growth', the error of the last third over that of the first. NaN where every
-        rollout broke.
-    """
-    errors = np.asarray(errors, np.float64)
-    whole = errors[:, np.isfinite(errors).all(0)]
-    time = len(errors)
-    table = {"failed": 1 - whole.shape[1] / errors.shape[1]}
-    for first, last in [*(h for h in horizons if h[1] <= time), (0, time)]:
-        each = whole[first:last].mean(0)
-        name = f"{first + 1}_{last}"
-        table[f"mean_{name}"] = float(each.mean()) if each.size else float("nan")
-        table[f"median_{name}"] = float(np.median(each)) if each.size else float("nan")
-    third = max(time // 3, 1)
-    average = whole.mean(1) if whole.size else np.full(time, np.nan)
-    table["growth"] = float(metrics.growth(average, third))
-    return table
 
 
 def check_world(module: models.TorusMap, world: TorusWorld) -> None:
