@@ -28,6 +28,11 @@ of the default task, and two thirds of those of three numbers."""
 Tree = int | tuple[str, Any, Any]
 """A number, or an operator with its two operands, themselves trees."""
 
+_OPERATORS = (
+    ("+", False), ("*", False), ("-", False), ("-", True), ("/", False), ("/", True),
+)  # fmt: skip
+"""What two values are joined by, and whether the second one then stands first."""
+
 _MOST_NUMBERS = 5
 _LARGEST = 99
 _DRAWS = 1000
@@ -122,6 +127,7 @@ class Search:
         self._numbers = list(numbers)
         self._full = (1 << len(self._numbers)) - 1
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._joint: dict[tuple[int, int], np.ndarray] = {}
 
     def solutions(self, highest: int) -> Int[np.ndarray, "target"]:
         """Number of solutions of each target 0 to ``highest``, from any subset."""
@@ -149,13 +155,14 @@ class Search:
         for left, right in _splits(mask):
             a, ways_a = self._values(left)
             b, ways_b = self._values(right)
-            for operator, swapped, results in _combine(a, b):
-                for i, j in np.argwhere(results == value).tolist():
-                    first, second = (left, int(a[i])), (right, int(b[j]))
-                    if swapped:
-                        first, second = second, first
-                    found.append((operator, *first, *second))
-                    weights.append(int(ways_a[i] * ways_b[j]))
+            hits = np.argwhere(self._results(left, right) == value)
+            for kind, i, j in hits.tolist():
+                operator, swapped = _OPERATORS[kind]
+                first, second = (left, int(a[i])), (right, int(b[j]))
+                if swapped:
+                    first, second = second, first
+                found.append((operator, *first, *second))
+                weights.append(int(ways_a[i] * ways_b[j]))
         operator, left, x, right, y = found[_choose(weights, rng)]
         return operator, self._draw(left, x, rng), self._draw(right, y, rng)
 
@@ -175,17 +182,22 @@ class Search:
         """The same for a subset of two numbers or more, from its parts."""
         values, ways = [], []
         for left, right in _splits(mask):
-            a, ways_a = self._values(left)
-            b, ways_b = self._values(right)
-            both = ways_a[:, None] * ways_b
-            for _, _, results in _combine(a, b):
-                possible = results > 0
-                values.append(results[possible])
-                ways.append(both[possible])
+            results = self._results(left, right)
+            possible = results > 0
+            both = self._values(left)[1][:, None] * self._values(right)[1]
+            values.append(results[possible])
+            ways.append(np.broadcast_to(both, results.shape)[possible])
         distinct, index = np.unique(np.concatenate(values), return_inverse=True)
         total = np.zeros(len(distinct), np.int64)
         np.add.at(total, index, np.concatenate(ways))
         return distinct, total
+
+    def _results(self, left: int, right: int) -> Int[np.ndarray, "operator a b"]:
+        """Those of every operator on the values of two subsets; <= 0 is none."""
+        if (left, right) not in self._joint:
+            values = self._values(left)[0], self._values(right)[0]
+            self._joint[left, right] = _combine(*values)
+        return self._joint[left, right]
 
 
 def _splits(mask: int) -> Iterator[tuple[int, int]]:
@@ -197,17 +209,16 @@ def _splits(mask: int) -> Iterator[tuple[int, int]]:
         part = (part - 1) & mask
 
 
-def _combine(
-    a: np.ndarray, b: np.ndarray
-) -> Iterator[tuple[str, bool, Int[np.ndarray, "a b"]]]:
-    """Operator, whether b stands first, and results; <= 0 where there is none."""
+def _combine(a: np.ndarray, b: np.ndarray) -> Int[np.ndarray, "operator a b"]:
+    """Results of all ``_OPERATORS`` in their order; <= 0 where there is none."""
     x, y = a[:, None], b[None, :]
-    yield "+", False, x + y
-    yield "*", False, x * y
-    yield "-", False, x - y
-    yield "-", True, y - x
-    yield "/", False, np.where(x % y == 0, x // y, 0)
-    yield "/", True, np.where(y % x == 0, y // x, 0)
+    found = np.empty((len(_OPERATORS), len(a), len(b)), np.int64)
+    found[0], found[1] = x + y, x * y
+    found[2], found[3] = x - y, y - x
+    for at, (high, low) in ((4, (x, y)), (5, (y, x))):
+        found[at], rest = np.divmod(high, low)
+        found[at][rest != 0] = 0
+    return found
 
 
 def _choose(weights: Sequence[int], rng: np.random.Generator) -> int:
