@@ -30,7 +30,9 @@ import pytest
 
 # Shape annotations are checked in tests alone; users pay nothing for them.
 sys.path.insert(0, os.path.dirname(__file__))
-jaxtyping.install_import_hook("tmdjax", "typecheck.check")
+import typecheck
+
+typecheck.install("tmdjax")
 
 from tmdjax.core import compilation_cache
 
