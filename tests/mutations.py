@@ -78,6 +78,7 @@ NOT_DRAWN = [
 TESTS = {
     "data/check": "data/test_sources.py",
     "data/dataset": "data/test_sources.py",
+    "data/image_folders": "data/test_convert.py data/test_untrusted_files.py",
     "data/images/fashion_mnist": "data/test_mnist.py",
     "data/images/digits": "data/test_mnist.py data/test_sources.py",
     "data/videos/files": "data/test_video_files.py",

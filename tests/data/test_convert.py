@@ -10,6 +10,7 @@ from PIL import Image
 
 from tmdjax import data
 from tmdjax.data import convert, tfds_sets
+from tmdjax.data.image_folders import image_splits
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_datasets") is None,
@@ -219,6 +220,8 @@ def test_folders_are_splits_by_their_names(tmp_path, refused):
             ("train val", ("train", "val")),
             ("training testing", ("training", "testing")),  # as mnist_png has them
             ("Train DEV", ("Train", "DEV")),
+            ("train2017 val2017", ("train2017", "val2017")),
+            ("train_images test_set", ("train_images", "test_set")),
             ("train", ("train", None)),
             ("train bus plane", None),  # a class called train among others
             ("cat dog", None),
@@ -234,11 +237,14 @@ def test_folders_are_splits_by_their_names(tmp_path, refused):
             (folder / name).mkdir(parents=True)
         if isinstance(found, str):
             words = f"holds .*{found}.*: splits are one of train, training and at most"
-            refused(words, convert.image_splits, folder)
+            refused(words, image_splits, folder)
         else:
             want = (folder, None) if found is None else found
             want = tuple(name and folder / name for name in want)
-            assert convert.image_splits(folder) == want
+            assert image_splits(folder) == want
+    for inside in ("train", "val"):  # of one who gives the folder above
+        (tmp_path / "above" / "images" / inside).mkdir(parents=True)
+    refused("images holds splits; give that fold", image_splits, tmp_path / "above")
 
 
 def test_captions_in_files_of_windows_are_found(tmp_path):
@@ -314,12 +320,13 @@ def test_bad_files(tmp_path, refused):
         ({"label.npy": np.array([-1, 2])}, r"must hold integers \[n\] from 0"),
         ({"text.json": [1, 2]}, "must hold a list of texts"),
         ({"text.json": ["a", "b\0"]}, "text 1, .*holds NUL"),
+        ({"text.json": ["\ud800"]}, "text 0, .*holds half of a surrogate pair"),
         ({"text.json": {"a": 1}}, "holds no single array and no list"),
         ({"label.json": ["a"]}, "label.json holds texts; classes are integers"),
         ({"image.npy": np.zeros((2, 3, 3))}, "an 'image' is uint8"),
         ({"image.npy": np.zeros((2, 3, 3, 2), np.uint8)}, "an 'image' is uint8"),
         ({"image.npy": np.zeros(3, np.uint8)}, "an 'image' is uint8"),
-        ({"a.npz": {"x": np.zeros(2)}}, "holds no single array"),
+        ({"a.npz": {"x": np.zeros(2)}}, "ends in neither .npy nor .json"),
         ({"text.json": None}, "text.json is no array of numbers or JSON"),
         ({"a.npy": np.zeros(2), "x/a.npy": np.zeros(2)}, "two files are called 'a'"),
     ):

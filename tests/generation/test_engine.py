@@ -1,6 +1,7 @@
 """The engine: no token lost or doubled, whatever happens in between."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -255,6 +256,9 @@ def test_refused_requests(refused):
     ):
         refused(message, engine.submit, numbers, prompt, max_new_tokens=limit)
         assert engine.queued == 1
+    asked = functools.partial(refused, error=TypeError, max_new_tokens=2)
+    for prompt in ((1.7, 2), "12", (True,)):
+        asked("a token=.* give an integer", engine.submit, [1], prompt)
 
 
 def test_refused_resumption(refused):
@@ -278,4 +282,7 @@ def test_refused_engines(refused):
     refused("give the engine decode=tokenizer.decode", made, stop_strings=("a",))
     refused("none of them empty", made, stop_strings=("",), decode=spelt)
     refused("give a tuple of texts", made, stop_strings="ab", decode=spelt)
+    refused("give a tuple of texts", made, stop_strings=(3,), decode=spelt)
+    for stop in (3, None, "3", (3.0,), (True,)):
+        refused("stop=.* give a tuple of integers", made, stop=stop)
     refused("typed key", made, key=np.zeros(2, np.uint32), error=TypeError)

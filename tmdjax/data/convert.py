@@ -26,7 +26,6 @@ held out.
 import argparse
 import contextlib
 import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,16 +36,17 @@ from PIL import Image, ImageOps
 
 from tmdjax.core.checks import check_batch, check_count, check_range, first_few
 from tmdjax.core.failures import exit_with
-from tmdjax.core.files import check_plain, json_of, text_of
+from tmdjax.core.files import check_plain, json_of
 from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
+from tmdjax.data.image_folders import (
+    SUFFIXES,
+    caption_of,
+    files_below,
+    image_splits,
+)
 
-SUFFIXES = tuple(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff".split())
-TRAINS = ("train", "training")
-HELD_OUT = tuple("val valid validation dev eval evaluation test testing".split())
-"""Folders of what trains, and those beside them of what is held out."""
-
-_LARGEST_IMAGE, _LONGEST_CAPTION = 10**9, 10**6
+_LARGEST_IMAGE = 10**9
 _MOST_CLASSES = 10**6
 
 
@@ -90,7 +90,8 @@ def image_columns(
         ValueError: no such folder, no images, images without caption among such with
             one, a file that is no image of one picture or no text in UTF-8, a class
             that is not among those given, splits instead of classes
-            (:func:`image_splits`), or a size or channels out of range. Files are named.
+            (:func:`~tmdjax.data.image_folders.image_splits`), or a size or channels
+            out of range. Files are named.
     """
     if image_splits(folder)[0] != folder:
         raise ValueError(
@@ -104,7 +105,7 @@ def image_columns(
         raise ValueError(
             f"channels={channels} must be one of {', '.join(map(str, modes))}."
         )
-    files = _files(folder)
+    files = files_below(folder)
     paths = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
@@ -175,72 +176,8 @@ def image_columns(
                 f"texts away."
             )
         given = [*filter(None, texts)]
-        found["text"] = Column("Text", len(given), lambda i: _caption(given[i]))
+        found["text"] = Column("Text", len(given), lambda i: caption_of(given[i]))
     return found
-
-
-def image_splits(folder: Path) -> tuple[Path, Path | None]:
-    """The folder of images that train, and that of those held out, or None.
-
-    They are one of :data:`TRAINS`, and one of :data:`HELD_OUT` (capitals or not) or
-    nothing beside it. Other folders are classes: the folder itself is what trains.
-
-    Raises:
-        ValueError: several folders that could be held out, or none that trains beside
-            them; splits beside other folders.
-    """
-    names = {
-        path.name.lower(): path
-        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
-    }
-    train = [path for name, path in names.items() if name in TRAINS]
-    held = [path for name, path in names.items() if name in HELD_OUT]
-    if not held and (len(names) > 1 or not train):
-        return folder, None
-    others = [name for name in names if name not in (*TRAINS, *HELD_OUT)]
-    if len(train) != 1 or len(held) > 1 or others:
-        raise ValueError(
-            f"{folder} holds {first_few(p.name for p in names.values())}: splits are "
-            f"one of {', '.join(TRAINS)} and at most one of {', '.join(HELD_OUT)}, and "
-            f"no other folders. Move these away, or rename them if all are classes."
-        )
-    return train[0], held[0] if held else None
-
-
-def _caption(path: Path) -> str:
-    """A text in UTF-8, with or without a byte-order mark."""
-    text = text_of(path, _LONGEST_CAPTION).strip()
-    if "\0" in text:
-        raise ValueError(f"{path} holds NUL; remove it (UTF-16 is full of it).")
-    return text
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files below a folder, through links too, but nothing hidden; sorted.
-
-    Within a class (a folder in the folder), what several links lead to is walked once,
-    and a link back to a folder above is not followed: links in a ring have an end.
-
-    Raises:
-        OSError: a folder that cannot be listed.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found, walked = [], set()
-    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real, path = os.path.realpath(place), Path(place)
-        there = path.relative_to(folder).parts[:1], real
-        if there in walked or real in map(os.path.realpath, path.parents):
-            folders.clear()
-            continue
-        walked.add(there)
-        hidden = (".", "__MACOSX")
-        folders[:] = sorted(n for n in folders if not n.startswith(hidden))
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
 
 
 class _Refused(ValueError):
@@ -288,6 +225,8 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".json":
             return json_of(path)
+        if path.suffix != ".npy":
+            raise ValueError("its name ends in neither .npy nor .json")
         check_plain(path)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

@@ -265,13 +265,16 @@ def encode_texts(texts: Sequence[str]) -> np.ndarray:
     """Texts as uint8 [n, bytes of the longest]: UTF-8, filled up with zeros.
 
     Raises:
-        ValueError: a text with the character NUL, which could not be read again; or
-            texts that take more than 8 GB, as all are as long as the longest.
+        ValueError: a text with the character NUL or half of a surrogate pair, which
+            could not be read again; or texts that take more than 8 GB, as all are as
+            long as the longest.
     """
-    rows = [text.encode() for text in texts]
+    rows = [text.encode(errors="surrogatepass") for text in texts]
     for i, row in enumerate(rows):
-        if b"\0" in row:
-            raise ValueError(f"text {i}, {texts[i][:80]!r}, holds NUL; remove it.")
+        odd = re.search(rb"\0|\xed[\xa0-\xbf]", row)
+        if odd:
+            what = "NUL" if odd[0] == b"\0" else "half of a surrogate pair"
+            raise ValueError(f"text {i}, {texts[i][:80]!r}, holds {what}; remove it.")
     lengths = [len(row) for row in rows]
     length = max([1, *lengths])
     if length * len(rows) > _MOST_TEXT:

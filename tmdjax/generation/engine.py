@@ -52,11 +52,17 @@ class EngineConfig:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop_strings, str) or "" in self.stop_strings:
-            raise ValueError(
-                f"stop_strings={self.stop_strings!r}: give a tuple of texts, none of "
-                f"them empty."
-            )
+        for name, kind, words in (
+            ("stop", int, "integers, ids of tokens"),
+            ("stop_strings", str, "texts, none of them empty"),
+        ):
+            given = getattr(self, name)
+            found = given if isinstance(given, list | tuple | set) else (None,)
+            if kind is int:
+                found = [int(x) if isinstance(x, np.integer) else x for x in found]
+            if not all(type(x) is kind and x != "" for x in found):
+                raise ValueError(f"{name}={given!r}: give a tuple of {words}.")
+            object.__setattr__(self, name, tuple(found))
         for name in ("slots", "length", "steps", "prefill_rows"):
             check_count(name, getattr(self, name))
 
@@ -162,10 +168,11 @@ class Engine:
             max_new_tokens: most tokens of each response, over all its segments.
 
         Raises:
+            TypeError: a prompt of anything but integers.
             ValueError: an empty prompt, an id outside the vocabulary, a number in use,
                 or a text that could outgrow its slot.
         """
-        prompt = tuple(int(token) for token in prompt)
+        prompt = tuple(check_count("a token", token, 0) for token in prompt)
         records = [
             TokenRecord(number=int(number), group=group, prompt=prompt)
             for number in numbers
