@@ -80,6 +80,9 @@ def test_lines_as_the_published_files_have_them(write):
     for layout, line, answer, tier in (
         ("math", {**MATH, "level": 2}, r"\frac{1}{2}", "T2"),
         ("math", {**MATH, "level": "4"}, r"\frac{1}{2}", "T4"),
+        ("math", {**MATH, "level": "level 5", "answer": -0.0}, "-0", "T5"),
+        ("math", {**MATH, "level": "3.0", "answer": 1e300}, "1e+300", "T3"),
+        ("math", {**MATH, "level": "Level ?", "answer": 10**400}, str(10**400), "T?"),
         ("math", {**MATH, "level": 2.0, "answer": 42.0}, "42", "T2"),
         ("math", {**MATH, "solution": r"so $x = \boxed 9$."}, "9", "T3"),
         ("math", {**MATH, "solution": r"\fbox{$9$}"}, "$9$", "T3"),
@@ -130,6 +133,9 @@ def test_malformed_lines_are_named(write, refused):
         ("math", {**MATH, "answer": " "}, "key 'answer' is ' '; expected 'answer'"),
         ("math", {**MATH, "solution": r"\boxed{ }"}, r"no complete \\boxed"),
         ("math", {**MATH, "level": True}, "key 'level' is 'True'"),
+        ("math", {**MATH, "level": "hard"}, "key 'level' is 'hard'; expected 'level'"),
+        ("math", {**MATH, "level": 6}, "key 'level' is '6'; .* 'Level 1' to"),
+        ("math", {**MATH, "level": 10**400}, "key 'level' is '10+'"),
         ("gsm8k", {**GSM8K, "question": " "}, "key 'question' is ' '"),
     ):
         problems = read(write(LINES[layout], line), layout)

@@ -385,6 +385,9 @@ def test_comparison_without_symbols(plain):
         (r"\boxed{\text{Tuesday}}", "Tuesday", 1),
         (r"\boxed{(3, 4)}", r"\left(3,4\right)", 1),
         (r"\boxed{x=5}", "5", 1),
+        ("so it is 5", r"\boxed{5}", 1),  # a truth that a file gives as it was written
+        (r"\boxed{\frac12}", r"Thus $\boxed{0.5}$.", 1),
+        ("so it is 5", r"\boxed{6}", 0),
         (r"\boxed{5 and 7}", "7", 0),
         (r"\boxed{}", "7", 0),
         ("", "7", 0),

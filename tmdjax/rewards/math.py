@@ -397,7 +397,8 @@ class MathVerifier:
 
         Args:
             response: any text.
-            answer: the gold answer alone, in any of the forms above.
+            answer: the gold answer alone, in any of the forms above; of one that has
+                a box, what the last box holds.
 
         Returns:
             One of ``OUTCOMES``: 'timed out' and 'failed' speak of the symbolic
@@ -408,8 +409,9 @@ class MathVerifier:
         """
         if not answer.strip():
             raise ValueError("the gold answer is blank; drop the problem.")
-        found = extract_answer(response)
-        outcome = "no answer" if found is None else self._compare(found, answer)
+        found, boxed = extract_answer(response), last_boxed(answer)
+        gold = boxed if boxed and boxed.strip() else answer
+        outcome = "no answer" if found is None else self._compare(found, gold)
         self.counts[outcome] += 1
         return outcome
 

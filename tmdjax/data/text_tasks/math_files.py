@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,10 @@ class _Line:
         fields = self.get(parent, expected, dict) if parent else self._fields
         value = fields.get(last)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise self.error(f"key {key!r} is {value}", expected)
             # 2.0 is what tables make of 2 in a column with gaps
-            return str(int(value) if float(value).is_integer() else value)
+            return str(value).removesuffix(".0")
         return self.get(key, expected).strip()
 
     def has(self, key: str) -> bool:
@@ -188,8 +189,12 @@ def _math(line: _Line) -> Problem:
         answer = (last_boxed(solution) or "").strip()
     if not answer:
         raise line.error(r"'solution' has no complete \boxed{}", expected)
-    level = line.get_written("level", "'level', 'Level 1' to 'Level 5', or 1 to 5")
-    level = level.removeprefix("Level ")
+    levels = "'level', 'Level 1' to 'Level 5', or 1 to 5"
+    written = line.get_written("level", levels)
+    found = re.fullmatch(r"(?:level ?)?([1-5?])(?:\.0)?", written, re.IGNORECASE)
+    if found is None:
+        raise line.error(f"key 'level' is {written[:80]!r}", levels)
+    level = found[1]
     subject = line.get(
         "type" if line.has("type") else "subject", "'subject' (or 'type'), a text"
     )
