@@ -62,12 +62,17 @@ def test_a_null_class_beyond_the_conditions_dtype_is_itself(null):
 
 def test_a_null_that_the_condition_cannot_hold_is_refused(refused):
     labels, floats = np.zeros(3, np.int32), np.zeros((3, 2), np.float16)
-    for null, cond in ((9.7, labels), (np.nan, labels), (1e6, floats), (2, labels > 0)):
+    given = (9.7, labels), (np.nan, labels), (1e6, floats), (2, labels > 0)
+    for null, cond in (*given, (2049, floats)):  # an id that float16 would round
         refused("cannot hold it", flows.drop_condition, keys_of(3), cond, null, 0.5)
     x, t = np.ones((3, 2), np.float32), np.ones(3, np.float32)
     guided = flows.classifier_free_guidance(lambda x, t, c: x, 2.0, 9.7)
     for call in (guided, jax.jit(guided)):
         refused("null condition is float.*int32, which cannot", call, x, t, labels)
+    for shape in ((1,), (3,), (3, 2)):  # one with a batch axis, or of other features
+        words = rf"null condition has shape \({shape[0]},.* of the condition \(2,\)"
+        drop = flows.drop_condition, keys_of(3), floats
+        refused(words, *drop, np.zeros(shape, np.float16), 0.5)
 
 
 def test_drop_condition_rate():

@@ -68,7 +68,7 @@ def in_every_row(row: PyTree, like: PyTree) -> PyTree:
     """A tree of [...] leaves in every row of a tree of [batch, ...].
 
     Args:
-        row: leaves [...], such as a null condition.
+        row: leaves [...], such as a null condition; one number fills a row.
         like: leaves [batch, ...], such as a condition.
 
     Returns:
@@ -77,7 +77,8 @@ def in_every_row(row: PyTree, like: PyTree) -> PyTree:
 
     Raises:
         ValueError: a row that the other dtype cannot hold: a fraction beside integers,
-            or a float that would become infinite.
+            an integer that a float would round, or a float that would become infinite;
+            a row of another shape, which would be broadcast without a word.
     """
     return jax.tree.map(
         lambda leaf, one: jnp.broadcast_to(_beside(one, leaf), leaf.shape), like, row
@@ -87,6 +88,11 @@ def in_every_row(row: PyTree, like: PyTree) -> PyTree:
 def _beside(one: Any, leaf: Any) -> Array:
     """A row in a dtype that holds both it and the leaf beside it."""
     one = one if isinstance(one, jax.Array) else np.asarray(one)
+    if one.shape not in ((), leaf.shape[1:], (1, *leaf.shape[1:])):
+        raise ValueError(
+            f"the null condition has shape {one.shape}, a row of the condition "
+            f"{leaf.shape[1:]}; give one without the batch axis."
+        )
     kept, dtype = np.dtype(leaf.dtype), np.dtype(leaf.dtype)
     traced = isinstance(one, jax.core.Tracer)
     if jnp.issubdtype(dtype, jnp.integer) and jnp.issubdtype(one.dtype, jnp.integer):
@@ -112,6 +118,8 @@ def _holds(dtype: Any, values: Any) -> bool:
     values = np.asarray(values)
     with np.errstate(all="ignore"):
         there = values.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and values.dtype.kind in "iu":
+        return bool(np.array_equal(there.astype(np.float64), values))
     if jnp.issubdtype(dtype, jnp.floating):
         # numpy: what jnp gives inside a compiled program has no value
         return bool(np.array_equal(np.isfinite(there), np.isfinite(values)))
