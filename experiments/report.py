@@ -22,10 +22,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.run import Parser, find_experiment, folder, parse, parser
+from experiments.run import Parser, find_experiment, parse, parser
 from tmdjax.core.checks import check_name
 from tmdjax.core.failures import exit_with
-from tmdjax.core.files import text_of, write_atomically
+from tmdjax.core.files import named_path, text_of, write_atomically
 from tmdjax.harness import ConfigError, load_config, run_report
 from tmdjax.harness.claims import claims_of, stated
 from tmdjax.harness.compare import comparison_rows, read_run
@@ -149,13 +149,13 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--merge", nargs="+", type=folder, metavar="WORKDIR")
+    flags.add_argument("--merge", nargs="+", type=named_path, metavar="WORKDIR")
     flags.add_argument("--compare", nargs="+", metavar="RUN[:ARM]")
     flags.add_argument("--metrics", nargs="+", default=(), help="to compare; all")
-    flags.add_argument("--workdir", type=folder, help="of what is merged")
+    flags.add_argument("--workdir", type=named_path, help="of what is merged")
     flags.add_argument("--record", action="store_true")
     flags.add_argument("--render", action="store_true")
-    flags.add_argument("--results", type=folder, default=pathlib.Path("results"))
+    flags.add_argument("--results", type=named_path, default=pathlib.Path("results"))
     given = flags.parse_args(arguments)
     if not (given.merge or given.compare or given.render):
         flags.error("give --merge WORKDIR..., --compare RUN... or --render")

@@ -5,7 +5,6 @@ however hard, goes on when the same command is given again.
 """
 
 import argparse
-import os
 import pathlib
 import re
 import shlex
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 from tmdjax.core import compilation_cache
 from tmdjax.core.checks import check_count
 from tmdjax.core.failures import exit_with
+from tmdjax.core.files import named_path
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import (
     ConfigError,
@@ -61,16 +61,6 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def folder(text: str) -> pathlib.Path:
-    """A folder, or file, that is named: '' would be the current one.
-
-    ``~`` is the home folder; after ``--workdir=`` shells leave it as it is.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; name a folder (. is this one)")
-    return pathlib.Path(os.path.expanduser(text))
-
-
 def _shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found:
@@ -82,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line, but for --config.a.b=value."""
     flags = Parser(prog="experiments.run", description=__doc__, allow_abbrev=False)
     flags.add_argument("--config", help="configs/<system>.py:<tier>")
-    flags.add_argument("--workdir", type=folder, help="default runs/SYSTEM-TIER")
-    flags.add_argument("--cache", type=folder, help="default WORKDIR/../stages")
+    flags.add_argument("--workdir", type=named_path, help="default runs/SYSTEM-TIER")
+    flags.add_argument("--cache", type=named_path, help="default WORKDIR/../stages")
     flags.add_argument("--seeds", type=_seeds, default=(0,), help="0..4 or 0,2,5")
     flags.add_argument("--shard", type=_shard, default=(0, 1), help="i/n of the units")
     flags.add_argument("--stage", help="stop after this stage")

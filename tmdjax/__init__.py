@@ -14,9 +14,15 @@ than importing jax::
 """
 
 import importlib
+import signal
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
+
+if sys.argv[0] == "-m" and any(a.startswith("tmdjax.") for a in sys.orig_argv):
+    # a command of ours that is still imported has nothing to say or save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _SUBPACKAGES = (
     "core",

@@ -65,6 +65,10 @@ def test_classes_and_captions_stay_with_their_images(tmp_path, capsys):
     arguments = ["images", str(tmp_path / "in"), "--name=mine", f"--data_dir={out}"]
     assert convert.main(arguments) == 0
     assert "wrote 6 samples of image, label, text" in capsys.readouterr().out
+    for empty in (["images", "", "--name=x"], [*arguments, "--data_dir="]):
+        with pytest.raises(SystemExit):  # '' is not the current folder
+            convert.main(empty)
+        assert "it is empty; name a folder" in capsys.readouterr().err
     found = loaded(out)
     numbers = red(found.train["image"])
     assert found.meta["class_names"] == ("cat", "dog")

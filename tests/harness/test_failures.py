@@ -1,5 +1,6 @@
 """What commands say and return when they fail."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tmdjax
 from tmdjax.core.checks import check_count
 from tmdjax.core.failures import FAULT, MISTAKE, explain
 from tmdjax.core.files import json_of, read_bounded
@@ -136,6 +138,18 @@ def test_interrupts_and_closed_pipes_are_quiet():
     assert left.stdout.readline() == "ready\n"
     left.stdout.close()
     assert left.stderr.read() == "" and left.wait(15) == 141
+
+
+def test_a_command_that_is_still_imported_ends_quietly(monkeypatch):
+    """One of ours alone: a program of somebody else keeps its interrupts."""
+    before = signal.getsignal(signal.SIGINT)
+    for command, quiet in (("tmdjax.data.convert", True), ("mine.train", False)):
+        monkeypatch.setattr(sys, "argv", ["-m", "arrays"])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", command, "arrays"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        importlib.reload(tmdjax)
+        assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == quiet
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

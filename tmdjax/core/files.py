@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import argparse
 import errno
 import functools
 import hashlib
@@ -18,6 +19,19 @@ from typing import Any
 import numpy as np
 
 _LOGGER = logging.getLogger("tmdjax")
+
+
+def named_path(text: str) -> Path:
+    """The path that an argument of a command names: '' would be the current folder.
+
+    ``~`` is the home folder; after ``--workdir=`` shells leave it as it is.
+
+    Raises:
+        ArgumentTypeError: nothing is named.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a folder (. is this one)")
+    return Path(text).expanduser()
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

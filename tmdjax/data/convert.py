@@ -36,7 +36,7 @@ from PIL import Image, ImageOps
 
 from tmdjax.core.checks import check_batch, check_count, check_range, first_few
 from tmdjax.core.failures import exit_with
-from tmdjax.core.files import check_plain, json_of
+from tmdjax.core.files import check_plain, json_of, named_path
 from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
 from tmdjax.data.image_folders import (
@@ -396,14 +396,16 @@ def main(arguments: Sequence[str]) -> int:
     )
     kinds = flags.add_subparsers(dest="kind", required=True)
     images, arrays = kinds.add_parser("images"), kinds.add_parser("arrays")
-    images.add_argument("folder", type=Path)
+    images.add_argument("folder", type=named_path)
     images.add_argument("--size", type=int, help="height and width")
     images.add_argument("--channels", type=int, default=3, help="1, 3 or 4")
-    arrays.add_argument("files", type=Path, nargs="+", help=".npy or .json")
+    arrays.add_argument("files", type=named_path, nargs="+", help=".npy or .json")
     for each in (images, arrays):
         each.add_argument("--name", required=True, help="of the set")
         each.add_argument("--version", default="1.0.0")
-        each.add_argument("--data_dir", type=Path, help="default: where TFDS looks")
+        each.add_argument(
+            "--data_dir", type=named_path, help="default: where TFDS looks"
+        )
     given = flags.parse_args(arguments)
     held_out = None
     if given.kind == "images":
