@@ -127,6 +127,9 @@ TESTS = {
     ),
     "models/layers": "models/test_model_layers.py models/test_text_dit.py",
     "models/stack": "models/test_model_layers.py",
+    **dict.fromkeys(
+        ["models/convolution", "models/fields"], "models/test_field_networks.py"
+    ),
     "models/control": "models/test_control_networks.py",
     "models/chain_policy": "systems/test_reinflow.py systems/test_dppo.py",
     "models/wrappers": "models/test_nnx_modules.py models/test_model_layers.py "

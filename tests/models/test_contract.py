@@ -428,7 +428,7 @@ def test_bad_attributes(name, refused):
     module = NETWORKS[name].module
     clone, fields = module.clone, dataclasses.fields(module)
     for size in [field.name for field in fields if field.type in (int, int | None)]:
-        low = -1 if size == "text_depth" else 0
+        low = -1 if size in ("text_depth", "scalars") else 0
         refused(f"{size}={low} must be at least {low + 1}", clone, **{size: low})
         refused(f"{size}=2.0 is of type float", clone, error=TypeError, **{size: 2.0})
     names = {field.name for field in fields}

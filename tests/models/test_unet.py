@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
 from tmdjax.models import UNet, build, functional, init_params, timestep_embedding
-from tmdjax.models.layers import Convolution
+from tmdjax.models.convolution import Convolution
 
 BATCH, HEIGHT, WIDTH, CHANNEL = 3, 8, 4, 2
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2)

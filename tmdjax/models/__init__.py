@@ -54,6 +54,8 @@ from tmdjax.models.decoder.token_log_probs import token_log_probs as token_log_p
 from tmdjax.models.decoder.token_log_probs import (
     token_log_probs_from_hidden as token_log_probs_from_hidden,
 )
+from tmdjax.models.fields import FNO as FNO
+from tmdjax.models.fields import DilatedResNet as DilatedResNet
 from tmdjax.models.flow_equivariant.equivariance import (
     check_equivariance as check_equivariance,
 )
@@ -70,6 +72,7 @@ from tmdjax.models.images.text_dit import null_condition as null_condition
 from tmdjax.models.images.unet import UNet as UNet
 from tmdjax.models.layers import ClassEmbedding as ClassEmbedding
 from tmdjax.models.layers import Dense as Dense
+from tmdjax.models.layers import ScalarEmbedding as ScalarEmbedding
 from tmdjax.models.layers import TimeEmbedding as TimeEmbedding
 from tmdjax.models.layers import layer_norm as layer_norm
 from tmdjax.models.layers import patchify as patchify

@@ -14,6 +14,7 @@ from tmdjax.core.registry import Registry, suggestion
 from tmdjax.core.types import ApplyFn, Params
 from tmdjax.models.control import ControlMLP, ControlVelocity
 from tmdjax.models.decoder.network import Decoder
+from tmdjax.models.fields import FNO, DilatedResNet
 from tmdjax.models.flow_equivariant.torus_map import TorusMap
 from tmdjax.models.images.classifier import Classifier
 from tmdjax.models.images.dit import DiT
@@ -29,7 +30,9 @@ MODELS: Registry[type[nn.Module]] = Registry("model")
 MODELS.register("control_mlp")(ControlMLP)
 MODELS.register("control_velocity")(ControlVelocity)
 MODELS.register("decoder")(Decoder)
+MODELS.register("dilated_resnet")(DilatedResNet)
 MODELS.register("dit")(DiT)
+MODELS.register("fno")(FNO)
 MODELS.register("torus_map")(TorusMap)
 MODELS.register("split_dit")(SplitDiT)
 MODELS.register("two_time_dit")(TwoTimeDiT)

@@ -47,49 +47,6 @@ class Dense(nn.Module):
         return y
 
 
-class Convolution(nn.Module):
-    """Convolution of [batch, *sizes, channel] in the dtype of a recipe.
-
-    Under 'fp32' no product is TF32. Not ``nn.Conv``: it adds the bias in the compute
-    dtype, and its gradient, a sum over all positions, would be taken in 16 bits.
-
-    Attributes:
-        features: channels of the result.
-        kernel_size: along each size; two or three of them.
-        recipe: a :class:`tmdjax.quant.Recipe` or its name; it sets the output dtype.
-        strides: along each size, or one for all.
-        padding: zeros on both ends of each size, or 'SAME'.
-        kernel_init: initialiser of the kernel, float32 [*kernel_size, in, out].
-    """
-
-    features: int
-    kernel_size: tuple[int, ...]
-    recipe: Any = "fp32"
-    strides: int | tuple[int, ...] = 1
-    padding: int | str = 1
-    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [batch, *sizes, in] to [batch, *sizes / strides, features]."""
-        recipe, rank = as_recipe(self.recipe), len(self.kernel_size)
-        shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        zeros = nn.initializers.zeros
-        bias = self.param("bias", zeros, (self.features,), jnp.float32)
-        strides, axes = self.strides, "DHW"[3 - rank :]
-        ends = self.padding
-        y = jax.lax.conv_general_dilated(
-            x.astype(recipe.dtype),
-            kernel.astype(recipe.dtype),
-            (strides,) * rank if isinstance(strides, int) else strides,
-            [(ends, ends)] * rank if isinstance(ends, int) else ends,
-            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-            precision=recipe.lax_precision,
-        )
-        return (y.astype(jnp.float32) + bias).astype(y.dtype)
-
-
 def layer_norm(
     x: Float[Array, "*batch features"], epsilon: float = 1e-6
 ) -> Float[Array, "*batch features"]:
@@ -260,12 +217,14 @@ class TimeEmbedding(nn.Module):
         frequency_dim: width of the sinusoidal embedding, even.
         time_scale: what t is multiplied by before the sinusoids.
         recipe: GEMM recipe.
+        gelu: the exact GELU between the layers, and not SiLU.
     """
 
     features: int
     frequency_dim: int = 256
     time_scale: float = 1000.0
     recipe: Any = "fp32"
+    gelu: bool = False
 
     @nn.compact
     def __call__(self, t: Float[Array, "batch"]) -> Array:
@@ -273,9 +232,66 @@ class TimeEmbedding(nn.Module):
         init = nn.initializers.normal(0.02)
         y = timestep_embedding(t, self.frequency_dim, time_scale=self.time_scale)
         y = Dense(self.features, self.recipe, kernel_init=init, name="hidden")(y)
-        return Dense(self.features, self.recipe, kernel_init=init, name="out")(
-            nn.silu(y)
-        )
+        y = exact_gelu(y) if self.gelu else nn.silu(y)
+        return Dense(self.features, self.recipe, kernel_init=init, name="out")(y)
+
+
+def exact_gelu(x: Array) -> Array:
+    """X times the normal distribution function of x, by erf."""
+    return nn.gelu(x, approximate=False)
+
+
+class ScalarEmbedding(nn.Module):
+    """A time and further scalars, each by sinusoids and two layers, summed.
+
+    Attributes:
+        width: of the sinusoids, even; the sum has 4 * width features.
+        scalars: how many there are beside the time.
+        time_scale: what t is multiplied by; scalars come scaled (0 to 10 or so, where
+            the sinusoids tell them apart).
+        recipe: GEMM recipe.
+
+    References:
+        PDEArena (Gupta and Brandstetter, arXiv 2209.15616) and its code.
+    """
+
+    width: int
+    scalars: int = 0
+    time_scale: float = 1000.0
+    recipe: Any = "fp32"
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "batch"], scalars: Any = None) -> Array:
+        """Returns float32 [batch, 4 width].
+
+        Args:
+            t: [batch].
+            scalars: float [batch, scalars], or None where there are none.
+
+        Raises:
+            ValueError: scalars that the network was not built for, or None where it
+                was built for some.
+        """
+        found = jnp.shape(scalars) if scalars is not None else None
+        wanted = (len(t), self.scalars) if self.scalars else None
+        if found != wanted:
+            raise ValueError(
+                f"cond has shape {found}, and a network of scalars={self.scalars} "
+                f"takes {wanted}: dt, dx and the like side by side, or None."
+            )
+        settings = {"recipe": self.recipe, "gelu": True, "frequency_dim": self.width}
+        total = TimeEmbedding(
+            4 * self.width,
+            time_scale=self.time_scale,
+            name="time_embedding",
+            **settings,
+        )(t).astype(jnp.float32)
+        columns = () if scalars is None else jnp.unstack(scalars, axis=1)
+        for i, column in enumerate(columns):
+            total += TimeEmbedding(
+                4 * self.width, time_scale=1.0, name=f"scalar_embedding_{i}", **settings
+            )(column).astype(jnp.float32)
+        return total
 
 
 class ClassEmbedding(nn.Module):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tmdjax.core.types import Array, Float
-from tmdjax.models.layers import Convolution, Dense, check_attributes
+from tmdjax.models.convolution import Convolution
+from tmdjax.models.layers import Dense, check_attributes
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, Float
-from tmdjax.models.layers import Convolution, Dense, check_attributes
+from tmdjax.models.convolution import Convolution
+from tmdjax.models.layers import Dense, check_attributes
 from tmdjax.quant import Recipe
 
 _KERNELS = ((3, 4, 4), (3, 4, 4), (3, 3, 3), (3, 3, 3))
