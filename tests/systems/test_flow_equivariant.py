@@ -22,14 +22,16 @@ CONFIG = system.RolloutConfig(context=CONTEXT)
 KEYS = prng.sample_keys(jax.random.key(5), BATCH)
 
 
-def videos(seed=0, time=CONTEXT + LENGTH):
-    rng = np.random.default_rng(seed)
+def videos(time):
+    rng = np.random.default_rng(0)
     frames = rng.random((BATCH, time, 4, 4, 1)).astype(np.float32)
     actions = rng.integers(-2, 3, (BATCH, time, 2)).astype(np.int32)
     return {"frames": jnp.asarray(frames), "actions": jnp.asarray(actions)}
 
 
-BATCH_OF = videos()
+LONG = 30
+BATCH_OF = videos(time=CONTEXT + LONG)
+SHORT = {name: array[:, : CONTEXT + LENGTH] for name, array in BATCH_OF.items()}
 PARAMS = {
     name: jnp.float32(np.random.default_rng(6).uniform(-1, 1, shape) / 3)
     for name, shape in {
@@ -55,7 +57,7 @@ def test_11_gradients_are_differences(x64):
     """Of every kernel, through the context and through frames that are fed back."""
     to64 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
     params = to64(PARAMS)
-    batch = {"frames": to64(BATCH_OF["frames"]), "actions": BATCH_OF["actions"]}
+    batch = {"frames": to64(SHORT["frames"]), "actions": SHORT["actions"]}
 
     def mean(params, detach=False):
         config = system.RolloutConfig(
@@ -88,8 +90,7 @@ def test_11_gradients_are_differences(x64):
 
 def test_12_a_rollout_is_its_steps():
     """30 steps in one scan are those taken one by one."""
-    batch = videos(time=CONTEXT + 30)
-    frames = frames_of(batch)
+    batch, frames = BATCH_OF, frames_of(BATCH_OF)
     assert frames.shape == (30, BATCH, 4, 4, 1)
 
     @functools.partial(jax.jit, static_argnames="method")
@@ -127,6 +128,7 @@ def test_12_the_future_has_no_influence():
     assert np.abs(moved[2] - taught[2]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_half_of_the_frames_are_forced():
     """Each sample draws for itself: its rows are those of always and of never."""
     config = dataclasses.replace(CONFIG, teacher_forcing=0.5)
@@ -147,7 +149,7 @@ def test_half_of_the_frames_are_forced():
 def test_what_is_fed_back_is_clipped():
     """A loop that grows is told where it breaks; clipped, it stays."""
     params = jax.tree.map(lambda leaf: 4 * jnp.abs(leaf), PARAMS)
-    batch = videos(time=CONTEXT + 30)
+    batch = BATCH_OF
     given = params, batch["frames"], batch["actions"]
     free = roll(*given, config=CONFIG)
     assert free.failed.all() and (free.first_bad < 30).all()
@@ -178,7 +180,7 @@ def test_the_gradient_passes_through_the_clip():
     def slopes(params):
         def total(scale, config):
             scaled = {**params, "decoder_out": scale * params["decoder_out"]}
-            return system.loss(scaled, FN, BATCH_OF, KEYS, config)[0].sum()
+            return system.loss(scaled, FN, SHORT, KEYS, config)[0].sum()
 
         return [
             jax.jvp(functools.partial(total, config=config), (1.0,), (1.0,))
@@ -193,12 +195,12 @@ def test_the_gradient_passes_through_the_clip():
 def test_losses_count_what_is_predicted():
     @jax.jit
     def losses(params):
-        given = params, FN, BATCH_OF, KEYS, CONFIG
+        given = params, FN, SHORT, KEYS, CONFIG
         return system.loss(*given), system.loss(*given, horizon=1)[0]
 
     (loss, found), short = losses(PARAMS)
-    frames = frames_of(BATCH_OF)
-    errors = (np.swapaxes(frames, 0, 1) - BATCH_OF["frames"][:, CONTEXT:]) ** 2
+    frames = np.swapaxes(frames_of(BATCH_OF)[:LENGTH], 0, 1)
+    errors = (frames - SHORT["frames"][:, CONTEXT:]) ** 2
     assert_allclose(loss, errors.mean((1, 2, 3, 4)), rtol=1e-5)
     assert_allclose(found["last_error"], errors[:, -1].mean((1, 2, 3)), rtol=1e-5)
     assert_allclose(short, errors[:, 0].mean((1, 2, 3)), rtol=1e-5)
@@ -228,8 +230,8 @@ def test_trivial_predictions():
     assert_array_equal(still, frames[None, :, 1].repeat(3, 0))
 
 
-def test_it_learns_and_runs_on_accelerators():
-    """Squares that drift: the loss falls below that of black, and of the mean."""
+def squares_that_drift():
+    """A training step on them, its first state, and the batch."""
     drifting = {"velocities": ((1, 0),), "kernel_size": 1}
     module = models.TorusMap(world=6, window=6, hidden=8, **drifting)
     fn, config = models.functional(module), system.RolloutConfig(context=3)
@@ -249,10 +251,26 @@ def test_it_learns_and_runs_on_accelerators():
         return system.loss(params, fn, batch, keys, config)
 
     update = jax.jit(train.make_train_step(loss, optimizer))
-    params = models.init_params(
-        module, jax.random.key(0), *(v[:, 0] for v in batch.values())
-    )
-    state, losses = train.create_state(params, optimizer), []
+    inputs = frames[:, 0], np.zeros((8, 2), np.int32)
+
+    def first(key):
+        params = module.lazy_init(key, *map(jnp.asarray, inputs))["params"]
+        return train.create_state(dict(params), optimizer)
+
+    return update, first, batch
+
+
+def test_the_training_step_runs_on_accelerators():
+    update, first, batch = squares_that_drift()
+    key = jax.random.key(0)
+    lowered(update, jax.eval_shape(first, key), batch, key)
+
+
+@pytest.mark.slow
+def test_it_learns():
+    """The loss falls below that of black, of the mean, and of what was seen last."""
+    update, first, batch = squares_that_drift()
+    state, losses = jax.jit(first)(jax.random.key(0)), []
     for _ in range(60):
         state, found = update(state, batch, jax.random.key(1))
         losses.append(float(found["loss"]))
@@ -260,7 +278,6 @@ def test_it_learns_and_runs_on_accelerators():
     for frame in trivial.values():
         rival = np.mean(system.frame_errors(frame, batch["frames"][:, 3:]))
         assert np.mean(losses[-5:]) < 0.8 * rival
-    lowered(update, state, batch, jax.random.key(1))
 
 
 def test_published_settings():
@@ -285,7 +302,7 @@ def test_bad_inputs(refused):
     refused("teacher_forcing=2 is outside", config, teacher_forcing=2)
     refused("feedback_clip, upper=0 is outside", config, feedback_clip=(1, 0))
     refused("state_bound=0 is outside", config, state_bound=0)
-    frames, actions = BATCH_OF["frames"], BATCH_OF["actions"]
+    frames, actions = SHORT["frames"], SHORT["actions"]
     go = functools.partial(system.rollout, PARAMS, FN)
     refused("2 frames are given, fewer than", go, frames[:, :2], actions, CONFIG)
     refused(
@@ -304,7 +321,7 @@ def test_bad_inputs(refused):
     refused("whole pixels", go, frames, 0.5 * actions, CONFIG, error=TypeError)
     refused("of every frame", go, frames, actions[..., :1], CONFIG)
     refused("window is", go, frames[:, :, 1:], actions, CONFIG)
-    loss = functools.partial(system.loss, PARAMS, FN, BATCH_OF, KEYS, CONFIG)
+    loss = functools.partial(system.loss, PARAMS, FN, SHORT, KEYS, CONFIG)
     refused("horizon=4, but the batch has 3 frames", loss, horizon=4)
     refused("must not decrease", system.growing_horizon, 0, (5, 3))
     refused("progress=2 is outside", system.growing_horizon, 2, (3,))

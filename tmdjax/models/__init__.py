@@ -56,6 +56,12 @@ from tmdjax.models.decoder.token_log_probs import (
 )
 from tmdjax.models.fields import FNO as FNO
 from tmdjax.models.fields import DilatedResNet as DilatedResNet
+from tmdjax.models.flow_equivariant.egocentric_map import (
+    EgocentricMap as EgocentricMap,
+)
+from tmdjax.models.flow_equivariant.egocentric_map import (
+    EgocentricState as EgocentricState,
+)
 from tmdjax.models.flow_equivariant.equivariance import (
     check_equivariance as check_equivariance,
 )

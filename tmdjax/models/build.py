@@ -15,6 +15,7 @@ from tmdjax.core.types import ApplyFn, Params
 from tmdjax.models.control import ControlMLP, ControlVelocity
 from tmdjax.models.decoder.network import Decoder
 from tmdjax.models.fields import FNO, DilatedResNet
+from tmdjax.models.flow_equivariant.egocentric_map import EgocentricMap
 from tmdjax.models.flow_equivariant.torus_map import TorusMap
 from tmdjax.models.images.classifier import Classifier
 from tmdjax.models.images.dit import DiT
@@ -33,6 +34,7 @@ MODELS.register("decoder")(Decoder)
 MODELS.register("dilated_resnet")(DilatedResNet)
 MODELS.register("dit")(DiT)
 MODELS.register("fno")(FNO)
+MODELS.register("egocentric_map")(EgocentricMap)
 MODELS.register("torus_map")(TorusMap)
 MODELS.register("split_dit")(SplitDiT)
 MODELS.register("two_time_dit")(TwoTimeDiT)

@@ -183,7 +183,13 @@ class MultiHeadAttention(nn.Module):
     out_init: Callable[..., Any] = _XAVIER
 
     @nn.compact
-    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        context: Array,
+        mask: Array | None = None,
+        values: Array | None = None,
+    ) -> Array:
         """Returns [batch, position, width] in the recipe's dtype.
 
         Args:
@@ -191,6 +197,8 @@ class MultiHeadAttention(nn.Module):
             context: [batch, context position, any width], x itself for
                 self-attention.
             mask: bool, broadcastable to [batch, heads, position, context position].
+            values: what values are projected from, [batch, context position, any
+                width]; None for the context, of which the keys are.
         """
         width = x.shape[-1]
 
@@ -201,7 +209,7 @@ class MultiHeadAttention(nn.Module):
         y = attention(
             project(x, "query"),
             project(context, "key"),
-            project(context, "value"),
+            project(context if values is None else values, "value"),
             mask=mask,
             implementation=self.implementation,
         )

@@ -15,7 +15,6 @@ import numpy as np
 
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, Bool, Float, Int
-from tmdjax.models.layers import rows_of
 
 Velocities = tuple[tuple[int, int], ...]
 
@@ -189,7 +188,11 @@ def permute(
             velocities first.
         actions: int [batch] in [0, action); one out of range makes its map NaN.
     """
-    source = rows_of(jnp.asarray(tables), actions)
+    source = (
+        jnp.asarray(tables)
+        .at[actions]
+        .get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+    )
     flat = maps.reshape(maps.shape[0], -1, maps.shape[-1])
     moved = flat.at[jnp.arange(len(flat))[:, None], source].get(
         mode="fill", unique_indices=True, wrap_negative_indices=False

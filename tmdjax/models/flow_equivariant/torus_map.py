@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from tmdjax.core.checks import check_batch, check_choice, check_count
-from tmdjax.core.types import Array, Float, Int
+from tmdjax.core.types import Array, ArrayLike, Float, Int
 from tmdjax.models.flow_equivariant import convolution
 from tmdjax.models.flow_equivariant.group_actions import as_velocities, shift
 from tmdjax.models.layers import check_attributes
@@ -132,7 +132,7 @@ class TorusMap(nn.Module):
         return self.predict(state, action)[1]
 
     def prepare(
-        self, actions: Int[Array, "batch time 2"]
+        self, actions: Int[ArrayLike, "batch time 2"]
     ) -> Int[Array, "batch time 2"]:
         """Actions of a video, whose first one (nothing was seen before it) is 0.
 
