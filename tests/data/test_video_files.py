@@ -113,6 +113,7 @@ def test_videos_alone_have_one_class(folder):
         ({"label": LABEL / 2}, {}, "dtype float64; they need integers"),
         ({"label": LABEL - 1}, {}, "least label of .*=-1 is outside"),
         ({"text": TEXT[:, 0]}, {}, r"shape \(9, 5\) .* floats \[n, word, width\]"),
+        ({"text": TEXT[:, :0]}, {}, r"shape \(9, 0, 5\) .* floats \[n, word, width\]"),
         ({"text": TEXT[:3]}, {}, "text of .* leading axis must be the batch, 9"),
         ({"text": np.full((9, 1, 1), np.nan)}, {}, "9 non-finite .*Encode the prompts"),
         ({"video": np.array([{}])}, {}, "damaged or no array of numbers"),
@@ -137,6 +138,11 @@ def test_missing_and_damaged_files(folder, refused):
 
     bad("needs folder=")
     bad("there is no folder", FileNotFoundError, folder=folder / "none")
+    for name in ("label.npy", "text.npy", "prompts.json"):  # there, but not to be read
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(folder / "on another disk")
+        bad(f"{name} is damaged", folder=folder)
+        (folder / name).unlink()
     (folder / "video.npy").write_bytes((folder / "video.npy").read_bytes()[:500])
     bad(r"video\.npy is damaged", folder=folder)
     (folder / "video.npy").unlink()

@@ -269,6 +269,7 @@ def test_a_cached_stage_gives_its_log_to_a_writer_that_lacks_it(
     assert f"[fit] cached: its log went to wandb, {folder}" in capsys.readouterr().out
     run(tmp_path, writers=("wandb",))
     assert given == rows
+    assert f"its log went to wandb, {folder}" in capsys.readouterr().out  # where it is
 
 
 def test_a_paused_stage_gives_what_it_logged_to_a_writer_that_comes_late(

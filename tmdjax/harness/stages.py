@@ -383,7 +383,7 @@ class StageCache:
                 folder / _METRICS,
                 writers=open_writers(names, folder, folder.name, settings),
             ).close()
-            for name in names:
+            for name in self._writers:
                 print(f"[{stage.name}] cached: its log went to {name}, {folder}")
         if not cached:
             if self._should_stop():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.checks import check_batch, check_finite, check_range
-from tmdjax.core.files import json_of
+from tmdjax.core.files import check_plain, json_of
 from tmdjax.core.trees import content_hash
 from tmdjax.data.dataset import Dataset, count_up_to
 from tmdjax.data.pipeline import Batch, Batches, BatchPlan
@@ -56,7 +56,8 @@ def open_videos(
     paths = {name: folder / f"{name}.npy" for name in ("video", "text", "label")}
     if not paths["video"].is_file():
         raise FileNotFoundError(f"{folder} holds no video.npy; write it with np.save.")
-    arrays = {name: _open(path) for name, path in paths.items() if path.is_file()}
+    # a link that leads nowhere is no missing label: reading it fails
+    arrays = {name: _open(p) for name, p in paths.items() if os.path.lexists(p)}
     video = arrays["video"]
     if video.ndim != 5 or video.shape[-1] not in (1, 3) or 0 in video.shape:
         raise ValueError(
@@ -82,6 +83,7 @@ def files_of(
 
 def _open(path: Path) -> np.ndarray:
     try:
+        check_plain(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it holds several arrays")
@@ -95,11 +97,11 @@ def _open(path: Path) -> np.ndarray:
 
 def _prompts(folder: Path, count: int) -> list[str] | None:
     path = folder / "prompts.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
         prompts = json_of(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"{path} must hold a list of texts, one a video.")
@@ -117,7 +119,11 @@ def _conditions(
     if "text" in arrays:
         text = arrays["text"]
         check_batch(f"text of {folder}", text, len(video))
-        if text.ndim != 3 or not np.issubdtype(text.dtype, np.floating):
+        if (
+            text.ndim != 3
+            or 0 in text.shape
+            or not np.issubdtype(text.dtype, np.floating)
+        ):
             raise ValueError(
                 f"the text of {folder} has shape {text.shape} and dtype {text.dtype}; "
                 f"it needs floats [n, word, width]."
