@@ -59,8 +59,8 @@ def _demonstrations(config: Config, plain: Mapping[str, Any]) -> list[Stage]:
         return [
             Stage(
                 name="demonstrations",
-                run=functools.partial(_loaded, settings["folder"]),
-                config=settings,
+                run=functools.partial(_loaded, config),
+                config={**settings, "env": tasks.without_chunks(plain["env"])},
                 seeded=False,
                 files=(pathlib.Path(settings["folder"]),),
             )
@@ -143,8 +143,25 @@ def _recorded(config: Config, context: StageContext) -> StageResult:
     return StageResult(demonstrations.arrays(), found)
 
 
-def _loaded(folder: str, context: StageContext) -> StageResult:
+def _loaded(config: Config, context: StageContext) -> StageResult:
+    """Somebody's demonstrations, of this environment and in the policy's bound."""
+    folder, env = config.demonstrations.folder, to_plain(config.env)
     found = data.load_demonstrations(folder)
+    vector = tasks.vector(tasks.without_chunks(env), 1)
+    told = found.observation.shape[1:], found.action.shape[1:]
+    needed = vector.observation.shape, (vector.action_size,)
+    if told != needed:
+        raise ValueError(
+            f"{folder} has observations {told[0]} and actions {told[1]}; those of "
+            f"{env['name']} are {needed[0]} and {needed[1]}. Set env to the one that "
+            f"was demonstrated."
+        )
+    bound, most = config.method.get("bound", 1.0), float(np.abs(found.action).max())
+    if most > bound + 1e-6:
+        raise ValueError(
+            f"actions of {folder} reach {most:g}, beyond +-{bound:g}, where the "
+            f"policy's end; scale them, or set method.bound."
+        )
     return StageResult(found.arrays(), {"demonstrated_steps": len(found.action)})
 
 

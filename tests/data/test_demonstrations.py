@@ -168,6 +168,8 @@ def test_d4rl_files_are_read(tmp_path, refused):
     del entries["timeouts"]
     written(h5py, file, entries)
     refused("no timeouts: where episodes were cut", read_d4rl, file)
+    written(h5py, tmp_path / "cut.hdf5", d4rl(made))
+    refused("leave out horizon=3", read_d4rl, tmp_path / "cut.hdf5", horizon=3)
     found = read_d4rl(file, horizon=3)
     assert_array_equal(np.flatnonzero(found.truncated), [2, 7, 10, 11])
     assert_array_equal(found.terminated, made.terminated)
@@ -178,6 +180,9 @@ def test_d4rl_files_are_read(tmp_path, refused):
     for name, value, words in (
         ("terminals", np.full(12, 2), "terminals has values other than 0 and 1"),
         ("actions", np.array([b"left"] * 12), "actions is .* an array of numbers"),
+        ("rewards", np.zeros(24), r"rewards has shape \(24,\); .* of the 12 actions"),
+        ("timeouts", np.zeros(11), r"timeouts has shape \(11,\)"),
+        ("terminals", np.zeros((12, 2)), r"terminals has shape \(12, 2\)"),
     ):
         written(h5py, file, d4rl(made) | {name: value})
         refused(words, read_d4rl, file)

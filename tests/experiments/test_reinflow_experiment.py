@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from experiments import cloning, control_tasks, reinflow
+from experiments.arms import of_arm
 from tmdjax import data, envs
 from tmdjax.harness import load_config
 from tmdjax.harness.stages import stage_hashes
@@ -143,6 +144,23 @@ def test_clones_of_all_seeds_do_what_was_demonstrated(tmp_path, ran, folder):
     assert found["maze_bc/demonstrated_steps"] == 400
     names = [stage.name for stage in reinflow.stages(config, "maze_bc")]
     assert names == ["demonstrations", "clone", "judge"]
+
+
+def test_demonstrations_of_something_else_are_refused(folder, refused):
+    config = load_config("configs/reinflow.py:smoke")
+    config.demonstrations.folder = str(folder)
+    config = of_arm(config, "maze_bc")
+
+    def read():
+        return cloning.stages(config)[0].run(None)
+
+    assert len(read().outputs["action"]) == 400
+    with config.unlocked():
+        config.method.bound = 0.5
+        refused(r"reach 0.6.*, beyond \+-0.5, where the policy's end", read)
+        config.env = {"name": "multi_goal"}
+        words = r"\(6,\) and actions \(2,\); those of multi_goal are \(4,\) and"
+        refused(words, read)
 
 
 def test_bad_inputs(folder, refused):

@@ -67,8 +67,8 @@ def read_d4rl(
 
     Args:
         path: of the file.
-        horizon: steps after which an episode was cut, for a file without timeouts;
-            counted anew after every end.
+        horizon: steps after which an episode was cut, for a file without timeouts
+            alone; counted anew after every end.
         ignore: other entries to leave out.
 
     Raises:
@@ -79,9 +79,14 @@ def read_d4rl(
         hdf5.check_names(path, file, D4RL, (*D4RL_LEFT_OUT, *ignore), optional=D4RL[4:])
         arrays = {name: hdf5.numbers(path, file, name) for name in D4RL if name in file}
     count = len(arrays["actions"])
-    terminated = _flags(path, "terminals", arrays["terminals"])
+    terminated = _flags(path, "terminals", arrays["terminals"], count)
     if "timeouts" in arrays:
-        truncated = _flags(path, "timeouts", arrays["timeouts"])
+        if horizon is not None:
+            raise ValueError(
+                f"{path} has timeouts, which say where episodes were cut; leave out "
+                f"horizon={horizon}."
+            )
+        truncated = _flags(path, "timeouts", arrays["timeouts"], count)
     elif horizon is None:
         raise ValueError(
             f"{path} has no timeouts: where episodes were cut is not known. Give "
@@ -94,7 +99,7 @@ def read_d4rl(
     return Demonstrations(
         observation=_seen(arrays["observations"]),
         action=_floats(arrays["actions"]),
-        reward=_floats(arrays["rewards"]).reshape(count, -1)[:, 0],
+        reward=_floats(_column(path, "rewards", arrays["rewards"], count)),
         terminated=terminated,
         truncated=truncated,
         meta={"source": "D4RL", "file": Path(path).name},
@@ -170,15 +175,16 @@ def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.nda
             f"{where}: {len(observation)} observations and {steps} actions; there is "
             f"one observation more than actions."
         )
-    terminated = _flags(where, "terminations", arrays["terminations"])
-    truncated = _flags(where, "truncations", arrays["truncations"]) & ~terminated
+    terminated = _flags(where, "terminations", arrays["terminations"], steps)
+    truncated = _flags(where, "truncations", arrays["truncations"], steps)
+    truncated &= ~terminated
     if (terminated | truncated)[:-1].any():
         raise ValueError(f"{where} goes on after its end; split it there.")
     truncated[-1:] |= ~terminated[-1:]
     return {
         "observation": observation[:-1],
         "action": _floats(arrays["actions"]),
-        "reward": _floats(arrays["rewards"]),
+        "reward": _floats(_column(where, "rewards", arrays["rewards"], steps)),
         "terminated": terminated,
         "truncated": truncated,
     }
@@ -193,10 +199,19 @@ def _floats(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float32)
 
 
-def _flags(where: Any, name: str, array: np.ndarray) -> np.ndarray:
+def _column(where: Any, name: str, array: np.ndarray, count: int) -> np.ndarray:
+    """One number a step, [step], which others also store as [step, 1]."""
+    if array.shape not in ((count,), (count, 1)):
+        raise ValueError(
+            f"{where}/{name} has shape {array.shape}; it needs one number for each of "
+            f"the {count} actions."
+        )
+    return array.reshape(count)
+
+
+def _flags(where: Any, name: str, array: np.ndarray, count: int) -> np.ndarray:
     """Bool [step] of flags that others store as bytes or floats."""
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
+    array = _column(where, name, array, count)
     if not np.isin(array, (0, 1)).all():
         raise ValueError(f"{where}/{name} has values other than 0 and 1.")
     return array.astype(bool)
