@@ -217,15 +217,13 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     )
     reward = trained["reward"][:, seeds.index(context.seed)]
     found |= {"training_reward": ends(reward, parts=10)[1]}
-    model, meta = method.exported(policy)
+    model, network, meta = method.exported(policy)
     meta = {**meta, "arm": arm}
     if statistics is not None:
         meta |= {
             k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
         }
-    return StageResult(
-        {"params": policy["network"], **shown}, found, model=model, meta=meta
-    )
+    return StageResult({"params": network, **shown}, found, model=model, meta=meta)
 
 
 def measures(config: Config, arm: str) -> set[str]:

@@ -129,15 +129,13 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
         )
         found |= {prefix + name: value for name, value in measured.items()}
         shown = shown or kept
-    model, meta = method.exported(policy)
+    model, network, meta = method.exported(policy)
     meta = {**meta, "arm": arm, "chunk": env.get("chunk", 1)}
     if statistics is not None:
         meta |= {
             k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
         }
-    return StageResult(
-        {"params": policy["network"], **shown}, found, model=model, meta=meta
-    )
+    return StageResult({"params": network, **shown}, found, model=model, meta=meta)
 
 
 def _starts(method: Any) -> Mapping[str, float]:

@@ -117,6 +117,7 @@ def test_per_example_randomness_is_per_key():
     [
         (flows.uniform_time(), 0.5),
         (flows.logit_normal_time(), 0.5),
+        (flows.beta_time(), 1 - 0.999 * 0.4),  # the mean of Beta(1.5, 1) is 0.6
         (flows.logit_normal_time(-1.0, 0.5), 0.279419),  # quadrature of the density
         (flows.shifted_time(flows.uniform_time(), 3.0), 0.67604),  # 1.5 - 0.75 ln 3
     ],
@@ -133,6 +134,7 @@ def test_bad_inputs(refused):
     refused("needs both cond and null_cond", *given, drop_rate=0.1)
     refused("x_noise has shape", *given, x_noise=np.zeros((2, 1)))
     refused("std=0", flows.logit_normal_time, 0.0, 0.0)
+    refused("alpha=0", flows.beta_time, 0.0)
     drop, words = flows.drop_condition, r"rate=1.5 is outside \[0, 1\]"
     refused(words, drop, keys, np.zeros(2, np.int32), 10, 1.5)
     outside = r"times has 1 value.*outside \[0, 1\]"

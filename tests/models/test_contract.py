@@ -97,6 +97,16 @@ NETWORKS = {
         models.ControlVelocity(2, (16, 8), out_scale=1.0),
         (draw(BATCH, 2), T, draw(BATCH, 4, seed=1)), (),
     ),
+    "fine_tuned_velocity": Network(
+        models.FineTunedVelocity(
+            models.ControlVelocity(
+                2, (8, 8, 8), out_scale=1.0, residual=True, time_hidden=5,
+                step_size=True,
+            ),
+            time=0.3,
+        ),
+        (draw(BATCH, 2), T, draw(BATCH, 4, seed=1), R), (),
+    ),
     "control_mlp": Network(models.ControlMLP(3, (8, 6), "tanh"), (draw(BATCH, 4),), ()),
 }  # fmt: skip
 UNET = pytest.param("unet", marks=pytest.mark.slow)  # where it is dear

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import envs, flows
+from tmdjax import envs, flows, models
 from tmdjax.core import prng
 from tmdjax.systems import dppo
 from tmdjax.systems.dppo import DPPO
@@ -44,6 +44,19 @@ def done():
         samples = Samples(seen, record, 1 + 2 * jax.random.normal(key, (BATCH,)))
         new = {**params, "network": nudged(params["network"])}
         given = params, samples, KEYS, COEFFICIENTS
+        spec, network, _ = method.exported(new)
+        whole = models.functional(models.build(spec))
+        x, at = record["chain"][:, 0], jnp.ones(BATCH) / STEPS
+        both = {
+            level: (
+                whole(network, x, (level + 1) * at, seen),
+                *(
+                    method.function(new[name])(new[name], x, (level + 1) * at, seen)
+                    for name in ("network", "base")
+                ),
+            )
+            for level in (TUNED - 1, TUNED)
+        }
         slope = jax.grad(lambda p: method.loss(p, *given)[0].sum())(new)
         return {
             "params": params,
@@ -53,6 +66,7 @@ def done():
             "moved": method.loss(new, *given),
             "slope": slope,
             "chain": method.rescore(new, seen, record["chain"]),
+            "exported": both,
             "deployed": [method.evaluate(params, seen, KEYS) for _ in range(2)],
         }
 
@@ -113,6 +127,14 @@ def test_only_the_last_steps_are_trained():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope["base"]))
     whole = method_of(fine_tuned_steps=STEPS)
     assert set(whole.pretrained({})) == {"network"}
+
+
+def test_what_is_exported_answers_for_every_step():
+    """The base's network for the steps before, the trained one for the last three."""
+    found = done()[1]["exported"]
+    for level, which in ((TUNED - 1, 1), (TUNED, 2)):
+        assert_allclose(found[level][0], found[level][which], rtol=1e-5, atol=1e-6)
+        assert not np.allclose(found[level][1], found[level][2])
 
 
 def test_clipping_a_sum_over_dimensions_would_saturate():
@@ -190,12 +212,15 @@ def test_a_known_optimum_is_approached():
     method = method_of(clip_range=0.1, clip_base=0.05, bound=2.0)
     settings = on_policy.ControlSettings(
         unroll=8, epochs=4, minibatches=2, critic_hidden=(16,), learning_rate=3e-3,
-        discount=0.9, value_clip=None,
+        discount=0.9, value_clip=None, weight_decay=0.01,
     )  # fmt: skip
     environment = envs.Vector(envs.PROBES["target"], 64)
     trainer = on_policy.make_trainer(environment, method, settings)
     run, key = on_policy.jit_iterations(trainer, 100), jax.random.key(0)
-    _, metrics = run(jax.jit(trainer.init)(key), key)
+    state = jax.jit(trainer.init)(key)
+    base = jax.device_get(state.learner.params["policy"]["base"])
+    state, metrics = run(state, key)
+    jax.tree.map(assert_array_equal, state.learner.params["policy"]["base"], base)
     reward = metrics["reward_mean"]
     assert metrics["first_ratio_error"].max() < 1e-4
     assert reward[-10:].mean() > 0.3 * reward[0], (reward[0], reward[-10:].mean())

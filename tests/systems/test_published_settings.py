@@ -13,11 +13,13 @@ from tmdjax import flows, train
 from tmdjax.systems import (
     boss,
     branchgrpo,
+    dppo,
     flow_grpo,
     fpo,
     grpo,
     policyflow,
     ppo,
+    reinflow,
     tmd,
 )
 
@@ -86,11 +88,58 @@ FLOW = dict(
     brownian_coefficient=0.25, brownian_reduction="mean",
 )  # fmt: skip
 RELEASED = {"gae": "per_minibatch", "normalise": fpo.RELEASED_NORMALISER}
+# cfg/gym of ReinFlow for hopper, with what its paper corrects
+CHAIN = dict(
+    unroll=500, epochs=5, minibatches=4, target_kl=1.0, kl_rule="stop",
+    weight_decay=0.0, clip_norm=None, discount=0.99, gae_lambda=0.95,
+    advantages="minibatch", value_coefficient=0.25, value_clip=None, scale_rewards=True,
+    truncation="final", normalise="fixed", critic_hidden=(256,) * 3,
+    critic_activation="mish", hidden=(512,) * 3, activation="relu", time_hidden=32,
+    clip_noise=3.0, clip_last=1.0, clip_range=0.01,
+)  # fmt: skip
+HOPPER = CHAIN | dict(
+    learning_rate=4.5e-5, critic_learning_rate=6.5e-4, critic_warmup=0,
+    learning_rate_cycle=(100, 10, 4 / 9), critic_cycle_share=6 / 13,  # 2e-5, 3e-4
+    variant="rectified", steps=4, noise_hidden=(64, 64), noise_input="observation_time",
+    std_lower=0.10, std_upper=0.24, decay_iterations=1000, learned_noise_steps=None,
+    clip_mean=1.0, log_prob_reduction="mean", log_prob_range=(-1, 1), count_start=True,
+    entropy_coefficient=0.03, w2_coefficient=0.0, w2_noise="normal", legacy_grid=False,
+    cloning_times="uniform",
+)  # fmt: skip
+HELD = {"decay_iterations": None, "entropy_coefficient": 0.0}
+NARROW = {"std_lower": 0.08, "std_upper": 0.16}
+REINFLOW = {
+    "reinflow": {},
+    "hopper": {},
+    "walker": dict(
+        learning_rate=4.5e-4, learning_rate_cycle=(100, 10, 8 / 9),  # to 4e-4
+        critic_learning_rate=4e-3, critic_cycle_share=1.0, critic_warmup=5,
+    ),
+    "halfcheetah": dict(
+        learning_rate=3e-5, critic_learning_rate=3e-4, learning_rate_cycle=None,
+        critic_warmup=10,
+    ),
+    "ant": NARROW,
+    "humanoid": NARROW,
+    "kitchen": HELD | {"variant": "shortcut", "std_lower": 0.05, "std_upper": 0.12},
+    "image": HELD | dict(
+        std_lower=0.08, std_upper=0.14, steps=1, clip_range=0.001, discount=0.999,
+        epochs=10, target_kl=0.01,
+    ),
+}  # fmt: skip
+DPPO = CHAIN | dict(
+    learning_rate=1e-4, critic_learning_rate=1e-3, learning_rate_cycle=None,
+    critic_warmup=0, steps=20, fine_tuned_steps=10, std_floor=0.1,
+    log_prob_range=(-5, 2), advantage_quantiles=(0.05, 0.95), denoising_discount=0.99,
+    clip_base=0.001,
+)  # fmt: skip
 CONTROL = {
     (ppo, "ppo"): MULTI_GOAL | {"log_std_bounds": (-20, 4)},
     (policyflow, "policyflow"): MULTI_GOAL | FLOW,
     (fpo, "fpo"): FPO | {"gae": "once", "normalise": "running"},
     (fpo, "released"): FPO | RELEASED,
+    **{(reinflow, name): HOPPER | changes for name, changes in REINFLOW.items()},
+    (dppo, "dppo"): DPPO,
 }
 PLAIN = {"surrogate": "token", "correction": "none", "kl_coefficient": 0.0}
 PLAIN |= {"baseline": "mean", "scale": "group", "dual_clip": None}
@@ -130,7 +179,8 @@ def test_flow_models(name):
 def test_control(system, name):
     setup = system.preset(name)
     holds(CONTROL[system, name], setup.method, setup.settings)
-    assert set(fpo.PRESETS) == {name for of, name in CONTROL if of is fpo}
+    for of in (fpo, reinflow):
+        assert set(of.PRESETS) == {name for other, name in CONTROL if other is of}
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

@@ -1,6 +1,7 @@
 """ReinFlow: the invariants of its sheet, by number."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def slopes(params, seen, given):
         found = method.rescore(params, seen, chain, given)
         return method.log_prob(found).sum(), flows.chain_entropy(found).sum(), found.std
 
-    return jax.jacrev(lambda p: of(p)[:2])(params), of(params)[2]
+    late = method_of(learned_noise_steps=1).rescore(params, seen, chain, given).std
+    return jax.jacrev(lambda p: of(p)[:2])(params), of(params)[2], late
 
 
 def slopes_of(given):
@@ -144,11 +146,18 @@ def test_1_the_two_grids_agree_for_one_step():
 
 
 def test_3_equal_bounds_fix_the_deviation():
-    found, std = slopes_of(coefficients(std_lower=0.2, std_upper=0.2))
+    found, std, _ = slopes_of(coefficients(std_lower=0.2, std_upper=0.2))
     assert_allclose(std, 0.2, rtol=1e-6)
     for leaf in jax.tree.leaves([one["noise"] for one in found]):
         assert (leaf == 0).all()
     assert found[0]["network"]["out"]["kernel"].any()
+
+
+def test_noise_of_the_last_steps_alone_is_learned():
+    _, std, late = slopes_of(coefficients())
+    assert_allclose(late[:3], 0.1, rtol=1e-6)
+    assert_allclose(late[3], std[3], rtol=1e-6)
+    assert np.ptp(late[3]) > 1e-3
 
 
 def test_4_deviations_lie_between_their_bounds():
@@ -191,6 +200,7 @@ def test_12_cloning_loses_nothing_at_its_optimum(monkeypatch):
     network = {"out": {"bias": jnp.zeros(SIZE)}}
     exact = lambda network, x, t, *rest: (x - m / 2) / t[:, None]  # noqa: E731
     monkeypatch.setattr(ReinFlow, "function", lambda self, network: exact)
+    monkeypatch.setattr(ReinFlow, "check_given", lambda *given: None)  # no network
     for variant in reinflow.VARIANTS:
         method = method_of(variant=variant, bound=2.0)
         loss = method.cloning_loss({"network": network}, seen, action, KEYS)
@@ -218,7 +228,7 @@ def test_cloning_trains_the_velocity_alone(variant):
 
 
 def test_15_the_bound_falls_over_training_in_one_program(count_compiles):
-    bound = functools.partial(reinflow.noise_bound, low=0.1, high=0.24)
+    bound = functools.partial(flows.decayed_bound, low=0.1, high=0.24)
     assert_allclose([bound(x) for x in (0, 0.2, 0.35)], 0.24, rtol=1e-6)
     assert_allclose([bound(x) for x in (1.0, 1.5)], 0.3 * 0.1 + 0.7 * 0.24, rtol=1e-6)
     assert_allclose(bound(0.675), (0.24 + 0.3 * 0.1 + 0.7 * 0.24) / 2, rtol=1e-6)
@@ -297,7 +307,9 @@ def test_w2_holds_the_policy_to_the_pretrained_one(noise):
 
 def test_what_is_exported_walks_as_the_policy_does():
     method = method_of(variant="shortcut", bound=3.0)
-    spec, facts = method.exported(started("shortcut")[0])
+    params = started("shortcut")[0]
+    spec, network, facts = method.exported(params)
+    assert network is params["network"]
     assert spec["name"] == "control_velocity" and spec["step_size"] is True
     assert facts["steps"] == 4 and facts["step_size"] == 0.25 and facts["bound"] == 3
 
@@ -347,25 +359,6 @@ def test_an_iteration_from_pixels_lowers_for_accelerators(kind):
     assert metrics["first_ratio_error"] < 1e-5 and np.isfinite(metrics["loss"])
 
 
-@pytest.mark.parametrize("name", reinflow.PRESETS)
-def test_presets_are_the_published_ones(name):
-    method, settings = reinflow.preset(name)
-    low, high = {"ant": (0.08, 0.16), "humanoid": (0.08, 0.16), "kitchen": (0.05, 0.12),
-                 "image": (0.08, 0.14)}.get(name, (0.1, 0.24))  # fmt: skip
-    assert (method.std_lower, method.std_upper) == (low, high)
-    held = name in ("kitchen", "image")
-    assert (
-        (method.decay_iterations is None) == held == (method.entropy_coefficient == 0)
-    )
-    assert settings.weight_decay == 0 and settings.advantages == "minibatch"
-    actor, critic, warmup = {
-        "walker": (4.5e-4, 4e-3, 5), "halfcheetah": (3e-5, 3e-4, 10)
-    }.get(name, (4.5e-5, 6.5e-4, 0))  # fmt: skip
-    assert settings.learning_rate == actor and settings.critic_warmup == warmup
-    assert settings.critic_learning_rate == critic and settings.scale_rewards
-    assert settings.target_kl == (0.01 if name == "image" else 1.0)
-
-
 def test_bad_inputs(refused):
     refused("std_lower=0.3, std_upper=0.2", ReinFlow, std_lower=0.3, std_upper=0.2)
     refused("std_lower=0.0, std_upper", ReinFlow, std_lower=0.0)
@@ -373,7 +366,13 @@ def test_bad_inputs(refused):
     refused("Did you mean 'shortcut'", ReinFlow, variant="shortcuts")
     refused("noise_input='time' is not one of", ReinFlow, noise_input="time")
     refused("log_prob_range, upper=-2", ReinFlow, log_prob_range=(-1.0, -2.0))
-    refused("on one grid", ReinFlow, variant="shortcut", legacy_grid=True)
+    words = "has one grid and uniform times"
+    refused(
+        "legacy_grid=True.*" + words, ReinFlow, variant="shortcut", legacy_grid=True
+    )
+    refused(words, ReinFlow, variant="shortcut", cloning_times="beta")
+    refused(r"learned_noise_steps=3 is outside \[1, 2\]", ReinFlow, steps=2,
+            learned_noise_steps=3)  # fmt: skip
     refused("clip_mean=0.0 is outside", ReinFlow, clip_mean=0.0)
     refused(
         "preset='walk' is not one of .* Did you mean 'walker'", reinflow.preset, "walk"
@@ -399,3 +398,38 @@ def test_bad_inputs(refused):
         seen[:, :3],
         chain[:, 0],
     )
+
+
+def test_what_was_made_for_something_else_is_refused(refused):
+    method, (params, seen, _) = method_of(steps=2), started()
+    action = jnp.zeros((BATCH, 12))
+    clone = method.cloning_loss
+    words = "actions have shape .64, 12., 12 numbers each; this policy was made for 6"
+    refused(words, clone, params, seen, action, KEYS)
+    words = "3 numbers each; this policy was made for 4"
+    refused(words, clone, params, seen[:, :3], action[:, :6], KEYS)
+    refused("12 numbers each", method.rescore, params, seen, jnp.zeros((BATCH, 3, 12)))
+    # a run's policy is taken where it is this one
+    spec, network, facts = method.exported(params)
+    meta = json.loads(json.dumps({**facts, "spec": spec, "chunk": 4}))
+    assert method.pretrained(network, meta) == {"network": network}
+    words = "the pretrained policy has steps=2, here 4; give this one the same"
+    refused(words, method_of(steps=4).pretrained, network, meta)
+    words = "clip_mean=1.0, here None; bound=1.0, here 2.0"
+    other = method_of(steps=2, clip_mean=None, bound=2.0)
+    refused(words, other.pretrained, network, meta)
+    wider = method_of(steps=2, activation="tanh")
+    refused("activation='relu', here 'tanh'", wider.pretrained, network, meta)
+
+
+def test_bounds_given_to_a_run_are_checked_together(refused):
+    settings = on_policy.ControlSettings(critic_hidden=(8,))
+    vector = envs.Vector(envs.PROBES["follow"], 4)
+    trainer = on_policy.make_trainer(vector, method_of(), settings)
+
+    def start(**given):
+        return jax.eval_shape(lambda: trainer.init(jax.random.key(0), **given))
+
+    assert "std_lower" in start(std_lower=0.3, std_upper=0.5).coefficients
+    refused("std_lower=0.2, std_upper=0.15", start, std_lower=0.2, std_upper=0.15)
+    refused("std_lower=0.3, std_upper=0.24", start, std_lower=0.3)

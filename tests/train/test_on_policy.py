@@ -110,6 +110,9 @@ def test_16_compiled_once_donated_and_repeatable(name, count_compiles):
 def test_broken_steps_are_counted_and_never_learned_from(name):
     state, metrics = four_iterations(name)
     assert metrics["invalid_steps"].sum() > 0 and state.skipped == 0
+    broken = 16 * metrics["broken_environments"]
+    assert (broken == np.round(broken)).all() and broken.max() >= 1
+    assert (broken <= metrics["invalid_steps"]).all()
     for leaf in jax.tree.leaves((state.learner.params, state.statistics, metrics)):
         assert np.isfinite(leaf).all()
     # statistics move after the update: what is trained on is what was seen
@@ -135,6 +138,7 @@ def test_9_learning_rate_follows_the_kl():
 
 OPTIONS = {
     "critic_learning_rate": 0.05, "learning_rate_cycle": (2, 1, 0.5), "critic_warmup": 1,
+    "critic_cycle_share": 0.8,
     "target_kl": 1e-9, "kl_rule": "stop", "scale_rewards": True, "normalise": "fixed",
     "truncation": "legacy",
 }  # fmt: skip
@@ -167,7 +171,7 @@ def test_critic_warms_up_rates_cycle_and_a_kl_too_large_stops_an_iteration():
     rates = [float(m["learning_rate"][0]) for m in (first, second, third)]
     assert_allclose(rates, [0, 2e-4, 1e-4], rtol=1e-6)
     critic = [optax.tree.get(s.learner.opt_state, "critic_rate") for _, s, _ in found]
-    assert_allclose(critic, [0.025, 0.05, 0.025], rtol=1e-6)
+    assert_allclose(critic, [0.04, 0.05, 0.04], rtol=1e-6)
     # no KL while the policy stays; then all but the first of four minibatches
     assert warm.learner.step == 4 and tuned.learner.step == 5
     assert first["stopped_fraction"][0] == 0 and second["stopped_fraction"][0] == 0.75
@@ -427,6 +431,11 @@ def test_faults_stop_a_run_or_are_warned_of(refused):
         ("log_prob_clipped", [0, 0.6], ValueError, "no policy gradient flows: 60%"),
     ):
         refused(message, check, GOOD | {name: np.array(values)}, TINY, error=error)
+    broken = {"broken_environments": np.array([0, 0.02])}
+    several, one = ({"invalid_steps": np.array([0.0, n])} for n in (2, 1))
+    refused("2.0% of the environments broke", check, GOOD | broken | several, TINY,
+            error=NonFiniteError)  # fmt: skip
+    check(GOOD | broken | one, TINY)
     off = dataclasses.replace(TINY, max_ratio_error=None)
     check(GOOD | {"first_ratio_error": np.array([1.0])}, off)
     for name, value, message in (
@@ -438,6 +447,19 @@ def test_faults_stop_a_run_or_are_warned_of(refused):
             check(GOOD | {name: np.array([0.1, value])}, TINY)
 
 
+def test_frozen_entries_are_left_as_they_are_by_decay_too():
+    rule = on_policy.update.make_rule(
+        dataclasses.replace(TINY, weight_decay=0.1), ("base",)
+    )
+    weight = {"kernel": np.ones((2, 2), np.float32)}
+    params = {"policy": {"network": weight, "base": weight}, "critic": weight}
+    given = jax.tree.map(np.zeros_like, params), rule.init(params), params
+    found = jax.device_get(rule.update(*given)[0])
+    assert not found["policy"]["base"]["kernel"].any()
+    for moved in (found["policy"]["network"], found["critic"]):
+        assert_allclose(moved["kernel"], -0.1, rtol=1e-6)
+
+
 def test_bad_settings(refused):
     changed = functools.partial(dataclasses.replace, TINY)
     refused("unroll=0", changed, unroll=0)
@@ -446,6 +468,7 @@ def test_bad_settings(refused):
     refused("Did you mean 'batch'", changed, advantages="batches")
     refused("normalise='run'", changed, normalise="run")
     refused("target_kl=0.0", changed, target_kl=0.0)
+    refused("critic_cycle_share=2 is", changed, critic_cycle_share=2)
     refused("lower=0.01 is outside", changed, learning_rate_bounds=(1e-2, 1e-3))
     refused("gae='each'", changed, gae="each")
     refused("has no batch of advantages", changed, gae="per_minibatch")

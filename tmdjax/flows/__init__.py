@@ -54,6 +54,7 @@ from tmdjax.flows.grids import stretched_grid as stretched_grid
 from tmdjax.flows.grids import truncated_grid as truncated_grid
 from tmdjax.flows.grids import uniform_grid as uniform_grid
 from tmdjax.flows.matching import TimeSampler as TimeSampler
+from tmdjax.flows.matching import beta_time as beta_time
 from tmdjax.flows.matching import discrete_time as discrete_time
 from tmdjax.flows.matching import drop_condition as drop_condition
 from tmdjax.flows.matching import flow_matching_loss as flow_matching_loss
@@ -70,6 +71,7 @@ from tmdjax.flows.noisy_chain import Transition as Transition
 from tmdjax.flows.noisy_chain import bounded_std as bounded_std
 from tmdjax.flows.noisy_chain import chain_entropy as chain_entropy
 from tmdjax.flows.noisy_chain import chain_log_prob as chain_log_prob
+from tmdjax.flows.noisy_chain import decayed_bound as decayed_bound
 from tmdjax.flows.noisy_chain import euler_transition as euler_transition
 from tmdjax.flows.noisy_chain import noisy_chain as noisy_chain
 from tmdjax.flows.noisy_chain import rescore_chain as rescore_chain

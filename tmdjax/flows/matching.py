@@ -32,6 +32,21 @@ def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
     return lambda keys: jax.nn.sigmoid(mean + std * prng.normal(keys, ()))
 
 
+def beta_time(alpha: float = 1.5, share: float = 0.999) -> TimeSampler:
+    """Times 1 - share (1 - b), b from Beta(alpha, 1): more of them near the noise.
+
+    Args:
+        alpha: > 0; 1 draws uniformly.
+        share: of [0, 1], the times above 1 - share that are drawn; in (0, 1].
+
+    References:
+        pi_0, arXiv 2410.24164, appendix B.
+    """
+    check_range("alpha", alpha, 0, open_low=True)
+    check_range("share", share, 0, 1, open_low=True)
+    return lambda keys: 1 - share * (1 - prng.uniform(keys) ** (1 / alpha))
+
+
 def discrete_time(times: Any) -> TimeSampler:
     """Times drawn uniformly from given ones [n] in [0, 1], as for n Euler steps."""
     check_time(times, "times")

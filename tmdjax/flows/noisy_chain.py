@@ -81,6 +81,19 @@ def bounded_std(raw: Any, low: Any, high: Any) -> Array:
     return jnp.exp(low + (high - low) * (jnp.tanh(raw) + 1) / 2)
 
 
+def decayed_bound(done: Any, low: Any, high: Any) -> Array:
+    """The highest standard deviation, a scalar, after a share of training, in [0, 1].
+
+    ``high`` in the first 35 %; then half a cosine down to 0.3 low + 0.7 high, where it
+    stays. All may be traced.
+
+    References:
+        'learn_decay' in ReinFlow's code.
+    """
+    fallen = jnp.clip((done - 0.35) / 0.65, 0, 1)
+    return high - 0.3 * (high - low) * (1 - jnp.cos(jnp.pi * fallen)) / 2
+
+
 def euler_transition(
     velocity: Velocity,
     std: Callable[[Time, Cond], Any],

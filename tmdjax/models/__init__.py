@@ -36,6 +36,7 @@ from tmdjax.models.checkpoints.video_dit import save_video_dit as save_video_dit
 from tmdjax.models.checkpoints.video_dit import video_dit_from_hf as video_dit_from_hf
 from tmdjax.models.control import ControlMLP as ControlMLP
 from tmdjax.models.control import ControlVelocity as ControlVelocity
+from tmdjax.models.control import FineTunedVelocity as FineTunedVelocity
 from tmdjax.models.control import ObservationFeatures as ObservationFeatures
 from tmdjax.models.control import solve_action as solve_action
 from tmdjax.models.decoder.cache import cache_bytes as cache_bytes

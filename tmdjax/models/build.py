@@ -12,7 +12,7 @@ from flax import linen as nn
 from tmdjax.core.prng import check_key
 from tmdjax.core.registry import Registry, suggestion
 from tmdjax.core.types import ApplyFn, Params
-from tmdjax.models.control import ControlMLP, ControlVelocity
+from tmdjax.models.control import ControlMLP, ControlVelocity, FineTunedVelocity
 from tmdjax.models.decoder.network import Decoder
 from tmdjax.models.fields import FNO, DilatedResNet
 from tmdjax.models.flow_equivariant.egocentric_map import EgocentricMap
@@ -32,6 +32,7 @@ MODELS.register("control_mlp")(ControlMLP)
 MODELS.register("control_velocity")(ControlVelocity)
 MODELS.register("decoder")(Decoder)
 MODELS.register("dilated_resnet")(DilatedResNet)
+MODELS.register("fine_tuned_velocity")(FineTunedVelocity)
 MODELS.register("dit")(DiT)
 MODELS.register("fno")(FNO)
 MODELS.register("egocentric_map")(EgocentricMap)

@@ -1,12 +1,14 @@
 """What policies share that draw an action in several noisy steps."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tmdjax.core.checks import check_count, check_range
+from tmdjax.core.checks import check_count, check_range, first_few
 from tmdjax.core.types import ApplyFn, Array, Params
 from tmdjax.flows import initial_noise
 from tmdjax.models.build import functional, init_params
@@ -29,6 +31,8 @@ class ChainPolicy:
             does not clip.
         clip_last: the end of a chain stays within +-clip_last; None does not clip.
         bound: what the end of a chain is multiplied by to give an action.
+        clip_range: of the ratio that it is trained with, in (0, 1).
+        log_prob_range: log-probs are clipped to it, and have no gradient outside.
     """
 
     hidden: tuple[int, ...] = (512, 512, 512)
@@ -40,12 +44,22 @@ class ChainPolicy:
     clip_noise: float | None = 3.0
     clip_last: float | None = 1.0
     bound: float = 1.0
+    clip_range: float = 0.01
+    log_prob_range: tuple[float, float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         for name in ("clip_noise", "clip_last", "bound"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 0, open_low=True)
+        check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
+        low, high = self.log_prob_range
+        check_range("log_prob_range, upper", high, low, open_low=True)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Entries of the parameters that are copies of 'network' and not trained."""
+        return ()
 
     @property
     def step_size(self) -> float | None:
@@ -95,6 +109,63 @@ class ChainPolicy:
                 f"numbers each; this policy was made for {size}."
             )
         return fn(network, observation, method="embed"), features
+
+    def check_given(self, network: Params, observation: Array, actions: Array) -> None:
+        """Raises ValueError for sizes that this policy was not made for.
+
+        Args:
+            network: its parameters.
+            observation: [batch, ...].
+            actions: [..., action_size].
+        """
+        jax.eval_shape(self.seen, network, observation)
+        if actions.shape[-1] != action_size_of(network):
+            raise ValueError(
+                f"actions have shape {actions.shape}, {actions.shape[-1]} numbers "
+                f"each; this policy was made for {action_size_of(network)} (a chunk of "
+                f"actions counts as one)."
+            )
+
+    def pretrained(
+        self, network: Params, meta: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The entries of the parameters that a cloned network gives.
+
+        Args:
+            network: its parameters.
+            meta: of the run that left it, from ``tmdjax.load``; None does not compare.
+
+        Raises:
+            ValueError: the run's policy is of another network or walked otherwise;
+                names what differs.
+        """
+        entries = {"network": network, **dict.fromkeys(self.frozen, network)}
+        if meta is not None:
+            self._check_origin(entries, meta)
+        return entries
+
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
+        """What a run leaves of a policy."""
+        raise NotImplementedError
+
+    def _check_origin(self, params: Params, meta: Mapping[str, Any]) -> None:
+        """Raises ValueError unless a run left a policy that is walked as this one."""
+        spec, _, facts = self.exported(params)
+        own, told = ({**s, **f} for s, f in ((spec, facts), (meta["spec"], meta)))
+        own, told = (
+            json.loads(json.dumps({k: s.get(k) for k in own if k != "recipe"}))
+            for s in (own, told)
+        )
+        different = [
+            f"{name}={told[name]!r}, here {value!r}"
+            for name, value in own.items()
+            if told[name] != value
+        ]
+        if different:
+            raise ValueError(
+                f"the pretrained policy has {first_few(different)}; give this one the "
+                f"same settings, or take its network without 'meta'."
+            )
 
 
 def action_size_of(network: Params) -> int:

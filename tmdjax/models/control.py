@@ -229,6 +229,32 @@ class ControlVelocity(nn.Module):
         return self.velocity(x, t, self.embed(observation), step_size)
 
 
+class FineTunedVelocity(nn.Module):
+    """A :class:`ControlVelocity` of which the later steps were fine-tuned.
+
+    Its parameters are 'network', the fine-tuned ones, and 'base', those before.
+
+    Attributes:
+        of: the network.
+        time: 'network' answers at times up to it, 'base' above.
+    """
+
+    of: ControlVelocity
+    time: float
+
+    def setup(self):
+        """The network twice."""
+        self.network, self.base = self.of.clone(), self.of.clone()
+
+    def __call__(
+        self, x: Array, t: Array, observation: Array, step_size: Any = None
+    ) -> Array:
+        """float32 [batch, action_size]; both networks are evaluated."""
+        given = x, t, observation, step_size
+        tuned = (t <= self.time)[:, None]
+        return jnp.where(tuned, self.network(*given), self.base(*given))
+
+
 def solve_action(
     apply_fn: Callable[..., Any],
     params: Params,

@@ -33,11 +33,10 @@ class DPPO(models.ChainPolicy):
         fine_tuned_steps: how many of the last steps are trained.
         std_floor: least standard deviation of a step while training.
         clip_data: predicted actions stay within +-clip_data; None does not clip.
-        log_prob_range: log-probs of single dimensions are clipped to it, before their
-            mean is taken.
+        log_prob_range: of the log-probs of single dimensions, before their mean.
         advantage_quantiles: advantages of a minibatch are clipped to these.
         denoising_discount: of the advantage, per step before the last one, in [0, 1].
-        clip_range: of the ratio in the last step, in (0, 1).
+        clip_range: of the ratio in the last step.
         clip_base: of the ratio in the first trained step, in (0, 1).
     """
 
@@ -49,7 +48,6 @@ class DPPO(models.ChainPolicy):
     log_prob_range: tuple[float, float] = (-5.0, 2.0)
     advantage_quantiles: tuple[float, float] = (0.05, 0.95)
     denoising_discount: float = 0.99
-    clip_range: float = 0.01
     clip_base: float = 0.001
     coefficients: ClassVar[tuple[str, ...]] = (
         "clip_range",
@@ -67,14 +65,17 @@ class DPPO(models.ChainPolicy):
         check_range("std_floor", self.std_floor, 0, open_low=True)
         if self.clip_data is not None:
             check_range("clip_data", self.clip_data, 0, open_low=True)
-        for name in ("log_prob_range", "advantage_quantiles"):
-            low, high = getattr(self, name)
-            check_range(f"{name}, upper", high, low, open_low=True)
+        low, high = self.advantage_quantiles
+        check_range("advantage_quantiles, upper", high, low, open_low=True)
         for quantile in self.advantage_quantiles:
             check_range("advantage_quantiles", quantile, 0, 1)
         check_range("denoising_discount", self.denoising_discount, 0, 1)
-        check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         check_range("clip_base", self.clip_base, 0, 1, open_low=True, open_high=True)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The network of the steps that are not trained."""
+        return ("base",) if self.fine_tuned_steps < self.steps else ()
 
     @property
     def schedule(self) -> flows.DiffusionSchedule:
@@ -91,23 +92,17 @@ class DPPO(models.ChainPolicy):
         """Parameters 'network', which is trained, and 'base', which is not."""
         return self.pretrained(self.init_network(key, observation, action_size))
 
-    def pretrained(self, network: Params) -> dict[str, Any]:
-        """The entries of the parameters that a cloned network gives."""
-        entries = {"network": network}
-        if self.fine_tuned_steps < self.steps:
-            entries["base"] = network
-        return entries
-
-    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The trained network, of the last fine_tuned_steps, and how it is walked."""
-        return models.spec_of(self.module(models.action_size_of(params["network"]))), {
-            "steps": self.steps,
-            "fine_tuned_steps": self.fine_tuned_steps,
-            "solver": "ancestral",
-            "schedule": "cosine",
-            "predicts": "noise",
-            "bound": self.bound,
-        }
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
+        """One network for all steps, from the trained one and the base's, and facts."""
+        module: Any = self.module(models.action_size_of(params["network"]))
+        network, last = params["network"], self.fine_tuned_steps
+        if last < self.steps:
+            time = (last + 0.5) / self.steps  # between the levels of the two
+            module, network = models.FineTunedVelocity(module, time), dict(params)
+        names = ("steps", "fine_tuned_steps", "clip_data", "clip_last", "bound")
+        facts = {name: getattr(self, name) for name in names}
+        facts |= {"solver": "ancestral", "schedule": "cosine", "predicts": "noise"}
+        return models.spec_of(module), network, facts
 
     def act(
         self, params: Params, observation: Array, keys: Any, coefficients: Any = None
@@ -174,6 +169,7 @@ class DPPO(models.ChainPolicy):
         transition, cond = self._transition(
             params["network"], observation, self.std_floor
         )
+        self.check_given(params["network"], observation, chain)
         rows = self._rows(trained=True)
         return flows.rescore_chain(chain.swapaxes(0, 1), transition, rows, cond)
 
@@ -226,7 +222,11 @@ class DPPO(models.ChainPolicy):
             observation: [batch, ...].
             action: [batch, action_size] within +-bound.
             keys: [batch].
+
+        Raises:
+            ValueError: sizes that the policy was not made for.
         """
+        self.check_given(params["network"], observation, action)
         return flows.diffusion_loss(
             params["network"],
             self.function(params["network"]),

@@ -118,15 +118,12 @@ class FPO:
         record["loss"] = self.losses(params, observation, record)
         return (self.bound * jnp.tanh(x) if self.squash else x), record
 
-    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
         """The velocity network; steps, and the bound actions are squashed to."""
         module = self._module(*params["network"]["out"]["bias"].shape)
         bound = self.bound if self.squash else None
-        return models.spec_of(module), {
-            "steps": self.steps,
-            "solver": "euler",
-            "bound": bound,
-        }
+        facts = {"steps": self.steps, "solver": "euler", "bound": bound}
+        return models.spec_of(module), params["network"], facts
 
     def losses(self, params: Params, observation: Array, record: Any) -> Array:
         """Flow matching loss of every pair, [batch, pairs], a mean over dimensions."""

@@ -111,15 +111,12 @@ class PolicyFlow:
             "log_std": jnp.full(action_size, jnp.log(self.initial_std)),
         }
 
-    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
         """The velocity network; log_std, and the steps it was trained with."""
         log_std = np.asarray(params["log_std"])
         module = self._module(len(log_std))
-        return models.spec_of(module), {
-            "log_std": log_std.tolist(),
-            "steps": self.steps,
-            "solver": "midpoint",
-        }
+        facts = {"steps": self.steps, "solver": "midpoint", "log_std": log_std.tolist()}
+        return models.spec_of(module), params["network"], facts
 
     def log_std(self, params: Params) -> Array:
         """Logarithm of the Gaussian's deviation, [action_size], within its bounds."""

@@ -62,12 +62,11 @@ class GaussianPolicy:
             "log_std": jnp.full(action_size, jnp.log(self.initial_std)),
         }
 
-    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
         """The network of the mean, and log_std."""
         module = self._module(len(params["log_std"]))
-        return models.spec_of(module), {
-            "log_std": np.asarray(params["log_std"]).tolist()
-        }
+        facts = {"log_std": np.asarray(params["log_std"]).tolist()}
+        return models.spec_of(module), params["network"], facts
 
     def mean_and_log_std(
         self, params: Params, observation: Array

@@ -29,6 +29,11 @@ from tmdjax.train.on_policy import Samples
 VARIANTS = ("rectified", "shortcut")
 NOISE_INPUTS = ("observation", "observation_time", "none")
 W2_NOISES = ("normal", "zero")
+CLONING_TIMES = {
+    "uniform": flows.uniform_time(),
+    "logit_normal": flows.logit_normal_time(),
+    "beta": flows.beta_time(),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,18 +49,19 @@ class ReinFlow(models.ChainPolicy):
         std_lower: lowest standard deviation of a step's noise, > 0.
         std_upper: highest one, >= std_lower.
         decay_iterations: of training; the highest deviation falls over them as
-            :func:`noise_bound` says. None holds it.
+            :func:`tmdjax.flows.decayed_bound` says. None holds it.
+        learned_noise_steps: how many of the last steps have a learned deviation; those
+            before have std_lower. None is all.
         clip_mean: means of steps stay within +-clip_mean; None does not clip.
         log_prob_reduction: 'mean' over steps and dimensions, as published, or 'sum';
             clip_range, log_prob_range and the entropy go by it.
-        log_prob_range: log-probs are clipped to it, and have no gradient outside.
         count_start: the start noise counts as a step in log-prob and entropy.
-        clip_range: of the ratio, in (0, 1).
         entropy_coefficient: of the entropy, >= 0.
         w2_coefficient: of the squared distance to the action that the pretrained policy
             takes from the same start, >= 0; 0 leaves it out, with the copy it needs.
-        w2_noise: that start: 'normal' noise, as in the paper, or 'zero', as in the
-            code.
+        w2_noise: that start: 'normal' noise (the paper), or 'zero' (its code).
+        cloning_times: those that cloning draws: 'uniform', 'logit_normal', or 'beta'
+            (more near the noise); a shortcut policy's are uniform.
         legacy_grid: chains are walked on the times of the released code, K points from
             1 to 0, and scored on others: ratios do not start at 1. To compare alone.
     """
@@ -66,14 +72,14 @@ class ReinFlow(models.ChainPolicy):
     std_lower: float = 0.1
     std_upper: float = 0.24
     decay_iterations: int | None = 1000
+    learned_noise_steps: int | None = None
     clip_mean: float | None = 1.0
     log_prob_reduction: str = "mean"
-    log_prob_range: tuple[float, float] = (-1.0, 1.0)
     count_start: bool = True
-    clip_range: float = 0.01
     entropy_coefficient: float = 0.03
     w2_coefficient: float = 0.0
     w2_noise: str = "normal"
+    cloning_times: str = "uniform"
     legacy_grid: bool = False
     coefficients: ClassVar[tuple[str, ...]] = (
         "clip_range",
@@ -87,19 +93,19 @@ class ReinFlow(models.ChainPolicy):
         check_choice("variant", self.variant, VARIANTS)
         check_choice("noise_input", self.noise_input, NOISE_INPUTS)
         check_choice("w2_noise", self.w2_noise, W2_NOISES)
+        check_choice("cloning_times", self.cloning_times, CLONING_TIMES)
         check_choice("log_prob_reduction", self.log_prob_reduction, flows.REDUCTIONS)
         if not 0 < self.std_lower <= self.std_upper < float("inf"):
             raise ValueError(
                 f"std_lower={self.std_lower}, std_upper={self.std_upper}: the noise of "
                 f"a step needs 0 < std_lower <= std_upper."
             )
-        if self.decay_iterations is not None:
-            check_count("decay_iterations", self.decay_iterations)
+        for name in ("decay_iterations", "learned_noise_steps"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_range("learned_noise_steps", self.learned_noise_steps or 1, 1, self.steps)
         if self.clip_mean is not None:
             check_range("clip_mean", self.clip_mean, 0, open_low=True)
-        low, high = self.log_prob_range
-        check_range("log_prob_range, upper", high, low, open_low=True)
-        check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         for name in ("entropy_coefficient", "w2_coefficient"):
             check_range(name, getattr(self, name), 0)
         shortcut = self.variant == "shortcut"
@@ -109,11 +115,16 @@ class ReinFlow(models.ChainPolicy):
                 f"trains steps of 1, 1/2, 1/4, 1/8, not of 1/{self.steps}.",
                 stacklevel=3,
             )
-        if shortcut and self.legacy_grid:
+        if shortcut and (self.legacy_grid or self.cloning_times != "uniform"):
             raise ValueError(
-                "legacy_grid=True is of variant='rectified'; the released code walks "
-                "and scores shortcut policies on one grid."
+                f"legacy_grid={self.legacy_grid}, cloning_times={self.cloning_times!r};"
+                f" a shortcut policy has one grid and uniform times: leave both out."
             )
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The copy that the W2 term compares with."""
+        return ("pretrained",) if self.w2_coefficient else ()
 
     @property
     def step_size(self) -> float | None:
@@ -140,29 +151,21 @@ class ReinFlow(models.ChainPolicy):
             params["noise"] = models.init_params(noise, keys[1], given)
         return params
 
-    def pretrained(self, network: Params) -> dict[str, Any]:
-        """The entries of the parameters that a cloned network gives."""
-        entries = {"network": network}
-        return entries | {"pretrained": network} if self.w2_coefficient else entries
-
-    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
         """The velocity network, and how it is walked; no noise is left."""
         module = self.module(models.action_size_of(params["network"]))
         names = ("steps", "step_size", "clip_mean", "clip_last", "bound")
         facts = {name: getattr(self, name) for name in names}
-        return models.spec_of(module), {"solver": "euler", **facts}
+        return models.spec_of(module), params["network"], {"solver": "euler", **facts}
 
     def std_bounds(self, coefficients: Mapping[str, Any] | None = None) -> Any:
-        """Lowest and highest standard deviation in an iteration, scalars.
-
-        Coefficients may be traced; without them it is the first iteration.
-        """
+        """Lowest and highest deviation in an iteration, the first without any given."""
         if coefficients is None:
             return self.std_lower, self.std_upper
         low, high = coefficients["std_lower"], coefficients["std_upper"]
         if self.decay_iterations is not None:
             done = coefficients["iteration"] / self.decay_iterations
-            high = noise_bound(done, low, high)
+            high = flows.decayed_bound(done, low, high)
         return low, high
 
     def ode(self, params: Params, observation: Array, x_0: Array) -> Array:
@@ -209,9 +212,10 @@ class ReinFlow(models.ChainPolicy):
         """Chains [batch, K + 1, action_size] under a policy, all steps in one call.
 
         Raises:
-            ValueError: chains of another number of steps, or observations of another
-                size than the policy was made for.
+            ValueError: chains of another number of steps, or sizes that the policy was
+                not made for.
         """
+        self.check_given(params["network"], observation, chain)
         transition = self._transition(params, self.std_bounds(coefficients))
         cond = self.seen(params["network"], observation)
         return flows.rescore_chain(chain.swapaxes(0, 1), transition, self._rows, cond)
@@ -266,11 +270,16 @@ class ReinFlow(models.ChainPolicy):
             observation: [batch, ...].
             action: [batch, action_size] within +-bound.
             keys: [batch].
+
+        Raises:
+            ValueError: sizes that the policy was not made for.
         """
         network, action = params["network"], action / self.bound
-        fn = self.function(network)
+        self.check_given(network, observation, action)
+        fn, times = self.function(network), CLONING_TIMES[self.cloning_times]
         if self.variant == "rectified":
-            return flows.flow_matching_loss(network, fn, action, keys, observation)[0]
+            given = network, fn, action, keys, observation
+            return flows.flow_matching_loss(*given, time_sampler=times)[0]
         return flows.shortcut_loss(
             lambda y, s, r: fn(network, y, s, observation, s - r), action, keys
         )
@@ -303,7 +312,11 @@ class ReinFlow(models.ChainPolicy):
             if self.noise_input == "none":
                 return bounds[0]
             given = self._noise_seen(network, cond[1], clock(t))
-            return flows.bounded_std(noise(params["noise"], given), *bounds)
+            learned = flows.bounded_std(noise(params["noise"], given), *bounds)
+            if self.learned_noise_steps is None:
+                return learned
+            late = t < (self.learned_noise_steps + 0.5) / self.steps
+            return jnp.where(late[:, None], learned, bounds[0])
 
         return flows.euler_transition(velocity, std, clip_mean=self.clip_mean)
 
@@ -316,31 +329,18 @@ class ReinFlow(models.ChainPolicy):
         return jnp.mean((self.ode(params, observation, x_0) - there) ** 2, -1)
 
 
-def noise_bound(done: Any, low: Any, high: Any) -> Array:
-    """The highest standard deviation, a scalar, after a share of training, in [0, 1].
-
-    ``high`` in the first 35 %; then half a cosine down to 0.3 low + 0.7 high, where it
-    stays. All may be traced.
-
-    References:
-        'learn_decay' in ReinFlow's code.
-    """
-    fallen = jnp.clip((done - 0.35) / 0.65, 0, 1)
-    return high - 0.3 * (high - low) * (1 - jnp.cos(jnp.pi * fallen)) / 2
-
-
 _TRAINER = {"unroll": 500, "epochs": 5, "minibatches": 4, "advantages": "minibatch"}
 _TRAINER |= {"learning_rate": 4.5e-5, "critic_learning_rate": 6.5e-4}
-_TRAINER |= {"learning_rate_cycle": (100, 10, 0.45), "weight_decay": 0.0}
+_TRAINER |= {"learning_rate_cycle": (100, 10, 4 / 9), "critic_cycle_share": 6 / 13}
 _TRAINER |= {"target_kl": 1.0, "kl_rule": "stop", "clip_norm": None}
 _TRAINER |= {"value_coefficient": 0.25, "value_clip": None, "scale_rewards": True}
-_TRAINER |= {"normalise": "fixed", "critic_hidden": (256, 256, 256)}
+_TRAINER |= {"normalise": "fixed", "critic_hidden": (256,) * 3, "weight_decay": 0.0}
 _NARROW = {"std_lower": 0.08, "std_upper": 0.16}
 _HELD = {"decay_iterations": None, "entropy_coefficient": 0.0}
 _KITCHEN = {**_HELD, "variant": "shortcut", "std_lower": 0.05, "std_upper": 0.12}
 _IMAGE = {**_HELD, "std_lower": 0.08, "std_upper": 0.14, "steps": 1, "clip_range": 1e-3}
 _WALKER = {"learning_rate": 4.5e-4, "critic_learning_rate": 4e-3, "critic_warmup": 5}
-_WALKER |= {"learning_rate_cycle": (100, 10, 0.9)}
+_WALKER |= {"learning_rate_cycle": (100, 10, 8 / 9), "critic_cycle_share": 1.0}
 _HALFCHEETAH = {"learning_rate": 3e-5, "critic_learning_rate": 3e-4}
 _HALFCHEETAH |= {"critic_warmup": 10, "learning_rate_cycle": None}
 _TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -17,6 +17,7 @@ from tmdjax.train.on_policy.settings import ControlSettings as ControlSettings
 from tmdjax.train.on_policy.settings import ControlSetup as ControlSetup
 from tmdjax.train.on_policy.settings import Diagnosed as Diagnosed
 from tmdjax.train.on_policy.settings import Normaliser as Normaliser
+from tmdjax.train.on_policy.settings import PartlyFrozen as PartlyFrozen
 from tmdjax.train.on_policy.settings import Samples as Samples
 from tmdjax.train.on_policy.settings import make_setup as make_setup
 from tmdjax.train.on_policy.state import OnPolicyState as OnPolicyState

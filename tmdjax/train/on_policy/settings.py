@@ -79,11 +79,21 @@ class ControlMethod(Protocol):
         """
         ...
 
-    def exported(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The spec that rebuilds ``params['network']``, and JSON-able facts beside it.
+    def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
+        """What a run leaves: a network's spec, its parameters, and facts beside it.
 
-        The spec is one of :func:`tmdjax.models.build`.
+        The spec is one of :func:`tmdjax.models.build`, the facts are JSON-able.
         """
+        ...
+
+
+@runtime_checkable
+class PartlyFrozen(Protocol):
+    """A method whose parameters hold entries that no update changes, decay included."""
+
+    @property
+    def frozen(self) -> Sequence[str]:
+        """Names of these entries; those that are not there are left out."""
         ...
 
 
@@ -135,6 +145,8 @@ class ControlSettings:
         learning_rate_cycle: (iterations, of them warm-up, share): both learning rates
             run through cycles of so many iterations: linearly up from a share of
             themselves, then down to it by half a cosine, and again. None keeps them.
+        critic_cycle_share: of the critic in these cycles; None takes that of the
+            policy, 1 keeps the critic's rate.
         critic_warmup: iterations at the start in which the critic alone is changed; the
             optimiser's averages of the policy's gradient gather meanwhile.
         target_kl: of behaviour and policy, what kl_rule holds them to; None lets them
@@ -185,6 +197,7 @@ class ControlSettings:
     learning_rate: float = 2e-4
     critic_learning_rate: float | None = None
     learning_rate_cycle: tuple[int, int, float] | None = None
+    critic_cycle_share: float | None = None
     critic_warmup: int = 0
     target_kl: float | None = None
     kl_rule: str = "adapt"
@@ -237,6 +250,8 @@ class ControlSettings:
             check_count("learning_rate_cycle, warm-up", warmup, 0)
             check_range("learning_rate_cycle, warm-up", warmup, 0, cycle - 1)
             check_range("learning_rate_cycle, share", share, 0, 1)
+        if self.critic_cycle_share is not None:
+            check_range("critic_cycle_share", self.critic_cycle_share, 0, 1)
         check_choice("kl_rule", self.kl_rule, KL_RULES)
         check_choice("advantages", self.advantages, ADVANTAGES)
         check_choice("value_clip_kind", self.value_clip_kind, VALUE_CLIPS)

@@ -133,13 +133,16 @@ def start(
     owners |= dict.fromkeys(("discount", "gae_lambda", "learning_rate"), settings)
     if settings.critic_learning_rate is not None:
         owners["critic_learning_rate"] = settings
+    known: dict[
+        int, dict[str, float]
+    ] = {}  # by owner, which checks its fields together
     for name, value in changes.items():
         check_choice("coefficient", name, owners)
-        owner = owners[name]
-        if isinstance(value, jax.core.Tracer) or not dataclasses.is_dataclass(owner):
-            continue
-        for number in np.ravel(value):  # refused by what checks the field
-            dataclasses.replace(owner, **{name: float(number)})
+        if not isinstance(value, jax.core.Tracer):
+            known.setdefault(id(owners[name]), {})[name] = float(value)
+    for owner in (method, settings):
+        if id(owner) in known and dataclasses.is_dataclass(owner):
+            dataclasses.replace(owner, **known[id(owner)])
     numbers = {
         name: jnp.asarray(changes.get(name, getattr(owner, name)), jnp.float32)
         for name, owner in owners.items()

@@ -17,13 +17,20 @@ from tmdjax.core.types import Array
 from tmdjax.train.iteration import Iteration
 from tmdjax.train.on_policy.returns import Once, PerMinibatch, targets, unroll_of
 from tmdjax.train.on_policy.rollout import Rollout, collect
-from tmdjax.train.on_policy.settings import ControlMethod, ControlSettings, Diagnosed
+from tmdjax.train.on_policy.settings import (
+    ControlMethod,
+    ControlSettings,
+    Diagnosed,
+    PartlyFrozen,
+)
 from tmdjax.train.on_policy.state import OnPolicyState, Parts, start
 from tmdjax.train.on_policy.update import make_rule, update
 from tmdjax.train.sharding import batch_sharding, replicated
 from tmdjax.train.supervised import NonFiniteError
 
 MAX_ACTION = 1e3
+MAX_BROKEN = 0.01
+"""Share of the environments that may break in an iteration, where several steps did."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +107,9 @@ def make_trainer(
         acting = models.with_recipe(method, precision.rollout)
         method = models.with_recipe(method, precision.train)
         critic = models.with_recipe(critic, precision.train)
-    parts = Parts(vector, acting, method, settings, critic, make_rule(settings))
+    frozen = method.frozen if isinstance(method, PartlyFrozen) else ()
+    rule = make_rule(settings, frozen)
+    parts = Parts(vector, acting, method, settings, critic, rule)
     returns = (PerMinibatch if settings.gae == "per_minibatch" else Once)(parts)
 
     def keys_of(state: OnPolicyState, key: Any) -> Array:
@@ -181,6 +190,7 @@ def _learn(
         "episodes": ended.astype(jnp.float32),
         "terminated_fraction": step.terminated.mean(),
         "invalid_steps": (parts.steps - good).astype(jnp.float32),
+        "broken_environments": 1 - step.valid.all(0).mean(dtype=jnp.float32),
         "action_clip_fraction": rollout.action_beyond.mean(),
         "action_abs_max": rollout.action_size.max(),
         "action_abs_max_env": rollout.action_size.max(0).argmax().astype(jnp.float32),
@@ -266,7 +276,8 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
     Raises:
         RatioError: before its first update an iteration had ratios that are not 1.
         NonFiniteError: three updates in a row were not finite; or an action was, or was
-            larger than 1000.
+            larger than 1000; or several steps of an iteration broke, in more than 1 %
+            of the environments.
         ValueError: more than half of the log-probs that a method clips were clipped.
 
     Warns:
@@ -288,6 +299,14 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
             f"{int(host['skipped_in_a_row'].max())} updates in a row had a loss or "
             f"gradient that was not finite, and were skipped; lower the learning rate, "
             f"or look at the rewards."
+        )
+    broken, steps = host.get("broken_environments", 0.0), host.get("invalid_steps", 0.0)
+    if (found := np.where(np.asarray(steps) > 1, broken, 0.0).max()) > MAX_BROKEN:
+        raise NonFiniteError(
+            f"{found:.1%} of the environments broke in one iteration: a step gave a "
+            f"value that was not finite. Such steps are left out and their environment "
+            f"begins anew, but at most {MAX_BROKEN:.0%} may break; bound the actions, "
+            f"shorten the simulator's steps, or lower the learning rate."
         )
     error, most = host["first_ratio_error"].max(), settings.max_ratio_error
     if most is not None and not error <= most:

@@ -1,6 +1,7 @@
 """The update: epochs of minibatches, and a learning rate that follows the KL."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,15 @@ from tmdjax.train.optimizer import OptimizerConfig, make_optimizer
 from tmdjax.train.state import TrainState, make_train_step
 
 
-def make_rule(settings: ControlSettings) -> optax.GradientTransformation:
-    """AdamW of policy and critic, whose learning rates are arrays in its state."""
+def make_rule(
+    settings: ControlSettings, frozen: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """AdamW of policy and critic, whose learning rates are arrays in its state.
+
+    Args:
+        settings: decay and clipping.
+        frozen: entries of the policy's parameters that are left as they are.
+    """
     rule = make_optimizer(
         OptimizerConfig(
             name="adamw",
@@ -37,7 +45,16 @@ def make_rule(settings: ControlSettings) -> optax.GradientTransformation:
         "policy": optax.inject_hyperparams(scaled_policy)(policy_rate=1.0),
         "critic": optax.inject_hyperparams(scaled_critic)(critic_rate=1.0),
     }
-    return optax.chain(rule, optax.multi_transform(scales, {k: k for k in scales}))
+    if frozen:
+        scales["frozen"] = optax.set_to_zero()
+
+    def labels(params: Any) -> Any:
+        policy: Any = "policy"
+        if frozen:
+            policy = {k: "frozen" if k in frozen else policy for k in params["policy"]}
+        return {"policy": policy, "critic": "critic"}
+
+    return optax.chain(rule, optax.multi_transform(scales, labels))
 
 
 def learning_rates(
@@ -46,7 +63,7 @@ def learning_rates(
     """What the updates of an iteration are multiplied by, float32 scalars.
 
     Args:
-        settings: learning_rate_cycle and critic_warmup.
+        settings: learning_rate_cycle, critic_cycle_share and critic_warmup.
         state: its iteration, and the critic's learning rate if it has one of its own.
         learning_rate: of the policy.
 
@@ -57,9 +74,14 @@ def learning_rates(
     critic: Any = state.coefficients.get("critic_learning_rate", policy)
     if settings.learning_rate_cycle is not None:
         cycle, warmup, share = settings.learning_rate_cycle
-        wave = optax.warmup_cosine_decay_schedule(share, 1.0, warmup, cycle, share)
-        factor = wave(state.iteration % cycle)
-        policy, critic = factor * policy, factor * critic
+
+        def factor(share: float) -> Any:
+            wave = optax.warmup_cosine_decay_schedule(share, 1.0, warmup, cycle, share)
+            return wave(state.iteration % cycle)
+
+        own = settings.critic_cycle_share
+        policy = factor(share) * policy
+        critic = factor(share if own is None else own) * critic
     if settings.critic_warmup:
         policy = jnp.where(state.iteration < settings.critic_warmup, 0.0, policy)
     return {"policy_rate": policy, "critic_rate": critic}
