@@ -428,11 +428,16 @@ def test_templates_run_in_a_sandbox(refused):
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{% set _ = messages.append(1) %}", "SecurityError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        ("{{ 'a' * 10 ** 10 }}", r"\* of \[1, 10+\] is too large"),
+        ("{{ 10 ** 10 * messages }}", r"\* of \[10+, 1\] is too large"),
+        ("{{ 9 ** 9 ** 9 }}", r"\*\* of \[387420489, 9\] is too large"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ strftime_now('%Y') }}", "strftime_now.* give date="),
     ):
         refused(message, ChatTemplate(source), said("Hello"))
+    kept = ChatTemplate("{{ '=' * 20 }} {{ -1700000000 * 1000 }} {{ -2 ** 10 }}")
+    assert kept(said("Hello")) == f"{'=' * 20} -1700000000000 1024"
     day = datetime.datetime(2024, 7, 26)
     dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}")
     assert dated(said("Hello"), date=day) == "26 Jul 2024"

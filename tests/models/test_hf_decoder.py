@@ -106,6 +106,11 @@ def test_configurations_the_decoder_does_not_have(refused):
         (dict(rope_scaling=linear, rope_parameters=same), "disagree"),
         (dict(rope_scaling=[1]), r"rope_scaling=\[1\] is no mapping"),
         (
+            dict(rope_scaling={"type": ["linear"]}),
+            r"rope_type=\['linear'\], which is no",
+        ),
+        (dict(rms_norm_eps=10**30), "rms_norm_eps=10+ is outside"),
+        (
             dict(logits_scaling=8.0),
             "logits_scaling=8.0 is not supported; .* delete the",
         ),

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from tmdjax.generation.chat import check_messages
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 from tmdjax.models.checkpoints.layout import read_json
 
-_LONGEST_TEMPLATE = 1_000_000
+_LONGEST = 1_000_000
+"""Characters of a template, or of a text that it repeats."""
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -121,9 +123,9 @@ def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     else:
         found = {} if given is None else {"default": given}
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = text_of(file, _LONGEST_TEMPLATE)
+        found[file.stem] = text_of(file, _LONGEST)
     if (folder / "chat_template.jinja").exists():
-        found["default"] = text_of(folder / "chat_template.jinja", _LONGEST_TEMPLATE)
+        found["default"] = text_of(folder / "chat_template.jinja", _LONGEST)
     names = {key: token_name(config.get(key)) for key in _SPECIAL}
     variables = {key: name for key, name in names.items() if name is not None}
     whole = read_json(folder / "tokenizer.json", optional=True)
@@ -176,7 +178,24 @@ def _compiled(source: str) -> Any:
     def to_json(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
+    class Bounded(sandbox.ImmutableSandboxedEnvironment):
+        """Products and powers are no larger than a template may be long.
+
+        Without it ``{{ 'a' * 10 ** 10 }}`` takes 10 GB where it is compiled.
+        """
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            both = left, right
+            sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in both]
+            repeats = any(hasattr(x, "__len__") for x in both)
+            bits = math.log2(1 + sizes[0]) * sizes[1] if operator == "**" else 0
+            if bits > 64 or (repeats and math.prod(sizes) > _LONGEST):
+                raise jinja.TemplateError(f"{operator} of {sizes} is too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Bounded(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja.Undefined,

@@ -149,8 +149,8 @@ class DecoderConfig:
                 f"head_dim={self.head_dim} must be even: the rotation takes pairs."
             )
         check_range("head_dim", self.head_dim, 1, _MOST)
-        for name in ("rope_theta", "rms_norm_eps"):
-            check_range(name, getattr(self, name), 0, open_low=True, open_high=True)
+        check_range("rope_theta", self.rope_theta, 0, open_low=True, open_high=True)
+        check_range("rms_norm_eps", self.rms_norm_eps, 0, 1, open_low=True)
         if self.num_tokens is not None:
             check_range("num_tokens", self.num_tokens, 1, self.vocab_size)
         check_choice("dtype", self.dtype, DTYPES)

@@ -205,6 +205,8 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         given = {k: v for k, v in rope.items() if k not in aside and v is not None}
         if given.get("partial_rotary_factor") == 1:
             del given["partial_rotary_factor"]
+        if not isinstance(kind, str):
+            raise ValueError(f"{key} has rope_type={kind!r}, which is no text.")
         if kind not in KINDS and (kind != "default" or given):
             raise ValueError(
                 f"{key} has rope_type={kind!r}"
