@@ -186,6 +186,7 @@ TESTS = {
     "systems/meanflow": "systems/test_tmd.py -k meanflow",
     "systems/reflow": "systems/test_boss.py -k reflow",
     "train/fine_tuning": "train/test_supervised.py",
+    "train/neural_solvers": "systems/test_pde_refiner.py",
     "train/optimizer": "train/test_state.py train/test_supervised.py",
     **dict.fromkeys(NOT_DRAWN),
 }

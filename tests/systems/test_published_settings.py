@@ -17,6 +17,7 @@ from tmdjax.systems import (
     flow_grpo,
     fpo,
     grpo,
+    pde_refiner,
     policyflow,
     ppo,
     reinflow,
@@ -226,3 +227,10 @@ def test_bellman_optimal_steps():
     assert defaults(boss.split)["eval_fraction"] == 0.1
     assert defaults(boss.straighten)["weight"] == "unit"
     assert defaults(train.fine_tune)["steps"] == 12_000
+
+
+def test_pde_refiner():
+    """configs/kuramotosivashinsky1d.yaml of PDEArena; its 'std' is a variance."""
+    published = dict(refinements=3, min_variance=4e-7, difference_weight=0.3)
+    published |= dict(history=1, initial_input="noise", variant="reference")
+    holds(published, pde_refiner.preset("kuramoto_sivashinsky"))

@@ -13,7 +13,7 @@ from flax import struct
 from jax import lax
 
 from tmdjax.core.checks import check_count, check_range
-from tmdjax.core.types import Array, Bool, Float, Int, PyTree
+from tmdjax.core.types import Array, Bool, Float, PyTree
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 """``step(state, inputs) -> (state, output)``, output leaves [batch, ...]."""
@@ -31,21 +31,24 @@ class Unrolled:
             beyond the bound; ``length`` where none was.
         amplitude: float32 [batch], the largest absolute output of that step (of the
             last step where none was bad).
+
+    Under ``vmap`` each has the mapped axis before its own.
     """
 
     outputs: PyTree
     state: PyTree
-    first_bad: Int[Array, "batch"]
-    amplitude: Float[Array, "batch"]
+    first_bad: Any
+    amplitude: Any
     length: int = struct.field(pytree_node=False)
 
     @property
-    def valid(self) -> Bool[Array, "length batch"]:
+    def valid(self) -> Bool[Array, "*vmapped length batch"]:
         """Steps before a row's first bad one."""
-        return jnp.arange(self.length)[:, None] < self.first_bad
+        steps = jnp.arange(self.length) < self.first_bad[..., None]
+        return jnp.swapaxes(steps, -1, -2)
 
     @property
-    def failed(self) -> Bool[Array, "batch"]:
+    def failed(self) -> Bool[Array, "*vmapped batch"]:
         """Rows with a bad step."""
         return self.first_bad < self.length
 
