@@ -210,7 +210,8 @@ def test_norms_of_the_discriminator_are_torchs(refused):
     """Their epsilon of 1e-5 shows where features hardly vary."""
     module, x = models.VideoDiscriminator(width=4), [2e-3 * draw(2, 2, 8, 8, 4)]
     params = models.init_params(module, jax.random.key(0), x)
-    _, seen = module.apply({"params": params}, x, capture_intermediates=True)
+    run = functools.partial(module.apply, capture_intermediates=True)
+    _, seen = jax.jit(run)({"params": params}, x)
     head = seen["intermediates"]["head_0"]
     before, after = (
         np.asarray(head[name]["__call__"][0], np.float64)

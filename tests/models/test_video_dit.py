@@ -40,7 +40,7 @@ def test_initial_sizes():
     module = small(head_dim=32, mlp_width=96, frequency_dim=64, text_width=80)
     x, t, _ = inputs()
     cond = jnp.zeros((BATCH, 1, 80))
-    params = init_params(module, jax.random.key(0), x, t, cond)
+    params = jax.device_get(init_params(module, jax.random.key(0), x, t, cond))
     std = {path: np.std(leaf) for path, leaf in trees.flatten(params).items()}
     width = 64
     for path, want in {
