@@ -158,7 +158,8 @@ def test_critic_warms_up_rates_cycle_and_a_kl_too_large_stops_an_iteration():
     given["statistics"] = rl.RunningStatistics(
         jnp.float32(0), jnp.arange(4.0), jnp.full(4, 4.0)
     )
-    state, found = trainer.init(KEY, **given), []
+    state = jax.jit(lambda key: trainer.init(key, **given))(KEY)
+    found = []
     same(state.learner.params["policy"]["log_std"], np.float32([-1, -2]))
     for _ in range(3):
         before = jax.device_get(state)
