@@ -159,6 +159,7 @@ TESTS = {
     "domains/sprites/drawing": "data/test_moving_sprites.py",
     "domains/sprites": "domains/test_sprite_checks.py",
     "domains/torus": "domains/test_torus.py",
+    "domains/blocks": "domains/test_blocks.py",
     **dict.fromkeys(["quant/linear", "quant/recipes"], "test_quant.py"),
     "generation/chat_templates": "generation/test_tokenizers.py",
     "rewards/symbolic": "rewards/test_math.py",

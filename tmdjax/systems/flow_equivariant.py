@@ -3,9 +3,10 @@
 A model sees some frames of a world and predicts hundreds that follow, its own frames
 fed back. Its memory is a latent map, a copy for each velocity that things may have:
 the copies slide, and the map moves against the agent's motion, so that what left the
-view goes on moving. The models are :class:`tmdjax.models.TorusMap` and any other that
-keeps its protocol (``prepare``, ``start``, ``observe``, ``predict``, ``feed``); here is
-how they are trained and judged.
+view goes on moving. The models are :class:`tmdjax.models.TorusMap`,
+:class:`tmdjax.models.EgocentricMap` and any other that keeps their protocol
+(``prepare``, ``start``, ``observe``, ``predict``, ``feed``); here is how they are
+trained and judged.
 
 References:
     Lillemark et al., "Flow Equivariant World Models", arXiv 2601.01075; Keller,
@@ -23,6 +24,7 @@ from tmdjax import core, models, train
 from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
 from tmdjax.core.types import ApplyFn, Array, Float, Params, PerExample
+from tmdjax.domains.blocks.videos import BlockWorld
 from tmdjax.domains.torus.videos import TorusWorld
 from tmdjax.models.flow_equivariant.group_actions import shift
 
@@ -277,13 +279,27 @@ def trivial_predictions(
     }
 
 
-def check_world(module: models.TorusMap, world: TorusWorld) -> None:
-    """Raises ValueError unless a network's torus is the one that its data live on.
+def check_world(module: Any, world: TorusWorld | BlockWorld) -> None:
+    """Raises ValueError unless a network's map fits the world that its data show.
 
     A map of another period than the world's would wrap memory around at the wrong
     place, without any sign of it.
+
+    Args:
+        module: a :class:`tmdjax.models.TorusMap` for a torus, a
+            :class:`tmdjax.models.EgocentricMap` for a room.
+        world: of the data.
     """
-    for name in ("world", "window"):
+    names = ("world", "window")
+    if isinstance(world, BlockWorld):
+        names = ("image_size", "view_degrees")
+        if module.world < world.room - 1:
+            raise ValueError(
+                f"the network's map reaches world={module.world} cells in every "
+                f"direction, a room of {world.room} {world.room - 1} from its corner; "
+                f"build the network with world={world.room - 1} or more."
+            )
+    for name in names:
         ours, theirs = getattr(module, name), getattr(world, name)
         if ours != theirs:
             raise ValueError(
@@ -308,14 +324,15 @@ class WorldModelSetup:
     world: Any
     config: RolloutConfig
     optimizer: train.OptimizerConfig
-    batch_size: int = 32
+    batch_size: int
 
 
 def preset(name: str, **changes: Any) -> WorldModelSetup:
     """Published settings, with changes.
 
     Args:
-        name: 'torus', digits on a torus of 50 seen through a window of 32.
+        name: 'torus', digits on a torus of 50 seen through a window of 32; 'blocks',
+            the room of 16 with 6 moving blocks.
         **changes: fields of :class:`WorldModelSetup`.
 
     Raises:
@@ -325,19 +342,23 @@ def preset(name: str, **changes: Any) -> WorldModelSetup:
     References:
         The released code of arXiv 2601.01075.
     """
-    check_choice("preset", name, ("torus",))
+    check_choice("preset", name, ("torus", "blocks"))
     check_fields(WorldModelSetup, changes)
-    world = changes.get("world", TorusWorld())
-    module = models.TorusMap(
-        world=world.world,
-        window=world.window,
-        velocities=2,
-        window_padding="circular",
-    )
-    optimizer = train.OptimizerConfig(name="adam", learning_rate=1e-4, clip_norm=1.0)
-    config = RolloutConfig(context=world.context)
-    fields = {"module": module, "world": world, "config": config}
-    setup = WorldModelSetup(**{**fields, "optimizer": optimizer, **changes})
+    if name == "torus":
+        world = changes.get("world", TorusWorld())
+        sizes = {"world": world.world, "window": world.window}
+        module = models.TorusMap(**sizes, velocities=2, window_padding="circular")
+        optimizer: dict[str, Any] = {"name": "adam"}
+        config, batch = RolloutConfig(context=world.context), 32
+    else:
+        world = changes.get("world", BlockWorld())
+        sizes = {"image_size": world.image_size, "world": world.room}
+        module = models.EgocentricMap(**sizes, view_degrees=world.view_degrees)
+        optimizer = {"name": "adamw", "b2": 0.99, "weight_decay": 1e-3}
+        config, batch = RolloutConfig(context=world.context, teacher_forcing=0.125), 16
+    fields = {"module": module, "world": world, "config": config, "batch_size": batch}
+    fields["optimizer"] = train.OptimizerConfig(learning_rate=1e-4, **optimizer)
+    setup = WorldModelSetup(**fields | changes)
     check_world(setup.module, setup.world)
     return setup
 

@@ -146,7 +146,9 @@ class EgocentricMap(nn.Module):
     move content between copies: things bounce off walls. A transformer writes a frame
     into the cells in view through a gate; another reads the next frame from there.
 
-    The convolution is not itself equivariant to turns, once it is trained.
+    The convolution is not itself equivariant to turns, once it is trained; nor is it
+    bounded: the map out of view passes through it in every step, and grows without end
+    where training has left it a gain above 1.
 
     It keeps the protocol of world models, see :class:`tmdjax.models.TorusMap`; unlike
     there, the frame that is fed back is written at once, in the step that it shows.
