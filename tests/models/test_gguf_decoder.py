@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,15 @@ def finish(writer):
     writer.close()
 
 
-def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=(), more=()):
+def write(
+    path,
+    case="llama_grouped_tied",
+    change=(),
+    quantised=(),
+    skip=(),
+    more=(),
+    order=gguf.GGUFEndian.LITTLE,
+):
     """A golden checkpoint as llama.cpp's converter writes it."""
     config, weights = checkpoint(case) if isinstance(case, str) else case
     kind = config.model_type
@@ -57,7 +67,8 @@ def write(path, case="llama_grouped_tied", change=(), quantised=(), skip=(), mor
         "rope.freq_base": config.rope_theta,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     } | dict(change)
-    writer = gguf.GGUFWriter(path, values.pop("architecture", kind))
+    name = values.pop("architecture", kind)
+    writer = gguf.GGUFWriter(path, name, endianess=order)
     kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
     kinds |= {bool: writer.add_bool, list: writer.add_array}
     for key in values.keys() - set(skip):
@@ -310,7 +321,7 @@ def test_biases_of_the_attention(tmp_path, case):
 def test_refusals(tmp_path, refused):
     whole = {"output_norm.weight": (gguf.GGMLQuantizationType.I8, np.zeros(16, "i1"))}
     gemma, yarn = {"architecture": "gemma"}, {"rope.scaling.type": "longrope"}
-    factors = {"rope_freqs.weight": np.ones(2, "f4")}
+    factors, one = {"rope_freqs.weight": np.ones(2, "f4")}, np.ones(1, "f4")
     for name, message, options in (
         ("a", "has architecture 'gemma'; known", dict(change=gemma)),
         ("b", "lacks the key llama.block_count", dict(skip=["block_count"])),
@@ -351,9 +362,34 @@ def test_refusals(tmp_path, refused):
         ),
         ("g", "general.type='adapter'", dict(change={"general.type": "adapter"})),
         ("h", "attention.head_count=0", dict(change={"attention.head_count": 0})),
+        (
+            "i",
+            r"count=\[4, 4\] is of type",
+            dict(change={"attention.head_count": [4, 4]}),
+        ),
+        (
+            "j",
+            "lacks the key llama.attention.layer_norm_rms",
+            dict(skip=["attention.layer_norm_rms_epsilon"]),
+        ),
+        ("k", "q_proj.scale .* is not exp", dict(more={"blk.0.attn_q.scale": one})),
+        ("l", "short_factor has 1 numbers", dict(more={"rope_freqs.weight": one})),
     ):
         path = write(tmp_path / f"{name}.gguf", **options)
         refused(f"{path}.*{message}", load_gguf, path)
+
+
+def test_the_other_byte_order_is_refused_with_what_turns_it(tmp_path, refused):
+    """Its numbers were read as they lie: weights of 1e32, and no word."""
+    path = write(tmp_path / "b.gguf", order=gguf.GGUFEndian.BIG)
+    refused("b.gguf is of the other byte order, .* Turn it: python -m", load_gguf, path)
+    with pytest.raises(ValueError) as error:
+        load_gguf(path)
+    command = str(error.value).rpartition("Turn it: python ")[2].rstrip(".").split()
+    subprocess.run([sys.executable, *command], input=b"YES\n", check=True, stderr=-3)
+    equal(load_gguf(path)[1], load_gguf(write(tmp_path / "a.gguf"))[1])
+    wrong = dict(recip="bf16", error=TypeError)
+    refused("no setting 'recip'; .* Did you mean 'recipe'", load_gguf, path, **wrong)
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tmdjax.core.checks import check_count, check_fields
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.models.checkpoints.decoder import params_from_hf
@@ -134,30 +135,40 @@ def load_gguf(
     Raises:
         ImportError: the gguf package is absent.
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged; an architecture, a key of it, a rotary scaling
-            or a quantisation that is not known here, by name; a part of a file that
-            was split; tensors missing, not expected or of another shape.
+        TypeError: an option that is no attribute.
+        ValueError: the file is damaged or of the other byte order; an architecture, a
+            key of it, a rotary scaling or a quantisation that is not known here, by
+            name; a part of a file that was split; tensors missing, not expected or of
+            another shape.
     """
+    check_fields(DecoderConfig, options)
     reader = open_gguf(path)
+    if reader.byte_order == "S":
+        raise ValueError(
+            f"{os.fspath(path)} is of the other byte order, in which the blocks of its "
+            f"weights are not read. Turn it: python -m "
+            f"gguf.scripts.gguf_convert_endian {os.fspath(path)} native."
+        )
     try:
         config = _read_config(reader, path)
-    except TypeError as error:  # a value of another kind than its key has
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
-    reader_kind = gguf_value(reader, "general.architecture")
-    tensors = {}
-    for tensor in reader.tensors:
-        name = _hf_name(tensor.name)
-        array = dequantise(tensor, path)
-        if reader_kind == "llama" and ("q_proj." in name or "k_proj." in name):
-            # llama.cpp rotates the pairs (2 i, 2 i + 1) of a head, not (i, i + half).
-            pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
-            array = pairs.swapaxes(1, 2).reshape(array.shape)
-        tensors[name] = array
-    tensors.pop(_FACTORS, None)  # in the configuration
-    try:
+        kind = gguf_value(reader, "general.architecture")
+        tensors = {}
+        for tensor in reader.tensors:
+            name = _hf_name(tensor.name)
+            array = dequantise(tensor, path)
+            projects = ".q_proj." in name or ".k_proj." in name
+            if kind == "llama" and projects and len(array) % config.head_dim == 0:
+                # llama.cpp rotates the pairs (2 i, 2 i + 1) of a head, not (i, i +
+                # half).
+                pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
+                array = pairs.swapaxes(1, 2).reshape(array.shape)
+            tensors[name] = array
+        tensors.pop(_FACTORS, None)  # in the configuration
         params = params_from_hf(config, tensors, dtype)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
+    except (TypeError, ValueError) as error:  # of another kind, size or number
+        where = os.fspath(path)
+        told = str(error) if where in str(error) else f"{where}: {error}"
+        raise ValueError(told) from None
     return DecoderConfig(**vars(config) | options), params
 
 
@@ -175,24 +186,19 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
             raise ValueError(f"{os.fspath(path)} lacks the key {kind}.{key}.")
         return found
 
-    def number(key: str, default: float) -> float:
+    def whole(key: str, default: int | None = None) -> int:
+        return check_count(f"{kind}.{key}", value(key, default))
+
+    def number(key: str, default: float | None = None) -> float:
         # A float32 in the file: its shortest decimal is what was meant.
         return float(str(np.float32(value(key, default))))
 
     _check_keys(reader, kind, path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    layers = value("block_count")
-    try:
-        check_depth(layers, tensors)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    if heads < 1:
-        raise ValueError(
-            f"{os.fspath(path)} has {kind}.attention.head_count={heads}; a decoder has "
-            f"at least one head: the file is damaged."
-        )
-    head_dim = value("attention.key_length", hidden // heads)
+    layers = whole("block_count")
+    check_depth(layers, tensors)
+    heads, hidden = whole("attention.head_count"), whole("embedding_length")
+    head_dim = whole("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if value(key, head_dim) != head_dim:
             raise ValueError(
@@ -223,10 +229,10 @@ def _read_config(reader: Any, path: str | os.PathLike[str]) -> DecoderConfig:
         intermediate_size=value("feed_forward_length"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=value("attention.head_count_kv", heads),
+        num_kv_heads=whole("attention.head_count_kv", heads),
         head_dim=head_dim,
         rope_theta=number("rope.freq_base", 10000.0),
-        rms_norm_eps=number("attention.layer_norm_rms_epsilon", 1e-6),
+        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
         rope_scaling=scaling,
         tied_embedding="output.weight" not in tensors,
         qkv_bias=kind == "qwen2" or "blk.0.attn_q.bias" in tensors,

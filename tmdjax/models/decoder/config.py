@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
 from tmdjax.models.decoder.rope import RopeScaling, rope_from_hf
 from tmdjax.models.layers import check_attributes
 from tmdjax.quant import Recipe, as_recipe
@@ -233,10 +233,12 @@ class DecoderConfig:
                 the recipe is 'fp32' for float32 weights and 'bf16' for others.
 
         Raises:
+            TypeError: an option that is no attribute.
             ValueError: a model, activation, rope type, attention, quantisation or
                 dtype that the network does not have, by its key and value; a missing
                 key; a value out of range.
         """
+        check_fields(cls, options)
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(
