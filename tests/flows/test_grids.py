@@ -65,6 +65,21 @@ def test_grids_of_schedulers_that_count_in_training_steps(refused):
     refused("tokens=0", flows.resolution_shift, 0)
 
 
+def test_numbers_that_leave_no_grid_are_refused(refused):
+    """They were knots of NaN, or steps of no length."""
+    for message, call, *given in (
+        ("shift=inf is outside", flows.shifted_grid, 4, np.inf),
+        ("knot 0 is 1.0 and knot 1 is 1.0", flows.shifted_grid, 4, 1e30),
+        ("knot 0 is 1.0 and knot 1", flows.discrete_shifted_grid, 4, 1e30),
+        ("mu of 1000000000 tokens=.* is outside", flows.resolution_shift, 10**9),
+    ):
+        refused(message, call, *given)
+    refused("sigma_max=inf is outside", flows.edm_grid, 4, sigma_max=np.inf)
+    refused("rho=inf is outside", flows.edm_grid, 4, rho=np.inf)
+    refused("must strictly decrease", flows.edm_grid, 4, rho=1e18)
+    refused("steps=3.0 is of type", flows.uniform_grid, 3.0, error=TypeError)
+
+
 def flux(steps, tokens):
     return flows.shifted_grid(steps, flows.resolution_shift(tokens))
 

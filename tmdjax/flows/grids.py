@@ -41,10 +41,8 @@ def custom_grid(times: Sequence[float] | np.ndarray) -> Grid:
 
 
 def uniform_grid(steps: int) -> Grid:
-    """N + 1 equidistant knots from exactly 1 to exactly 0."""
-    if steps < 1:
-        raise ValueError(f"steps={steps}; a grid needs at least one step.")
-    return np.linspace(1.0, 0.0, steps + 1)
+    """N + 1 equidistant knots from exactly 1 to exactly 0; N at least 1."""
+    return np.linspace(1.0, 0.0, check_count("steps", steps) + 1)
 
 
 def shift_time(t: Any, shift: float) -> Any:
@@ -53,13 +51,19 @@ def shift_time(t: Any, shift: float) -> Any:
     References:
         Esser et al., arXiv 2403.03206, eq. 23 (resolution-dependent shifting).
     """
-    check_range("shift", shift, 0, open_low=True)
+    check_range("shift", shift, 0, open_low=True, open_high=True)
     return shift * t / (1 + (shift - 1) * t)
 
 
 def shifted_grid(steps: int, shift: float) -> Grid:
-    """The uniform grid under :func:`shift_time`; shift=1 leaves it as it is."""
-    return shift_time(uniform_grid(steps), shift)
+    """The uniform grid under :func:`shift_time`; shift=1 leaves it as it is.
+
+    Raises:
+        TypeError: steps that are no integer.
+        ValueError: steps < 1, or a shift out of (0, inf) or so large that two knots
+            are one.
+    """
+    return custom_grid(shift_time(uniform_grid(steps), shift))
 
 
 def discrete_shifted_grid(steps: int, shift: float, training_steps: int = 1000) -> Grid:
@@ -89,7 +93,7 @@ def discrete_shifted_grid(steps: int, shift: float, training_steps: int = 1000) 
     check_count("steps", steps, 2)
     check_count("training_steps", training_steps, 2)
     last = shift_time(1 / training_steps, shift)
-    return np.append(shift_time(np.linspace(1.0, last, steps), shift), 0.0)
+    return custom_grid([*shift_time(np.linspace(1.0, last, steps), shift), 0.0])
 
 
 def resolution_shift(
@@ -108,7 +112,8 @@ def resolution_shift(
 
     Raises:
         TypeError: a number of tokens that is no integer.
-        ValueError: one below 1, or high at no more tokens than low.
+        ValueError: one below 1, or so many that the shift is infinite; high at no more
+            tokens than low.
 
     References:
         ``calculate_shift`` of the pipelines in diffusers, which hand
@@ -117,7 +122,9 @@ def resolution_shift(
     (fewest, least), (most, last) = low, high
     check_count("tokens of high", most, check_count("tokens of low", fewest) + 1)
     slope = (last - least) / (most - fewest)
-    return float(np.exp(least + slope * (check_count("tokens", tokens) - fewest)))
+    mu = least + slope * (check_count("tokens", tokens) - fewest)
+    check_range(f"mu of {tokens} tokens", mu, -700, 700)  # exp holds no more
+    return float(np.exp(mu))
 
 
 def stretched_grid(grid: Grid, terminal: float) -> Grid:
@@ -199,12 +206,12 @@ def edm_grid(
         Karras et al., arXiv 2206.00364, eq. 5.
     """
     check_count("steps", steps)
-    check_range("rho", rho, 0, open_low=True)
+    check_range("rho", rho, 0, open_low=True, open_high=True)
     check_range("sigma_min", sigma_min, 0, open_low=True)
-    check_range("sigma_max", sigma_max, sigma_min, open_low=True)
+    check_range("sigma_max", sigma_max, sigma_min, open_low=True, open_high=True)
     s = np.linspace(1.0, 0.0, steps)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + s * (high - low)) ** rho
     grid = np.append(sigma / (1 + sigma), 0.0)
     grid[0] = 1.0
-    return grid
+    return custom_grid(grid)
