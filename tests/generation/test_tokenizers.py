@@ -288,9 +288,40 @@ def test_damaged_files(checkpoint, refused):
     (checkpoint / "tokenizer.json").write_text("[]")
     refused("tokenizer.json cannot be read", load_tokenizer, checkpoint)
     (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    for merge in ("a c", "a b c", "b a", "ab"):
+        (checkpoint / "merges.txt").write_text(f"a b\n{merge}\n")
+        refused(f"the merge '{merge}' does not make", load_tokenizer, checkpoint)
+    (checkpoint / "vocab.json").write_text('{"a": "0"}')
+    refused("the vocabulary maps tokens to ids", load_tokenizer, checkpoint)
     (checkpoint / "vocab.json").write_text("{}")
     (checkpoint / "merges.txt").write_text("")
     refused("gpt2' .* Did you mean 'gpt-2'", load_tokenizer, checkpoint, pattern="gpt2")
+
+
+def test_what_a_configuration_holds_of_another_kind_is_told(checkpoint, refused):
+    """An eos_token of 3 was the id 3."""
+    pytest.importorskip("tokenizers")
+    path = checkpoint / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for change, message in (
+        ({"eos_token": 3}, "has the token 3; it is a text"),
+        ({"pad_token": {"content": 3}}, "has the token .*3"),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder maps ids to tokens"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "maps ids to tokens"),
+    ):
+        path.write_text(json.dumps(config | change))
+        refused(message, load_tokenizer, checkpoint)
+    for given in (3, ["x"], [{"name": "default"}], {"default": 3}):
+        path.write_text(json.dumps(config | {"chat_template": given}))
+        refused("has a chat_template that is neither", load_chat_template, checkpoint)
+    tokens = {"chat_template": "x", "added_tokens_decoder": {"264": {"special": True}}}
+    path.write_text(json.dumps(config | tokens))
+    refused("has the token .*'special': True", load_chat_template, checkpoint)
+    path.write_text(json.dumps(config))
+    for name, value in (("eos_token_id", [-1]), ("stop_strings", [3])):
+        (checkpoint / "generation_config.json").write_text(json.dumps({name: value}))
+        refused(f"config.json has {name}=", load_tokenizer, checkpoint)
 
 
 CONVERSATION = [
@@ -434,10 +465,19 @@ def test_templates_run_in_a_sandbox(refused):
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ strftime_now('%Y') }}", "strftime_now.* give date="),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[0].content.split('') }}", "cannot render .* empty separator"),
+        ("{% continue %}", "SyntaxError"),
+        ("{{ lipsum(n=3) }}", "'lipsum' is undefined"),
     ):
         refused(message, ChatTemplate(source), said("Hello"))
     kept = ChatTemplate("{{ '=' * 20 }} {{ -1700000000 * 1000 }} {{ -2 ** 10 }}")
     assert kept(said("Hello")) == f"{'=' * 20} -1700000000000 1024"
+    # what transformers hands to every template, and the options of its filter
+    asked = "{{ 'no tools' if tools is none }}{{ documents is none }}"
+    assert ChatTemplate(asked)(said("Hello")) == "no toolsTrue"
+    asked = "{{ [{'b': 'é', 'a': 1}] | tojson(sort_keys=true, separators=(',', ':')) }}"
+    assert ChatTemplate(asked)(said("Hello")) == '[{"a":1,"b":"é"}]'
     day = datetime.datetime(2024, 7, 26)
     dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}")
     assert dated(said("Hello"), date=day) == "26 Jul 2024"

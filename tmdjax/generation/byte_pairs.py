@@ -143,7 +143,9 @@ def load_tokenizer(
     if path.exists():
         try:
             backend = library.Tokenizer.from_buffer(read_bounded(path, _LONGEST_FILE))
-        except Exception as error:  # the library raises bare exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare ones, and panics
             raise ValueError(
                 f"{path} cannot be read ({error}). Copy it again."
             ) from error
@@ -158,13 +160,20 @@ def load_tokenizer(
     lines = text_of(merges).splitlines()
     pairs = [line for line in lines if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder", {})
-    tokens = [_added_token(**added[key]) for key in sorted(added, key=int)]
+    try:
+        by_id = {int(key): _added_token(**token) for key, token in added.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder maps ids to "
+            f"tokens ({error}). Copy it again."
+        ) from None
+    tokens = [by_id[key] for key in sorted(by_id)]
     backend = _byte_pairs(read_json(vocab), pairs, pattern, tokens)
-    for key, token in added.items():
-        found = backend.token_to_id(token["content"])
-        if found != int(key):
+    for key, token in by_id.items():
+        found = backend.token_to_id(token.content)
+        if found != key:
             raise ValueError(
-                f"{folder / 'tokenizer_config.json'} gives {token['content']!r} the id "
+                f"{folder / 'tokenizer_config.json'} gives {token.content!r} the id "
                 f"{key}, but behind {vocab.name} it is {found}; take both files of one "
                 f"checkpoint."
             )
@@ -253,7 +262,15 @@ def _byte_pairs(
     """A tokenizer of the tokenizers library from its parts."""
     library = import_optional("tokenizers", "reading a tokenizer", "llm")
     check_choice("pattern", pattern, PATTERNS)
+    if not all(type(index) is int and index >= 0 for index in vocab.values()):
+        raise ValueError("the vocabulary maps tokens to ids, integers from 0.")
     pairs = [tuple(merge.split(" ")) for merge in merges]
+    for merge, pair in zip(merges, pairs):  # of others the library panics
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(
+                f"the merge {merge!r} does not make a token of the vocabulary of two "
+                f"others; take vocabulary and merges of one checkpoint."
+            )
     backend = library.Tokenizer(
         library.models.BPE(
             vocab=dict(vocab), merges=pairs, ignore_merges=pattern in _WHOLE_WORDS
@@ -290,11 +307,23 @@ def _ends(path: Path) -> tuple[list[int], list[str]]:
     ids, texts = config.get("eos_token_id"), config.get("stop_strings")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     texts = [] if texts is None else texts if isinstance(texts, list) else [texts]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"{path} has eos_token_id={ids}; it holds ids alone.")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{path} has stop_strings={texts}; it holds texts alone.")
     return ids, texts
 
 
 def token_name(token: Any) -> str | None:
-    """The text of a special token as a tokenizer_config.json has it, or None."""
-    return token["content"] if isinstance(token, Mapping) else token
+    """The text of a special token as a tokenizer_config.json has it, or None.
+
+    Raises:
+        ValueError: it is neither a text nor a mapping with the text as 'content'.
+    """
+    found = token.get("content", token) if isinstance(token, Mapping) else token
+    if found is None or isinstance(found, str):
+        return found
+    raise ValueError(
+        f"tokenizer_config.json or tokenizer.json has the token {token!r}; it is a "
+        f"text, or a mapping with the text as 'content'. Copy the file again."
+    )

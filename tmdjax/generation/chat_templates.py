@@ -71,14 +71,13 @@ class ChatTemplate:
         check_messages(messages, self.marks)
         if date is not None:
             variables["strftime_now"] = date.strftime
-        jinja = import_optional("jinja2", "a checkpoint's chat template", "llm")
         try:
             return _compiled(self.source).render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=generation,
-                **{**self.variables, **variables},
+                **{"tools": None, "documents": None, **self.variables, **variables},
             )
-        except (jinja.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+        except Exception as error:  # whatever a program of strangers may raise
             hint = "; give date=" if "strftime_now" in str(error) else ""
             raise ValueError(
                 f"the chat template cannot render these {len(messages)} messages: "
@@ -118,10 +117,18 @@ def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     config = read_json(folder / "tokenizer_config.json", optional=True)
     chat = read_json(folder / "chat_template.json", optional=True)
     given = chat.get("chat_template", config.get("chat_template"))
-    if isinstance(given, list):
-        found = {entry["name"]: entry["template"] for entry in given}
-    else:
-        found = {} if given is None else {"default": given}
+    try:
+        if isinstance(given, list):
+            found = {entry["name"]: entry["template"] for entry in given}
+        else:
+            found = {} if given is None else {"default": given}
+        if not all(isinstance(text, str) for text in found.values()):
+            raise TypeError
+    except (TypeError, KeyError):
+        raise ValueError(
+            f"{folder} has a chat_template that is neither a text nor a list of names "
+            f"and templates. Copy the file again."
+        ) from None
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = text_of(file, _LONGEST)
     if (folder / "chat_template.jinja").exists():
@@ -129,11 +136,11 @@ def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     names = {key: token_name(config.get(key)) for key in _SPECIAL}
     variables = {key: name for key, name in names.items() if name is not None}
     whole = read_json(folder / "tokenizer.json", optional=True)
-    added = [
-        *config.get("added_tokens_decoder", {}).values(),
-        *(whole.get("added_tokens") or ()),
-    ]
-    marks = {token["content"] for token in added if token.get("special")}
+    by_id = config.get("added_tokens_decoder", {})
+    added = [*by_id.values()] if isinstance(by_id, dict) else [by_id]
+    added += whole.get("added_tokens") or []
+    special = [t for t in added if not isinstance(t, Mapping) or t.get("special")]
+    marks = {name for name in map(token_name, special) if name is not None}
     return found, variables, marks | set(variables.values())
 
 
@@ -175,8 +182,8 @@ def _compiled(source: str) -> Any:
     def refuse(message: str) -> None:
         raise jinja.TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     class Bounded(sandbox.ImmutableSandboxedEnvironment):
         """Products and powers are no larger than a template may be long.
@@ -203,4 +210,5 @@ def _compiled(source: str) -> Any:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
+    del environment.globals["lipsum"]  # texts of any length
     return environment.from_string(source)
