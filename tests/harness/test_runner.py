@@ -608,6 +608,16 @@ def test_a_stage_is_made_again_when_its_files_have_other_content(tmp_path):
     shard.rename(data / "train" / "shard-1")
     shard = data / "train" / "shard-1"
     assert made() == ["read", "after"] and made() == []
+    linked = tmp_path / "another disk"
+    (data / "train").rename(linked)
+    (data / "train").symlink_to(linked)
+    assert made() == []  # the same content
+    (linked / "shard-1").write_text("off")
+    assert made() == ["read", "after"]
+    (data / "again").symlink_to(linked)
+    assert made() == ["read", "after"]
+    (linked / "ring").symlink_to(data)
+    assert made() == ["read", "after"] and made() == []
 
 
 def one_stage(tmp_path, stage, version=1, seeded=True, **changes):

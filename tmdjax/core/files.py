@@ -118,24 +118,40 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def content_sha256(path: str | os.PathLike[str]) -> str:
     """What a file holds, or a folder: the names and the content of all files below.
 
-    A file is read once a process while its size and time stay. Names that begin with a
-    dot are left out of a folder.
+    A file is read once a process while its size and time stay. Links are followed; names
+    that begin with a dot are left out of a folder.
 
     Returns:
         SHA-256 in hex digits; 'absent' where there is nothing of that name.
+
+    Raises:
+        OSError: something there cannot be read.
     """
     path = Path(path)
     if path.is_file():
         return _sha256_of(path.resolve(), *_stamp(path))
     if not path.is_dir():
         return "absent"
+    found, walked = {}, {}
+    for place, folders, files in os.walk(path, onerror=_raise, followlinks=True):
+        real, below = os.path.realpath(place), Path(place).relative_to(path)
+        if real in walked:  # a link to what was read, or in a ring
+            found[below], folders[:] = f"as {walked[real]}", []
+            continue
+        walked[real] = below
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and Path(place, name).is_file():
+                found[below / name] = content_sha256(Path(place, name))
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("[!.]*")):
-        below = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in below.parts):
-            line = f"{below.as_posix()}\0{content_sha256(file)}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+    for below in sorted(found):
+        line = f"{below.as_posix()}\0{found[below]}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _stamp(path: Path) -> tuple[int, int]:
