@@ -717,6 +717,7 @@ def test_a_damaged_unit_is_named(tmp_path, refused):
     path = tmp_path / "run" / "units" / "main-seed1.json"
     whole = json.loads(path.read_text())
     for key, odd in (("logs", []), ("logs", {"fit": 3}), ("logs", {"fit": [{}]}),
+                     ("logs", {"fit": [{"step": 1, "loss": []}]}),
                      ("stages", 3), ("unit", {"arm": "main", "seed": 1})):  # fmt: skip
         path.write_text(json.dumps(whole | {key: odd}))
         refused(r"main-seed1.json is damaged.*remove it", run, tmp_path)

@@ -118,8 +118,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def content_sha256(path: str | os.PathLike[str]) -> str:
     """What a file holds, or a folder: the names and the content of all files below.
 
-    A file is read once a process while its size and time stay. Links are followed; names
-    that begin with a dot are left out of a folder.
+    A file is read once a process while its size and time stay. Links are followed. Of a
+    folder, names that begin with a dot are left out.
 
     Returns:
         SHA-256 in hex digits; 'absent' where there is nothing of that name.

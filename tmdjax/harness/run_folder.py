@@ -198,8 +198,11 @@ def read_units(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
             unit = read_json(path)
             check_unit(unit["unit"])
             dict(unit["stages"])
-            logs = {name: list(map(dict, rows)) for name, rows in unit["logs"].items()}
-            [row["step"] for rows in logs.values() for row in rows]
+            for row in (row for rows in unit["logs"].values() for row in rows):
+                if not all(
+                    isinstance(x, int | float) for x in (row["step"], *row.values())
+                ):
+                    raise ValueError(f"a log holds {row!r}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error!r}); remove it and run the same command: "
