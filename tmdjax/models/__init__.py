@@ -95,6 +95,8 @@ from tmdjax.models.videos.dit import VideoDiT as VideoDiT
 from tmdjax.models.videos.flow_maps import SplitDiT as SplitDiT
 from tmdjax.models.videos.flow_maps import TwoTimeDiT as TwoTimeDiT
 from tmdjax.models.videos.flow_maps import student_from_teacher as student_from_teacher
+from tmdjax.models.videos.forcing_dit import ForcingDiT as ForcingDiT
+from tmdjax.models.videos.forcing_dit import ForcingState as ForcingState
 from tmdjax.models.videos.patches import patchify_video as patchify_video
 from tmdjax.models.videos.patches import rotary_tables as rotary_tables
 from tmdjax.models.videos.patches import unpatchify_video as unpatchify_video

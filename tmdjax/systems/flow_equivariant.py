@@ -153,7 +153,7 @@ def rollout(
         state = call("feed", state, fed)
         return state, {"frame": frame, "amplitude": _amplitude(state)}
 
-    state = call("start", time_first[0])
+    state = call("start", time_first[0], keys)
     chunk = config.remat_steps
     seen = time_first[:context], actions[:context]
     state = core.unroll(observe, state, context, seen, remat_steps=chunk).state

@@ -304,9 +304,9 @@ class EgocentricMap(nn.Module):
         return jnp.asarray(actions).at[:, 0].set(REST)
 
     def start(
-        self, frame: Float[Array, "batch height width channel"]
+        self, frame: Float[Array, "batch height width channel"], keys: Any = None
     ) -> EgocentricState:
-        """The state that knows nothing, for frames of that shape.
+        """The state that knows nothing, for frames of that shape; no keys are used.
 
         Raises:
             ValueError: frames of another size than the network's.

@@ -159,8 +159,10 @@ class TorusMap(nn.Module):
                 )
         return jnp.asarray(actions).at[:, 0].set(0)
 
-    def start(self, frame: Float[Array, "batch window window channel"]) -> TorusState:
-        """The state that knows nothing, for frames of that shape and dtype.
+    def start(
+        self, frame: Float[Array, "batch window window channel"], keys: Any = None
+    ) -> TorusState:
+        """The state that knows nothing, for frames of that shape and dtype; no keys.
 
         Raises:
             ValueError: frames of another size than the window.

@@ -35,8 +35,17 @@ def _modulate(x: Array, shift: Array, scale: Array, recipe: Recipe) -> Array:
     return y.astype(recipe.dtype)
 
 
-class _Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the condition."""
+def _by_token(modulation: Array) -> Array:
+    """[batch, 1, width] of one for all tokens; of one for each as it is."""
+    return modulation if modulation.ndim == 3 else modulation[:, None]
+
+
+class AdaptiveBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition.
+
+    ``c['modulation']`` is [batch, width], or [batch, position, width] where every token
+    has a condition of its own.
+    """
 
     heads: int
     mlp_width: int
@@ -45,11 +54,12 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, c: Mapping[str, Array]) -> Array:
+        """Maps [batch, position, width] to the same."""
         hidden = h.shape[-1]
         modulation = Dense(
             6 * hidden, self.recipe, kernel_init=_ZEROS, name="modulation"
         )(nn.silu(c["modulation"]))
-        modulation = modulation.astype(jnp.float32)[:, None, :]
+        modulation = _by_token(modulation.astype(jnp.float32))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(
             modulation, 6, -1
         )
@@ -76,15 +86,18 @@ class _Block(nn.Module):
         return h + (mlp_gate * x).astype(h.dtype)
 
 
-class _Output(nn.Module):
+class AdaptiveOutput(nn.Module):
+    """Layer norm modulated by the condition, and the last projection."""
+
     recipe: Recipe
 
     @nn.compact
     def __call__(self, h: Array, modulation: Array, features: int) -> Array:
+        """Maps [batch, position, width] to [batch, position, features]."""
         y = Dense(2 * h.shape[-1], self.recipe, kernel_init=_ZEROS, name="modulation")(
             nn.silu(modulation)
         )
-        shift, scale = jnp.split(y.astype(jnp.float32)[:, None, :], 2, -1)
+        shift, scale = jnp.split(_by_token(y.astype(jnp.float32)), 2, -1)
         h = _modulate(h, shift, scale, self.recipe)
         return Dense(features, self.recipe, kernel_init=_ZEROS, name="projection")(h)
 
@@ -176,13 +189,13 @@ class DiT(StackedNetwork):
                 jnp.float32,
             )
         self.stack = self.param("blocks", self._init_stack)
-        self.final = _Output(self.recipe)
+        self.final = AdaptiveOutput(self.recipe)
 
     def _mlp_width(self) -> int:
         return int(self.hidden * self.mlp_ratio)
 
     def _blocks(self) -> Stacked:
-        block = _Block(
+        block = AdaptiveBlock(
             self.heads,
             self._mlp_width(),
             self.recipe,
