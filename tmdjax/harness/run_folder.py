@@ -97,8 +97,7 @@ def check_workdir(workdir: pathlib.Path, fresh: bool = False) -> None:
     if foreign:
         raise ConfigError(
             f"{workdir} holds {', '.join(foreign[:5])} but no {CONFIG} of a run, which "
-            f"lists what it wrote; give another --workdir, or remove the folder "
-            f"yourself."
+            f"lists what it wrote; give another --workdir, or move these away."
         )
 
 
