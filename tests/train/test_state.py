@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,20 @@ def test_numbers_of_an_optimiser_out_of_range(wrong, refused):
         refused(rf"{name}=.* is outside \[0, 1\)", config, **{name: value})
     refused("weight_decay=.* is outside", config, weight_decay=wrong or -1e-9)
     config(b1=0.0, clip_norm=None)
+    # as float32 holds them: no step at all, or NaN
+    for change in (
+        {"learning_rate": 1e-50},
+        {"learning_rate": 1e39},
+        {"clip_norm": 1e-50},
+        {"eps": 1e-50},
+        {"b1": 1 - 1e-9},
+        {"b2": 1 - 1e-9},
+        {"weight_decay": 1e39},
+    ):
+        ((name, value),) = change.items()
+        words = re.escape(f"optimizer.{name}={value!r} in float32=")
+        refused(words, config, **change)
+    refused("total_steps=10.5 is of type", config, total_steps=10.5, error=TypeError)
 
 
 def test_nan_in_a_batch_is_skipped_counted_and_reported():

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import optax
 
 from tmdjax.core import trees
@@ -32,7 +33,8 @@ class OptimizerConfig:
 
     Raises:
         TypeError: a number of steps that is no integer.
-        ValueError: a number out of its range (or not finite), an unknown name, decay
+        ValueError: a number out of its range (or not finite), also as float32 holds it
+            (a b2 of 1 - 1e-9 is 1 there, an eps of 1e-50 is 0); an unknown name, decay
             without 'adamw', or a schedule without an end.
     """
 
@@ -50,15 +52,22 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "eps", "clip_norm"):
+        positive, decay = {"open_low": True}, {"high": 1}
+        spans: dict[str, dict[str, Any]] = {
+            **{"learning_rate": positive, "eps": positive, "clip_norm": positive},
+            **{"weight_decay": {}, "b1": decay, "b2": decay},
+        }
+        for name, span in spans.items():
             value = getattr(self, name)
-            if name != "clip_norm" or value is not None:
-                span = {"open_low": True, "open_high": True}
-                check_range(f"optimizer.{name}", value, 0, **span)
-        check_range("optimizer.weight_decay", self.weight_decay, 0, open_high=True)
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            check_range(f"optimizer.{name}", value, 0, 1, open_high=True)
+            if name == "clip_norm" and value is None:
+                continue
+            check_range(f"optimizer.{name}", value, 0, open_high=True, **span)
+            with np.errstate(over="ignore"):
+                narrow = float(np.float32(value))  # as updates compute with it
+            shown = f"optimizer.{name}={value!r} in float32"
+            check_range(shown, narrow, 0, open_high=True, **span)
+        if self.total_steps is not None:
+            check_count("optimizer.total_steps", self.total_steps, 0)
         check_count("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.weight_decay and self.name != "adamw":
             raise ValueError(
