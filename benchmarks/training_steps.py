@@ -9,6 +9,7 @@ the first step (none should be), and for RL the first ratio error, which says wh
 rollout's log-probs are those of the update.
 """
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -60,6 +61,15 @@ CASES = {
     "policyflow": Case(
         "policyflow", "train", ("train.iterations=3", "train.iterations_per_call=1")
     ),
+    "reinflow": Case(
+        "maze_reinflow4",
+        "train",
+        (
+            "demonstrations.episodes=16",
+            "cloning.steps=3",
+            "train.iterations_per_call=1",
+        ),
+    ),
     "grpo": Case("chain_sum", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "tmd": Case(
         "tmd",
@@ -79,6 +89,11 @@ class FewSteps(StageContext):
     def __init__(self, *arguments: Any, last: bool, loops: dict[str, dict], **options):
         super().__init__(*arguments, **options)
         self._last, self._loops = last, loops
+        self._rows: list[dict[str, float]] = []
+
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics of the steps that were made."""
+        return self._rows
 
     def fit(
         self, state: Any, step_fn: Any, data: Any, *, place: Any = None, **options: Any
@@ -105,6 +120,10 @@ class FewSteps(StageContext):
                 rows.append({k: float(v) for k, v in metrics.items() if not np.ndim(v)})
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
+        self._rows = [
+            {**row, "step": i + 1.0, "time/steps_per_second": 1 / took}
+            for i, (row, took) in enumerate(zip(rows, seconds))
+        ]
         self._loops[self.name] = {
             "first": seconds[0],
             "later": min(seconds[1:]),
@@ -145,10 +164,24 @@ def loops_of(system: str, tier: str, folder: pathlib.Path) -> dict[str, dict]:
         )
         (folder / name).mkdir(parents=True)
         try:
-            results[name] = stage.run(context)
+            found = stage.run(context)
+            results[name] = dataclasses.replace(found, outputs=_stored(found.outputs))
         except _Seen:
             pass
     return loops
+
+
+def _stored(outputs: Any) -> Any:
+    """Outputs as a stage finds those of another that were stored: dicts, no classes."""
+
+    def of(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf):
+            return leaf
+        return {
+            f.name: _stored(getattr(leaf, f.name)) for f in dataclasses.fields(leaf)
+        }
+
+    return jax.tree.map(of, outputs, is_leaf=dataclasses.is_dataclass)
 
 
 def rows_of(system: str, loops: dict[str, dict]) -> list[Row]:
