@@ -127,6 +127,7 @@ def tiny(folder, *changes):
     return config
 
 
+@pytest.mark.slow  # .ci/run makes clones and judges them in the smoke of one seed
 def test_clones_of_all_seeds_do_what_was_demonstrated(tmp_path, ran, folder):
     config = tiny(folder)
     found = ran(reinflow, config, seeds=(3, 5))

@@ -141,6 +141,11 @@ def test_7_reductions():
     assert_allclose(whole - joint, start, atol=1e-4)
 
 
+@jax.jit
+def last_density(states, a, b, std, rows):
+    return flows.rescore_chain(states, linear(a, b, std), rows).log_density
+
+
 def test_8_a_linear_field_has_the_moments_of_its_recursion():
     a, b, std = 0.7, -0.2, 0.25
     chain, *_ = walked(a, b, std)
@@ -158,20 +163,24 @@ def test_8_a_linear_field_has_the_moments_of_its_recursion():
         density = scipy.stats.norm(x - (a * x + b) / STEPS, std).pdf(y)[:, 0]
         states = np.stack([chain.states[-2], np.full_like(chain.states[-2], y)])
         rows = {name: c[-1:] for name, c in ROWS.items()}
-        found = flows.rescore_chain(jnp.asarray(states), linear(a, b, std), rows)
-        ours = np.exp(np.asarray(found.log_density)[0, :, 0])
+        found = last_density(states, a, b, std, rows)
+        ours = np.exp(np.asarray(found)[0, :, 0])
         assert_allclose(ours, density, rtol=1e-3, atol=1e-6)
         expected = scipy.stats.norm(mean, np.sqrt(variance)).pdf(y)
         assert abs(ours.mean() - expected) < 4 * ours.std() / np.sqrt(COUNT)
 
 
 def test_noise_belongs_to_a_sample_and_a_step():
-    x, few = jnp.zeros((3, DIM)), KEYS[:3]
-    whole = flows.noisy_chain(few, linear(0.5, 0.1, 0.3), x, ROWS).states
-    last = {name: c[1:] for name, c in ROWS.items()}
-    rest = flows.noisy_chain(few, linear(0.5, 0.1, 0.3), whole[1], last).states
+    @jax.jit
+    def walks(few, x):
+        walk = functools.partial(flows.noisy_chain, transition=linear(0.5, 0.1, 0.3))
+        whole = walk(few, x=x, rows=ROWS).states
+        last = {name: c[1:] for name, c in ROWS.items()}
+        rest = walk(few, x=whole[1], rows=last).states
+        return whole, rest, walk(few[1:], x=x[1:], rows=ROWS).states
+
+    whole, rest, own = walks(KEYS[:3], jnp.zeros((3, DIM)))
     assert_allclose(rest, whole[1:], atol=1e-6)
-    own = flows.noisy_chain(few[1:], linear(0.5, 0.1, 0.3), x[1:], ROWS).states
     assert_allclose(own, whole[:, 1:], atol=1e-6)
 
 
@@ -181,11 +190,16 @@ def test_deviations_of_any_shape_and_conditions_go_with_their_sample():
         lambda x, t, cond: cond["shift"] * t[:, None] + 0 * x,
         lambda t, cond: cond["std"] * (1 + t),
     )
-    chain = flows.noisy_chain(KEYS[:2], transition, jnp.zeros((2, DIM)), ROWS, cond)
+
+    @jax.jit
+    def both(keys, x):
+        chain = flows.noisy_chain(keys, transition, x, ROWS, cond)
+        return chain, flows.rescore_chain(chain.states, transition, ROWS, cond)
+
+    chain, again = jax.device_get(both(KEYS[:2], jnp.zeros((2, DIM))))
     t = 1 - np.arange(STEPS) / STEPS
     expected = np.float32([0.1, 0.2]) * (1 + t[:, None])
     assert_allclose(chain.std, np.repeat(expected[..., None], DIM, 2), rtol=1e-5)
-    again = flows.rescore_chain(chain.states, transition, ROWS, cond)
     assert_allclose(again.log_density, chain.log_density, atol=1e-5)
     mean = chain.states[:-1] - (np.float32([1, 2]) * t[:, None])[..., None] / STEPS
     law = scipy.stats.norm(mean, expected[..., None])
