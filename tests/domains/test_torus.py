@@ -67,6 +67,12 @@ def test_18_a_key_is_a_video_whatever_its_batch():
         np.testing.assert_array_equal(again[name][::-1], array)
 
 
+def test_images_may_be_constants_of_a_program():
+    images, labels = map(jax.numpy.asarray, images_of("test"))
+    made = jax.eval_shape(lambda k: torus_videos(k, images, labels, world=WORLD), KEYS)
+    assert made["frames"].shape == (64, 12, 8, 8, 1)
+
+
 def test_18_every_context_shows_the_whole_world():
     sample = sampled()
     assert sample["covered"].all()

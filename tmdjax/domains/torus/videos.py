@@ -194,16 +194,19 @@ def _check_images(images: Any, labels: Any, world: TorusWorld, classes: int) -> 
             f"digits={world.digits} cannot have distinct labels of classes={classes}; "
             f"ask for fewer, or distinct=False."
         )
+    # in numpy: jax would trace what is done to constants of a program
     if not isinstance(labels, jax.core.Tracer):
+        labels = np.asarray(labels)
         counts = np.bincount(np.clip(labels, 0, classes), minlength=classes + 1)
-        if np.min(labels) < 0 or counts[classes] or not counts[:classes].all():
+        if labels.min() < 0 or counts[classes] or not counts[:classes].all():
             raise ValueError(
-                f"labels lie in {np.min(labels)} .. {np.max(labels)} and have "
+                f"labels lie in {labels.min()} .. {labels.max()} and have "
                 f"{np.unique(labels).size} values; each of 0 .. {classes - 1} must be "
                 f"there, and nothing else (classes={classes})."
             )
     if not isinstance(images, jax.core.Tracer):
-        low, high = np.min(images), np.max(images)
+        values = np.asarray(images)
+        low, high = values.min(), values.max()
         if not (low >= 0 and high <= 1):
             raise ValueError(
                 f"images lie in [{low}, {high}]; give values in [0, 1], "
