@@ -309,6 +309,7 @@ def test_adapters_are_known_by_a_list_of_what_is_understood(refused, tmp_path):
     refused("has 2 numbers", load, tensors | {f"{name}.alpha": np.ones(2, np.float32)})
     refused(f"{name}.alpha=-1", load, tensors | {f"{name}.alpha": np.float32(-1)})
     refused(r"alpha=nan", load, tensors | {f"{name}.alpha": np.float32(np.nan)})
+    assert load(tensors | {f"{name}.alpha": np.int64(16)})[1] == 16  # torch.tensor(16)
     refused("expected floating", load, tensors | {both[0]: np.ones((2, 48), int)})
     refused("beside settings", load, tensors, {"r": 2, "lora_alpha": 2})
     refused("it has none", load, {})

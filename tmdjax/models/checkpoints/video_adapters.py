@@ -219,7 +219,11 @@ def _by_place(
             problems.append(f"{name} {list(np.shape(tensor))} is not understood")
         elif _PARTS[suffix] in found.setdefault(place, {}):
             problems.append(f"{name} is the second of its kind for one module")
-        elif not jnp.issubdtype(np.asarray(tensor).dtype, jnp.floating):
+        elif not jnp.issubdtype(
+            np.asarray(tensor).dtype,
+            # torch.tensor(16), as kohya's tools keep an alpha, is an integer
+            jnp.number if _PARTS[suffix] == "alpha" else jnp.floating,
+        ):
             problems.append(f"{name} is {tensor.dtype}, expected floating numbers")
         else:
             found[place][_PARTS[suffix]] = np.asarray(tensor, np.float32)
