@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tmdjax import generation, models
 from tmdjax.core import checks, conventions, files, prng, registry, trees
 
 
@@ -117,6 +118,20 @@ def test_bad_values_are_named(refused):
     for value in (2.0, "2", True, None):
         of_type(r"depth=.*give an integer", checks.check_count, "depth", value)
     refused(r"depth=0 must be at least 1", checks.check_count, "depth", 0)
+
+
+def test_long_values_are_shown_in_brief():
+    assert checks.brief([1, "a"]) == "[1, 'a']"
+    shown = checks.brief(tuple(range(10**5)))
+    assert shown.startswith("(0, 1, 2") and "99998, 99999) (688890 char" in shown
+    for call, value in (
+        (lambda x: checks.check_choice("a", x, ("b", "c")), "x" * 10**5),
+        (lambda x: models.DecoderConfig.from_hf({"model_type": "llama", "k": x}), [7]),
+        (generation.CharTokenizer("ab").encode, "abc"),
+    ):
+        with pytest.raises(ValueError) as error:
+            call(value * 10**5 if len(value) < 9 else value)
+        assert len(str(error.value)) < 1000
 
 
 def test_keys_that_are_none_are_refused(refused):

@@ -28,13 +28,22 @@ def first_few(items: Iterable[str], limit: int = 8, separator: str = "; ") -> st
     return separator.join([*items[:limit], *more])
 
 
+def brief(value: Any, most: int = 200) -> str:
+    """A value as Python writes it, cut in the middle where that is long."""
+    text = repr(value)
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... {text[-half:]} ({len(text)} characters)"
+
+
 def check_choice(name: str, value: str, options: Iterable[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``options``."""
     options = tuple(options)
     if value not in options:
         known = ", ".join(repr(o) for o in options)
         raise ValueError(
-            f"{name}={value!r} is not one of {known}.{suggestion(value, options)}"
+            f"{name}={brief(value)} is not one of {known}.{suggestion(value, options)}"
         )
 
 
@@ -47,8 +56,8 @@ def check_name(name: str, value: Any) -> str:
     """
     if not isinstance(value, str) or not re.fullmatch(r"(?!\.)[\w.=+-]+", value):
         raise ValueError(
-            f"{name}={value!r} names a file; use letters, digits and _.=+- alone, not "
-            f"a dot first."
+            f"{name}={brief(value)} names a file; use letters, digits and _.=+- alone, "
+            f"not a dot first."
         )
     return value
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
+from tmdjax.core.checks import brief
 from tmdjax.core.registry import suggestion
 
 
@@ -115,8 +116,8 @@ class CharTokenizer:
             if found is None:
                 known = "".join(token for token in self._tokens if len(token) == 1)
                 raise ValueError(
-                    f"character {text[position]!r} at {position} of {text!r} is not in "
-                    f"the alphabet {known!r}."
+                    f"character {text[position]!r} at {position} of {brief(text)} is "
+                    f"not in the alphabet {brief(known)}."
                 )
             ids.append(self._ids[found.group()])
             position = found.end()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tmdjax import rl
+from tmdjax.core.checks import brief
 from tmdjax.generation import Engine
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.scoring import Scoring
@@ -187,8 +188,9 @@ def _answered(
         for record in (known[number] for number in numbers if number in known):
             if record.prompt != tuple(prompt.tokens):
                 raise ValueError(
-                    f"pending response {record.number} answers {record.prompt}, but "
-                    f"the draw now gives {tuple(prompt.tokens)}; a draw gives the same "
+                    f"pending response {record.number} answers "
+                    f"{brief(record.prompt)}, but the draw now gives "
+                    f"{brief(tuple(prompt.tokens))}; a draw gives the same "
                     f"prompts whenever it is asked again."
                 )
             if not record.finished:

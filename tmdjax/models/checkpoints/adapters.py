@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_range, first_few
+from tmdjax.core.checks import brief, check_range, first_few
 from tmdjax.core.files import write_together
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
@@ -156,9 +156,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             allowed = (None,) if allowed is _OFF else allowed
             plain = " or ".join(f"{key}={value!r}" for value in allowed)
             raise ValueError(
-                f"{key}={value!r} is not supported; adapters here have {plain}. Merge "
-                f"it into its base with PEFT (merge_and_unload) and load that, or "
-                f"delete the key from {ADAPTER_CONFIG} if it changes nothing."
+                f"{key}={brief(value)} is not supported; adapters here have {plain}. "
+                f"Merge it into its base with PEFT (merge_and_unload) and load that, "
+                f"or delete the key from {ADAPTER_CONFIG} if it changes nothing."
             )
     for key, (one, words) in _KINDS.items():
         value = settings.get(key)
@@ -168,7 +168,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             if all(isinstance(each, one) for each in value):
                 continue
         if value:
-            raise ValueError(f"{key}={value!r} is not understood; it is {words}.")
+            raise ValueError(f"{key}={brief(value)} is not understood; it is {words}.")
     numbers = {"r": _first(settings, "r", 8)}
     numbers["lora_alpha"] = _first(settings, "lora_alpha", 8)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -178,7 +178,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         numbers |= {f"{key}[{name!r}]": value for name, value in patterns.items()}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{key}={value!r} is no number.")
+            raise ValueError(f"{key}={brief(value)} is no number.")
         least = 1 if key.startswith("r") else 0
         check_range(key, value, least, math.inf, open_high=True)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_count, check_fields
+from tmdjax.core.checks import brief, check_count, check_fields
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
 from tmdjax.models.checkpoints.decoder import params_from_hf
@@ -255,9 +255,9 @@ def _check_keys(reader: Any, kind: str, path: str | os.PathLike[str]) -> None:
         allowed = (plain[key],) if key in plain else (0, None, "", [])
         if value is not None and value not in allowed:
             raise ValueError(
-                f"{os.fspath(path)} has {key}={value!r}, which is not supported; the "
-                f"decoder is built for {key}={allowed[0]!r}. Take another file of the "
-                f"same model."
+                f"{os.fspath(path)} has {key}={brief(value)}, which is not supported; "
+                f"the decoder is built for {key}={allowed[0]!r}. Take another file of "
+                f"the same model."
             )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_count
+from tmdjax.core.checks import brief, check_choice, check_count
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.build import init_params
@@ -130,7 +130,7 @@ def _module_and_channels(
 def _check_plain(key: str, value: Any, allowed: Any) -> None:
     if value != allowed:
         raise ValueError(
-            f"config.json has {key}={value!r}, a part this network lacks; it "
+            f"config.json has {key}={brief(value)}, a part this network lacks; it "
             f"takes {key}={allowed!r} alone (text to video, queries and "
             f"keys normed over all heads)."
         )

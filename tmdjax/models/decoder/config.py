@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
+from tmdjax.core.checks import (
+    brief,
+    check_choice,
+    check_count,
+    check_fields,
+    check_range,
+)
 from tmdjax.models.decoder.rope import RopeScaling, rope_from_hf
 from tmdjax.models.layers import check_attributes
 from tmdjax.quant import Recipe, as_recipe
@@ -344,7 +350,7 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
     """A switch, off where it is absent; the string 'false' is none."""
     value = config.get(key)
     if not isinstance(value, bool | None):
-        raise ValueError(f"{key}={value!r} is no switch; write true or false.")
+        raise ValueError(f"{key}={brief(value)} is no switch; write true or false.")
     return bool(value)
 
 
@@ -372,7 +378,7 @@ def _check_neutral(config: Mapping[str, Any]) -> None:
                     f"with transformers, dequantize() and save_pretrained."
                 )
             raise ValueError(
-                f"{key}={given!r} is not supported; the decoder is built for "
+                f"{key}={brief(given)} is not supported; the decoder is built for "
                 f"{key}={values[0]!r}. Take a checkpoint without it, or delete the key "
                 f"from config.json if it does not change the network."
             )
