@@ -42,9 +42,9 @@ class RolloutConfig:
             prediction, drawn for each sample and step.
         feedback_clip: (low, high) that predictions are clipped to before they are fed
             back, with the gradient passed straight through; None feeds them back as
-            they are, as the published models do. The loop from map to frame to map has
-            no gate: a model trained too little grows without bound in long rollouts
-            where nothing is clipped.
+            they are, as the published models do. Neither the loop from map to frame to
+            map nor the map itself has a gate: a model trained too little grows without
+            bound in long rollouts, by its map even where frames are clipped.
         detach_feedback: whether no gradient passes through fed-back frames.
         remat_steps: steps that the backward pass computes again at a time; None keeps
             all that they computed.
