@@ -60,19 +60,24 @@ class Supervised:
         return Update(self.step(), (jax.eval_shape(self.begin, key), batch, key), 0)
 
     def fit(
-        self, context: StageContext, arrays: Mapping[str, Any], settings: Any
+        self,
+        context: StageContext,
+        arrays: Mapping[str, Any] | data.Batches,
+        settings: Any,
     ) -> train.TrainState:
         """Trains in a stage, from its key, in batches drawn in the order of its seed.
 
         Args:
             context: of the stage.
-            arrays: {name: [n, ...]}, the data.
+            arrays: {name: [n, ...]}, the data; or batches of the size in settings.
             settings: 'steps', 'batch_size' and, unless 50 will do, 'log_every'.
 
         Returns:
             The final state.
         """
-        size = settings["batch_size"]
+        size, batches = settings["batch_size"], arrays
+        if not isinstance(batches, data.Batches):
+            batches = data.in_memory(batches, size, seed=context.seed)
         state = self.begin(context.key)
         step, state, place = train.jit_train_step(self.step(), state, train.make_mesh())
 
@@ -83,7 +88,7 @@ class Supervised:
         return context.fit(
             state,
             step,
-            data.in_memory(arrays, size, seed=context.seed),
+            batches,
             num_steps=settings["steps"],
             place=place,
             log_every=settings.get("log_every", 50),

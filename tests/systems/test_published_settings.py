@@ -233,4 +233,4 @@ def test_pde_refiner():
     """configs/kuramotosivashinsky1d.yaml of PDEArena; its 'std' is a variance."""
     published = dict(refinements=3, min_variance=4e-7, difference_weight=0.3)
     published |= dict(history=1, initial_input="noise", variant="reference")
-    holds(published, pde_refiner.preset("kuramoto_sivashinsky"))
+    holds(published, pde_refiner.preset("pde_refiner"))

@@ -49,7 +49,7 @@ VARIANTS = ("reference", "paper")
 INITIAL_INPUTS = ("noise", "zeros")
 SCHEDULES = ("exponential", "cosine")
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    "kuramoto_sivashinsky": {
+    "pde_refiner": {
         "refinements": 3,
         "min_variance": 4e-7,
         "difference_weight": 0.3,
@@ -259,12 +259,12 @@ class PDERefiner:
         return next_state(history, x, self.difference_weight)
 
 
-def preset(name: str = "kuramoto_sivashinsky", **changes: Any) -> PDERefiner:
+def preset(name: str = "pde_refiner", **changes: Any) -> PDERefiner:
     """Published settings, with changes.
 
     Args:
-        name: 'kuramoto_sivashinsky', of the code's configuration of that name. Its
-            Kolmogorov flow is not published.
+        name: 'pde_refiner', the code's configuration of Kuramoto-Sivashinsky, the only
+            one that is published.
         **changes: fields of :class:`PDERefiner`.
 
     Raises:
