@@ -36,6 +36,7 @@ RANGES = {
     "model.layers": "[1, 200]",
     "evaluate.wavenumber": "(0, 1000]",
     "evaluate.members": "[2, 1000]",
+    "evaluate.threshold": "(-1, 1)",
 }
 
 REFINER = {"name": "pde_refiner", "min_variance": 1e-4}

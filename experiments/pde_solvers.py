@@ -76,6 +76,12 @@ def check_data(config: Config) -> None:
         ends = {name: np.array(given[name]) for name in ("dt", "viscosity")}
         ends["dx"] = np.array(given.length) / given.points
         condition(config, ends)
+    highest = np.pi * given.points / np.mean(given.length)
+    if config.evaluate.wavenumber > highest:
+        raise ValueError(
+            f"evaluate.wavenumber={config.evaluate.wavenumber} is beyond {highest:.3g}, "
+            f"the highest of data.points={given.points} in data.length={given.length}."
+        )
     span = given.stride * (method.window - 1) + 1
     starts = given.frames - span + 1
     longest = (given.test_frames - 1) // given.stride - method.history + 1
