@@ -79,8 +79,9 @@ def check_data(config: Config) -> None:
     highest = np.pi * given.points / np.mean(given.length)
     if config.evaluate.wavenumber > highest:
         raise ValueError(
-            f"evaluate.wavenumber={config.evaluate.wavenumber} is beyond {highest:.3g}, "
-            f"the highest of data.points={given.points} in data.length={given.length}."
+            f"evaluate.wavenumber={config.evaluate.wavenumber} is beyond "
+            f"{highest:.3g}, the highest of data.points={given.points} in data.length="
+            f"{given.length}."
         )
     span = given.stride * (method.window - 1) + 1
     starts = given.frames - span + 1
