@@ -434,3 +434,16 @@ def test_bounds_given_to_a_run_are_checked_together(refused):
     assert "std_lower" in start(std_lower=0.3, std_upper=0.5).coefficients
     refused("std_lower=0.2, std_upper=0.15", start, std_lower=0.2, std_upper=0.15)
     refused("std_lower=0.3, std_upper=0.24", start, std_lower=0.3)
+
+
+def test_the_trainer_freezes_the_pretrained_copy():
+    """What a rule does to it: tests/train/test_on_policy.py."""
+    vector = envs.Vector(envs.PROBES["follow"], 4)
+    settings = on_policy.ControlSettings(critic_hidden=(8,))
+    for w2, found in ((0.1, True), (0.0, False)):
+        trainer = on_policy.make_trainer(vector, method_of(w2_coefficient=w2), settings)
+        state = jax.eval_shape(trainer.init, jax.random.key(0))
+        policy = state.learner.params["policy"]
+        assert ("pretrained" in policy) == found
+        rules = str(jax.tree.structure(state.learner.opt_state))
+        assert ("'frozen'" in rules) == found
