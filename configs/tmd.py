@@ -20,7 +20,7 @@ from ml_collections.config_dict import placeholder
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "26 s of CPU once compiled, 138 s before, nearly all compiling",
+    "smoke": "20 s once compiled; before that 63 s on 2 cores, 89 s of CPU",
     "cpu": "40 minutes on 2 cores, 5 seeds in two shards",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",

@@ -10,6 +10,7 @@ import pytest
 from checks import lowered
 
 from tmdjax import flows, models, train
+from tmdjax.core import trees
 from tmdjax.flows import flow_maps
 from tmdjax.systems import meanflow, tmd
 
@@ -64,7 +65,7 @@ def test_blocks_of_a_float32_head_stay_in_float32():
     backbone, head = map(models.functional, modules)
 
     def answer(x):
-        features = tmd._in_float32(backbone(params, x, t, TEXT, method="backbone"))
+        features = trees.in_float32(backbone(params, x, t, TEXT, method="backbone"))
         features = jax.lax.optimization_barrier(features)
         return head(params, x, t, t, features, method="head")
 
