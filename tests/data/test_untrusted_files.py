@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tmdjax.data import convert, load, tfds_sets
+from tmdjax.data import convert, load, pde, tfds_sets
 from tmdjax.data.image_folders import files_below
 from tmdjax.generation import load_tokenizer
 from tmdjax.models import load_decoder
@@ -100,7 +100,10 @@ def test_few_bytes_do_not_ask_for_many(tmp_path, refused):
     refused("shorten text 100000", tfds_sets.encode_texts, texts)
     np.savez(tmp_path / "video.npz", a=np.zeros(2))
     (tmp_path / "video.npz").rename(tmp_path / "video.npy")
-    refused("it holds several arrays", load, "video_files", folder=tmp_path)
+    words = "it holds several arrays"
+    refused(words, load, "video_files", folder=tmp_path)
+    refused(words, convert.array_columns, [tmp_path / "video.npy"])
+    refused(words, pde.read_apebench, tmp_path / "video.npy")
 
 
 def test_a_header_takes_no_longer_than_it_is_long(tmp_path, refused):

@@ -227,6 +227,25 @@ def json_of(path: str | os.PathLike[str], most: int = 10**9) -> Any:
         ) from None
 
 
+def array_of(path: str | os.PathLike[str]) -> np.ndarray:
+    """The array of a .npy file, mapped: what is used of it is read.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :func:`check_plain`.
+        ValueError: it is damaged, or does not hold one array of plain values; says why,
+            and the caller what file that is.
+    """
+    check_plain(path)
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except EOFError as error:
+        raise ValueError(f"{error}") from error
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise ValueError("it holds several arrays")
+    return found
+
+
 def cached_array(
     path: str | os.PathLike[str], content: str, make: Callable[[], np.ndarray]
 ) -> np.ndarray:

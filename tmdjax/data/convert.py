@@ -36,7 +36,7 @@ from PIL import Image, ImageOps
 
 from tmdjax.core.checks import check_batch, check_count, check_range, first_few
 from tmdjax.core.failures import exit_with
-from tmdjax.core.files import check_plain, json_of, named_path
+from tmdjax.core.files import array_of, check_plain, json_of, named_path
 from tmdjax.core.optional import import_optional
 from tmdjax.data import tfds_sets
 from tmdjax.data.image_folders import (
@@ -227,9 +227,8 @@ def _load(path: Path) -> Any:
             return json_of(path)
         if path.suffix != ".npy":
             raise ValueError("its name ends in neither .npy nor .json")
-        check_plain(path)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        return array_of(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no array of numbers or JSON ({error}).") from error
 
 

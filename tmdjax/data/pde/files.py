@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.checks import check_choice, check_range
-from tmdjax.core.files import json_of
+from tmdjax.core.files import array_of, json_of
 from tmdjax.data import hdf5
 from tmdjax.data.pde.trajectories import Trajectories
 
@@ -106,10 +106,10 @@ def read_apebench(path: str | os.PathLike[str]) -> Trajectories:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
     try:
-        found = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+        found = array_of(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no .npy file of numbers ({error}).") from error
-    if not isinstance(found, np.ndarray) or found.dtype.kind != "f":
+    if found.dtype.kind != "f":
         raise ValueError(f"{path} holds no array of floats; give NAME_train.npy.")
     if not 4 <= found.ndim <= 6:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.checks import check_batch, check_finite, check_range
-from tmdjax.core.files import check_plain, json_of
+from tmdjax.core.files import array_of, json_of
 from tmdjax.core.trees import content_hash
 from tmdjax.data.dataset import Dataset, count_up_to
 from tmdjax.data.pipeline import Batch, Batches, BatchPlan
@@ -83,12 +83,8 @@ def files_of(
 
 def _open(path: Path) -> np.ndarray:
     try:
-        check_plain(path)
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it holds several arrays")
-        return array
-    except (ValueError, OSError, EOFError) as error:
+        return array_of(path)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or no array of numbers ({error}). Write it again with "
             f"np.save."
