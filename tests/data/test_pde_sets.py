@@ -70,6 +70,12 @@ def test_long_solver_steps_are_warned_of():
         pde.ks_trajectories(jax.random.key(0), 1, frames=4, substeps=1, **KS)
 
 
+def test_no_solver_step_is_refused(refused):
+    for made in (pde.ks_trajectories, pde.burgers_trajectories):
+        words = "substeps=0 must be at least 1"
+        refused(words, made, jax.random.key(0), 1, substeps=0, points=32)
+
+
 def test_what_is_stored_is_read(tmp_path, refused):
     made = some()
     path = pde.write_trajectories(tmp_path, made)

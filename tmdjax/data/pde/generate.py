@@ -72,6 +72,14 @@ def ks_trajectories(
         PDE-Refiner, arXiv 2308.05732, appendix; Lie point symmetry data augmentation,
         arXiv 2202.07643, for the initial conditions.
     """
+    longest = _interval("dt", dt)[1] / check_count("substeps", substeps)
+    if longest > 0.1:
+        told = "; ".join(f"{step:g}: {error}" for step, error in _ERRORS.items())
+        warnings.warn(
+            f"solver steps of {longest:.3g} (dt / substeps={substeps}) are long; "
+            f"largest errors at times 2, 10 and 30 by step, {told}. Use more.",
+            stacklevel=2,
+        )
     return _sine_trajectories(
         kuramoto_sivashinsky, key, count, points, frames, warm_up, length, dt,
         viscosity, substeps, chunk, start,
@@ -169,7 +177,7 @@ def kolmogorov_trajectories(
     fine = points if solver_points is None else solver_points
     check_range("speed", speed, 0, open_low=True)
 
-    def initial(keys: SampleKeys, drawn: dict[str, np.ndarray]) -> np.ndarray:
+    def initial(keys: SampleKeys) -> np.ndarray:
         with jax.enable_x64(True):
             return np.asarray(_random_vorticity(keys, points=fine)) * speed
 
@@ -186,7 +194,7 @@ def _sine_trajectories(
     equation: Callable[..., Equation], key, count, points, frames, warm_up, length, dt,
     viscosity, substeps, chunk, start,
 ) -> Trajectories:  # fmt: skip
-    def initial(keys: SampleKeys, drawn: dict[str, np.ndarray]) -> np.ndarray:
+    def initial(keys: SampleKeys) -> np.ndarray:
         with jax.enable_x64(True):
             return np.asarray(_random_sines(keys, points=points))
 
@@ -206,7 +214,7 @@ def _made(
 ) -> Trajectories:  # fmt: skip
     count, chunk = check_count("count", count), check_count("chunk", chunk)
     ends = {name: _interval(name, value) for name, value in intervals.items()}
-    length, longest = ends.get("length", (2 * np.pi,) * 2), ends["dt"][1] / substeps
+    length = ends.get("length", (2 * np.pi,) * 2)
     parts, columns, name = [], [], ""
     for first in range(0, count, chunk):
         size = min(chunk, count - first)
@@ -214,15 +222,8 @@ def _made(
         drawn = _drawn(keys, ends)
         made = equation(drawn)
         name = made.name
-        if name == "kuramoto_sivashinsky" and longest > 0.1 and not first:
-            told = "; ".join(f"{step:g}: {error}" for step, error in _ERRORS.items())
-            warnings.warn(
-                f"solver steps of {longest:.3g} (dt / substeps={substeps}) are long; "
-                f"largest errors at times 2, 10 and 30 by step, {told}. Use more.",
-                stacklevel=3,
-            )
         solved = solve(
-            made, initial(keys, drawn), drawn["dt"], frames, substeps=substeps,
+            made, initial(keys), drawn["dt"], frames, substeps=substeps,
             skip=warm_up, points=points,
         )  # fmt: skip
         parts.append(np.moveaxis(solved, 0, 1)[..., None].astype(np.float32))
