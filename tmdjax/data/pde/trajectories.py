@@ -54,9 +54,8 @@ class Trajectories:
                 f"*space, channel], at least one of each."
             )
         count = len(self.states)
-        columns = {"dt": self.dt, "dx": self.dx, **self.parameters}
+        columns = self.columns()
         for name, array in columns.items():
-            array = np.asarray(array, np.float64)
             check_batch(name, array, count)
             if array.ndim != 1:
                 raise ValueError(
@@ -69,14 +68,8 @@ class Trajectories:
 
     def columns(self) -> dict[str, np.ndarray]:
         """dt, dx and the parameters by name, float64 [trajectory] each."""
-        return {
-            name: np.asarray(array, np.float64)
-            for name, array in {
-                "dt": self.dt,
-                "dx": self.dx,
-                **self.parameters,
-            }.items()
-        }
+        given = {"dt": self.dt, "dx": self.dx, **self.parameters}
+        return {name: np.asarray(array, np.float64) for name, array in given.items()}
 
     def rows(self, rows: Any) -> "Trajectories":
         """Some of the trajectories, a slice or indices."""
