@@ -75,9 +75,8 @@ def unroll_of(
     """
     step = rollout.step
     final = step.final_observation
-    if (
-        parts.settings.truncation == "legacy"
-    ):  # what the policy saw next, resets and all
+    if parts.settings.truncation == "legacy":
+        # what the policy saw next, resets and all
         now = rollout.vector.observation[None]
         final = jnp.concatenate([rollout.observation[1:], now])
     seen, final = (parts.prepare(statistics, x) for x in (rollout.observation, final))

@@ -133,16 +133,16 @@ def start(
     owners |= dict.fromkeys(("discount", "gae_lambda", "learning_rate"), settings)
     if settings.critic_learning_rate is not None:
         owners["critic_learning_rate"] = settings
-    known: dict[
-        int, dict[str, float]
-    ] = {}  # by owner, which checks its fields together
-    for name, value in changes.items():
+    for name in changes:
         check_choice("coefficient", name, owners)
-        if not isinstance(value, jax.core.Tracer):
-            known.setdefault(id(owners[name]), {})[name] = float(value)
-    for owner in (method, settings):
-        if id(owner) in known and dataclasses.is_dataclass(owner):
-            dataclasses.replace(owner, **known[id(owner)])
+    for owner in (method, settings):  # which checks its own fields, together
+        known = {
+            name: float(value)
+            for name, value in changes.items()
+            if owners[name] is owner and not isinstance(value, jax.core.Tracer)
+        }
+        if known and dataclasses.is_dataclass(owner):
+            dataclasses.replace(owner, **known)
     numbers = {
         name: jnp.asarray(changes.get(name, getattr(owner, name)), jnp.float32)
         for name, owner in owners.items()
