@@ -41,6 +41,7 @@ LEARNING = {
 AFRESH = {"gae": "per_minibatch", "advantages": "none", "value_clip": None}
 AFRESH["learning_rate"] = 0.1
 _QUIET = ("skipped_in_a_row", "first_ratio_error", "action_clip_fraction")
+_QUIET += ("invalid_steps", "broken_environments")
 GOOD = {"action_abs_max": np.ones(2), "action_abs_max_env": np.arange(2.0)}
 GOOD |= dict.fromkeys(_QUIET, np.zeros(2))
 PAIRS = [(name, probe) for name in ("ppo", "policyflow") for probe in envs.PROBES]

@@ -300,8 +300,9 @@ def check(metrics: Mapping[str, Any], settings: ControlSettings) -> None:
             f"gradient that was not finite, and were skipped; lower the learning rate, "
             f"or look at the rewards."
         )
-    broken, steps = host.get("broken_environments", 0.0), host.get("invalid_steps", 0.0)
-    if (found := np.where(np.asarray(steps) > 1, broken, 0.0).max()) > MAX_BROKEN:
+    several = host["invalid_steps"] > 1
+    found = np.where(several, host["broken_environments"], 0.0).max()
+    if found > MAX_BROKEN:
         raise NonFiniteError(
             f"{found:.1%} of the environments broke in one iteration: a step gave a "
             f"value that was not finite. Such steps are left out and their environment "
