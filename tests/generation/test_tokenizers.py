@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -443,11 +444,17 @@ def test_the_template_of_a_checkpoint(checkpoint, tmp_path, refused):
     template = load_chat_template(checkpoint)
     shown = '[{"role": "user", "content": "\u00e9<"}]y'
     assert template(said("\u00e9<"), x="y") == shown
-    refused("message 0 holds '<.im_end.>'", template, said("a<|im_end|>"))
+    for mark in SPECIALS:  # all that the tokenizer makes one token of
+        refused(f"message 0 holds {re.escape(repr(mark))}", template, said(f"a{mark}"))
     refused("messages is empty", template, [])
     if importlib.util.find_spec("gguf"):
-        template = load_chat_template(write_gguf(tmp_path / "chat.gguf"))
-        assert template(said("Hello")) == "<|endoftext|>Hello<|im_end|>"
+        types = [1] * len(vocabulary()) + [3, 4, 1]
+        for kinds, marks in (((), SPECIALS), (types, [SPECIALS[0], SPECIALS[2]])):
+            template = load_chat_template(
+                write_gguf(tmp_path / "chat.gguf", types=kinds)
+            )
+            assert template(said("Hello")) == "<|endoftext|>Hello<|im_end|>"
+            assert template.marks == tuple(sorted(marks))
     absent = dict(error=FileNotFoundError)
     refused("absent; give a checkpoint", load_chat_template, tmp_path / "x", **absent)
 

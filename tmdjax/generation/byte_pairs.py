@@ -35,7 +35,7 @@ _LONGEST_FILE = 100_000_000
 _CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
 """Patterns of classes of transformers whose files are vocab.json and merges.txt."""
 # Types in GGUF: of added tokens, and of rows of the embedding that name no token.
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
     *("<|end_of_text|>", "<|endoftext|>", "<EOT>"),
@@ -240,9 +240,9 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         gguf_value(reader, "tokenizer.ggml.merges", []),
         _ALIKE.get(pattern, pattern),
         [
-            _added_token(token, special=kind == _CONTROL)
+            _added_token(token, special=kind == CONTROL)
             for token, kind in zip(tokens, types)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (CONTROL, _USER_DEFINED)
         ],
     )
     pad, *ends = (

@@ -13,7 +13,7 @@ from typing import Any
 from tmdjax.core.checks import check_choice
 from tmdjax.core.files import text_of
 from tmdjax.core.optional import import_optional
-from tmdjax.generation.byte_pairs import token_name
+from tmdjax.generation.byte_pairs import CONTROL, token_name
 from tmdjax.generation.chat import check_messages
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 from tmdjax.models.checkpoints.layout import read_json
@@ -110,6 +110,7 @@ def load_chat_template(
             f"write the prompts of a base model yourself."
         )
     check_choice("the name of a chat template", name, found)
+    marks |= {*variables.values()}
     return ChatTemplate(found[name], variables, tuple(sorted(marks)))
 
 
@@ -139,9 +140,10 @@ def _of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     by_id = config.get("added_tokens_decoder", {})
     added = [*by_id.values()] if isinstance(by_id, dict) else [by_id]
     added += whole.get("added_tokens") or []
-    special = [t for t in added if not isinstance(t, Mapping) or t.get("special")]
+    # special where nothing is said, as the tokenizer has them
+    special = [t for t in added if not isinstance(t, Mapping) or t.get("special", True)]
     marks = {name for name in map(token_name, special) if name is not None}
-    return found, variables, marks | set(variables.values())
+    return found, variables, marks
 
 
 def _of_gguf(path: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
@@ -160,7 +162,7 @@ def _of_gguf(path: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
         index = gguf_value(reader, f"tokenizer.ggml.{name}_token_id")
         if index is not None:
             variables[f"{name}_token"] = tokens[int(index)]
-    return found, variables, {t for t, kind in zip(tokens, types) if kind == 3}
+    return found, variables, {t for t, kind in zip(tokens, types) if kind == CONTROL}
 
 
 @functools.lru_cache(maxsize=8)
