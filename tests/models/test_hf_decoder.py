@@ -543,5 +543,7 @@ def test_adapters_that_do_not_fit(adapter_folder, refused):
     refused(message, load, error=FileNotFoundError)
     save = functools.partial(models.save_adapters, adapter_folder)
     refused("there are no adapters to save", save, {}, 1.0)
+    for alpha in (-1.0, np.nan, np.inf):  # which could not be read again
+        refused("alpha=.* is outside", save, {}, alpha)
     foreign = {"mlp_in": {"kernel": {"a": np.ones((2, 1))}}}
     refused("'mlp_in' is no module of a decoder", save, foreign, 1.0)

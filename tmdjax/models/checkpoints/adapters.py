@@ -307,9 +307,10 @@ def save_adapters(
         base: name or folder of the checkpoint they belong to.
 
     Raises:
-        ValueError: no adapters, or adapters of another network.
+        ValueError: no adapters, adapters of another network, or an alpha out of range.
         OSError: a file cannot be written.
     """
+    check_range("alpha", alpha, 0, math.inf, open_high=True)
     folder = Path(folder)
     leaves = flatten(adapters)
     if not leaves:
