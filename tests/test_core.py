@@ -4,11 +4,13 @@ import stat
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from tmdjax import generation, models
 from tmdjax.core import checks, conventions, files, prng, registry, trees
+from tmdjax.flows import distribution_matching
 
 
 def test_sample_keys_do_not_depend_on_the_microbatch():
@@ -153,3 +155,18 @@ def test_keys_of_samples_are_one_program(count_compiles):
     ours, again = (np.asarray(jax.random.key_data(x)) for x in (keys, folded))
     rows = [ours[0], ours[22], again[0], again[22]]
     np.testing.assert_array_equal(rows, [jax.random.key_data(x) for x in expected])
+
+
+def test_shapes_are_checked_while_tests_run():
+    """Those of functions and methods; functions without shapes are left bare."""
+    two, three = jnp.zeros((2, 1)), jnp.zeros((3, 1))
+    dense = models.layers.Dense(4)
+    for call in (
+        lambda: distribution_matching.discriminator_loss(two, three),
+        lambda: distribution_matching.generator_loss(two[0]),
+        lambda: dense.init(jax.random.key(0), jnp.zeros((2, 3), int)),
+    ):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            call()
+    assert not hasattr(checks.check_name, "__wrapped__")
+    assert hasattr(distribution_matching.generator_loss, "__wrapped__")
