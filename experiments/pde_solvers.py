@@ -20,7 +20,6 @@ from tmdjax.core.checks import check_fields
 from tmdjax.data import pde
 from tmdjax.harness import StageContext, StageResult, Update
 from tmdjax.harness.config import to_plain
-from tmdjax.systems import pde_refiner
 from tmdjax.systems.pde_refiner import PDERefiner
 from tmdjax.train.neural_solvers import OneStep
 
@@ -60,7 +59,7 @@ def condition(config: Config, columns: Mapping[str, Any]) -> Any:
     """Conditions of a batch, or None."""
     names = condition_names(config)
     given = {name: columns[name] for name in names}
-    return pde_refiner.conditions(**given) if names else None
+    return pde.conditions(**given) if names else None
 
 
 def check_data(config: Config) -> None:

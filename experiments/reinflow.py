@@ -89,8 +89,6 @@ class Deployed:
             return self.method.mean_and_log_std(params, observation)[0]
         keys = prng.sample_keys(key, observation.shape[0])
         x_0 = scale * prng.normal(keys, (self.action_size,))
-        if hasattr(self.method, "ode"):
-            return self.method.ode(params, observation, x_0)
         return self.method.evaluate(params, observation, keys, x_0)
 
 

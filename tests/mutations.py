@@ -189,6 +189,8 @@ TESTS = {
     "systems/reflow": "systems/test_boss.py -k reflow",
     "train/fine_tuning": "train/test_supervised.py",
     "train/neural_solvers": "systems/test_pde_refiner.py",
+    "train/world_models": "systems/test_flow_equivariant.py",
+    "data/pde/conditions": "systems/test_pde_refiner.py",
     "train/optimizer": "train/test_state.py train/test_supervised.py",
     **dict.fromkeys(NOT_DRAWN),
 }

@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models, train
 from tmdjax.core import prng
-from tmdjax.systems import diffusion_forcing, flow_equivariant
+from tmdjax.systems import diffusion_forcing
+from tmdjax.train import world_models
 
 SIZE, BATCH, WINDOW = 4, 3, 3
 TINY = models.ForcingDiT(
@@ -162,13 +163,11 @@ def test_it_learns_and_is_rolled_out_as_a_world_model():
         state, metrics = update(state, batch, jax.random.key(1))
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-50:]) < 0.25 * losses[0]
-    config = flow_equivariant.RolloutConfig(context=4, feedback_clip=(0.0, 1.0))
-    found = flow_equivariant.rollout(
+    config = world_models.RolloutConfig(context=4, feedback_clip=(0.0, 1.0))
+    found = world_models.rollout(
         state.params, fn, batch["frames"][:, :4], batch["actions"], config, keys=KEYS
     )
-    error = flow_equivariant.frame_errors(
-        found.outputs["frame"], batch["frames"][:, 4:]
-    )
+    error = world_models.frame_errors(found.outputs["frame"], batch["frames"][:, 4:])
     assert not found.failed.any() and np.median(error) < 2 * np.mean(dot**2)
 
 

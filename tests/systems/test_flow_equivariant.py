@@ -15,11 +15,12 @@ from tmdjax.core import prng
 from tmdjax.domains.blocks.videos import BlockWorld, block_videos
 from tmdjax.domains.torus.videos import TorusWorld
 from tmdjax.systems import flow_equivariant as system
+from tmdjax.train import world_models
 
 MODULE = models.TorusMap(world=6, window=4, hidden=2, implementation="native")
 FN = models.functional(MODULE)
 CONTEXT, LENGTH, BATCH = 3, 3, 2
-CONFIG = system.RolloutConfig(context=CONTEXT)
+CONFIG = world_models.RolloutConfig(context=CONTEXT)
 KEYS = prng.sample_keys(jax.random.key(5), BATCH)
 
 
@@ -46,7 +47,9 @@ PARAMS = {
 
 @functools.partial(jax.jit, static_argnames=("config", "length"))
 def roll(params, frames, actions, config, length=None):
-    return system.rollout(params, FN, frames, actions, config, length=length, keys=KEYS)
+    return world_models.rollout(
+        params, FN, frames, actions, config, length=length, keys=KEYS
+    )
 
 
 def frames_of(batch, config=CONFIG):
@@ -61,10 +64,10 @@ def test_11_gradients_are_differences(x64):
     batch = {"frames": to64(SHORT["frames"]), "actions": SHORT["actions"]}
 
     def mean(params, detach=False):
-        config = system.RolloutConfig(
+        config = world_models.RolloutConfig(
             context=CONTEXT, detach_feedback=detach, remat_steps=None
         )
-        return system.loss(params, FN, batch, KEYS, config)[0].mean()
+        return world_models.loss(params, FN, batch, KEYS, config)[0].mean()
 
     @jax.jit
     def slopes(params, directions):
@@ -135,9 +138,9 @@ def test_half_of_the_frames_are_forced():
     config = dataclasses.replace(CONFIG, teacher_forcing=0.5)
     batch = {name: jnp.repeat(array[:1], 64, 0) for name, array in BATCH_OF.items()}
     keys = prng.sample_keys(jax.random.key(5), 64)
-    found = jax.jit(functools.partial(system.rollout, config=config), static_argnums=1)(
-        PARAMS, FN, **batch, keys=keys
-    )
+    found = jax.jit(
+        functools.partial(world_models.rollout, config=config), static_argnums=1
+    )(PARAMS, FN, **batch, keys=keys)
     second = np.asarray(found.outputs["frame"])[1]
     always = frames_of(BATCH_OF, dataclasses.replace(config, teacher_forcing=1.0))
     sides = [
@@ -154,7 +157,9 @@ def test_what_is_fed_back_is_clipped():
     given = params, batch["frames"], batch["actions"]
     free = roll(*given, config=CONFIG)
     assert free.failed.all() and (free.first_bad < 30).all()
-    errors = system.frame_errors(free.outputs["frame"], batch["frames"][:, CONTEXT:])
+    errors = world_models.frame_errors(
+        free.outputs["frame"], batch["frames"][:, CONTEXT:]
+    )
     table = metrics.horizon_errors(errors, [(0, 1), (0, 31)])
     assert table["failed"] == 1 and np.isnan(table["mean_1_1"])
     assert not any("31" in name for name in table)
@@ -164,15 +169,17 @@ def test_what_is_fed_back_is_clipped():
     clipped = dataclasses.replace(CONFIG, feedback_clip=(0.0, 1.0))
     kept = roll(quiet, *given[1:], config=clipped)
     assert not kept.failed.any()
-    errors = system.frame_errors(kept.outputs["frame"], batch["frames"][:, CONTEXT:])
-    table = metrics.horizon_errors(errors, system.HORIZONS)
+    errors = world_models.frame_errors(
+        kept.outputs["frame"], batch["frames"][:, CONTEXT:]
+    )
+    table = metrics.horizon_errors(errors, world_models.HORIZONS)
     assert table["failed"] == 0 and table["mean_1_20"] > 0
     assert table["growth"] == pytest.approx(1, abs=0.5)
 
 
 def test_the_gradient_passes_through_the_clip():
     """Clipped to almost one value, fed-back frames still have a gradient."""
-    narrow = system.RolloutConfig(
+    narrow = world_models.RolloutConfig(
         context=CONTEXT, feedback_clip=(0.0, 1e-9), remat_steps=None
     )
     detached = dataclasses.replace(narrow, detach_feedback=True)
@@ -181,7 +188,7 @@ def test_the_gradient_passes_through_the_clip():
     def slopes(params):
         def total(scale, config):
             scaled = {**params, "decoder_out": scale * params["decoder_out"]}
-            return system.loss(scaled, FN, SHORT, KEYS, config)[0].sum()
+            return world_models.loss(scaled, FN, SHORT, KEYS, config)[0].sum()
 
         return [
             jax.jvp(functools.partial(total, config=config), (1.0,), (1.0,))
@@ -197,7 +204,7 @@ def test_losses_count_what_is_predicted():
     @jax.jit
     def losses(params):
         given = params, FN, SHORT, KEYS, CONFIG
-        return system.loss(*given), system.loss(*given, horizon=1)[0]
+        return world_models.loss(*given), world_models.loss(*given, horizon=1)[0]
 
     (loss, found), short = losses(PARAMS)
     frames = np.swapaxes(frames_of(BATCH_OF)[:LENGTH], 0, 1)
@@ -209,7 +216,9 @@ def test_losses_count_what_is_predicted():
 
 
 def test_growing_horizons():
-    grown = [system.growing_horizon(p, (8, 20, 50)) for p in (0, 0.3, 0.4, 0.9, 1)]
+    grown = [
+        world_models.growing_horizon(p, (8, 20, 50)) for p in (0, 0.3, 0.4, 0.9, 1)
+    ]
     assert grown == [8, 8, 20, 50, 50]
 
 
@@ -219,15 +228,15 @@ def test_trivial_predictions():
     frames[0, 1, 3, 0] = 1  # the last one seen: row 3, column 0
     actions = np.array([[[9, 9], [9, 9], [-2, 1], [5, 2], [0, 1]]])
     frames, actions = jnp.asarray(frames), jnp.asarray(actions)
-    found = jax.jit(functools.partial(system.trivial_predictions, context=2, world=6))(
-        frames, actions
-    )
+    found = jax.jit(
+        functools.partial(world_models.trivial_predictions, context=2, world=6)
+    )(frames, actions)
     assert found["zero"].shape == (3, 1, 4, 4, 1) and not found["zero"].any()
     assert_allclose(found["mean"][1, 0], (frames[0, 0] + frames[0, 1]) / 2)
     places = [np.argwhere(np.asarray(frame[0, ..., 0])) for frame in found["shifted"]]
     # moved by (2, -1); then by (-3, -3), to row 0 and column 3; then out of view
     assert [p.tolist() for p in places] == [[[2, 2]], [[0, 3]], []]
-    still = system.trivial_predictions(frames, actions, 2)["shifted"]
+    still = world_models.trivial_predictions(frames, actions, 2)["shifted"]
     assert_array_equal(still, frames[None, :, 1].repeat(3, 0))
 
 
@@ -235,7 +244,7 @@ def squares_that_drift():
     """A training step on them, its first state, and the batch."""
     drifting = {"velocities": ((1, 0),), "kernel_size": 1}
     module = models.TorusMap(world=6, window=6, hidden=8, **drifting)
-    fn, config = models.functional(module), system.RolloutConfig(context=3)
+    fn, config = models.functional(module), world_models.RolloutConfig(context=3)
     optimizer = train.make_optimizer(train.OptimizerConfig(learning_rate=1e-2))
     frames = np.zeros((8, 5, 6, 6, 1), np.float32)
     for i in range(8):
@@ -249,7 +258,7 @@ def squares_that_drift():
     }
 
     def loss(params, batch, keys):
-        return system.loss(params, fn, batch, keys, config)
+        return world_models.loss(params, fn, batch, keys, config)
 
     update = jax.jit(train.make_train_step(loss, optimizer))
     inputs = frames[:, 0], np.zeros((8, 2), np.int32)
@@ -275,9 +284,9 @@ def test_it_learns():
     for _ in range(60):
         state, found = update(state, batch, jax.random.key(1))
         losses.append(float(found["loss"]))
-    trivial = system.trivial_predictions(*batch.values(), context=3)
+    trivial = world_models.trivial_predictions(*batch.values(), context=3)
     for frame in trivial.values():
-        rival = np.mean(system.frame_errors(frame, batch["frames"][:, 3:]))
+        rival = np.mean(world_models.frame_errors(frame, batch["frames"][:, 3:]))
         assert np.mean(losses[-5:]) < 0.8 * rival
 
 
@@ -293,7 +302,7 @@ def test_a_walk_is_learned_and_rolled_out():
     module = models.EgocentricMap(world=3, image_size=8, patch_size=4, **sizes)
     system.check_world(module, world)
     fn = models.functional(module)
-    config = system.RolloutConfig(context=6, teacher_forcing=0.125)
+    config = world_models.RolloutConfig(context=6, teacher_forcing=0.125)
     optimizer = train.make_optimizer(train.OptimizerConfig(learning_rate=3e-3))
     sample = jax.jit(functools.partial(block_videos, world=world))(
         prng.sample_keys(jax.random.key(0), 4)
@@ -301,7 +310,7 @@ def test_a_walk_is_learned_and_rolled_out():
     batch = {name: sample[name] for name in ("frames", "actions")}
 
     def loss(params, batch, keys):
-        return system.loss(params, fn, batch, keys, config)
+        return world_models.loss(params, fn, batch, keys, config)
 
     update = jax.jit(train.make_train_step(loss, optimizer))
     inputs = batch["frames"][:, 0], batch["actions"][:, 0]
@@ -311,9 +320,11 @@ def test_a_walk_is_learned_and_rolled_out():
         state, found = update(state, batch, jax.random.key(1))
         losses.append(float(found["loss"]))
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
-    free = system.RolloutConfig(context=6, feedback_clip=(0.0, 1.0))
+    free = world_models.RolloutConfig(context=6, feedback_clip=(0.0, 1.0))
     actions = jnp.tile(batch["actions"], (1, 10))
-    found = system.rollout(state.params, fn, batch["frames"], actions, free, length=80)
+    found = world_models.rollout(
+        state.params, fn, batch["frames"], actions, free, length=80
+    )
     assert not found.failed.any()
 
 
@@ -326,7 +337,10 @@ def test_published_settings():
     assert module.window_padding == "circular" and module.self_motion == "shift"
     assert (world.world, world.window, world.digits) == (50, 32, 5)
     assert (world.context, world.predicted, world.camera_step) == (50, 20, 10)
-    assert setup.config == system.RolloutConfig(context=50) and setup.batch_size == 32
+    assert (
+        setup.config == world_models.RolloutConfig(context=50)
+        and setup.batch_size == 32
+    )
     assert setup.config.feedback_clip is None and not setup.config.teacher_forcing
     assert setup.optimizer == train.OptimizerConfig(
         name="adam", learning_rate=1e-4, b1=0.9, b2=0.999, clip_norm=1.0
@@ -338,20 +352,20 @@ def test_published_settings():
     assert len(module.velocities) == 5 and module.mixing == "grouped"
     assert (world.room, world.blocks, world.view_degrees) == (16, 6, 60)
     assert (world.context, world.predicted, setup.batch_size) == (50, 90, 16)
-    assert setup.config == system.RolloutConfig(context=50, teacher_forcing=0.125)
+    assert setup.config == world_models.RolloutConfig(context=50, teacher_forcing=0.125)
     assert setup.optimizer == train.OptimizerConfig(
         name="adamw", learning_rate=1e-4, b2=0.99, weight_decay=1e-3, clip_norm=1.0
     )
 
 
 def test_bad_inputs(refused):
-    config = system.RolloutConfig
+    config = world_models.RolloutConfig
     refused("context=0 leaves no frame to feed back", config, context=0)
     refused("teacher_forcing=2 is outside", config, teacher_forcing=2)
     refused("feedback_clip, upper=0 is outside", config, feedback_clip=(1, 0))
     refused("state_bound=0 is outside", config, state_bound=0)
     frames, actions = SHORT["frames"], SHORT["actions"]
-    go = functools.partial(system.rollout, PARAMS, FN)
+    go = functools.partial(world_models.rollout, PARAMS, FN)
     refused("2 frames are given, fewer than", go, frames[:, :2], actions, CONFIG)
     refused(
         "6 actions are given; to predict 9 frames after 3 takes 12",
@@ -369,10 +383,10 @@ def test_bad_inputs(refused):
     refused("whole pixels", go, frames, 0.5 * actions, CONFIG, error=TypeError)
     refused("of every frame", go, frames, actions[..., :1], CONFIG)
     refused("window is", go, frames[:, :, 1:], actions, CONFIG)
-    loss = functools.partial(system.loss, PARAMS, FN, SHORT, KEYS, CONFIG)
+    loss = functools.partial(world_models.loss, PARAMS, FN, SHORT, KEYS, CONFIG)
     refused("horizon=4, but the batch has 3 frames", loss, horizon=4)
-    refused("must not decrease", system.growing_horizon, 0, (5, 3))
-    refused("progress=2 is outside", system.growing_horizon, 2, (3,))
+    refused("must not decrease", world_models.growing_horizon, 0, (5, 3))
+    refused("progress=2 is outside", world_models.growing_horizon, 2, (3,))
     refused(
         "network has world=6, the data world=8",
         system.check_world,

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models
 from tmdjax.core import prng
+from tmdjax.data import pde
 from tmdjax.systems import pde_refiner
 from tmdjax.systems.pde_refiner import PDERefiner
 from tmdjax.train import neural_solvers as solvers
@@ -327,16 +328,16 @@ def test_memory_does_not_grow_with_the_horizon_16():
 
 
 def test_conditions_are_scaled_as_published_10(refused):
-    found = pde_refiner.conditions(np.array([0.2, 0.15]), np.array([0.25, 0.3]))
+    found = pde.conditions(np.array([0.2, 0.15]), np.array([0.25, 0.3]))
     assert_allclose(found, [[5, 5], [0, 10]], atol=1e-4)
-    three = pde_refiner.conditions(np.array([0.2]), np.array([0.25]), np.array([1.5]))
+    three = pde.conditions(np.array([0.2]), np.array([0.25]), np.array([1.5]))
     assert_allclose(three, [[5, 5, 100]], atol=1e-4)
     outside = np.array([0.2, 0.3]), np.array([0.25, 0.25])
     words = r"dt has 1 value\(s\) outside \[0.15, 0.25\], the first is 0.3"
-    refused(words, pde_refiner.conditions, *outside)
-    free = pde_refiner.conditions(*outside, allow_extrapolation=True)
+    refused(words, pde.conditions, *outside)
+    free = pde.conditions(*outside, allow_extrapolation=True)
     assert_allclose(free[1], [15, 5], atol=1e-4)
-    refused("viscosity has shape", pde_refiner.conditions, *outside[1:] * 2, np.ones(3))
+    refused("viscosity has shape", pde.conditions, *outside[1:] * 2, np.ones(3))
 
 
 def test_levels_are_counted_from_both_ends(refused):

@@ -187,7 +187,7 @@ def test_5_the_deployed_policy_is_the_ode(steps):
     assert_allclose(
         ours, 2 * theirs, rtol=1e-4, atol=1e-5
     )  # to the bit: test_noisy_chain
-    clipped = method_of(steps=steps).ode(params, seen, x_0)
+    clipped = method_of(steps=steps).evaluate(params, seen, None, x_0)
     assert np.abs(clipped).max() <= 1
     if steps == 1:
         assert_allclose(clipped, np.clip(x_0 - v, -1, 1), atol=1e-6)
@@ -291,7 +291,7 @@ def test_w2_holds_the_policy_to_the_pretrained_one(noise):
         given = Samples(seen, record, a), KEYS, coefficients()
         near = {**params, "network": params["pretrained"]}
         x_0 = flows.initial_noise(KEYS, (SIZE,)) * (noise == "normal")
-        ends = [method.ode(p, seen, x_0) for p in (params, near)]
+        ends = [method.evaluate(p, seen, None, x_0) for p in (params, near)]
         slopes = jax.grad(lambda p: method.loss(p, params, *given)[1]["w2"].sum())(
             params
         )
@@ -394,9 +394,10 @@ def test_bad_inputs(refused):
     )
     refused(
         "numbers each; this policy was made for 4",
-        method.ode,
+        method.evaluate,
         params,
         seen[:, :3],
+        None,
         chain[:, 0],
     )
 

@@ -182,6 +182,25 @@ def test_compiles_once_and_donates(count_compiles):
     assert not compiled and first.is_deleted() and not params["w"].is_deleted()
 
 
+def test_a_step_grows_no_faster_than_its_parameters():
+    """What selects the update by its being finite is computed once, not in each leaf."""
+
+    def lines(leaves):
+        def loss(params, batch, keys):
+            return jnp.square(batch["x"] + sum(params.values())).sum(-1), {}
+
+        optimizer = optax.adam(1e-3)
+        state = train.create_state(
+            {str(i): jnp.ones(3) for i in range(leaves)}, optimizer
+        )
+        step = jax.jit(train.make_train_step(loss, optimizer))
+        lowered = step.lower(state, {"x": jnp.ones((2, 3))}, jax.random.key(0))
+        return lowered.compile().as_text().count("\n")
+
+    few, many = lines(8), lines(32)
+    assert many < 4 * few  # with the check in every leaf it was 5.8 times
+
+
 def test_bad_inputs(refused):
     params, batch = problem()
     refused("batch of 16 does not divide into 3", run, params, batch, 1, microbatches=3)

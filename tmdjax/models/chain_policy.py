@@ -1,5 +1,6 @@
 """What policies share that draw an action in several noisy steps."""
 
+import abc
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from tmdjax.models.control import ControlVelocity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChainPolicy:
+class ChainPolicy(abc.ABC):
     """The network of such a policy, and the clips of its chain.
 
     Attributes:
@@ -144,9 +145,9 @@ class ChainPolicy:
             self._check_origin(entries, meta)
         return entries
 
+    @abc.abstractmethod
     def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
-        """What a run leaves of a policy."""
-        raise NotImplementedError
+        """What a run leaves of a policy: the spec of a network, parameters, facts."""
 
     def _check_origin(self, params: Params, meta: Mapping[str, Any]) -> None:
         """Raises ValueError unless a run left a policy that is walked as this one."""

@@ -1,7 +1,8 @@
 """Diffusion forcing: videos whose frames are noised each to a level of its own.
 
-The rival of :mod:`tmdjax.systems.flow_equivariant`, whose rollouts take its model
-:class:`tmdjax.models.ForcingDiT` too: it keeps the protocol of world models.
+The rival of :mod:`tmdjax.systems.flow_equivariant`; its model,
+:class:`tmdjax.models.ForcingDiT`, is rolled out by :mod:`tmdjax.train.world_models`
+too.
 
 References:
     Chen et al., "Diffusion Forcing", arXiv 2407.01392; Song et al., "History-Guided

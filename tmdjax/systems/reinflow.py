@@ -168,25 +168,24 @@ class ReinFlow(models.ChainPolicy):
             high = flows.decayed_bound(done, low, high)
         return low, high
 
-    def ode(self, params: Params, observation: Array, x_0: Array) -> Array:
-        """The deployed policy: K Euler steps without noise.
+    def evaluate(
+        self, params: Params, observation: Array, keys: Any, x_0: Any = None
+    ) -> Array:
+        """Actions [batch, action_size] as deployed: K Euler steps without noise.
+
+        They lie within clip_last times bound.
 
         Args:
             params: of the policy; 'network' is used.
             observation: [batch, ...].
-            x_0: [batch, action_size], the start at t = 1: standard normal, or zeros.
-
-        Returns:
-            Actions [batch, action_size], within clip_last times bound.
+            keys: [batch], for the start; None where x_0 is given.
+            x_0: start at t = 1, [batch, action_size]; None draws standard normal noise.
         """
+        x_0 = self.start(params, keys) if x_0 is None else x_0
         cond = self.seen(params["network"], observation)
         given = self._transition(params, self.std_bounds()), x_0, self._rows, cond
         chain = flows.noisy_chain(None, *given, clip_last=self.clip_last)
         return self.bound * chain.states[-1]
-
-    def evaluate(self, params: Params, observation: Array, keys: Any) -> Array:
-        """Actions [batch, action_size] of :meth:`ode` from noise drawn by keys."""
-        return self.ode(params, observation, self.start(params, keys))
 
     def act(
         self, params: Params, observation: Array, keys: Any, coefficients: Any = None
@@ -325,8 +324,9 @@ class ReinFlow(models.ChainPolicy):
         x_0 = self.start(params, keys)
         x_0 = jnp.zeros_like(x_0) if self.w2_noise == "zero" else x_0
         before = {**params, "network": params["pretrained"]}
-        there = jax.lax.stop_gradient(self.ode(before, observation, x_0))
-        return jnp.mean((self.ode(params, observation, x_0) - there) ** 2, -1)
+        given = observation, None, x_0
+        there = jax.lax.stop_gradient(self.evaluate(before, *given))
+        return jnp.mean((self.evaluate(params, *given) - there) ** 2, -1)
 
 
 _TRAINER = {"unroll": 500, "epochs": 5, "minibatches": 4, "advantages": "minibatch"}

@@ -1,5 +1,6 @@
 """Partial differential equations: solvers, sets of trajectories, files of others."""
 
+from tmdjax.data.pde.conditions import conditions as conditions
 from tmdjax.data.pde.equations import burgers as burgers
 from tmdjax.data.pde.equations import kolmogorov_flow as kolmogorov_flow
 from tmdjax.data.pde.equations import kuramoto_sivashinsky as kuramoto_sivashinsky
