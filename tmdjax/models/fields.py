@@ -26,36 +26,8 @@ _ZEROS = nn.initializers.zeros
 DILATIONS = (1, 2, 4, 8, 4, 2, 1)
 
 
-def _check(module: Any, *sizes: str) -> None:
-    check_attributes(module, "width", "layers", "out_channels", *sizes)
-    check_range("dims", check_count("dims", module.dims), 1, 2)
-    check_count("scalars", module.scalars, 0)
-    if module.width % 2:
-        raise ValueError(f"width={module.width} must be even, for its sinusoids.")
-
-
-def _checked(module: Any, x: Array) -> Array:
-    if x.ndim != module.dims + 2:
-        raise ValueError(
-            f"x has shape {x.shape}; a network of dims={module.dims} takes "
-            f"[batch, {'x' if module.dims == 1 else 'x, y'}, channel]."
-        )
-    return x
-
-
-def _modulated(module: Any, h: Array, embedding: Array, i: int) -> Array:
-    """Channels scaled and shifted by the embedding, as every layer begins."""
-    width = module.width
-    shift = Dense(2 * width, module.recipe, name=f"modulation_{i}")(embedding)
-    scale, shift = jnp.split(shift.reshape(len(h), *(1,) * module.dims, -1), 2, -1)
-    return h * (1 + scale) + shift
-
-
-class DilatedResNet(nn.Module):
-    """Residual convolutions of size 3 that see ever farther and then nearer again.
-
-    Layer i adds conv(gelu(h (1 + scale) + shift)), whose points lie DILATIONS[i % 7]
-    apart, scale and shift from the time and the scalars. Seven layers see 45 points.
+class FieldNetwork(nn.Module):
+    """What networks of fields have in common.
 
     Attributes:
         width: channels, even.
@@ -64,15 +36,11 @@ class DilatedResNet(nn.Module):
         scalars: conditions, ``cond`` float [batch, scalars]; 0 has none.
         out_channels: None for those of x.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
-        recipe: GEMM recipe of dense layers; convolutions run in its compute dtype, the
-            first and the last in float32.
-
-    References:
-        Stachenfeld et al. 2021, arXiv 2112.15275.
+        recipe: GEMM recipe of dense layers.
     """
 
     width: int = 64
-    layers: int = 14
+    layers: int = 4
     dims: int = 1
     scalars: int = 0
     out_channels: int | None = None
@@ -80,8 +48,47 @@ class DilatedResNet(nn.Module):
     recipe: Any = "fp32"
 
     def __post_init__(self):
-        _check(self)
+        check_attributes(self, "width", "layers", "out_channels")
+        check_range("dims", check_count("dims", self.dims), 1, 2)
+        check_count("scalars", self.scalars, 0)
+        if self.width % 2:
+            raise ValueError(f"width={self.width} must be even, for its sinusoids.")
         super().__post_init__()
+
+    def _embedded(self, x: Array, t: Any, cond: Any) -> Array:
+        """Time and scalars, [batch, 4 width], once x has so many axes."""
+        if x.ndim != self.dims + 2:
+            raise ValueError(
+                f"x has shape {x.shape}; a network of dims={self.dims} takes "
+                f"[batch, {'x' if self.dims == 1 else 'x, y'}, channel]."
+            )
+        return ScalarEmbedding(
+            self.width, self.scalars, self.time_scale, self.recipe, name="embedding"
+        )(expand_time(t, len(x)), cond)
+
+    def _modulated(self, h: Array, embedding: Array, i: int) -> Array:
+        """Channels scaled and shifted by the embedding, as every layer begins."""
+        shift = Dense(2 * self.width, self.recipe, name=f"modulation_{i}")(embedding)
+        scale, shift = jnp.split(shift.reshape(len(h), *(1,) * self.dims, -1), 2, -1)
+        return h * (1 + scale) + shift
+
+
+class DilatedResNet(FieldNetwork):
+    """Residual convolutions of size 3 that see ever farther and then nearer again.
+
+    Layer i adds conv(gelu(h (1 + scale) + shift)), whose points lie DILATIONS[i % 7]
+    apart, scale and shift from the time and the scalars. Seven layers see 45 points.
+    Its other attributes are those of :class:`FieldNetwork`.
+
+    Attributes:
+        recipe: GEMM recipe of dense layers; convolutions run in its compute dtype, the
+            first and the last in float32.
+
+    References:
+        Stachenfeld et al. 2021, arXiv 2112.15275.
+    """
+
+    layers: int = 14
 
     @nn.compact
     def __call__(
@@ -98,17 +105,14 @@ class DilatedResNet(nn.Module):
             ValueError: another number of axes, a (concrete) time outside [0, 1], or a
                 condition that the network was not built for.
         """
-        _checked(self, x)
+        embedding = self._embedded(x, t, cond)
         size, out = (3,) * self.dims, self.out_channels or x.shape[-1]
-        embedding = ScalarEmbedding(
-            self.width, self.scalars, self.time_scale, self.recipe, name="embedding"
-        )(expand_time(t, len(x)), cond)
         h = Convolution(self.width, size, padding="circular", name="input")(x)
         small = nn.initializers.variance_scaling(
             1 / self.layers, "fan_in", "truncated_normal"
         )
         for i in range(self.layers):
-            y = exact_gelu(_modulated(self, h, embedding, i))
+            y = exact_gelu(self._modulated(h, embedding, i))
             y = Convolution(
                 self.width,
                 size,
@@ -125,39 +129,27 @@ class DilatedResNet(nn.Module):
         return last(exact_gelu(h))
 
 
-class FNO(nn.Module):
+class FNO(FieldNetwork):
     """Fourier neural operator: products with the lowest modes, and with every point.
 
     Layer i maps h to gelu(irfft(weights rfft(h)) + dense(h (1 + scale) + shift)), with
     weights for ``modes`` wavenumbers along each axis; higher ones pass through the
     dense part alone. Any resolution fits that has so many. Unlike the published code it
-    is not given the coordinates, so that it commutes with shifts.
+    is not given the coordinates, so that it commutes with shifts. Its other
+    attributes are those of :class:`FieldNetwork`.
 
     Attributes:
-        width: channels, even.
-        layers: how many.
         modes: wavenumbers from 0 on, along each axis, of both signs where there are.
-        dims: axes of space, 1 or 2.
-        scalars: conditions, ``cond`` float [batch, scalars]; 0 has none.
-        out_channels: None for those of x.
-        time_scale: what t in [0, 1] is multiplied by before its sinusoids.
         recipe: GEMM recipe of dense layers; Fourier transforms are float32.
 
     References:
         Li et al. 2020, arXiv 2010.08895.
     """
 
-    width: int = 64
-    layers: int = 4
     modes: int = 16
-    dims: int = 1
-    scalars: int = 0
-    out_channels: int | None = None
-    time_scale: float = 1000.0
-    recipe: Any = "fp32"
 
     def __post_init__(self):
-        _check(self, "modes")
+        check_count("modes", self.modes)
         super().__post_init__()
 
     @nn.compact
@@ -175,19 +167,17 @@ class FNO(nn.Module):
             ValueError: another number of axes, too few points, a (concrete) time
                 outside [0, 1], or a condition that the network was not built for.
         """
-        sides = _checked(self, x).shape[1:-1]
+        embedding = self._embedded(x, t, cond)
+        sides = x.shape[1:-1]
         if min(sides) < 2 * self.modes:
             raise ValueError(
                 f"x has sides {' x '.join(map(str, sides))}, too few for modes="
                 f"{self.modes}: give at least {2 * self.modes} points, or fewer modes."
             )
-        embedding = ScalarEmbedding(
-            self.width, self.scalars, self.time_scale, self.recipe, name="embedding"
-        )(expand_time(t, len(x)), cond)
         h = Dense(self.width, name="input")(x)
         for i in range(self.layers):
             near = Dense(self.width, self.recipe, name=f"dense_{i}")(
-                _modulated(self, h, embedding, i)
+                self._modulated(h, embedding, i)
             )
             far = self._spectral(h, i)
             h = exact_gelu(near.astype(jnp.float32) + far)
