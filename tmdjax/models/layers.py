@@ -103,6 +103,34 @@ def check_attributes(module: Any, *sizes: str) -> None:
         object.__setattr__(module, "recipe", as_recipe(module.recipe))
 
 
+def check_transformer(module: Any, *sizes: str) -> None:
+    """Checks a transformer of patches, and looks its recipe up.
+
+    Args:
+        module: with ``hidden``, ``heads``, ``patch_size`` and ``mlp_ratio``; where it
+            has an ``image_size``, the patches must fill it.
+        *sizes: further sizes, as of :func:`check_attributes`.
+
+    Raises:
+        TypeError, ValueError: what :func:`check_attributes` refuses; sizes that do not
+            divide each other.
+    """
+    check_attributes(module, "patch_size", "hidden", "heads", *sizes)
+    hidden, heads, ratio = module.hidden, module.heads, module.mlp_ratio
+    check_range("mlp_ratio", ratio, 0, open_low=True, open_high=True)
+    check_count("int(hidden * mlp_ratio)", int(hidden * ratio))
+    side = getattr(module, "image_size", None)
+    if side is not None and side % module.patch_size:
+        raise ValueError(
+            f"patch_size={module.patch_size} does not divide image_size={side}."
+        )
+    if hidden % heads or hidden % 4:
+        raise ValueError(
+            f"hidden={hidden} must be a multiple of heads={heads} and of 4 (the "
+            f"position embedding)."
+        )
+
+
 def check_ids(name: str, ids: Any, count: int) -> None:
     """Checks indices of rows before :func:`rows_of` reads these.
 

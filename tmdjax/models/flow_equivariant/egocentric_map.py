@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from tmdjax.core.checks import check_batch, check_choice, check_count, check_range
+from tmdjax.core.checks import check_batch, check_choice
 from tmdjax.core.types import Array, ArrayLike, Float, Int
 from tmdjax.models.flow_equivariant import convolution
 from tmdjax.models.flow_equivariant.group_actions import (
@@ -25,7 +25,8 @@ from tmdjax.models.flow_equivariant.group_actions import (
 from tmdjax.models.layers import (
     Dense,
     MultiHeadAttention,
-    check_attributes,
+    check_transformer,
+    exact_gelu,
     patchify,
     position_embedding_2d,
     rows_of,
@@ -59,7 +60,7 @@ class _Writer(nn.Module):
         )(x, x)
         x = LayerNorm(_EPSILON, name="mlp_norm")(h).astype(h.dtype)
         x = Dense(self.mlp_width, self.recipe, name="mlp_in")(x)
-        x = nn.gelu(x, approximate=False)
+        x = exact_gelu(x)
         return h + Dense(h.shape[-1], self.recipe, name="mlp_out")(x)
 
 
@@ -94,7 +95,7 @@ class _Reader(nn.Module):
         )
         h = h + attend("map_attention")(query, key, values=value)
         x = Dense(self.mlp_width, self.recipe, name="mlp_in")(norm(h, "mlp_norm"))
-        x = nn.gelu(x, approximate=False)
+        x = exact_gelu(x)
         return h + Dense(h.shape[-1], self.recipe, name="mlp_out")(x)
 
 
@@ -210,20 +211,8 @@ class EgocentricMap(nn.Module):
     implementation: str = "auto"
 
     def __post_init__(self):
-        sizes = ("image_size", "patch_size", "world", "hidden", "heads", "channels")
-        check_attributes(self, *sizes, "depth", "decoder_depth")
-        check_range("mlp_ratio", self.mlp_ratio, 0, open_low=True, open_high=True)
-        check_count("int(hidden * mlp_ratio)", int(self.hidden * self.mlp_ratio))
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size={self.patch_size} does not divide "
-                f"image_size={self.image_size}."
-            )
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ValueError(
-                f"hidden={self.hidden} must be a multiple of heads={self.heads} and of "
-                f"4 (the position embedding)."
-            )
+        sizes = ("image_size", "world", "channels", "depth", "decoder_depth")
+        check_transformer(self, *sizes)
         check_choice("self_motion", self.self_motion, SELF_MOTION)
         check_choice("mixing", self.mixing, MIXING)
         check_choice("pooling", self.pooling, POOLING)

@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.conventions import expand_time
 from tmdjax.core.mesh import cut_by_batch
 from tmdjax.core.types import Array, Float
@@ -15,7 +14,7 @@ from tmdjax.models.layers import (
     Dense,
     MultiHeadAttention,
     TimeEmbedding,
-    check_attributes,
+    check_transformer,
     check_unconditional,
     layer_norm,
     patchify,
@@ -156,15 +155,8 @@ class DiT(StackedNetwork):
     time_scale: float = 1000.0
 
     def __post_init__(self):
-        sizes = ("patch_size", "hidden", "depth", "heads", "num_classes", "token_width")
-        check_attributes(self, *sizes, "out_channels")
-        check_range("mlp_ratio", self.mlp_ratio, 0, open_low=True, open_high=True)
-        check_count("int(hidden * mlp_ratio)", self._mlp_width())
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ValueError(
-                f"hidden={self.hidden} must be a multiple of heads={self.heads} and "
-                f"of 4 (the position embedding)."
-            )
+        sizes = ("depth", "num_classes", "token_width", "out_channels")
+        check_transformer(self, *sizes)
         if self.num_classes is not None and self.token_width is not None:
             raise ValueError(
                 f"num_classes={self.num_classes} and token_width={self.token_width} "

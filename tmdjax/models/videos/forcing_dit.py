@@ -19,7 +19,7 @@ from tmdjax.models.images.dit import AdaptiveBlock, AdaptiveOutput
 from tmdjax.models.layers import (
     Dense,
     TimeEmbedding,
-    check_attributes,
+    check_transformer,
     patchify,
     position_embedding_2d,
     rows_of,
@@ -102,23 +102,11 @@ class ForcingDiT(StackedNetwork):
     attention_implementation: str = "auto"
 
     def __post_init__(self):
-        sizes = ("image_size", "patch_size", "hidden", "depth", "heads", "channels")
-        check_attributes(self, *sizes, "steps", "num_actions")
+        sizes = ("image_size", "depth", "channels", "steps", "num_actions")
+        check_transformer(self, *sizes)
         check_count("frames", self.frames, 2)
-        check_range("mlp_ratio", self.mlp_ratio, 0, open_low=True, open_high=True)
-        check_count("int(hidden * mlp_ratio)", int(self.hidden * self.mlp_ratio))
         check_range("history_guidance", self.history_guidance, 0, open_high=True)
         check_range("stabilisation", self.stabilisation, 0, 1, open_high=True)
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size={self.patch_size} does not divide "
-                f"image_size={self.image_size}."
-            )
-        if self.hidden % self.heads or self.hidden % 4:
-            raise ValueError(
-                f"hidden={self.hidden} must be a multiple of heads={self.heads} and of "
-                f"4 (the position embedding)."
-            )
         super().__post_init__()
 
     def setup(self):
