@@ -32,9 +32,13 @@ DESIGNS = ("adm", "modern")
 PADDINGS = ("zeros", "circular", "reference")
 
 
-def _group_norm(channels: int, name: str) -> nn.GroupNorm:
-    """At most 32 groups of at least four channels; float32 out."""
-    groups = math.gcd(32, channels // 4)
+def _groups(channels: int) -> int:
+    """At most 32 groups of at least four channels."""
+    return math.gcd(32, channels // 4)
+
+
+def _group_norm(groups: int, name: str) -> nn.GroupNorm:
+    """Float32 out."""
     return nn.GroupNorm(
         groups, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name
     )
@@ -61,10 +65,10 @@ class _Block(nn.Module):
         modulation = _over_space(modulation.astype(jnp.float32), self.dims)
         scale, shift = jnp.split(modulation, 2, -1)
 
-        x = nn.silu(_group_norm(h.shape[-1], "norm_1")(h))
+        x = nn.silu(_group_norm(_groups(h.shape[-1]), "norm_1")(h))
         options = {"recipe": self.recipe, "padding": self.padding}
         x = Convolution(self.features, size, name="convolution_1", **options)(x)
-        x = _group_norm(self.features, "norm_2")(x) * (1 + scale) + shift
+        x = _group_norm(_groups(self.features), "norm_2")(x) * (1 + scale) + shift
         x = Convolution(
             self.features, size, kernel_init=_ZEROS, name="convolution_2", **options
         )(nn.silu(x))
@@ -73,7 +77,7 @@ class _Block(nn.Module):
         h = h + x
         if self.heads is None:
             return h
-        x = _group_norm(self.features, "attention_norm")(h).astype(dtype)
+        x = _group_norm(_groups(self.features), "attention_norm")(h).astype(dtype)
         x = x.reshape(len(x), -1, self.features)
         x = MultiHeadAttention(
             self.heads, self.recipe, self.implementation, _ZEROS, name="attention"
@@ -91,22 +95,17 @@ class _FieldBlock(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, embedding: Array, skip: Array | None = None) -> Array:
-        def norm(name: str) -> nn.GroupNorm:
-            return nn.GroupNorm(
-                1, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name
-            )
-
         if skip is not None:
             h = jnp.concatenate([h, skip], -1)
         size = (3,) * self.dims
         options = {"recipe": self.recipe, "padding": self.padding}
-        x = exact_gelu(norm("norm_1")(h))
+        x = exact_gelu(_group_norm(1, "norm_1")(h))
         x = Convolution(self.features, size, name="convolution_1", **options)(x)
         added = Dense(self.features, self.recipe, name="modulation")(embedding)
         x = x + _over_space(added, self.dims)
         x = Convolution(
             self.features, size, kernel_init=_ZEROS, name="convolution_2", **options
-        )(exact_gelu(norm("norm_2")(x)))
+        )(exact_gelu(_group_norm(1, "norm_2")(x)))
         if h.shape[-1] != self.features:
             h = Dense(self.features, self.recipe, name="shortcut")(h)
         return h + x
@@ -319,13 +318,9 @@ class UNet(nn.Module):
                     h
                 )
         if modern:
-            norm = nn.GroupNorm(
-                8, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False,
-                name="output_norm",
-            )  # fmt: skip
-            h = exact_gelu(norm(h))
+            h = exact_gelu(_group_norm(8, "output_norm")(h))
         else:
-            h = nn.silu(_group_norm(h.shape[-1], "output_norm")(h))
+            h = nn.silu(_group_norm(_groups(h.shape[-1]), "output_norm")(h))
         output = Convolution(
             self.out_channels or x.shape[-1],
             size,
