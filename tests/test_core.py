@@ -130,8 +130,10 @@ def test_long_values_are_shown_in_brief():
         (lambda x: checks.check_choice("a", x, ("b", "c")), "x" * 10**5),
         (lambda x: models.DecoderConfig.from_hf({"model_type": "llama", "k": x}), [7]),
         (generation.CharTokenizer("ab").encode, "abc"),
+        (lambda x: checks.check_count("a", x), "x" * 10**5),
+        (lambda x: checks.check_range("a", x, 0), "x" * 10**5),
     ):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises((TypeError, ValueError)) as error:
             call(value * 10**5 if len(value) < 9 else value)
         assert len(str(error.value)) < 1000
 

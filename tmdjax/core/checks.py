@@ -87,7 +87,7 @@ def check_range(
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
     except TypeError:
-        raise TypeError(f"{name}={value!r} is no number.") from None
+        raise TypeError(f"{name}={brief(value)} is no number.") from None
     if not (above and below):
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise ValueError(f"{name}={value} is outside {left}{low:g}, {high:g}{right}.")
@@ -106,7 +106,7 @@ def check_count(name: str, value: Any, low: int = 1) -> int:
         count = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name}={value!r} is of type {type(value).__name__}; give an integer."
+            f"{name}={brief(value)} is of type {type(value).__name__}; give an integer."
         ) from None
     if count < low:
         raise ValueError(f"{name}={count} must be at least {low}.")
