@@ -253,6 +253,9 @@ def test_gguf(tmp_path, refused):
     refused("pattern='viking' is not one of", gguf_tokenizer, path)
     path = write_gguf(tmp_path / "d.gguf", eos=False)
     refused(r"d.gguf lacks the key .*eos_token_id", gguf_tokenizer, path)
+    path = write_gguf(tmp_path / "e.gguf", eos=267)
+    for read in (gguf_tokenizer, load_chat_template):
+        refused(r"e.gguf: .*eos_token_id=267 is outside \[0, 266\]", read, path)
     path = write_gguf(tmp_path / "e.gguf", pre=None)
     refused(r"e.gguf lacks the key tokenizer.ggml.pre", gguf_tokenizer, path)
     types = [1] * len(vocabulary()) + [3] * 3

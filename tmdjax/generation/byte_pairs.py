@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.files import read_bounded, text_of
 from tmdjax.core.optional import import_optional
 from tmdjax.generation.tokenizers import Tokenizer, known_ids, special_of
@@ -226,7 +226,7 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             )
         return found
 
-    tokens, eos = needed("tokens"), needed("eos_token_id")
+    tokens = needed("tokens")
     pattern: str = needed("pre")
     types = gguf_value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     if len(types) != len(tokens):
@@ -245,12 +245,28 @@ def gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             if kind in (CONTROL, _USER_DEFINED)
         ],
     )
-    pad, *ends = (
-        gguf_value(reader, f"tokenizer.ggml.{name}_token_id")
-        for name in ("padding", "eot", "eom")
+    needed("eos_token_id")
+    eos, pad, *ends = (
+        gguf_id(reader, name, path) for name in ("eos", "padding", "eot", "eom")
     )
-    stop = [int(end) for end in ends if end is not None]
-    return _BytePairs(backend, int(eos), None if pad is None else int(pad), stop)
+    assert eos is not None
+    return _BytePairs(backend, eos, pad, [end for end in ends if end is not None])
+
+
+def gguf_id(reader: Any, name: str, path: str | os.PathLike[str]) -> int | None:
+    """The id of a special token such as 'eos' in a GGUF file, or None.
+
+    Raises:
+        ValueError: the file has no such token.
+    """
+    key = f"tokenizer.ggml.{name}_token_id"
+    index = gguf_value(reader, key)
+    if index is None:
+        return None
+    tokens = reader.fields.get("tokenizer.ggml.tokens")
+    count = 0 if tokens is None else len(tokens.data)
+    check_range(f"{os.fspath(path)}: {key}", int(index), 0, count - 1)
+    return int(index)
 
 
 def _byte_pairs(

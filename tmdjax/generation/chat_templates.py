@@ -13,7 +13,7 @@ from typing import Any
 from tmdjax.core.checks import check_choice
 from tmdjax.core.files import text_of
 from tmdjax.core.optional import import_optional
-from tmdjax.generation.byte_pairs import CONTROL, token_name
+from tmdjax.generation.byte_pairs import CONTROL, gguf_id, token_name
 from tmdjax.generation.chat import check_messages
 from tmdjax.models.checkpoints.gguf import gguf_value, open_gguf
 from tmdjax.models.checkpoints.layout import read_json
@@ -159,9 +159,9 @@ def _of_gguf(path: Path) -> tuple[dict[str, str], dict[str, str], set[str]]:
     types = gguf_value(reader, "tokenizer.ggml.token_type", [])
     variables = {}
     for name in ("bos", "eos"):
-        index = gguf_value(reader, f"tokenizer.ggml.{name}_token_id")
+        index = gguf_id(reader, name, path)
         if index is not None:
-            variables[f"{name}_token"] = tokens[int(index)]
+            variables[f"{name}_token"] = tokens[index]
     return found, variables, {t for t, kind in zip(tokens, types) if kind == CONTROL}
 
 
