@@ -217,13 +217,7 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     )
     reward = trained["reward"][:, seeds.index(context.seed)]
     found |= {"training_reward": ends(reward, parts=10)[1]}
-    model, network, meta = method.exported(policy)
-    meta = {**meta, "arm": arm}
-    if statistics is not None:
-        meta |= {
-            k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
-        }
-    return StageResult({"params": network, **shown}, found, model=model, meta=meta)
+    return tasks.judged(method, policy, statistics, found, shown, {"arm": arm})
 
 
 def measures(config: Config, arm: str) -> set[str]:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.arms import tuples
-from tmdjax import envs
+from tmdjax import envs, rl
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice
+from tmdjax.harness import StageResult
 
 Act = Callable[[Any, Any, Any], Any]
 """(policy, observations, key) -> actions; hashable, so that a program is kept."""
@@ -130,6 +131,33 @@ def judge(
         place = np.asarray(kept)
         found["success"] = float((ended & alive & (reward > 0)).any(0).mean())
     return found, {"paths": place[:, :SHOWN_PATHS].transpose(1, 0, 2)}
+
+
+def judged(
+    method: Any,
+    policy: Any,
+    statistics: rl.RunningStatistics | None,
+    found: dict[str, float],
+    shown: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> StageResult:
+    """What was measured and shown of a policy, and its model as others load it.
+
+    Args:
+        method: of the policy.
+        policy: its parameters.
+        statistics: by which it normalises observations; None if it does not.
+        found: measures.
+        shown: outputs beside the parameters.
+        facts: of the model, beside those of the method.
+    """
+    model, network, meta = method.exported(policy)
+    meta = {**meta, **facts}
+    if statistics is not None:
+        meta |= {
+            k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
+        }
+    return StageResult({"params": network, **shown}, found, model=model, meta=meta)
 
 
 def _kept(environment: Any, name: str, state: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import cloning, control
 from experiments import control_tasks as tasks
@@ -127,13 +126,8 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
         )
         found |= {prefix + name: value for name, value in measured.items()}
         shown = shown or kept
-    model, network, meta = method.exported(policy)
-    meta = {**meta, "arm": arm, "chunk": env.get("chunk", 1)}
-    if statistics is not None:
-        meta |= {
-            k: np.asarray(getattr(statistics, k)).tolist() for k in ("mean", "variance")
-        }
-    return StageResult({"params": network, **shown}, found, model=model, meta=meta)
+    facts = {"arm": arm, "chunk": env.get("chunk", 1)}
+    return tasks.judged(method, policy, statistics, found, shown, facts)
 
 
 def _starts(method: Any) -> Mapping[str, float]:
