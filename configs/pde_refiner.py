@@ -109,7 +109,8 @@ def get_config(tier: str) -> ConfigDict:
     )
     config.evaluate = ConfigDict({"wavenumber": 2.0, "members": 8, "threshold": 0.8})
     one = {"name": "one_step"}
-    arms = {"mse": {"method": one}, "refiner": {"method": REFINER}}
+    refiner = {"name": "pde_refiner"} if tier == "paper" else REFINER
+    arms = {"mse": {"method": one}, "refiner": {"method": refiner}}
     if tier in ("cpu", "gpu"):
         quarter = {"data": {"share": 0.25}}
         small = {**REFINER, "min_variance": 4e-7}
