@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tmdjax.core import trees
 from tmdjax.models import FNO, DilatedResNet, UNet, build, init_params, spec_of
 from tmdjax.models.convolution import Convolution, Upsampling
-from tmdjax.models.layers import ScalarEmbedding, timestep_embedding
+from tmdjax.models.layers import ScalarEmbedding, exact_gelu, timestep_embedding
 
 MODERN = dict(design="modern", padding="circular", out_channels=1)
 UNET = UNet(8, (1, 2), blocks=1, dims=1, scalars=2, remat=False, **MODERN)
@@ -88,6 +88,23 @@ def test_shifts_times_conditions_and_order_9_10(name):
     order = np.array([3, 0, 4, 2, 1])
     again = apply_fn(params, *(part[order] for part in given))
     assert_allclose(again, y[order], atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("wave", [(1, 2), (-2, 1)])
+def test_a_wave_leaves_the_operator_times_the_matrix_of_its_mode(wave):
+    module, sides, _ = NETWORKS["fno"]
+    params = jax.tree.map(np.zeros_like, drawn("fno"))
+    params["input"]["kernel"][0, 1] = params["output"]["kernel"][2, 0] = 1
+    params["spectral_0"] = drawn("fno")["spectral_0"]
+    real, imaginary = params["spectral_0"][wave[0] % 6, wave[1], 1, 2]
+    phase = sum(
+        2 * np.pi * k * at / side for k, at, side in zip(wave, np.indices(sides), sides)
+    )
+    x = np.zeros((5, *sides, 2), np.float32)
+    x[..., 0] = np.cos(phase)
+    found = jitted(module)(params, x, *inputs("fno")[1:])[0, ..., 0]
+    expected = real * np.cos(phase) - imaginary * np.sin(phase)
+    assert_allclose(found, exact_gelu(jnp.asarray(expected)), atol=1e-5)
 
 
 @pytest.mark.slow

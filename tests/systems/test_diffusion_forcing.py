@@ -82,6 +82,31 @@ def test_what_is_not_known_is_not_read():
     assert_array_equal(*frames_of([True] * 3, blind))
 
 
+def test_a_prediction_is_the_guided_walk_of_the_last_frame():
+    """By hand: Euler steps from t = 1, the known past at 0.02 and the other at 1."""
+    params, velocity = params_of()[1], jax.jit(FN)
+    state = state_of(FRAMES[:, :WINDOW], [True, False, True])
+    found = predict(params, state, ACTIONS[:, 5])[1]
+    keys = [jax.random.split(jax.random.fold_in(key, 4)) for key in KEYS]
+    blank = np.stack([jax.random.normal(key[0], (2, SIZE, SIZE, 1)) for key in keys])
+    x = np.stack([jax.random.normal(key[1], (SIZE, SIZE, 1)) for key in keys])
+    past = blank.copy()
+    past[:, 1] = 0.98 * (2 * FRAMES[:, 2] - 1) + 0.02 * blank[:, 1]
+    actions = jnp.concatenate([ACTIONS[:, 1:WINDOW], ACTIONS[:, 5:6]], 1)
+    for t in (1.0, 0.5):
+        with_history, without = (
+            velocity(
+                params,
+                np.concatenate([before, x[:, None]], 1),
+                jnp.tile(jnp.array([1, level, t]), (BATCH, 1)),
+                actions,
+            )[:, -1]
+            for before, level in ((past, 0.02), (blank, 1))
+        )
+        x = x - (without + 1.5 * (with_history - without)) / 2
+    assert_allclose(found, (x + 1) / 2, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_guidance_is_linear_in_its_weight():
     """Of one Euler step: w = 0 and 1 give all others."""
