@@ -111,6 +111,7 @@ def test_windows_are_successive_frames_of_one_trajectory(refused):
             seen.add((row, int(start)))
         assert_allclose(batch["dx"], made.dx[batch["viscosity"].astype(int) - 1])
         assert batch["dt"].dtype == np.float32
+        assert_array_equal(batch["trajectory"], batch["viscosity"].astype(int) - 1)
     assert len(seen) == 15
     state = batches.get_state()
     other = pde.windows(made, 5, frames=3, stride=1, seed=1)

@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 
 from tmdjax.data import pde
+from tmdjax.data.pde import etdrk4
 
 POINTS, ROWS = 64, 8
 LENGTH = np.array([32, 32, 32, 32, 25, 5, 32, 36.0])
@@ -155,10 +156,42 @@ def test_velocity_has_the_vorticity_and_no_divergence_14(flow):
 
 def test_a_step_inside_a_program_is_the_solver_in_float32(ks):
     equation = pde.kuramoto_sivashinsky(POINTS, LENGTH, VISCOSITY)
-    step = jax.jit(pde.stepper(equation, DT, 40))
-    found = step(jnp.float32(ks[0])[..., None])
-    assert found.dtype == jnp.float32
+    rows = np.array([6, 4, 0])
+
+    @jax.jit
+    def run(step, u, rows):
+        return step(u), step.rows(rows)(u[rows, ::2])
+
+    u = jnp.float32(ks[0])[..., None]
+    found, coarse = run(pde.stepper(equation, DT, 40), u, rows)
+    assert found.dtype == coarse.dtype == jnp.float32
     assert_allclose(found[..., 0], ks[1][40], atol=2e-5)
+    # some rows, on half of the points: modes go to the solver's grid and come back
+    modes = np.fft.rfft(ks[1][40][rows])[:, : POINTS // 4]
+    there = np.fft.irfft(modes, POINTS // 2) / 2
+    assert_allclose(coarse[..., 0], there, atol=2e-5)
+
+
+@pytest.mark.parametrize("sides", [(8,), (8, 8)])
+def test_modes_of_a_finer_grid_are_of_the_same_field(sides):
+    x = 2 * np.pi * np.arange(8) / 8
+    field = 0.5 + np.cos(3 * x) + np.sin(2 * x + 1)
+    field = field if len(sides) == 1 else field[:, None] * (np.sin(3 * x) - 2)
+    axes = tuple(range(1, 1 + len(sides)))
+
+    @jax.jit
+    def run(field):
+        fine = etdrk4._resampled(jnp.fft.rfftn(field, axes=axes), 8, 12)
+        back = etdrk4._resampled(fine, 12, 8)
+        return [jnp.fft.irfftn(v, (n,) * len(sides), axes=axes)
+                for v, n in ((fine, 12), (back, 8))]  # fmt: skip
+
+    fine, back = run(np.float32(field)[None])
+    x = 2 * np.pi * np.arange(12) / 12
+    wanted = 0.5 + np.cos(3 * x) + np.sin(2 * x + 1)
+    wanted = wanted if len(sides) == 1 else wanted[:, None] * (np.sin(3 * x) - 2)
+    assert_allclose(fine[0], wanted, atol=1e-5)
+    assert_allclose(back[0], field, atol=1e-5)
 
 
 def test_what_cannot_be_solved_is_refused(refused):

@@ -259,6 +259,37 @@ def test_gradients_pass_through_unrolled_steps_and_not_when_pushed_forward_15():
     assert_allclose(pushed["second"], (2 * error * u1).mean((1, 2)).sum(), rtol=1e-4)
 
 
+def test_a_correction_is_added_to_what_a_solver_says():
+    """The network is given the last state and the solver's next one; two steps."""
+    states, d = np.float32(RNG.normal(size=(BATCH, 3, POINTS, 1))), 0.05
+
+    def solver(u):
+        return 0.9 * u + 0.2 * jnp.roll(u, 1, 1)
+
+    def network(params, x, t, cond):
+        return params["u"] * x[..., :1] + params["x"] * x[..., 1:]
+
+    settings = solvers.OneStep(d, steps=2, solver=solver)
+
+    @jax.jit
+    def run(states):
+        loss = settings.loss(LINEAR, network, {"states": states})
+        return loss, settings.step(LINEAR, network, states[:, :1])
+
+    def by_hand(u):
+        coarse = 0.9 * u + 0.2 * np.roll(u, 1, 1)
+        answer = LINEAR["u"] * u + LINEAR["x"] * coarse
+        return coarse, answer, coarse + d * answer
+
+    loss, after = run(states)
+    u, total = states[:, 0], 0
+    for target in (states[:, 1], states[:, 2]):
+        coarse, answer, u = by_hand(u)
+        total = total + np.square(answer - (target - coarse) / d).mean((1, 2)) / 2
+    assert_allclose(after, by_hand(states[:, 0])[2], rtol=1e-5, atol=1e-6)
+    assert_allclose(loss, total, rtol=1e-4)
+
+
 @pytest.mark.parametrize("sides", [(8,), (8, 6)])
 def test_the_sobolev_norm_weighs_waves_15(sides):
     """An error of n waves counts (1 + n^2)^p; constants count as they are."""
@@ -383,6 +414,11 @@ def test_bad_settings_and_inputs(refused):
         PDERefiner(min_variance=1e-10)
     refused("steps=1 must be at least 2", solvers.OneStep, pushforward=True)
     refused(r"sobolev=-1 is outside", solvers.OneStep, sobolev=-1)
+    words = "difference_weight=None beside a solver: .*give the deviation"
+    refused(words, solvers.OneStep, None, solver=lambda u: u)
+    wrong = solvers.OneStep(solver=lambda u: u[:, 1:])
+    words = "the solver's next state has shape"
+    refused(words, wrong.step, LINEAR, linear, STATES[:, :1])
     loss = PDERefiner().loss
     half = jnp.asarray(STATES, jnp.bfloat16)
     words = "states are bfloat16; .*give float32"

@@ -2,8 +2,8 @@
 
 A network is ``(params, x, t, cond) -> answer [batch, *space, channel]``: x has the
 channels of the states it is given, oldest first, t [batch] is in [0, 1], cond float
-[batch, n] or None. Its answer is the next state, or the difference to it over a weight.
-States are float32.
+[batch, n] or None. Its answer is the next state, or what times a weight is to be added
+to the last state, or to what a coarse solver makes of it. States are float32.
 """
 
 import dataclasses
@@ -36,9 +36,16 @@ class OneStep:
             the steps before (Brandstetter et al. 2022, arXiv 2202.03376).
         sobolev: p >= 0, weights (1 + n^2)^p of the squared error at n waves a domain; 0
             is the squared error.
+        solver: a coarse solver that the network corrects, ``state -> next state``,
+            [batch, *space, channel] both, without parameters of its own. The network is
+            given the solver's next state beside the history, and answers what to add to
+            it, over ``difference_weight`` (a hybrid solver; Um et al. 2020, arXiv
+            2007.00016). Gradients of unrolled steps pass through it. None: there is no
+            solver, and the answer is added to the last state.
 
     Raises:
-        TypeError, ValueError: a setting out of range, naming it.
+        TypeError, ValueError: a setting out of range, naming it, or a solver without
+            ``difference_weight``.
     """
 
     difference_weight: float | None = 0.3
@@ -46,11 +53,17 @@ class OneStep:
     steps: int = 1
     pushforward: bool = False
     sobolev: float = 0.0
+    solver: Callable[[Array], Array] | None = None
 
     def __post_init__(self) -> None:
         check_solver(self.difference_weight, self.history)
         check_count("steps", self.steps, 2 if self.pushforward else 1)
         check_range("sobolev", self.sobolev, 0)
+        if self.solver is not None and self.difference_weight is None:
+            raise ValueError(
+                "difference_weight=None beside a solver: a correction is a difference; "
+                "give the deviation of what the solver gets wrong in a step."
+            )
 
     @property
     def window(self) -> int:
@@ -68,7 +81,7 @@ class OneStep:
 
         Args:
             params: nested dict handed to apply_fn.
-            apply_fn: a network of the history alone; its t is 1.
+            apply_fn: a network of the history (and the solver's state); its t is 1.
             batch: 'states' float32 [batch, history + steps, *space, channel], 'cond'.
             keys: not needed.
 
@@ -78,13 +91,13 @@ class OneStep:
         states = states_of(batch["states"], self.window)
         history, total = states[:, : self.history], jnp.zeros(len(states))
         for i in range(self.steps):
-            value = ask(apply_fn, params, history, None, None, batch.get("cond"))
+            value, base = self._ask(params, apply_fn, history, batch.get("cond"))
             target = states[:, self.history + i]
-            pair = jnp.stack([history[:, -1], target], 1)
+            pair = jnp.stack([base[:, -1], target], 1)
             if not self.pushforward or i == self.steps - 1:
                 error = value - answer_of(pair, self.difference_weight)
                 total += squared(_weighted(error, self.sobolev))
-            after = next_state(history, value, self.difference_weight)
+            after = next_state(base, value, self.difference_weight)
             if self.pushforward:
                 after = jax.lax.stop_gradient(after)
             history = jnp.concatenate([history[:, 1:], after[:, None]], 1)
@@ -100,8 +113,18 @@ class OneStep:
     ) -> Array:
         """The next state [batch, *space, channel], by one call of the network."""
         history = states_of(history, self.history)
-        value = ask(apply_fn, params, history, None, None, cond)
-        return next_state(history, value, self.difference_weight)
+        value, base = self._ask(params, apply_fn, history, cond)
+        return next_state(base, value, self.difference_weight)
+
+    def _ask(
+        self, params: Params, apply_fn: ApplyFn, history: Array, cond: Any
+    ) -> tuple[Array, Array]:
+        """The network's answer, and frames to the last of which it is added."""
+        if self.solver is None:
+            return ask(apply_fn, params, history, None, None, cond), history
+        last = history[:, -1]
+        coarse = check_output(self.solver(last), last, "the solver's next state")
+        return ask(apply_fn, params, history, coarse, None, cond), coarse[:, None]
 
 
 def rollout(
@@ -220,13 +243,14 @@ def next_state(history: Array, answer: Array, weight: float | None) -> Array:
 def ask(
     apply_fn: ApplyFn, params: Params, history: Array, x: Any, t: Any, cond: Any
 ) -> Array:
-    """A network's answer about a history and, of a refiner, a noised answer x.
+    """A network's answer about a history and what else it is given of the next state.
 
     Args:
         apply_fn: the network.
         params: handed to it.
         history: [batch, frame, *space, channel].
-        x: [batch, *space, channel], beside the history on the channel axis, or None.
+        x: [batch, *space, channel], beside the history on the channel axis: a refiner's
+            noised answer, or the next state of a coarse solver. None: nothing.
         t: [batch], or None for 1.
         cond: float [batch, n], or None.
 

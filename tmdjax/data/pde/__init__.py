@@ -6,6 +6,7 @@ from tmdjax.data.pde.equations import kolmogorov_flow as kolmogorov_flow
 from tmdjax.data.pde.equations import kuramoto_sivashinsky as kuramoto_sivashinsky
 from tmdjax.data.pde.equations import velocity_of as velocity_of
 from tmdjax.data.pde.etdrk4 import Equation as Equation
+from tmdjax.data.pde.etdrk4 import Stepper as Stepper
 from tmdjax.data.pde.etdrk4 import etdrk4_coefficients as etdrk4_coefficients
 from tmdjax.data.pde.etdrk4 import etdrk4_step as etdrk4_step
 from tmdjax.data.pde.etdrk4 import solve as solve

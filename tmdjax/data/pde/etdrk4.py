@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 
 from tmdjax.core.checks import check_batch, check_count, check_finite, check_range
@@ -115,42 +116,78 @@ def etdrk4_step(
     return v + weights.last * nonlinear(c)
 
 
-def stepper(equation: Equation, dt: Any, substeps: int = 1) -> Callable[[Array], Array]:
+@struct.dataclass
+class Stepper:
     """A solver's step as a pure function of a field, to be used inside programs.
 
-    In float32 it is a coarse solver beside which a network corrects; data come from
-    :func:`solve`.
+    It is a pytree, so that programs can be given it as an argument. In float32, on few
+    points or in long steps it is the coarse solver beside which a network corrects;
+    data come from :func:`solve`.
 
-    Args:
-        equation: of batch 1, or of the batch of the fields.
-        dt: time that the function advances by, > 0: a scalar or [batch].
-        substeps: solver steps in that time.
-
-    Returns:
-        ``field [batch, *space, 1] -> [batch, *space, 1]``, in the dtype of the field.
+    Attributes:
+        weights: :class:`Coefficients` of one solver step, leaves [batch, *mode]; batch
+            1 serves all fields.
+        factors: of the equation, arrays [batch or 1, *mode].
+        nonlinear: of the equation.
+        points: of a side of the solver's grid.
+        substeps: solver steps of a call.
     """
-    substeps = check_count("substeps", substeps)
-    host = etdrk4_coefficients(equation.linear, np.asarray(dt) / substeps)
-    axes = tuple(range(1, 1 + equation.dims))
 
-    def step(field: Array) -> Array:
+    weights: Any
+    factors: Any
+    nonlinear: Callable[[Array, Mapping[str, Any]], Array] = struct.field(
+        pytree_node=False
+    )
+    points: int = struct.field(pytree_node=False)
+    substeps: int = struct.field(pytree_node=False)
+
+    def __call__(self, field: Array) -> Array:
+        """The field [batch, *space, 1] a call later, in its own dtype.
+
+        Where it has another number of points than the solver, its modes are taken to
+        the solver's grid and back; those that the coarser grid lacks are 0 then.
+        """
+        axes, side = tuple(range(1, field.ndim - 1)), field.shape[1]
+
         def cast(tree: Any) -> Any:
             return jax.tree.map(lambda a: _in_precision(a, field.dtype), tree)
 
-        weights, factors = cast(host), cast(dict(equation.factors))
+        weights, factors = cast(self.weights), cast(dict(self.factors))
         v = jnp.fft.rfftn(field[..., 0], axes=axes)
         v = lax.fori_loop(
             0,
-            substeps,
-            lambda _, v: etdrk4_step(
-                v, weights, lambda v: equation.nonlinear(v, factors)
-            ),
-            v,
+            self.substeps,
+            lambda _, v: etdrk4_step(v, weights, lambda v: self.nonlinear(v, factors)),
+            _resampled(v, side, self.points),
         )
-        sizes = (equation.points,) * equation.dims
-        return jnp.fft.irfftn(v, sizes, axes=axes)[..., None].astype(field.dtype)
+        v = _resampled(v, self.points, side)
+        u = jnp.fft.irfftn(v, field.shape[1:-1], axes=axes)
+        return u[..., None].astype(field.dtype)
 
-    return step
+    def rows(self, rows: Any) -> "Stepper":
+        """The step of some fields of the batch, int [n], which may be traced."""
+        return jax.tree.map(lambda a: a if len(a) == 1 else jnp.asarray(a)[rows], self)
+
+
+def stepper(equation: Equation, dt: Any, substeps: int = 1) -> Stepper:
+    """A :class:`Stepper` of an equation, its coefficients float64 on the host.
+
+    Args:
+        equation: of batch 1, or of the batch of the fields.
+        dt: time that a call advances by, > 0: a scalar or [batch].
+        substeps: solver steps in that time.
+
+    Raises:
+        TypeError, ValueError: a number out of range, or a dt of another batch.
+    """
+    substeps = check_count("substeps", substeps)
+    return Stepper(
+        weights=etdrk4_coefficients(equation.linear, np.asarray(dt) / substeps),
+        factors=dict(equation.factors),
+        nonlinear=equation.nonlinear,
+        points=equation.points,
+        substeps=substeps,
+    )
 
 
 def _in_precision(array: Any, dtype: Any) -> Array:
@@ -248,21 +285,29 @@ def _solve(initial, weights, factors, substeps, skip, *, nonlinear, frames, poin
 
     def field(v):
         sizes = (points,) * len(axes)
-        return jnp.fft.irfftn(_cut(v, initial.shape[1], points), sizes, axes=axes)
+        v = _resampled(v, initial.shape[1], points)
+        return jnp.fft.irfftn(v, sizes, axes=axes)
 
     v = lax.fori_loop(0, skip, lambda _, v: frame(v), v)
     return lax.scan(lambda v, _: (frame(v), field(v)), v, None, frames)[1]
 
 
-def _cut(v: Array, solved: int, points: int) -> Array:
-    """The modes of a coarser grid, scaled for it; its highest one is left out."""
-    if points == solved:
+def _resampled(v: Array, side: int, points: int) -> Array:
+    """The modes of another grid, scaled for it; the coarser one's highest is left out.
+
+    Args:
+        v: modes [batch, *mode] of a real field with ``side`` points along each axis.
+        side: even.
+        points: of each side of the other grid, even.
+    """
+    if points == side:
         return v
-    half, dims = points // 2, v.ndim - 1
-    both_signs = np.r_[0:half, solved - half : solved]
-    for axis in range(1, dims):
-        v = jnp.take(v, both_signs, axis)
-        inside = (np.arange(points) != half).reshape(-1, *(1,) * (dims - axis))
-        v = jnp.where(inside, v, 0)
-    v = jnp.where(np.arange(half + 1) != half, v[..., : half + 1], 0)
-    return v * (points / solved) ** dims
+    dims, half = v.ndim - 1, min(side, points) // 2
+    for axis in range(1, dims):  # of both signs
+        low = lax.slice_in_dim(v, 0, half, axis=axis)
+        high = lax.slice_in_dim(v, side - half + 1, side, axis=axis)
+        shape = list(v.shape)
+        shape[axis] = points - 2 * half + 1
+        v = jnp.concatenate([low, jnp.zeros(shape, v.dtype), high], axis)
+    ends = [(0, 0)] * dims + [(0, points // 2 + 1 - half)]
+    return jnp.pad(v[..., :half], ends) * (points / side) ** dims

@@ -159,9 +159,9 @@ def windows(
             :class:`tmdjax.data.BatchPlan`.
 
     Returns:
-        Iterator over 'states' float32 [batch, frames, *space, channel], and the
-        set's 'dt', 'dx' and parameters, float32 [batch] (of the set's frames, not of
-        the model's step).
+        Iterator over 'states' float32 [batch, frames, *space, channel], the set's 'dt',
+        'dx' and parameters, float32 [batch] (of the set's frames, not of the model's
+        step), and 'trajectory', int32 [batch], the row of the set.
 
     Raises:
         TypeError, ValueError: numbers out of range, or trajectories shorter than a
@@ -185,7 +185,8 @@ def windows(
     def gather(indices: np.ndarray) -> Batch:
         row, start = np.divmod(indices, starts)
         batch = {name: column[row] for name, column in small.items()}
-        return {"states": states[row[:, None], start[:, None] + reach], **batch}
+        frames = states[row[:, None], start[:, None] + reach]
+        return {"states": frames, **batch, "trajectory": row.astype(np.int32)}
 
     def named() -> str:
         return f"{content_hash({'states': states, **columns})}/{frames}/{stride}"
