@@ -6,11 +6,18 @@
     python -m experiments.run --config=configs/pde_refiner.py:paper --dry_run
 
 The data are made by ``tmdjax.data.pde``. An arm is a method and, of ``data``, a share
-of the training trajectories or a stride (a model's step in frames of the data).
+of the training trajectories or a stride (a model's step in frames of the data). Beside
+the networks stand our own solver on few points in steps as long as theirs ('coarse_28'
+and so on, which train nothing) and a network that corrects it ('hybrid').
 
 smoke  64 points, length 32: mechanics only.
 cpu    the same grid, a dilated ResNet of 16 channels and 10 layers, 24 k updates: does
-       refining follow the truth for longer, and what does it do to small waves?
+       refining follow the truth for longer, and what does it do to small waves? The
+       cost is an estimate from a few hundred updates of each kind, each of which keeps
+       one core busy: 5.6 ms of it an update of one call or of the refiner, 25 trainings
+       of the five arms of the claims and 4,100 s with their rollouts; 1,200 s the other
+       arms, of one seed and mostly of 6 k updates. Two shards use two cores:
+       --shard=0/2 and --shard=1/2, each with a --workdir of its own.
 gpu    256 points, domains and steps of many lengths, a U-Net of 32 channels.
 paper  as published: sizes only.
 """
@@ -20,8 +27,8 @@ from ml_collections import ConfigDict
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
-    "smoke": "20 s of CPU once compiled",
-    "cpu": "meant for an hour on 2 cores, 5 seeds; not run yet",
+    "smoke": "15 s of CPU once compiled",
+    "cpu": "estimated: 45 minutes on 2 cores, 5 seeds in two shards; not run yet",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
@@ -34,6 +41,7 @@ RANGES = {
     "data.warm_up": "[0, 1000000]",
     "model.dims": "[1, 1]",
     "model.layers": "[1, 200]",
+    "coarse.points": "[4, 100000]",
     "evaluate.wavenumber": "(0, 1000]",
     "evaluate.members": "[2, 1000]",
     "evaluate.threshold": "(-1, 1)",
@@ -41,6 +49,7 @@ RANGES = {
 
 REFINER = {"name": "pde_refiner", "min_variance": 1e-4}
 SWEEP = {
+    "refiner_6k": {},
     "refiner_s1e-3": {"min_variance": 1e-3},
     "refiner_s1e-5": {"min_variance": 1e-5},
     "refiner_k1": {"refinements": 1},
@@ -49,15 +58,19 @@ SWEEP = {
     "refiner_paper": {"variant": "paper"},
     "refiner_cosine": {"schedule": "cosine"},
 }
-"""Changes of the arm 'refiner', one seed each; validation_horizon tells the best."""
+"""Changes of the refiner; validation_horizon tells the best."""
 
 BASELINES = {
+    "mse_6k": {},
     "pushforward": {"steps": 2, "pushforward": True},
     "unrolled": {"steps": 2},
     "sobolev": {"sobolev": 1.0},
     "history": {"history": 2},
 }
-"""Other trainings of the solver of one call, one seed each."""
+"""Other trainings of the solver of one call."""
+
+SHORT = 6000
+"""Updates of these, one seed each: to be set beside mse_6k and refiner_6k alone."""
 
 
 def get_config(tier: str) -> ConfigDict:
@@ -107,10 +120,20 @@ def get_config(tier: str) -> ConfigDict:
             "log_every": 20 if tier == "smoke" else 200,
         }
     )
-    config.evaluate = ConfigDict({"wavenumber": 2.0, "members": 8, "threshold": 0.8})
+    scale = 2 if large else 1  # of a domain, by that of the cpu tier
+    config.coarse = ConfigDict({"points": 28 * scale, "substeps": 1})
+    horizons = [4, 8, 16, 24, 32, 48, 64, 80, 96, 112]
+    config.evaluate = ConfigDict(
+        {
+            **{"wavenumber": 2.0, "members": 8, "threshold": 0.8},
+            "horizons": horizons[:3] if tier == "smoke" else horizons,
+            "waves": [scale * n for n in (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)],
+        }
+    )
     one = {"name": "one_step"}
     refiner = {"name": "pde_refiner"} if tier == "paper" else REFINER
     arms = {"mse": {"method": one}, "refiner": {"method": refiner}}
+    alone: dict[str, dict[str, object]] = {}
     if tier in ("cpu", "gpu"):
         quarter = {"data": {"share": 0.25}}
         small = {**REFINER, "min_variance": 4e-7}
@@ -121,10 +144,17 @@ def get_config(tier: str) -> ConfigDict:
         }
         # as many calls a unit of time as the refiner: four short steps for one
         alone = {"mse_short": {"method": one, "data": {"stride": 1}}}
-        alone |= {name: {"method": one | given} for name, given in BASELINES.items()}
-        alone |= {name: {"method": REFINER | given} for name, given in SWEEP.items()}
-        config.one_seed_arms = tuple(alone)
-        arms |= alone
+        short = {"train": {"steps": SHORT}}
+        for base, changes in ((one, BASELINES), (REFINER, SWEEP)):
+            alone |= {n: {"method": base | c, **short} for n, c in changes.items()}
+    if tier != "paper":
+        # a correction's deviation is about 0.05
+        alone["hybrid"] = {"method": {"name": "corrected", "difference_weight": 0.05}}
+        for points in (28,) if tier == "smoke" else (28, 32, 64):
+            name, given = f"coarse_{points * scale}", {"points": points * scale}
+            alone[name] = {"method": {"name": "coarse"}, "coarse": given}
+    config.one_seed_arms = tuple(alone)
+    arms |= alone
     config.arms = ConfigDict(arms)
     config.claims = ConfigDict(_claims() if tier in ("cpu", "gpu") else {})
     return config

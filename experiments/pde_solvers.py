@@ -1,8 +1,11 @@
-"""Neural solvers that an experiment trains: data, network, method, training, by config.
+"""Solvers that an experiment compares: data, network, method, training, by config.
 
-Each function is given the config of an arm.
+Each function is given the config of an arm. Its method is 'one_step', 'corrected' (the
+same beside a coarse solver), 'coarse' (that solver alone, which nothing is trained
+for), or the preset of a system.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +21,7 @@ from tmdjax import models, quant, train
 from tmdjax.core import trees
 from tmdjax.core.checks import check_fields
 from tmdjax.data import pde
-from tmdjax.harness import StageContext, StageResult, Update
+from tmdjax.harness import ConfigError, StageContext, StageResult, Update
 from tmdjax.harness.config import to_plain
 from tmdjax.systems.pde_refiner import PDERefiner
 from tmdjax.train.neural_solvers import OneStep
@@ -29,14 +32,92 @@ OF_AN_ARM = ("share", "stride", "conditions")
 """Settings of data that trajectories do not depend on."""
 
 
-def method_of(config: Config) -> PDERefiner | OneStep:
-    """The method of an arm: 'one_step', or a preset of a system."""
+@dataclasses.dataclass(frozen=True)
+class Coarse:
+    """A coarse solver by itself, called like the methods that are trained.
+
+    Attributes:
+        solver: ``state -> next state``, [batch, *space, channel] both.
+        history: states that it needs.
+        window: states of a window of the data that holds a step.
+    """
+
+    solver: Any
+    history: int = 1
+    window: int = 2
+
+    def step(
+        self, params: Any, apply_fn: Any, history: Any, keys: Any, cond: Any = None
+    ) -> Any:
+        """The next state; parameters, network, keys and conditions are not needed."""
+        return self.solver(history[:, -1])
+
+
+def method_of(
+    config: Config, columns: Mapping[str, np.ndarray] | None = None
+) -> PDERefiner | OneStep | Coarse:
+    """The method of an arm.
+
+    Args:
+        config: of the arm.
+        columns: dt, dx and viscosity of trajectories, [trajectory] each, whose rows a
+            coarse solver is set up for. None takes the middle of each interval of the
+            config, for all rows.
+
+    Raises:
+        ConfigError, TypeError, ValueError: an unknown method or setting.
+    """
     given = tuples(to_plain(config.method))
-    if given.get("name") == "one_step":
-        del given["name"]
+    name = given.pop("name", None)
+    if name == "coarse":
+        if given:
+            raise ConfigError(
+                f"method.{min(given)} of 'coarse': a coarse solver alone has no "
+                f"settings here; those of the group 'coarse' are its own."
+            )
+        return Coarse(coarse_solver(config, columns))
+    if name in ("one_step", "corrected"):
+        if name == "corrected":
+            given["solver"] = coarse_solver(config, columns)
         check_fields(OneStep, given)
         return OneStep(**given)
     return arms.build_method(to_plain(config.method), PDERefiner)
+
+
+def coarse_solver(
+    config: Config, columns: Mapping[str, np.ndarray] | None
+) -> pde.Stepper:
+    """ETDRK4 on the points and in the steps of the group 'coarse', in float32."""
+    data, given = config.data, config.coarse
+    if given.points % 2 or not 4 <= given.points <= data.points:
+        raise ValueError(
+            f"coarse.points={given.points} must be even, at least 4 and at most "
+            f"data.points={data.points}."
+        )
+    if columns is None:
+        means = {n: np.mean([data[n]], 1) for n in ("length", "dt", "viscosity")}
+        columns = {**means, "dx": means["length"] / data.points}
+    if not any(np.ptp(column) for column in columns.values()):
+        columns = {name: column[:1] for name, column in columns.items()}  # for all
+    equation = pde.kuramoto_sivashinsky(
+        given.points, columns["dx"] * data.points, columns["viscosity"]
+    )
+    return pde.stepper(equation, columns["dt"] * data.stride, given.substeps)
+
+
+def with_solver(method: Any, solver: pde.Stepper | None) -> Any:
+    """A method beside another coarse solver; as it is, where it has none."""
+    return method if solver is None else dataclasses.replace(method, solver=solver)
+
+
+def solver_of(method: Any) -> pde.Stepper | None:
+    """The coarse solver of a method, or None."""
+    return getattr(method, "solver", None)
+
+
+def is_trained(config: Config) -> bool:
+    """Whether an arm has a network."""
+    return config.method.get("name") != "coarse"
 
 
 def network_of(config: Config, when: str = "train") -> Any:
@@ -91,6 +172,19 @@ def check_data(config: Config) -> None:
             f"{given.stride} spans {span} frames; data.frames={given.frames}, "
             f"data.test_frames={given.test_frames}."
         )
+    last = min(given.dt) * (given.test_frames - 1)
+    most = max(config.evaluate.horizons, default=0)
+    if most > last + 1e-6:
+        raise ValueError(
+            f"evaluate.horizons={config.evaluate.horizons} reach beyond {last:g}, the "
+            f"end of data.test_frames={given.test_frames} at data.dt={given.dt}."
+        )
+    most = max(config.evaluate.waves, default=0)
+    if most > given.points // 2:
+        raise ValueError(
+            f"evaluate.waves={config.evaluate.waves} are more than the "
+            f"{given.points // 2} waves that data.points={given.points} tell apart."
+        )
     windows = max(1, round(given.share * given.train_count)) * starts
     if windows < config.train.batch_size:
         raise ValueError(
@@ -100,9 +194,10 @@ def check_data(config: Config) -> None:
 
 
 def channels(config: Config) -> int:
-    """Of the network's input: a history, and a refiner's noised answer."""
+    """Of the network's input: a history; a refiner's answer, or a solver's state."""
     method = method_of(config)
-    return method.history + isinstance(method, PDERefiner)
+    more = isinstance(method, PDERefiner) or solver_of(method) is not None
+    return method.history + more
 
 
 def solve(config: Config, context: StageContext) -> StageResult:
@@ -135,14 +230,17 @@ def set_of(context: StageContext, name: str, share: float = 1.0) -> pde.Trajecto
     return pde.Trajectories(**known, parameters=arrays)
 
 
-def training(config: Config) -> Supervised:
-    """How an arm's network is trained."""
-    network, method = network_of(config), method_of(config)
+def training(config: Config, columns: Any = None) -> Supervised:
+    """How an arm's network is trained; columns are those of :func:`method_of`."""
+    network, method = network_of(config), method_of(config, columns)
     apply_fn, settings = models.functional(network), config.train
+    solver = solver_of(method)
 
     def loss(params: Any, batch: Any, keys: Any) -> Any:
         given = {"states": batch["states"], "cond": condition(config, batch)}
-        return method.loss(params, apply_fn, given, keys), {}
+        rows = None if solver is None else solver.rows(batch["trajectory"])
+        own = with_solver(method, rows)
+        return own.loss(params, apply_fn, given, keys), {}
 
     x = jnp.zeros((1, config.data.points, channels(config)))
     names = condition_names(config)
@@ -161,14 +259,16 @@ def training(config: Config) -> Supervised:
 
 def train_solver(config: Config, context: StageContext) -> StageResult:
     """Trains on windows of the training trajectories; keeps averaged parameters."""
+    trajectories = set_of(context, "train", config.data.share)
     batches = pde.windows(
-        set_of(context, "train", config.data.share),
+        trajectories,
         config.train.batch_size,
         context.seed,
         frames=method_of(config).window,
         stride=config.data.stride,
     )
-    state = training(config).fit(context, batches, config.train)
+    method = training(config, trajectories.columns())
+    state = method.fit(context, batches, config.train)
     return StageResult(
         {"params": state.eval_params},
         {"parameters": trees.count(state.params), "skipped_updates": state.skipped},
@@ -185,4 +285,5 @@ def update(config: Config) -> Update:
     batch = {k: jax.ShapeDtypeStruct((size,), jnp.float32) for k in columns}
     shape = (size, window, config.data.points, 1)
     batch["states"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch["trajectory"] = jax.ShapeDtypeStruct((size,), jnp.int32)
     return training(config).update(batch)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from experiments import pde_refiner
+from experiments import pde_measures, pde_refiner, pde_solvers
+from experiments.arms import of_arm
 from tmdjax.data import pde
-from tmdjax.harness import load_config
+from tmdjax.harness import ConfigError, load_config
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_an_error_is_of_the_waves_that_are_wrong(config):
     for waves, low, high in ((10, 0.1 / 2, 0), (11, 0, 0.1 / 0.5)):
         after = right + 0.1 * np.cos(waves * x + 1)
         pair = [np.tile(v[:, None], (4, 3, 1, 1)) for v in (after, right)]
-        spectrum, found = pde_refiner._errors(config, pair[0], pair[1], test)
+        spectrum, found = pde_measures.errors_of(config, pair[0], pair[1], test)
         assert_allclose(found["error_low"], low, atol=1e-12)
         assert_allclose(found["error_high"], high, atol=1e-12)
         assert_allclose(found["one_step_mse"], 0.1**2 / 2)
@@ -40,10 +41,63 @@ def test_times_are_of_the_mean_or_of_each_where_steps_differ():
     r = np.array([[1, 1], [1, 0.6], [0.6, 0.2], [0.2, 0.2]])  # [step, trajectory]
     # the mean curve is 1, 0.8, 0.4, 0.2: it crosses 0.7 at step 2.25
     equal, apart = np.array([0.5, 0.5]), np.array([1.0, 3.0])
-    assert_allclose(pde_refiner._time(r, equal, 0.7), (2.25 * 0.5, 2 * 0.5, 0))
+    assert_allclose(pde_measures.time_of(r, equal, 0.7), (2.25 * 0.5, 2 * 0.5, 0))
     # the curves alone cross it at 2.75 and 1.75
-    assert_allclose(pde_refiner._time(r, apart, 0.7)[0], (2.75 + 3 * 1.75) / 2)
-    assert pde_refiner._time(r, equal, 0.1)[2] == 1  # never
+    assert_allclose(pde_measures.time_of(r, apart, 0.7)[0], (2.75 + 3 * 1.75) / 2)
+    assert pde_measures.time_of(r, equal, 0.1)[2] == 1  # never
+
+
+def test_errors_and_spectra_are_of_rollouts_that_did_not_fail(config):
+    """Times 4, 8 and 16 are steps 8, 16 and 32 of one of 0.5, and half of one of 1."""
+    x = 2 * np.pi * np.arange(64) / 64
+    right = np.tile(3 * np.cos(4 * x)[:, None], (32, 3, 1, 1))
+    growing = np.arange(1, 33)[:, None, None, None] / 10
+    states = right + growing * np.cos(6 * x)[:, None]
+    whole = np.array([True, True, False])
+    states[5:, ~whole] = np.nan
+    given = config, states, right, whole
+    found = pde_measures._by_time(*given, np.array([0.5, 1.0, 1.0]))
+    for horizon, steps in ((4, (8, 4)), (8, (16, 8)), (16, (32, 16))):
+        error = np.sqrt(np.mean(np.square(steps))) / 10 / 3
+        assert_allclose(found[pde_measures.at_time(horizon, "error")], error)
+    found = pde_measures._by_waves(*given)
+    assert found.keys() == {
+        f"waves{n}.{of}"
+        for n in config.evaluate.waves
+        for of in ("power", "true_power")
+    }
+    assert_allclose(found["waves4.true_power"], 9 / 2)
+    assert_allclose(found["waves4.power"], 9 / 2)
+    grown = np.square(np.arange(17, 33) / 10).mean() / 2
+    assert_allclose(found["waves6.power"], grown)
+    assert_allclose(found["waves6.true_power"], 0, atol=1e-12)
+    none = pde_measures._by_waves(config, states, right, ~whole & False)
+    assert np.isnan(none["waves4.power"]) and none["waves4.true_power"] > 4
+
+
+def test_a_coarse_solver_is_set_up_for_the_rows_of_a_set(config):
+    own = of_arm(config, "coarse_28")
+    columns = {"dt": np.full(3, 0.2), "viscosity": np.ones(3)}
+    columns["dx"] = np.array([30, 32, 34]) / 64
+    solver = pde_solvers.method_of(own, columns).solver
+    assert (solver.points, solver.substeps) == (28, 1)
+    assert solver.weights.whole.shape == (3, 15)
+    q = 2 * np.pi * np.arange(15) / 34
+    there = np.exp((q**2 - q**4) * 0.2 * config.data.stride)
+    assert_allclose(solver.weights.whole[2], there)
+    columns["dx"] = np.full(3, 0.5)
+    alike = pde_solvers.method_of(own, columns).solver
+    assert alike.weights.whole.shape == (1, 15)
+    middle = pde_solvers.method_of(own).solver  # the config's own length is 32
+    assert_allclose(middle.weights.whole, alike.weights.whole)
+    assert pde_measures.measures(own).isdisjoint({"reliability", "seconds_per_time"})
+
+
+def test_a_coarse_solver_is_measured_and_not_trained(config):
+    names = [stage.name for stage in pde_refiner.stages(config, "coarse_28")]
+    assert names == ["trajectories", "evaluate"]
+    assert pde_refiner.describe(config)["coarse_28/parameters"] == 0
+    assert pde_refiner.updates(config).keys() == {"mse", "refiner", "hybrid"}
 
 
 def test_data_that_cannot_be_made_or_used_are_refused(refused):
@@ -53,6 +107,15 @@ def test_data_that_cannot_be_made_or_used_are_refused(refused):
         ("evaluate.wavenumber=7", "beyond 6.28, the highest of data.points=64"),
         ("data.stride=70", "no targets: a window of 2 states at data.stride=70"),
         ("train.batch_size=100000", "larger than the [0-9]+ windows"),
+        ("evaluate.horizons=[4,17]", "horizons=.* reach beyond 16, the end of"),
+        ("evaluate.waves=[4,33]", "waves=.* are more than the 32 waves that"),
+        ("coarse.points=27", "points=27 must be even"),
+        ("arms.coarse_28.coarse.points=66", "at most data.points=64"),
     ):
         config = load_config("configs/pde_refiner.py:smoke", [change])
         refused(words, pde_refiner.describe, config)
+    config = load_config("configs/pde_refiner.py:smoke")
+    with config.unlocked():
+        config.arms.coarse_28.method.substeps = 2
+    words = "method.substeps of 'coarse': .* of the group 'coarse'"
+    refused(words, pde_refiner.describe, config, error=ConfigError)

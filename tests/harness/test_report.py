@@ -14,6 +14,7 @@ from tmdjax.harness.report import (
     format_value,
     interval_plot,
     line_plot,
+    point_plot,
     text_table,
     write_report,
 )
@@ -63,6 +64,27 @@ def test_interval_plot_has_a_row_an_arm_and_a_colour_a_series(tmp_path, refused)
     assert min(colourful) > 100
     words = "no intervals to plot in 'after'"
     refused(words, interval_plot, {"a": {}}, tmp_path / "no.png", "after", "share")
+
+
+def test_point_plot_has_a_point_an_arm(tmp_path, refused):
+    pytest.importorskip("matplotlib")
+    one, wide = Interval(1.0, None, None), Interval(10.0, 5.0, 15.0)
+    lost = Interval(math.nan, None, None)
+    given = {"a": {"a": (one, wide)}, "b": {"a": (one, one)}}
+    given["c"] = {"a": (one, wide), "b": (wide, one)}
+    given["d"] = {"a": (one, wide), "b": (wide, lost)}
+    drawn = {
+        name: pixels(point_plot(points, tmp_path / f"{name}.png", "all", "s", "time"))
+        for name, points in given.items()
+    }
+    assert len({drawn[name].tobytes() for name in "abc"}) == 3
+    assert (drawn["a"] == drawn["d"]).all()  # without the one that is not finite
+    path = tmp_path / "no.png"
+    words = "no points to plot in 'all'"
+    refused(words, point_plot, {"b": (wide, lost)}, path, "all", "s", "time")
+    free = Interval(0.0, None, None)
+    words = "'b' has x=0 in 'all'; .* needs positive"
+    refused(words, point_plot, {"b": (free, one)}, path, "all", "s", "time")
 
 
 def test_a_logarithmic_axis_needs_a_decade(tmp_path):

@@ -173,6 +173,61 @@ def interval_plot(
     return _save(figure, path)
 
 
+def point_plot(
+    points: Mapping[str, tuple[Interval, Interval]],
+    path: str | os.PathLike[str],
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> Path | None:
+    """Writes what is found against what it costs as a PNG by matplotlib.
+
+    Args:
+        points: (x, y) of each arm by its name, with their intervals; x above 0, on a
+            logarithmic axis. One that is not finite is left out.
+        path: the PNG to write; folders are made.
+        title: above the axes.
+        x_label: below the horizontal axis.
+        y_label: beside the vertical axis.
+
+    Returns:
+        The path; None, with a logged warning, where matplotlib is absent.
+
+    Raises:
+        ValueError: no finite point, or an x that is not positive; names it.
+    """
+    for name, (x, _) in points.items():
+        if x.value <= 0:
+            raise ValueError(
+                f"{name!r} has x={x.value:g} in {title!r}; a logarithmic axis needs "
+                f"positive numbers."
+            )
+    points = {n: pair for n, pair in points.items() if np.isfinite(_values(pair)).all()}
+    if not points:
+        raise ValueError(f"no points to plot in {title!r}; give at least one.")
+    figure = _figure(path, (8.0, max(4.0, 1.0 + 0.22 * len(points))))
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    for i, (name, pair) in enumerate(points.items()):
+        (x, *across), (y, *along) = (np.array(_bounded(each), float) for each in pair)
+        bars = [
+            np.abs(np.array(along)[:, None] - y),
+            np.abs(np.array(across)[:, None] - x),
+        ]
+        marker = "os^vDPX*"[i // 10 % 8]  # there are ten colours
+        axes.errorbar([x], [y], *bars, marker, capsize=3, label=name)
+    axes.set_xscale("log")
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    return _save(figure, path)
+
+
+def _values(pair: tuple[Interval, Interval]) -> list[float]:
+    return [interval.value for interval in pair]
+
+
 def _bounded(interval: Interval) -> Interval:
     """The interval, its value in place of bounds that are unknown."""
     value, low, high = interval
