@@ -58,6 +58,16 @@ CASES = {
     ),
     "flow_grpo": Case("flow_grpo", "align", ("train.images=1024",)),
     "branchgrpo": Case("branch", "align", ("train.images=1024",)),
+    "pde_refiner": Case(
+        "refiner",
+        "train",
+        (
+            "data.train_count=64",
+            "data.test_count=2",
+            "data.test_frames=2",
+            "data.warm_up=0",
+        ),
+    ),
     "policyflow": Case(
         "policyflow", "train", ("train.iterations=3", "train.iterations_per_call=1")
     ),
