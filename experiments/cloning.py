@@ -28,7 +28,8 @@ FINE_TUNING = (
     "noise_hidden noise_input std_lower std_upper decay_iterations clip_noise "
     "clip_mean clip_last clip_range clip_base entropy_coefficient w2_coefficient "
     "w2_noise log_prob_reduction log_prob_range count_start fine_tuned_steps std_floor "
-    "advantage_quantiles denoising_discount"
+    "advantage_quantiles denoising_discount learned_noise_steps stochastic_steps "
+    "legacy_grid"
 ).split()
 """Settings of a method that cloning does not depend on."""
 MEANINGS = {

@@ -106,9 +106,7 @@ def judge(config: Config, arm: str, context: StageContext) -> StageResult:
     outputs, env = made.outputs, to_plain(config.env)
     statistics, found, shown = outputs["statistics"], {}, {}
     if last == "clone":
-        given = method.pretrained(trees.take(outputs["network"], row))
-        start = functools.partial(trainer.init, policy=given)
-        policy = jax.jit(start)(context.key).learner.params["policy"]
+        policy = method.pretrained(trees.take(outputs["network"], row))
     else:
         policy = trees.take(outputs["policy"], row)
         found["training_reward"] = ends(outputs["reward"][:, row], parts=10)[1]

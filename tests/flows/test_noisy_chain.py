@@ -85,14 +85,15 @@ def test_2_no_velocity_and_one_deviation_is_independent_gaussians():
 
 def test_4_bounds_of_the_deviation():
     raw = np.float32([-np.inf, 0, np.inf, -0.7])
-    std = flows.bounded_std(raw, 0.1, 0.24)
+    std = jax.jit(flows.bounded_std)(raw, 0.1, 0.24)
     assert_allclose(std[:3], [0.1, np.sqrt(0.024), 0.24], rtol=1e-6)
     variance = np.log(0.01) + (np.log(0.0576) - np.log(0.01)) * (np.tanh(-0.7) + 1) / 2
     assert_allclose(std[3], np.exp(variance / 2), rtol=1e-6)
 
 
 def test_3_equal_bounds_leave_nothing_to_learn():
-    value, slope = jax.value_and_grad(flows.bounded_std)(jnp.float32(0.4), 0.2, 0.2)
+    both = jax.jit(jax.value_and_grad(flows.bounded_std))
+    value, slope = both(0.4, 0.2, 0.2)
     assert_allclose(value, 0.2, rtol=1e-6)
     assert slope == 0
 
@@ -184,6 +185,45 @@ def test_noise_belongs_to_a_sample_and_a_step():
     assert_allclose(own, whole[:, 1:], atol=1e-6)
 
 
+def test_noise_in_one_step_alone_and_the_ode_around_it(refused):
+    """Its density is that of this step, and no other step is asked again."""
+    a, b, std, count = 0.7, -0.2, 0.3, 1
+
+    @jax.jit
+    def walk(keys, x):
+        chain = flows.noisy_chain(
+            keys, linear(a, b, std), x, ROWS, noisy_steps=count, clip_last=1.0
+        )
+        asked = []
+
+        def velocity(x, t, cond):
+            asked.append(x.shape)
+            return a * x + b
+
+        transition = flows.euler_transition(velocity, lambda t, cond: std)
+        again = flows.rescore_chain(chain.states, transition, ROWS, step=chain.step)
+        assert asked == [(count * len(x), DIM)]
+        return chain, again, flows.chain_log_prob(again, "sum")
+
+    x = np.float32(np.random.default_rng(0).normal(size=(3000, DIM)))
+    chain, again, log_prob = jax.device_get(walk(KEYS[:3000], x))
+    first = chain.step[0]
+    assert scipy.stats.chisquare(np.bincount(first, minlength=STEPS)).pvalue > 1e-4
+    steps = np.arange(STEPS)[:, None]
+    ode = lambda x: x - (a * x + b) / STEPS  # noqa: E731
+    before, y = x, chain.states[-1]
+    for i in steps:
+        before = np.where((i < first)[:, None], ode(before), before)
+        y = np.where((i > first)[:, None], ode(y), y)
+    assert_allclose(chain.states[0], before, atol=1e-6)
+    assert_allclose(chain.end, np.clip(y, -1, 1), atol=1e-6)
+    noise = scipy.stats.norm(ode(before), std).logpdf(chain.states[1])
+    assert_allclose(log_prob, noise.sum(1), atol=1e-4)
+    assert_allclose(again.log_density, chain.log_density, atol=1e-5)
+    words = "this chain is of its noisy steps alone, without its start"
+    refused(words, flows.chain_log_prob, again, count_start=True)
+
+
 def test_deviations_of_any_shape_and_conditions_go_with_their_sample():
     cond = {"shift": jnp.float32([[1.0], [2.0]]), "std": jnp.float32([0.1, 0.2])}
     transition = flows.euler_transition(
@@ -223,6 +263,8 @@ def test_bad_inputs(refused):
         "must be a typed key", walk, jnp.zeros(2), transition, x, ROWS, error=TypeError
     )
     refused("clip_noise=0 is outside", walk, few, transition, x, ROWS, clip_noise=0)
+    refused(r"noisy_steps=4 is outside \[1, 3\]", walk, few, transition, x, ROWS,
+            noisy_steps=4)  # fmt: skip
     refused(r"a chain of 3 steps has shape \(3, 2, 2\); its states are \[4, batch",
             flows.rescore_chain, jnp.zeros((3, 2, 2)), transition, ROWS)  # fmt: skip
     narrow = flows.euler_transition(lambda x, t, c: x[:, :1], lambda t, c: 0.1)
@@ -239,6 +281,7 @@ def test_any_number_of_steps(steps):
     rows = flows.make_table("ode", flows.uniform_grid(steps)).rows(
         slice(None), jnp.float32
     )
-    chain = flows.noisy_chain(KEYS[:2], linear(0.5, 0, 0.1), jnp.ones((2, DIM)), rows)
+    walk = functools.partial(flows.noisy_chain, transition=linear(0.5, 0, 0.1))
+    chain = jax.eval_shape(walk, KEYS[:2], x=jnp.ones((2, DIM)), rows=rows)
     assert chain.states.shape == (steps + 1, 2, DIM)
     assert chain.std.shape == chain.log_density.shape == (steps, 2, DIM)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from checks import drawn
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import envs, flows, models
+from tmdjax import envs, models
 from tmdjax.core import prng
 from tmdjax.systems import dppo
 from tmdjax.systems.dppo import DPPO
@@ -33,44 +34,41 @@ def nudged(tree, size=0.02):
 
 @functools.cache
 def done():
-    """What a policy does, and its loss under other parameters, in one program."""
-    method = method_of()
+    """A policy, what it did, and its loss as it was and 'moved' a little."""
+    method, rng = method_of(), np.random.default_rng(0)
+    seen = jnp.float32(rng.normal(size=(BATCH, 4)))
+    shapes = jax.eval_shape(lambda: method.init(jax.random.key(0), seen[:1], SIZE))
+    network = drawn(shapes["network"])
+    network["out"]["kernel"] *= np.float32(0.01)  # as it is drawn
+    params = method.pretrained(network)
+    assert jax.tree.structure(params) == jax.tree.structure(shapes)
+    advantage = np.float32(1 + 2 * rng.normal(size=BATCH))
 
     @jax.jit
-    def run(key):
-        seen = jax.random.normal(jax.random.fold_in(key, 1), (BATCH, 4))
-        params = method.init(key, seen[:1], SIZE)
-        action, record = method.act(params, seen, KEYS)
-        samples = Samples(seen, record, 1 + 2 * jax.random.normal(key, (BATCH,)))
-        new = {**params, "network": nudged(params["network"])}
-        given = params, samples, KEYS, COEFFICIENTS
-        spec, network, _ = method.exported(new)
-        whole = models.functional(models.build(spec))
-        x, at = record["chain"][:, 0], jnp.ones(BATCH) / STEPS
-        both = {
-            level: (
-                whole(network, x, (level + 1) * at, seen),
-                *(
-                    method.function(new[name])(new[name], x, (level + 1) * at, seen)
-                    for name in ("network", "base")
-                ),
-            )
-            for level in (TUNED - 1, TUNED)
-        }
-        slope = jax.grad(lambda p: method.loss(p, *given)[0].sum())(new)
-        return {
-            "params": params,
-            "samples": samples,
-            "action": action,
-            "same": method.loss(params, *given)[1],
-            "moved": method.loss(new, *given),
-            "slope": slope,
-            "chain": method.rescore(new, seen, record["chain"]),
-            "exported": both,
-            "deployed": [method.evaluate(params, seen, KEYS) for _ in range(2)],
-        }
+    def score(params, behaviour, record):
+        def of(params):
+            samples = Samples(seen, record, advantage)
+            found = method.loss(params, behaviour, samples, KEYS, COEFFICIENTS)
+            return found[0].sum(), found
 
-    return method, jax.device_get(run(jax.random.key(0)))
+        slope, found = jax.grad(of, has_aux=True)(params)
+        return found, slope, method.rescore(params, seen, record["chain"])
+
+    action, record = jax.jit(lambda p: method.act(p, seen, KEYS))(params)
+    new = {**params, "network": nudged(network)}
+    (_, same), *_ = score(params, params, record)
+    moved, slope, chain = score(new, params, record)
+    found = {
+        "params": params,
+        "new": new,
+        "samples": Samples(seen, record, advantage),
+        "action": action,
+        "same": same,
+        "moved": moved,
+        "slope": slope,
+        "chain": chain,
+    }
+    return method, jax.device_get(found)
 
 
 def test_1_ratios_are_one_before_the_first_update():
@@ -82,7 +80,7 @@ def test_1_ratios_are_one_before_the_first_update():
 
 
 def test_14_clip_ranges():
-    clips = np.asarray(dppo.clip_ranges(10, 0.01, 0.001))
+    clips = np.asarray(jax.jit(functools.partial(dppo.clip_ranges, 10))(0.01, 0.001))
     assert_allclose(clips[[0, -1]], [0.001, 0.01], rtol=1e-6)
     i = np.arange(10) / 9
     expected = 0.001 + 0.009 * (np.exp(3 * i) - 1) / (np.exp(3) - 1)
@@ -93,7 +91,8 @@ def test_14_clip_ranges():
 
 def test_14_advantages_are_clipped_and_then_discounted():
     a = np.float32(scipy.stats.norm.rvs(size=200, random_state=0))
-    found = dppo.step_advantages(jnp.asarray(a), 4, 0.9, (0.05, 0.95))
+    rule = functools.partial(dppo.step_advantages, steps=4, quantiles=(0.05, 0.95))
+    found = np.asarray(jax.jit(rule)(a, discount=0.9))
     clipped = np.clip(a, *np.quantile(a, [0.05, 0.95]))
     assert (clipped != a).sum() == 20
     for i in range(4):  # the last step has weight 1
@@ -131,17 +130,30 @@ def test_only_the_last_steps_are_trained():
 
 def test_what_is_exported_answers_for_every_step():
     """The base's network for the steps before, the trained one for the last three."""
-    found = done()[1]["exported"]
-    for level, which in ((TUNED - 1, 1), (TUNED, 2)):
-        assert_allclose(found[level][0], found[level][which], rtol=1e-5, atol=1e-6)
-        assert not np.allclose(found[level][1], found[level][2])
+    method, found = done()
+    spec, network, _ = method.exported(found["new"])
+    whole, fn = models.functional(models.build(spec)), method.function(network["base"])
+    # all samples in the first trained level, and again in the level before it
+    x, seen = (
+        jnp.tile(x, (2, 1))
+        for x in (found["samples"].record["chain"][:, 0], found["samples"].observation)
+    )
+    t = np.repeat(np.float32([TUNED, TUNED + 1]) / STEPS, BATCH)
+    answers = lambda p: (  # noqa: E731
+        whole(p, x, t, seen),
+        *(fn(p[name], x, t, seen) for name in ("network", "base")),
+    )
+    ours, tuned, base = jax.device_get(jax.jit(answers)(network))
+    assert_allclose(ours[:BATCH], tuned[:BATCH], rtol=1e-5, atol=1e-6)
+    assert_allclose(ours[BATCH:], base[BATCH:], rtol=1e-5, atol=1e-6)
+    assert np.abs(tuned - base).mean() > 1e-3
 
 
 def test_clipping_a_sum_over_dimensions_would_saturate():
     """24 dimensions of log-densities near 1 sum to far above 2: no gradient is left."""
     method, found = done()
     chain = found["chain"]
-    last = jnp.asarray(chain.log_density[-1:])
+    last = chain.log_density[-1:]
 
     @jax.jit
     @jax.jacrev
@@ -157,51 +169,41 @@ def test_clipping_a_sum_over_dimensions_would_saturate():
 
 def test_the_deployed_policy_has_the_models_own_noise_and_none_in_the_end():
     method, found = done()
-    first, second = found["deployed"]
-    assert_array_equal(first, second)
-    params, seen = jax.tree.map(
-        jnp.asarray, (found["params"], found["samples"].observation)
-    )
-    levels = method.schedule.rows(np.arange(STEPS)[::-1])
-
-    def predicts(x, row):
-        fn = method.function(params["network"])
-        return fn(params["network"], x, row["t"], seen)
-
-    @jax.jit
-    def walk(x):  # the textbook's formula of the mean
-        beta, bar = method.schedule.beta, method.schedule.alpha_bar
-        for i, k in enumerate(range(STEPS - 1, -1, -1)):
-            row = {name: jnp.broadcast_to(c[i], (BATCH,)) for name, c in levels.items()}
-            e = predicts(x, row)
-            x_0 = jnp.clip((x - np.sqrt(1 - bar[k]) * e) / np.sqrt(bar[k]), -1, 1)
-            before = bar[k - 1] if k else 1.0
-            x = (
-                np.sqrt(before) * beta[k] * x_0
-                + np.sqrt(1 - beta[k]) * (1 - before) * x
-            ) / (1 - bar[k])
-            if k:
-                std = max(np.sqrt((1 - before) / (1 - bar[k]) * beta[k]), 1e-3)
-                z = prng.normal(prng.fold_in(KEYS, i), (SIZE,))
-                x = x + std * jnp.clip(z, -3, 3)
-        return jnp.clip(x, -1, 1)
-
-    expected = walk(flows.initial_noise(KEYS, (SIZE,)))
-    assert_allclose(first, expected, rtol=1e-3, atol=1e-4)
+    params, seen = found["new"], jnp.asarray(found["samples"].observation)
+    fn = method.function(params["network"])
+    predicts = jax.jit(lambda network, x, t: fn(network, x, t, seen))
+    draw = jax.jit(lambda i: prng.normal(prng.fold_in(KEYS, i), (SIZE,)))
+    beta, bar = method.schedule.beta, method.schedule.alpha_bar
+    x = start = jnp.float32(np.random.default_rng(1).normal(size=(BATCH, SIZE)))
+    for i, k in enumerate(range(STEPS - 1, -1, -1)):  # the textbook's formula
+        t = np.full(BATCH, (k + 1) / STEPS, np.float32)
+        e = predicts(params["network" if k < TUNED else "base"], np.float32(x), t)
+        x_0 = np.clip((x - np.sqrt(1 - bar[k]) * e) / np.sqrt(bar[k]), -1, 1)
+        before = bar[k - 1] if k else 1.0
+        x = (
+            np.sqrt(before) * beta[k] * x_0 + np.sqrt(1 - beta[k]) * (1 - before) * x
+        ) / (1 - bar[k])
+        if k:
+            std = max(np.sqrt((1 - before) / (1 - bar[k]) * beta[k]), 1e-3)
+            x = x + std * np.clip(draw(np.uint32(i)), -3, 3)
+    deployed = jax.jit(lambda p: method.evaluate(p, seen, KEYS, start))(params)
+    assert_allclose(deployed, np.clip(x, -1, 1), rtol=1e-3, atol=1e-4)
 
 
 def test_cloning_trains_the_network_alone():
     method, found = method_of(bound=2.0), done()[1]
     seen = jnp.asarray(found["samples"].observation)
-    action = 2 * jnp.tanh(seen[:, :1] + jnp.zeros(SIZE))
+    action = 2 * jnp.tanh(seen[:, :1] + np.zeros(SIZE, np.float32))
 
     @jax.jit
     def both(params):
-        loss = method.cloning_loss(params, seen, action, KEYS)
-        of = lambda p: method.cloning_loss(p, seen, action, KEYS).mean()  # noqa: E731
-        return loss, jax.grad(of)(params)
+        def of(params):
+            loss = method.cloning_loss(params, seen, action, KEYS)
+            return loss.mean(), loss
 
-    loss, slope = both(found["params"])
+        return jax.grad(of, has_aux=True)(params)
+
+    slope, loss = jax.device_get(both(found["params"]))
     assert loss.shape == (BATCH,) and 0.8 < loss.mean() < 1.2  # it predicts about 0
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slope["base"]))
     assert all(leaf.any() for leaf in jax.tree.leaves(slope["network"]))

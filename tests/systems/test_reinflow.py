@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import lowered
+from checks import drawn, lowered
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import envs, flows
@@ -37,63 +37,49 @@ def method_of(**options):
 def started(variant="rectified", w2=0.0):
     """Parameters whose velocity and noise are not small, and what is seen."""
     method = method_of(variant=variant, w2_coefficient=w2)
-
-    @jax.jit
-    def begin(key):
-        seen = jax.random.normal(jax.random.fold_in(key, 1), (BATCH, 4))
-        params = method.init(key, seen[:1], SIZE)
-        for name, factor in (("network", 100), ("noise", 50)):
-            out = params[name]["out"]
-            out = {**out, "kernel": factor * out["kernel"]}
-            params = {**params, name: {**params[name], "out": out}}
-        return params, seen, jax.random.normal(jax.random.fold_in(key, 2), (BATCH,))
-
-    with jax.enable_x64(False):
-        return begin(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    seen = np.float32(rng.normal(size=(BATCH, 4)))
+    shapes = jax.eval_shape(lambda: method.init(jax.random.key(0), seen[:1], SIZE))
+    params = drawn(shapes)
+    params["network"]["out"]["kernel"] *= np.float32(0.5)
+    return params, jnp.asarray(seen), np.float32(rng.normal(size=BATCH))
 
 
 @functools.lru_cache
-def program(method):
-    """Everything a policy does with one set of parameters, in one program."""
+def programs(method):
+    """How a policy acts, and what its loss and score say of that: a program each."""
 
-    @jax.jit
-    def run(params, new, seen, advantage, given):
-        action, record = method.act(params, seen, KEYS, given)
+    def scores(params, behaviour, seen, record, advantage, given):
         samples = Samples(seen, record, advantage)
+        loss, metrics = method.loss(params, behaviour, samples, KEYS, given)
+        chain = record["chain"], given, record.get("step")
+        chain = method.rescore(params, seen, *chain)
+        start = method.stochastic_steps is None
+        entropy = flows.chain_entropy(chain, count_start=start)
+        found = {"loss": loss, "metrics": metrics, "std": chain.std}
+        return found | {"log_prob": method.log_prob(chain), "entropy": entropy}
 
-        loss, metrics = method.loss(params, params, samples, KEYS, given)
-        moved = method.loss(new, params, samples, KEYS, given)
-        chain = method.rescore(new, seen, record["chain"], given)
-        new = method.log_prob(chain), flows.chain_entropy(chain, count_start=True)
-        return {
-            "action": action,
-            "record": record,
-            "std": method.rescore(params, seen, record["chain"], given).std,
-            "loss": loss,
-            "metrics": metrics,
-            "moved": moved,
-            "new": new,
-        }
-
-    return run
+    act = lambda params, seen, given: method.act(params, seen, KEYS, given)  # noqa: E731
+    return jax.jit(act), jax.jit(scores)
 
 
 @jax.jit
 def slopes(params, seen, given):
     """Gradients of log-prob and entropy by the parameters, and the deviations."""
     method = method_of()
-    chain = jax.random.uniform(jax.random.key(5), (BATCH, 5, SIZE), minval=-1.0)
+    chain = jnp.linspace(-1, 1, BATCH * 5 * SIZE).reshape(SIZE, 5, BATCH).T
 
     def of(params):
         found = method.rescore(params, seen, chain, given)
-        return method.log_prob(found).sum(), flows.chain_entropy(found).sum(), found.std
+        both = method.log_prob(found).sum(), flows.chain_entropy(found).sum()
+        return both, found.std
 
     late = method_of(learned_noise_steps=1).rescore(params, seen, chain, given).std
-    return jax.jacrev(lambda p: of(p)[:2])(params), of(params)[2], late
+    return *jax.jacrev(of, has_aux=True)(params), late
 
 
 def slopes_of(given):
-    return slopes(*started()[:2], given)
+    return jax.device_get(slopes(*started()[:2], given))
 
 
 def nudged(params, size=0.02):
@@ -102,12 +88,18 @@ def nudged(params, size=0.02):
 
 
 @functools.cache
-def done(steps=2, variant="rectified", legacy_grid=False, given=(), **options):
+def done(steps=2, variant="rectified", legacy_grid=False, **options):
+    """A policy, what it did, and how it is scored: as it was, and 'moved' a little."""
     method = method_of(steps=steps, variant=variant, legacy_grid=legacy_grid, **options)
-    params, seen, advantage = started(variant)
-    numbers = coefficients(**dict(given))
-    run = program(method)
-    return method, jax.device_get(run(params, nudged(params), seen, advantage, numbers))
+    (params, seen, advantage), given = started(variant), coefficients()
+    act, score = programs(method)
+    action, record = act(params, seen, given)
+    same, moved = (
+        score(p, params, seen, record, advantage, given)
+        for p in (params, nudged(params))
+    )
+    found = {"action": action, "record": record, "same": same, "moved": moved}
+    return method, jax.device_get(found)
 
 
 CASES = [(4, "rectified")]
@@ -123,7 +115,7 @@ def test_1_ratios_are_one_before_the_first_update(steps, variant):
     chain = found["record"]["chain"]
     assert chain.shape == (BATCH, steps + 1, SIZE)
     assert (np.abs(chain[:, -1]) == 1).any()  # clips are active
-    error = found["metrics"]["ratio_error"]
+    error = found["same"]["metrics"]["ratio_error"]
     assert error.max() <= 1e-5 and error.mean() <= 1e-6
     assert_array_equal(found["action"], chain[:, -1])
 
@@ -135,14 +127,14 @@ def test_1_ratios_are_one_before_the_first_update(steps, variant):
 def test_1_the_two_grids_of_the_released_code_break_it(steps, low, high):
     """The sheet measured 0.982 to 1.021 for K = 2 and 0.994 to 1.002 for K = 4."""
     _, found = done(steps, legacy_grid=True)
-    error = found["metrics"]["ratio_error"]
+    error = found["same"]["metrics"]["ratio_error"]
     assert low < error.max() < high and error.mean() > low / 4
 
 
 @pytest.mark.slow
 def test_1_the_two_grids_agree_for_one_step():
     _, found = done(1, legacy_grid=True)
-    assert found["metrics"]["ratio_error"].max() <= 1e-6
+    assert found["same"]["metrics"]["ratio_error"].max() <= 1e-6
 
 
 def test_3_equal_bounds_fix_the_deviation():
@@ -161,7 +153,7 @@ def test_noise_of_the_last_steps_alone_is_learned():
 
 
 def test_4_deviations_lie_between_their_bounds():
-    std = done(4)[1]["std"]
+    std = done(4)[1]["same"]["std"]
     assert 0.1 <= std.min() < 0.15 < 0.2 < std.max() <= 0.24 * (1 + 1e-6)
     assert np.ptp(std, axis=0).max() > 1e-3  # they depend on the time
 
@@ -169,34 +161,31 @@ def test_4_deviations_lie_between_their_bounds():
 @pytest.mark.parametrize("steps", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_5_the_deployed_policy_is_the_ode(steps):
     method = method_of(steps=steps, clip_mean=None, clip_last=None, bound=2.0)
-    params, seen, _ = started()
-    fn, x_0 = method.function(params["network"]), flows.initial_noise(KEYS, (SIZE,))
+    (params, seen, _), clips = started(), method_of(steps=steps)
+    network = params["network"]  # is all that is deployed
 
     @jax.jit
-    def both(params):
+    def all_of(network):
         table = flows.make_table("ode", flows.uniform_grid(steps))
-        velocity = functools.partial(fn, params["network"])
+        velocity = functools.partial(method.function(network), network)
+        x_0 = flows.initial_noise(KEYS, (SIZE,))
         theirs = flows.rollout(None, velocity, x_0, table, seen, store=False)
-        return (
-            method.evaluate(params, seen, KEYS),
-            theirs,
-            velocity(x_0, jnp.ones(BATCH), seen),
-        )
+        ours = method.evaluate({"network": network}, seen, KEYS)
+        clipped = clips.evaluate({"network": network}, seen, None, x_0)
+        return ours, theirs, clipped, x_0 - velocity(x_0, jnp.ones(BATCH), seen)
 
-    ours, theirs, v = both(params)
-    assert_allclose(
-        ours, 2 * theirs, rtol=1e-4, atol=1e-5
-    )  # to the bit: test_noisy_chain
-    clipped = method_of(steps=steps).evaluate(params, seen, None, x_0)
-    assert np.abs(clipped).max() <= 1
+    ours, theirs, clipped, first = jax.device_get(all_of(network))
+    # to the bit: test_noisy_chain
+    assert_allclose(ours, 2 * theirs, rtol=1e-4, atol=1e-5)
+    assert np.abs(clipped).max() == 1
     if steps == 1:
-        assert_allclose(clipped, np.clip(x_0 - v, -1, 1), atol=1e-6)
+        assert_allclose(clipped, np.clip(first, -1, 1), atol=1e-6)
 
 
 def test_12_cloning_loses_nothing_at_its_optimum(monkeypatch):
     """The exact field of one demonstrated action m: (x - m) / t."""
     seen, m = jnp.zeros((BATCH, 4)), 0.4
-    action = jnp.full((BATCH, SIZE), m)
+    action = np.full((BATCH, SIZE), m, np.float32)
     network = {"out": {"bias": jnp.zeros(SIZE)}}
     exact = lambda network, x, t, *rest: (x - m / 2) / t[:, None]  # noqa: E731
     monkeypatch.setattr(ReinFlow, "function", lambda self, network: exact)
@@ -204,9 +193,10 @@ def test_12_cloning_loses_nothing_at_its_optimum(monkeypatch):
     for variant in reinflow.VARIANTS:
         method = method_of(variant=variant, bound=2.0)
         clone = jax.jit(functools.partial(method.cloning_loss, {"network": network}))
-        loss = clone(seen, action, KEYS)
+        loss, off = jax.device_get(
+            [clone(seen, m, KEYS) for m in (action, action + 0.1)]
+        )
         assert loss.shape == (BATCH,) and np.quantile(loss, 0.9) < 1e-6
-        off = clone(seen, action + 0.1, KEYS)
         assert off.mean() > 1e-3
 
 
@@ -223,23 +213,24 @@ def test_cloning_trains_the_velocity_alone(variant):
         loss = lambda p: method.cloning_loss(p, seen, action, KEYS).mean()  # noqa: E731
         return jax.grad(loss)(params)
 
-    found = slopes(params)
+    found = jax.device_get(slopes(params))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(found["noise"]))
     assert all(leaf.any() for leaf in jax.tree.leaves(found["network"]))
 
 
 def test_15_the_bound_falls_over_training_in_one_program(count_compiles):
-    bound = functools.partial(flows.decayed_bound, low=0.1, high=0.24)
-    assert_allclose([bound(x) for x in (0, 0.2, 0.35)], 0.24, rtol=1e-6)
+    bound = jax.jit(functools.partial(flows.decayed_bound, low=0.1, high=0.24))
+    assert_allclose([bound(x) for x in (0.0, 0.2, 0.35)], 0.24, rtol=1e-6)
     assert_allclose([bound(x) for x in (1.0, 1.5)], 0.3 * 0.1 + 0.7 * 0.24, rtol=1e-6)
     assert_allclose(bound(0.675), (0.24 + 0.3 * 0.1 + 0.7 * 0.24) / 2, rtol=1e-6)
-    method, _ = done(4)
-    params, seen, _ = started()
-    new, run = nudged(params), program(method)
+    method, first = done(4)
+    params, seen, advantage = started()
+    (act, score), given = programs(method), coefficients(iteration=1000)
     with count_compiles() as found:
-        late = run(params, new, seen, done(4)[1]["loss"], coefficients(iteration=1000))
+        record = act(params, seen, given)[1]
+        late = score(params, params, seen, record, advantage, given)["std"]
     assert not found
-    assert late["std"].max() < done(4)[1]["std"].max() <= 0.24
+    assert np.max(late) < first["same"]["std"].max() <= 0.24 * (1 + 1e-6)
     low, high = method.std_bounds(coefficients(iteration=500))
     assert_allclose([low, high], [0.1, bound(0.5)], rtol=1e-6)
     held = method_of(decay_iterations=None).std_bounds(coefficients(iteration=500))
@@ -256,12 +247,13 @@ def test_16_the_noise_network_moves_nothing_but_itself():
 def test_loss_by_hand():
     method, found = done(4)
     _, _, a = started()
-    log_prob, entropy = (np.float64(x) for x in found["new"])
+    moved = found["moved"]
+    log_prob, entropy = (np.float64(moved[x]) for x in ("log_prob", "entropy"))
     old = found["record"]["log_prob"]
     low, high = method.log_prob_range
     r = np.exp(np.clip(log_prob, low, high) - np.clip(old, low, high))
     expected = np.maximum(-a * r, -a * np.clip(r, 0.99, 1.01)) - 0.03 * entropy
-    loss, metrics = found["moved"]
+    loss, metrics = moved["loss"], moved["metrics"]
     assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
     assert_allclose(metrics["kl"], r - 1 - np.log(r), atol=1e-5)
     clipped = (log_prob < low) | (log_prob > high)
@@ -272,9 +264,34 @@ def test_loss_by_hand():
 def test_log_probs_out_of_range_have_no_gradient():
     narrow = {"log_prob_range": (5.0, 6.0)}
     _, found = done(1, noise_input="none", **narrow)
-    assert found["metrics"]["log_prob_clipped"].all()
-    _, a, loss = *started()[1:], found["moved"][0]
-    assert_allclose(loss, -a - 0.03 * found["new"][1], rtol=1e-4, atol=1e-5)
+    assert found["same"]["metrics"]["log_prob_clipped"].all()
+    a, moved = started()[2], found["moved"]
+    expected = -a - 0.03 * moved["entropy"]
+    assert_allclose(moved["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+def operations(method, record):
+    """Of the loss, from the program before it is compiled."""
+    params, seen, advantage = started()
+    scored = lambda p: method.loss(  # noqa: E731
+        p, p, Samples(seen, record, advantage), KEYS, coefficients()
+    )
+    return jax.jit(scored).lower(params).cost_analysis()["flops"]
+
+
+def test_one_noisy_step_an_action_costs_a_share_of_the_update():
+    """The others are the ODE's; ratios begin at 1, by the noisy step alone."""
+    method, found = done(4, stochastic_steps=1)
+    record, whole = found["record"], done(4)
+    assert record["chain"].shape == (BATCH, 2, SIZE)
+    assert set(record["step"].ravel()) == {0, 1, 2, 3}
+    assert found["same"]["metrics"]["ratio_error"].max() <= 1e-5
+    assert found["moved"]["metrics"]["ratio_error"].max() > 1e-3
+    # the deviation is that of the step's own time
+    std = whole[1]["same"]["std"][record["step"][:, 0], np.arange(BATCH)]
+    assert_allclose(found["same"]["std"][0], std, rtol=1e-5)
+    share = operations(method, record) / operations(whole[0], whole[1]["record"])
+    assert 0.25 < share < 0.3, share
 
 
 @pytest.mark.slow
@@ -306,7 +323,7 @@ def test_w2_holds_the_policy_to_the_pretrained_one(noise):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slopes["pretrained"]))
 
 
-def test_what_is_exported_walks_as_the_policy_does():
+def test_what_is_exported_says_how_it_is_walked():
     method = method_of(variant="shortcut", bound=3.0)
     params = started("shortcut")[0]
     spec, network, facts = method.exported(params)
@@ -321,7 +338,6 @@ LEARNING |= {"learning_rate": 3e-3, "discount": 0.9, "value_clip": None}
 
 def test_a_known_optimum_is_approached():
     """Fine-tuning improves the policy that is deployed, without noise."""
-    method = method_of(steps=2, clip_range=0.05, entropy_coefficient=0.0, bound=2.0)
     method = method_of(
         steps=2, clip_range=0.05, entropy_coefficient=0.0, bound=2.0, std_upper=0.15,
         decay_iterations=60,
@@ -374,17 +390,20 @@ def test_bad_inputs(refused):
     refused(words, ReinFlow, variant="shortcut", cloning_times="beta")
     refused(r"learned_noise_steps=3 is outside \[1, 2\]", ReinFlow, steps=2,
             learned_noise_steps=3)  # fmt: skip
+    refused(r"stochastic_steps=3 is outside \[1, 2\]", ReinFlow, steps=2,
+            stochastic_steps=3)  # fmt: skip
     refused("clip_mean=0.0 is outside", ReinFlow, clip_mean=0.0)
     refused(
         "preset='walk' is not one of .* Did you mean 'walker'", reinflow.preset, "walk"
     )
-    refused("an odd number of equal widths", ReinFlow(hidden=(8, 8)).module, 2)
+    refused("an odd number of equal widths", ReinFlow, hidden=(8, 8))
+    refused("activation='rleu' .* Did you mean 'relu'", ReinFlow, activation="rleu")
     with pytest.warns(
         UserWarning, match="steps=3 of a shortcut policy is no power of 2"
     ):
         ReinFlow(variant="shortcut", steps=3)
     method, (params, seen, _) = method_of(steps=2), started()
-    chain = jnp.zeros((BATCH, 4, SIZE))
+    chain = np.zeros((BATCH, 4, SIZE), np.float32)
     refused(
         r"a chain of 2 steps has shape \(4, 64, 6\)",
         method.rescore,
@@ -400,6 +419,8 @@ def test_bad_inputs(refused):
         None,
         chain[:, 0],
     )
+    words = r"actions has shape \(63, 6\); its leading axis must be the batch, 64"
+    refused(words, method.evaluate, params, seen, None, chain[1:, 0])
 
 
 def test_what_was_made_for_something_else_is_refused(refused):

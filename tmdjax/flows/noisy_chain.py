@@ -28,10 +28,12 @@ from tmdjax.core import prng
 from tmdjax.core.checks import (
     check_batch,
     check_choice,
+    check_count,
     check_output,
     check_range,
     check_same_shape,
 )
+from tmdjax.core.conventions import time_like
 from tmdjax.core.types import Array, Cond, Data, PerExample, Time, Velocity
 from tmdjax.flows.transition import (
     REDUCTIONS,
@@ -44,6 +46,9 @@ Transition = Callable[[Any, Any, Any], tuple[Any, Any]]
 """``transition(x, row, cond) -> mean, std``: x and mean [batch, *event], row a dict of
 columns [batch] each, std > 0 a scalar, [batch] or [batch, *event]."""
 
+_FIRST = (1 << 20) + 1
+"""Folded into keys to draw which steps have noise: beyond every step's number."""
+
 
 @struct.dataclass
 class Chain:
@@ -54,11 +59,15 @@ class Chain:
         log_density: [step, batch, *event], log N of every dimension in nats; None of a
             walk without noise.
         std: [step, batch, *event], standard deviation; None of a walk without noise.
+        end: [batch, *event], last state of the walk; None of a chain that was rescored.
+        step: int32 [step, batch], which of the walk's steps these are; None is all.
     """
 
     states: Any
     log_density: Any = None
     std: Any = None
+    end: Any = None
+    step: Any = None
 
 
 def bounded_std(raw: Any, low: Any, high: Any) -> Array:
@@ -131,6 +140,7 @@ def noisy_chain(
     rows: Mapping[str, Array],
     cond: Cond = None,
     *,
+    noisy_steps: int | None = None,
     clip_noise: float | None = None,
     clip_last: float | None = None,
 ) -> Chain:
@@ -144,6 +154,10 @@ def noisy_chain(
         rows: columns [step] of the steps in the order they are walked, 'step' (int)
             among them.
         cond: pytree of [batch, ...], handed to the transition.
+        noisy_steps: how many consecutive steps of each sample have noise, the first of
+            them drawn uniformly from its key. The others end in their mean, with
+            certainty, so the chain that is returned, to be scored, is of the noisy
+            steps alone. None is all of them.
         clip_noise: the noise of a step stays within +-clip_noise standard deviations;
             None does not clip.
         clip_last: the last state stays within +-clip_last; None does not clip.
@@ -153,8 +167,8 @@ def noisy_chain(
 
     Raises:
         TypeError: x narrower than float32, or keys that are not typed.
-        ValueError: keys of another batch, a clip that is not positive, a mean of
-            another shape than x.
+        ValueError: keys of another batch, noisy_steps out of range, a clip that is not
+            positive, a mean of another shape than x.
     """
     x = jnp.asarray(x)
     if x.dtype not in (jnp.float32, jnp.float64):
@@ -168,29 +182,48 @@ def noisy_chain(
     if keys is not None:
         prng.check_key(keys, "keys")
         check_batch("keys", keys, x.shape[0])
-    final = len(rows["step"]) - 1
+    count = len(rows["step"])
+    noised = count if noisy_steps is None else check_count("noisy_steps", noisy_steps)
+    check_range("noisy_steps", noised, 1, count)
+    z = first = None
+    if keys is not None:  # all noise in one call: random numbers are slow to compile
+        each = prng.fold_in(keys, rows["step"][:, None])
+        z = prng.normal(each.reshape(-1), x.shape[1:], x.dtype)
+        z = _clip(z.reshape(count, *x.shape), clip_noise)
+        if noisy_steps is not None:
+            share = prng.uniform(prng.fold_in(keys, _FIRST))
+            first = (share * (count - noised + 1)).astype(jnp.int32)
 
-    def step(x: Data, given: tuple[Array, Any]) -> tuple[Data, Any]:
-        i, row = given
+    def step(x: Data, given: tuple[Array, Any, Any]) -> tuple[Data, Any]:
+        i, row, z = given
         mean, std = _law(transition, x, _spread(row, x.shape[0]), cond)
-        after = mean
-        if keys is not None:
-            z = prng.normal(prng.fold_in(keys, row["step"]), x.shape[1:], x.dtype)
-            after = gaussian_transition(mean, std, _clip(z, clip_noise))
-        after = jnp.where(i == final, _clip(after, clip_last), after)
-        if keys is None:
+        after = mean if z is None else gaussian_transition(mean, std, z)
+        if first is not None:
+            noisy = (first <= i) & (i < first + noised)
+            after = jnp.where(time_like(noisy, x), after, mean)
+        after = jnp.where(i == count - 1, _clip(after, clip_last), after)
+        if z is None:
             return after, (after, None, None)
         return after, (after, gaussian_log_density(after, mean, std), std)
 
     # few steps of a small network: all of them are unrolled
-    _, (states, density, std) = jax.lax.scan(
-        step, x, (jnp.arange(final + 1), dict(rows)), unroll=min(final + 1, 10)
+    end, (states, density, std) = jax.lax.scan(
+        step, x, (jnp.arange(count), dict(rows), z), unroll=min(count, 10)
     )
-    return Chain(jnp.concatenate([x[None], states]), density, std)
+    states = jnp.concatenate([x[None], states])
+    if first is None:
+        return Chain(states, density, std, end)
+    kept, sample = first + jnp.arange(noised + 1)[:, None], jnp.arange(len(x))
+    density, std = (y[kept[:-1], sample] for y in (density, std))
+    return Chain(states[kept, sample], density, std, end, kept[:-1])
 
 
 def rescore_chain(
-    states: Array, transition: Transition, rows: Mapping[str, Array], cond: Cond = None
+    states: Array,
+    transition: Transition,
+    rows: Mapping[str, Array],
+    cond: Cond = None,
+    step: Array | None = None,
 ) -> Chain:
     """A chain that was walked, under another policy: one call of the network.
 
@@ -202,6 +235,7 @@ def rescore_chain(
         transition: of the policy that is asked; its gradient flows.
         rows: as :func:`noisy_chain` had them.
         cond: pytree of [batch, ...].
+        step: int [step, batch], which of the rows belong to the states; None is all.
 
     Returns:
         The same states with the densities and deviations of that policy.
@@ -209,7 +243,7 @@ def rescore_chain(
     Raises:
         ValueError: another number of states than rows + 1.
     """
-    steps = len(rows["step"])
+    steps = len(rows["step"] if step is None else step)
     if states.ndim < 3 or states.shape[0] != steps + 1:
         raise ValueError(
             f"a chain of {steps} steps has shape {tuple(states.shape)}; its states are "
@@ -218,12 +252,15 @@ def rescore_chain(
     states = jax.lax.stop_gradient(states)
     batch = states.shape[1]
     x, after = (y.reshape(-1, *y.shape[2:]) for y in (states[:-1], states[1:]))
-    repeated = {name: jnp.repeat(jnp.asarray(c), batch) for name, c in rows.items()}
+    repeated = {
+        name: jnp.repeat(jnp.asarray(c), batch) if step is None else c[step.reshape(-1)]
+        for name, c in rows.items()
+    }
     tiled = jax.tree.map(lambda c: jnp.tile(c, (steps,) + (1,) * (c.ndim - 1)), cond)
     mean, std = _law(transition, x, repeated, tiled)
     shape = states[1:].shape
     density = gaussian_log_density(after, mean, std).reshape(shape)
-    return Chain(states, density, std.reshape(shape))
+    return Chain(states, density, std.reshape(shape), step=step)
 
 
 def chain_log_prob(
@@ -243,7 +280,8 @@ def chain_log_prob(
         [batch] in nats (a dimension and step, under 'mean').
 
     Raises:
-        ValueError: an unknown reduction, or a chain without noise.
+        ValueError: an unknown reduction, a chain without noise, or count_start of a
+            chain without its start (``noisy_steps``).
 
     References:
         ReinFlow, arXiv 2505.22094 (its code takes the mean).
@@ -252,7 +290,7 @@ def chain_log_prob(
         raise ValueError("this chain was walked without noise and has no density.")
     start = chain.states[0]
     first = gaussian_log_density(start, jnp.zeros_like(start), 1.0)
-    return _reduced(chain.log_density, first, reduction, count_start)
+    return _reduced(chain, chain.log_density, first, reduction, count_start)
 
 
 def chain_entropy(
@@ -270,19 +308,25 @@ def chain_entropy(
         Gaussian.
 
     Raises:
-        ValueError: an unknown reduction, or a chain without noise.
+        ValueError: an unknown reduction, a chain without noise, or count_start of a
+            chain without its start (``noisy_steps``).
     """
     if chain.std is None:
         raise ValueError("this chain was walked without noise and has no entropy.")
     each = rl.gaussian_entropy(jnp.log(chain.std)[..., None])
     first = rl.gaussian_entropy(jnp.zeros_like(chain.std[0])[..., None])
-    return _reduced(each, first, reduction, count_start)
+    return _reduced(chain, each, first, reduction, count_start)
 
 
 def _reduced(
-    each: Array, first: Array, reduction: str, count_start: bool
+    chain: Chain, each: Array, first: Array, reduction: str, count_start: bool
 ) -> PerExample:
     check_choice("reduction", reduction, REDUCTIONS)
+    if count_start and chain.step is not None:
+        raise ValueError(
+            "count_start=True, and this chain is of its noisy steps alone, without its "
+            "start; leave count_start out."
+        )
     if count_start:
         each = jnp.concatenate([first[None], each])
     axes = (0, *range(2, each.ndim))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tmdjax.core.checks import check_count, check_range, first_few
+from tmdjax.core.checks import check_batch, check_count, check_range, first_few
 from tmdjax.core.types import ApplyFn, Array, Params
 from tmdjax.flows import initial_noise
 from tmdjax.models.build import functional, init_params
@@ -56,6 +56,7 @@ class ChainPolicy(abc.ABC):
         check_range("clip_range", self.clip_range, 0, 1, open_low=True, open_high=True)
         low, high = self.log_prob_range
         check_range("log_prob_range, upper", high, low, open_low=True)
+        self.module(1)  # refuses widths and activations
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -117,9 +118,10 @@ class ChainPolicy(abc.ABC):
         Args:
             network: its parameters.
             observation: [batch, ...].
-            actions: [..., action_size].
+            actions: [batch, ..., action_size].
         """
         jax.eval_shape(self.seen, network, observation)
+        check_batch("actions", actions, observation.shape[0])
         if actions.shape[-1] != action_size_of(network):
             raise ValueError(
                 f"actions have shape {actions.shape}, {actions.shape[-1]} numbers "
@@ -144,6 +146,55 @@ class ChainPolicy(abc.ABC):
         if meta is not None:
             self._check_origin(entries, meta)
         return entries
+
+    def cloning_loss(
+        self, params: Params, observation: Array, action: Array, keys: Any
+    ) -> Array:
+        """Loss of demonstrated actions, of 'network' alone, [batch].
+
+        Args:
+            params: of the policy.
+            observation: [batch, ...], as the policy sees it.
+            action: [batch, action_size] within +-bound.
+            keys: [batch], typed.
+
+        Raises:
+            ValueError: sizes that the policy was not made for.
+        """
+        self.check_given(params["network"], observation, action)
+        given = params["network"], observation, action / self.bound, keys
+        return self.generative_loss(*given)
+
+    def evaluate(
+        self, params: Params, observation: Array, keys: Any, x_0: Any = None
+    ) -> Array:
+        """Actions [batch, action_size] as deployed, within clip_last times bound.
+
+        Args:
+            params: 'network', and the entries that :attr:`frozen` names; others, such
+                as a network of the noise of training, are not asked for.
+            observation: [batch, ...], as the policy sees it.
+            keys: [batch], typed; None where x_0 is given and the walk has no noise.
+            x_0: start at t = 1, [batch, action_size]; None draws standard normal noise.
+
+        Raises:
+            ValueError: sizes that the policy was not made for.
+        """
+        x_0 = self.start(params, keys) if x_0 is None else x_0
+        self.check_given(params["network"], observation, x_0)
+        return self.bound * self.deployed_end(params, observation, keys, x_0)
+
+    @abc.abstractmethod
+    def generative_loss(
+        self, network: Params, observation: Array, x_data: Array, keys: Any
+    ) -> Array:
+        """Loss [batch] of the generative model at ends of chains x_data."""
+
+    @abc.abstractmethod
+    def deployed_end(
+        self, params: Params, observation: Array, keys: Any, x_0: Array
+    ) -> Array:
+        """The end [batch, action_size] of a chain from x_0, as deployed."""
 
     @abc.abstractmethod
     def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:

@@ -112,37 +112,27 @@ class DPPO(models.ChainPolicy):
         The chain is [batch, fine_tuned_steps + 1, action_size], the log-probs
         [batch, fine_tuned_steps], means over dimensions.
         """
-        chain = self._walk(params, observation, keys, self.std_floor)
+        x_0 = self.start(params, keys)
+        chain = self._walk(params, observation, keys, x_0, self.std_floor)
         record = {"chain": chain.states.swapaxes(0, 1)}
         record["log_prob"] = self.log_probs(chain).T
         return self.bound * chain.states[-1], record
 
-    def evaluate(
-        self, params: Params, observation: Array, keys: Any, x_0: Any = None
+    def deployed_end(
+        self, params: Params, observation: Array, keys: Any, x_0: Array
     ) -> Array:
-        """Actions as the policy is deployed: the model's own noise, none in the end.
-
-        Args:
-            params: of the policy.
-            observation: [batch, ...].
-            keys: [batch].
-            x_0: start [batch, action_size]; None draws it.
-
-        Returns:
-            [batch, action_size], within clip_last times bound.
-        """
-        chain = self._walk(params, observation, keys, None, x_0)
-        return self.bound * chain.states[-1]
+        """The end of a chain with the model's own noise, none in the last step."""
+        return self._walk(params, observation, keys, x_0, None).states[-1]
 
     def _walk(
-        self, params: Params, observation: Array, keys: Any, floor: Any, x_0: Any = None
+        self, params: Params, observation: Array, keys: Any, x: Array, floor: Any
     ) -> flows.Chain:
-        """The trained part of a chain."""
-        x = self.start(params, keys) if x_0 is None else x_0
+        """The trained part of a chain from x."""
         if self.fine_tuned_steps < self.steps:
             transition, cond = self._transition(params["base"], observation, floor)
-            rows, noise = self._rows(trained=False), {"clip_noise": self.clip_noise}
-            x = flows.noisy_chain(keys, transition, x, rows, cond, **noise).states[-1]
+            rows, clip = self._rows(trained=False), self.clip_noise
+            given = keys, transition, x, rows, cond
+            x = flows.noisy_chain(*given, clip_noise=clip).end
         transition, cond = self._transition(params["network"], observation, floor)
         return flows.noisy_chain(
             keys,
@@ -212,29 +202,13 @@ class DPPO(models.ChainPolicy):
             "log_prob_clipped": outside.mean((0, 2)),
         }
 
-    def cloning_loss(
-        self, params: Params, observation: Array, action: Array, keys: Any
+    def generative_loss(
+        self, network: Params, observation: Array, x_data: Array, keys: Any
     ) -> Array:
-        """Denoising of demonstrated actions, [batch]; of 'network' alone.
-
-        Args:
-            params: of the policy.
-            observation: [batch, ...].
-            action: [batch, action_size] within +-bound.
-            keys: [batch].
-
-        Raises:
-            ValueError: sizes that the policy was not made for.
-        """
-        self.check_given(params["network"], observation, action)
-        return flows.diffusion_loss(
-            params["network"],
-            self.function(params["network"]),
-            action / self.bound,
-            keys,
-            observation,
-            schedule=self.schedule,
-        )
+        """Denoising at a random level of the schedule, [batch]."""
+        fn, schedule = self.function(network), self.schedule
+        given = network, fn, x_data, keys, observation
+        return flows.diffusion_loss(*given, schedule=schedule)
 
     def _transition(
         self, network: Params, observation: Array, floor: float | None

@@ -52,10 +52,14 @@ class ReinFlow(models.ChainPolicy):
             :func:`tmdjax.flows.decayed_bound` says. None holds it.
         learned_noise_steps: how many of the last steps have a learned deviation; those
             before have std_lower. None is all.
+        stochastic_steps: how many consecutive steps of a chain have noise and are
+            scored, others for every action; an update asks the network so often an
+            action. None is all, as published.
         clip_mean: means of steps stay within +-clip_mean; None does not clip.
         log_prob_reduction: 'mean' over steps and dimensions, as published, or 'sum';
             clip_range, log_prob_range and the entropy go by it.
-        count_start: the start noise counts as a step in log-prob and entropy.
+        count_start: the start noise counts as a step in log-prob and entropy, where
+            all steps are scored.
         entropy_coefficient: of the entropy, >= 0.
         w2_coefficient: of the squared distance to the action that the pretrained policy
             takes from the same start, >= 0; 0 leaves it out, with the copy it needs.
@@ -73,6 +77,7 @@ class ReinFlow(models.ChainPolicy):
     std_upper: float = 0.24
     decay_iterations: int | None = 1000
     learned_noise_steps: int | None = None
+    stochastic_steps: int | None = None
     clip_mean: float | None = 1.0
     log_prob_reduction: str = "mean"
     count_start: bool = True
@@ -100,10 +105,11 @@ class ReinFlow(models.ChainPolicy):
                 f"std_lower={self.std_lower}, std_upper={self.std_upper}: the noise of "
                 f"a step needs 0 < std_lower <= std_upper."
             )
-        for name in ("decay_iterations", "learned_noise_steps"):
+        if self.decay_iterations is not None:
+            check_count("decay_iterations", self.decay_iterations)
+        for name in ("learned_noise_steps", "stochastic_steps"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        check_range("learned_noise_steps", self.learned_noise_steps or 1, 1, self.steps)
+                check_range(name, check_count(name, getattr(self, name)), 1, self.steps)
         if self.clip_mean is not None:
             check_range("clip_mean", self.clip_mean, 0, open_low=True)
         for name in ("entropy_coefficient", "w2_coefficient"):
@@ -168,29 +174,22 @@ class ReinFlow(models.ChainPolicy):
             high = flows.decayed_bound(done, low, high)
         return low, high
 
-    def evaluate(
-        self, params: Params, observation: Array, keys: Any, x_0: Any = None
+    def deployed_end(
+        self, params: Params, observation: Array, keys: Any, x_0: Array
     ) -> Array:
-        """Actions [batch, action_size] as deployed: K Euler steps without noise.
-
-        They lie within clip_last times bound.
-
-        Args:
-            params: of the policy; 'network' is used.
-            observation: [batch, ...].
-            keys: [batch], for the start; None where x_0 is given.
-            x_0: start at t = 1, [batch, action_size]; None draws standard normal noise.
-        """
-        x_0 = self.start(params, keys) if x_0 is None else x_0
+        """The end of K Euler steps without noise; the noise network is not asked."""
         cond = self.seen(params["network"], observation)
-        given = self._transition(params, self.std_bounds()), x_0, self._rows, cond
-        chain = flows.noisy_chain(None, *given, clip_last=self.clip_last)
-        return self.bound * chain.states[-1]
+        given = self._transition(params), x_0, self._rows, cond
+        return flows.noisy_chain(None, *given, clip_last=self.clip_last).end
 
     def act(
         self, params: Params, observation: Array, keys: Any, coefficients: Any = None
     ) -> tuple[Array, Any]:
-        """An action, its chain [batch, K + 1, action_size] and the chain's log-prob."""
+        """An action, its chain [batch, K + 1, action_size] and the chain's log-prob.
+
+        With stochastic_steps the chain is of these steps alone, and 'step', int32
+        [batch, stochastic_steps], says which they are.
+        """
         bounds = self.std_bounds(coefficients)
         chain = flows.noisy_chain(
             keys,
@@ -198,17 +197,27 @@ class ReinFlow(models.ChainPolicy):
             self.start(params, keys),
             self._rows,
             self.seen(params["network"], observation),
+            noisy_steps=self.stochastic_steps,
             clip_noise=self.clip_noise,
             clip_last=self.clip_last,
         )
         record = {"chain": chain.states.swapaxes(0, 1)}
         record["log_prob"] = self.log_prob(chain)
-        return self.bound * chain.states[-1], record
+        if chain.step is not None:
+            record["step"] = chain.step.T
+        return self.bound * chain.end, record
 
     def rescore(
-        self, params: Params, observation: Array, chain: Array, coefficients: Any = None
+        self,
+        params: Params,
+        observation: Array,
+        chain: Array,
+        coefficients: Any = None,
+        step: Array | None = None,
     ) -> flows.Chain:
         """Chains [batch, K + 1, action_size] under a policy, all steps in one call.
+
+        ``step`` is what :meth:`act` recorded of chains of stochastic_steps.
 
         Raises:
             ValueError: chains of another number of steps, or sizes that the policy was
@@ -217,13 +226,16 @@ class ReinFlow(models.ChainPolicy):
         self.check_given(params["network"], observation, chain)
         transition = self._transition(params, self.std_bounds(coefficients))
         cond = self.seen(params["network"], observation)
-        return flows.rescore_chain(chain.swapaxes(0, 1), transition, self._rows, cond)
+        given = chain.swapaxes(0, 1), transition, self._rows, cond
+        return flows.rescore_chain(*given, None if step is None else step.T)
 
     def log_prob(self, chain: flows.Chain) -> Array:
         """Log-prob of a chain as the ratio takes it, [batch], before it is clipped."""
-        return flows.chain_log_prob(
-            chain, self.log_prob_reduction, count_start=self.count_start
-        )
+        return self._reduced(flows.chain_log_prob, chain)
+
+    def _reduced(self, rule: Any, chain: flows.Chain) -> Array:
+        start = self.count_start and chain.step is None
+        return rule(chain, self.log_prob_reduction, count_start=start)
 
     def loss(
         self,
@@ -235,14 +247,13 @@ class ReinFlow(models.ChainPolicy):
     ) -> tuple[Array, dict[str, Array]]:
         """Clipped surrogate less the entropy, plus the W2 term, [batch]."""
         seen, record = samples.observation, samples.record
-        chain = self.rescore(params, seen, record["chain"], coefficients)
+        given = record["chain"], coefficients, record.get("step")
+        chain = self.rescore(params, seen, *given)
         whole = self.log_prob(chain)
         log_prob, old = (
             jnp.clip(x, *self.log_prob_range) for x in (whole, record["log_prob"])
         )
-        entropy = flows.chain_entropy(
-            chain, self.log_prob_reduction, count_start=self.count_start
-        )
+        entropy = self._reduced(flows.chain_entropy, chain)
         loss = rl.clipped_surrogate(
             log_prob, old, samples.advantage, clip_range=coefficients["clip_range"]
         )
@@ -259,28 +270,16 @@ class ReinFlow(models.ChainPolicy):
             loss, metrics["w2"] = loss + self.w2_coefficient * distance, distance
         return loss, metrics
 
-    def cloning_loss(
-        self, params: Params, observation: Array, action: Array, keys: Any
+    def generative_loss(
+        self, network: Params, observation: Array, x_data: Array, keys: Any
     ) -> Array:
-        """Flow matching of demonstrated actions, of 'network' alone, [batch].
-
-        Args:
-            params: of the policy.
-            observation: [batch, ...].
-            action: [batch, action_size] within +-bound.
-            keys: [batch].
-
-        Raises:
-            ValueError: sizes that the policy was not made for.
-        """
-        network, action = params["network"], action / self.bound
-        self.check_given(network, observation, action)
+        """Flow matching, with the self-consistency of a shortcut policy, [batch]."""
         fn, times = self.function(network), CLONING_TIMES[self.cloning_times]
         if self.variant == "rectified":
-            given = network, fn, action, keys, observation
+            given = network, fn, x_data, keys, observation
             return flows.flow_matching_loss(*given, time_sampler=times)[0]
         return flows.shortcut_loss(
-            lambda y, s, r: fn(network, y, s, observation, s - r), action, keys
+            lambda y, s, r: fn(network, y, s, observation, s - r), x_data, keys
         )
 
     def _noise_module(self, size: int) -> models.ControlMLP:
@@ -293,8 +292,9 @@ class ReinFlow(models.ChainPolicy):
         return jnp.concatenate([features, jax.lax.stop_gradient(time)], -1)
 
     def _transition(
-        self, params: Params, bounds: Any, *, legacy: bool = False
+        self, params: Params, bounds: Any = None, *, legacy: bool = False
     ) -> flows.Transition:
+        """Euler steps, whose deviation lies within bounds; None is for no noise."""
         network = params["network"]
         fn = self.function(network)
         noise = models.functional(self._noise_module(models.action_size_of(network)))
@@ -308,8 +308,8 @@ class ReinFlow(models.ChainPolicy):
             return fn(network, *given, method="velocity")
 
         def std(t: Array, cond: Any) -> Any:
-            if self.noise_input == "none":
-                return bounds[0]
+            if bounds is None or self.noise_input == "none":
+                return 1.0 if bounds is None else bounds[0]
             given = self._noise_seen(network, cond[1], clock(t))
             learned = flows.bounded_std(noise(params["noise"], given), *bounds)
             if self.learned_noise_steps is None:
@@ -323,9 +323,9 @@ class ReinFlow(models.ChainPolicy):
         """Squared distance to the pretrained policy's action, a mean, [batch]."""
         x_0 = self.start(params, keys)
         x_0 = jnp.zeros_like(x_0) if self.w2_noise == "zero" else x_0
-        before = {**params, "network": params["pretrained"]}
         given = observation, None, x_0
-        there = jax.lax.stop_gradient(self.evaluate(before, *given))
+        before = self.evaluate({"network": params["pretrained"]}, *given)
+        there = jax.lax.stop_gradient(before)
         return jnp.mean((self.evaluate(params, *given) - there) ** 2, -1)
 
 
