@@ -183,7 +183,7 @@ def _moved(prefix: str, arm: Settings) -> Settings:
 
 def get_config(tier: str) -> ConfigDict:
     """The config of a tier."""
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.system = "reinflow"
     base(config, tier)
     sizes = _sizes(tier)
@@ -212,7 +212,7 @@ def get_config(tier: str) -> ConfigDict:
         },
     }
     if tier == "smoke":
-        found = {f"maze_{name}": arms[name] for name in ("bc", "reinflow4")}
+        found = {f"maze_{name}": arm for name, arm in arms.items()}
     elif tier == "cpu":
         found = {f"maze_{name}": _moved("maze", arm) for name, arm in whole.items()}
         for prefix in ("push", "pendulum"):
@@ -260,10 +260,15 @@ def _large(tier: str, flow: Settings, dppo: Settings) -> dict[str, Settings]:
     if tier == "paper":
         tasks = {"hopper": tasks["hopper"]}
         tasks["hopper"]["train"] = {"iterations": 1000, "envs": 40, "unroll": 500}
+        rates = {"reinflow": (4.5e-5, 6.5e-4), "dppo": (1e-4, 1e-3)}
     found = {}
     for prefix, task in tasks.items():
         for name, method in methods.items():
             arm = {**task, "method": method}
+            if tier == "paper":
+                policy, critic = rates[method["name"]]
+                own = {"learning_rate": policy, "critic_learning_rate": critic}
+                arm["train"] = {**task["train"], **own, "critic_warmup": 0}
             if name == "bc":
                 arm["start"] = {"cloned": True, "tuned": False}
             found[f"{prefix}_{name}"] = arm

@@ -179,6 +179,20 @@ def test_control_learns_and_loads(smoke_of, found):
     assert meta["steps"] == 10 and len(meta["log_std"]) == 2
 
 
+def test_clones_are_fine_tuned_and_load(smoke_of, found):
+    metrics = found("reinflow")
+    for arm, solver in (("maze_reinflow4", "euler"), ("maze_dppo", "ancestral")):
+        assert metrics[f"{arm}/first_ratio_error"] < 1e-5
+        assert metrics[f"{arm}/reward_last"] > metrics[f"{arm}/reward_first"]
+        apply_fn, params, meta = tmdjax.load(smoke_of("reinflow"), arm=arm)
+        x = jnp.zeros((3, 2 * meta["chunk"]))
+        v = apply_fn(params, x, jnp.ones(3), jnp.zeros((3, 6)))
+        assert v.shape == x.shape and np.isfinite(v).all()
+        assert meta["solver"] == solver
+    same = "maze_bc/cloning_loss", "maze_reinflow4/cloning_loss"
+    assert len({metrics[name] for name in same}) == 1
+
+
 def test_tmd_measures_teacher_and_student(found):
     metrics = found("tmd")
     # the exact teacher is right, in steps enough
