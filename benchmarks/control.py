@@ -268,7 +268,7 @@ def _brax_rate(count: int) -> float:
         def reset(self, rng: Any) -> State:
             state, seen = ours.reset(rng)
             zero = jnp.zeros(())
-            return State(state, seen, zero, zero)
+            return State(state, seen, zero, zero)  # pyright: ignore
 
         def step(self, state: State, action: Any) -> State:
             step = ours.step(state.pipeline_state, 5 * action, None)  # pyright: ignore
@@ -312,7 +312,7 @@ def _brax_rate(count: int) -> float:
         entropy_cost=1e-2,
         num_evals=3,
         num_eval_envs=128,
-        progress_fn=progress,
+        progress_fn=progress,  # pyright: ignore
     )
     return rates[-1]
 
