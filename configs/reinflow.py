@@ -212,6 +212,8 @@ def get_config(tier: str) -> ConfigDict:
         },
     }
     if tier == "smoke":
+        few = {"steps": 6, "fine_tuned_steps": 3}  # every step is compiled by itself
+        arms["dppo"] = {"method": {**dppo, **few}}
         found = {f"maze_{name}": arm for name, arm in arms.items()}
     elif tier == "cpu":
         found = {f"maze_{name}": _moved("maze", arm) for name, arm in whole.items()}
