@@ -135,6 +135,7 @@ TESTS = {
     "models/wrappers": "models/test_nnx_modules.py models/test_model_layers.py "
     "models/test_build.py",
     "models/videos/forcing_dit": "systems/test_diffusion_forcing.py",
+    "models/videos/rssm": "systems/test_rssm.py",
     "models/flow_equivariant": "models/test_torus_map.py models/test_egocentric_map.py",
     "models/decoder/config": "models/test_hf_decoder.py",
     "models/decoder/rope": "models/test_hf_decoder.py",

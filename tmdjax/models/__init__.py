@@ -100,5 +100,7 @@ from tmdjax.models.videos.forcing_dit import ForcingState as ForcingState
 from tmdjax.models.videos.patches import patchify_video as patchify_video
 from tmdjax.models.videos.patches import rotary_tables as rotary_tables
 from tmdjax.models.videos.patches import unpatchify_video as unpatchify_video
+from tmdjax.models.videos.rssm import RSSM as RSSM
+from tmdjax.models.videos.rssm import RSSMState as RSSMState
 from tmdjax.models.wrappers import from_nnx as from_nnx
 from tmdjax.models.wrappers import rectified_flow as rectified_flow

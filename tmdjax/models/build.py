@@ -26,6 +26,7 @@ from tmdjax.models.videos.discriminator import VideoDiscriminator
 from tmdjax.models.videos.dit import VideoDiT
 from tmdjax.models.videos.flow_maps import SplitDiT, TwoTimeDiT
 from tmdjax.models.videos.forcing_dit import ForcingDiT
+from tmdjax.models.videos.rssm import RSSM
 from tmdjax.quant import RECIPES, Recipe, as_recipe
 
 MODELS: Registry[type[nn.Module]] = Registry("model")
@@ -39,6 +40,7 @@ MODELS.register("fno")(FNO)
 MODELS.register("egocentric_map")(EgocentricMap)
 MODELS.register("torus_map")(TorusMap)
 MODELS.register("forcing_dit")(ForcingDiT)
+MODELS.register("rssm")(RSSM)
 MODELS.register("split_dit")(SplitDiT)
 MODELS.register("two_time_dit")(TwoTimeDiT)
 MODELS.register("video_discriminator")(VideoDiscriminator)

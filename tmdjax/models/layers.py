@@ -120,10 +120,8 @@ def check_transformer(module: Any, *sizes: str) -> None:
     check_range("mlp_ratio", ratio, 0, open_low=True, open_high=True)
     check_count("int(hidden * mlp_ratio)", int(hidden * ratio))
     side = getattr(module, "image_size", None)
-    if side is not None and side % module.patch_size:
-        raise ValueError(
-            f"patch_size={module.patch_size} does not divide image_size={side}."
-        )
+    if side is not None:
+        check_patches(side, side, module.patch_size)
     if hidden % heads or hidden % 4:
         raise ValueError(
             f"hidden={hidden} must be a multiple of heads={heads} and of 4 (the "
@@ -405,7 +403,7 @@ def patchify(
             f"x has shape {x.shape}; give images [batch, height, width, channel]."
         )
     batch, height, width, channel = x.shape
-    _check_patches(height, width, patch_size)
+    check_patches(height, width, patch_size)
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(batch, rows, patch_size, columns, patch_size, channel)
     x = x.transpose(0, 1, 3, 2, 4, 5)
@@ -423,7 +421,7 @@ def unpatchify(
     Raises:
         ValueError: the patches do not make an image of that height and width.
     """
-    _check_patches(height, width, patch_size)
+    check_patches(height, width, patch_size)
     rows, columns = height // patch_size, width // patch_size
     batch, positions, features = tokens.shape
     if positions != rows * columns or features % patch_size**2:
@@ -436,7 +434,8 @@ def unpatchify(
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
 
 
-def _check_patches(height: int, width: int, patch_size: int) -> None:
+def check_patches(height: int, width: int, patch_size: int) -> None:
+    """Raises ValueError unless patches of that side fill an image."""
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"patch_size={patch_size} does not divide an image of {height} x {width}."

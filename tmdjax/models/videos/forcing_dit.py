@@ -197,25 +197,8 @@ class ForcingDiT(StackedNetwork):
     def prepare(
         self, actions: Int[ArrayLike, "batch time ..."]
     ) -> Int[Array, "batch time ..."]:
-        """Actions of a video, the first one idle: 0, or the code of rest (4 of 5).
-
-        Raises:
-            TypeError: actions that are no integers.
-            ValueError: actions of another shape, or concrete codes out of range.
-        """
-        if not jnp.issubdtype(jnp.result_type(actions), jnp.integer):
-            raise TypeError(f"actions are {jnp.result_type(actions)}; give integers.")
-        rank = 3 if self.num_actions is None else 2
-        if jnp.ndim(actions) != rank:
-            wanted = "[batch, time, size]" if rank == 3 else "[batch, time]"
-            raise ValueError(f"actions have shape {jnp.shape(actions)}; give {wanted}.")
-        if self.num_actions is None:
-            return jnp.asarray(actions).at[:, 0].set(0)
-        if not isinstance(actions, jax.core.Tracer):
-            codes = np.asarray(actions)
-            for extreme in (codes.min(initial=0), codes.max(initial=0)):
-                check_range("actions", int(extreme), 0, self.num_actions - 1)
-        return jnp.asarray(actions).at[:, 0].set(min(REST, self.num_actions - 1))
+        """Actions of a video, the first one idle, see :func:`prepare_actions`."""
+        return prepare_actions(actions, self.num_actions)
 
     def start(
         self, frame: Float[Array, "batch height width channel"], keys: Any = None
@@ -298,6 +281,34 @@ class ForcingDiT(StackedNetwork):
         frames = state.frames.at[:, -1].set(frame)
         known = state.known.at[-1].set(True)
         return dataclasses.replace(state, frames=frames, known=known)
+
+
+def prepare_actions(
+    actions: Int[ArrayLike, "batch time ..."], num_actions: int | None
+) -> Int[Array, "batch time ..."]:
+    """Actions of a video, the first one idle: 0, or the code of rest (4 of 5).
+
+    Args:
+        actions: that led to its frames: codes [batch, time], or vectors of integers.
+        num_actions: number of codes; None for vectors.
+
+    Raises:
+        TypeError: actions that are no integers.
+        ValueError: actions of another shape, or concrete codes out of range.
+    """
+    if not jnp.issubdtype(jnp.result_type(actions), jnp.integer):
+        raise TypeError(f"actions are {jnp.result_type(actions)}; give integers.")
+    rank = 3 if num_actions is None else 2
+    if jnp.ndim(actions) != rank:
+        wanted = "[batch, time, size]" if rank == 3 else "[batch, time]"
+        raise ValueError(f"actions have shape {jnp.shape(actions)}; give {wanted}.")
+    if num_actions is None:
+        return jnp.asarray(actions).at[:, 0].set(0)
+    if not isinstance(actions, jax.core.Tracer):
+        codes = np.asarray(actions)
+        for extreme in (codes.min(initial=0), codes.max(initial=0)):
+            check_range("actions", int(extreme), 0, num_actions - 1)
+    return jnp.asarray(actions).at[:, 0].set(min(REST, num_actions - 1))
 
 
 def _moved_on(state: ForcingState, action: Array) -> ForcingState:

@@ -1,0 +1,210 @@
+"""A recurrent state-space model: its losses, and what it goes on with."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import lowered, same
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.special import rel_entr
+
+from tmdjax import models, train
+from tmdjax.core import prng
+from tmdjax.systems import rssm
+from tmdjax.train import world_models
+
+SIZE, BATCH, TIME = 4, 3, 3
+TINY = models.RSSM(image_size=SIZE, hidden=6, width=8, groups=2, classes=3)
+FN = models.functional(TINY)
+KEYS = prng.sample_keys(jax.random.key(3), BATCH)
+RNG = np.random.default_rng(0)
+FRAMES = jnp.float32(RNG.random((BATCH, TIME, SIZE, SIZE, 1)))
+ACTIONS = jnp.int32(RNG.integers(-2, 3, (BATCH, TIME + 4, 2)))
+BATCH_OF = {"frames": FRAMES, "actions": ACTIONS[:, :TIME]}
+SETTINGS = ((0.0, 0.1, 0.0), (0.5, 0.1, 0.0), (0.5, 0.0, 0.0), (0.5, 0.1, 1e3))
+"""Weights of the two divergences, and free nats."""
+
+
+@functools.cache
+def params_of():
+    """None of them 0, so that everything matters."""
+    first = jax.device_get(
+        models.init_params(TINY, jax.random.key(0), FRAMES[:, 0], ACTIONS[:, 0], KEYS)
+    )
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: np.float32(p + 0.3 * rng.normal(size=p.shape)), first)
+
+
+@jax.jit
+def infer(params, batch):
+    """The steps of a video one by one, written out."""
+    actions = FN(params, batch["actions"], method="prepare")
+    state, found = FN(params, batch["frames"][:, 0], KEYS, method="start"), []
+    for t in range(batch["frames"].shape[1]):
+        seen = FN(params, batch["frames"][:, t], method="encode")
+        state, one = FN(params, state, seen, actions[:, t], method="infer")
+        one["frame"] = FN(params, one["features"], method="decode")
+        found.append(one | {"latent": state.latent})
+    return jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+
+def losses(params, batch):
+    """Mean loss under each of the settings, and what the last ones tell."""
+    names = ("dynamics_weight", "representation_weight", "free_nats")
+    found = [
+        rssm.loss(params, FN, batch, KEYS, **dict(zip(names, given)))
+        for given in SETTINGS
+    ]
+    return jnp.stack([loss.mean() for loss, _ in found]), found[-1]
+
+
+@jax.jit
+def gradients(params, batch):
+    """Of the mean loss under each of the settings."""
+    rows = jax.jacrev(losses, has_aux=True)(params, batch)[0]
+    each = [[row[i] for i in range(len(SETTINGS))] for row in jax.tree.leaves(rows)]
+    return [jax.tree.unflatten(jax.tree.structure(rows), row) for row in zip(*each)]
+
+
+def test_the_loss_is_the_sum_of_its_terms():
+    found = jax.device_get(infer(params_of(), BATCH_OF))
+    target = np.swapaxes(FRAMES, 0, 1)
+    error = np.square(found["frame"] - target).sum((2, 3, 4)).mean(0)
+    prior, posterior = (np.exp(found[name]) for name in ("prior", "posterior"))
+    assert_allclose(prior.sum(-1), 1, rtol=1e-5)
+    assert prior.min() > 0.9 * 0.01 / 3  # no class is excluded
+    kl = rel_entr(posterior, prior).sum((2, 3)).mean(0)
+    assert kl.min() > 1e-3
+    means, (loss, told) = jax.jit(losses)(params_of(), BATCH_OF)
+    for mean, (dynamics, representation, free) in zip(means, SETTINGS):
+        apart = kl.mean() if free == 0 else free
+        assert_allclose(
+            mean, error.mean() + (dynamics + representation) * apart, rtol=1e-5
+        )
+    assert_allclose(loss, error + 600, rtol=1e-5)
+    assert_allclose(told["kl"], kl, rtol=1e-4)
+    assert_allclose(told["error"], error / SIZE**2, rtol=1e-5)
+    # drawn classes, one in each group
+    assert_array_equal(
+        np.sort(found["latent"], -1).round(5), [[[[0, 0, 1]] * 2] * 3] * TIME
+    )
+
+
+ONE = {name: array[:, :1] for name, array in BATCH_OF.items()}
+"""Of one frame, prior and posterior know nothing of each other."""
+
+
+def test_nothing_is_learned_of_a_posterior_that_is_the_prior():
+    """It does not read the frame: no divergence, so no gradient of either."""
+    params = jax.tree.map(np.array, params_of())
+    head = params["posterior_hidden"]
+    head["kernel"][6:] = 0  # what comes from the frame
+    head["kernel"][:6] = params["prior_hidden"]["kernel"]
+    head["bias"] = params["prior_hidden"]["bias"]
+    params["posterior_output"] = params["prior_output"]
+    found = jax.device_get(infer(params, ONE))
+    assert_array_equal(found["prior"], found["posterior"])
+    for gradient in gradients(params, ONE):
+        assert_allclose(gradient["prior_output"]["bias"], 0, atol=1e-7)
+
+
+def test_each_divergence_moves_its_own_side():
+    none, both, alone, free = gradients(params_of(), ONE)
+    for name in ("prior_hidden", "prior_output"):
+        prior = both[name]["bias"]
+        assert np.abs(prior).max() > 1e-4
+        assert not np.any(none[name]["bias"]) and not np.any(free[name]["bias"])
+        assert_allclose(alone[name]["bias"], prior, rtol=1e-4, atol=1e-7)
+    side = [g["posterior_output"]["bias"] for g in (none, both, alone)]
+    assert_allclose(side[0], side[1], rtol=1e-4, atol=1e-7)
+    assert np.abs(side[1] - side[2]).max() > 1e-4
+    # through what was drawn, the error reaches what reads the frame
+    assert np.abs(free["patch_embedding"]["kernel"]).max() > 1e-4
+
+
+def test_a_rollout_reads_no_frame_after_the_context():
+    """And it is the same whatever it is fed; samples draw for themselves."""
+    config = world_models.RolloutConfig(context=TIME, feedback_clip=(0.4, 0.5))
+
+    @jax.jit
+    def both(params, keys):
+        found = world_models.rollout(params, FN, FRAMES, ACTIONS, config, keys=keys)
+        state = FN(params, FRAMES[:, 0], keys, method="start")
+        actions = FN(params, ACTIONS, method="prepare")
+        for t in range(TIME):
+            state = FN(params, state, FRAMES[:, t], actions[:, t], method="observe")
+        frames, hidden = [], []
+        for t in range(TIME, TIME + 4):
+            state, frame = FN(params, state, actions[:, t], method="predict")
+            frames, hidden = [*frames, frame], [*hidden, state.hidden]
+        return found, jnp.stack(frames), jnp.stack(hidden)
+
+    found, frames, hidden = both(params_of(), KEYS)
+    assert not found.failed.any() and frames.shape == (4, BATCH, SIZE, SIZE, 1)
+    assert_allclose(found.outputs["frame"], frames, atol=1e-5)
+    assert 0 < np.abs(hidden).max() < 1
+    drawn = both(params_of(), KEYS[::-1])[1]
+    assert np.abs(drawn - frames).max() > 1e-3
+
+
+def test_what_is_fed_back_is_not_read():
+    state = FN(params_of(), FRAMES[:, 0], KEYS, method="start")
+    same(FN(params_of(), state, FRAMES[:, 1], method="feed"), state)
+
+
+@functools.cache
+def update_of(module):
+    def loss(params, batch, keys):
+        return rssm.loss(params, models.functional(module), batch, keys)
+
+    optimizer = train.make_optimizer(train.OptimizerConfig(learning_rate=3e-3))
+    return jax.jit(train.make_train_step(loss, optimizer)), optimizer
+
+
+def test_the_training_step_runs_on_accelerators():
+    update, optimizer = update_of(TINY)
+    state = jax.eval_shape(lambda: train.create_state(params_of(), optimizer))
+    lowered(update, state, BATCH_OF, jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_it_learns_and_is_rolled_out_as_a_world_model():
+    """Which of three dots a video shows only its first frames say."""
+    module = dataclasses.replace(TINY, hidden=32, width=32)
+    dot = np.zeros((BATCH, TIME + 4, SIZE, SIZE, 1), np.float32)
+    for i in range(BATCH):
+        dot[i, :, i, i] = 1
+    batch = {"frames": jnp.asarray(dot), "actions": 0 * ACTIONS}
+    update, optimizer = update_of(module)
+    inputs = dot[:, 0], batch["actions"][:, 0], KEYS
+    params = models.init_params(module, jax.random.key(0), *inputs)
+    state = train.create_state(params, optimizer)
+    for _ in range(300):
+        state, told = update(state, batch, jax.random.key(1))
+    assert told["error"] < 0.25 * np.mean(dot**2)
+    found = world_models.rollout(
+        state.params, models.functional(module), dot[:, :TIME], batch["actions"],
+        world_models.RolloutConfig(context=TIME), keys=KEYS,
+    )  # fmt: skip
+    error = world_models.frame_errors(found.outputs["frame"], batch["frames"][:, TIME:])
+    assert np.median(error) < 0.5 * np.mean(dot**2)
+
+
+def test_bad_inputs(refused):
+    make = functools.partial(dataclasses.replace, TINY)
+    refused("patch_size=3 does not divide", make, patch_size=3)
+    refused("classes=1 must be at least 2", make, classes=1)
+    refused("uniform=0 is outside", make, uniform=0)
+    refused("hidden=0 must be at least 1", make, hidden=0)
+    apply = functools.partial(FN, params_of())
+    refused("needs keys", apply, FRAMES[:, 0], method="start")
+    refused(r"\[..., 4, 4, 1\]", apply, FRAMES[:, 0, 1:], KEYS, method="start")
+    refused("give integers", apply, 1.0 * ACTIONS, method="prepare", error=TypeError)
+    refused(r"give \[batch, time, size\]", apply, ACTIONS[..., 0], method="prepare")
+    for name in ("free_nats", "dynamics_weight", "representation_weight"):
+        refused(
+            f"{name}=-1 is outside", rssm.loss, {}, FN, BATCH_OF, KEYS, **{name: -1}
+        )
