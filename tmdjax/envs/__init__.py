@@ -6,6 +6,7 @@ from tmdjax.envs.base import Vector as Vector
 from tmdjax.envs.base import VectorState as VectorState
 from tmdjax.envs.base import VectorStep as VectorStep
 from tmdjax.envs.base import check_environment as check_environment
+from tmdjax.envs.block_room import BlockRoom as BlockRoom
 from tmdjax.envs.chunked import Chunked as Chunked
 from tmdjax.envs.diagnostic import PROBES as PROBES
 from tmdjax.envs.host import GymnasiumVector as GymnasiumVector

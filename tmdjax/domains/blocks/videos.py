@@ -177,9 +177,7 @@ def walk(
             jnp.where(meets, LOOKS, looks - looking),
             jnp.where(begins, LEFT + RIGHT - side, inward),
         )
-        turned = jnp.where(action == LEFT, 1, jnp.where(action == RIGHT, -1, 0))
-        place = jnp.where(action == FORWARD, ahead, place)
-        heading = (heading + turned) % 4
+        place, heading = moved(place, heading, action, room)
         carry = (
             place,
             heading,
@@ -195,3 +193,20 @@ def walk(
     return tuple(
         jnp.concatenate([a, b]) for a, b in zip(first, (places, headings, actions))
     )  # pyright: ignore[reportReturnType]
+
+
+def moved(
+    place: Int[Array, "2"], heading: Int[Array, ""], action: Int[Array, ""], room: int
+) -> tuple[Int[Array, "2"], Int[Array, ""]]:
+    """Where an agent stands and looks after an action; a wall stops it.
+
+    Args:
+        place: its cell.
+        heading: 0 .. 3.
+        action: LEFT, RIGHT or FORWARD; any other is rest.
+        room: cells along each side.
+    """
+    ahead = jnp.array(DIRECTIONS, jnp.int32)[heading]
+    turned = jnp.where(action == LEFT, 1, jnp.where(action == RIGHT, -1, 0))
+    place = place + jnp.where(action == FORWARD, ahead, 0)
+    return jnp.clip(place, 0, room - 1), (heading + turned) % 4
