@@ -62,21 +62,22 @@ class Supervised:
     def fit(
         self,
         context: StageContext,
-        arrays: Mapping[str, Any] | data.Batches,
+        arrays: Mapping[str, Any] | train.DataIterator,
         settings: Any,
     ) -> train.TrainState:
         """Trains in a stage, from its key, in batches drawn in the order of its seed.
 
         Args:
             context: of the stage.
-            arrays: {name: [n, ...]}, the data; or batches of the size in settings.
+            arrays: {name: [n, ...]}, the data; or batches of the size in settings, with
+                a position. Batches of several shapes are several programs.
             settings: 'steps', 'batch_size' and, unless 50 will do, 'log_every'.
 
         Returns:
             The final state.
         """
         size, batches = settings["batch_size"], arrays
-        if not isinstance(batches, data.Batches):
+        if isinstance(batches, Mapping):
             batches = data.in_memory(batches, size, seed=context.seed)
         state = self.begin(context.key)
         step, state, place = train.jit_train_step(self.step(), state, train.make_mesh())

@@ -9,7 +9,12 @@ import pytest
 
 from tmdjax.core import prng
 from tmdjax.data import load
-from tmdjax.domains.torus.videos import TorusWorld, check_covered, torus_videos
+from tmdjax.domains.torus.videos import (
+    TorusWorld,
+    check_covered,
+    out_of_view,
+    torus_videos,
+)
 
 WORLD = TorusWorld(world=12, window=8, digits=2, camera_step=2, context=9, predicted=3)
 KEYS = prng.sample_keys(jax.random.key(0), 64)
@@ -87,6 +92,36 @@ def test_18_every_context_shows_the_whole_world():
     assert not sample["actions"][:, [0, WORLD.context]].any()
 
 
+def test_what_was_out_of_view_is_followed():
+    """Squares of 2 pixels, one a video: columns and rows of the window are world + 4."""
+    world = dataclasses.replace(WORLD, digits=1, camera_step=0, context=2, predicted=4)
+    # at rest in view; entering from the right; half in view; one that a motion shows
+    last, velocity = (
+        np.array(xy)
+        for xy in ([(0, 0), (5, 1), (3, 0), (5, 0)], [(0, 0), (-1, 0), (0, 1), (0, 0)])
+    )
+    actions = np.zeros((4, 6, 2), np.int32)
+    actions[3, 4] = (2, 0)
+    videos = {"start": last - velocity, "velocity": velocity, "actions": actions}
+    videos = {
+        n: a if n == "actions" else np.int32(a)[:, None] for n, a in videos.items()
+    }
+    found = np.asarray(
+        jax.jit(functools.partial(out_of_view, side=2, world=world))(videos)
+    )
+    assert found.shape == (4, 4, 8, 8) and not found[0].any()
+    pixels = [
+        [{(int(r), int(c)) for r, c in np.argwhere(f)} for f in video]
+        for video in found
+    ]
+    assert pixels[1][0] == set() and pixels[1][1] == {(5, 7), (6, 7)}
+    assert pixels[1][2] == {(5, 6), (6, 6), (5, 7), (6, 7)}
+    assert pixels[1][3] == {(5, 5), (6, 5), (5, 6), (6, 6)}
+    # columns 3 and 4 of the world: the window ends with 3, so that 4 is never shown
+    assert all(one == set() for one in pixels[2])
+    assert pixels[3][1] == set() and pixels[3][2] == {(4, 7), (5, 7)} == pixels[3][3]
+
+
 def test_what_is_drawn_is_uniform():
     sample, labels = sampled(), images_of("train")[1]
     assert {*sample["velocity"].ravel()} == {-1, 0, 1}
@@ -140,6 +175,7 @@ def test_bad_inputs(refused):
         world=WORLD,
         error=TypeError,
     )
+    refused(r"side=13 is outside \[1, 12\]", out_of_view, {}, 13, world=WORLD)
     short = dataclasses.replace(WORLD, context=4)
     refused(
         "1 of 2 contexts of 4 frames, the first number 1",

@@ -79,10 +79,15 @@ def test_a_table_counts_rollouts_that_broke():
     error[4:, 2] = np.nan
     table = metrics.horizon_errors(error, [(0, 2), (2, 6), (2, 7)])
     assert table["failed"] == 1 / 4 and "mean_3_7" not in table
-    np.testing.assert_allclose(table["mean_1_2"], 0.5 + 2)
-    np.testing.assert_allclose(table["median_1_2"], 0.5 + 1)
+    # the third held for the first four steps
+    assert table["failed_1_2"] == 0 and table["failed_3_6"] == 1 / 4
+    np.testing.assert_allclose(table["mean_1_2"], 0.5 + 106 / 4)
+    np.testing.assert_allclose(table["median_1_2"], 0.5 + 3)
     np.testing.assert_allclose(table["mean_3_6"], 3.5 + 2)
+    np.testing.assert_allclose(table["median_3_6"], 3.5 + 1)
     np.testing.assert_allclose(table["mean_1_6"], 2.5 + 2)
+    assert table["mean_early"] == table["mean_1_2"] and table["failed_late"] == 1 / 4
+    np.testing.assert_allclose(table["mean_late"], 4.5 + 2)
     np.testing.assert_allclose(table["growth"], (4.5 + 2) / (0.5 + 2))
     broken = metrics.horizon_errors(error[:, 2:3], [])
     assert broken["failed"] == 1 and np.isnan(broken["growth"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from checks import lowered
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import metrics, models, train
+from tmdjax import data, metrics, models, train
 from tmdjax.core import prng
 from tmdjax.domains.blocks.videos import BlockWorld, block_videos
 from tmdjax.domains.torus.videos import TorusWorld
@@ -161,7 +162,7 @@ def test_what_is_fed_back_is_clipped():
         free.outputs["frame"], batch["frames"][:, CONTEXT:]
     )
     table = metrics.horizon_errors(errors, [(0, 1), (0, 31)])
-    assert table["failed"] == 1 and np.isnan(table["mean_1_1"])
+    assert table["failed"] == 1 and np.isnan(table["mean_1_30"])
     assert not any("31" in name for name in table)
     good = np.asarray(free.outputs["amplitude"])[: int(free.first_bad.min())]
     assert (good <= CONFIG.state_bound).all()
@@ -175,6 +176,17 @@ def test_what_is_fed_back_is_clipped():
     table = metrics.horizon_errors(errors, world_models.HORIZONS)
     assert table["failed"] == 0 and table["mean_1_20"] > 0
     assert table["growth"] == pytest.approx(1, abs=0.5)
+
+
+def test_a_clipped_state_does_not_break():
+    """What grew without bound stays at the clip, frame by frame and in the context."""
+    params = jax.tree.map(lambda leaf: 4 * jnp.abs(leaf), PARAMS)
+    config = dataclasses.replace(CONFIG, state_clip=2.5)
+    found = roll(params, BATCH_OF["frames"], BATCH_OF["actions"], config)
+    assert not found.failed.any() and (found.outputs["amplitude"] == 2.5).all()
+    # one so large changes nothing
+    config = dataclasses.replace(CONFIG, state_clip=1e6)
+    assert_array_equal(frames_of(BATCH_OF, config), frames_of(BATCH_OF))
 
 
 def test_the_gradient_passes_through_the_clip():
@@ -220,6 +232,26 @@ def test_growing_horizons():
         world_models.growing_horizon(p, (8, 20, 50)) for p in (0, 0.3, 0.4, 0.9, 1)
     ]
     assert grown == [8, 8, 20, 50, 50]
+
+
+def test_videos_grow_and_go_on_from_their_position():
+    rows = {"frames": np.arange(28)[:, None] + np.zeros((28, 9)), "actions": np.eye(28)}
+
+    def videos():
+        return world_models.GrowingVideos(data.in_memory(rows, 4), 2, (1, 3), 5)
+
+    first, other = videos(), videos()
+    seen = [next(first) for _ in range(7)]
+    assert [b["frames"].shape for b in seen] == [(4, 3)] * 3 + [(4, 5)] * 4
+    assert [b["actions"].shape[1] for b in seen] == [3] * 3 + [5] * 4
+    assert len({x for b in seen for x in b["frames"][:, 0]}) == 28
+    for _ in range(2):
+        next(other)
+    state = json.loads(json.dumps(other.get_state()))
+    again = videos()
+    again.set_state(state)
+    for batch in seen[2:]:
+        assert_array_equal(next(again)["frames"], batch["frames"])
 
 
 def test_trivial_predictions():
@@ -364,6 +396,10 @@ def test_bad_inputs(refused):
     refused("teacher_forcing=2 is outside", config, teacher_forcing=2)
     refused("feedback_clip, upper=0 is outside", config, feedback_clip=(1, 0))
     refused("state_bound=0 is outside", config, state_bound=0)
+    refused("state_clip=0 is outside", config, state_clip=0)
+    growing = functools.partial(world_models.GrowingVideos, None, CONTEXT)
+    refused("must not decrease", growing, (5, 3), 9)
+    refused("steps=0 must be at least 1", growing, (3,), 0)
     frames, actions = SHORT["frames"], SHORT["actions"]
     go = functools.partial(world_models.rollout, PARAMS, FN)
     refused("2 frames are given, fewer than", go, frames[:, :2], actions, CONFIG)

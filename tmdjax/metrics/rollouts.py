@@ -173,21 +173,30 @@ def horizon_errors(
             reach beyond the errors are left out.
 
     Returns:
-        'failed', the share of broken rollouts; 'mean_{first + 1}_{last}' and
-        'median_{first + 1}_{last}' over the others for each horizon and for all steps;
-        'growth', the error of the last third over that of the first. NaN where every
-        rollout broke.
+        For each horizon and for all steps, under 'first + 1' and 'last', such as
+        'mean_1_20', and for the first and the last third of the steps, 'mean_early' and
+        'mean_late': 'failed', the share of rollouts that broke before the end of these
+        steps, and 'mean' and 'median' over the others, NaN where all broke. 'failed',
+        the share of all that broke; 'growth', the error of the last third over that of
+        the first, of the rollouts that reached the end.
     """
     errors = np.asarray(errors, np.float64)
-    whole = errors[:, np.isfinite(errors).all(0)]
-    time = len(errors)
-    table = {"failed": 1 - whole.shape[1] / errors.shape[1]}
-    for first, last in [*(h for h in horizons if h[1] <= time), (0, time)]:
-        each = whole[first:last].mean(0)
-        name = f"{first + 1}_{last}"
+    time, held = len(errors), np.isfinite(errors)
+    third = max(time // 3, 1)
+    spans = {
+        f"{first + 1}_{last}": (first, last)
+        for first, last in [*horizons, (0, time)]
+        if last <= time
+    }
+    spans |= {"early": (0, third), "late": (time - third, time)}
+    table = {"failed": float(1 - held.all(0).mean())}
+    for name, (first, last) in spans.items():
+        whole = held[:last].all(0)
+        each = errors[first:last, whole].mean(0)
+        table[f"failed_{name}"] = float(1 - whole.mean())
         table[f"mean_{name}"] = float(each.mean()) if each.size else float("nan")
         table[f"median_{name}"] = float(np.median(each)) if each.size else float("nan")
-    third = max(time // 3, 1)
+    whole = errors[:, held.all(0)]
     average = whole.mean(1) if whole.size else np.full(time, np.nan)
     table["growth"] = float(growth(average, third))
     return table

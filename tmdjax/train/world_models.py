@@ -32,9 +32,11 @@ class RolloutConfig:
             prediction, drawn for each sample and step.
         feedback_clip: (low, high) that predictions are clipped to before they are fed
             back, with the gradient passed straight through; None feeds them back as
-            they are, as the published models do. Neither the loop from map to frame to
-            map nor the map itself has a gate: a model trained too little grows without
-            bound in long rollouts, by its map even where frames are clipped.
+            they are, as the published models do. The loop from map to frame to map has
+            no gate: a model trained too little grows without bound in long rollouts.
+        state_clip: every value of the state is clipped to +-state_clip after each step,
+            in training too; None leaves the state, as the published models do. A map
+            without a gate can grow by itself, even where frames are clipped.
         detach_feedback: whether no gradient passes through fed-back frames.
         remat_steps: steps that the backward pass computes again at a time; None keeps
             all that they computed.
@@ -47,6 +49,7 @@ class RolloutConfig:
     context: int = 50
     teacher_forcing: float = 0.0
     feedback_clip: tuple[float, float] | None = None
+    state_clip: float | None = None
     detach_feedback: bool = False
     remat_steps: int | None = 1
     state_bound: float = 1e4
@@ -62,6 +65,8 @@ class RolloutConfig:
         if self.feedback_clip is not None:
             low, high = self.feedback_clip
             check_range("feedback_clip, upper", high, low, open_low=True)
+        if self.state_clip is not None:
+            check_range("state_clip", self.state_clip, 0, open_low=True)
 
 
 def rollout(
@@ -125,7 +130,7 @@ def rollout(
     time_first = jnp.swapaxes(frames, 0, 1)
 
     def observe(state: Any, given: Any) -> tuple[Any, Array]:
-        state = call("observe", state, *given)
+        state = _clipped(call("observe", state, *given), config.state_clip)
         return state, _amplitude(state)
 
     def predict(state: Any, given: Any) -> tuple[Any, dict[str, Array]]:
@@ -140,7 +145,7 @@ def rollout(
             fed = jnp.where(drawn[:, None, None, None], target, fed)
         if config.detach_feedback:
             fed = jax.lax.stop_gradient(fed)
-        state = call("feed", state, fed)
+        state = _clipped(call("feed", state, fed), config.state_clip)
         return state, {"frame": frame, "amplitude": _amplitude(state)}
 
     state = call("start", time_first[0], keys)
@@ -230,6 +235,51 @@ def growing_horizon(progress: float, horizons: Sequence[int]) -> int:
     return steps[min(int(progress * len(steps)), len(steps) - 1)]
 
 
+class GrowingVideos:
+    """Batches of videos that begin short and grow as training goes on.
+
+    :func:`loss` counts every frame that its batch has, so a jitted update is compiled
+    once a horizon, when the first batch of that length comes; a training that goes on
+    from a checkpoint finds its horizon by the position of its data. It is a
+    :class:`tmdjax.train.DataIterator`.
+
+    Args:
+        batches: another, of whole videos: 'frames' and 'actions' [batch, frame, ...].
+        context: frames that are seen.
+        horizons: predicted frames, not decreasing, see :func:`growing_horizon`.
+        steps: updates of the training, which share them out.
+
+    Raises:
+        TypeError, ValueError: a number out of range, or horizons that decrease.
+    """
+
+    def __init__(
+        self, batches: Any, context: int, horizons: Sequence[int], steps: int
+    ) -> None:
+        growing_horizon(0, horizons)
+        self.batches, self.horizons = batches, tuple(horizons)
+        self.context = check_count("context", context)
+        self.steps = check_count("steps", steps)
+        self._taken = 0
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch, cut to the horizon of its place in the training."""
+        progress = min(self._taken / self.steps, 1)
+        frames = self.context + growing_horizon(progress, self.horizons)
+        batch = next(self.batches)
+        self._taken += 1
+        return {name: array[:, :frames] for name, array in batch.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        return {"taken": self._taken, "batches": self.batches.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position of :meth:`get_state`."""
+        self.batches.set_state(state["batches"])
+        self._taken = check_count("taken", state["taken"], 0)
+
+
 def trivial_predictions(
     frames: Float[Array, "batch frame height width channel"],
     actions: Array,
@@ -267,6 +317,18 @@ def trivial_predictions(
         "mean": jnp.broadcast_to(seen.mean(1), every),
         "shifted": shifted,
     }
+
+
+def _clipped(state: Any, most: float | None) -> Any:
+    """A state without values beyond +-most; integers and keys are left."""
+    if most is None:
+        return state
+
+    def clipped(leaf: Array) -> Array:
+        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return jnp.clip(leaf, -most, most) if inexact else leaf
+
+    return jax.tree.map(clipped, state)
 
 
 def _amplitude(state: Any) -> Float[Array, "batch"]:

@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core import prng
-from tmdjax.core.checks import check_batch, check_count
+from tmdjax.core.checks import check_batch, check_count, check_range
 from tmdjax.core.types import Array, ArrayLike, Bool, Float, Int, Key, SampleKeys
 
 _TRIES = 100
@@ -155,6 +156,43 @@ def torus_videos(
         }
 
     return jax.vmap(sample)(keys)
+
+
+def out_of_view(
+    videos: Mapping[str, Any], side: int, *, world: TorusWorld
+) -> Bool[Array, "batch predicted window window"]:
+    """Which pixels of the predicted frames show a part of a digit that was out of view.
+
+    A digit is its whole square, dark pixels too. Its parts that lay outside the window
+    in the last frame of the context are followed as the digit moves: where the window
+    shows one of them later, what is right there cannot be read from that last frame,
+    but from memory and from how the digit moved on unseen. Pure and jittable.
+
+    Args:
+        videos: of :func:`torus_videos`: 'start' and 'velocity' [batch, digit, 2],
+            'actions' [batch, frame, 2].
+        side: height and width of the images of digits, at most that of the world.
+        world: sizes of the videos.
+
+    Raises:
+        ValueError: images larger than the world.
+    """
+    check_range("side", check_count("side", side), 1, world.world)
+    pixel = jnp.arange(world.world)
+    square = (pixel < side)[:, None] & (pixel < side)
+
+    def sample(start: Array, velocity: Array, actions: Array) -> Array:
+        camera = jnp.cumsum(actions, 0)
+        places = start + jnp.arange(len(camera))[:, None, None] * velocity
+        last = world.context - 1
+        corner = camera[last] - world.window // 2
+        away = (places[last] - corner)[..., None] + pixel
+        column, row = jnp.moveaxis(away % world.world < world.window, 1, 0)
+        hidden = square & ~(row[:, :, None] & column[:, None, :])
+        given = places[last + 1 :], camera[last + 1 :]
+        return _frames(hidden.astype(jnp.float32), *given, world)[..., 0] > 0
+
+    return jax.vmap(sample)(*(videos[n] for n in ("start", "velocity", "actions")))
 
 
 def check_covered(covered: Bool[ArrayLike, "batch"], world: TorusWorld) -> None:
