@@ -56,6 +56,8 @@ CASES = {
         ("arms.sprites.data.options.train_count=1024",),
         "straighten2",
     ),
+    # the arm that needs no images of an installed package
+    "flow_equivariant": Case("blocks", "train"),
     "flow_grpo": Case("flow_grpo", "align", ("train.images=1024",)),
     "branchgrpo": Case("branch", "align", ("train.images=1024",)),
     "pde_refiner": Case(

@@ -205,6 +205,20 @@ def test_tmd_measures_teacher_and_student(found):
     assert 1 < metrics["tmd/cost_over_nfe"] < 1.35
 
 
+def test_world_models_are_judged_on_the_same_videos(smoke_of, found):
+    metrics = found("flow_equivariant")
+    for name in ("zero", "mean", "shifted"):
+        for what in (f"{name}.mean_late", f"{name}.unseen"):
+            assert metrics[f"full/{what}"] == metrics[f"rssm/{what}"] > 0
+    for arm in load_config("configs/flow_equivariant.py:smoke").arms:
+        assert metrics[f"{arm}/failed"] == 0 < metrics[f"{arm}/growth"] < 3
+        assert metrics[f"{arm}/largest_state"] <= 5
+    assert (smoke_of("flow_equivariant") / "figures/full/rollouts.gif").exists()
+    apply_fn, params, _ = tmdjax.load(smoke_of("flow_equivariant"), arm="full")
+    frame = apply_fn(params, jnp.zeros((2, 8, 8, 1)), jnp.zeros((2, 2), jnp.int32))
+    assert frame.shape == (2, 8, 8, 1)
+
+
 def test_a_tmd_student_loads_with_its_plan(smoke_of, refused):
     apply_fn, params, meta = tmdjax.load(smoke_of("tmd"), arm="tmd")
     scale = moving_sprites.get_scale(meta["scale"])

@@ -44,6 +44,7 @@ from tmdjax.train import CheckpointError
 CASES = {
     "boss": (None, []),
     "branchgrpo": ("branch_depth", ["rl.iterations=30"]),
+    "flow_equivariant": ("full", []),
     "flow_grpo": ("flow_grpo", ["rl.iterations=30"]),
     "flow_matching": (None, []),
     "grpo": (None, []),
