@@ -15,7 +15,7 @@ TIERS = [
     for tier in load_module(path).TIERS
 ]
 # smokes are run by .ci/run; these take seconds to trace, or to draw problems
-PAPERS = ("branchgrpo", "boss", "grpo", "pde_refiner", "policyflow", "tmd")
+PAPERS = ("branchgrpo", "boss", "grpo", "pde_refiner", "policyflow", "reinflow", "tmd")
 PAPERS = [f"{name}.py:paper" for name in PAPERS]
 DEAR = ("boss.py:gpu", "pde_refiner.py:gpu", *PAPERS)
 DEAR += ("reinflow.py:cpu", "reinflow.py:gpu")
