@@ -36,6 +36,7 @@ MEANINGS = {
     "reliability": "correlation, over test trajectories, of the time for which an "
     "ensemble agrees with itself and the time for which a rollout is right",
     "calls": "network calls a step",
+    "test_at_rest": "share of test trajectories that are steady patterns at their end",
     "error": "relative error of rollouts, those that failed left out, after that time",
     "power": "mean square of rollouts, those that failed left out, in the later half "
     "of the test time, at so many waves in the domain",

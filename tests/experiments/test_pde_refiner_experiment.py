@@ -75,6 +75,15 @@ def test_errors_and_spectra_are_of_rollouts_that_did_not_fail(config):
     assert np.isnan(none["waves4.power"]) and none["waves4.true_power"] > 4
 
 
+def test_steady_trajectories_are_counted():
+    x = 2 * np.pi * np.arange(64) / 64
+    moving = np.stack([np.cos(3 * (x - 0.01 * i)) for i in range(3)])  # 3 % a frame
+    states = np.float32(np.stack([moving, moving, moving[[0, 1, 1]]]))[..., None]
+    dt = np.array([0.2, 2.0, 0.2])
+    made = pde.Trajectories(states=states, dt=dt, dx=np.ones(3), parameters={})
+    assert pde_solvers.at_rest(made) == pytest.approx(2 / 3)
+
+
 def test_a_coarse_solver_is_set_up_for_the_rows_of_a_set(config):
     own = of_arm(config, "coarse_28")
     columns = {"dt": np.full(3, 0.2), "viscosity": np.ones(3)}
