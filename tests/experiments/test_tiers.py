@@ -29,6 +29,11 @@ SIZES = {
     # arXiv 2212.09748, table 4: 675 M (theirs also predicts variances)
     "flow_matching.py:paper": {"parameters": (0.998 * 675e6, 1.002 * 675e6)},
     "flow_matching.py:cpu": {"parameters": (1e6, 2e6)},
+    # the published networks in 2-D and 3-D
+    "flow_equivariant.py:paper": {
+        "full/parameters": (74_880, 74_880),
+        "blocks/parameters": (12_830_976, 12_830_976),
+    },
     # the 256 x 256 network of the reference has 65.6 M parameters
     "boss.py:paper": {"parameters": (59e6, 72e6), "search, GB": (0, 4)},
     "boss.py:gpu": {f"{a}/parameters": (5e6, 20e6) for a in ("fashion", "sprites")},
