@@ -195,22 +195,21 @@ def measures(config: Config, arm: str) -> set[str]:
     return found | {"unseen"} if own.data.name == "torus" else found
 
 
-def _worlds(config: Config) -> dict[str, list[str]]:
-    """Arms by what they are judged on, under the name of the first of them."""
-    found: dict[str, list[str]] = {}
-    for arm in arms(config):
-        own = to_plain(of_arm(config, arm))
-        judge = json.dumps([own["data"], own["evaluate"]], sort_keys=True)
-        found.setdefault(judge, []).append(arm)
-    return {names[0]: names for names in found.values()}
-
-
 def _predictors(config: Config) -> dict[str, dict[str, tuple[str, str]]]:
-    """By world: (arm, prefix of its metrics) by the name of a predictor."""
+    """(arm, prefix of its metrics) by the name of a predictor, by world in words.
+
+    A world is the name of an arm's data, and what differs from those of the config.
+    """
+    worlds: dict[str, list[str]] = {}
+    for arm in arms(config):
+        own, usual = of_arm(config, arm).data, config.data
+        changed = {} if own.name != usual.name else own
+        words = [f"{k}={v}" for k, v in changed.items() if usual[k] != v]
+        worlds.setdefault(", ".join([own.name, *words]), []).append(arm)
     return {
         world: {arm: (arm, "") for arm in names}
-        | {name: (world, f"{name}.") for name in TRIVIAL}
-        for world, names in _worlds(config).items()
+        | {name: (names[0], f"{name}.") for name in TRIVIAL}
+        for world, names in worlds.items()
     }
 
 
@@ -218,12 +217,10 @@ def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any
     """A row a predictor; those without learning stand below the arms of their world."""
     rows = []
     for world, predictors in _predictors(config).items():
-        horizons = _horizons(of_arm(config, world))
         for name, (arm, prefix) in predictors.items():
             of = f"{arm}/{prefix}"
-            title = name if not prefix else f"{name}, of {world}"
-            row: dict[str, Any] = {"predictor": title}
-            for horizon in horizons:
+            row: dict[str, Any] = {"predictor": f"{name}, {world}" if prefix else name}
+            for horizon in _horizons(of_arm(config, arm)):
                 column = horizon.replace("_", "-")
                 row[f"error {column}"] = found.get(f"{of}mean_{horizon}")
             for measure in ("mean_late", "median_late", "growth", "failed", "unseen"):
@@ -240,27 +237,21 @@ def summary_figures(
     for world, predictors in _predictors(config).items():
         lines: dict[str, tuple[np.ndarray, list[Interval]]] = {}
         for name, (arm, prefix) in predictors.items():
-            ends = _horizons(of_arm(config, world)).items()
+            ends = _horizons(of_arm(config, arm)).items()
             points = [(b, found.get(f"{arm}/{prefix}mean_{h}")) for h, b in ends]
             kept = [(b, i) for b, i in points if i is not None and np.isfinite(i.value)]
             if kept:
                 lines[name] = np.array([b for b, _ in kept]), [i for _, i in kept]
         if lines:
             label = "predicted frame, the last of its horizon"
-            path = folder / f"horizon-{world}.png"
-            drawn = line_plot(
-                lines,
-                path,
-                f"World of {world}",
-                label,
-                "mean squared error",
-                log_y=True,
-            )
-            figures.append((f"Error against horizon, world of {world}", drawn))
+            path = folder / f"horizon-{world.replace(', ', '-')}.png"
+            title, measure = f"World models: {world}", "mean squared error"
+            path = line_plot(lines, path, title, label, measure, log_y=True)
+            figures.append((f"Error against horizon, {world}", path))
     rows = {arm: {"unseen": f"{arm}/unseen"} for arm in arms(config)}
-    title, path = "World models", folder / "unseen.png"
     label = "mean squared error of what was out of view"
-    return figures + side_by_side(found, rows, path, title, label)
+    path = folder / "unseen.png"
+    return figures + side_by_side(found, rows, path, "World models", label)
 
 
 def report(

@@ -44,11 +44,14 @@ def test_errors_are_those_of_rollouts_that_held(config):
 
 def test_rows_are_arms_and_what_needs_no_learning(config):
     found = {"full/mean_late": 0.1, "dfot/zero.mean_late": 0.2, "rssm/mean_1_3": 0.3}
+    with config.unlocked():
+        config.arms.still = {"data": {"speed": 0}}
     rows = flow_equivariant.summary_rows(config, found)
     named = {row["predictor"]: row for row in rows}
-    assert len(rows) == 4 + 2 * 3 and {"blocks", "zero, of blocks"} <= named.keys()
+    assert len(rows) == 5 + 3 * 3 and {"blocks", "zero, blocks"} <= named.keys()
     assert named["full"]["mean late"] == 0.1 and named["rssm"]["error 1-3"] == 0.3
-    assert named["zero, of dfot"]["mean late"] == 0.2  # the first of their world
+    assert named["zero, torus"]["mean late"] == 0.2  # of the first arm of their world
+    assert named["zero, torus, speed=0"]["mean late"] is None
 
 
 def test_horizons_grow_for_closed_loops_alone(config):
