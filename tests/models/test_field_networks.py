@@ -11,7 +11,15 @@ from model_helpers import draw, jitted, shapes_of
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax.core import trees
-from tmdjax.models import FNO, DilatedResNet, UNet, build, init_params, spec_of
+from tmdjax.models import (
+    FNO,
+    DilatedResNet,
+    UNet,
+    build,
+    functional,
+    init_params,
+    spec_of,
+)
 from tmdjax.models.convolution import Convolution, Upsampling
 from tmdjax.models.layers import ScalarEmbedding, exact_gelu, timestep_embedding
 
@@ -88,6 +96,17 @@ def test_shifts_times_conditions_and_order_9_10(name):
     order = np.array([3, 0, 4, 2, 1])
     again = apply_fn(params, *(part[order] for part in given))
     assert_allclose(again, y[order], atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("name", ["unet", "dilated_resnet"])
+def test_16_bits_stay_inside_a_network(name):
+    """A refiner's input and answer have parts that 16 bits do not hold."""
+    module = NETWORKS[name][0].clone(recipe="bf16")
+    program = jax.make_jaxpr(functional(module))(drawn(name), *inputs(name))
+    products = [e for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+    first, *inner, last = [e.invars[0].aval.dtype for e in products]
+    assert {first, last} == {jnp.dtype("float32")}
+    assert {*inner} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("wave", [(1, 2), (-2, 1)])

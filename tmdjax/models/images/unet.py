@@ -151,7 +151,8 @@ class UNet(nn.Module):
         heads: attention heads; they divide the channels wherever attention is.
         num_classes: classes, the null class not counted; None without.
         recipe: GEMM recipe of every dense layer; convolutions run in its compute
-            dtype.
+            dtype, the first and the last of 'modern' in float32: 16 bits would lose
+            the small parts of a field that a refiner is to see and to repair.
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention.attention`.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
@@ -280,7 +281,8 @@ class UNet(nn.Module):
                 shape["implementation"] = self.attention_implementation
             return block_type(width, self.recipe, **shape)(*inputs)
 
-        h = Convolution(self.width, size, name="input", **options)(x)
+        ends: dict[str, Any] = options | {"recipe": "fp32"} if modern else options
+        h = Convolution(self.width, size, name="input", **ends)(x)
         skips = [h]
         for level in levels:
             attends = level in attending
@@ -326,7 +328,7 @@ class UNet(nn.Module):
             size,
             kernel_init=_ZEROS,
             name="output",
-            **options,
+            **ends,
         )
         return output(h).astype(jnp.float32)
 
