@@ -82,8 +82,8 @@ draw({f"truth {i}": truth[:, i, :, 0] for i in range(3)})
 #
 # Both methods train the same dilated convolutions on pairs of states. `OneStep` regresses the
 # next state. `PDERefiner` is called four times a step: first as the regression, then with
-# noise of variance `0.0001 ** (1/3)`, `0.0001 ** (2/3)` and `0.0001` on its own prediction,
-# of which it says what noise it is.
+# noise of variance about `0.0001 ** (1/3)`, `0.0001 ** (2/3)` and `0.0001` on its own
+# prediction, of which it says what noise it is.
 
 # %%
 network = models.DilatedResNet(width=16, layers=7, out_channels=1)

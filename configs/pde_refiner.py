@@ -121,6 +121,8 @@ def get_config(tier: str) -> ConfigDict:
             "weight_decay": 0.0,
         }
     )
+    if large:
+        config.optimizer.clip_norm = None  # as published
     config.train = ConfigDict(
         {
             "steps": {"smoke": 120, "cpu": 24_000, "gpu": 24_000}.get(tier, 896_000),

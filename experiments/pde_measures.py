@@ -24,11 +24,13 @@ from tmdjax.train import neural_solvers
 Config = Any
 MEANINGS = {
     "high_correlation_horizon": "time until the correlation with the truth, the mean "
-    "over test trajectories, falls below the threshold",
+    "over test trajectories, falls below the threshold; where their steps differ, the "
+    "mean of each one's own time",
     "high_correlation_count": "the same by the published count of all steps above it",
     "validation_horizon": "high_correlation_horizon of the validation trajectories, "
     "by which settings are chosen",
-    "censored": "1 where that time is beyond the end of the trajectories",
+    "censored": "1 where that time is beyond the end of the trajectories; where steps "
+    "differ, the share of such trajectories",
     "one_step_mse": "mean squared error of one step from true states",
     "error_high": "relative error of one step, wavenumbers from evaluate.wavenumber on",
     "error_low": "relative error of one step, wavenumbers below evaluate.wavenumber",
@@ -175,7 +177,8 @@ def time_of(r: np.ndarray, dt: np.ndarray, threshold: float) -> tuple[float, ...
     if np.ptp(dt) == 0:
         r, dt = r.mean(1), dt[0]
     found = metrics.high_correlation_time(r, threshold, dt, interpolate=True)
-    return tuple(float(np.mean(part)) for part in (found.time, found.count, found[1]))
+    found = found.time, found.count, found.censored
+    return tuple(float(np.mean(part)) for part in found)
 
 
 def errors_of(
@@ -187,7 +190,8 @@ def errors_of(
         config: of the arm.
         after: predictions [start, trajectory, x, channel].
         right: what they should be.
-        test: the trajectories, for the length of their domains.
+        test: the trajectories; the mean length of their domains tells which waves
+            count as high.
     """
     over = (0, 1, 3)
     error = metrics.power_spectrum(after - right).sum(over)

@@ -1,8 +1,9 @@
 """Solvers of Kuramoto-Sivashinsky: for how long they follow the truth, at what cost.
 
-Stages: trajectories are solved, the same for all arms and seeds; each arm trains its
-network, where it has one, on windows of them; its averaged parameters are rolled out
-from states that no training saw (:mod:`experiments.pde_measures`).
+Stages: trajectories are solved, the same for all seeds, and for all arms that do not
+change them; each arm trains its network, where it has one, on windows of them; its
+averaged parameters are rolled out from states that no training saw
+(:mod:`experiments.pde_measures`).
 """
 
 import functools
@@ -33,7 +34,7 @@ def arms(config: Config) -> tuple[str, ...]:
 
 
 def stages(config: Config, arm: str) -> list[Stage]:
-    """Trajectories for all, then what an arm trains, where it does, and measures."""
+    """Trajectories, then what an arm trains, where it does, and measures."""
     own = of_arm(config, arm)
     plain = to_plain(own)
     of_an_arm = pde_solvers.OF_AN_ARM
@@ -47,7 +48,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     found = [
         Stage(
             name="trajectories",
-            run=functools.partial(pde_solvers.solve, config),
+            run=functools.partial(pde_solvers.solve, own),
             config=made,
             seeded=False,
         )

@@ -172,12 +172,13 @@ def check_data(config: Config) -> None:
             f"{given.stride} spans {span} frames; data.frames={given.frames}, "
             f"data.test_frames={given.test_frames}."
         )
-    last = min(given.dt) * (given.test_frames - 1)
+    last = min(given.dt) * given.stride * longest
     most = max(config.evaluate.horizons, default=0)
     if most > last + 1e-6:
         raise ValueError(
             f"evaluate.horizons={config.evaluate.horizons} reach beyond {last:g}, the "
-            f"end of data.test_frames={given.test_frames} at data.dt={given.dt}."
+            f"end of rollouts of {longest} steps, data.stride={given.stride} frames "
+            f"each, data.dt={given.dt} apart; use more data.test_frames."
         )
     most = max(config.evaluate.waves, default=0)
     if most > given.points // 2:

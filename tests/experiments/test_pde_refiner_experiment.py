@@ -109,6 +109,43 @@ def test_a_coarse_solver_is_measured_and_not_trained(config):
     assert pde_refiner.updates(config).keys() == {"mse", "refiner", "hybrid"}
 
 
+def test_the_paper_tier_is_trained_as_published():
+    """configs/kuramotosivashinsky1d.yaml of PDEArena; an epoch has 140 starts of each."""
+    config = load_config("configs/pde_refiner.py:paper")
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.learning_rate) == ("adam", 1e-4)
+    assert optimizer.clip_norm is None and optimizer.schedule == "cosine"
+    train = config.train
+    assert (train.batch_size, train.ema_decay) == (128, 0.995)
+    assert train.steps == 400 * 2048 * 140 // 128
+    network, method = config.model, pde_solvers.method_of(of_arm(config, "refiner"))
+    assert (network.width, [*network.multipliers]) == (64, [1, 2, 4, 16])
+    assert (method.refinements, method.min_variance) == (3, 4e-7)
+    assert config.data.stride == 4
+    assert pde_solvers.condition_names(config) == ("dt", "dx")
+
+
+def test_an_arm_is_trained_on_the_data_it_names(config, monkeypatch):
+    given = []
+
+    def made(key, count, **settings):
+        given.append((count, settings["viscosity"]))
+        x = np.sin(np.arange(8.0))[:, None]
+        states = np.float32(np.tile(x, (count, 2, 1, 1)))
+        return pde.Trajectories(states=states, dt=np.ones(count), dx=np.ones(count))
+
+    monkeypatch.setattr(pde_solvers.pde, "ks_trajectories", made)
+    changes = {"viscosity": (0.9, 0.9), "train_count": 5, "test_count": 4}
+    with config.unlocked():
+        config.arms.mse.data = changes
+    for arm, counts, viscosity in (("mse", [5, 4, 4], 0.9), ("refiner", [32, 8, 8], 1)):
+        stage = pde_refiner.stages(config, arm)[0]
+        given.clear()
+        stage.run(None)
+        assert given == [(count, (viscosity, viscosity)) for count in counts]
+        assert tuple(stage.config["viscosity"]) == (viscosity, viscosity)
+
+
 def test_data_that_cannot_be_made_or_used_are_refused(refused):
     for change, words in (
         ("data.points=63", "data.points=63 must be even"),
@@ -117,6 +154,7 @@ def test_data_that_cannot_be_made_or_used_are_refused(refused):
         ("data.stride=70", "no targets: a window of 2 states at data.stride=70"),
         ("train.batch_size=100000", "larger than the [0-9]+ windows"),
         ("evaluate.horizons=[4,17]", "horizons=.* reach beyond 16, the end of"),
+        ("data.stride=3", "horizons=.* reach beyond 15.6, the end of .* 26 steps"),
         ("evaluate.waves=[4,33]", "waves=.* are more than the 32 waves that"),
         ("coarse.points=27", "points=27 must be even"),
         ("arms.coarse_28.coarse.points=66", "at most data.points=64"),
