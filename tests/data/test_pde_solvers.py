@@ -218,6 +218,8 @@ def test_what_cannot_be_solved_is_refused(refused):
         points=128,
     )
     refused("set up for 3 trajectories", pde.solve, equation, u, np.ones(3), 2)
+    three = np.zeros((3, 5)), np.ones(8)
+    refused(r"dt has shape \(8,\).*the batch, 3", pde.etdrk4_coefficients, *three)
     refused("points=31 must be even", pde.burgers, 31)
     refused("viscosity=0.0 is outside", pde.burgers, 32, viscosity=0)
     refused(r"length has shape \(2,\).*\(3\)", pde.burgers, 32, np.ones(2), np.ones(3))

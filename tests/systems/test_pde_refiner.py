@@ -425,6 +425,14 @@ def test_bad_settings_and_inputs(refused):
     refused(words, loss, LINEAR, linear, {"states": half}, KEYS, error=TypeError)
     three = {"states": np.concatenate([STATES, STATES[:, :1]], 1)}
     refused(r"take 2 frame\(s\)", loss, LINEAR, linear, three, KEYS)
+    given = LINEAR, linear, {"states": STATES}, KEYS
+    for level, words in ((4, "level=4 is outside"), (-1, "level=-1 is outside")):
+        refused(words, loss, *given, level=np.full(BATCH, level))
+    refused(r"level has shape \(1,\)", loss, *given, level=np.ones(1, int))
+    few = np.zeros((3, BATCH, POINTS, 1), np.float32)  # one is missing
+    words = r"noise has shape \(3, 5, 6, 1\); refinements=3 take \(4, 5, 6, 1\)"
+    step = PDERefiner().step
+    refused(words, step, LINEAR, linear, STATES[:, :1], KEYS, noise=few)
 
     def short(params, x, t, cond):
         return x.astype(jnp.bfloat16)[..., 1:]

@@ -21,12 +21,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.core.checks import (
+    check_batch,
     check_choice,
     check_count,
     check_fields,
@@ -65,7 +67,8 @@ class PDERefiner:
             regression).
         min_variance: noise of level 0, in (0, 1): a variance, though the code calls it
             min_noise_std. Choose it on validation data, not far below the squared error
-            that the network reaches in one step, in units of the answer.
+            that the network reaches in one step, in units of the answer. The cosine
+            schedule has levels of its own, and no use for it.
         difference_weight: d, > 0: the network answers (next - last state) / d. None:
             it answers the next state.
         history: states that it is given, at least 1.
@@ -185,7 +188,8 @@ class PDERefiner:
 
         Raises:
             TypeError: states or answers of 16 bits.
-            ValueError: another number of states, or an answer of another shape.
+            ValueError: another number of states, an answer or a noise of another shape,
+                or a (concrete) level outside 0..K.
         """
         states = states_of(batch["states"], self.window)
         history, y = states[:, :-1], answer_of(states, self.difference_weight)
@@ -195,6 +199,11 @@ class PDERefiner:
                 lambda k: jax.random.randint(k, (), 0, self.refinements + 1)
             )
             level = draw(keys[:, 0])
+        else:
+            check_batch("level", level, len(y))
+            if not isinstance(level, jax.core.Tracer):
+                check_range("level", int(np.min(level)), 0, self.refinements)
+                check_range("level", int(np.max(level)), 0, self.refinements)
         if noise is None:
             noise = prng.normal(keys[:, 1], y.shape[1:])
         row = self.rows(level)
@@ -229,9 +238,22 @@ class PDERefiner:
 
         Returns:
             [batch, *space, channel].
+
+        Raises:
+            TypeError: states or answers of 16 bits.
+            ValueError: another number of states, or an answer or a noise of another
+                shape.
         """
         history = states_of(history, self.history)
         shape = history.shape[2:]
+        if noise is not None:
+            wanted = (self.refinements + 1, len(history), *shape)
+            if np.shape(noise) != wanted:
+                raise ValueError(
+                    f"noise has shape {np.shape(noise)}; refinements="
+                    f"{self.refinements} take {wanted}: one for the first input, then "
+                    f"one for each call but the last."
+                )
 
         def draw(step: Any) -> Array:
             if noise is not None:

@@ -75,7 +75,7 @@ def etdrk4_coefficients(linear: np.ndarray, dt: Any) -> Coefficients:
     linear, dt = np.asarray(linear, np.float64), np.asarray(dt, np.float64)
     check_range("dt", float(dt.min()), 0, open_low=True)
     if dt.ndim:
-        check_batch("dt", dt, max(len(dt), len(linear)))
+        check_batch("dt", dt, len(linear) if len(linear) > 1 else len(dt))
         dt = dt.reshape(-1, *(1,) * (linear.ndim - 1))
     z = linear * dt
     means = [np.zeros(z.shape) for _ in range(4)]
