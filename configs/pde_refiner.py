@@ -26,6 +26,7 @@ paper  as published: sizes only.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
@@ -122,7 +123,7 @@ def get_config(tier: str) -> ConfigDict:
         }
     )
     if large:
-        config.optimizer.clip_norm = None  # as published
+        config.optimizer.clip_norm = placeholder(float)  # None, as published
     config.train = ConfigDict(
         {
             "steps": {"smoke": 120, "cpu": 24_000, "gpu": 24_000}.get(tier, 896_000),

@@ -118,6 +118,8 @@ def test_the_paper_tier_is_trained_as_published():
     train = config.train
     assert (train.batch_size, train.ema_decay) == (128, 0.995)
     assert train.steps == 400 * 2048 * 140 // 128
+    clipped = load_config("configs/pde_refiner.py:paper", ["optimizer.clip_norm=2"])
+    assert clipped.optimizer.clip_norm == 2
     network, method = config.model, pde_solvers.method_of(of_arm(config, "refiner"))
     assert (network.width, [*network.multipliers]) == (64, [1, 2, 4, 16])
     assert (method.refinements, method.min_variance) == (3, 4e-7)
