@@ -96,7 +96,7 @@ def get_config(tier: str) -> ConfigDict:
             "viscosity": (1.0, 1.0),
             "train_count": {"smoke": 32, "cpu": 512}.get(tier, 2048),
             "frames": 70 if tier == "smoke" else 140,
-            "test_count": {"smoke": 8, "cpu": 64}.get(tier, 128),
+            "test_count": 8 if tier == "smoke" else 128,
             "test_frames": 81 if tier == "smoke" else 641,
             "warm_up": 60 if tier == "smoke" else 360,
             "stride": 4,
@@ -122,7 +122,7 @@ def get_config(tier: str) -> ConfigDict:
             "weight_decay": 0.0,
         }
     )
-    if large:
+    if tier != "smoke":
         config.optimizer.clip_norm = placeholder(float)  # None, as published
     config.train = ConfigDict(
         {
