@@ -71,6 +71,19 @@ def test_a_set_is_replaced_when_its_successor_is_whole(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_manifest_of_something_else_is_not_replaced(tmp_path, refused):
+    manifest, made = tmp_path / "manifest.json", episodes()
+    for text in ('{"name": "an extension"}', '{"kind": "tmdjax.trajectories"}', "[{"):
+        manifest.write_text(text)
+        words = "manifest.json is no manifest of demonstrations, and would be replaced"
+        refused(words, data.write_demonstrations, tmp_path, made)
+        assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+        assert manifest.read_text() == text
+    manifest.write_text(json.dumps({"kind": "tmdjax.demonstrations", "version": 0}))
+    data.write_demonstrations(tmp_path, made)  # what is damaged can be written again
+    same(data.read_demonstrations(tmp_path), made)
+
+
 def test_damaged_sets_are_refused(tmp_path, refused):
     path = data.write_demonstrations(tmp_path, episodes())
     whole = json.loads(path.read_text())
@@ -176,6 +189,9 @@ def test_d4rl_files_are_read(tmp_path, refused):
     entries["goals"] = np.zeros(3)
     written(h5py, file, entries)
     refused("'goals' is not understood", read_d4rl, file, horizon=3)
+    for reader, option in ((read_d4rl, "ignore"), (read_minari, "entries")):
+        words = rf"{option}='goals' is one name; give \('goals',\)"
+        refused(words, reader, file, error=TypeError, **{option: "goals"})
     assert len(read_d4rl(file, horizon=3, ignore=("goals",)).action) == 12
     for name, value, words in (
         ("terminals", np.full(12, 2), "terminals has values other than 0 and 1"),
@@ -242,9 +258,22 @@ def test_minari_folders_are_read(tmp_path, refused):
     written(h5py, file, several)
     same(read_minari(tmp_path, entries=("goal", "place")), made)
     refused("a dict of 'goal', 'place', entries", read_minari, tmp_path)
+    flat = minari(
+        made, lambda x: {"observations/goal": x[:, 0], "observations/place": x[:, 1:]}
+    )
+    written(h5py, file, flat)  # one number a step has no axis of its own
+    same(read_minari(tmp_path, entries=("goal", "place")), made)
+    cut = flat | {"episode_1/observations/place": np.zeros((3, 2))}
+    written(h5py, file, cut)
+    words = r"episode_1/observations/place has shape \(3, 2\); .* \[4, feature\]"
+    refused(words, read_minari, tmp_path, entries=("goal", "place"))
     short = minari(made, lambda x: {"observations": x[:-1]})
     written(h5py, file, short)
     refused("5 observations and 5 actions", read_minari, tmp_path)
+    words = r"observations are one array, and entries=\('goal',\) names parts of a dict"
+    refused(words, read_minari, tmp_path, entries=("goal",))
+    written(h5py, file, {"episode_0": np.zeros(3)})
+    refused("episode_0 is a dataset; it must be a group", read_minari, tmp_path)
     renamed = {k.replace("_1/", "_7/"): v for k, v in several.items()}
     written(h5py, file, renamed)
     refused("has episode_7; it needs episode_0", read_minari, tmp_path)

@@ -73,10 +73,12 @@ def read_d4rl(
 
     Raises:
         ImportError: h5py is not installed.
+        TypeError: ignore is one text.
         ValueError: the file, or an entry of it, is not as described; named.
     """
+    left_out = (*D4RL_LEFT_OUT, *hdf5.listed("ignore", ignore))
     with hdf5.opened(path) as file:
-        hdf5.check_names(path, file, D4RL, (*D4RL_LEFT_OUT, *ignore), optional=D4RL[4:])
+        hdf5.check_names(path, file, D4RL, left_out, optional=D4RL[4:])
         arrays = {name: hdf5.numbers(path, file, name) for name in D4RL if name in file}
     count = len(arrays["actions"])
     terminated = _flags(path, "terminals", arrays["terminals"], count)
@@ -117,18 +119,22 @@ def read_minari(
     Understood are groups episode_0, episode_1 and so on of data/main_data.hdf5, each
     with observations [step + 1, ...], actions [step, action], rewards, terminations and
     truncations [step]; infos are left out. The last observation of an episode, after
-    its last action, is not kept.
+    its last action, is not kept. An episode that nothing ended is cut at its last step.
 
     Args:
         folder: of the data set, in which 'data' lies.
-        entries: of observations that are a dict, concatenated in this order.
+        entries: of observations that are a dict, [step + 1] or [step + 1, feature],
+            concatenated in this order.
         ignore: other entries of episodes to leave out.
 
     Raises:
         ImportError: h5py is not installed.
         FileNotFoundError: the folder has no such file.
+        TypeError: entries or ignore is one text.
         ValueError: the file, or an entry of it, is not as described; named.
     """
+    entries = hdf5.listed("entries", entries)
+    left_out = (*MINARI_LEFT_OUT, *hdf5.listed("ignore", ignore))
     path = Path(folder, "data", "main_data.hdf5")
     described: Any = {}
     if (told := path.with_name("metadata.json")).is_file():
@@ -148,7 +154,9 @@ def read_minari(
         for name in names:
             group = hdf5.entry(path, file, name)
             where = f"{path}: {name}"
-            hdf5.check_names(where, group, MINARI, (*MINARI_LEFT_OUT, *ignore))
+            if not isinstance(group, Mapping):
+                raise ValueError(f"{where} is a dataset; it must be a group.")
+            hdf5.check_names(where, group, MINARI, left_out)
             parts.append(_episode(where, group, entries))
     arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     known = ("dataset_id", "minari_version", "algorithm_name", "author")
@@ -156,7 +164,7 @@ def read_minari(
     return Demonstrations(**arrays, meta={"source": "Minari", **told})
 
 
-def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.ndarray]:
+def _episode(where: str, group: Any, entries: tuple[str, ...]) -> dict[str, np.ndarray]:
     arrays = {name: hdf5.numbers(where, group, name) for name in MINARI[1:]}
     steps = len(arrays["actions"])
     seen = hdf5.entry(where, group, "observations")
@@ -164,10 +172,17 @@ def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.nda
         if not entries or not {*entries} <= {*seen}:
             raise ValueError(
                 f"{where}: observations are a dict of {', '.join(map(repr, seen))}, "
-                f"entries={tuple(entries)}; name those to concatenate."
+                f"entries={entries}; name those to concatenate."
             )
-        found = [hdf5.numbers(f"{where}/observations", seen, name) for name in entries]
-        observation = np.concatenate([_floats(x) for x in found], axis=1)
+        parts = [
+            _part(f"{where}/observations", seen, name, steps + 1) for name in entries
+        ]
+        observation = np.concatenate(parts, axis=1)
+    elif entries:
+        raise ValueError(
+            f"{where}: observations are one array, and entries={entries} names parts "
+            f"of a dict; leave it out."
+        )
     else:
         observation = _seen(hdf5.numbers(where, group, "observations"))
     if len(observation) != steps + 1:
@@ -188,6 +203,17 @@ def _episode(where: str, group: Any, entries: Sequence[str]) -> dict[str, np.nda
         "terminated": terminated,
         "truncated": truncated,
     }
+
+
+def _part(where: str, group: Any, name: str, count: int) -> np.ndarray:
+    """One entry of observations that are a dict, float32 [count, feature]."""
+    array = hdf5.numbers(where, group, name)
+    if array.ndim > 2 or len(array) != count:
+        raise ValueError(
+            f"{where}/{name} has shape {array.shape}; parts of an observation are "
+            f"[{count}, feature], one row more than actions."
+        )
+    return _floats(array).reshape(count, -1)
 
 
 def _seen(array: np.ndarray) -> np.ndarray:

@@ -188,6 +188,7 @@ def write_demonstrations(
 
     Raises:
         OSError: the place cannot be written; an older set is intact.
+        ValueError: the folder has a manifest.json of something else, which stays.
     """
     arrays = demonstrations.arrays()
     described = {

@@ -34,6 +34,13 @@ def opened(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} is no HDF5 file ({error}); copy it again.") from error
 
 
+def listed(option: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Names as a tuple; TypeError for one text, whose letters would be the names."""
+    if isinstance(names, str):
+        raise TypeError(f"{option}={names!r} is one name; give ({names!r},).")
+    return tuple(names)
+
+
 def check_names(
     where: Any,
     group: Any,

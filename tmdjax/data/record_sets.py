@@ -42,6 +42,7 @@ def write_record_set(
 
     Raises:
         OSError: the place cannot be written; an older set is intact.
+        ValueError: the folder has a manifest of something else, which stays.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,26 @@ def write_record_set(
 
 
 def _records_in(folder: Path, kind: str, keys: Collection[str]) -> str | None:
-    """Name of the records of the set that a folder holds, None without one."""
+    """Name of the records of the set that a folder holds, None without a whole one."""
+    path = folder / MANIFEST
+    if path.is_file() and _kind_of(path) != kind:
+        raise ValueError(
+            f"{path} is no manifest of {kind.split('.')[-1]}, and would be replaced; "
+            f"give another folder, or move the file away."
+        )
     try:
         return read_manifest(folder, kind, keys)["records"]
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _kind_of(path: Path) -> Any:
+    """What a manifest says that it is of; None of another file."""
+    try:
+        found = json_of(path)
+    except ValueError:
+        return None
+    return found.get("kind") if isinstance(found, dict) else None
 
 
 def read_manifest(

@@ -96,6 +96,7 @@ def write_trajectories(
 
     Raises:
         OSError: the place cannot be written; an older set is intact.
+        ValueError: the folder has a manifest.json of something else, which stays.
     """
     described = {"equation": trajectories.equation, "meta": dict(trajectories.meta)}
     described |= {
