@@ -1,6 +1,7 @@
 """DPPO, the rival of ReinFlow: the rules of its sheet."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import scipy.stats
 from checks import drawn
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tmdjax import envs, models
+from tmdjax import envs, models, quant
 from tmdjax.core import prng
 from tmdjax.systems import dppo
 from tmdjax.systems.dppo import DPPO
@@ -149,6 +150,43 @@ def test_what_is_exported_answers_for_every_step():
     assert np.abs(tuned - base).mean() > 1e-3
 
 
+def test_what_a_run_left_is_taken_up_whole(refused):
+    """Both networks of a fine-tuned policy; what they are computed in is free."""
+    method, found = done()
+    spec, left, facts = method.exported(found["new"])
+    meta = json.loads(json.dumps({**facts, "spec": spec, "chunk": 4, "mean": [0, 1.5]}))
+    assert method.pretrained(left, meta) == left and set(left) == {"network", "base"}
+    cloned = method.pretrained(left["network"], meta)
+    assert cloned["base"] is cloned["network"] is left["network"]
+    models.with_recipe(method, quant.RECIPES["bf16"]).pretrained(left, meta)
+    words = "has time=0.7, here 0.58.*; steps=5, here 6"
+    refused(words, method_of(steps=6).pretrained, left, meta)
+    same = {"chunk": 4, "mean": np.float32([0, 1.5])}
+    assert method.pretrained(left, meta, **same) == left
+    words = r"chunk=4, here 2; mean=\[0, 1.5\], here \[0.0, 1.0\]"
+    other = {"chunk": 2, "mean": np.float32([0, 1])}
+    refused(words, method.pretrained, left, meta, **other)
+
+
+def test_a_run_does_not_begin_from_half_a_policy(refused):
+    """Without 'base' the first steps would be those of a network that was drawn."""
+    method, vector = method_of(), envs.Vector(envs.PROBES["follow"], 4)
+    settings = on_policy.ControlSettings(critic_hidden=(8,))
+    trainer, key = on_policy.make_trainer(vector, method, settings), jax.random.key(0)
+
+    def begin(entries):
+        def start(key):
+            policy = trainer.init(key).learner.params["policy"]
+            return trainer.init(key, policy={name: policy[name] for name in entries})
+
+        return jax.eval_shape(start, key)
+
+    begin(("network", "base"))
+    refused(
+        "policy gives 'network' and not 'base', which no update", begin, ["network"]
+    )
+
+
 def test_clipping_a_sum_over_dimensions_would_saturate():
     """24 dimensions of log-densities near 1 sum to far above 2: no gradient is left."""
     method, found = done()
@@ -241,3 +279,7 @@ def test_bad_inputs(refused):
     chain = found["samples"].record["chain"][:, 1:]
     refused(r"a chain of 3 steps has shape \(3, 64, 24\)", method.rescore,
             found["params"], found["samples"].observation, chain)  # fmt: skip
+    given = found["params"], found["samples"].observation, None
+    words = "keys must be a typed key .* got NoneType"
+    refused(words, method.evaluate, *given, error=TypeError)
+    refused(words, method.evaluate, *given, chain[:, 0], error=TypeError)

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from tmdjax.core import prng
 from tmdjax.core.checks import check_batch, check_count, check_range, first_few
 from tmdjax.core.types import ApplyFn, Array, Params
 from tmdjax.flows import initial_noise
@@ -93,7 +95,12 @@ class ChainPolicy(abc.ABC):
         return functional(self.module(action_size_of(network)))
 
     def start(self, params: Params, keys: Any) -> Array:
-        """Where chains begin: normal noise [batch, action_size], one key a sample."""
+        """Where chains begin: normal noise [batch, action_size], one key a sample.
+
+        Raises:
+            TypeError: keys that are not typed.
+        """
+        prng.check_key(keys, "keys")
         return initial_noise(keys, (action_size_of(params["network"]),))
 
     def seen(self, network: Params, observation: Array) -> tuple[Array, Array]:
@@ -130,21 +137,26 @@ class ChainPolicy(abc.ABC):
             )
 
     def pretrained(
-        self, network: Params, meta: Mapping[str, Any] | None = None
+        self, network: Params, meta: Mapping[str, Any] | None = None, **facts: Any
     ) -> dict[str, Any]:
-        """The entries of the parameters that a cloned network gives.
+        """The entries of the parameters to begin with: what was cloned, and copies.
 
         Args:
-            network: its parameters.
+            network: parameters of a cloned network; or all that a run exported of a
+                policy that was partly frozen (DPPO's 'network' and 'base').
             meta: of the run that left it, from ``tmdjax.load``; None does not compare.
+            **facts: of meta, which must have these values: ``chunk=4``, or 'mean' and
+                'variance' of the observations' statistics.
 
         Raises:
-            ValueError: the run's policy is of another network or walked otherwise;
-                names what differs.
+            ValueError: the run's policy is of another network, walked otherwise, or has
+                another of the facts; names what differs.
         """
         entries = {"network": network, **dict.fromkeys(self.frozen, network)}
+        if "network" in network:
+            entries = dict(network)
         if meta is not None:
-            self._check_origin(entries, meta)
+            self._check_origin(entries, meta, facts)
         return entries
 
     def cloning_loss(
@@ -200,24 +212,30 @@ class ChainPolicy(abc.ABC):
     def exported(self, params: Params) -> tuple[dict[str, Any], Params, dict[str, Any]]:
         """What a run leaves of a policy: the spec of a network, parameters, facts."""
 
-    def _check_origin(self, params: Params, meta: Mapping[str, Any]) -> None:
+    def _check_origin(
+        self, params: Params, meta: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
         """Raises ValueError unless a run left a policy that is walked as this one."""
-        spec, _, facts = self.exported(params)
-        own, told = ({**s, **f} for s, f in ((spec, facts), (meta["spec"], meta)))
-        own, told = (
-            json.loads(json.dumps({k: s.get(k) for k in own if k != "recipe"}))
-            for s in (own, told)
-        )
+        spec, _, walk = self.exported(params)
+        own = _without_recipes({**spec, **walk, **facts})
+        told = _without_recipes({**meta["spec"], **meta})
         different = [
-            f"{name}={told[name]!r}, here {value!r}"
+            f"{name}={told.get(name)!r}, here {value!r}"
             for name, value in own.items()
-            if told[name] != value
+            if told.get(name) != value
         ]
         if different:
             raise ValueError(
                 f"the pretrained policy has {first_few(different)}; give this one the "
                 f"same settings, or take its network without 'meta'."
             )
+
+
+def _without_recipes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has them, arrays as lists, without the recipes of computation."""
+    text = json.dumps(facts, default=lambda array: np.asarray(array).tolist())
+    kept = lambda pairs: {k: v for k, v in pairs if k != "recipe"}  # noqa: E731
+    return json.loads(text, object_pairs_hook=kept)
 
 
 def action_size_of(network: Params) -> int:

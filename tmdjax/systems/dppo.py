@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import flows, models, rl
+from tmdjax.core import prng
 from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array, Params
 from tmdjax.train import on_policy
@@ -121,7 +122,12 @@ class DPPO(models.ChainPolicy):
     def deployed_end(
         self, params: Params, observation: Array, keys: Any, x_0: Array
     ) -> Array:
-        """The end of a chain with the model's own noise, none in the last step."""
+        """The end of a chain with the model's own noise, none in the last step.
+
+        Raises:
+            TypeError: keys that are not typed; the noise of the steps needs them.
+        """
+        prng.check_key(keys, "keys")
         return self._walk(params, observation, keys, x_0, None).states[-1]
 
     def _walk(
@@ -279,6 +285,9 @@ def preset(
     name: str, *, settings: Mapping[str, Any] | None = None, **changes: Any
 ) -> on_policy.ControlSetup:
     """The settings of the released code for hopper, with changes.
+
+    Two are not: there the clip range is 0.01 in every step (``clip_base=0.01``), and
+    advantages are not clipped (``advantage_quantiles=(0, 1)``).
 
     Args:
         name: 'dppo'.

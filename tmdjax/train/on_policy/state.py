@@ -1,7 +1,7 @@
 """What an iteration changes, and what all parts of it share."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,11 @@ from tmdjax import envs, models, rl
 from tmdjax.core import prng, trees
 from tmdjax.core.checks import check_choice, first_few
 from tmdjax.core.types import Array, Params
-from tmdjax.train.on_policy.settings import ControlMethod, ControlSettings
+from tmdjax.train.on_policy.settings import (
+    ControlMethod,
+    ControlSettings,
+    PartlyFrozen,
+)
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
 
@@ -124,8 +128,8 @@ def start(
 
     Raises:
         ValueError: a coefficient that is unknown or out of range; parameters or
-            statistics that do not fit the method's, or statistics where observations
-            are not normalised.
+            statistics that do not fit the method's, parameters without an entry that no
+            update changes, or statistics where observations are not normalised.
     """
     prng.check_key(key)
     settings, method, vector = parts.settings, parts.method, parts.vector
@@ -158,7 +162,8 @@ def start(
         "critic": models.init_params(parts.critic, critic_key, one),
     }
     if policy is not None:
-        params["policy"] = _with_entries(params["policy"], policy)
+        frozen = method.frozen if isinstance(method, PartlyFrozen) else ()
+        params["policy"] = _with_entries(params["policy"], policy, frozen)
     fresh = None if parts.is_image else rl.RunningStatistics.start(seen.shape)
     if statistics is not None:
         if fresh is None or settings.normaliser is None:
@@ -186,8 +191,17 @@ def start(
     return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True), state)
 
 
-def _with_entries(drawn: Params, given: Mapping[str, Any]) -> Params:
-    """A policy's parameters with some entries given."""
+def _with_entries(
+    drawn: Params, given: Mapping[str, Any], frozen: Sequence[str]
+) -> Params:
+    """A policy's parameters with some entries given, the frozen ones among them."""
+    lacking = first_few(repr(n) for n in frozen if n in drawn and n not in given)
+    if lacking:
+        raise ValueError(
+            f"policy gives {first_few(map(repr, given))} and not {lacking}, which no "
+            f"update changes: it would stay as it was drawn. Give it too, as "
+            f"method.pretrained(network) does."
+        )
     for name, entry in given.items():
         check_choice("entry of the given policy", name, drawn)
         _check_alike(f"policy[{name!r}]", entry, drawn[name])
