@@ -177,9 +177,17 @@ def test_critic_warms_up_rates_cycle_and_a_kl_too_large_stops_an_iteration():
     # no KL while the policy stays; then all but the first of four minibatches
     assert warm.learner.step == 4 and tuned.learner.step == 5
     assert first["stopped_fraction"][0] == 0 and second["stopped_fraction"][0] == 0.75
-    assert 0 < tuned.reward_scale.statistics.count < 2 * 16 * 8  # broken ones are out
+    count = tuned.reward_scale.statistics.count  # broken ones are out
+    assert 16 * 8 < count < 2 * 16 * 8
     assert tuned.reward_scale.statistics.variance != 1
     assert max(m["first_ratio_error"][0] for m in (first, second, third)) < 1e-5
+    # what is learned is the scaled rewards: of a spread of 1e4 they are next to nothing
+    large = rl.RunningStatistics(jnp.float32(1e9), jnp.float32(0), jnp.float32(1e8))
+    scale = rl.RewardScale(large, jnp.zeros(16))
+    again = trainer.init(KEY, **given).replace(reward_scale=scale)
+    _, quiet = run(again, KEY)
+    assert quiet["reward_mean"][0] == first["reward_mean"][0]
+    assert quiet["value_error"][0] < 0.1 * first["value_error"][0]
 
 
 def test_10_a_legacy_advantage_runs_on_into_the_next_episode():
