@@ -5,7 +5,8 @@
     python -m experiments.run --config=configs/reinflow.py:gpu --seeds=0..4
     python -m experiments.run --config=configs/reinflow.py:paper --dry_run
 
-Demonstrations are episodes of two PPO policies of our own, one trained a third as long;
+Demonstrations are episodes of two PPO policies of our own, one of them stopped early
+(``expert.medium_iterations``);
 ``--config.demonstrations.folder=PATH`` takes yours (``data.load_demonstrations``). All
 seeds of an arm are cloned and trained side by side (``train.seeds``); every arm of an
 environment takes as many environment steps.

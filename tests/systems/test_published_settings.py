@@ -117,15 +117,21 @@ REINFLOW = {
         critic_learning_rate=4e-3, critic_cycle_share=1.0, critic_warmup=5,
     ),
     "halfcheetah": dict(
-        learning_rate=3e-5, critic_learning_rate=3e-4, learning_rate_cycle=None,
-        critic_warmup=10,
+        learning_rate=3e-5, critic_learning_rate=3e-4, critic_warmup=10,
+        learning_rate_cycle=(100, 10, 0.5), critic_cycle_share=0.5,  # 1.5e-5, 1.5e-4
     ),
     "ant": NARROW,
     "humanoid": NARROW,
-    "kitchen": HELD | {"variant": "shortcut", "std_lower": 0.05, "std_upper": 0.12},
+    # kitchen-complete-v0/ft_ppo_shortcut_mlp.yaml: 8000 chunks, ten times in 5600
+    "kitchen": HELD | dict(
+        variant="shortcut", std_lower=0.05, std_upper=0.12, unroll=200, epochs=10,
+        minibatches=16, hidden=(256,) * 3, activation="mish",
+    ),
+    # can/ft_ppo_reflow_mlp_img.yaml: 15000 chunks, ten times in 15 x 500
     "image": HELD | dict(
         std_lower=0.08, std_upper=0.14, steps=1, clip_range=0.001, discount=0.999,
-        epochs=10, target_kl=0.01,
+        epochs=10, target_kl=0.01, unroll=300, minibatches=20, learning_rate=2e-5,
+        critic_warmup=2, noise_hidden=(256,) * 3,
     ),
 }  # fmt: skip
 DPPO = CHAIN | dict(
