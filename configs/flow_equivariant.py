@@ -80,6 +80,7 @@ def get_config(tier: str) -> ConfigDict:
     )
     channels = {"smoke": 4, "cpu": 8}.get(tier, 64)
     network = {"name": "torus_map", "hidden": channels, "velocities": 1}
+    network |= {"feedback": "stale", "memory_init": "uniform"}
     if tier == "paper":
         network |= {"velocities": 2, "window_padding": "circular"}
     config.model = ConfigDict({**network, "self_motion": "shift"})

@@ -20,6 +20,7 @@ from tmdjax.models.flow_equivariant.group_actions import (
     shift,
     square_velocities,
 )
+from tmdjax.train.world_models import RolloutConfig, rollout
 
 SIDE, TIME, BATCH = 6, 4, 2
 # Programs of one convolution each are compiled sooner; that both forms agree is a test.
@@ -261,6 +262,23 @@ def test_9_parameters():
     assert models.build(models.spec_of(listed)) == listed
 
 
+def test_a_memory_starts_at_the_identity_on_request():
+    """Both from one draw, uniform in +-1 / sqrt(inputs); actions beside the map too."""
+    module = dataclasses.replace(WHOLE, velocities=0, self_motion="concat")
+    kept = dataclasses.replace(module, memory_init="identity")
+    given = jax.random.key(0), FRAMES[0], ACTIONS[0]
+    ours = jax.jit(
+        lambda *given: [m.lazy_init(*given)["params"] for m in (module, kept)]
+    )
+    uniform, identity = jax.device_get(ours(*given))
+    bound = 1 / np.sqrt(9 * 5)
+    assert 0.9 * bound < np.abs(uniform["memory"]).max() <= bound
+    start = np.zeros((3, 3, 5, 3))
+    start[1, 1, :3] = np.eye(3)
+    assert_allclose(identity.pop("memory"), start + uniform["memory"] / 10, atol=1e-6)
+    assert all((identity[name] == uniform[name]).all() for name in identity)
+
+
 def test_10_a_frame_is_written_in_the_window_alone():
     module = dataclasses.replace(WHOLE, world=9, window=4, hidden=2, velocities=0)
     params = params_of(module)
@@ -274,6 +292,23 @@ def test_10_a_frame_is_written_in_the_window_alone():
     inside = np.s_[0, :, :, 1:3, 1:3]
     assert_allclose(others[inside], maps[inside], atol=1e-6)
     assert np.abs(others - maps).max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", ["shifts", "native"])
+def test_a_map_has_32_bits_whatever_frames_have(implementation):
+    module = dataclasses.replace(WHOLE, implementation=implementation)
+    config = RolloutConfig(context=TIME)
+    videos = jnp.swapaxes(FRAMES, 0, 1), np.zeros((BATCH, TIME + 3, 2), int)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        found = jax.eval_shape(
+            lambda frames, actions: rollout(
+                PARAMS, models.functional(module), frames, actions, config
+            ),
+            videos[0].astype(dtype),
+            videos[1],
+        )
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(found.state)}
+        assert dtypes == {np.dtype("float32")} == {found.outputs["frame"].dtype}
 
 
 def test_actions_beside_the_frame():
@@ -296,6 +331,7 @@ def test_bad_inputs(refused):
     refused("kernel_size=2 must be odd", make, kernel_size=2)
     refused("self_motion='shit' is not one of.*'shift'", make, self_motion="shit")
     refused("feedback='old'", make, feedback="old")
+    refused("memory_init='eye'", make, memory_init="eye")
     refused(
         "window_padding='wrap' is not one of 'circular'", make, window_padding="wrap"
     )

@@ -18,9 +18,17 @@ from tmdjax.models.layers import check_attributes
 
 SELF_MOTION = ("shift", "none", "concat")
 FEEDBACK = ("stale", "none")
+MEMORY_INIT = ("uniform", "identity")
 
 # PyTorch's default: uniform up to 1 / sqrt(inputs)
 _UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _near_identity(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The identity, and a tenth of what 'uniform' draws."""
+    middle, channels = shape[0] // 2, np.arange(shape[3])
+    kernel = _UNIFORM(key, shape, dtype) / 10
+    return kernel.at[middle, middle, channels, channels].add(1)
 
 
 @struct.dataclass
@@ -28,8 +36,10 @@ class TorusState:
     """What a :class:`TorusMap` remembers.
 
     Attributes:
-        map: float [batch, velocity, row, column, channel], at least 0.
-        frame: the frame seen or predicted last, [batch, window, window, channel].
+        map: float32, or float64 of frames in float64, [batch, velocity, row, column,
+            channel], at least 0.
+        frame: the frame seen or predicted last, [batch, window, window, channel], of
+            the map's dtype.
     """
 
     map: Any
@@ -67,11 +77,16 @@ class TorusMap(nn.Module):
         window_padding: beyond the edges of a window lie 'zeros', or it is taken as
             'circular', as the published network does; None is 'circular' where the
             window is the whole world and 'zeros' elsewhere.
+        memory_init: how W starts: 'uniform', in +-1 / sqrt(its inputs), as the
+            published network, which forgets about half of the map in every step until
+            it has learned not to; 'identity', which adds a tenth of that to the
+            identity and keeps the map from the first update on.
         implementation: of :func:`tmdjax.models.flow_equivariant.convolution.convolve`.
 
     References:
         arXiv 2601.01075 (its 2-D model) and 2507.14793. Its parameters, 74,880 at 64
-        channels, do not depend on the velocities.
+        channels, do not depend on the velocities. Recurrent networks of relu that start
+        at the identity: Le et al., arXiv 1504.00941.
     """
 
     world: int
@@ -84,6 +99,7 @@ class TorusMap(nn.Module):
     decoder_layers: int = 1
     feedback: str = "stale"
     window_padding: str | None = None
+    memory_init: str = "uniform"
     implementation: str = "auto"
 
     def __post_init__(self):
@@ -101,6 +117,7 @@ class TorusMap(nn.Module):
             )
         check_choice("self_motion", self.self_motion, SELF_MOTION)
         check_choice("feedback", self.feedback, FEEDBACK)
+        check_choice("memory_init", self.memory_init, MEMORY_INIT)
         if self.window_padding is not None:
             check_choice("window_padding", self.window_padding, convolution.PADDINGS)
         convolution.choose(self.implementation)
@@ -111,12 +128,15 @@ class TorusMap(nn.Module):
         """Declares the kernels."""
         planes = 2 * (self.self_motion == "concat")
 
-        def kernel(name: str, inputs: int, outputs: int) -> Array:
+        def kernel(
+            name: str, inputs: int, outputs: int, start: Any = _UNIFORM
+        ) -> Array:
             shape = (self.kernel_size, self.kernel_size, inputs, outputs)
-            return self.param(name, _UNIFORM, shape, jnp.float32)
+            return self.param(name, start, shape, jnp.float32)
 
+        start = _near_identity if self.memory_init == "identity" else _UNIFORM
         self.encoder = kernel("encoder", self.channels + planes, self.hidden)
-        self.memory = kernel("memory", self.hidden + planes, self.hidden)
+        self.memory = kernel("memory", self.hidden + planes, self.hidden, start)
         self.decoder = [
             kernel(f"decoder_{layer}", self.hidden, self.hidden)
             for layer in range(self.decoder_layers)
@@ -162,15 +182,19 @@ class TorusMap(nn.Module):
     def start(
         self, frame: Float[Array, "batch window window channel"], keys: Any = None
     ) -> TorusState:
-        """The state that knows nothing, for frames of that shape and dtype; no keys.
+        """The state that knows nothing, for frames of that shape; no keys are used.
+
+        Whatever the dtype of frames, a map has at least 32 bits: it is added to in
+        every step, and in 16 bits rounding would add up over a long rollout.
 
         Raises:
             ValueError: frames of another size than the window.
         """
         self._check_frame(frame)
         shape = (len(self.velocities), self.world, self.world, self.hidden)
-        maps = jnp.zeros((frame.shape[0], *shape), frame.dtype)
-        return TorusState(map=maps, frame=jnp.zeros_like(frame))
+        dtype = jnp.promote_types(frame.dtype, jnp.float32)
+        maps = jnp.zeros((frame.shape[0], *shape), dtype)
+        return TorusState(map=maps, frame=jnp.zeros(frame.shape, dtype))
 
     def observe(
         self,
@@ -191,6 +215,7 @@ class TorusMap(nn.Module):
             ValueError: a frame or action of another shape.
         """
         self._check_frame(frame)
+        frame = jnp.asarray(frame, state.map.dtype)
         return TorusState(map=self._advance(state.map, frame, action), frame=frame)
 
     def predict(
@@ -218,7 +243,7 @@ class TorusMap(nn.Module):
         The map is as it was: the frame is written with the next step ('stale').
         """
         self._check_frame(frame)
-        return TorusState(map=state.map, frame=frame)
+        return TorusState(map=state.map, frame=jnp.asarray(frame, state.map.dtype))
 
     def read(
         self, maps: Float[Array, "batch velocity row column hidden"]
