@@ -46,9 +46,12 @@ MEANINGS = {
     "clipped to [0, 1], the median",
     "ssim_late": "structural similarity of the last third, frames clipped, the median",
     "largest_state": "largest value of the state in the rollouts that did not break",
+    "saturated": "share of rollouts whose state reached rollout.state_clip; one that "
+    "diverges does not break then, and its error counts",
     "predictor": "an arm, or what needs no learning: zero, black frames; mean, the "
     "mean frame of the context; shifted, its last one, moved against the motion",
 }
+_COLUMNS = ("mean_late", "median_late", "growth", "failed", "saturated", "unseen")
 _SHOWN = 64  # frames of an animation, at most
 
 
@@ -116,9 +119,7 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
     outputs = jax.device_get(roll(params, frames[:, : rollout.context], actions, keys))
     predicted, target = outputs["frame"], frames[:, rollout.context :]
     found = judged(config, predicted, made)
-    amplitude = outputs["amplitude"]
-    held = np.isfinite(amplitude).all(0)
-    found["largest_state"] = float(amplitude[:, held].max(initial=0))
+    found |= state_measures(outputs["amplitude"], rollout.state_clip)
     count = config.evaluate.shown
     shown = np.stack([target[:count], np.swapaxes(predicted[:, :count], 0, 1)])
     return StageResult({"shown": shown[:, :, :_SHOWN]}, found)
@@ -152,6 +153,15 @@ def judged(
     found["psnr_late"] = _median(metrics.psnr(*late))
     if min(target.shape[2:4]) >= 11:
         found["ssim_late"] = _median(metrics.ssim(*late) if held.any() else late[0])
+    return found
+
+
+def state_measures(amplitude: np.ndarray, clip: float | None) -> dict[str, float]:
+    """How large states became: [time, batch], NaN where a rollout broke, and a clip."""
+    held = np.isfinite(amplitude).all(0)
+    found = {"largest_state": float(amplitude[:, held].max(initial=0))}
+    if clip is not None:
+        found["saturated"] = float((amplitude >= clip).any(0).mean())
     return found
 
 
@@ -190,6 +200,7 @@ def measures(config: Config, arm: str) -> set[str]:
     found = {*metrics.horizon_errors(nothing, world_tasks.spans(own))}
     found |= {f"{n}.{name}" for n in TRIVIAL for name in _of_trivial(own)}
     found |= {"trivial_late", "psnr_late", "largest_state"}
+    found |= {"saturated"} if own.rollout.state_clip is not None else set()
     sides = own.data.window if own.data.name == "torus" else own.data.image_size
     found |= {"ssim_late"} if sides >= 11 else set()
     return found | {"unseen"} if own.data.name == "torus" else found
@@ -223,7 +234,7 @@ def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any
             for horizon in _horizons(of_arm(config, arm)):
                 column = horizon.replace("_", "-")
                 row[f"error {column}"] = found.get(f"{of}mean_{horizon}")
-            for measure in ("mean_late", "median_late", "growth", "failed", "unseen"):
+            for measure in _COLUMNS:
                 row[measure.replace("_", " ")] = found.get(f"{of}{measure}")
             rows.append(row)
     return rows

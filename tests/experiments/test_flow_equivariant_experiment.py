@@ -42,6 +42,18 @@ def test_errors_are_those_of_rollouts_that_held(config):
     assert np.isnan([everything[k] for k in ("unseen", "psnr_late", "growth")]).all()
 
 
+def test_a_clipped_state_cannot_break_and_is_told():
+    """Of four rollouts one stays below 5, two reach it, and one breaks on the way."""
+    amplitude = np.array([[1, 5, 2, 3], [4.5, 2, 3, np.nan], [4, 1, 5, np.nan]])
+    found = flow_equivariant.state_measures(amplitude, 5.0)
+    assert found == {"largest_state": 5, "saturated": 0.5}
+    free = flow_equivariant.state_measures(10 * amplitude[:, 3:], None)
+    assert free == {"largest_state": 0}
+    clipped, paper = load_config(SPEC), load_config(SPEC.replace("smoke", "paper"))
+    assert "saturated" in flow_equivariant.measures(clipped, "full")
+    assert "saturated" not in flow_equivariant.measures(paper, "full")
+
+
 def test_rows_are_arms_and_what_needs_no_learning(config):
     found = {"full/mean_late": 0.1, "dfot/zero.mean_late": 0.2, "rssm/mean_1_3": 0.3}
     with config.unlocked():
