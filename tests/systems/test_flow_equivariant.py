@@ -173,7 +173,7 @@ def test_what_is_fed_back_is_clipped():
     errors = world_models.frame_errors(
         kept.outputs["frame"], batch["frames"][:, CONTEXT:]
     )
-    table = metrics.horizon_errors(errors, world_models.HORIZONS)
+    table = metrics.horizon_errors(errors, [(0, 20), (20, 50)])
     assert table["failed"] == 0 and table["mean_1_20"] > 0
     assert table["growth"] == pytest.approx(1, abs=0.5)
 
@@ -215,10 +215,13 @@ def test_the_gradient_passes_through_the_clip():
 def test_losses_count_what_is_predicted():
     @jax.jit
     def losses(params):
-        given = params, FN, SHORT, KEYS, CONFIG
-        return world_models.loss(*given), world_models.loss(*given, horizon=1)[0]
+        given = params, FN
+        first = jax.tree.map(lambda array: array[:, : CONTEXT + 1], SHORT)
+        return [
+            world_models.loss(*given, batch, KEYS, CONFIG) for batch in (SHORT, first)
+        ]
 
-    (loss, found), short = losses(PARAMS)
+    (loss, found), (short, _) = losses(PARAMS)
     frames = np.swapaxes(frames_of(BATCH_OF)[:LENGTH], 0, 1)
     errors = (frames - SHORT["frames"][:, CONTEXT:]) ** 2
     assert_allclose(loss, errors.mean((1, 2, 3, 4)), rtol=1e-5)
@@ -419,8 +422,13 @@ def test_bad_inputs(refused):
     refused("whole pixels", go, frames, 0.5 * actions, CONFIG, error=TypeError)
     refused("of every frame", go, frames, actions[..., :1], CONFIG)
     refused("window is", go, frames[:, :, 1:], actions, CONFIG)
-    loss = functools.partial(world_models.loss, PARAMS, FN, SHORT, KEYS, CONFIG)
-    refused("horizon=4, but the batch has 3 frames", loss, horizon=4)
+    seen = {name: array[:, :CONTEXT] for name, array in SHORT.items()}
+    given = PARAMS, FN, seen, KEYS, CONFIG
+    refused("3 frames, none of them after the context", world_models.loss, *given)
+    pixels = (255 * frames).astype(np.uint8)
+    refused("frames / 255", go, pixels, actions, CONFIG, error=TypeError)
+    predicted = np.zeros((3, BATCH, 4, 4, 1))
+    refused("they must agree", world_models.frame_errors, predicted, frames[:, :1])
     refused("must not decrease", world_models.growing_horizon, 0, (5, 3))
     refused("progress=2 is outside", world_models.growing_horizon, 2, (3,))
     refused(

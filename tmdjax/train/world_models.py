@@ -14,12 +14,9 @@ import jax.numpy as jnp
 
 from tmdjax import core
 from tmdjax.core import prng
-from tmdjax.core.checks import check_count, check_range
+from tmdjax.core.checks import check_count, check_range, check_same_shape
 from tmdjax.core.types import ApplyFn, Array, Float, Params, PerExample
 from tmdjax.models.flow_equivariant.group_actions import shift
-
-HORIZONS = ((0, 20), (20, 50), (50, 150))
-"""First and one past the last predicted frame of what is reported."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +96,15 @@ def rollout(
         from there are NaN.
 
     Raises:
+        TypeError: frames that are no floats.
         ValueError: fewer frames than the context, fewer actions than frames to predict,
             teacher forcing without keys or without the frames to force.
     """
     context = config.context
+    if not jnp.issubdtype(frames.dtype, jnp.floating):
+        raise TypeError(
+            f"frames are {frames.dtype}; give floats in [0, 1], such as frames / 255."
+        )
     if frames.shape[1] < context:
         raise ValueError(
             f"{frames.shape[1]} frames are given, fewer than context={context}."
@@ -165,10 +167,11 @@ def loss(
     batch: Mapping[str, Array],
     keys: Any,
     config: RolloutConfig,
-    *,
-    horizon: int | None = None,
 ) -> tuple[PerExample, dict[str, Array]]:
     """Mean squared error of the predicted frames; those of the context do not count.
+
+    Every frame after the context is predicted; a shorter batch trains a shorter
+    horizon, see :class:`GrowingVideos`.
 
     Args:
         params: of the model.
@@ -176,24 +179,22 @@ def loss(
         batch: 'frames' [batch, frame, height, width, channel] and 'actions'.
         keys: [batch].
         config: how.
-        horizon: predicted frames that count; None counts all that the batch has.
 
     Returns:
         Loss [batch], and metrics [batch]: 'first_error' and 'last_error' of the first
         and the last predicted frame. A rollout beyond the bound has a loss of NaN.
 
     Raises:
-        ValueError: as :func:`rollout`, or fewer frames than actions to predict.
+        ValueError: as :func:`rollout`, or no frame after the context.
 
     References:
         arXiv 2601.01075.
     """
     frames, context = batch["frames"], config.context
-    available = frames.shape[1] - context
-    length = available if horizon is None else check_count("horizon", horizon)
-    if length > available:
+    length = frames.shape[1] - context
+    if length < 1:
         raise ValueError(
-            f"horizon={length}, but the batch has {available} frames after the context "
+            f"the batch has {frames.shape[1]} frames, none of them after the context "
             f"of {context}; give longer videos."
         )
     found = rollout(
@@ -212,8 +213,12 @@ def frame_errors(
     Args:
         predicted: of :func:`rollout`.
         target: frames from the first predicted one, at least as many.
+
+    Raises:
+        ValueError: fewer of them, or frames of another size or batch.
     """
     target = jnp.swapaxes(target, 0, 1)[: predicted.shape[0]]
+    check_same_shape("predicted", predicted, "target", target)
     return jnp.square(predicted - target).mean((2, 3, 4))
 
 
@@ -222,8 +227,7 @@ def growing_horizon(progress: float, horizons: Sequence[int]) -> int:
 
     Args:
         progress: share of the updates that are done, in [0, 1].
-        horizons: numbers of frames, not decreasing, such as (8, 20, 50). Each is a
-            program of its own, since :func:`loss` takes its horizon as a constant.
+        horizons: numbers of frames, not decreasing, such as (8, 20, 50).
 
     Raises:
         ValueError: a progress out of range, or horizons that decrease.
