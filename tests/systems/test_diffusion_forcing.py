@@ -210,7 +210,8 @@ def test_bad_inputs(refused):
     apply = functools.partial(FN, params_of()[0])
     refused("needs keys", apply, FRAMES[:, 0], method="start")
     refused("give integers", apply, 1.0 * ACTIONS, method="prepare", error=TypeError)
-    refused(r"give \[batch, time, size\]", apply, ACTIONS[..., 0], method="prepare")
+    for wrong in (ACTIONS[..., 0], ACTIONS[..., [0, 1, 0]]):
+        refused(r"give \(x, y\), \[batch, time, 2\]", apply, wrong, method="prepare")
     codes = models.functional(make(num_actions=5))
     table = {**params_of()[0], "action_codes": np.zeros((5, 8), np.float32)}
     refused("actions=5 is outside", codes, table, np.full((1, 2), 5), method="prepare")

@@ -203,7 +203,8 @@ def test_bad_inputs(refused):
     refused("needs keys", apply, FRAMES[:, 0], method="start")
     refused(r"\[..., 4, 4, 1\]", apply, FRAMES[:, 0, 1:], KEYS, method="start")
     refused("give integers", apply, 1.0 * ACTIONS, method="prepare", error=TypeError)
-    refused(r"give \[batch, time, size\]", apply, ACTIONS[..., 0], method="prepare")
+    for wrong in (ACTIONS[..., 0], ACTIONS[..., [0, 1, 0]]):
+        refused(r"give \(x, y\), \[batch, time, 2\]", apply, wrong, method="prepare")
     for name in ("free_nats", "dynamics_weight", "representation_weight"):
         refused(
             f"{name}=-1 is outside", rssm.loss, {}, FN, BATCH_OF, KEYS, **{name: -1}

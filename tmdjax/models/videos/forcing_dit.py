@@ -69,8 +69,7 @@ class ForcingDiT(StackedNetwork):
         heads: attention heads.
         mlp_ratio: width of the MLP over ``hidden``; the product is rounded down.
         channels: of a frame.
-        num_actions: actions are codes in [0, num_actions); None: vectors of integers,
-            such as (x, y).
+        num_actions: actions are codes in [0, num_actions); None: integers (x, y).
         steps: Euler steps a predicted frame.
         history_guidance: w, at least 0; 1 is the conditional velocity alone, at half
             the cost.
@@ -289,8 +288,9 @@ def prepare_actions(
     """Actions of a video, the first one idle: 0, or the code of rest (4 of 5).
 
     Args:
-        actions: that led to its frames: codes [batch, time], or vectors of integers.
-        num_actions: number of codes; None for vectors.
+        actions: that led to its frames: codes [batch, time], or integers (x, y),
+            [batch, time, 2].
+        num_actions: number of codes; None for (x, y).
 
     Raises:
         TypeError: actions that are no integers.
@@ -298,10 +298,10 @@ def prepare_actions(
     """
     if not jnp.issubdtype(jnp.result_type(actions), jnp.integer):
         raise TypeError(f"actions are {jnp.result_type(actions)}; give integers.")
-    rank = 3 if num_actions is None else 2
-    if jnp.ndim(actions) != rank:
-        wanted = "[batch, time, size]" if rank == 3 else "[batch, time]"
-        raise ValueError(f"actions have shape {jnp.shape(actions)}; give {wanted}.")
+    wanted = (2,) if num_actions is None else ()
+    if jnp.ndim(actions) != 2 + len(wanted) or jnp.shape(actions)[2:] != wanted:
+        given = "(x, y), [batch, time, 2]" if wanted else "codes, [batch, time]"
+        raise ValueError(f"actions have shape {jnp.shape(actions)}; give {given}.")
     if num_actions is None:
         return jnp.asarray(actions).at[:, 0].set(0)
     if not isinstance(actions, jax.core.Tracer):

@@ -61,8 +61,7 @@ class RSSM(nn.Module):
         groups: of a latent.
         classes: of a group, at least 2.
         channels: of a frame.
-        num_actions: actions are codes in [0, num_actions); None: vectors of integers
-            (x, y).
+        num_actions: actions are codes in [0, num_actions); None: integers (x, y).
         uniform: share of the uniform distribution in prior and posterior, in (0, 1):
             neither ever excludes a class, so that divergences are finite.
         recipe: GEMM recipe of every dense layer.
