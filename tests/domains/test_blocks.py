@@ -28,6 +28,11 @@ from tmdjax.domains.blocks.videos import (
     BlockWorld,
     block_videos,
 )
+from tmdjax.models.flow_equivariant.group_actions import (
+    CROSS,
+    action_tables,
+    flow_table,
+)
 
 ROOM, SIZE = 9, 32
 FOCAL = SIZE / 2 / math.tan(math.radians(30))
@@ -127,6 +132,28 @@ def test_18_the_state_follows_the_actions():
     assert (steps.sum(-1) == 1).all() and {*np.unique(sample["blocks"])} == {*range(5)}
     again = jax.device_get(videos(KEYS[::-1]))
     assert_array_equal(again["frames"][::-1], sample["frames"])
+
+
+def test_a_map_around_the_agent_moves_as_its_world_does():
+    """By flow and actions alone, content stays where blocks are, in their copy."""
+    sample, reach = sampled(), WORLD.room - 1
+    side = 2 * reach + 1
+    flow, moves = flow_table(side, CROSS), action_tables(side, CROSS)
+
+    def cells(i, t, velocity):
+        ahead = np.array(DIRECTIONS)[sample["heading"][i, t]]
+        right = np.array([-ahead[1], ahead[0]])
+        away = sample["blocks"][i, t] - sample["place"][i, t]
+        copies = [CROSS.index((v @ ahead, v @ right)) for v in velocity]
+        where = copies, reach + away @ right, reach + away @ ahead
+        return np.ravel_multi_index(where, (len(CROSS), side, side))
+
+    for i in range(4):
+        for t in range(1, WORLD.frames):
+            velocity = sample["blocks"][i, t] - sample["blocks"][i, t - 1]
+            source = flow[moves[sample["actions"][i, t]]]
+            before, after = (cells(i, s, velocity) for s in (t - 1, t))
+            assert_array_equal(source[after], before)
 
 
 def test_18_frames_are_those_of_the_state():

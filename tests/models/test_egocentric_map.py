@@ -152,13 +152,17 @@ def test_16_the_map_moves_by_flow_and_action_alone():
     flow = np.stack(
         [np.roll(MAPS[:, i], (y, x), (1, 2)) for i, (x, y) in enumerate(CROSS)], 1
     )
-    for action in (REST, 3, LEFT, RIGHT, FORWARD):
+    for action in (REST, 3, FORWARD, RIGHT, LEFT):
         actions = np.full(BATCH, action)
         state, _ = call(
             TINY, PARAMS | kernel, state_of(MAPS), actions, method="predict"
         )
         flat = flow.reshape(BATCH, -1, 4)[:, action_tables(SIDE, CROSS)[action]]
         assert_array_equal(state.map, flat.reshape(MAPS.shape))
+    # moved, then mixed: a kernel of any direction does not turn with the map
+    mixed = call(TINY, PARAMS, flat.reshape(MAPS.shape), method="mix")
+    state, _ = call(TINY, PARAMS, state_of(MAPS), actions, method="predict")
+    assert_allclose(state.map, mixed, atol=1e-6)
     unknown = call(TINY, PARAMS, state_of(MAPS), np.array([REST, 5]), method="predict")[
         0
     ]
@@ -208,7 +212,7 @@ def test_variants_read_what_they_should():
 
 def test_bad_inputs(refused):
     make = functools.partial(dataclasses.replace, TINY)
-    refused("patch_size=3 does not divide image_size=4", make, patch_size=3)
+    refused("patch_size=3 does not divide an image of 4 x 4", make, patch_size=3)
     refused("hidden=6 must be a multiple of heads=2 and of 4", make, hidden=6)
     refused("self_motion='shift'.*'token'", make, self_motion="shift")
     refused("mixing='3d' is not one of 'grouped'", make, mixing="3d")
