@@ -7,7 +7,8 @@
 
 Digits drift over a torus, seen through a window that moves; videos are drawn as they
 are needed. An arm sees the context, predicts many times the frames that it was trained
-on (ten times in the tiers with claims), and is judged on the same test videos as all.
+on (ten times in the tiers with claims, the room of gpu three times), and is judged on
+the same test videos as all arms of its world.
 The trained horizon grows over ``train.horizons``, an equal share of the updates each.
 What is fed back is clipped to ``rollout.feedback_clip``, and every value of the state
 to +-``rollout.state_clip``, in training as in evaluation, and in all arms alike; the
@@ -209,7 +210,6 @@ def _blocks(tier: str) -> dict[str, Any]:
         network |= {"heads": 4}
         training |= {"batch_size": 8, "horizons": (3, 6), "steps": 1000}
         judged = {"length": 60, "horizons": (6, 20, 40, 60)}
-        optimizer["learning_rate"] = 1e-3
     elif tier == "smoke":
         room |= {"room": 3, "blocks": 1, "image_size": 8, "context": 4}
         room |= {"test_count": 4}

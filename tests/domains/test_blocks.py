@@ -19,17 +19,13 @@ from tmdjax.domains.blocks.ray_caster import (
     block_places,
     render,
 )
-from tmdjax.domains.blocks.videos import (
-    FORWARD,
-    LEFT,
-    LOOKS,
-    REST,
-    RIGHT,
-    BlockWorld,
-    block_videos,
-)
+from tmdjax.domains.blocks.videos import LOOKS, BlockWorld, block_videos
 from tmdjax.models.flow_equivariant.group_actions import (
     CROSS,
+    FORWARD,
+    LEFT,
+    REST,
+    RIGHT,
     action_tables,
     flow_table,
 )

@@ -10,8 +10,9 @@ from flax import struct
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, Key
 from tmdjax.domains.blocks.ray_caster import DIRECTIONS, PALETTE, block_places, render
-from tmdjax.domains.blocks.videos import FORWARD, LEFT, RIGHT, moved
+from tmdjax.domains.blocks.videos import moved
 from tmdjax.envs.base import Transition
+from tmdjax.models.flow_equivariant.group_actions import FORWARD, LEFT, RIGHT
 
 _ACTIONS = (LEFT, RIGHT, FORWARD)
 

@@ -23,9 +23,7 @@ from tmdjax.domains.blocks.ray_caster import (
     block_places,
     render,
 )
-
-LEFT, RIGHT, FORWARD, BACK, REST = range(5)
-"""Actions, as of :class:`tmdjax.models.EgocentricMap`; a walk never goes BACK."""
+from tmdjax.models.flow_equivariant.group_actions import FORWARD, LEFT, REST, RIGHT
 
 LOOKS = 5
 """Frames for which the agent stands at a wall and looks into the room."""
@@ -87,7 +85,8 @@ def block_videos(keys: SampleKeys, *, world: BlockWorld) -> dict[str, Array]:
 
     Returns:
         'frames' float32 [batch, frame, size, size, 3] in [0, 1]; 'actions' int32
-        [batch, frame], which led from the frame before to this one (the first is REST);
+        [batch, frame], which led from the frame before to this one: 0 left, 1 right, 2
+        forward, 4 rest, as of :class:`tmdjax.models.EgocentricMap` (the first is rest);
         and the state, int32: 'place' [batch, frame, 2] and 'heading' [batch, frame] of
         the agent, 'blocks' [batch, frame, block, 2], 'colour' [batch, block], an index
         of the palette.
@@ -147,7 +146,8 @@ def walk(
         room: cells along each side.
 
     Returns:
-        Places, headings and the actions that led there (the first is REST), int32.
+        Places, headings and the actions that led there, int32: LEFT, RIGHT, FORWARD or
+        REST of ``models.flow_equivariant.group_actions`` (the first is REST).
     """
     low, high = PERSISTENCE
     rate, key = jax.random.split(key)
