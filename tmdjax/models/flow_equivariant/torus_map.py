@@ -78,7 +78,7 @@ class TorusMap(nn.Module):
             'circular', as the published network does; None is 'circular' where the
             window is the whole world and 'zeros' elsewhere.
         memory_init: how W starts: 'uniform', in +-1 / sqrt(its inputs), as the
-            published network, which forgets about half of the map in every step until
+            published network, which forgets over half of the map in every step until
             it has learned not to; 'identity', which adds a tenth of that to the
             identity and keeps the map from the first update on.
         implementation: of :func:`tmdjax.models.flow_equivariant.convolution.convolve`.
