@@ -139,6 +139,11 @@ def test_bad_demonstrations(refused):
         ({"action": made.action[:, 0]}, "action has shape .* needs 2 axes", ValueError),
         ({"action": made.action.astype(int)}, "action is int64; give flo", TypeError),
         (
+            {"observation": made.observation.tolist()},
+            "is a list; give an ar",
+            TypeError,
+        ),
+        (
             {"truncated": made.truncated & False},
             "last step ends no episode",
             ValueError,

@@ -36,7 +36,7 @@ class Demonstrations:
         meta: JSON-able facts: who acted, seeds, mixture.
 
     Raises:
-        TypeError: an array of another dtype.
+        TypeError: an array of another dtype, or a value that is no array.
         ValueError: no step, arrays of different length or of another number of axes, a
             value that is not finite, or a last step that ends no episode.
     """
@@ -49,6 +49,9 @@ class Demonstrations:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in self.arrays().items():
+            if not hasattr(value, "dtype"):
+                raise TypeError(f"{name} is a {type(value).__name__}; give an array.")
         count = len(self.action)
         if not count:
             raise ValueError("demonstrations hold no step; give at least one.")
