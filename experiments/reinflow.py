@@ -161,10 +161,18 @@ def describe(config: Config) -> dict[str, Any]:
             )
         if not own.start.cloned or tasks.absent(own.env) is not None:
             continue
-        if not _is_chain(control.build(own)[1]):
+        trainer, method = control.build(own)
+        if not _is_chain(method):
             raise ValueError(
                 f"arm {arm!r} begins from a clone, and {own.method.name!r} cannot be "
                 f"cloned; set start.cloned=False, or take reinflow or dppo."
+            )
+        plain = own.start.tuned and trainer.settings.normaliser is None
+        if plain and tasks.vector(to_plain(own.env), 1).observation.dtype != jnp.uint8:
+            raise ValueError(
+                f"arm {arm!r} has train.normalise='none', and its clone sees "
+                f"observations scaled by the bounds of its demonstrations; take "
+                f"'fixed', or 'running'."
             )
         if not own.demonstrations.folder:
             control.build(cloning.expert_config(own, "expert"))

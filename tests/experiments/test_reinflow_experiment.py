@@ -176,6 +176,10 @@ def test_bad_inputs(folder, refused):
     for change, words in (
         ("arms.maze_bc.start.cloned=false", "'maze_bc' is neither cloned nor tuned"),
         ("demonstrations.folder=absent", "folder=absent is not there; give a folder"),
+        (
+            "train.normalise=none",
+            "'maze_dppo' has train.normalise='none', and its",
+        ),
     ):
         config = load_config("configs/reinflow.py:smoke", [change])
         refused(words, reinflow.describe, config)
