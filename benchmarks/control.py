@@ -7,7 +7,8 @@
 methods  PolicyFlow's and FPO's iteration over Gaussian PPO's, networks of one size, on
          MultiGoal. The update is what five more epochs add; the rollout is the rest.
          The same with twice the solver steps: the update should not care. ReinFlow's (4
-         steps) over DPPO's (20, of which 10 are trained) and over PPO's. The share of
+         steps) over DPPO's (20, of which 10 are trained) and over PPO's, theirs of
+         three layers of 128, because residual networks have equal widths. The share of
          the FLOP bound counts the products of the networks' layers against the largest
          rate of a float32 product of two 2048 x 2048 matrices on the same device.
 physics  the same for PolicyFlow and Gaussian PPO in brax's hopper (tmdjax[brax]).

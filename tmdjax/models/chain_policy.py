@@ -20,16 +20,17 @@ from tmdjax.models.control import ControlVelocity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainPolicy(abc.ABC):
-    """The network of such a policy, and the clips of its chain.
+    """A policy whose action is the end of a chain of noisy steps: network and clips.
 
     Attributes:
         hidden: widths of the network, a :class:`tmdjax.models.ControlVelocity` that is
             residual.
-        activation: its activation.
-        recipe: its GEMM recipe, or the name of one.
-        frequencies: of the sinusoids of its time.
-        time_hidden: width of the first of two layers that these pass.
-        steps: K, of a chain.
+        activation: of the network, one of :data:`tmdjax.models.control.ACTIVATIONS`.
+        recipe: GEMM recipe of the network, or the name of one.
+        frequencies: lowest and highest angular frequency of the sinusoids that stand
+            for the time, in radians per unit of it, and how many.
+        time_hidden: width of the first of two layers that the sinusoids pass.
+        steps: K, steps of a chain.
         clip_noise: the noise of a step stays within so many standard deviations; None
             does not clip.
         clip_last: the end of a chain stays within +-clip_last; None does not clip.
@@ -84,7 +85,7 @@ class ChainPolicy(abc.ABC):
         )
 
     def init_network(self, key: Any, observation: Any, action_size: int) -> Params:
-        """Its parameters, from one observation's shape and dtype."""
+        """Parameters of the network, from one observation's shape and dtype."""
         point = jax.ShapeDtypeStruct((1, action_size), jnp.float32)
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         given = point, time, observation, self.step_size

@@ -209,7 +209,8 @@ class ControlVelocity(nn.Module):
             x: [batch, action_size].
             t: [batch], or [1] where all have one time; 1 is noise, 0 the action.
             embedded: of the observation, from :meth:`embed`.
-            step_size: see :meth:`time`.
+            step_size: length of the step, [batch] or a number in [0, 1], of a network
+                that takes it; None for others.
         """
         act = ACTIVATIONS[self.activation]
         h = self.from_action(x) + self.from_time(self.time(t, step_size)) + embedded

@@ -53,8 +53,8 @@ class ReinFlow(models.ChainPolicy):
         learned_noise_steps: how many of the last steps have a learned deviation; those
             before have std_lower. None is all.
         stochastic_steps: how many consecutive steps of a chain have noise and are
-            scored, others for every action; an update asks the network so often an
-            action. None is all, as published.
+            scored, drawn anew for every action; an update calls the network so many
+            times an action. None is all, as published.
         clip_mean: means of steps stay within +-clip_mean; None does not clip.
         log_prob_reduction: 'mean' over steps and dimensions, as published, or 'sum';
             clip_range, log_prob_range and the entropy go by it.
