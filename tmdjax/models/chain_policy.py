@@ -25,7 +25,7 @@ class ChainPolicy(abc.ABC):
     Attributes:
         hidden: widths of the network, a :class:`tmdjax.models.ControlVelocity` that is
             residual.
-        activation: of the network, one of :data:`tmdjax.models.control.ACTIVATIONS`.
+        activation: of the network: 'mish', 'silu', 'elu', 'relu' or 'tanh'.
         recipe: GEMM recipe of the network, or the name of one.
         frequencies: lowest and highest angular frequency of the sinusoids that stand
             for the time, in radians per unit of it, and how many.
