@@ -25,6 +25,7 @@ COEFFICIENTS = {"clip_range": 0.1, "clip_base": 0.01, "denoising_discount": 0.9}
 
 def method_of(**options):
     small = {"hidden": (16, 16, 16), "frequencies": (1.0, 8.0, 4)}
+    small |= {"advantage_quantiles": (0.05, 0.95)}
     return DPPO(**small | {"steps": STEPS, "fine_tuned_steps": TUNED} | options)
 
 

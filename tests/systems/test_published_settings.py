@@ -137,8 +137,8 @@ REINFLOW = {
 DPPO = CHAIN | dict(
     learning_rate=1e-4, critic_learning_rate=1e-3, learning_rate_cycle=None,
     critic_warmup=0, steps=20, fine_tuned_steps=10, std_floor=0.1,
-    log_prob_range=(-5, 2), advantage_quantiles=(0.05, 0.95), denoising_discount=0.99,
-    clip_base=0.001,
+    log_prob_range=(-5, 2), advantage_quantiles=(0, 1), denoising_discount=0.99,
+    clip_base=0.01,
 )  # fmt: skip
 CONTROL = {
     (ppo, "ppo"): MULTI_GOAL | {"log_std_bounds": (-20, 4)},
