@@ -248,3 +248,72 @@ def test_group_statistics():
     assert_allclose(stats["tied_group_fraction"], 2 / 3, rtol=1e-6)
     none = rl.group_statistics(rewards, group, 5, np.zeros(6, bool))
     assert all(v == 0 for v in none.values())
+
+
+SHARPEN = jax.jit(
+    rl.sharpen, static_argnames=("num_groups", "strength", "most", "average")
+)
+
+
+def sharpened(advantages, s, right, group=GROUP, **options):
+    given = (np.float32(x) for x in (advantages, s))
+    return np.asarray(SHARPEN(*given, group, right, num_groups=3, **options))
+
+
+def test_xrpo_7_unlikely_right_answers_are_raised_and_nothing_else_is_changed():
+    rng = np.random.default_rng(0)
+    a, s = np.float32(rng.normal(size=8)), np.float32(rng.normal(-1, 0.1, 8))
+    right = a > -0.3  # one that is right, but below the mean of its group
+    up = right & (a > 0)
+    assert (right & ~up).any() and up.sum() >= 2
+    for average in ("group", "right"):
+        expected = a.astype(np.float64)
+        for i in np.flatnonzero(up):
+            counts = (GROUP == GROUP[i]) & (right | (average == "group"))
+            eta = np.exp(s[i] - s[counts].mean())
+            expected[i] += min(max(2.5 * (1 - eta), 0), 0.5 * a[i])
+        found = sharpened(a, s, right, average=average)
+        assert_allclose(found, expected, rtol=1e-5)
+        assert (found[up] > a[up]).any() and (found[~up] == a[~up]).all()
+        assert (found[up] >= a[up]).all() and (found[up] <= 1.5 * a[up] + 1e-6).all()
+    found = sharpened(a, s, right)
+    assert_array_equal(sharpened(a, np.full(8, -0.7), right), a)  # none is novel
+    for options in ({"strength": 0.0}, {"most": 0.0}):
+        assert_array_equal(sharpened(a, s, right, **options), a)
+    assert_allclose(sharpened(a, s + 3, right), found, atol=1e-6)
+    assert_array_equal(sharpened(np.zeros(8), s, np.ones(8, bool)), np.zeros(8))
+    # an answer without tokens has no likelihood, and is no part of the mean
+    known = np.where(np.arange(8) == 2, np.nan, s)
+    rest = sharpened(a, known, right)
+    assert np.isfinite(rest).all() and rest[2] == a[2]
+    kept = np.arange(8) != 2
+    assert_allclose(
+        rest[kept],
+        SHARPEN(a[kept], s[kept], GROUP[kept], right[kept], num_groups=3),
+        rtol=1e-6,
+    )
+
+
+def test_xrpo_7_the_less_likely_the_more_up_to_the_cap_and_without_gradient():
+    a, right = np.array([1.0, 1.0, 1.0, -3.0]), np.array([1, 1, 1, 0], bool)
+    group = np.zeros(4, int)
+    found = SHARPEN(a, np.array([-1.0, -1.1, -9.0, -1.0]), group, right, num_groups=3)
+    assert found[0] == 1 and found[2] == 1.5 and 1 <= found[1] <= 1.5
+    s = np.array([-1.0, -1.05, -1.1, -0.9])
+    found = SHARPEN(a, s, group, right, num_groups=3)
+    assert found[0] <= found[1] < found[2] < 1.5
+    slope = jax.grad(lambda s: rl.sharpen(a, s, group, right, num_groups=1).sum())
+    assert_array_equal(slope(jnp.asarray(s, jnp.float32)), 0)
+
+
+def test_sharpening_bad_inputs(refused):
+    given = {"advantages": REWARDS, "log_prob": REWARDS, "group": GROUP}
+    given |= {"right": REWARDS > 0, "num_groups": 3}
+    for change, message in (
+        ({"most": -0.1}, "most=-0.1 is outside"),
+        ({"strength": -1.0}, "strength=-1.0 is outside"),
+        ({"average": "all"}, "average='all' is not one of 'group', 'right'"),
+        ({"log_prob": REWARDS[:7]}, r"log_prob has shape \(7,\) but advantages"),
+        ({"advantages": REWARDS * np.nan}, "advantages has 8 non-finite"),
+    ):
+        refused(message, rl.sharpen, **given | change)

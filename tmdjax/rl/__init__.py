@@ -8,10 +8,17 @@ from tmdjax.rl.advantages import best_and_worst as best_and_worst
 from tmdjax.rl.advantages import group_advantages as group_advantages
 from tmdjax.rl.advantages import group_statistics as group_statistics
 from tmdjax.rl.advantages import reward_advantages as reward_advantages
+from tmdjax.rl.advantages import sharpen as sharpen
 from tmdjax.rl.aggregation import AGGREGATIONS as AGGREGATIONS
 from tmdjax.rl.aggregation import aggregate as aggregate
 from tmdjax.rl.aggregation import aggregation_weights as aggregation_weights
 from tmdjax.rl.aggregation import denominators as denominators
+from tmdjax.rl.allocation import BONUSES as BONUSES
+from tmdjax.rl.allocation import RULES as RULES
+from tmdjax.rl.allocation import allocate as allocate
+from tmdjax.rl.allocation import half_width as half_width
+from tmdjax.rl.allocation import posterior_std as posterior_std
+from tmdjax.rl.allocation import priority as priority
 from tmdjax.rl.curation import is_informative as is_informative
 from tmdjax.rl.curation import overlong_penalty as overlong_penalty
 from tmdjax.rl.diagnostics import PROXIMAL as PROXIMAL

@@ -12,6 +12,7 @@ from tmdjax.core.checks import (
     check_count,
     check_finite,
     check_range,
+    check_same_shape,
 )
 from tmdjax.core.types import Array, Bool, PerExample
 
@@ -164,6 +165,68 @@ def reward_advantages(
     each = [group_advantages(reward, group, **options) for reward in rewards.T]
     total = jnp.sum(jnp.stack(each, 1) * jnp.asarray(weights, jnp.float32), axis=1)
     return total if clip is None else jnp.clip(total, -clip, clip)
+
+
+def sharpen(
+    advantages: Any,
+    log_prob: Any,
+    group: Any,
+    right: Any,
+    *,
+    num_groups: int,
+    strength: float = 2.5,
+    most: float = 0.5,
+    average: str = "group",
+) -> PerExample:
+    """Raises the advantages of right answers that were unlikely.
+
+    A + min(max(strength (1 - eta), 0), most A) with eta = exp(s - mean of s over the
+    group), for right answers of positive advantage; others keep theirs. So a raised
+    advantage is at most (1 + most) A, and the sum over a group is no longer 0.
+
+    Args:
+        advantages: [batch], of :func:`group_advantages`.
+        log_prob: [batch], s: the mean log-prob of an answer's tokens, under the policy
+            and the prompt that it was drawn with, in nats. Not finite where there is
+            none (no token): that answer keeps its advantage and does not count in the
+            mean.
+        group: [batch] integers in [0, num_groups).
+        right: bool [batch], answers that are right.
+        num_groups: static.
+        strength: of the bonus, >= 0; 0 leaves all as they are.
+        most: largest bonus, in parts of the advantage, >= 0; 0 leaves all as they are.
+        average: the mean of s is over the whole 'group', or its 'right' answers.
+
+    Returns:
+        [batch] float32, without gradient.
+
+    Raises:
+        TypeError: group holds no integers.
+        ValueError: shapes that disagree, an option out of range, or a non-finite
+            advantage or group out of range where the arrays are concrete.
+
+    References:
+        XRPO, arXiv 2510.06672 (novelty-guided advantage sharpening; which answers the
+        mean is over is not said in what was at hand). A version with most |A| would
+        move wrong answers too.
+    """
+    check_range("strength", strength, 0)
+    check_range("most", most, 0)
+    check_choice("average", average, ("group", "right"))
+    for name, array in (("log_prob", log_prob), ("right", right), ("group", group)):
+        check_same_shape(name, array, "advantages", advantages)
+    check_finite(advantages, "advantages", "Mend the rewards they come from.")
+    advantages, group, right = _samples(advantages, group, num_groups, right)
+    log_prob = jnp.asarray(log_prob, jnp.float32)
+    known = jnp.isfinite(log_prob)
+    counts = known & right if average == "right" else known
+    # 0 where it does not count: what is raised always does
+    deviation = _moments(log_prob, group, counts, num_groups).deviation
+    bonus = jnp.minimum(
+        jnp.maximum(-strength * jnp.expm1(deviation), 0), most * advantages
+    )
+    raised = right & known & (advantages > 0)
+    return jax.lax.stop_gradient(advantages + jnp.where(raised, bonus, 0))
 
 
 def best_and_worst(
