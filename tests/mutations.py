@@ -181,8 +181,13 @@ TESTS = {
         "runtime/test_lm_rl.py -k 'definition or packing or learns or tied or "
         "penalised or clipped or bad or truncated or recomputed or unequal or fails'",
     ),
-    "runtime/scheduling": "runtime/test_interruption.py runtime/test_lm_rl.py "
-    "-k 'interrupted or gone or stopped or tied or fails'",
+    **dict.fromkeys(
+        ["runtime/scheduling", "runtime/rounds"],
+        "runtime/test_interruption.py runtime/test_rounds.py runtime/test_lm_rl.py "
+        "-k 'interrupted or gone or stopped or tied or fails or planner'",
+    ),
+    "runtime/group_objective": "systems/test_grpo.py",
+    "runtime/worked_examples": "systems/test_xrpo.py",
     "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",
     "systems/dmd2": "systems/test_tmd.py -k 'dmd2 or renoised'",

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from tmdjax.systems import grpo
+from tmdjax import runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ranks(grpo.GroupRelativeObjective):
+class Ranks(runtime.GroupRelativeObjective):
     """GRPO that sees the order of rewards and not their size."""
 
     temperature: float = 1.0

@@ -240,7 +240,7 @@ def test_c_truncated_responses_may_be_left_out():
 
 def test_recomputed_log_probs_and_a_reference(refused):
     options = {"kl_coefficient": 0.1, "correction": "truncate", "clip_range": 0.3}
-    objective, optimizer = grpo.GroupRelativeObjective(**options), optax.sgd(0.0)
+    objective, optimizer = runtime.GroupRelativeObjective(**options), optax.sgd(0.0)
     settings = dataclasses.replace(SETTINGS, proximal="recompute")
     other = jax.tree.map(lambda x: x * 1.1, PARAMS)
     iterate = made(objective, optimizer, settings, reference=other)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from tmdjax import rl
+from tmdjax import rl, runtime
 from tmdjax.rl import TokenBatch, TokenRecord
 from tmdjax.runtime import UpdateBatch
 from tmdjax.systems import grpo
@@ -57,7 +57,7 @@ def test_c_corrections(correction):
     if correction == "sequence":
         difference = np.broadcast_to(difference.sum(1, keepdims=True), MASK.shape)
     weight = np.minimum(np.exp(difference), 1.1)
-    objective = grpo.GroupRelativeObjective(correction=correction, max_weight=1.1)
+    objective = runtime.GroupRelativeObjective(correction=correction, max_weight=1.1)
     assert_allclose(found(objective), live(LOSSES["grpo"] * weight), rtol=2e-5)
 
 
@@ -70,7 +70,7 @@ def test_the_sequence_ratio_reaches_every_token():
 
 def test_c_kl_to_a_reference():
     reference = LOG_PROB - 0.5
-    objective = grpo.GroupRelativeObjective(kl_coefficient=2.0)
+    objective = runtime.GroupRelativeObjective(kl_coefficient=2.0)
     extra = found(objective, reference=reference) - found(grpo.preset("grpo"))
     assert_allclose(extra, live(2 * (np.exp(-0.5) - 1 + 0.5)), rtol=1e-4)
 

@@ -40,6 +40,8 @@ class TokenRecord:
         kv_mixed: whether tokens were drawn from keys and values of older weights.
         score: of the finished response, as the scorer gave it, or None.
         reward: what is learned from: the score, with penalties; or None.
+        question: the prompt that the group shares, where worked examples stand before
+            it in ``prompt``; None where it is ``prompt``.
     """
 
     number: int
@@ -53,10 +55,16 @@ class TokenRecord:
     kv_mixed: bool = False
     score: float | None = None
     reward: float | None = None
+    question: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """Number of tokens in the response."""
         return len(self.tokens)
+
+    @property
+    def own_prompt(self) -> tuple[int, ...]:
+        """The prompt that its group shares, without examples before it."""
+        return self.prompt if self.question is None else self.question
 
     @property
     def finished(self) -> bool:
@@ -119,9 +127,11 @@ def pack_records(records: Sequence[TokenRecord]) -> np.ndarray:
 def unpack_records(packed: ArrayLike) -> list[TokenRecord]:
     """The records of :func:`pack_records`, equal in every field."""
     found = json.loads(np.asarray(packed, np.uint8).tobytes() or "[]")
-    return [
-        TokenRecord(**{**fields, "prompt": tuple(fields["prompt"])}) for fields in found
-    ]
+    for fields in found:
+        for name in ("prompt", "question"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
+    return [TokenRecord(**fields) for fields in found]
 
 
 @struct.dataclass

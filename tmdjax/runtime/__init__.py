@@ -1,12 +1,19 @@
 """How generation, scoring and training take turns."""
 
+from tmdjax.runtime.group_objective import (
+    GroupRelativeObjective as GroupRelativeObjective,
+)
 from tmdjax.runtime.lm_rl import LMState as LMState
 from tmdjax.runtime.lm_rl import make_iteration as make_iteration
 from tmdjax.runtime.packing import TokenObjective as TokenObjective
 from tmdjax.runtime.packing import UpdateBatch as UpdateBatch
 from tmdjax.runtime.packing import update_batches as update_batches
-from tmdjax.runtime.scheduling import Group as Group
-from tmdjax.runtime.scheduling import Rollout as Rollout
+from tmdjax.runtime.rounds import Ask as Ask
+from tmdjax.runtime.rounds import Group as Group
+from tmdjax.runtime.rounds import OneRound as OneRound
+from tmdjax.runtime.rounds import Planner as Planner
+from tmdjax.runtime.rounds import Rollout as Rollout
+from tmdjax.runtime.rounds import Turn as Turn
 from tmdjax.runtime.scheduling import collect as collect
 from tmdjax.runtime.settings import LanguageSettings as LanguageSettings
 from tmdjax.runtime.settings import Prompt as Prompt

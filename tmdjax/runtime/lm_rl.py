@@ -26,7 +26,8 @@ from tmdjax.generation import Engine
 from tmdjax.quant import Precision
 from tmdjax.rl import TokenBatch
 from tmdjax.runtime.packing import TokenObjective, update_batches
-from tmdjax.runtime.scheduling import Rollout, collect
+from tmdjax.runtime.rounds import OneRound, Planner, Rollout
+from tmdjax.runtime.scheduling import collect
 from tmdjax.runtime.settings import Draw, LanguageSettings, Score
 from tmdjax.runtime.update import LogProbs, make_update
 from tmdjax.train.iteration import Interrupted, Iteration
@@ -49,11 +50,13 @@ class LMState(LearnerCounts):
         learner: parameters and optimiser state.
         pending: responses that the next iteration goes on with, uint8 [bytes], see
             :func:`tmdjax.rl.pack_records`; none for the most part.
+        memory: of a :class:`tmdjax.runtime.Planner`, uint8 [bytes]; empty without one.
     """
 
     iteration: Any
     learner: TrainState
     pending: Any
+    memory: Any
 
     @classmethod
     def start(
@@ -61,7 +64,8 @@ class LMState(LearnerCounts):
     ) -> "LMState":
         """The state before the first iteration."""
         learner = create_state(params, optimizer)
-        return cls(jnp.zeros((), jnp.int32), learner, rl.pack_records([]))
+        empty = np.zeros(0, np.uint8)
+        return cls(jnp.zeros((), jnp.int32), learner, rl.pack_records([]), empty)
 
 
 def make_iteration(
@@ -79,6 +83,7 @@ def make_iteration(
     reference: Params | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     precision: Precision | None = None,
+    planner: Planner | None = None,
 ) -> Iteration[LMState, Rollout]:
     """Builds the iteration: the engine writes, the scorer judges, updates follow.
 
@@ -105,6 +110,8 @@ def make_iteration(
             of the ratio speaks; None takes those of the engine's model for both.
         should_stop: asked between two chunks of the engine; True raises
             :class:`tmdjax.train.iteration.Interrupted`, whose state goes on.
+        planner: how responses are spread over prompts, in rounds; None asks for as many
+            to each.
 
     Returns:
         The iteration. The version of the weights that each token carries is the number
@@ -137,11 +144,18 @@ def make_iteration(
             "proximal='behaviour' there is nothing to correct; use "
             "proximal='recompute', or correction='none'."
         )
+    if settings.train_prompt == "question" and not corrects:
+        raise ValueError(
+            "train_prompt='question' trains on responses that were written behind "
+            "worked examples as if they had not been there; the objective must correct "
+            "for that (correction='truncate'), or use train_prompt='sampled'."
+        )
     if "reference" in objective.needs and reference is None:
         raise ValueError(
             "the objective needs a reference policy for its KL term; give reference=, "
             "or kl_coefficient=0."
         )
+    planner = planner or OneRound()
     update = make_update(log_probs, objective, optimizer)
 
     @jax.jit
@@ -165,6 +179,8 @@ def make_iteration(
             number,
             pending=rl.unpack_records(state.pending),
             should_stop=should_stop,
+            planner=planner,
+            memory=state.memory,
         )
         if not rollout.records:
             pending = rl.pack_records(rollout.pending)
@@ -205,7 +221,8 @@ def make_iteration(
         means["effective_sample_fraction"] = means.pop("behaviour_ratio") ** 2 / square
         means["first_ratio_error"] = float(host[0]["ratio_error_max"])
         pending = rl.pack_records(rollout.pending)
-        state = LMState(state.iteration + 1, learner, pending)
+        memory = planner.remember(state.memory, rollout, iteration)
+        state = LMState(state.iteration + 1, learner, pending, memory)
         return state, rollout.metrics | means
 
     return Iteration(

@@ -1,6 +1,7 @@
 """Records of an iteration as minibatches of fixed shape, weighed as a whole."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,6 +121,11 @@ def update_batches(
     """
     _check(records, settings)
     advantage = np.asarray(objective.advantages(records), np.float32)
+    if settings.train_prompt == "question":
+        records = [
+            dataclasses.replace(record, prompt=record.own_prompt, question=None)
+            for record in records
+        ]
     count, size = len(records), settings.microbatch
     longest = max(len(record.prompt) + len(record) for record in records)
     shape = {
@@ -208,7 +214,8 @@ def _check(records: Sequence[TokenRecord], settings: LanguageSettings) -> None:
     prompts: dict[int, tuple[int, ...]] = {}
     for record in records:
         record.check(scored=True)
-        if prompts.setdefault(record.group, record.prompt) != record.prompt:
+        own = record.own_prompt
+        if prompts.setdefault(record.group, own) != own:
             raise ValueError(
                 f"group {record.group} holds responses to several prompts; number the "
                 f"groups anew where rollouts are joined."

@@ -43,6 +43,10 @@ class LanguageSettings:
             'recompute' where the recipe of either is not exact (such as 'bf16', see
             :class:`tmdjax.quant.Recipe`) or the objective corrects for the behaviour,
             and 'behaviour' elsewhere.
+        train_prompt: where worked examples stood before a prompt, the update reads the
+            response behind them, as it was 'sampled' (the first ratio is 1), or behind
+            the 'question' alone: then the plain prompt learns, and the objective must
+            correct for the policy that wrote, which had the examples.
         dynamic_sampling: groups whose scores are all equal are replaced by others;
             penalties of long responses do not make scores differ.
         max_attempts: batches of prompts that may be drawn for that.
@@ -67,6 +71,7 @@ class LanguageSettings:
     microbatch: int = 8
     pack_rows: int | None = None
     proximal: str = "auto"
+    train_prompt: str = "sampled"
     dynamic_sampling: bool = False
     max_attempts: int = 10
     overlong_buffer: int | None = None
@@ -82,6 +87,7 @@ class LanguageSettings:
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
         check_choice("proximal", self.proximal, ("auto", *rl.PROXIMAL))
+        check_choice("train_prompt", self.train_prompt, ("sampled", "question"))
         check_range("overlong_factor", self.overlong_factor, 0)
         check_range(
             "score_timeout",

@@ -1,6 +1,7 @@
 """Group-relative policy optimisation of a language model, and its relatives.
 
-One objective with the switches that tell them apart; :data:`PRESETS` has the published
+One objective with the switches that tell them apart,
+:class:`tmdjax.runtime.GroupRelativeObjective`; :data:`PRESETS` has the published
 settings. The iteration is that of :mod:`tmdjax.runtime.lm_rl`.
 
 References:
@@ -8,155 +9,10 @@ References:
     GSPO: 2507.18071. CISPO: 2506.13585. SAPO: 2511.20347. Decoupled: 2505.24298.
 """
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from tmdjax import rl
-from tmdjax.core.checks import check_choice, check_fields, check_range
-from tmdjax.core.types import Array
-from tmdjax.rl import TokenRecord, ratios
-from tmdjax.rl.advantages import BASELINES, SCALES
-from tmdjax.rl.kl import KINDS
-from tmdjax.runtime.packing import UpdateBatch
-
-SURROGATES = ("token", "sequence", "cispo", "sapo")
-CORRECTIONS = ("none", "truncate", "sequence", "reject")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupRelativeObjective:
-    """A :class:`tmdjax.runtime.TokenObjective`.
-
-    Attributes:
-        surrogate: ratio of each 'token', or the geometric mean of the 'sequence'
-            (GSPO), clipped; 'cispo' clips the weight and not the gradient; 'sapo' has
-            a soft gate.
-        clip_range: a number or (low, high), in units of that ratio.
-        dual_clip: bound of the loss where the advantage is negative, > 1, or None.
-        aggregation: of the tokens' losses, see :func:`tmdjax.rl.aggregate`.
-        length: constant length of 'seq-mean-token-sum-norm'; None takes the largest
-            response of the iteration, its max_new_tokens. Other modes take none.
-        baseline: of advantages: 'mean' of the group, or 'leave_one_out'.
-        scale: their unit: std of the 'group', of the 'batch', or 'none'.
-        correction: weights of the proximal policy against the one that wrote, which
-            multiply the loss: 'none', 'truncate' each token's ratio at the bound, or
-            the whole 'sequence's, or 'reject' tokens beyond it.
-        max_weight: the bound, > 0.
-        kl_coefficient: >= 0, of the KL to a reference policy in the loss.
-        kl_estimator: of it, see :func:`tmdjax.rl.kl_estimate`.
-    """
-
-    surrogate: str = "token"
-    clip_range: Any = 0.2
-    dual_clip: float | None = None
-    aggregation: str = "seq-mean-token-mean"
-    length: int | None = None
-    baseline: str = "mean"
-    scale: str = "group"
-    correction: str = "none"
-    max_weight: float = 2.0
-    kl_coefficient: float = 0.0
-    kl_estimator: str = "k3"
-
-    def __post_init__(self) -> None:
-        check_choice("surrogate", self.surrogate, SURROGATES)
-        check_choice("correction", self.correction, CORRECTIONS)
-        check_choice("aggregation", self.aggregation, rl.AGGREGATIONS)
-        check_range("kl_coefficient", self.kl_coefficient, 0)
-        rl.check_clip_range(self.clip_range)
-        check_range("max_weight", self.max_weight, 0, math.inf, open_low=True)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_choice("scale", self.scale, SCALES)
-        check_choice("kl_estimator", self.kl_estimator, KINDS)
-        if self.dual_clip is not None:
-            check_range("dual_clip", self.dual_clip, 1, open_low=True)
-        if self.length is not None:
-            check_range("length", self.length, 0, open_low=True)
-            if self.aggregation != "seq-mean-token-sum-norm":
-                raise ValueError(
-                    f"length={self.length} with aggregation={self.aggregation!r}: only "
-                    f"'seq-mean-token-sum-norm' divides by a length; use None."
-                )
-        if self.dual_clip is not None and self.surrogate not in ("token", "sequence"):
-            raise ValueError(
-                f"dual_clip={self.dual_clip} has no meaning for "
-                f"surrogate={self.surrogate!r}; use None."
-            )
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """'proximal' log-probs that differ from the behaviour's, a 'reference'."""
-        found = ("proximal",) if self.correction != "none" else ()
-        return (*found, "reference") if self.kl_coefficient else found
-
-    def log_ratio(self, log_prob: Array, batch: UpdateBatch) -> Array:
-        """Logarithm of the clipped ratio, [sequence, token]; 0 where masked out."""
-        mask = batch.texts.mask
-        if self.surrogate == "sequence":
-            return rl.sequence_log_ratio(log_prob, batch.proximal, mask)
-        return ratios.log_ratio(log_prob, batch.proximal, mask)
-
-    def advantages(self, records: Sequence[TokenRecord]) -> Array:
-        """Advantages, float32 [sequence]; 0 where a group's rewards are equal."""
-        group = np.array([record.group for record in records])
-        return rl.group_advantages(
-            jnp.asarray([record.reward for record in records], jnp.float32),
-            jnp.asarray(group),
-            num_groups=int(group.max()) + 1,
-            baseline=self.baseline,
-            scale=self.scale,
-        )
-
-    def loss(
-        self, log_prob: Array, batch: UpdateBatch
-    ) -> tuple[Array, dict[str, Array]]:
-        """Loss and metrics of every token, [sequence, token]."""
-        mask, proximal = batch.texts.mask, batch.proximal
-        own, options = log_prob, {"clip_range": self.clip_range, "mask": mask}
-        if self.surrogate == "cispo":
-            loss = rl.clipped_policy_gradient(
-                log_prob, proximal, batch.advantage, **options
-            )
-        elif self.surrogate == "sapo":
-            loss = rl.sigmoid_surrogate(log_prob, proximal, batch.advantage, mask=mask)
-        else:
-            if self.surrogate == "sequence":
-                log_prob = self.log_ratio(log_prob, batch)
-                proximal = jnp.zeros_like(log_prob)
-            loss = rl.clipped_surrogate(
-                log_prob,
-                proximal,
-                batch.advantage,
-                dual_clip=self.dual_clip,
-                **options,
-            )
-        metrics = {}
-        if self.correction != "none":
-            weight = self._weights(batch)
-            loss, metrics = loss * weight, {"behaviour_weight": weight}
-        if self.kl_coefficient:
-            if batch.reference is None:
-                raise ValueError(
-                    f"kl_coefficient={self.kl_coefficient} needs a reference policy; "
-                    f"give make_iteration(reference=params), or use 0."
-                )
-            kl = rl.kl_estimate(own, batch.reference, self.kl_estimator, mask=mask)
-            loss, metrics = loss + self.kl_coefficient * kl, metrics | {"kl": kl}
-        return loss, metrics
-
-    def _weights(self, batch: UpdateBatch) -> Array:
-        given = batch.proximal, batch.texts.log_prob, batch.texts.mask
-        if self.correction == "reject":
-            return rl.rejecting_weights(*given, low=0.0, high=self.max_weight)
-        if self.correction == "sequence":
-            return rl.sequence_weights(*given, high=self.max_weight)
-        return rl.truncated_weights(*given, high=self.max_weight)
-
+from tmdjax.core.checks import check_choice, check_fields
+from tmdjax.runtime import GroupRelativeObjective
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
