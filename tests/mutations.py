@@ -163,6 +163,10 @@ TESTS = {
     "domains/torus": "domains/test_torus.py",
     "domains/blocks": "domains/test_blocks.py",
     **dict.fromkeys(["quant/linear", "quant/recipes"], "test_quant.py"),
+    **dict.fromkeys(
+        ["quant/" + name for name in "fp8 fp8_recipes self_test".split()],
+        "test_fp8.py optimised/test_quantisers.py",
+    ),
     "generation/chat_templates": "generation/test_tokenizers.py",
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/tex": "rewards/test_math.py",

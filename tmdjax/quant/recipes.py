@@ -35,6 +35,10 @@ class Recipe:
         exact: forward passes in another program or batch shape agree to about float32
             rounding (1e-5), so that ratios of training to rollout start at 1. Results
             rounded to 16 bits do not (1e-2 in a log-prob).
+        differentiable: products have a gradient. Those that have none are of rollouts
+            alone, and say so when they are differentiated.
+        head: the recipe of the head of a language model, whose rounding tells most in
+            log-probs; None is this recipe itself.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Recipe:
     prepare: Callable[[Any], Any]
     batch_independent: bool = True
     exact: bool = False
+    differentiable: bool = True
+    head: "Recipe | None" = None
 
     def __repr__(self) -> str:
         return f"Recipe({self.name!r})"
@@ -82,7 +88,8 @@ def rounding_recipe(name: str, dtype: Any) -> Recipe:
         dtype: float32 (then nothing is TF32), bfloat16 or float16.
 
     Raises:
-        ValueError: another dtype. Fewer bits need scales, which a plain cast has not.
+        ValueError: another dtype. Fewer bits need scales, which a plain cast has not:
+            see :func:`tmdjax.quant.fp8_recipe`.
     """
     dtype = jnp.dtype(dtype)
     check_choice("dtype", dtype.name, ("float32", "bfloat16", "float16"))
@@ -120,7 +127,8 @@ class Precision:
         train: of the forward passes that are differentiated.
 
     Raises:
-        ValueError: an unknown name, with the attribute it was given to.
+        ValueError: an unknown name, with the attribute it was given to; in ``train`` a
+            recipe that is not differentiable.
     """
 
     rollout: Any = "fp32"
@@ -133,6 +141,11 @@ class Precision:
             except ValueError as error:
                 raise ValueError(f"precision.{side}: {error}") from None
             object.__setattr__(self, side, found)
+        if not self.train.differentiable:
+            raise ValueError(
+                f"precision.train={self.train.name!r} has no gradient: it is of "
+                f"rollouts alone. Train under another recipe, such as 'bf16'."
+            )
 
     def disagreement(self) -> str:
         """Why log-probs of rollout and training differ, '' where they should not."""

@@ -216,8 +216,9 @@ def fuse_projections(params: Params) -> dict[str, Any]:
     """Parameters for generation: fewer, wider products.
 
     Query, key and value become one product, gate and up another: two in place of
-    five a layer, of the same numbers. :func:`prefill` and :func:`decode` take the
-    result like the original; the module does not. Fuse after adapters are merged.
+    five a layer, of the same numbers (but under recipes whose scales span the joined
+    axis, see :func:`tmdjax.quant.fp8_recipe`). :func:`prefill` and :func:`decode` take
+    the result like the original; the module does not. Fuse after adapters are merged.
 
     Args:
         params: of a Decoder.
@@ -269,4 +270,6 @@ def prepare_weights(params: Params, config: DecoderConfig) -> dict[str, Any]:
             return leaf.astype(jnp.promote_types(config.recipe.dtype, head.dtype))
         return leaf
 
-    return jax.tree_util.tree_map_with_path(prepared, params)
+    return jax.tree_util.tree_map_with_path(
+        prepared, params, is_leaf=lambda leaf: hasattr(leaf, "shape")
+    )

@@ -104,8 +104,9 @@ class DecoderConfig:
         recipe: a :class:`tmdjax.quant.Recipe` or its name, of every dense layer; it
             sets the dtype of activations.
         head_recipe: of the head, which decides most of how far log-probs of rollout and
-            training differ; None means ``recipe``. Under 'bf16' logits are rounded to 8
-            bits before they become float32.
+            training differ; None means ``recipe.head`` where that is set ('bf16' under
+            'fp8_block' and its like), else ``recipe``. Under 'bf16' logits are rounded
+            to 8 bits before they become float32.
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention.attention`.
 
@@ -182,7 +183,7 @@ class DecoderConfig:
     @property
     def output_recipe(self) -> Recipe:
         """The recipe of the head."""
-        return self.recipe if self.head_recipe is None else self.head_recipe
+        return self.head_recipe or self.recipe.head or self.recipe
 
     def rotary_frequencies(self) -> np.ndarray:
         """Radians a position of each pair of a head, float64 [head_dim / 2]."""
