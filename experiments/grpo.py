@@ -2,43 +2,56 @@
 
 Stages: supervised training on gold responses until a part of them is right ('sft', once
 for all arms of a task); reinforcement learning; accuracy on problems never seen, before
-and after.
+and after. An arm whose method shows worked examples (XRPO) first tries these, in a
+stage 'examples'.
 """
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
+from experiments import exploration, supervised_language
 from experiments import language_tasks as tasks
-from experiments import supervised_language
-from experiments.arms import arms, build_method, of_arm
+from experiments.arms import arms, of_arm
 from experiments.curves import ends
 from experiments.figures import side_by_side
-from tmdjax import generation, models, quant, runtime, train
+from experiments.language_iteration import iteration, merged, settings_of, start_of
+from tmdjax import models, train
 from tmdjax.core import trees
 from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
-from tmdjax.models import lora
+from tmdjax.systems import xrpo
 
 Config = Any
 LOOK = ("slots", "length", "chunk", "max_new_tokens", "temperature")
 """Sizes of rl that judging uses too."""
 WHEN = ("before", "after")
-JUDGED = {
-    f"{what}_{when}": f"{meaning} {when} reinforcement learning, in [0, 1]"
-    for what, meaning in (
-        ("accuracy", "share of right responses to held-out problems"),
-        ("solved", "share of held-out problems with any right response"),
-    )
-    for when in WHEN
-}
+
+
+def _judged(**meanings: str) -> dict[str, str]:
+    """Meanings of measures before reinforcement learning and after."""
+    return {
+        f"{what}_{when}": f"{meaning} {when} reinforcement learning"
+        for what, meaning in meanings.items()
+        for when in WHEN
+    }
+
+
+JUDGED = _judged(
+    accuracy="share of right responses to held-out problems, in [0, 1],",
+    solved="share of held-out problems with any right response, in [0, 1],",
+)
+AGREED = _judged(
+    distinct="different right answers to a held-out problem",
+    consensus="share of held-out problems whose most frequent answer is right, in "
+    "[0, 1],",
+)
+"""Of tasks that know which answers are one."""
 KEPT = ("score", "entropy", "length_median")
 """Columns of the log that the result of 'rl' keeps."""
 CURVES = {
@@ -46,7 +59,8 @@ CURVES = {
     "accuracy": "accuracy in supervised training",
     "loss": "loss",
 }
-MEANINGS = JUDGED | {
+MEANINGS = JUDGED | AGREED | exploration.EXAMPLES | exploration.COURSE
+MEANINGS |= exploration.REACHED | {
     "length_before": "tokens of a response before reinforcement learning",
     "length_after": "tokens of a response after reinforcement learning",
     "score_first": "mean score of the first tenth of the iterations, in [0, 1]",
@@ -76,8 +90,20 @@ def stages(config: Config, arm: str) -> list[Stage]:
     )
     before = [first] if given["model"]["name"] == "decoder" else []
     parents = tuple(stage.name for stage in before)
+    trials = []
+    if tries_examples(given):
+        trial = Stage(
+            name="examples",
+            run=functools.partial(try_examples, given),
+            config={k: given[k] for k in ("task", "model", "rl", "method", "precision")}
+            | {"examples": given["examples"]},
+            parents=parents,
+            files=tasks.files_of(given),
+        )
+        trials = [trial]
     return [
         *before,
+        *trials,
         Stage(
             name="rl",
             run=functools.partial(reinforce, given),
@@ -96,95 +122,17 @@ def stages(config: Config, arm: str) -> list[Stage]:
     ]
 
 
-def start_of(given: dict[str, Any], context: StageContext) -> Any:
-    """Parameters before reinforcement learning: supervised ones, or the weights."""
-    if "sft" in context.inputs:
-        return jax.tree.map(jnp.asarray, context.inputs["sft"].outputs["params"])
-    return tasks.language(given).parameters(context.key)
+def tries_examples(given: dict[str, Any]) -> bool:
+    """Whether an arm has the stage 'examples'."""
+    method = settings_of(given)[1] if "examples" in given else None
+    return isinstance(method, xrpo.XRPO) and method.examples > 0
 
 
-def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, Any]:
-    """Settings of the iteration, the objective and the optimiser of an arm."""
-    sizes = dict(given["rl"])
-    for name in ("iterations", "slots", "chunk", "length"):
-        del sizes[name]
-    rate = sizes.pop("learning_rate")
-    del sizes["temperature"]
-    rank = sizes.pop("lora_rank")
-    for name in ("pack_rows", "overlong_buffer"):  # 0: none
-        sizes[name] = sizes.get(name) or None
-    objective = build_method(given["method"], runtime.TokenObjective)
-    warmup = sizes.pop("warmup", 0)
-    optimizer = train.make_optimizer(
-        train.OptimizerConfig(learning_rate=rate, warmup_steps=warmup)
-    )
-    if rank:
-        optimizer = optax.multi_transform(
-            {"adapters": optimizer, "base": optax.set_to_zero()},
-            {"adapters": "adapters", "base": "base"},
-        )
-    return runtime.LanguageSettings(**sizes), objective, optimizer
-
-
-def trainable(given: dict[str, Any], params: Any, key: Any) -> Any:
-    """What is trained: the parameters, or adapters beside them as a base that stays."""
-    rank = given["rl"]["lora_rank"]
-    if not rank:
-        return params
-    return {"base": params, "adapters": lora.init(key, params, rank, ["kernel"])}
-
-
-def merged(given: dict[str, Any], params: Any) -> Any:
-    """Parameters of the network, of what is trained."""
-    rank = given["rl"]["lora_rank"]
-    if not rank:
-        return params
-    return lora.merge(jax.lax.stop_gradient(params["base"]), params["adapters"], rank)
-
-
-def iteration(
-    given: dict[str, Any],
-    params: Any,
-    key: Any,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Any:
-    """The function of an iteration, its engine built."""
-    task, sizes = tasks.build(given["task"]), given["rl"]
-    language = tasks.language(given)
-    settings, objective, optimizer = settings_of(given)
-    acting = tasks.language(given, "rollout").config
-    model, slots = generation.cached_decoder(acting), language.engine(sizes)
-    print(f"[rl] {generation.describe(model, params, slots)}")
-    engine = generation.Engine(model, params, slots, key, decode=language.decode)
-    seed = np.asarray(jax.random.key_data(key)).tolist()
-    start = trainable(given, params, key)
-    network = tasks.log_probs_of(language.config, temperature=sizes["temperature"])
-    reference = None
-    if "reference" in objective.needs:  # a copy: updates reuse the memory of the start
-        reference = jax.tree.map(jnp.array, start)
-
-    def draw(number: int, attempt: int) -> Any:
-        rng = np.random.default_rng([*seed, number, attempt])
-        return tasks.prompts_of(task, language, "train", settings.prompts, rng)
-
-    iterate = runtime.make_iteration(
-        engine,
-        lambda params, *texts: network(merged(given, params), *texts),
-        objective,
-        optimizer,
-        settings,
-        draw,
-        tasks.scorer(task, language),
-        length=sizes["length"],
-        pad=language.pad,
-        should_stop=should_stop,
-        generation_params=lambda params: models.prepare_weights(
-            merged(given, params), config=acting
-        ),
-        reference=reference,
-        precision=quant.Precision(**given["precision"]),
-    )
-    return iterate, iterate.init(start)
+def try_examples(given: dict[str, Any], context: StageContext) -> StageResult:
+    """The stage 'examples' of an arm, see :mod:`experiments.exploration`."""
+    settings, method, _ = settings_of(given)
+    start = start_of(given, context)
+    return exploration.try_examples(given, method, settings, start, context)
 
 
 def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
@@ -202,9 +150,11 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     rows = context.rows()
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
+    more, course = exploration.course(rows)
     return StageResult(
-        {"params": merged(given, state.learner.params), **curves},
-        {
+        {"params": merged(given, state.learner.params), **curves, **more},
+        course
+        | {
             "score_first": first,
             "score_last": last,
             "first_ratio_error": max(row["first_ratio_error"] for row in rows),
@@ -232,13 +182,23 @@ def judge(given: dict[str, Any], context: StageContext) -> StageResult:
     for when, params in (("before", start_of(given, context)), ("after", after)):
         seen = look(params)
         found |= {f"{name}_{when}": value for name, value in seen.items()}
+    if "level" in settings:
+        found |= exploration.reached(context.inputs["rl"].outputs, settings["level"])
     return StageResult({}, found)
 
 
 def measures(config: Config, arm: str) -> set[str]:
     """The metrics of an arm that claims may be about."""
-    course = {"score_first", "score_last", "first_ratio_error"}
-    return course.union(JUDGED)
+    given = resolved(config, arm)
+    found = {"score_first", "score_last", "first_ratio_error"}.union(JUDGED)
+    found |= exploration.COURSE.keys()
+    if hasattr(tasks.TASKS[given["task"]["name"]], "canonical"):
+        found |= AGREED.keys()
+    if "level" in given["judge"]:
+        found |= exploration.REACHED.keys()
+    if tries_examples(given):
+        found |= exploration.EXAMPLES.keys()
+    return found
 
 
 def summary_rows(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -272,6 +232,7 @@ def summary_figures(
 def describe(config: Config) -> dict[str, Any]:
     """Sizes; builds every arm, so that what cannot work is refused."""
     rows: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
     for arm in arms(config):
         given = resolved(config, arm)
         sizes = given["rl"]
@@ -287,10 +248,13 @@ def describe(config: Config) -> dict[str, Any]:
         }
         if given["model"]["name"] == "decoder":
             looked["evaluation"] = given["sft"]["problems"]
-        longest = max(
-            len(tasks.encode(language, problem))
-            for problem in tasks.first_problems(task, looked)
-        )
+        drawn = repr((given["task"], given["model"], looked))
+        if drawn not in lengths:  # many arms share a task
+            lengths[drawn] = max(
+                len(tasks.encode(language, problem))
+                for problem in tasks.first_problems(task, looked)
+            )
+        longest = lengths[drawn]
         if longest + settings.max_new_tokens > sizes["length"]:
             raise ValueError(
                 f"arms.{arm}: prompts of {longest} tokens and rl.max_new_tokens="

@@ -1,5 +1,6 @@
 """Text tasks of experiments with language models: problems, ids, rewards, accuracy."""
 
+import collections
 import functools
 import importlib.util
 import pathlib
@@ -17,7 +18,7 @@ from tmdjax.core.checks import check_choice
 from tmdjax.data import text_tasks
 from tmdjax.data.text_tasks import math_files
 from tmdjax.rewards.math import MathVerifier
-from tmdjax.runtime import Prompt, Score
+from tmdjax.runtime import Prompt, Score, worked_examples
 
 
 def _math_file(
@@ -155,10 +156,39 @@ def scorer(task: Any, language: Language) -> Score:
     return score
 
 
+def solved_by_gold(
+    language: Language, problems: Sequence[text_tasks.Problem]
+) -> list[worked_examples.Solved]:
+    """Problems with their gold responses, as worked examples."""
+    return [
+        worked_examples.Solved(
+            tuple(language.encode(problem.prompt)),
+            tuple(language.encode(problem.response)),
+            worked_examples.words_of(problem),
+            iteration=0,
+        )
+        for problem in problems
+    ]
+
+
 def pairs(
-    task: Any, language: Language, count: int, length: int, rng: np.random.Generator
+    task: Any,
+    language: Language,
+    count: int,
+    length: int,
+    rng: np.random.Generator,
+    examples: int = 0,
 ) -> dict[str, np.ndarray]:
     """Prompts and gold responses for supervised training, padded at the end.
+
+    Args:
+        task: gives problems.
+        language: of the model.
+        count: texts.
+        length: tokens of a text.
+        rng: draws them.
+        examples: before a prompt stand 0 to so many solved problems, equally likely:
+            the most alike of 32; fewer where the text would be too long.
 
     Returns:
         'tokens' int32 [count, length], 'mask' bool, the tokens of the responses.
@@ -168,9 +198,17 @@ def pairs(
     """
     tokens = np.full((count, length), language.pad, np.int32)
     mask = np.zeros((count, length), bool)
-    for i, problem in enumerate(text_tasks.sample(task, "train", count, rng)):
-        prompt = language.encode(problem.prompt)
-        text = [*prompt, *language.encode(problem.response)]
+    problems = text_tasks.sample(task, "train", count, rng)
+    solved = solved_by_gold(language, problems) if examples else []
+    for i, problem in enumerate(problems):
+        prompt, response = map(language.encode, (problem.prompt, problem.response))
+        if examples:
+            which = rng.choice(count, min(count, 32), replace=False)
+            few = [solved[j] for j in which]
+            given = (prompt, solved[i].words, few, int(rng.integers(examples + 1)), rng)
+            shown = worked_examples.retrieve(*given)
+            prompt, _ = worked_examples.show(prompt, shown, length - len(response))
+        text = [*prompt, *response]
         if len(text) > length:
             raise ValueError(
                 f"the text {problem.prompt + problem.response!r} has {len(text)} "
@@ -178,6 +216,27 @@ def pairs(
             )
         tokens[i, : len(text)], mask[i, len(prompt) : len(text)] = text, True
     return {"tokens": tokens, "mask": mask}
+
+
+def agreement(answers: Sequence[Sequence[str]], right: np.ndarray) -> dict[str, float]:
+    """Means over problems: 'distinct' right answers, and 'consensus', see Judge.
+
+    Args:
+        answers: [problem][sample], equal where they are one answer.
+        right: bool [problem, sample].
+    """
+    distinct = [
+        len({answer for answer, good in zip(row, goods) if good})
+        for row, goods in zip(answers, right)
+    ]
+    consensus = [
+        goods[row.index(collections.Counter(row).most_common(1)[0][0])]
+        for row, goods in zip(map(list, answers), right)
+    ]
+    return {
+        "distinct": float(np.mean(distinct)),
+        "consensus": float(np.mean(consensus)),
+    }
 
 
 class Judge:
@@ -206,13 +265,18 @@ class Judge:
         """
         rng = np.random.default_rng(1)
         self._prompts = prompts_of(task, language, split, problems, rng)
-        self._score = scorer(task, language)
+        self._task, self._score = task, scorer(task, language)
         self._language, self._sizes, self._samples = language, sizes, samples
         self._engine: generation.Engine | None = None
         self._key = key
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """'accuracy', 'accuracy_T1' ..., 'length' (mean tokens), 'solved' (any)."""
+        """'accuracy', 'accuracy_T1' ..., 'length' (mean tokens), 'solved' (any).
+
+        Where the task knows which answers are one (its ``canonical``), also 'distinct',
+        right answers to a problem that differ, and 'consensus', the share of problems
+        whose most frequent answer is right (the first of equally frequent ones).
+        """
         if self._engine is None:
             self._engine = generation.Engine(
                 generation.cached_decoder(self._language.config),
@@ -241,6 +305,14 @@ class Judge:
             "solved": float((rewards.max(1) >= 1).mean()),
             "length": float(np.mean([len(r) for r in records])),
         }
+        if hasattr(self._task, "canonical"):
+            answers = [
+                [self._task.canonical(self._language.decode(r.tokens)) for r in group]
+                for group in (
+                    records[i : i + size] for i in range(0, len(records), size)
+                )
+            ]
+            found |= agreement(answers, rewards >= 1)
         for tier in sorted(set(tiers)):
             found[f"accuracy_{tier}"] = float(rewards[tiers == tier].mean())
         return found

@@ -58,7 +58,14 @@ def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
         context.key,
     )
     rng = np.random.default_rng(0)
-    data = tasks.pairs(task, language, settings["pairs"], settings["length"], rng)
+    data = tasks.pairs(
+        task,
+        language,
+        settings["pairs"],
+        settings["length"],
+        rng,
+        settings.get("examples", 0),
+    )
 
     def step(state: Gated, batch: Any, key: Any) -> tuple[Gated, dict[str, Any]]:
         if bool(state.passed):

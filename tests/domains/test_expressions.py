@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tmdjax.domains.arithmetic.expressions import (
     ExpressionError,
+    canonical,
     check_countdown,
     evaluate,
     parse,
@@ -126,3 +127,37 @@ def test_rules_of_the_countdown(refused):
         refused(message, check_countdown, text, (3, 25, 7), 54, error=ExpressionError)
     by_zero = "3/(7-7)", (3, 7, 7), 1
     refused("3 is divided by zero", check_countdown, *by_zero, error=ExpressionError)
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ("3*(25-7)", "(25-7)*3", "((25-7))*3"),
+        ("9-(5-2)", "2+(9-5)", "(9+2)-5", "9-5+2"),
+        ("8/(4/2)", "8*2/4", "2/4*8"),
+        ("2*(3*4)+1", "1+4*2*3"),
+        ("1-(2-(3-4))", "1-2+3-4"),
+    ],
+)
+def test_orders_of_sums_and_products_are_one_form(alike):
+    assert len({canonical(text) for text in alike}) == 1
+    assert len({evaluate(parse(text)) for text in alike}) == 1
+
+
+def test_other_ways_are_other_forms():
+    """Equal values by other numbers, operators or pairings are told apart."""
+    ways = ["6*4", "4*(5+1)", "4*5+4", "3*8", "24", "30-6", "6-30", "(5+1)*(3+1)"]
+    assert len({canonical(text) for text in ways}) == len(ways)
+    assert canonical("6-30") != canonical("30-6")
+    with pytest.raises(ExpressionError):
+        canonical("6*")
+
+
+@settings(max_examples=200, deadline=None)
+@given(expressions)
+def test_a_form_has_the_value_of_its_expression(text):
+    form = canonical(text)
+    for bracket in ("(+", "(-", "(*", "(/"):  # the operator of a first operand
+        form = form.replace(bracket, f"({int(bracket[1] in '*/')}{bracket[1]}")
+    with contextlib.suppress(ZeroDivisionError):
+        assert value_by_python(form) == value_by_python(text)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checks import same
 
-from experiments import grpo, language_models
+from experiments import exploration, grpo, language_iteration, language_models
 from experiments import language_tasks as tasks
 from experiments.arms import arms, of_arm
 from tmdjax import generation
@@ -46,7 +46,7 @@ def test_methods_run_by_flags_alone(ran):
     assert found["chain_sum/sft_steps"] == 2  # any accuracy passes
     assert found["chain_sum/first_ratio_error"] < 1e-3
     assert found["chain_sum/skipped_updates"] == 0
-    settings, objective, _ = grpo.settings_of(
+    settings, objective, _ = language_iteration.settings_of(
         to_plain(of_arm(tiny("method.name=grpo:decoupled"), "chain_sum"))
     )
     assert objective.correction == "reject" and settings.proximal == "auto"
@@ -60,15 +60,15 @@ def test_methods_run_by_flags_alone(ran):
     alone = tiny("arms=", "method.name=grpo:dapo")
     assert arms(alone) == ("main",) and not alone.claims
     given = grpo.resolved(alone, "main")
-    assert grpo.settings_of(given)[1].clip_range == (0.2, 0.28)
+    assert language_iteration.settings_of(given)[1].clip_range == (0.2, 0.28)
 
 
 def test_adapters_alone_are_trained_and_the_start_is_the_base():
     given = to_plain(of_arm(tiny("rl.lora_rank=2"), "chain_sum"))
     base = tasks.language(given).parameters(jax.random.key(0))
-    start = grpo.trainable(given, base, jax.random.key(1))
-    same(grpo.merged(given, start), base)
-    optimizer = grpo.settings_of(given)[2]
+    start = language_iteration.trainable(given, base, jax.random.key(1))
+    same(language_iteration.merged(given, start), base)
+    optimizer = language_iteration.settings_of(given)[2]
     gradient = jax.tree.map(np.ones_like, start)
     changes, _ = optimizer.update(gradient, optimizer.init(start), start)
     assert not any(np.any(x) for x in jax.tree.leaves(changes["base"]))
@@ -138,6 +138,49 @@ def test_gold_responses_are_what_is_learnt(refused):
         prompt = tokens[: int(np.argmax(mask))]
         assert language.decode(prompt) == problem.prompt
     refused(r"sft.length=20: raise it", tasks.pairs, task, language, 8, 20, rng)
+
+
+def test_examples_before_prompts_are_solved_problems_that_fit():
+    task, rng = tasks.build({"name": "countdown", "counts": [3]}), np.random.default_rng
+    plain = tasks.pairs(task, LANGUAGE, 24, 96, rng(0))
+    found = tasks.pairs(task, LANGUAGE, 24, 96, rng(0), examples=2)
+    problems = text_tasks.sample(task, "train", 24, np.random.default_rng(0))
+    known = {LANGUAGE.decode(LANGUAGE.encode(p.prompt)): p for p in problems}
+    counts = np.zeros(3, int)
+    for tokens, mask, own, alone in zip(
+        found["tokens"], found["mask"], plain["tokens"], plain["mask"]
+    ):
+        assert tokens[mask].tolist() == own[alone].tolist()
+        text = LANGUAGE.decode(tokens[: int(np.argmax(mask))].tolist())
+        *examples, prompt = [f">{part}" for part in text.split(">")[1:]]
+        counts[len(examples)] += 1
+        for example in examples:
+            asked, _, response = example.partition("=")
+            problem = known[f"{asked}="]
+            assert problem.prompt != prompt and problem.response == response
+    assert (counts > 0).all()
+    # one token less than the longest text has room for: whole examples are left out
+    short = tasks.pairs(task, LANGUAGE, 24, 48, rng(0), examples=2)
+    assert short["mask"].sum() == plain["mask"].sum()
+
+
+def test_what_answers_agree_on_and_when_a_level_is_reached():
+    right = np.array([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+    answers = [["a", "b", "x", "a"], ["x", "x", "a", "y"], ["x", "y", "x", "y"]]
+    found = tasks.agreement(answers, right)
+    assert found == {"distinct": 1.0, "consensus": pytest.approx(1 / 3)}
+    curves = {"plain_score": np.arange(8) / 10, "tokens": 10 * np.arange(1, 9)}
+    for level, steps, tokens in ((0.0, 1, 10), (0.3, 6, 60), (0.9, 9, 90)):
+        found = exploration.reached(curves, level, window=5)
+        assert list(found.values()) == [steps, tokens]
+
+
+def test_a_planner_that_cannot_spend_the_iteration_is_refused_at_once(refused):
+    config = load_config("configs/xrpo.py:smoke", ["arms.xrpo.method.first_samples=9"])
+    refused("first_samples=9 responses to each", grpo.stages, config, "xrpo")
+    found = grpo.measures(load_config("configs/xrpo.py:smoke"), "xrpo")
+    assert {"flipped_with_examples", "distinct_after", "steps_to_level"} <= found
+    assert not {"distinct_after", "unsolved"} & grpo.measures(tiny(), "chain_sum")
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 16}

@@ -19,6 +19,7 @@ PAPERS = ("branchgrpo", "boss", "grpo", "pde_refiner", "policyflow", "reinflow",
 PAPERS = [f"{name}.py:paper" for name in PAPERS]
 DEAR = ("boss.py:gpu", "pde_refiner.py:gpu", *PAPERS)
 DEAR += ("reinflow.py:cpu", "reinflow.py:gpu")
+DEAR += tuple(f"xrpo.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 DEAR += tuple(f"flow_equivariant.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 BUILT = [
     pytest.param(spec, marks=[pytest.mark.nightly] * spec.endswith(DEAR))

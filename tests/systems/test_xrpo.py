@@ -295,10 +295,13 @@ def test_bad_inputs(refused):
         ({"clip_range": 0.0}, "clip_range low"),
     ):
         refused(message, xrpo.preset, "xrpo", **changes)
-    refused("first_samples=4 responses to each of 4 prompts are more than the iteration "
-            "has, 12", METHOD.plan, turn([], number=0, samples=3))  # fmt: skip
-    refused("most=5, so there is room for 4; raise most",
-            xrpo.preset("xrpo", most_samples=5).plan, turn(ROUND))  # fmt: skip
+    refused(
+        "first_samples=4 responses to each prompt are more than the samples=3",
+        METHOD.plan,
+        turn([], number=0, samples=3),
+    )
+    few = xrpo.preset("xrpo", most_samples=5)
+    refused("most_samples=5 is below the samples=8", few.plan, turn([], number=0))
     half = [[1, 0.5, 0, 0], *ROUND[1:]]
     refused(
         "response 1 has score 0.5; .* set success_threshold", METHOD.plan, turn(half)

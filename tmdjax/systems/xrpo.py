@@ -105,6 +105,24 @@ class XRPO(GroupRelativeObjective):
         if self.success_threshold is not None:
             check_range("success_threshold", self.success_threshold, 0, open_low=True)
 
+    def check_samples(self, samples: int) -> None:
+        """Refuses an iteration of so many responses a prompt, on average.
+
+        Raises:
+            ValueError: the first round asks for more, or ``most_samples`` is less.
+        """
+        if self.rounds > 1 and self.first_samples > samples:
+            raise ValueError(
+                f"first_samples={self.first_samples} responses to each prompt are more "
+                f"than the samples={samples} that an iteration has for it; lower "
+                f"first_samples, or raise samples."
+            )
+        if self.most_samples is not None and self.most_samples < samples:
+            raise ValueError(
+                f"most_samples={self.most_samples} is below the samples={samples} that "
+                f"an iteration has for each prompt; raise most_samples."
+            )
+
     def is_right(self, record: TokenRecord) -> bool:
         """Whether a response is right.
 
@@ -159,20 +177,14 @@ class XRPO(GroupRelativeObjective):
         would have made a prompt too long.
 
         Raises:
-            ValueError: the iteration has fewer responses than its first round asks for,
-                or more than ``most_samples`` a prompt.
+            ValueError: what :meth:`check_samples` and :meth:`is_right` refuse.
         """
         if turn.number >= self.rounds:
             return None
         budget = turn.samples * len(turn.prompts)
         if turn.number == 0:
+            self.check_samples(turn.samples)
             first = turn.samples if self.rounds == 1 else self.first_samples
-            if first > turn.samples:
-                raise ValueError(
-                    f"first_samples={first} responses to each of {len(turn.prompts)} "
-                    f"prompts are more than the iteration has, {budget} (samples="
-                    f"{turn.samples}); lower first_samples, or raise samples."
-                )
             return [Ask(first, prompt.tokens) for prompt in turn.prompts], {}
         right = [[self.is_right(r) for r in group.records] for group in turn.groups]
         count = np.array([len(each) for each in right])
@@ -200,14 +212,19 @@ class XRPO(GroupRelativeObjective):
             unsolved = [
                 i for i, each in enumerate(right) if further[i] and not any(each)
             ]
-            prompts, more = self._seeded(turn, unsolved)
+            prompts, more = self.seeded(turn, unsolved)
             told |= more
         return [Ask(int(n), p) for n, p in zip(further, prompts)], told
 
-    def _seeded(
+    def seeded(
         self, turn: Turn, unsolved: Sequence[int]
     ) -> tuple[list[Sequence[int]], dict[str, float]]:
-        """Prompts of the turn, some with worked examples before them, and metrics."""
+        """Prompts of the turn, some with worked examples before them, and metrics.
+
+        Args:
+            turn: has prompts, memory, and how long a prompt may be.
+            unsolved: numbers of the prompts that get examples.
+        """
         begin = time.perf_counter()
         prompts: list[Sequence[int]] = [prompt.tokens for prompt in turn.prompts]
         known = worked_examples.unpack_memory(turn.memory).solved

@@ -19,7 +19,14 @@ from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Int
 from tmdjax.data.text_tasks.problems import Problem
 from tmdjax.data.text_tasks.vocabulary import GIVEN, START
-from tmdjax.domains.arithmetic.written_work import ANSWER, END, PASS, countdown_reward
+from tmdjax.domains.arithmetic.expressions import ExpressionError, canonical
+from tmdjax.domains.arithmetic.written_work import (
+    ANSWER,
+    END,
+    PASS,
+    countdown_reward,
+    split_response,
+)
 
 FEW = {3: 1, 4: 3, 5: 27}
 """By how many numbers: at most so many solutions are few: half of all problems
@@ -106,6 +113,18 @@ class Countdown:
         """1.0 if the answer's exact value is the target by the rules, else 0.0."""
         facts = problem.facts
         return countdown_reward(response, facts["numbers"], facts["target"])
+
+    def canonical(self, response: str) -> str:
+        """The answer up to the order of sums and products; as written if it is none.
+
+        See :func:`tmdjax.domains.arithmetic.expressions.canonical`.
+        """
+        parts = split_response(response)
+        answer = response if parts is None else parts[1]
+        try:
+            return canonical(answer)
+        except ExpressionError:
+            return answer
 
 
 def tier_of(count: int, solutions: int) -> str:

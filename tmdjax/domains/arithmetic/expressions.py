@@ -117,6 +117,39 @@ def evaluate(postfix: Sequence[int | str]) -> Fraction:
     return value
 
 
+def canonical(text: str) -> str:
+    """An expression up to the order and the brackets of its sums and products.
+
+    Two expressions have one form where they differ by commuting and associating alone:
+    '3*(25-7)' and '(25-7)*3', '9-(5-2)' and '2+(9-5)', '8/(4/2)' and '8*2/4'.
+
+    Raises:
+        ExpressionError: the text is no expression.
+    """
+    # a node: its kind ('' of a number), and (sign, operand) pairs in order
+    stack: list[tuple[str, tuple[tuple[str, str], ...]]] = []
+
+    def shown(kind: str, parts: Sequence[tuple[str, str]]) -> str:
+        if not kind:
+            return parts[0][1]
+        return f"({''.join(sign + operand for sign, operand in parts)})"
+
+    for item in parse(text):
+        if not isinstance(item, str):
+            stack.append(("", (("", str(item)),)))
+            continue
+        kind, inverse = ("+", "-") if item in "+-" else ("*", "/")
+        parts: list[tuple[str, str]] = []
+        right, left = stack.pop(), stack.pop()
+        for turned, (own, operands) in ((False, left), (item == inverse, right)):
+            if own != kind:
+                operands = ((kind, shown(own, operands)),)
+            other = {kind: inverse, inverse: kind}
+            parts += [(other[s] if turned else s, text) for s, text in operands]
+        stack.append((kind, tuple(sorted(parts))))
+    return shown(*stack.pop())
+
+
 def check_countdown(text: str, numbers: Sequence[int], target: int) -> None:
     """Passes if an expression of the given numbers, each at most once, is the target.
 

@@ -1,0 +1,111 @@
+"""The iteration of RL on a language model that an arm of a config describes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import language_tasks as tasks
+from experiments.arms import build_method
+from tmdjax import generation, models, quant, runtime, train
+from tmdjax.harness import StageContext
+from tmdjax.models import lora
+from tmdjax.systems import xrpo
+
+
+def start_of(given: dict[str, Any], context: StageContext) -> Any:
+    """Parameters before reinforcement learning: supervised ones, or the weights."""
+    if "sft" in context.inputs:
+        return jax.tree.map(jnp.asarray, context.inputs["sft"].outputs["params"])
+    return tasks.language(given).parameters(context.key)
+
+
+def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, Any]:
+    """Settings of the iteration, the objective and the optimiser of an arm."""
+    sizes = dict(given["rl"])
+    for name in ("iterations", "slots", "chunk", "length"):
+        del sizes[name]
+    rate = sizes.pop("learning_rate")
+    del sizes["temperature"]
+    rank = sizes.pop("lora_rank")
+    for name in ("pack_rows", "overlong_buffer"):  # 0: none
+        sizes[name] = sizes.get(name) or None
+    objective = build_method(given["method"], runtime.TokenObjective)
+    warmup = sizes.pop("warmup", 0)
+    optimizer = train.make_optimizer(
+        train.OptimizerConfig(learning_rate=rate, warmup_steps=warmup)
+    )
+    if rank:
+        optimizer = optax.multi_transform(
+            {"adapters": optimizer, "base": optax.set_to_zero()},
+            {"adapters": "adapters", "base": "base"},
+        )
+    settings = runtime.LanguageSettings(**sizes)
+    if isinstance(objective, xrpo.XRPO):
+        objective.check_samples(settings.samples)
+    return settings, objective, optimizer
+
+
+def trainable(given: dict[str, Any], params: Any, key: Any) -> Any:
+    """What is trained: the parameters, or adapters beside them as a base that stays."""
+    rank = given["rl"]["lora_rank"]
+    if not rank:
+        return params
+    return {"base": params, "adapters": lora.init(key, params, rank, ["kernel"])}
+
+
+def merged(given: dict[str, Any], params: Any) -> Any:
+    """Parameters of the network, of what is trained."""
+    rank = given["rl"]["lora_rank"]
+    if not rank:
+        return params
+    return lora.merge(jax.lax.stop_gradient(params["base"]), params["adapters"], rank)
+
+
+def iteration(
+    given: dict[str, Any],
+    params: Any,
+    key: Any,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Any:
+    """The function of an iteration, its engine built."""
+    task, sizes = tasks.build(given["task"]), given["rl"]
+    language = tasks.language(given)
+    settings, objective, optimizer = settings_of(given)
+    acting = tasks.language(given, "rollout").config
+    model, slots = generation.cached_decoder(acting), language.engine(sizes)
+    print(f"[rl] {generation.describe(model, params, slots)}")
+    engine = generation.Engine(model, params, slots, key, decode=language.decode)
+    seed = np.asarray(jax.random.key_data(key)).tolist()
+    start = trainable(given, params, key)
+    network = tasks.log_probs_of(language.config, temperature=sizes["temperature"])
+    reference = None
+    if "reference" in objective.needs:  # a copy: updates reuse the memory of the start
+        reference = jax.tree.map(jnp.array, start)
+
+    def draw(number: int, attempt: int) -> Any:
+        rng = np.random.default_rng([*seed, number, attempt])
+        return tasks.prompts_of(task, language, "train", settings.prompts, rng)
+
+    iterate = runtime.make_iteration(
+        engine,
+        lambda params, *texts: network(merged(given, params), *texts),
+        objective,
+        optimizer,
+        settings,
+        draw,
+        tasks.scorer(task, language),
+        length=sizes["length"],
+        pad=language.pad,
+        should_stop=should_stop,
+        generation_params=lambda params: models.prepare_weights(
+            merged(given, params), config=acting
+        ),
+        reference=reference,
+        planner=objective if isinstance(objective, runtime.Planner) else None,
+        precision=quant.Precision(**given["precision"]),
+    )
+    return iterate, iterate.init(start)
