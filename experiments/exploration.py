@@ -40,12 +40,14 @@ REACHED = {
 
 
 def course(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]], size: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Curves and metrics of reinforcement learning.
 
     Args:
         rows: one an iteration.
+        size: responses of a batch of prompts; dynamic sampling writes several, over
+            which the log adds a planner's metrics up.
 
     Returns:
         Curves: 'plain_score', the mean score of responses without examples of every
@@ -57,7 +59,14 @@ def course(
         [row.get("time/allocation", 0) + row.get("time/retrieval", 0) for row in rows]
     )
     rate = np.array([row["time/steps_per_second"] for row in rows])
-    plain = np.array([row.get("first_score", row["score"]) for row in rows])
+    plain = np.array(
+        [
+            row["first_score"] * size / row["responses"]
+            if "first_score" in row
+            else row["score"]
+            for row in rows
+        ]
+    )
     return {"plain_score": plain, "tokens": np.cumsum(tokens)}, {
         "tied_fraction": float(np.mean([row["tied_group_fraction"] for row in rows])),
         "responses": float(sum(row["responses"] for row in rows)),

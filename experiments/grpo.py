@@ -150,7 +150,8 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     rows = context.rows()
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
-    more, course = exploration.course(rows)
+    size = given["rl"]["prompts"] * given["rl"]["samples"]
+    more, course = exploration.course(rows, size)
     return StageResult(
         {"params": merged(given, state.learner.params), **curves, **more},
         course

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tmdjax.data import text_tasks
 from tmdjax.harness import check_experiment, load_config
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.experiment import measured
+from tmdjax.systems import xrpo
 
 TINY = (
     "sft.pairs=64 sft.steps=4 sft.look_every=2 sft.problems=4 rl.iterations=2 "
@@ -173,6 +175,49 @@ def test_what_answers_agree_on_and_when_a_level_is_reached():
     for level, steps, tokens in ((0.0, 1, 10), (0.3, 6, 60), (0.9, 9, 90)):
         found = exploration.reached(curves, level, window=5)
         assert list(found.values()) == [steps, tokens]
+
+
+def test_the_course_is_that_of_plain_prompts_and_of_all_tokens():
+    row = {"tied_group_fraction": 0.5, "time/steps_per_second": 2.0}
+    rows = [row | {"score": 0.3, "tokens": 70.0, "responses": 16.0}]
+    planned = {"first_score": 0.4, "time/allocation": 0.01, "time/retrieval": 0.02}
+    rows += [rows[0] | planned, rows[0] | planned | {"responses": 32.0}]
+    curves, found = exploration.course(rows, 16)
+    assert curves["plain_score"].tolist() == [0.3, 0.4, 0.2]
+    assert curves["tokens"].tolist() == [70, 140, 210] == [*curves["tokens"]]
+    assert found["responses"] == 64 and found["tokens"] == 210
+    assert found["allocation_share"] == pytest.approx(0.06)
+
+
+@pytest.mark.slow
+def test_worked_examples_are_tried_on_what_was_not_solved(monkeypatch):
+    """By a scorer that random texts please now and then."""
+    given = grpo.resolved(load_config("configs/xrpo.py:smoke"), "xrpo")
+    third = lambda *_: lambda problem, tokens: float(sum(tokens) % 7 == 0)  # noqa: E731
+    monkeypatch.setattr(tasks, "scorer", third)
+    shown = []
+    seeded = xrpo.XRPO.seeded
+
+    def noted(self, turn, unsolved):
+        prompts, told = seeded(self, turn, unsolved)
+        shown.append(told | {"asked": len(unsolved)})
+        return prompts, told
+
+    monkeypatch.setattr(xrpo.XRPO, "seeded", noted)
+    settings, method, _ = language_iteration.settings_of(given)
+    key = jax.random.key(0)
+    context = types.SimpleNamespace(key=key)
+    params = tasks.language(given).parameters(key)
+    arguments = (given, method, settings, params, context)
+    found = exploration.try_examples(*arguments).metrics
+    assert found.keys() == exploration.EXAMPLES.keys()
+    assert 0 < found["unsolved"] < 1
+    assert all(0 <= value <= 1 for value in found.values())
+    with_memory, without, every = shown
+    assert with_memory["seeded_prompts"] == with_memory["asked"] > 0
+    assert without["seeded_prompts"] == 0 and without["asked"] == with_memory["asked"]
+    assert every["seeded_prompts"] == settings.prompts
+    assert found["accuracy_with_examples"] != found["accuracy_without"]
 
 
 def test_a_planner_that_cannot_spend_the_iteration_is_refused_at_once(refused):

@@ -172,7 +172,8 @@ class XRPO(GroupRelativeObjective):
         """Responses to ask for in a round, and behind which examples.
 
         Metrics: 'time/allocation' and 'time/retrieval' in seconds; 'first_score', the
-        mean score of the first round, in which nobody has examples; 'seeded_prompts',
+        mean score of the first round, in which nobody has examples (of several batches,
+        which dynamic sampling draws, the log has the sum); 'seeded_prompts',
         'without_example', prompts that none fitted, and 'examples_dropped', those that
         would have made a prompt too long.
 
