@@ -27,7 +27,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "30 s on 2 cores",
-    "cpu": "meant for an hour on 2 cores, 5 seeds side by side; not run whole yet",
+    "cpu": "81 min on 2 cores beside other work, 5 seeds side by side",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
