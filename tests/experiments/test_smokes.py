@@ -77,8 +77,8 @@ def test_the_same_command_takes_it_up_again(system, smoke_of, capsys):
     assert run.main([spec, f"--workdir={smoke_of(system)}"]) == 0
     assert "cached" in capsys.readouterr().out
     assert summary_of(smoke_of(system))["metrics"] == before
-    clocked = [name for name in before if re.search("second|time", name)]
-    assert not clocked  # they stand under timings
+    # of the clock, which stand under timings; time16 is of a simulation
+    assert not [name for name in before if re.search(r"second|time(?!\d)", name)]
 
 
 def test_flow_matching_has_begun_to_learn(smoke_of, found):
