@@ -203,12 +203,13 @@ def test_record_round_trip(tmp_path):
 
 def test_pictures_of_a_record_say_what_they_show_and_go_with_it(tmp_path):
     made, folder = {}, tmp_path / "figures" / "run" / "figures"  # the last one counts
-    for name in ("error.png", "arm/samples.png", "film.html"):
+    for name in ("error.png", "arm/samples.png", "film.html", "film.gif"):
         made[name] = folder / name
         made[name].parent.mkdir(parents=True, exist_ok=True)
         made[name].write_text(name)
     first = [("error (seeds 0, 1)", made["error.png"])]
     first += [("samples (arm, seed 0)", made["arm/samples.png"]), ("absent", None)]
+    first += [("a page, which stays with the run", made["film.html"])]
     path = write_record(tmp_path, summarise(), first)
 
     def there():
@@ -224,8 +225,14 @@ def test_pictures_of_a_record_say_what_they_show_and_go_with_it(tmp_path):
     assert there() == {**both, "gpu-error.png": "drawn anew"}
     captions[0] = "error again"
     assert list(read_records(tmp_path)[0]["figures"].values()) == captions
-    write_record(tmp_path, summarise(UNITS[:-1]), [("film", made["film.html"])])
-    assert there() == {"gpu-film.html": "film.html"}
+    listed = json.loads(path.read_text())
+    listed["figures"] |= {"gpu-film.html": "of a record that kept pages"}
+    path.write_text(json.dumps(listed))
+    path.with_name("gpu-film.html").touch()
+    write_record(tmp_path, merge([record]))
+    assert {*there()} == {*read_records(tmp_path)[0]["figures"]} == {*both}
+    write_record(tmp_path, summarise(UNITS[:-1]), [("film", made["film.gif"])])
+    assert there() == {"gpu-film.gif": "film.gif"}
     foreign = json.loads(path.read_text())
     foreign["figures"] |= {"gpu-../../x": "", "cpu.json": ""}
     path.write_text(json.dumps(foreign))

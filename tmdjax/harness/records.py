@@ -21,6 +21,10 @@ LATER = ("timings",)
 PICTURES = "figures"
 """Key of a record: what its pictures show, by the names of the files beside it."""
 
+IMAGES = (".png", ".gif")
+"""Endings of the pictures that a record keeps; pages, such as films, stay in the run's
+folder and its report.html."""
+
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 
@@ -36,9 +40,9 @@ def write_record(
         record: from :func:`tmdjax.harness.summaries.summary`.
         figures: (caption, path) each; a caption says of which arms and seeds it is.
             They lie in a folder 'figures', are named by their place in it, and their
-            captions are kept in the record under :data:`PICTURES`. Other pictures that
-            an older record lists stay where it has the same units, and are removed
-            where it has others.
+            captions are kept in the record under :data:`PICTURES`; those that are no
+            :data:`IMAGES` are left out. Other pictures that an older record lists stay
+            where it has the same units, and are removed where it has others.
 
     Returns:
         The path of the record.
@@ -60,7 +64,7 @@ def write_record(
     path = Path(results_dir, system, f"{tier}.json")
     files, captions = {}, {}
     for caption, picture in figures:
-        if picture is not None:
+        if picture is not None and picture.suffix in IMAGES:
             parts = picture.parts
             places = [i for i, part in enumerate(parts) if part == "figures"]
             below = parts[places[-1] + 1 :] if places else parts[-1:]
@@ -69,9 +73,9 @@ def write_record(
             captions[name] = caption
     older, units = _drawn(path)
     if units == json_text(record["units"]):  # drawn anew: the others are still of it
-        captions, older = {**older, **captions}, {}
+        captions = {n: c for n, c in older.items() if n.endswith(IMAGES)} | captions
     text = json_text({**record, PICTURES: captions} if captions else record)
-    gone = {path.with_name(name) for name in older} - {*files}
+    gone = {path.with_name(name) for name in older.keys() - captions.keys()}
     write_together({**files, path: [text]}, remove_after=gone)
     return path
 
