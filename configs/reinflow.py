@@ -6,10 +6,10 @@
     python -m experiments.run --config=configs/reinflow.py:paper --dry_run
 
 Demonstrations are episodes of two PPO policies of our own, one of them stopped early
-(``expert.medium_iterations``);
-``--config.demonstrations.folder=PATH`` takes yours (``data.load_demonstrations``). All
-seeds of an arm are cloned and trained side by side (``train.seeds``); every arm of an
-environment takes as many environment steps.
+(``expert.medium_iterations``); ``--config.demonstrations.folder=PATH`` takes yours
+(``data.load_demonstrations``). All seeds of an arm are cloned and trained side by side
+(``train.seeds``); every arm of an environment takes as many environment steps, but for
+dppo_time, which has fewer (``EQUAL_TIME``).
 
 smoke  a maze of 3 x 3 cells, one seed, a few iterations: mechanics.
 cpu    the maze with all arms; pushing with sparse reward, from states and from 32x32
