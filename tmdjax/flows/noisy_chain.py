@@ -47,7 +47,8 @@ Transition = Callable[[Any, Any, Any], tuple[Any, Any]]
 columns [batch] each, std > 0 a scalar, [batch] or [batch, *event]."""
 
 _FIRST = (1 << 20) + 1
-"""Folded into keys to draw which steps have noise: beyond every step's number."""
+"""Folded into keys to draw which steps have noise: beyond every step's number, and not
+that of :func:`tmdjax.flows.initial_noise`."""
 
 
 @struct.dataclass
@@ -241,7 +242,7 @@ def rescore_chain(
         The same states with the densities and deviations of that policy.
 
     Raises:
-        ValueError: another number of states than rows + 1.
+        ValueError: another number of states than of steps and one.
     """
     steps = len(rows["step"] if step is None else step)
     if states.ndim < 3 or states.shape[0] != steps + 1:
