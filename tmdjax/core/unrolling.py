@@ -104,7 +104,8 @@ def unroll(
 
     def judged(state, inputs):
         state, output = step(state, inputs)
-        return state, (output, _amplitude(output))
+        _check_output(output)
+        return state, (output, largest(output))
 
     def run(state, inputs, steps):
         unrolled = 1 if loop else steps
@@ -125,7 +126,7 @@ def unroll(
     valid = jnp.arange(length)[:, None] < first_bad
 
     def masked(leaf: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not _is_float(leaf):
             return leaf
         rows = valid.reshape(valid.shape + (1,) * (leaf.ndim - 2))
         return jnp.where(rows, leaf, jnp.nan)
@@ -137,6 +138,21 @@ def unroll(
         amplitude=jnp.take_along_axis(amplitude, told[None], 0)[0],
         length=length,
     )
+
+
+def largest(tree: PyTree) -> Float[Array, "batch"]:
+    """Largest absolute value of each row over all leaves of floats, without gradient.
+
+    Args:
+        tree: leaves of floats [batch, ...], at least one; others may have any shape.
+
+    Returns:
+        float32 [batch]; NaN for a row that has one.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    rows = [jnp.abs(leaf).reshape(len(leaf), -1).max(-1) for leaf in leaves]
+    worst = jnp.max(jnp.stack(rows).astype(jnp.float32), 0)
+    return lax.stop_gradient(worst)
 
 
 def _in_chunks(run, state, inputs, length, size, loop):
@@ -162,24 +178,22 @@ def _in_chunks(run, state, inputs, length, size, loop):
     return state, ys
 
 
-def _amplitude(output: PyTree) -> Float[Array, "batch"]:
-    """Largest absolute value of each row over all leaves of floats, float32."""
-    leaves = [
-        leaf
-        for leaf in jax.tree.leaves(output)
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ]
-    if not leaves:
+def _check_output(output: PyTree) -> None:
+    """Raises unless an output has floats, and the batch as every leading axis."""
+    leaves = jax.tree.leaves(output)
+    floats = [leaf for leaf in leaves if _is_float(leaf)]
+    if not floats:
         raise TypeError(
             "the step's output has no array of floats, so nothing tells a rollout that "
             "broke; return what is to be judged, [batch, ...]."
         )
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(output)]
-    if any(not shape or shape[0] != jnp.shape(leaves[0])[0] for shape in shapes):
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    if any(not shape or shape[0] != jnp.shape(floats[0])[0] for shape in shapes):
         raise ValueError(
             f"the step's output has leaves of shapes {shapes}; each has the batch as "
             f"its leading axis."
         )
-    rows = [jnp.abs(leaf).reshape(len(leaf), -1).max(-1) for leaf in leaves]
-    worst = jnp.max(jnp.stack(rows).astype(jnp.float32), 0)
-    return lax.stop_gradient(worst)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

@@ -16,6 +16,7 @@ from tmdjax import core
 from tmdjax.core import prng
 from tmdjax.core.checks import check_count, check_range, check_same_shape
 from tmdjax.core.types import ApplyFn, Array, Float, Params, PerExample
+from tmdjax.core.unrolling import largest
 from tmdjax.models.flow_equivariant.group_actions import shift
 
 
@@ -133,7 +134,7 @@ def rollout(
 
     def observe(state: Any, given: Any) -> tuple[Any, Array]:
         state = _clipped(call("observe", state, *given), config.state_clip)
-        return state, _amplitude(state)
+        return state, largest(state)
 
     def predict(state: Any, given: Any) -> tuple[Any, dict[str, Array]]:
         step, action, target = given
@@ -148,7 +149,7 @@ def rollout(
         if config.detach_feedback:
             fed = jax.lax.stop_gradient(fed)
         state = _clipped(call("feed", state, fed), config.state_clip)
-        return state, {"frame": frame, "amplitude": _amplitude(state)}
+        return state, {"frame": frame, "amplitude": largest(state)}
 
     state = call("start", time_first[0], keys)
     chunk = config.remat_steps
@@ -333,14 +334,3 @@ def _clipped(state: Any, most: float | None) -> Any:
         return jnp.clip(leaf, -most, most) if inexact else leaf
 
     return jax.tree.map(clipped, state)
-
-
-def _amplitude(state: Any) -> Float[Array, "batch"]:
-    """The largest absolute value of each row of a state."""
-    leaves = [
-        leaf
-        for leaf in jax.tree.leaves(state)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    rows = [jnp.abs(leaf).reshape(len(leaf), -1).max(1) for leaf in leaves]
-    return jax.lax.stop_gradient(jnp.max(jnp.stack(rows), 0))
