@@ -152,7 +152,15 @@ def test_half_of_the_frames_are_forced():
 
 
 def test_what_is_fed_back_is_clipped():
-    """A loop that grows is told where it breaks; clipped, it stays."""
+    """As if the clipped predictions were true; a loop that grows is told to break."""
+    clipped = dataclasses.replace(CONFIG, feedback_clip=(0.0, 1.0))
+    believed = frames_of(BATCH_OF, clipped)
+    assert believed.min() < -0.01 and np.isfinite(believed).all()
+    truth = np.swapaxes(np.clip(believed, 0, 1), 0, 1)
+    seen = np.concatenate([BATCH_OF["frames"][:, :CONTEXT], truth], 1)
+    forced = dataclasses.replace(CONFIG, teacher_forcing=1.0)
+    told = frames_of({**BATCH_OF, "frames": jnp.asarray(seen)}, forced)
+    assert_allclose(told, believed, atol=1e-5)
     params = jax.tree.map(lambda leaf: 4 * jnp.abs(leaf), PARAMS)
     batch = BATCH_OF
     given = params, batch["frames"], batch["actions"]
@@ -167,7 +175,6 @@ def test_what_is_fed_back_is_clipped():
     good = np.asarray(free.outputs["amplitude"])[: int(free.first_bad.min())]
     assert (good <= CONFIG.state_bound).all()
     quiet = jax.tree.map(lambda leaf: 0.05 * leaf, params)
-    clipped = dataclasses.replace(CONFIG, feedback_clip=(0.0, 1.0))
     kept = roll(quiet, *given[1:], config=clipped)
     assert not kept.failed.any()
     errors = world_models.frame_errors(
