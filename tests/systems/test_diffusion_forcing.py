@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models, train
 from tmdjax.core import prng
+from tmdjax.models.flow_equivariant.group_actions import REST
 from tmdjax.systems import diffusion_forcing
 from tmdjax.train import world_models
 
@@ -105,6 +106,16 @@ def test_a_prediction_is_the_guided_walk_of_the_last_frame():
         )
         x = x - (without + 1.5 * (with_history - without)) / 2
     assert_allclose(found, (x + 1) / 2, atol=1e-5)
+
+
+def test_the_first_action_is_idle():
+    """Pairs become (0, 0), codes rest, as of the room: 4 of 0 .. 4."""
+    pairs = FN(params_of()[0], ACTIONS, method="prepare")
+    assert_array_equal(pairs, np.where(np.arange(9)[:, None] == 0, 0, ACTIONS))
+    codes = models.functional(dataclasses.replace(TINY, num_actions=5))
+    table = {**params_of()[0], "action_codes": np.zeros((5, 8), np.float32)}
+    found = codes(table, np.array([[2, 0, 3]]), method="prepare")
+    assert_array_equal(found, [[REST, 0, 3]])
 
 
 @pytest.mark.slow

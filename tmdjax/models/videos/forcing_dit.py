@@ -5,20 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 
 from tmdjax.core import prng
 from tmdjax.core.checks import check_count, check_range
 from tmdjax.core.types import Array, ArrayLike, Float, Int
-from tmdjax.models.flow_equivariant.group_actions import REST
 from tmdjax.models.images.dit import AdaptiveBlock, AdaptiveOutput
 from tmdjax.models.layers import (
     Dense,
     TimeEmbedding,
+    check_ids,
     check_transformer,
     patchify,
     position_embedding_2d,
@@ -196,7 +194,12 @@ class ForcingDiT(StackedNetwork):
     def prepare(
         self, actions: Int[ArrayLike, "batch time ..."]
     ) -> Int[Array, "batch time ..."]:
-        """Actions of a video, the first one idle, see :func:`prepare_actions`."""
+        """Actions of a video, checked; the first, which no frame precedes, idle.
+
+        Raises:
+            TypeError: actions that are no integers.
+            ValueError: actions of another shape, or concrete codes out of range.
+        """
         return prepare_actions(actions, self.num_actions)
 
     def start(
@@ -285,7 +288,9 @@ class ForcingDiT(StackedNetwork):
 def prepare_actions(
     actions: Int[ArrayLike, "batch time ..."], num_actions: int | None
 ) -> Int[Array, "batch time ..."]:
-    """Actions of a video, the first one idle: 0, or the code of rest (4 of 5).
+    """Actions of a video, the first of them idle: no frame precedes it.
+
+    Idle are (0, 0) and the last code, which is rest where an agent turns and walks.
 
     Args:
         actions: that led to its frames: codes [batch, time], or integers (x, y),
@@ -302,13 +307,10 @@ def prepare_actions(
     if jnp.ndim(actions) != 2 + len(wanted) or jnp.shape(actions)[2:] != wanted:
         given = "(x, y), [batch, time, 2]" if wanted else "codes, [batch, time]"
         raise ValueError(f"actions have shape {jnp.shape(actions)}; give {given}.")
-    if num_actions is None:
-        return jnp.asarray(actions).at[:, 0].set(0)
-    if not isinstance(actions, jax.core.Tracer):
-        codes = np.asarray(actions)
-        for extreme in (codes.min(initial=0), codes.max(initial=0)):
-            check_range("actions", int(extreme), 0, num_actions - 1)
-    return jnp.asarray(actions).at[:, 0].set(min(REST, num_actions - 1))
+    if num_actions is not None:
+        check_ids("actions", actions, num_actions)
+    idle = 0 if num_actions is None else num_actions - 1
+    return jnp.asarray(actions).at[:, 0].set(idle)
 
 
 def _moved_on(state: ForcingState, action: Array) -> ForcingState:

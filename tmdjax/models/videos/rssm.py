@@ -99,10 +99,8 @@ class RSSM(nn.Module):
 
         patches = (self.image_size // self.patch_size) ** 2
         classes = self.groups * self.classes
-        self.patch_embedding, self.frame_embedding = (
-            dense(self.width),
-            dense(self.width),
-        )
+        self.patch_embedding = dense(self.width)
+        self.frame_embedding = dense(self.width)
         self.recurrent_input = dense(self.width)
         self.gates = dense(3 * self.hidden)
         self.prior_hidden, self.prior_output = dense(self.width), dense(classes)
@@ -124,7 +122,12 @@ class RSSM(nn.Module):
     def prepare(
         self, actions: Int[ArrayLike, "batch time ..."]
     ) -> Int[Array, "batch time ..."]:
-        """Actions of a video, the first one idle, see :func:`prepare_actions`."""
+        """Actions of a video, checked; the first, which no frame precedes, idle.
+
+        Raises:
+            TypeError: actions that are no integers.
+            ValueError: actions of another shape, or concrete codes out of range.
+        """
         return prepare_actions(actions, self.num_actions)
 
     def start(
