@@ -8,7 +8,6 @@ the error at each horizon and on what was out of view.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -64,7 +63,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     """Test videos, then what an arm trains and measures."""
     own = of_arm(config, arm)
     plain = to_plain(own)
-    judged = {k: plain["evaluate"][k] for k in ("length", "horizons")}
+    asked = {k: plain["evaluate"][k] for k in ("length", "horizons")}
     made = {k: v for k, v in plain["data"].items() if k != "train_count"}
     groups = ("data", "model", "rollout", "rssm", "optimizer", "train")
     trained = {name: plain[name] for name in groups}
@@ -73,7 +72,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
         Stage(
             name="videos",
             run=functools.partial(videos, own),
-            config={"data": made, **judged},
+            config={"data": made, **asked},
             seeded=False,
         ),
         Stage(
@@ -285,14 +284,9 @@ def report(
 def describe(config: Config) -> dict[str, Any]:
     """Sizes; traces what each arm runs, so that bad settings are refused."""
     found: dict[str, Any] = {}
-    traced: dict[str, int] = {}
     for arm in arms(config):
         own = of_arm(config, arm)
-        plain = to_plain(own)
-        kind = json.dumps([v for k, v in plain.items() if k != "arms"], sort_keys=True)
-        if kind not in traced:
-            traced[kind] = _traced(own)
-        found[f"{arm}/parameters"] = traced[kind]
+        found[f"{arm}/parameters"] = _traced(own)
         found[f"{arm}/updates"] = own.train.steps
     return found
 

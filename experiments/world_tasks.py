@@ -1,8 +1,8 @@
 """World models that an experiment trains: data, network, loss, training, by config.
 
-Each function is given the config of an arm. Videos are drawn from keys as they are
-needed: number i of a split is the same in every arm of the same data, and stored
-nowhere.
+Each function is given the config of an arm. Videos are drawn from keys: number i of a
+split is the same in every arm of the same data. Those of the training are drawn as they
+are needed and stored nowhere.
 """
 
 import functools
