@@ -60,7 +60,8 @@ CURVES = {
     "loss": "loss",
 }
 MEANINGS = JUDGED | AGREED | exploration.EXAMPLES | exploration.COURSE
-MEANINGS |= exploration.REACHED | {
+MEANINGS |= exploration.CLOCKED | exploration.REACHED
+MEANINGS |= {
     "length_before": "tokens of a response before reinforcement learning",
     "length_after": "tokens of a response after reinforcement learning",
     "score_first": "mean score of the first tenth of the iterations, in [0, 1]",
@@ -151,7 +152,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
     size = given["rl"]["prompts"] * given["rl"]["samples"]
-    more, course = exploration.course(rows, size)
+    more, course, timings = exploration.course(rows, size)
     return StageResult(
         {"params": merged(given, state.learner.params), **curves, **more},
         course
@@ -163,6 +164,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
             "truncated_fraction": rows[-1]["truncated_fraction"],
         },
         model=models.spec_of(models.Decoder(tasks.language(given).config)),
+        timings=timings,
     )
 
 
@@ -192,7 +194,7 @@ def measures(config: Config, arm: str) -> set[str]:
     """The metrics of an arm that claims may be about."""
     given = resolved(config, arm)
     found = {"score_first", "score_last", "first_ratio_error"}.union(JUDGED)
-    found |= exploration.COURSE.keys()
+    found |= exploration.COURSE.keys() | exploration.CLOCKED.keys()
     if hasattr(tasks.TASKS[given["task"]["name"]], "canonical"):
         found |= AGREED.keys()
     if "level" in given["judge"]:
