@@ -4,7 +4,9 @@ import pathlib
 
 import pytest
 
+from benchmarks import training_steps
 from experiments import run
+from tests.harness import kill_campaign
 from tmdjax.harness import load_config
 from tmdjax.harness.config import load_module
 from tmdjax.harness.experiment import measured
@@ -83,3 +85,8 @@ def test_the_list_names_every_tier(capsys):
     assert run.main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(spec in out for spec in TIERS)
+
+
+def test_every_system_is_killed_at_night_and_tried_on_a_gpu():
+    systems = {path.stem for path in pathlib.Path("configs").glob("*.py")}
+    assert systems == {*kill_campaign.CASES} == {*training_steps.CASES}
