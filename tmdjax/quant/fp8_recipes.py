@@ -143,6 +143,10 @@ def _backward(
 _product.defvjp(_forward_to_differentiate, _backward)
 
 
+_OF_HEADS = {"float32": "fp32", "bfloat16": "bf16"}
+"""The recipe of the head of a language model, by the dtype of activations."""
+
+
 def fp8_recipe(
     name: str,
     scaling: str,
@@ -156,11 +160,13 @@ def fp8_recipe(
 
     With Q for quantising and back by the granularities of :data:`SCALINGS`::
 
-        y = Q(x) Q(w)      dx = Q(dy) Q(w)ᵀ      dw = Q(Q(x))ᵀ Q(dy)
+        y = Q(x) Q(w)      dx = Q(dy) Q(Q(w))ᵀ      dw = Q(Q(x))ᵀ Q(dy)
 
-    Operands are rounded to ``dtype`` first; y and dx are rounded to it, dw stays
-    float32. x and w are kept for the backward pass in 8 bits. Gradients go straight
-    through Q: there are none to scales. ``jax.jvp`` finds no rule for these products.
+    The outer Q of a Q(Q(·)) is left out where its granularity is that of the inner one:
+    for w under 'block', for x and w under 'tensor'. Operands are rounded to ``dtype``
+    first; y and dx are rounded to it, dw stays float32. x and w are kept for the
+    backward pass in 8 bits. Gradients go straight through Q: there are none to scales.
+    ``jax.jvp`` finds no rule for these products.
 
     NVIDIA GPUs multiply the 8-bit values where a sum has one scale, under 'tensor' and
     'rowwise'; no GPU has run this yet. Elsewhere, and under 'block', products are of
@@ -224,8 +230,6 @@ def fp8_recipe(
         head=RECIPES[_OF_HEADS[dtype.name]],
     )
 
-
-_OF_HEADS = {"float32": "fp32", "bfloat16": "bf16"}
 
 for _scaling in SCALINGS:
     RECIPES.register(f"fp8_{_scaling}")(fp8_recipe(f"fp8_{_scaling}", _scaling))
