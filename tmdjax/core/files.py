@@ -228,12 +228,12 @@ def json_of(path: str | os.PathLike[str], most: int = 10**9) -> Any:
 
 
 def array_of(path: str | os.PathLike[str]) -> np.ndarray:
-    """The array of a .npy file, mapped: what is used of it is read.
+    """The array of a .npy file, mapped into memory: only what is used is read.
 
     Raises:
         FileNotFoundError, OSError, ValueError: as :func:`check_plain`.
-        ValueError: it is damaged, or does not hold one array of plain values; says why,
-            and the caller what file that is.
+        ValueError: it is damaged, or does not hold one array of plain values. The
+            message says why and leaves the name of the file to the caller.
     """
     check_plain(path)
     try:

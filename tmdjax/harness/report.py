@@ -202,7 +202,11 @@ def point_plot(
                 f"{name!r} has x={x.value:g} in {title!r}; a logarithmic axis needs "
                 f"positive numbers."
             )
-    points = {n: pair for n, pair in points.items() if np.isfinite(_values(pair)).all()}
+    points = {
+        name: (x, y)
+        for name, (x, y) in points.items()
+        if np.isfinite([x.value, y.value]).all()
+    }
     if not points:
         raise ValueError(f"no points to plot in {title!r}; give at least one.")
     figure = _figure(path, (8.0, max(4.0, 1.0 + 0.22 * len(points))))
@@ -222,10 +226,6 @@ def point_plot(
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     return _save(figure, path)
-
-
-def _values(pair: tuple[Interval, Interval]) -> list[float]:
-    return [interval.value for interval in pair]
 
 
 def _bounded(interval: Interval) -> Interval:

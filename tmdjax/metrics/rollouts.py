@@ -173,12 +173,13 @@ def horizon_errors(
             reach beyond the errors are left out.
 
     Returns:
-        For each horizon and for all steps, under 'first + 1' and 'last', such as
-        'mean_1_20', and for the first and the last third of the steps, 'mean_early' and
-        'mean_late': 'failed', the share of rollouts that broke before the end of these
-        steps, and 'mean' and 'median' over the others, NaN where all broke. 'failed',
-        the share of all that broke; 'growth', the error of the last third over that of
-        the first, of the rollouts that reached the end.
+        Of each span of steps: 'failed_{span}', the share of rollouts that broke before
+        its end; 'mean_{span}' and 'median_{span}' of the errors of the others, averaged
+        over its steps, NaN where all broke. Spans are named by their first and last
+        step, counted from 1, such as '1_20': the horizons, and all steps; 'early' and
+        'late' are the first and the last third of the steps. Of whole rollouts:
+        'failed', the share that broke; 'growth', the error of the last third over that
+        of the first, of those that did not.
     """
     errors = np.asarray(errors, np.float64)
     time, held = len(errors), np.isfinite(errors)
