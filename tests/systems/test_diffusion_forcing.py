@@ -230,3 +230,6 @@ def test_bad_inputs(refused):
     refused(
         "no part of frames=7", diffusion_forcing.loss, {}, FN, batch, KEYS, frames=7
     )
+    part = functools.partial(diffusion_forcing.loss, {}, FN, frames=WINDOW)
+    fewer = {"frames": FRAMES, "actions": ACTIONS[:, :5]}
+    refused("give an action for every frame", part, fewer, KEYS)

@@ -205,6 +205,8 @@ def test_bad_inputs(refused):
     refused("give integers", apply, 1.0 * ACTIONS, method="prepare", error=TypeError)
     for wrong in (ACTIONS[..., 0], ACTIONS[..., [0, 1, 0]]):
         refused(r"give \(x, y\), \[batch, time, 2\]", apply, wrong, method="prepare")
+    longer = {**BATCH_OF, "actions": ACTIONS}
+    refused("give an action for every frame", rssm.loss, {}, FN, longer, KEYS)
     for name in ("free_nats", "dynamics_weight", "representation_weight"):
         refused(
             f"{name}=-1 is outside", rssm.loss, {}, FN, BATCH_OF, KEYS, **{name: -1}

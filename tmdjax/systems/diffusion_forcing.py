@@ -19,6 +19,7 @@ from tmdjax import flows
 from tmdjax.core import prng
 from tmdjax.core.checks import check_count
 from tmdjax.core.types import ApplyFn, Array, Params, PerExample
+from tmdjax.train.world_models import check_videos
 
 
 def loss(
@@ -44,7 +45,8 @@ def loss(
         Loss [batch], the mean over everything but the batch; no metrics.
 
     Raises:
-        ValueError: videos that are shorter than a part.
+        ValueError: videos that are shorter than a part, or not an action for every
+            frame.
     """
     videos, actions = batch["frames"], batch["actions"]
     check_count("frames", frames, 2)
@@ -53,6 +55,7 @@ def loss(
             f"videos of {videos.shape[1]} frames have no part of frames={frames}; give "
             f"longer ones."
         )
+    check_videos(videos, actions)
     keys = prng.split(keys, 3)
 
     def part(key: Any, video: Array, done: Array) -> tuple[Array, Array]:

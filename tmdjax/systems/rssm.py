@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from tmdjax.core.checks import check_range
 from tmdjax.core.types import ApplyFn, Array, Params, PerExample, SampleKeys
+from tmdjax.train.world_models import check_videos
 
 
 def loss(
@@ -52,11 +53,12 @@ def loss(
         pixel, and 'kl', KL(q | p) in nats a frame.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or not an action for every frame.
     """
     check_range("free_nats", free_nats, 0)
     check_range("dynamics_weight", dynamics_weight, 0)
     check_range("representation_weight", representation_weight, 0)
+    check_videos(batch["frames"], batch["actions"])
     actions = apply_fn(params, batch["actions"], method="prepare")
     state = apply_fn(params, batch["frames"][:, 0], keys, method="start")
     seen = apply_fn(params, batch["frames"], method="encode")

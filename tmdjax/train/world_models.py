@@ -223,6 +223,20 @@ def frame_errors(
     return jnp.square(predicted - target).mean((2, 3, 4))
 
 
+def check_videos(frames: Any, actions: Any) -> None:
+    """Raises ValueError unless every frame has an action that led to it.
+
+    Args:
+        frames: [batch, frame, ...].
+        actions: [batch, frame, ...].
+    """
+    if jnp.shape(frames)[:2] != jnp.shape(actions)[:2]:
+        raise ValueError(
+            f"frames have shape {jnp.shape(frames)} and actions {jnp.shape(actions)}; "
+            f"give an action for every frame, [batch, frame, ...] of both."
+        )
+
+
 def growing_horizon(progress: float, horizons: Sequence[int]) -> int:
     """How many frames to predict in a part of training; each has an equal share.
 
