@@ -67,8 +67,7 @@ def network_of(config: Config, when: str = "train") -> Any:
     check_choice(f"model.name under data.name={config.data.name}", spec["name"], sizes)
     of_recipe = {} if spec["name"] == "torus_map" else {"recipe": recipe}
     module = models.build({**sizes[spec["name"]], **spec, **of_recipe})
-    if spec["name"] in maps:
-        flow_equivariant.check_world(module, world)
+    flow_equivariant.check_world(module, world)
     return module
 
 

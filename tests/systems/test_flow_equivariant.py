@@ -454,6 +454,12 @@ def test_bad_inputs(refused):
     refused(
         "image_size=8, the data image_size=16", fit, BlockWorld(room=4, image_size=16)
     )
+    for name, kind in (("blocks", "EgocentricMap"), ("torus", "TorusMap")):
+        wrong = MODULE if name == "blocks" else small
+        words = f"build a {kind}"
+        refused(words, system.preset, name, module=wrong, error=TypeError)
+    rival = models.RSSM(image_size=32)  # it has no map
+    assert system.preset("torus", module=rival).module == rival
     refused("preset='tours'.*'torus'", system.preset, "tours")
     refused("no setting 'wrld'", system.preset, "torus", wrld=1, error=TypeError)
     with pytest.warns(UserWarning, match="up to 7 pixels lead around a torus of 6"):

@@ -24,25 +24,39 @@ from tmdjax.train.world_models import RolloutConfig
 
 
 def check_world(module: Any, world: TorusWorld | BlockWorld) -> None:
-    """Raises ValueError unless a network's map fits the world that its data show.
+    """Raises unless a network's map fits the world that its data show.
 
     A map of another period than the world's would wrap memory around at the wrong
     place, without any sign of it.
 
     Args:
         module: a :class:`tmdjax.models.TorusMap` for a torus, a
-            :class:`tmdjax.models.EgocentricMap` for a room.
+            :class:`tmdjax.models.EgocentricMap` for a room; other networks have no map,
+            and nothing of them is checked.
         world: of the data.
+
+    Raises:
+        TypeError: the map of the other kind of world.
+        ValueError: a map of other sizes.
     """
-    names = ("world", "window")
+    kind, other = models.TorusMap, models.EgocentricMap
+    names, room = ("world", "window"), 0
     if isinstance(world, BlockWorld):
-        names = ("image_size", "view_degrees")
-        if module.world < world.room - 1:
-            raise ValueError(
-                f"the network's map reaches world={module.world} cells in every "
-                f"direction, a room of {world.room} {world.room - 1} from its corner; "
-                f"build the network with world={world.room - 1} or more."
-            )
+        kind, other = other, kind
+        names, room = ("image_size", "view_degrees"), world.room
+    if isinstance(module, other):
+        raise TypeError(
+            f"the network is of type {other.__name__}, and the data show a "
+            f"{type(world).__name__}; build a {kind.__name__}."
+        )
+    if not isinstance(module, kind):
+        return
+    if module.world < room - 1:
+        raise ValueError(
+            f"the network's map reaches world={module.world} cells in every direction, "
+            f"a room of {room} {room - 1} from its corner; build the network with "
+            f"world={room - 1} or more."
+        )
     for name in names:
         ours, theirs = getattr(module, name), getattr(world, name)
         if ours != theirs:
@@ -80,8 +94,8 @@ def preset(name: str, **changes: Any) -> WorldModelSetup:
         **changes: fields of :class:`WorldModelSetup`.
 
     Raises:
-        ValueError: an unknown preset, or a network of another world than the data's.
-        TypeError: an unknown field.
+        ValueError: an unknown preset, or a map of other sizes than the data's.
+        TypeError: an unknown field, or a map of the other kind of world.
 
     References:
         The released code of arXiv 2601.01075.
