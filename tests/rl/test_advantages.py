@@ -315,5 +315,8 @@ def test_sharpening_bad_inputs(refused):
         ({"average": "all"}, "average='all' is not one of 'group', 'right'"),
         ({"log_prob": REWARDS[:7]}, r"log_prob has shape \(7,\) but advantages"),
         ({"advantages": REWARDS * np.nan}, "advantages has 8 non-finite"),
+        ({"strength": np.inf}, r"strength=inf is outside \[0, inf\)"),
+        # of a wrong answer, which the mean of its group would miss
+        ({"group": np.where(REWARDS > 0, GROUP, 9)}, r"=9 is outside \[0, 3\)"),
     ):
         refused(message, rl.sharpen, **given | change)

@@ -193,8 +193,9 @@ def sharpen(
         group: [batch] integers in [0, num_groups).
         right: bool [batch], answers that are right.
         num_groups: static.
-        strength: of the bonus, >= 0; 0 leaves all as they are.
-        most: largest bonus, in parts of the advantage, >= 0; 0 leaves all as they are.
+        strength: of the bonus, >= 0 and finite; 0 leaves all as they are.
+        most: largest bonus, in parts of the advantage, >= 0 and finite; 0 leaves all as
+            they are.
         average: the mean of s is over the whole 'group', or its 'right' answers.
 
     Returns:
@@ -210,14 +211,14 @@ def sharpen(
         mean is over is not said in what was at hand). A version with most |A| would
         move wrong answers too.
     """
-    check_range("strength", strength, 0)
-    check_range("most", most, 0)
+    check_range("strength", strength, 0, np.inf, open_high=True)
+    check_range("most", most, 0, np.inf, open_high=True)
     check_choice("average", average, ("group", "right"))
     for name, array in (("log_prob", log_prob), ("right", right), ("group", group)):
         check_same_shape(name, array, "advantages", advantages)
     check_finite(advantages, "advantages", "Mend the rewards they come from.")
-    advantages, group, right = _samples(advantages, group, num_groups, right)
-    log_prob = jnp.asarray(log_prob, jnp.float32)
+    advantages, group, _ = _samples(advantages, group, num_groups, None)
+    log_prob, right = jnp.asarray(log_prob, jnp.float32), jnp.asarray(right, bool)
     known = jnp.isfinite(log_prob)
     counts = known & right if average == "right" else known
     # 0 where it does not count: what is raised always does
