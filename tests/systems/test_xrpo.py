@@ -65,7 +65,9 @@ ROUND = [[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]
 def test_it_is_an_objective_and_a_planner():
     assert isinstance(METHOD, TokenObjective) and isinstance(METHOD, Planner)
     assert not isinstance(grpo.preset("grpo"), Planner)
-    assert xrpo.preset("gspo").surrogate == "sequence"
+    for name, base in (("xrpo", "grpo"), ("gspo", "gspo")):
+        method, plain = xrpo.preset(name), dataclasses.asdict(grpo.preset(base))
+        assert dataclasses.asdict(method) | plain == dataclasses.asdict(method)
 
 
 @pytest.mark.parametrize("rule", rl.RULES)
@@ -168,8 +170,10 @@ def test_8_what_is_remembered_was_solved_once_by_itself_and_survives_a_checkpoin
     assert known.solved[0].response == (1, 9) and known.solved[0].iteration == 4
     assert_array_equal(known.pack(), memory)
     assert memory.dtype == np.uint8
-    off = dataclasses.replace(METHOD, examples=0)
-    assert not off.remember(np.zeros(0, np.uint8), Rollout(found, PROBLEMS, {}), 4).size
+    for changes in ({"examples": 0}, {"rounds": 1}):  # nothing will be shown
+        off = dataclasses.replace(METHOD, **changes)
+        empty, rollout = np.zeros(0, np.uint8), Rollout(found, PROBLEMS, {})
+        assert not off.shows_examples and not off.remember(empty, rollout, 4).size
 
 
 def test_8_a_full_memory_keeps_every_problem_alike_often():
@@ -219,10 +223,10 @@ def test_7_and_10_unequal_groups_are_normalised_and_raised_one_by_one():
         expected = np.where((x == 1) & (a > 0), a + bonus, a)
         assert_allclose(found[at : at + len(x)], expected, rtol=1e-5, atol=1e-7)
         at += len(x)
-    weighed = xrpo.preset("xrpo", novelty=0.0, equal_prompts=True).advantages(WRITTEN)
-    plain, size = grpo.preset("grpo").advantages(WRITTEN), [2] * 2 + [5] * 5
-    size = np.array([*size, *[3] * 3, *[4] * 4])
-    assert_allclose(weighed, plain * 3.5 / size, rtol=1e-6)
+    # prompts that count alike do so with what was raised
+    weighed = xrpo.preset("xrpo", equal_prompts=True).advantages(WRITTEN)
+    size = np.repeat([2, 5, 3, 4], [2, 5, 3, 4])
+    assert_allclose(weighed, found * 3.5 / size, rtol=1e-6)
 
 
 def test_9_behind_the_plain_prompt_the_corrected_gradient_is_unbiased():

@@ -34,7 +34,8 @@ class Memory(NamedTuple):
     """Solved problems, each at most once.
 
     Attributes:
-        seen: how many were ever offered, those that are kept and those that are not.
+        seen: how many were ever offered, those that are kept and those that are not;
+            not those that replaced the example of a problem that was there.
         solved: those that are kept.
     """
 
@@ -71,7 +72,8 @@ def remember(
     """A memory with further solved problems.
 
     A problem that is there already has its example replaced by the newer one. Which
-    problems stay is drawn evenly from all that were ever solved (a reservoir).
+    problems stay is drawn evenly from all that were ever offered (a reservoir), where
+    one that was dropped and is solved again counts once more.
 
     Args:
         memory: so far.

@@ -105,6 +105,11 @@ class XRPO(GroupRelativeObjective):
         if self.success_threshold is not None:
             check_range("success_threshold", self.success_threshold, 0, open_low=True)
 
+    @property
+    def shows_examples(self) -> bool:
+        """Whether prompts may get worked examples, from the second round on."""
+        return self.examples > 0 and self.rounds > 1
+
     def check_samples(self, samples: int) -> None:
         """Refuses an iteration of so many responses a prompt, on average.
 
@@ -143,39 +148,42 @@ class XRPO(GroupRelativeObjective):
         return score >= (self.success_threshold or 1)
 
     def advantages(self, records: Sequence[TokenRecord]) -> Array:
-        """Advantages within groups of any size, sharpened; float32 [sequence].
+        """Advantages within groups of any size, float32 [sequence].
+
+        They are sharpened, and then divided by the sizes of groups (``equal_prompts``).
 
         The likelihood of a response is that under the policy that wrote it, behind the
         prompt it was written behind, examples included.
         """
         found = super().advantages(records)
         group = np.array([record.group for record in records])
+        if self.novelty and self.most_novelty:
+            found = rl.sharpen(
+                found,
+                np.array([mean_log_prob(record) for record in records], np.float32),
+                group,
+                np.array([self.is_right(record) for record in records]),
+                num_groups=int(group.max()) + 1,
+                strength=self.novelty,
+                most=self.most_novelty,
+                average=self.average,
+            )
         if self.equal_prompts:
             size = np.bincount(group)
             found = found * jnp.asarray(
                 size[size > 0].mean() / size[group], jnp.float32
             )
-        if not self.novelty or not self.most_novelty:
-            return found
-        return rl.sharpen(
-            found,
-            np.array([mean_log_prob(record) for record in records], np.float32),
-            group,
-            np.array([self.is_right(record) for record in records]),
-            num_groups=int(group.max()) + 1,
-            strength=self.novelty,
-            most=self.most_novelty,
-            average=self.average,
-        )
+        return found
 
     def plan(self, turn: Turn) -> tuple[list[Ask], dict[str, float]] | None:
         """Responses to ask for in a round, and behind which examples.
 
         Metrics: 'time/allocation' and 'time/retrieval' in seconds; 'first_score', the
         mean score of the first round, in which nobody has examples (of several batches,
-        which dynamic sampling draws, the log has the sum); 'seeded_prompts',
-        'without_example', prompts that none fitted, and 'examples_dropped', those that
-        would have made a prompt too long.
+        which dynamic sampling draws, the log has the sum). How many prompts got
+        examples in the round, 'seeded_prompts', or none though nothing solved them,
+        'without_example'; and examples that would have made a prompt too long,
+        'examples_dropped'.
 
         Raises:
             ValueError: what :meth:`check_samples` and :meth:`is_right` refuse.
@@ -197,7 +205,7 @@ class XRPO(GroupRelativeObjective):
             self._std(turn, right),
             spend,
             most=self.most_samples or 4 * turn.samples,
-            trials=float(count.sum() if self.trials == "total" else turn.iteration + 1),
+            trials=None if self.trials == "total" else turn.iteration + 1,
             rule=self.rule,
             last=[all(each) for each in right] if self.stop_if_right else None,
             alpha=self.alpha,
@@ -265,7 +273,7 @@ class XRPO(GroupRelativeObjective):
         Of each problem the first response that is right and ended by itself. Only what
         was trained on comes in, so no problem that is judged on does.
         """
-        if not self.examples or self.rounds == 1:
+        if not self.shows_examples:
             return memory
         first: dict[int, TokenRecord] = {}
         for record in sorted(rollout.records, key=lambda record: record.number):
