@@ -1,6 +1,7 @@
 """The synchronous iteration of RL on a language model: write, score, update.
 
-    scheduling   prompts -> responses, by the engine
+    scheduling   batches of prompts, until enough groups can be trained on
+    rounds       prompts -> responses, by the engine, at once or as a planner decides
     scoring      responses -> rewards, in threads
     packing      records -> minibatches of fixed shape, weighed as a whole
     update       one compiled update of a minibatch, cut into microbatches
@@ -98,7 +99,8 @@ def make_iteration(
         settings: sizes and rules.
         draw: prompts.
         score: rewards.
-        length: longest text.
+        length: longest text of an update. The worked examples of a planner leave room
+            for that, unless ``train_prompt='question'`` has the update read none.
         pad: id of padding.
         generation_params: what the engine is given for parameters, such as
             :func:`tmdjax.models.fuse_projections` or
@@ -181,6 +183,7 @@ def make_iteration(
             should_stop=should_stop,
             planner=planner,
             memory=state.memory,
+            length=length if settings.train_prompt == "sampled" else None,
         )
         if not rollout.records:
             pending = rl.pack_records(rollout.pending)

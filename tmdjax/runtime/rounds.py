@@ -1,6 +1,5 @@
 """Responses to some prompts: in one round, or in several that a planner decides on."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -89,7 +88,8 @@ class Turn(NamedTuple):
         prompts: of the batch.
         groups: what was written so far, one a prompt; without records at first.
         samples: responses to a prompt in all rounds together, on average.
-        longest: tokens that a prompt may have, examples included.
+        longest: tokens that a prompt may have, examples included, so that it has room
+            for its response where it is written and where it is trained on.
         memory: what the planner keeps from iteration to iteration, uint8 [bytes];
             empty at first.
     """
@@ -149,21 +149,20 @@ class _Part(NamedTuple):
 
 def answer(
     engine: Engine,
-    prompts: Sequence[Prompt],
+    planner: Planner,
+    turn: Turn,
     first: int,
     score: Score,
     settings: LanguageSettings,
     known: dict[int, TokenRecord],
     should_stop: Callable[[], bool],
-    planner: Planner,
-    memory: Any,
-    iteration: int,
-) -> tuple[list[Group], dict[str, float]] | None:
+) -> tuple[Sequence[Group], dict[str, float]] | None:
     """All responses to some prompts, with the planner's metrics; None if interrupted.
 
     Args:
         engine: idle.
-        prompts: of the groups.
+        planner: decides the rounds.
+        turn: before the first round.
         first: number of the first response; the others follow, round after round and
             prompt after prompt.
         score: of a response.
@@ -171,38 +170,22 @@ def answer(
         known: responses by number; those here are not asked for again, but gone on
             with where they are not finished. What ends is added, and what is aborted.
         should_stop: asked between two chunks.
-        planner: decides the rounds.
-        memory: of the planner.
-        iteration: from 0.
 
     Raises:
         ValueError: the planner asks for another number of responses than the settings
             have, or the draw gives other prompts than before an interruption.
         RewardError: a response could not be scored.
     """
-    groups = [Group(prompt.problem, []) for prompt in prompts]
-    budget, start, metrics = len(prompts) * settings.samples, first, {}
-    for number in itertools.count():
-        planned = planner.plan(
-            Turn(
-                number=number,
-                iteration=iteration,
-                prompts=prompts,
-                groups=groups,
-                samples=settings.samples,
-                longest=engine.config.length - settings.max_new_tokens,
-                memory=memory,
-            )
-        )
-        if planned is None:
-            break
+    prompts, start, metrics = turn.prompts, first, {}
+    budget = len(prompts) * turn.samples
+    while (planned := planner.plan(turn)) is not None:
         asks, told = planned
         for name, value in told.items():
             metrics[name] = metrics.get(name, 0.0) + value
         if len(asks) != len(prompts):
             raise ValueError(
-                f"the planner gave {len(asks)} entries in round {number}; give one "
-                f"Ask for each of the {len(prompts)} prompts, of count 0 for none."
+                f"the planner gave {len(asks)} entries in round {turn.number}; give "
+                f"one Ask for each of the {len(prompts)} prompts, of count 0 for none."
             )
         parts = []
         for group, ask in enumerate(asks):
@@ -214,15 +197,16 @@ def answer(
             return None
         groups = [
             Group(group.problem, [*group.records, *(known[i] for i in part.numbers)])
-            for group, part in zip(groups, parts)
+            for group, part in zip(turn.groups, parts)
         ]
-    if start - first != budget or any(not group.records for group in groups):
+        turn = turn._replace(number=turn.number + 1, groups=groups)
+    if start - first != budget or any(not group.records for group in turn.groups):
         raise ValueError(
             f"the planner asked for {start - first} responses to {len(prompts)} "
             f"prompts; it must spend prompts x samples = {budget} exactly, with a "
             f"response to every prompt."
         )
-    return groups, metrics
+    return turn.groups, metrics
 
 
 def _write(

@@ -7,7 +7,7 @@ import numpy as np
 
 from tmdjax.generation import Engine
 from tmdjax.rl import TokenRecord
-from tmdjax.runtime.rounds import Group, OneRound, Planner, Rollout, answer
+from tmdjax.runtime.rounds import Group, OneRound, Planner, Rollout, Turn, answer
 from tmdjax.runtime.settings import Draw, LanguageSettings, Score
 
 
@@ -22,6 +22,7 @@ def collect(
     should_stop: Callable[[], bool] = lambda: False,
     planner: Planner | None = None,
     memory: Any = (),
+    length: int | None = None,
 ) -> Rollout:
     """Responses of an iteration, with rewards.
 
@@ -41,6 +42,8 @@ def collect(
         planner: how responses are spread over prompts, in rounds; None asks for
             ``settings.samples`` to each, at once.
         memory: of the planner, before the iteration, uint8 [bytes].
+        length: tokens that a text may have with the worked examples of a planner; None
+            takes what the engine's slots hold.
 
     Raises:
         ValueError: the draw gives another number of prompts than asked, or others than
@@ -72,8 +75,18 @@ def collect(
                 f"{settings.prompts}."
             )
         first = start + attempt * size
-        given = (engine, prompts, first, score, settings, known, should_stop)
-        answered = answer(*given, planner, memory, iteration)
+        turn = Turn(
+            number=0,
+            iteration=iteration,
+            prompts=prompts,
+            groups=[Group(prompt.problem, []) for prompt in prompts],
+            samples=settings.samples,
+            longest=(length or engine.config.length) - settings.max_new_tokens,
+            memory=memory,
+        )
+        answered = answer(
+            engine, planner, turn, first, score, settings, known, should_stop
+        )
         if answered is None:
             return Rollout([], [], {}, [known[number] for number in sorted(known)])
         found, more = answered
