@@ -31,7 +31,10 @@ COURSE = {
     "responses": "responses written in reinforcement learning, discarded ones included",
     "tokens": "tokens of these",
 }
-CLOCKED = {"allocation_share": "seconds of planning in those of an iteration"}
+CLOCKED = {
+    "allocation_share": "share of an iteration's seconds that planning takes, in the "
+    "median"
+}
 REACHED = {
     "steps_to_level": "iterations until the mean score of plain prompts reaches a "
     "fixed level, and one more than there are if it does not",
@@ -97,7 +100,7 @@ def reached(
     return {"steps_to_level": float(at + 1), "tokens_to_level": float(spent)}
 
 
-class Shown:
+class Shown(runtime.OneRound):
     """A planner that shows worked examples before every prompt, in its one round."""
 
     def __init__(self, method: xrpo.XRPO):
@@ -110,11 +113,6 @@ class Shown:
             return None
         prompts, told = self._method.seeded(turn, range(len(turn.prompts)))
         return [runtime.Ask(turn.samples, prompt) for prompt in prompts], told
-
-    def remember(self, memory: Any, rollout: runtime.Rollout, iteration: int) -> Any:
-        """The memory as it is."""
-        del rollout, iteration
-        return memory
 
 
 def try_examples(
@@ -168,7 +166,8 @@ def try_examples(
     for number in range(sizes["memory_batches"]):
         found = runtime.collect(engine, draw, score, settings, number)
         memory = method.remember(memory, found, number)
-    twice = dataclasses.replace(method, rounds=2, rule="uniform")
+    even = {"rule": "uniform", "stop_if_right": False}
+    twice = dataclasses.replace(method, rounds=2, **even)
     numbers = range(sizes["memory_batches"], sizes["memory_batches"] + sizes["batches"])
     empty, first = np.zeros(0, np.uint8), method.first_samples
     flips: list[tuple[bool, bool]] = []

@@ -126,7 +126,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
 def tries_examples(given: dict[str, Any]) -> bool:
     """Whether an arm has the stage 'examples'."""
     method = settings_of(given)[1] if "examples" in given else None
-    return isinstance(method, xrpo.XRPO) and method.examples > 0
+    return isinstance(method, xrpo.XRPO) and method.shows_examples
 
 
 def try_examples(given: dict[str, Any], context: StageContext) -> StageResult:

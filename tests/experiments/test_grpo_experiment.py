@@ -223,6 +223,8 @@ def test_worked_examples_are_tried_on_what_was_not_solved(monkeypatch):
 def test_a_planner_that_cannot_spend_the_iteration_is_refused_at_once(refused):
     config = load_config("configs/xrpo.py:smoke", ["arms.xrpo.method.first_samples=9"])
     refused("first_samples=9 responses to each", grpo.stages, config, "xrpo")
+    once = load_config("configs/xrpo.py:smoke", ["arms.xrpo.method.rounds=1"])
+    assert [s.name for s in grpo.stages(once, "xrpo")] == ["sft", "rl", "judge"]
     found = grpo.measures(load_config("configs/xrpo.py:smoke"), "xrpo")
     assert {"flipped_with_examples", "distinct_after", "steps_to_level"} <= found
     assert not {"distinct_after", "unsolved"} & grpo.measures(tiny(), "chain_sum")
