@@ -6,8 +6,8 @@
     python -m experiments.run --config=configs/xrpo.py:paper --dry_run
 
 All arms start from one supervised policy, which also saw texts with one or two solved
-problems before the prompt, and write as many responses: those that DAPO discards count,
-so it has half of the iterations.
+problems before the prompt. All but DAPO write as many responses; DAPO, whose discarded
+ones count, has half of the iterations, and what each arm wrote is reported.
 
 smoke  an almost untrained decoder: mechanics only.
 cpu    0.4 M parameters, three or four numbers; 16 prompts x 8 responses, 40 iterations.

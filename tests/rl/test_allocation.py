@@ -132,9 +132,11 @@ def test_11_means_of_mixed_prompts_are_known_better_where_few_are_mixed():
     is starved: with half of all prompts mixed, equal counts are better. The prior of
     ``posterior_std`` mends that.
     """
-    assert change_of_error([0.2, 0.5, 0.8, 0, 0, 1, 1], prior=False) < -3
-    assert change_of_error([0.5, 0.5, 0, 1], prior=False) > 1
-    assert change_of_error([0.5, 0.5, 0, 1], prior=True) < -3
+    few, half = [0.2, 0.5, 0.8, 0, 0, 1, 1], [0.5, 0.5, 0, 1]
+    assert change_of_error(few, prior=False) < -3
+    assert change_of_error(half, prior=False) > 1
+    assert change_of_error(few, prior=True) < -3
+    assert change_of_error(half, prior=True) < -3
 
 
 def test_a_prior_keeps_equal_rewards_from_being_certain():
