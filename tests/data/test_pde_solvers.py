@@ -174,24 +174,24 @@ def test_a_step_inside_a_program_is_the_solver_in_float32(ks):
 
 @pytest.mark.parametrize("sides", [(8,), (8, 8)])
 def test_modes_of_a_finer_grid_are_of_the_same_field(sides):
-    x = 2 * np.pi * np.arange(8) / 8
-    field = 0.5 + np.cos(3 * x) + np.sin(2 * x + 1)
-    field = field if len(sides) == 1 else field[:, None] * (np.sin(3 * x) - 2)
+    def on(points):
+        x = 2 * np.pi * np.arange(points) / points
+        u = 0.5 + np.cos(3 * x) + np.sin(2 * x + 1)
+        return u if len(sides) == 1 else u[:, None] * (np.sin(3 * x) - 2)
+
     axes = tuple(range(1, 1 + len(sides)))
 
     @jax.jit
     def run(field):
-        fine = etdrk4._resampled(jnp.fft.rfftn(field, axes=axes), 8, 12)
-        back = etdrk4._resampled(fine, 12, 8)
-        return [jnp.fft.irfftn(v, (n,) * len(sides), axes=axes)
-                for v, n in ((fine, 12), (back, 8))]  # fmt: skip
+        v, found, before = jnp.fft.rfftn(field, axes=axes), [], 8
+        for points in (12, 9, 8):
+            v = etdrk4._resampled(v, before, points)
+            found.append(jnp.fft.irfftn(v, (points,) * len(sides), axes=axes))
+            before = points
+        return found
 
-    fine, back = run(np.float32(field)[None])
-    x = 2 * np.pi * np.arange(12) / 12
-    wanted = 0.5 + np.cos(3 * x) + np.sin(2 * x + 1)
-    wanted = wanted if len(sides) == 1 else wanted[:, None] * (np.sin(3 * x) - 2)
-    assert_allclose(fine[0], wanted, atol=1e-5)
-    assert_allclose(back[0], field, atol=1e-5)
+    for found in run(np.float32(on(8))[None]):
+        assert_allclose(found[0], on(len(found[0])), atol=1e-5)
 
 
 def test_what_cannot_be_solved_is_refused(refused):
@@ -220,6 +220,14 @@ def test_what_cannot_be_solved_is_refused(refused):
     refused("set up for 3 trajectories", pde.solve, equation, u, np.ones(3), 2)
     three = np.zeros((3, 5)), np.ones(8)
     refused(r"dt has shape \(8,\).*the batch, 3", pde.etdrk4_coefficients, *three)
+    step = pde.stepper(pde.burgers(8, viscosity=np.ones(3)), 0.1)
+    for shape in ((3, 8), (3, 8, 2), (3, 8, 8, 1)):
+        words = rf"shape \({', '.join(map(str, shape))}\).* takes \[batch, x, 1\]"
+        refused(words, step, np.ones(shape, np.float32))
+    plane = pde.stepper(pde.kolmogorov_flow(12), 0.1)
+    refused("as many points along each", plane, np.ones((1, 12, 8, 1), np.float32))
+    words = "batch of 2, .* those of 3 fields; .* rows"
+    refused(words, step, np.ones((2, 8, 1), np.float32))
     refused("points=31 must be even", pde.burgers, 31)
     refused("viscosity=0.0 is outside", pde.burgers, 32, viscosity=0)
     refused(r"length has shape \(2,\).*\(3\)", pde.burgers, 32, np.ones(2), np.ones(3))

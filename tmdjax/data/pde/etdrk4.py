@@ -146,23 +146,37 @@ class Stepper:
 
         Where it has another number of points than the solver, its modes are taken to
         the solver's grid and back; those that the coarser grid lacks are 0 then.
+
+        Raises:
+            ValueError: another number of axes or channels, sides that differ, or
+                another batch than that of the coefficients.
         """
-        axes, side = tuple(range(1, field.ndim - 1)), field.shape[1]
-
-        def cast(tree: Any) -> Any:
-            return jax.tree.map(lambda a: _in_precision(a, field.dtype), tree)
-
-        weights, factors = cast(self.weights), cast(dict(self.factors))
-        v = jnp.fft.rfftn(field[..., 0], axes=axes)
-        v = lax.fori_loop(
-            0,
-            self.substeps,
-            lambda _, v: etdrk4_step(v, weights, lambda v: self.nonlinear(v, factors)),
-            _resampled(v, side, self.points),
+        axes, side = self._check(field), field.shape[1]
+        weights, factors = jax.tree.map(
+            lambda a: _in_precision(a, field.dtype), (self.weights, dict(self.factors))
         )
+        v = _resampled(jnp.fft.rfftn(field[..., 0], axes=axes), side, self.points)
+        v = _advanced(v, weights, factors, self.nonlinear, self.substeps)
         v = _resampled(v, self.points, side)
         u = jnp.fft.irfftn(v, field.shape[1:-1], axes=axes)
         return u[..., None].astype(field.dtype)
+
+    def _check(self, field: Array) -> tuple[int, ...]:
+        """The axes of space, once the field is one that the solver is set up for."""
+        count, *modes = self.weights.whole.shape
+        shape, dims = field.shape, len(modes)
+        if len(shape) != dims + 2 or len({*shape[1:-1]}) > 1 or shape[-1] != 1:
+            space = ("x", "x, y")[dims - 1]
+            raise ValueError(
+                f"the field has shape {shape}; this solver takes [batch, {space}, 1], "
+                f"as many points along each axis: give it one channel at a time."
+            )
+        if count not in (1, shape[0]):
+            raise ValueError(
+                f"the field has a batch of {shape[0]}, and the solver's coefficients "
+                f"are those of {count} fields; take some of them by rows()."
+            )
+        return tuple(range(1, dims + 1))
 
     def rows(self, rows: Any) -> "Stepper":
         """The step of some fields of the batch, int [n], which may be traced."""
@@ -188,6 +202,15 @@ def stepper(equation: Equation, dt: Any, substeps: int = 1) -> Stepper:
         points=equation.points,
         substeps=substeps,
     )
+
+
+def _advanced(v, weights, factors, nonlinear, substeps):
+    """Modes so many solver steps later."""
+
+    def step(_, v):
+        return etdrk4_step(v, weights, lambda v: nonlinear(v, factors))
+
+    return lax.fori_loop(0, substeps, step, v)
 
 
 def _in_precision(array: Any, dtype: Any) -> Array:
@@ -276,12 +299,7 @@ def _solve(initial, weights, factors, substeps, skip, *, nonlinear, frames, poin
     v = jnp.fft.rfftn(initial, axes=axes)
 
     def frame(v):
-        return lax.fori_loop(
-            0,
-            substeps,
-            lambda _, v: etdrk4_step(v, weights, lambda v: nonlinear(v, factors)),
-            v,
-        )
+        return _advanced(v, weights, factors, nonlinear, substeps)
 
     def field(v):
         sizes = (points,) * len(axes)
@@ -297,8 +315,8 @@ def _resampled(v: Array, side: int, points: int) -> Array:
 
     Args:
         v: modes [batch, *mode] of a real field with ``side`` points along each axis.
-        side: even.
-        points: of each side of the other grid, even.
+        side: at least 2.
+        points: of each side of the other grid, at least 2.
     """
     if points == side:
         return v
