@@ -120,7 +120,8 @@ def torus(given: Any) -> Problem:
 
     params = _drawn(module, frame, actions[0])
     state = begin(params)
-    # a map without biases grows or shrinks in every step: by how much is divided out
+    # a map without biases grows or shrinks in every step: by how much is divided out,
+    # the twentieth root of what ten steps make of the mean square
     walk = jnp.asarray(rng.integers(-1, 2, (20, batch, 2), np.int32))
 
     @jax.jit

@@ -7,20 +7,21 @@
 
 The data are made by ``tmdjax.data.pde``. An arm is a method and, of ``data``, a share
 of the training trajectories or a stride (a model's step in frames of the data). Beside
-the networks stand our own solver on few points in steps as long as theirs ('coarse_40',
-'coarse_64x4' with four for one, and so on, which train nothing) and a network that
-corrects the coarsest ('hybrid').
+the networks stand our own solver, which nothing is trained for, on few points in steps
+as long as theirs ('coarse_40' on 40 points; 'coarse_64x4' makes four steps for one of
+theirs), and a network that corrects the coarsest ('hybrid').
 
 smoke  64 points, length 32: mechanics only.
-cpu    64 points, length 44, where the equation stays chaotic (at 32 half of the
-       trajectories are steady patterns before their first frame, which no solver loses:
-       see test_at_rest among the metrics); a dilated ResNet of 16 channels and 10
-       layers, 24 k updates: does refining follow the truth for longer, and what does it
-       do to small waves? The cost is an estimate from a few hundred updates of each
-       kind, which keep one core busy for 5.7 ms each, of the refiner too: 4,100 s for
-       the 25 trainings and rollouts of the claims, 1,200 s for the other arms, of one
-       seed and mostly of 6 k updates. Two shards use two cores: --shard=0/2 and
-       --shard=1/2, each with a --workdir of its own, joined by experiments.report.
+cpu    64 points, length 44, where the equation stays chaotic (at 32 nine in ten of the
+       test trajectories end as steady patterns, which no solver loses: the metric
+       test_at_rest, with --config.data.length="(32.0,32.0)"); a dilated ResNet of 16
+       channels and 10 layers, 24 k updates: does refining follow the truth for longer,
+       and what does it do to small waves? The cost is an estimate from a few hundred
+       updates of each kind, which keep one core busy for 5.7 ms each, of the refiner
+       too: 4,100 s for the 25 trainings and rollouts of the claims, 1,200 s for the
+       other arms, of one seed and mostly of 6 k updates. Two shards use two cores:
+       --shard=0/2 and --shard=1/2, each with a --workdir of its own, joined by
+       experiments.report.
 gpu    256 points, domains and steps of many lengths, a U-Net of 32 channels.
 paper  as published: sizes only.
 """

@@ -80,7 +80,7 @@ def evaluate(config: Config, context: StageContext) -> StageResult:
     params = trained.outputs["params"] if trained else {}
     sets = {name: pde_solvers.set_of(context, name) for name in sets}
     test, stride = sets["test"], config.data.stride
-    method = pde_solvers.method_of(config, test.columns())
+    method = pde_solvers.method_of(config)
     apply_fn = models.functional(pde_solvers.network_of(config, "rollout"))
     keys = prng.sample_keys(context.key, config.data.test_count)
     truth = {name: pde.every(s.states, stride) for name, s in sets.items()}

@@ -133,8 +133,8 @@ def rollout(
     """A solver's own states for many steps.
 
     Args:
-        step: ``(history, keys) -> next state``; the ``step`` of a
-            solver with its other arguments filled in.
+        step: ``(history, keys) -> next state``; the ``step`` of a solver with its
+            other arguments filled in.
         history: [batch, history, *space, channel], true states before the first step.
         keys: [batch], folded by step.
         length: steps.
