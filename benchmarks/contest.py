@@ -1,6 +1,7 @@
 """Contenders timed in turn in one process, and the table of their ratios."""
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -47,6 +48,70 @@ def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     found = jax.block_until_ready(fn())
     return time.perf_counter() - start, found
+
+
+def timed_torch(fn: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until all that a call of PyTorch began is done, and what it returns."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    found = fn()
+    wait()
+    return time.perf_counter() - start, found
+
+
+def torch_rivals(
+    make: Callable[[bool], Contender],
+    error: Callable[[Any], float],
+    facts: dict[str, Any],
+) -> dict[str, Contender]:
+    """PyTorch's contenders 'eager' and 'compiled', those there are.
+
+    Args:
+        make: ``compiled -> contender``; what is under torch.compile is compiled when it
+            is called first.
+        error: of what a contender makes; raises where it is another computation.
+        facts: written into: PyTorch's version, each error, and what is left out and
+            why (PyTorch is not installed, or does not compile the network).
+    """
+    if importlib.util.find_spec("torch") is None:
+        facts["left out"] = "PyTorch is not installed (pip install 'tmdjax[parity]')"
+        return {}
+    import torch
+
+    facts["torch"] = torch.__version__
+    found = {}
+    for name in ("eager", "compiled"):
+        rival = make(name == "compiled")
+        try:
+            rival()
+        except Exception as fault:  # whatever its compiler stumbles over
+            if name == "eager":
+                raise
+            reason = (str(fault).strip().splitlines() or [""])[0]
+            facts[f"left out: {name}"] = f"torch.compile: {reason}"
+            continue
+        facts[f"error.{name}"] = error(rival)
+        found[name] = rival
+    return found
+
+
+def check_equal(ours: Any, other: Any, most: float) -> float:
+    """The norm of the difference of two outputs over that of ours.
+
+    Raises:
+        ValueError: it is more than ``most``, or not a number.
+    """
+    a, b = (np.asarray(each, np.float64) for each in (ours, other))
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(a))
+    if not error < most:
+        raise ValueError(
+            f"the outputs differ by {error:.2e} of their norm, more than {most:g}: "
+            f"these are not the same network."
+        )
+    return error
 
 
 def in_turn(

@@ -24,7 +24,6 @@ steps of a rollout of which one number a step is kept. Run it alone.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
+from benchmarks.contest import (
+    Row,
+    Seconds,
+    check_equal,
+    compare,
+    conclude,
+    in_turn,
+    options,
+    timed,
+    timed_torch,
+    torch_rivals,
+)
 from tmdjax import core, models
 from tmdjax.core import trees
 
@@ -175,11 +185,7 @@ class Ours:
 
 
 class Torch:
-    """The same rollout in PyTorch.
-
-    Raises:
-        RuntimeError: the network does not compile.
-    """
+    """The same rollout in PyTorch; what is compiled is so when it is called first."""
 
     def __init__(self, problem: Problem, length: int, compiled: bool, mode: str):
         import torch
@@ -224,11 +230,6 @@ class Torch:
         self.step = solve if problem.inputs is None else predict
         if compiled:
             self.step = torch.compile(self.step, mode=mode)
-            try:
-                self.rollout()
-            except Exception as error:  # whatever its compiler stumbles over
-                reason = (str(error).strip().splitlines() or [""])[0]
-                raise RuntimeError(f"torch.compile: {reason}") from error
 
     def rollout(self) -> Any:
         """Outputs [length, batch, channel, *space]."""
@@ -242,36 +243,11 @@ class Torch:
 
     def __call__(self) -> Seconds:
         """Seconds of a rollout."""
-        self.synchronise()
-        start = time.perf_counter()
-        self.rollout()
-        self.synchronise()
-        return {"rollout": time.perf_counter() - start}
+        return {"rollout": timed_torch(self.rollout)[0]}
 
     def states(self) -> np.ndarray:
         """Outputs as ours are, [length, batch, *space, channel]."""
         return np.moveaxis(self.rollout().cpu().numpy(), 2, -1)
-
-    def synchronise(self) -> None:
-        """Waits for the device."""
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-
-
-def check_equal(ours: Any, other: Any) -> float:
-    """The norm of the difference over that of ours.
-
-    Raises:
-        ValueError: it is more than rounding.
-    """
-    a, b = (np.asarray(each, np.float64) for each in (ours, other))
-    error = float(np.linalg.norm(a - b) / np.linalg.norm(a))
-    if not error < _TOLERANCE:
-        raise ValueError(
-            f"the rollouts differ by {error:.2e} of their norm, more than "
-            f"{_TOLERANCE:g}: these are not the same network."
-        )
-    return error
 
 
 def temporary_bytes(problem: Problem, length: int) -> int:
@@ -316,27 +292,20 @@ def measure(name: str, given: Any) -> tuple[list[Row], dict[str, Any]]:
         "parameters": trees.count(problem.params),
         "batch": states.shape[1],
         "compile_seconds": ours.compile_seconds,
-        "error.steps": check_equal(states, ours.rollout_in_steps()),
+        "error.steps": check_equal(states, ours.rollout_in_steps(), _TOLERANCE),
     }
     contenders: dict[str, Callable[[], Seconds]] = {
         "ours": lambda: {"rollout": timed(ours.rollout)[0]},
         "steps": lambda: {"rollout": timed(ours.rollout_in_steps)[0]},
     }
-    if given.no_torch or importlib.util.find_spec("torch") is None:
-        facts["left out"] = "PyTorch is not installed (pip install 'tmdjax[parity]')"
-        facts["left out"] = "--no-torch" if given.no_torch else facts["left out"]
+    if given.no_torch:
+        facts["left out"] = "--no-torch"
     else:
-        for rival in ("eager", "compiled"):
-            try:
-                other = Torch(
-                    problem, given.length, rival == "compiled", given.torch_mode
-                )
-            except RuntimeError as error:
-                facts[f"left out: {rival}"] = str(error)
-                continue
-            facts["torch"] = other.torch.__version__
-            facts[f"error.{rival}"] = check_equal(states, other.states())
-            contenders[rival] = other
+        contenders |= torch_rivals(
+            lambda compiled: Torch(problem, given.length, compiled, given.torch_mode),
+            lambda rival: check_equal(states, rival.states(), _TOLERANCE),
+            facts,
+        )
     times = in_turn(contenders, given.repeats)
     rows = []
     for rival, found in times.items():

@@ -20,7 +20,6 @@ so below 1 is faster. Run it alone.
 
 import argparse
 import functools
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
+from benchmarks.contest import (
+    Row,
+    Seconds,
+    check_equal,
+    compare,
+    conclude,
+    in_turn,
+    options,
+    timed,
+    timed_torch,
+    torch_rivals,
+)
 from tmdjax import flows, models, train
 from tmdjax.core import trees
 
@@ -116,11 +126,7 @@ class Ours:
 
 
 class Torch:
-    """The same walk in PyTorch.
-
-    Raises:
-        RuntimeError: the network does not compile.
-    """
+    """The same walk in PyTorch; what is compiled is so when it is called first."""
 
     def __init__(
         self, module: models.DiT, params: Any, given: Any, batch: int, compiled: bool
@@ -142,11 +148,6 @@ class Torch:
         self.grid = flows.uniform_grid(given.steps).tolist()
         if compiled:
             self.network = torch.compile(network, mode=given.torch_mode)
-            try:
-                self.sample()
-            except Exception as error:  # whatever its compiler stumbles over
-                reason = (str(error).strip().splitlines() or [""])[0]
-                raise RuntimeError(f"torch.compile: {reason}") from error
 
     def sample(self) -> Any:
         """Samples [batch, height, width, channel]."""
@@ -159,61 +160,28 @@ class Torch:
 
     def __call__(self) -> Seconds:
         """Seconds of a batch of samples."""
-        self.synchronise()
-        start = time.perf_counter()
-        self.sample()
-        self.synchronise()
-        return {"sample": time.perf_counter() - start}
-
-    def synchronise(self) -> None:
-        """Waits for the device."""
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-
-
-def check_equal(ours: Any, other: Any, recipe: str) -> float:
-    """The norm of the difference over that of ours.
-
-    Raises:
-        ValueError: it is more than rounding.
-    """
-    a = np.asarray(ours, np.float64)
-    b = np.asarray(other.float().cpu() if hasattr(other, "cpu") else other, np.float64)
-    error = float(np.linalg.norm(a - b) / np.linalg.norm(a))
-    if not error < _TOLERANCES[recipe]:
-        raise ValueError(
-            f"the samples differ by {error:.2e} of their norm, more than "
-            f"{_TOLERANCES[recipe]:g}: these are not the same network."
-        )
-    return error
+        return {"sample": timed_torch(self.sample)[0]}
 
 
 def measure(given: Any, batch: int) -> tuple[list[Row], dict[str, Any]]:
     """Rows and facts of one batch size."""
     module, params = make_network(given)
     ours = Ours(module, params, given, batch)
-    samples = ours.sample()
+    samples, most = ours.sample(), _TOLERANCES[given.recipe]
     facts: dict[str, Any] = {
         "parameters": trees.count(params),
         "compile_seconds": ours.compile_seconds,
-        "error.steps": check_equal(samples, ours.sample_in_steps(), given.recipe),
+        "error.steps": check_equal(samples, ours.sample_in_steps(), most),
     }
     contenders: dict[str, Callable[[], Seconds]] = {
         "ours": lambda: {"sample": timed(ours.sample)[0]},
         "steps": lambda: {"sample": timed(ours.sample_in_steps)[0]},
     }
-    if importlib.util.find_spec("torch") is None:
-        facts["left out"] = "PyTorch is not installed (pip install 'tmdjax[parity]')"
-    else:
-        for name in ("eager", "compiled"):
-            try:
-                rival = Torch(module, params, given, batch, name == "compiled")
-            except RuntimeError as error:
-                facts[f"left out: {name}"] = str(error)
-                continue
-            facts["torch"] = rival.torch.__version__
-            facts[f"error.{name}"] = check_equal(samples, rival.sample(), given.recipe)
-            contenders[name] = rival
+    contenders |= torch_rivals(
+        lambda compiled: Torch(module, params, given, batch, compiled),
+        lambda rival: check_equal(samples, rival.sample().float().cpu(), most),
+        facts,
+    )
     times = in_turn(contenders, given.repeats)
     seconds = float(np.median([each["sample"] for each in times["ours"]]))
     facts["images_per_second"] = batch / seconds

@@ -33,7 +33,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contest import Row, Seconds, compare, conclude, in_turn, options, timed
+from benchmarks.contest import (
+    Row,
+    Seconds,
+    compare,
+    conclude,
+    in_turn,
+    options,
+    timed,
+    timed_torch,
+)
 from tmdjax import models, train
 from tmdjax.core import prng, trees
 from tmdjax.models.checkpoints import video_dit as hf_video_dit
@@ -188,16 +197,7 @@ class Diffusers:
 
     def __call__(self) -> Seconds:
         """Seconds of a forward."""
-        self.synchronise()
-        start = time.perf_counter()
-        self.run()
-        self.synchronise()
-        return {"forward": time.perf_counter() - start}
-
-    def synchronise(self) -> None:
-        """Waits for the device."""
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
+        return {"forward": timed_torch(self.run)[0]}
 
     def memory(self) -> int | None:
         """Peak bytes of a forward, weights and inputs included; None on a CPU."""

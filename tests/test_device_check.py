@@ -1,6 +1,9 @@
 """benchmarks.device_check: parts, limits, verdicts, and going on."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 
@@ -19,6 +22,38 @@ from benchmarks import contest, device_check
 )
 def test_verdict_stands_beside_each_goal(row, verdict):
     assert contest.verdict(row) == verdict
+
+
+def test_rivals_that_there_are_not_are_told(monkeypatch):
+    def rivals(broken):
+        def make(compiled):
+            def run():
+                if compiled in broken:
+                    raise RuntimeError("no kernel\nof this kind")
+                return {"run": 1.0}
+
+            return run
+
+        facts = {}
+        return contest.torch_rivals(
+            make, lambda rival: rival()["run"] / 8, facts
+        ), facts
+
+    torch = types.ModuleType("torch")
+    torch.__version__ = "9.9"
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    found, facts = rivals(())
+    errors = {"error.eager": 1 / 8, "error.compiled": 1 / 8}
+    assert [*found] == ["eager", "compiled"] and facts == {"torch": "9.9", **errors}
+    found, facts = rivals((True,))
+    assert [*found] == ["eager"]
+    assert facts["left out: compiled"] == "torch.compile: no kernel"
+    with pytest.raises(RuntimeError, match="no kernel"):
+        rivals((False,))  # a fault, and no compiler's
+    monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name: None)
+    found, facts = rivals(())
+    assert not found and "pip install 'tmdjax[parity]'" in facts["left out"]
 
 
 def _parts(monkeypatch, tmp_path, **scripts):
