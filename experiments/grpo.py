@@ -68,6 +68,10 @@ MEANINGS |= {
     "score_last": "mean score of the last tenth of the iterations, in [0, 1]",
     "truncated_fraction": "share of rollouts cut at their longest, at the end",
     "first_ratio_error": "how far the ratio of a first minibatch is from 1, at most",
+    "mismatch_kl": "KL of rollouts and training under equal weights, in nats a token, "
+    "the mean over iterations",
+    "mismatch_max": "largest difference of their log-probs of a token, at most over "
+    "iterations",
 }
 
 
@@ -160,6 +164,8 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
             "score_first": first,
             "score_last": last,
             "first_ratio_error": max(row["first_ratio_error"] for row in rows),
+            "mismatch_kl": float(np.mean([row["mismatch_kl"] for row in rows])),
+            "mismatch_max": max(row["mismatch_max"] for row in rows),
             "skipped_updates": float(state.skipped),
             "truncated_fraction": rows[-1]["truncated_fraction"],
         },
@@ -194,6 +200,7 @@ def measures(config: Config, arm: str) -> set[str]:
     """The metrics of an arm that claims may be about."""
     given = resolved(config, arm)
     found = {"score_first", "score_last", "first_ratio_error"}.union(JUDGED)
+    found |= {"mismatch_kl", "mismatch_max"}
     found |= exploration.COURSE.keys() | exploration.CLOCKED.keys()
     if hasattr(tasks.TASKS[given["task"]["name"]], "canonical"):
         found |= AGREED.keys()

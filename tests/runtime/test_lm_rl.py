@@ -98,6 +98,10 @@ def test_it_learns_what_is_rewarded():
     assert found[0]["tied_group_fraction"] < 1 and found[0]["entropy"] > 1
     assert found[0]["behaviour_kl"] < 1e-6 and state.skipped == 0
     assert found[0]["effective_sample_fraction"] == pytest.approx(1, abs=1e-6)
+    for m in found:  # 8: of the first minibatch, before any update
+        assert 0 <= m["mismatch_kl"] < 1e-9 and m["mismatch_max"] < 1e-4
+        assert 0 < m["mismatch_mean"] < m["mismatch_max"]
+    assert "quantised_moved" not in found[0]
     assert all(m["staleness_max"] == 0 for m in found)
 
 
@@ -269,6 +273,8 @@ def test_engine_and_update_in_two_precisions(refused):
     assert metrics["first_ratio_error"] < 1e-5 and state.skipped == 0
     assert metrics["behaviour_log_ratio_max"] > 1e-4
     assert 0 < metrics["behaviour_kl"] < 1e-3
+    assert metrics["mismatch_kl"] == pytest.approx(metrics["behaviour_kl"], rel=0.05)
+    assert metrics["mismatch_max"] == metrics["behaviour_log_ratio_max"]
     assert abs(metrics["behaviour_weight"] - 1) < 1e-3
     uncorrected = dataclasses.replace(objective, correction="none")
     behaviour = dataclasses.replace(SETTINGS, proximal="behaviour")

@@ -173,6 +173,8 @@ def test_9_seeded_responses_train_behind_their_examples_or_behind_the_question(
         return
     assert metrics["behaviour_log_ratio_max"] > 0.01  # with examples, without them
     assert metrics["behaviour_weight"] <= 1.5
+    # and what the prompts make of it is no mismatch of rollout and training
+    assert 0 < metrics["mismatch_max"] < 1e-4
     uncorrected = (engine(), log_probs, ANY, optimizer, settings, draw, seven)
     message = "train_prompt='question' trains on .*correction='truncate'"
     refused(message, runtime.make_iteration, *uncorrected, length=32, planner=ANY)

@@ -21,7 +21,7 @@ RATIO = np.exp(LOG_PROB - PROXIMAL)
 
 def found(objective, log_prob=LOG_PROB, reference=None):
     texts = TokenBatch(*[None] * 5, MASK, BEHAVIOUR, None, None, None)
-    batch = UpdateBatch(texts, ADVANTAGE, None, PROXIMAL, reference, None)
+    batch = UpdateBatch(texts, ADVANTAGE, None, PROXIMAL, reference, None, None)
     return objective.loss(jnp.asarray(log_prob), batch)[0]
 
 

@@ -237,7 +237,7 @@ def test_9_behind_the_plain_prompt_the_corrected_gradient_is_unbiased():
     mu = np.asarray(jax.nn.log_softmax(jnp.asarray(behaviour, jnp.float32)))[:, None]
     proximal = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))[:, None]
     texts = TokenBatch(*[None] * 5, np.ones((6, 1), bool), mu, None, None, None)
-    batch = UpdateBatch(texts, advantage, None, proximal, None, None)
+    batch = UpdateBatch(texts, advantage, None, proximal, None, None, None)
 
     def loss(logits, most):
         given = {"correction": "truncate", "max_weight": most}

@@ -4,6 +4,8 @@ from tmdjax.quant.fp8 import GRANULARITIES as GRANULARITIES
 from tmdjax.quant.fp8 import Quantised as Quantised
 from tmdjax.quant.fp8 import cast_for_good as cast_for_good
 from tmdjax.quant.fp8 import quantise as quantise
+from tmdjax.quant.fp8 import quantised_values as quantised_values
+from tmdjax.quant.fp8 import share_moved as share_moved
 from tmdjax.quant.fp8_recipes import SCALINGS as SCALINGS
 from tmdjax.quant.fp8_recipes import fp8_recipe as fp8_recipe
 from tmdjax.quant.linear import linear as linear

@@ -1,5 +1,6 @@
 """Arrays in 8 bits: values of a float8 dtype, and scales that give them their size."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from tmdjax.core.checks import check_choice
-from tmdjax.core.types import Array, Float
+from tmdjax.core.types import Array, Float, PyTree
 
 GRANULARITIES: dict[str, tuple[int | None, int | None]] = {
     "tensor": (None, None),
@@ -127,6 +128,33 @@ def quantise(
     # rounded to on a device.
     values = cast_for_good(jnp.clip(scaled, -largest, largest), dtype)
     return Quantised(values, step, granularity)
+
+
+def quantised_values(tree: PyTree) -> list[Array]:
+    """The 8-bit values of all :class:`Quantised` leaves, in the order of the tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    return [leaf.values for leaf in leaves if isinstance(leaf, Quantised)]
+
+
+def share_moved(before: Sequence[Array], after: Sequence[Array]) -> Array:
+    """Which part of 8-bit values is another than before, float32 scalar in [0, 1].
+
+    An update smaller than half a step of the 8 bits moves none: what is computed with
+    the quantised weights then stays the same.
+
+    Args:
+        before: from :func:`quantised_values`, at least one.
+        after: the same shapes, later.
+
+    References:
+        QuRL has the metric: an update may be too small to reach quantised rollouts.
+    """
+
+    def moved(a: Array, b: Array) -> Array:
+        return jnp.mean(a.view(jnp.uint8) != b.view(jnp.uint8)) * a.size
+
+    total = sum(values.size for values in before)
+    return jnp.stack(list(map(moved, before, after))).sum() / total
 
 
 def _tiles(granularity: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -25,6 +25,9 @@ from tmdjax.rl.diagnostics import PROXIMAL as PROXIMAL
 from tmdjax.rl.diagnostics import RatioError as RatioError
 from tmdjax.rl.diagnostics import beyond_clip as beyond_clip
 from tmdjax.rl.diagnostics import check_first_ratio as check_first_ratio
+from tmdjax.rl.diagnostics import mismatch as mismatch
+from tmdjax.rl.diagnostics import mismatch_of as mismatch_of
+from tmdjax.rl.diagnostics import mismatch_terms as mismatch_terms
 from tmdjax.rl.diagnostics import ratio_error as ratio_error
 from tmdjax.rl.gaussian import at_bounds as at_bounds
 from tmdjax.rl.gaussian import check_std as check_std

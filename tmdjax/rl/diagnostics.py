@@ -1,5 +1,6 @@
 """What to watch of the ratio between trained and acting policy."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 
 from tmdjax.core.types import Array, ArrayLike
 from tmdjax.quant import Precision
-from tmdjax.rl.ratios import MAX_LOG_RATIO
+from tmdjax.rl.kl import k3
+from tmdjax.rl.ratios import MAX_LOG_RATIO, as_mask, log_ratio
 from tmdjax.rl.surrogates import ClipRange, check_clip_range
 
 FIRST_RATIO_SHARE = 0.1
@@ -56,6 +58,94 @@ def beyond_clip(log_ratio: ArrayLike, clip_range: ClipRange) -> tuple[Array, Arr
 def _less_one(log_ratio: ArrayLike) -> Array:
     d = jnp.clip(jnp.asarray(log_ratio), -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jax.lax.stop_gradient(jnp.expm1(d))
+
+
+def mismatch_terms(
+    train_log_prob: Any, rollout_log_prob: Any, mask: Any
+) -> dict[str, Array]:
+    """What :func:`mismatch` takes means of, token by token and without gradient.
+
+    Args:
+        train_log_prob: [..., sequence, token] of responses.
+        rollout_log_prob: the same shape.
+        mask: bool, the same shape: the tokens of each response, which stand first in
+            its row.
+
+    Returns:
+        float32 arrays of that shape, 0 where masked out. With d = train_log_prob -
+        rollout_log_prob: 'mismatch_kl', exp(d) - 1 - d, which is never negative;
+        'mismatch_mean', |d|; 'mismatch_early' and 'mismatch_late', |d| of the first and
+        the last third of a response (of n tokens the first and last n / 3, rounded up),
+        0 elsewhere; and what these are counted by: 'mismatch_tokens', 1, and
+        'mismatch_third', 1 in the first third, 0 elsewhere.
+    """
+    d = jax.lax.stop_gradient(log_ratio(train_log_prob, rollout_log_prob, mask))
+    live = as_mask(mask, d)
+    at, length = jnp.arange(d.shape[-1]), live.sum(-1, keepdims=True)
+    early = live & (3 * at < length)
+    late = live & (3 * (length - 1 - at) < length)
+    distance = jnp.abs(d)
+    return {
+        "mismatch_kl": k3(-d),
+        "mismatch_mean": distance,
+        "mismatch_early": jnp.where(early, distance, 0),
+        "mismatch_late": jnp.where(late, distance, 0),
+        "mismatch_tokens": live.astype(d.dtype),
+        "mismatch_third": early.astype(d.dtype),
+    }
+
+
+def mismatch_of(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Means of :func:`mismatch_terms` over the tokens that count.
+
+    Args:
+        terms: sums over tokens, all of the same ones, or these divided by one number;
+            beside those of :func:`mismatch_terms` there may be others, such as
+            'mismatch_max', which are passed on.
+
+    Returns:
+        The same names without those that count; all 0 where no token counts.
+    """
+    found = dict(terms)
+    tokens, third = (found.pop(f"mismatch_{name}") for name in ("tokens", "third"))
+    for name in ("kl", "mean"):
+        found[f"mismatch_{name}"] /= tokens + (tokens == 0)
+    for name in ("early", "late"):
+        found[f"mismatch_{name}"] /= third + (third == 0)
+    return found
+
+
+def mismatch(train_log_prob: Any, rollout_log_prob: Any, mask: Any) -> dict[str, Array]:
+    """How far two computations of one policy are apart: of training, of rollouts.
+
+    Under the same weights a rollout in fewer bits, or only in other batches, gives
+    other log-probs than training. With d = train_log_prob - rollout_log_prob over the
+    tokens of responses that the rollout drew:
+
+    * 'mismatch_kl': mean of exp(d) - 1 - d, an estimate of KL(rollout || train) in nats
+      a token; never negative. Above 1e-3 training is in danger.
+    * 'mismatch_mean', 'mismatch_max': mean and largest |d|.
+    * 'mismatch_early', 'mismatch_late': mean |d| in the first and in the last third of
+      the positions of a response. Errors that add up along a text make the latter the
+      larger one.
+
+    Args:
+        train_log_prob: [..., sequence, token] of responses.
+        rollout_log_prob: the same shape.
+        mask: bool, the same shape: the tokens of each response, which stand first in
+            its row.
+
+    Returns:
+        float32 scalars, 0 where no token counts.
+
+    References:
+        Jet-RL (arXiv 2601.14243); the estimator is k3, see
+        :func:`tmdjax.rl.kl_estimate`.
+    """
+    terms = mismatch_terms(train_log_prob, rollout_log_prob, mask)
+    largest = terms["mismatch_mean"].max(initial=0)
+    sums = {name: term.sum() for name, term in terms.items()}
+    return mismatch_of(sums) | {"mismatch_max": largest}
 
 
 def check_first_ratio(

@@ -5,6 +5,8 @@
     scoring      responses -> rewards, in threads
     packing      records -> minibatches of fixed shape, weighed as a whole
     update       one compiled update of a minibatch, cut into microbatches
+    publishing   trained parameters -> what the engine reads of them, once an update
+    alarms       said once a run: rollouts of another policy, 8-bit weights that rest
 
 Randomness follows from the key of the run and the number of the iteration alone, and
 the engine is empty between iterations: a run that is killed goes on from its state. One
@@ -24,9 +26,11 @@ from flax import struct
 from tmdjax import rl
 from tmdjax.core.types import Array, Params
 from tmdjax.generation import Engine
-from tmdjax.quant import Precision
+from tmdjax.quant import Precision, quantised_values, share_moved
 from tmdjax.rl import TokenBatch
+from tmdjax.runtime.alarms import Alarms
 from tmdjax.runtime.packing import TokenObjective, update_batches
+from tmdjax.runtime.publishing import Publisher
 from tmdjax.runtime.rounds import OneRound, Planner, Rollout
 from tmdjax.runtime.scheduling import collect
 from tmdjax.runtime.settings import Draw, LanguageSettings, Score
@@ -104,7 +108,7 @@ def make_iteration(
         pad: id of padding.
         generation_params: what the engine is given for parameters, such as
             :func:`tmdjax.models.fuse_projections` or
-            :func:`tmdjax.models.prepare_weights`.
+            :func:`tmdjax.models.prepare_weights`; it is compiled.
         reference: parameters of the policy that an objective with a KL term stays
             near.
         precision: the recipes that the engine's model and ``log_probs`` were built
@@ -117,7 +121,13 @@ def make_iteration(
 
     Returns:
         The iteration. The version of the weights that each token carries is the number
-        of the iteration.
+        of the iteration; ``learn`` refuses a rollout of another version than its
+        state's. Metrics of training beside the rollout under equal weights are those of
+        :func:`tmdjax.rl.mismatch`: of all responses where ``proximal='recompute'``,
+        else of the first minibatch, before any update. Where the engine's weights are
+        quantised, 'quantised_moved' is the share of their 8-bit values that the
+        iteration's updates change. Bounds of the settings are compared with these, and
+        :class:`tmdjax.runtime.alarms.Alarms` warns.
 
     Raises:
         ValueError: the engine draws from a truncated distribution, under which the
@@ -158,7 +168,10 @@ def make_iteration(
             "or kl_coefficient=0."
         )
     planner = planner or OneRound()
-    update = make_update(log_probs, objective, optimizer)
+    recomputes = settings.proximal == "recompute"
+    update = make_update(log_probs, objective, optimizer, recomputed=recomputes)
+    publish, moved = Publisher(generation_params), jax.jit(share_moved)
+    alarms = Alarms(settings, precision)
 
     @jax.jit
     def recomputed(params: Params, texts: TokenBatch) -> Array:
@@ -172,7 +185,7 @@ def make_iteration(
         del batch, key  # the engine has its own
         engine.abort()
         number = int(state.iteration)
-        engine.update_weights(generation_params(state.learner.params), number)
+        engine.update_weights(publish(state.learner.params), number)
         rollout = collect(
             engine,
             draw,
@@ -194,6 +207,8 @@ def make_iteration(
         state: LMState, rollout: Rollout, key: Any
     ) -> tuple[LMState, dict[str, Any]]:
         iteration, learner = int(state.iteration), state.learner
+        _check_versions(rollout, iteration)
+        before = quantised_values(publish(learner.params))  # what the rollout read
         key = jax.random.fold_in(key, iteration)
         seed = np.asarray(jax.random.key_data(key)).tolist()
         batches = update_batches(
@@ -218,11 +233,19 @@ def make_iteration(
                 )
             found.append(metrics)
         host = jax.device_get(found)
+        compared = [
+            {k: m.pop(k) for k in [*m] if k.startswith("mismatch_")} for m in host
+        ]
         means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
+        means |= _mismatch(compared if recomputes else compared[:1])
         # (sum w)^2 / (n sum w^2) of the weights proximal / behaviour
         square = means.pop("behaviour_ratio_square")
         means["effective_sample_fraction"] = means.pop("behaviour_ratio") ** 2 / square
         means["first_ratio_error"] = float(host[0]["ratio_error_max"])
+        if before:
+            after = quantised_values(publish(learner.params))
+            means["quantised_moved"] = float(moved(before, after))
+        alarms.look(means)
         pending = rl.pack_records(rollout.pending)
         memory = planner.remember(state.memory, rollout, iteration)
         state = LMState(state.iteration + 1, learner, pending, memory)
@@ -232,5 +255,28 @@ def make_iteration(
         init=lambda params: LMState.start(params, optimizer),
         collect=collected,
         learn=learn,
-        programs={"update": update, "recompute": recomputed},
+        programs={
+            "update": update,
+            "recompute": recomputed,
+            "publish": publish.program,
+        },
     )
+
+
+def _mismatch(compared: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of :func:`tmdjax.rl.mismatch`, of what each update found."""
+    terms = {k: float(np.mean([m[k] for m in compared])) for k in compared[0]}
+    terms["mismatch_max"] = float(np.max([m["mismatch_max"] for m in compared]))
+    return rl.mismatch_of(terms)
+
+
+def _check_versions(rollout: Rollout, iteration: int) -> None:
+    """Refuses responses that other weights wrote than those they are to train."""
+    versions = {v for record in rollout.records for v in record.versions}
+    if versions - {iteration}:
+        raise ValueError(
+            f"the rollout has tokens of weights of version {sorted(versions)}, but the "
+            f"state is that of iteration {iteration}: what is published and what is "
+            f"trained are two versions. Learn from what was collected with this state, "
+            f"and leave the engine's weights alone meanwhile."
+        )

@@ -30,6 +30,9 @@ class UpdateBatch:
         reference: float32 [sequence, token], log-probs of the policy to stay near, or
             None.
         share: float32 scalar, 1 / tokens of the minibatch.
+        as_written: bool [sequence], read as the rollout wrote it: behind the same
+            prompt, and not from keys and values of older weights. Of these alone
+            log-probs of rollout and training can be compared.
     """
 
     texts: TokenBatch
@@ -38,6 +41,7 @@ class UpdateBatch:
     proximal: Any
     reference: Any
     share: Any
+    as_written: Any
 
 
 @runtime_checkable
@@ -121,7 +125,9 @@ def update_batches(
     """
     _check(records, settings)
     advantage = np.asarray(objective.advantages(records), np.float32)
+    as_written = np.array([not record.kv_mixed for record in records])
     if settings.train_prompt == "question":
+        as_written &= [record.question is None for record in records]
         records = [
             dataclasses.replace(record, prompt=record.own_prompt, question=None)
             for record in records
@@ -196,6 +202,7 @@ def update_batches(
             proximal=spread(target, which, texts.mask),
             reference=None if anchor is None else spread(anchor, which, texts.mask),
             share=np.full(len(texts.row), 1 / max(1, mask.sum()), np.float32),
+            as_written=spread(as_written, which, texts.group),
         )
 
     return (

@@ -61,6 +61,12 @@ class LanguageSettings:
             groups included where it lets only one in.
         check_ratio: stop where the first ratio of an iteration is not 1 (only with
             'behaviour').
+        max_mismatch_kl: a run says once when the KL of rollout and training under equal
+            weights, in nats a token, is above this.
+        min_effective_sample_fraction: a run says once when the weights proximal /
+            behaviour leave fewer effective tokens than this part, in [0, 1].
+        frozen_after: a run says once when so many iterations in a row change no 8-bit
+            value of what the engine is given.
     """
 
     prompts: int
@@ -80,15 +86,21 @@ class LanguageSettings:
     scored_at_once: int = 1
     score_timeout: float = 600.0
     check_ratio: bool = True
+    max_mismatch_kl: float = 1e-3
+    min_effective_sample_fraction: float = 0.3
+    frozen_after: int = 5
 
     def __post_init__(self) -> None:
         counts = ("prompts", "max_new_tokens", "epochs", "minibatches", "microbatch")
-        for name in (*counts, "max_attempts", "scored_at_once"):
+        for name in (*counts, "max_attempts", "scored_at_once", "frozen_after"):
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
         check_choice("proximal", self.proximal, ("auto", *rl.PROXIMAL))
         check_choice("train_prompt", self.train_prompt, ("sampled", "question"))
         check_range("overlong_factor", self.overlong_factor, 0)
+        check_range("max_mismatch_kl", self.max_mismatch_kl, 0)
+        least = "min_effective_sample_fraction"
+        check_range(least, self.min_effective_sample_fraction, 0, 1)
         check_range(
             "score_timeout",
             self.score_timeout,

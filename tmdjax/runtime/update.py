@@ -12,7 +12,7 @@ from tmdjax.core.types import Array, Params
 from tmdjax.runtime.packing import TokenObjective, UpdateBatch
 from tmdjax.train.state import TrainState, make_train_step
 
-MAXIMA = ("ratio_error_max", "behaviour_log_ratio_max")
+MAXIMA = ("ratio_error_max", "behaviour_log_ratio_max", "mismatch_max")
 """Metrics of an update that are largest values."""
 
 LogProbs = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
@@ -24,6 +24,8 @@ def make_update(
     log_probs: LogProbs,
     objective: TokenObjective,
     optimizer: optax.GradientTransformation,
+    *,
+    recomputed: bool = False,
 ) -> Callable[[TrainState, UpdateBatch, Any], tuple[TrainState, dict[str, Array]]]:
     """One update by a minibatch, its microbatches scanned; state donated.
 
@@ -31,10 +33,15 @@ def make_update(
         log_probs: of texts under parameters.
         objective: the loss.
         optimizer: optax transformation.
+        recomputed: whether ``batch.proximal`` is what training computed under the
+            weights of the rollout. If so, the mismatch of rollout and training is taken
+            of it; else of the log-probs of this update, which are under those weights
+            in the first minibatch alone.
 
     Returns:
         ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
-        tokens of the minibatch, those named in MAXIMA the largest of any token.
+        tokens of the minibatch, those named in MAXIMA the largest of any token. Those
+        called mismatch are for :func:`tmdjax.rl.mismatch_of`.
     """
 
     def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:
@@ -48,6 +55,11 @@ def make_update(
         ratio = objective.log_ratio(log_prob, batch)
         low, high = rl.beyond_clip(ratio, objective.clip_range)
         away = batch.proximal - texts.log_prob
+        mismatch = rl.mismatch_terms(
+            batch.proximal if recomputed else log_prob,
+            texts.log_prob,
+            texts.mask & batch.as_written[:, None],
+        )
         metrics = {
             "entropy": entropy,
             "clip_fraction_low": low,
@@ -57,6 +69,7 @@ def make_update(
             "behaviour_ratio_square": jnp.exp(2 * jnp.clip(away, -20, 20)),
             # k3 of KL(behaviour || proximal), the tokens being the behaviour's
             "behaviour_kl": jnp.expm1(jnp.clip(away, -20, 20)) - away,
+            **mismatch,
             **metrics,
         }
         means = {
@@ -69,6 +82,7 @@ def make_update(
         each = {
             "ratio_error_max": worst,
             "behaviour_log_ratio_max": furthest,
+            "mismatch_max": jnp.max(mismatch["mismatch_mean"]),
             **means,
         }
         return total[None], {name: x[None] for name, x in each.items()}

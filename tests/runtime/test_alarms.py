@@ -1,0 +1,80 @@
+"""What a run warns of: once each, with value, bound and remedy."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from tmdjax import quant
+from tmdjax.runtime import LanguageSettings
+from tmdjax.runtime.alarms import Alarms
+from tmdjax.runtime.publishing import Publisher
+
+SETTINGS = LanguageSettings(prompts=1, samples=2, max_new_tokens=3, microbatch=2)
+GOOD = {"mismatch_kl": 1e-3, "effective_sample_fraction": 0.3, "quantised_moved": 0.1}
+
+
+def said(caplog, *rows, settings=SETTINGS, precision=None):
+    caplog.clear()
+    alarms = Alarms(settings, precision)
+    for row in rows:
+        alarms.look({**GOOD, **row})
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_bounds_are_allowed_and_what_is_beyond_is_said_once(caplog):
+    assert said(caplog, {}) == []
+    pair = quant.Precision(rollout="fp8_block", train="bf16")
+    rows = [{"mismatch_kl": 0.0015}, {"mismatch_kl": 0.5}]
+    (message,) = said(caplog, *rows, precision=pair)
+    for part in (
+        "mismatch_kl=0.0015 is above max_mismatch_kl=0.001",
+        "rollouts are computed under precision.rollout='fp8_block'",
+        "correction='truncate'",
+    ):
+        assert part in message
+    (message,) = said(caplog, *2 * [{"effective_sample_fraction": 0.2}])
+    assert "effective_sample_fraction=0.2 is below min_effective_sample" in message
+    assert len(said(caplog, dict.fromkeys(GOOD, float("nan")))) == 2
+    loose = LanguageSettings(
+        **{**vars(SETTINGS), "max_mismatch_kl": 1, "min_effective_sample_fraction": 0}
+    )
+    assert not said(caplog, *rows, {"effective_sample_fraction": 0.01}, settings=loose)
+
+
+def test_a_frozen_policy_is_said_after_so_many_iterations_without_a_change(caplog):
+    still, moving = {"quantised_moved": 0.0}, {"quantised_moved": 1e-9}
+    assert not said(caplog, *4 * [still], moving, *4 * [still])
+    (message,) = said(caplog, moving, *8 * [still])
+    assert "published policy frozen" in message and "last 5 iterations" in message
+    soon = LanguageSettings(**{**vars(SETTINGS), "frozen_after": 1})
+    assert len(said(caplog, still, settings=soon)) == 1
+    unquantised = {k: v for k, v in GOOD.items() if k != "quantised_moved"}
+    alarms = Alarms(soon)
+    caplog.clear()
+    alarms.look(unquantised)
+    assert not caplog.records
+
+
+def test_bounds_out_of_range(refused):
+    for name, value in (
+        ("max_mismatch_kl", -1.0),
+        ("min_effective_sample_fraction", 1.5),
+        ("frozen_after", 0),
+    ):
+        refused(f"{name}={value}", LanguageSettings, **{**vars(SETTINGS), name: value})
+
+
+def test_weights_are_prepared_once_an_update():
+    recipe = quant.RECIPES["fp8_block"]
+    publish = Publisher(lambda tree: {"w": recipe.prepare(tree["w"]), "b": tree["b"]})
+    random = np.random.default_rng(0)
+    w, b = jnp.float32(random.normal(size=(130, 7))), jnp.ones(7)
+    first = publish({"w": w, "b": b})
+    assert publish({"w": w, "b": b}) is first  # the very arrays
+    after = publish({"w": w + 0.1 * (w > 1), "b": b})
+    assert after is not first and publish.program._cache_size() == 1
+    before, now = map(quant.quantised_values, (first, after))
+    other = np.asarray(before[0]).view("u1") != np.asarray(now[0]).view("u1")
+    assert 0 < other.mean() < 0.5
+    assert quant.share_moved(before, now) == np.float32(other.mean())
+    assert quant.share_moved(before, before) == 0
+    assert quant.quantised_values({"b": b}) == []

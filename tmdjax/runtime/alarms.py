@@ -1,0 +1,77 @@
+"""What a run of RL on a language model warns of, once each, and how to mend it."""
+
+import logging
+from collections.abc import Mapping
+
+from tmdjax.quant import Precision
+from tmdjax.runtime.settings import LanguageSettings
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Alarms:
+    """Looks at the metrics of each iteration; bounds are those of the settings.
+
+    It warns of rollouts that are another policy than the one that is trained, of
+    importance weights that leave few effective tokens, and of 8-bit weights that stay
+    as they are while the weights behind them are trained.
+    """
+
+    def __init__(self, settings: LanguageSettings, precision: Precision | None = None):
+        """For one run.
+
+        Args:
+            settings: the bounds.
+            precision: recipes of rollout and training, of which a warning speaks.
+        """
+        self._settings = settings
+        self._why = "" if precision is None else precision.disagreement()
+        self._said: set[str] = set()
+        self._unchanged = 0
+
+    def look(self, metrics: Mapping[str, float]) -> None:
+        """Warns through the logger ``tmdjax.runtime.alarms``.
+
+        Args:
+            metrics: of an iteration: 'mismatch_kl', 'effective_sample_fraction' and,
+                where rollouts are quantised, 'quantised_moved'.
+        """
+        settings, why = self._settings, f": {self._why}" if self._why else ""
+        kl = metrics["mismatch_kl"]
+        if not kl <= settings.max_mismatch_kl:
+            self._warn(
+                f"mismatch_kl={kl:.3g} is above max_mismatch_kl="
+                f"{settings.max_mismatch_kl:g}: under the same weights rollouts and "
+                f"training are two policies{why}. Give both one recipe that does not "
+                f"depend on the batch (precision.rollout = precision.train), or "
+                f"correct for it (correction='truncate' of the objective)."
+            )
+        fraction, least = (
+            metrics["effective_sample_fraction"],
+            settings.min_effective_sample_fraction,
+        )
+        if not fraction >= least:
+            self._warn(
+                f"effective_sample_fraction={fraction:.3g} is below "
+                f"min_effective_sample_fraction={least:g}: a few tokens carry the "
+                f"weights of all. Bring rollouts and training together (one recipe for "
+                f"both, train_prompt='sampled'), or bound the weights (max_weight of "
+                f"the objective)."
+            )
+        self._unchanged = (
+            self._unchanged + 1 if metrics.get("quantised_moved") == 0 else 0
+        )
+        if self._unchanged >= settings.frozen_after:
+            self._warn(
+                f"published policy frozen: quantised_moved=0 in each of the last "
+                f"{self._unchanged} iterations (frozen_after={settings.frozen_after}): "
+                f"updates are none or below a step of 8 bits, and rollouts stay "
+                f"the same. Raise the learning rate, or keep rollouts in more bits "
+                f"(precision.rollout='bf16')."
+            )
+
+    def _warn(self, message: str) -> None:
+        kind = message.partition("=")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            _LOGGER.warning("%s", message)
