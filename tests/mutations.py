@@ -145,6 +145,7 @@ TESTS = {
         "models/test_checkpoint_folders.py models/test_hf_decoder.py",
     ),
     "models/checkpoints/gguf": "models/test_gguf_decoder.py",
+    "models/checkpoints/float8": "models/test_float8_checkpoints.py",
     **dict.fromkeys(
         [
             "models/checkpoints/" + name

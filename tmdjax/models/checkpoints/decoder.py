@@ -15,6 +15,7 @@ import numpy as np
 from tmdjax.core.trees import flatten
 from tmdjax.core.types import Params
 from tmdjax.models.build import init_params
+from tmdjax.models.checkpoints import float8
 from tmdjax.models.checkpoints.layout import (
     Folder,
     Leaf,
@@ -164,11 +165,16 @@ def load_decoder(
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3, Mistral or Llama type.
 
+    Weights in float8 with scales (:data:`tmdjax.models.checkpoints.float8.UNDERSTOOD`
+    says which) are read as the numbers they stand for, value times scale. They are no
+    8-bit weights of a recipe: which numbers are rounded to 8 bits again is for
+    ``recipe`` to say.
+
     Args:
         folder: with config.json and model.safetensors, or the shards that
             model.safetensors.index.json names.
         dtype: of the parameters; None keeps that of the file, and takes float32 where
-            those of the layers differ.
+            those of the layers differ, or weights are in float8 with scales.
         **options: attributes of the configuration that take precedence, such as
             ``recipe``, see :meth:`tmdjax.models.DecoderConfig.from_hf`.
 
@@ -178,12 +184,17 @@ def load_decoder(
 
     Raises:
         FileNotFoundError: a file is absent.
-        ValueError: a configuration the decoder does not have; a damaged file; tensors
-            missing, not expected or of another shape, all by name.
+        ValueError: a configuration the decoder does not have, or a quantisation that is
+            not understood; a damaged file; tensors missing, not expected or of another
+            shape, all by name.
     """
     folder = Path(folder)
-    config = DecoderConfig.from_hf(read_json(folder / "config.json"), **options)
-    return config, params_from_hf(config, read_weights(folder, _STEM), dtype)
+    settings, quantised = float8.without_quantisation(read_json(folder / "config.json"))
+    config = DecoderConfig.from_hf(settings, **options)
+    tensors: Mapping[str, Any] = read_weights(folder, _STEM)
+    if quantised is not None:
+        tensors = float8.dequantised(tensors, quantised)
+    return config, params_from_hf(config, tensors, dtype)
 
 
 def save_decoder(

@@ -100,7 +100,7 @@ def params_from_tensors(
                     f"{name} has shape {list(tensor.shape)}, expected "
                     f"{list(shapes[name])}"
                 )
-            elif not jnp.issubdtype(np.asarray(tensor).dtype, jnp.floating):
+            elif not jnp.issubdtype(_numpy_dtype(tensor), jnp.floating):
                 problems.append(f"{name} is {tensor.dtype}, expected floating numbers")
         elif not redundant(name):
             problems.append(f"{name} {list(tensor.shape)} is not expected")
@@ -121,6 +121,12 @@ def params_from_tensors(
             value[i] = leaf.read(cast_tensor(name, row, value.dtype))
         params[leaf.path] = value if leaf.stacked else value[0]
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _numpy_dtype(tensor: Any) -> np.dtype:
+    """Of an array; what knows its own is not read for it."""
+    known = tensor.dtype
+    return known if isinstance(known, np.dtype) else np.asarray(tensor).dtype
 
 
 def _prefix_remedy(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:

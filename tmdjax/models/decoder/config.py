@@ -375,8 +375,9 @@ def _check_neutral(config: Mapping[str, Any]) -> None:
                 method = given.get("quant_method") if isinstance(given, Mapping) else 0
                 raise ValueError(
                     f"{key}={method or given!r} is not supported: the weights are "
-                    f"quantised. Take the checkpoint they were made of, or load them "
-                    f"with transformers, dequantize() and save_pretrained."
+                    f"quantised. models.load_decoder reads them where they are float8; "
+                    f"else take the checkpoint they were made of, or load them with "
+                    f"transformers, dequantize() and save_pretrained."
                 )
             raise ValueError(
                 f"{key}={brief(given)} is not supported; the decoder is built for "
