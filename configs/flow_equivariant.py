@@ -12,11 +12,14 @@ the same test videos as all arms of its world.
 The trained horizon grows over ``train.horizons``, an equal share of the updates each.
 What is fed back is clipped to ``rollout.feedback_clip``, and every value of the state
 to +-``rollout.state_clip``, in training as in evaluation, and in all arms alike; the
-published models clip neither.
+published models clip neither. The tiers with claims begin with a map that keeps what
+it has (``model.memory_init``) and write no predicted frame into it
+(``model.feedback``): with the published start, with frames written a step late, or
+trained to 6 frames alone, the same updates give the arms uniform, stale and horizon_6.
 
 smoke  a torus of 12, and a small room: mechanics only.
-cpu    a torus of 12 seen through 8, maps of 8 channels: do velocity channels and the
-       agent's own motion keep a rollout right for ten times its horizon?
+cpu    a torus of 12 seen through 8, maps of 8 channels, trained to 24 frames: do
+       velocity channels and the agent's own motion keep a rollout right for 240?
 gpu    the published torus of 50 seen through 32, maps of 64 channels, fewer updates.
 paper  as published: sizes only.
 """
@@ -29,7 +32,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "25 s of CPU once compiled",
-    "cpu": "meant for 90 minutes on 2 cores, 5 seeds; not run yet",
+    "cpu": "estimated: 60 minutes on 2 cores, 5 seeds in two shards",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }
@@ -81,7 +84,9 @@ def get_config(tier: str) -> ConfigDict:
     )
     channels = {"smoke": 4, "cpu": 8}.get(tier, 64)
     network = {"name": "torus_map", "hidden": channels, "velocities": 1}
-    network |= {"feedback": "stale", "memory_init": "uniform"}
+    found = tier in ("cpu", "gpu")  # see the arms stale and uniform
+    network |= {"feedback": "none" if found else "stale"}
+    network |= {"memory_init": "identity" if found else "uniform"}
     if tier == "paper":
         network |= {"velocities": 2, "window_padding": "circular"}
     config.model = ConfigDict({**network, "self_motion": "shift"})
@@ -89,7 +94,7 @@ def get_config(tier: str) -> ConfigDict:
         {
             "teacher_forcing": 0.0,
             "feedback_clip": None if tier == "paper" else (0.0, 1.0),
-            "state_clip": None if tier == "paper" else 5.0,
+            "state_clip": None if tier == "paper" else 2.0 if found else 5.0,
             "detach_feedback": False,
             "remat_steps": 1 if large else None,
             "state_bound": 1e4,
@@ -102,21 +107,21 @@ def get_config(tier: str) -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "name": "adam",
-            "learning_rate": 1e-4 if tier == "paper" else 1e-3,
+            "learning_rate": {"paper": 1e-4, "cpu": 5e-3}.get(tier, 1e-3),
             "schedule": "constant" if tier == "paper" else "cosine",
             "warmup_steps": 0,
             "weight_decay": 0.0,
             "b2": 0.999,
-            "clip_norm": 1.0,
+            "clip_norm": 10.0 if tier == "cpu" else 1.0,
         }
     )
     config.train = ConfigDict(
         {
-            "steps": {"smoke": 24, "cpu": 6000, "gpu": 3000}.get(tier, 280_000),
+            "steps": {"smoke": 24, "cpu": 3000, "gpu": 3000}.get(tier, 280_000),
             "batch_size": {"smoke": 4, "cpu": 8}.get(tier, 32),
             "horizons": {
                 "smoke": (2, 3),
-                "cpu": (3, 6),
+                "cpu": (6, 24),
                 "gpu": (8, 20),
                 "paper": (20,),
             }[tier],
@@ -125,10 +130,10 @@ def get_config(tier: str) -> ConfigDict:
     )
     config.evaluate = ConfigDict(
         {
-            "length": {"smoke": 18, "cpu": 60, "gpu": 200}.get(tier, 150),
+            "length": {"smoke": 18, "cpu": 240, "gpu": 200}.get(tier, 150),
             "horizons": {
                 "smoke": (3, 9),
-                "cpu": (6, 20, 40, 60),
+                "cpu": (24, 60, 120, 240),
                 "gpu": (20, 50, 150, 200),
                 "paper": (20, 50, 150),
             }[tier],
@@ -166,9 +171,17 @@ def _arms(tier: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "neither": both,
         "action_concat": concat,
         "rssm": recurrent,
-        "velocity_2": {"model": {"velocities": 2}},
+        # 25 copies of the map, three times the cost of full
+        "velocity_2": {"model": {"velocities": 2}, "train": {"steps": 1000}},
+        "stale": {"model": {"feedback": "stale"}},
+        "uniform": {"model": {"memory_init": "uniform"}},
         "blocks": blocks,
     }
+    if tier == "cpu":
+        alone |= {
+            "horizon_6": {"train": {"horizons": (6, 6)}},
+            "updates_1000": {"train": {"steps": 1000}},
+        }
     return arms, alone
 
 
@@ -181,12 +194,14 @@ def _rivals(tier: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "gpu": {"hidden": 256, "depth": 4, "heads": 4, "frames": 8, "steps": 16},
     }.get(tier, {})
     patch = 8 if tier == "gpu" else 2
+    optimizer = {"learning_rate": 1e-3, "clip_norm": 1.0} if tier == "cpu" else {}
     forcing = {"name": "forcing_dit", "patch_size": patch, "history_guidance": 1.5}
     width = {"smoke": 16, "cpu": 64}.get(tier, 256)
     recurrent = {"name": "rssm", "patch_size": patch, "hidden": width, "width": width}
     if tier == "gpu":
         recurrent |= {"groups": 32, "classes": 32}
-    return {"model": forcing | sizes}, {"model": recurrent}
+    usual = {"optimizer": optimizer} if optimizer else {}
+    return {"model": forcing | sizes, **usual}, {"model": recurrent, **usual}
 
 
 def _blocks(tier: str) -> dict[str, Any]:
@@ -196,6 +211,7 @@ def _blocks(tier: str) -> dict[str, Any]:
     room |= {"train_count": 10_000, "moving": True}
     network: dict[str, Any] = {"name": "egocentric_map"}
     training: dict[str, Any] = {"batch_size": 16, "horizons": (90,)}
+    kept: dict[str, Any] = {"teacher_forcing": 0.125}
     judged: dict[str, Any] = {"length": 210, "horizons": (70, 210)}
     optimizer = {"name": "adamw", "b2": 0.99, "weight_decay": 1e-3}
     if tier == "gpu":
@@ -210,6 +226,8 @@ def _blocks(tier: str) -> dict[str, Any]:
         network |= {"heads": 4}
         training |= {"batch_size": 8, "horizons": (3, 6), "steps": 1000}
         judged = {"length": 60, "horizons": (6, 20, 40, 60)}
+        optimizer |= {"learning_rate": 1e-3, "clip_norm": 1.0}
+        kept |= {"state_clip": 20.0}
     elif tier == "smoke":
         room |= {"room": 3, "blocks": 1, "image_size": 8, "context": 4}
         room |= {"test_count": 4}
@@ -220,7 +238,7 @@ def _blocks(tier: str) -> dict[str, Any]:
     return {
         "data": room,
         "model": network,
-        "rollout": {"teacher_forcing": 0.125},
+        "rollout": kept,
         "optimizer": optimizer,
         "train": training,
         "evaluate": judged,
