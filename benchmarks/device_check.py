@@ -8,6 +8,7 @@ attention       cuDNN's attention against XLA's, forward and backward, every mas
 training_steps  steps of every system's gpu tier: first ratios, no recompilation
 sampler         50 steps of a DiT, against PyTorch eager and compiled
 decode          drawing tokens, against memory bandwidth and transformers
+fp8             8-bit products, a training step and decoding, against bf16
 video           a forward of Wan 2.1's 1.3 B, against diffusers under torch.compile
 control         on-policy RL, against brax's PPO
 
@@ -58,6 +59,12 @@ PARTS = {
         90,
         "--shapes 0.5B 7B --slots 64 --dtype=bfloat16 --repeats=3",
         "--shapes tiny --slots 4 --repeats=2",
+    ),
+    "fp8": Part(
+        80,
+        "--products 4096x4096x4096 16384x3584x18944 --shape=7B --layers=4 --batch=8 "
+        "--positions=2048 --slots=64 --repeats=3",
+        "--repeats=1",
     ),
     "video": Part(
         80,

@@ -166,8 +166,9 @@ TESTS = {
     **dict.fromkeys(["quant/linear", "quant/recipes"], "test_quant.py"),
     **dict.fromkeys(
         ["quant/" + name for name in "fp8 fp8_recipes self_test".split()],
-        "test_fp8.py optimised/test_quantisers.py",
+        "test_fp8.py optimised/test_quantisers.py test_hopper_gemm.py",
     ),
+    "quant/hopper_gemm": "test_hopper_gemm.py",
     "generation/chat_templates": "generation/test_tokenizers.py",
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/tex": "rewards/test_math.py",

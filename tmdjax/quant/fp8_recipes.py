@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from tmdjax.core.checks import check_choice
 from tmdjax.core.types import Array
+from tmdjax.quant import hopper_gemm
 from tmdjax.quant.fp8 import DTYPES, SCALES, Quantised, cast_for_good, quantise
+from tmdjax.quant.hopper_gemm import block_product
 from tmdjax.quant.recipes import RECIPES, Recipe
 from tmdjax.quant.self_test import check_rounding
 
@@ -44,6 +46,9 @@ SCALINGS = {
 for each 128 of them (DeepSeek-V3, arXiv 2412.19437; Jet-RL, arXiv 2601.14243)."""
 
 
+KERNELS = ("xla", "hopper")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rules:
     name: str
@@ -52,6 +57,7 @@ class _Rules:
     gradient_dtype: Any
     scale: str
     differentiable: bool
+    kernel: str
 
     def prepare(self, w: Any) -> Quantised:
         """Quantised from the rounded weight: the copy that others are given too."""
@@ -74,16 +80,42 @@ class _Rules:
         return quantise(q.dequantise(), granularity, dtype, scale=self.scale)
 
 
-def _multiply(a: Quantised, b: Quantised) -> Array:
-    """[m, k] by [k, n], summed in float32.
+def multiply(
+    a: Quantised, b: Quantised, dtype: Any = None, *, kernel: str = "xla"
+) -> Array:
+    """The product of two 8-bit matrices, summed in float32.
 
-    Where the k terms of a sum share their scales, NVIDIA GPUs multiply 8-bit numbers.
+    Where the terms of a sum share their scales, NVIDIA GPUs multiply the 8-bit values.
+    Other products are of the dequantised numbers in float32.
+
+    Args:
+        a: [m, k], by groups of any granularity.
+        b: [k, n], likewise.
+        dtype: that the sums are rounded to; None leaves them in float32.
+        kernel: 'xla'; or 'hopper', which on GPUs of compute capability 9.0 is
+            :func:`tmdjax.quant.block_product`, and 'xla' on all other devices.
+
+    Returns:
+        [m, n].
+
+    Raises:
+        ValueError: an unknown kernel; operands that the kernel does not take.
     """
-    if a.granularity in ("tensor", "row") and b.granularity in ("tensor", "column"):
-        return jax.lax.platform_dependent(
-            a, b, cuda=_product_of_values, default=_product_of_numbers
-        )
-    return _product_of_numbers(a, b)
+    check_choice("kernel", kernel, KERNELS)
+
+    def by_xla(a: Quantised, b: Quantised) -> Array:
+        if a.granularity in ("tensor", "row") and b.granularity in ("tensor", "column"):
+            y = jax.lax.platform_dependent(
+                a, b, cuda=_product_of_values, default=_product_of_numbers
+            )
+        else:
+            y = _product_of_numbers(a, b)
+        return y if dtype is None else cast_for_good(y, dtype)
+
+    if kernel == "xla" or not hopper_gemm.may_run():
+        return by_xla(a, b)
+    by_kernel = functools.partial(block_product, dtype=dtype or jnp.float32)
+    return jax.lax.platform_dependent(a, b, cuda=by_kernel, default=by_xla)
 
 
 def _product_of_values(a: Quantised, b: Quantised) -> Array:
@@ -106,7 +138,7 @@ def _forward(rules: _Rules, x: Array, w: Any) -> tuple[Array, Any]:
     # What rounds to 8 bits was rounded to the recipe's dtype before, in every program.
     x = cast_for_good(x, rules.dtype)
     saved = quantise(x, rules.scaling.x, scale=rules.scale), rules.prepare(w)
-    return cast_for_good(_multiply(*saved), rules.dtype), saved
+    return multiply(*saved, rules.dtype, kernel=rules.kernel), saved
 
 
 def _forward_to_differentiate(
@@ -131,13 +163,13 @@ def _backward(
         return quantise(dy, granularity, rules.gradient_dtype, scale=rules.scale)
 
     left = rounded(groups.dy)
-    dx = _multiply(left, rules.again(w, groups.w_again).transpose())
-    dx = cast_for_good(dx, rules.dtype)
+    turned = rules.again(w, groups.w_again).transpose()
+    dx = multiply(left, turned, rules.dtype, kernel=rules.kernel)
     if frozen:
         return dx, None
     right = left if groups.dy_again == groups.dy else rounded(groups.dy_again)
     x = rules.again(x, groups.x_again).transpose()
-    return dx, _multiply(x, right)
+    return dx, multiply(x, right, kernel=rules.kernel)
 
 
 _product.defvjp(_forward_to_differentiate, _backward)
@@ -155,6 +187,7 @@ def fp8_recipe(
     gradient_dtype: Any = jnp.float8_e4m3fn,
     scale: str = "fp32",
     differentiable: bool = True,
+    kernel: str = "xla",
 ) -> Recipe:
     """Products of 8-bit operands, which are summed in float32.
 
@@ -169,9 +202,9 @@ def fp8_recipe(
     ``jax.jvp`` finds no rule for these products.
 
     NVIDIA GPUs multiply the 8-bit values where a sum has one scale, under 'tensor' and
-    'rowwise'; no GPU has run this yet. Elsewhere, and under 'block', products are of
-    the dequantised numbers in float32: the same up to rounding of a sum, at the price
-    of 'fp32'.
+    'rowwise'; under 'block' Hopper GPUs do where ``kernel`` says so. No GPU has run
+    either yet. Elsewhere products are of the dequantised numbers in float32: the same
+    up to rounding of a sum, at the price of 'fp32'.
 
     Args:
         name: of the recipe; it is not registered.
@@ -185,9 +218,17 @@ def fp8_recipe(
         scale: 'fp32' or 'pow2', see :func:`tmdjax.quant.quantise`.
         differentiable: False refuses gradients, for rollouts of a model that is trained
             under another recipe.
+        kernel: of products under 'block': 'xla'; or 'hopper', which on GPUs of compute
+            capability 9.0 is :func:`tmdjax.quant.block_product`, and 'xla' on all other
+            devices. It is tried on known numbers before its first product. 'xla' stays
+            the default until a GPU has passed ``python -m benchmarks.fp8``.
 
     Raises:
-        ValueError: an unknown scaling, dtype or scale.
+        ValueError: an unknown scaling, dtype, scale or kernel; ``kernel='hopper'``
+            under another scaling than 'block', or with gradients of another 8-bit dtype
+            than that of weights.
+        RuntimeError: when it multiplies, from :func:`tmdjax.quant.check_rounding` and
+            :func:`tmdjax.quant.check_kernel`.
 
     References:
         Jet-RL (arXiv 2601.14243).
@@ -198,6 +239,13 @@ def fp8_recipe(
     gradient_dtype = jnp.dtype(gradient_dtype)
     check_choice("gradient_dtype", gradient_dtype.name, DTYPES)
     check_choice("scale", scale, SCALES)
+    check_choice("kernel", kernel, KERNELS)
+    if kernel == "hopper" and (scaling, gradient_dtype) != ("block", jnp.float8_e4m3fn):
+        raise ValueError(
+            f"kernel='hopper' with scaling={scaling!r} and gradient_dtype="
+            f"{gradient_dtype.name!r}: the kernel multiplies under 'block' alone, and "
+            f"operands of one dtype, float8_e4m3fn. Change these, or use kernel='xla'."
+        )
     rules = _Rules(
         name=name,
         scaling=SCALINGS[scaling],
@@ -205,10 +253,13 @@ def fp8_recipe(
         gradient_dtype=gradient_dtype,
         scale=scale,
         differentiable=differentiable,
+        kernel=kernel,
     )
 
     def matmul(x: Array, w: Any) -> Array:
         check_rounding()
+        if kernel == "hopper":
+            hopper_gemm.check_kernel_once()
         if len(w.shape) != 2:
             raise ValueError(
                 f"w has shape {w.shape}; an 8-bit product takes one matrix [in, out]. "

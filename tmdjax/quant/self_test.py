@@ -69,13 +69,28 @@ def has_fp8(device: Any) -> bool:
         device: a ``jax.Device``, or what has its ``platform``, ``device_kind`` and (of
             a GPU) ``compute_capability``.
     """
-    kind = device.device_kind
     if device.platform == "tpu":
-        return kind.replace(" ", "").upper().startswith(("TPUV7", "TPU7"))
-    if device.platform not in ("gpu", "cuda") or "NVIDIA" not in kind.upper():
-        return False
+        kind = device.device_kind.replace(" ", "").upper()
+        return kind.startswith(("TPUV7", "TPU7"))
+    return _compute_capability(device) >= (8, 9)
+
+
+def is_hopper(device: Any) -> bool:
+    """Whether a device is a GPU of NVIDIA of compute capability 9.0.
+
+    Args:
+        device: as :func:`has_fp8` takes it.
+    """
+    return _compute_capability(device) == (9, 0)
+
+
+def _compute_capability(device: Any) -> tuple[int, int]:
+    """Of a GPU of NVIDIA; (0, 0) of any other device."""
+    nvidia = "NVIDIA" in device.device_kind.upper()
+    if device.platform not in ("gpu", "cuda") or not nvidia:
+        return 0, 0
     major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
-    return (int(major), int(minor or 0)) >= (8, 9)
+    return int(major), int(minor or 0)
 
 
 def check_device(device: Any = None, *, allow_emulation: bool = False) -> None:
@@ -85,7 +100,8 @@ def check_device(device: Any = None, *, allow_emulation: bool = False) -> None:
         device: a ``jax.Device``; None is the first of the default backend.
         allow_emulation: where the device has no float8 products, compute the same
             numbers in float32. This is for checks and for small models: it is slower
-            than 'bf16'. ('fp8_block' is computed so on every device as yet.)
+            than 'bf16'. 'fp8_block' is computed so on every device, unless its recipe
+            has ``kernel='hopper'``.
 
     Raises:
         ValueError: a device without float8 products, which is named.
