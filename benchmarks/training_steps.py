@@ -158,7 +158,7 @@ def loops_of(system: str, tier: str, folder: pathlib.Path) -> dict[str, dict]:
     arm = case.arm if case.arm in arms else arms[0]
     loops: dict[str, dict] = {}
     results: dict[str, Any] = {}
-    stages = {stage.name: stage for stage in experiment.stages(config, arm)}
+    stages = {stage.id: stage for stage in experiment.stages(config, arm)}
     last = (tier == "smoke" and case.smoke_stage) or case.stage
     names = [last]  # and what it stands on
     for name in reversed(list(stages)):

@@ -67,10 +67,10 @@ def test_it_claims_only_what_it_measures(spec):
     assert about <= measured(experiment, config)
     for arm in experiment.arms(config):
         stages = experiment.stages(config, arm)
-        names = [stage.name for stage in stages]
+        names = [stage.id for stage in stages]
         assert len(set(names)) == len(names)
         for i, stage in enumerate(stages):
-            assert set(stage.parents) <= set(names[:i])
+            assert set(stage.reads.values()) <= set(names[:i])
 
 
 @pytest.mark.parametrize("spec", [spec for spec in TIERS if spec.endswith(":smoke")])

@@ -391,6 +391,51 @@ def test_arms_are_units_and_ablations_run_under_one_seed(tmp_path, refused):
     refused("Did you mean 'other'", run, tmp_path, experiment, config, fresh=True)
 
 
+def test_an_arm_reads_what_another_left_under_the_same_seed(tmp_path, refused):
+    """Made once for both; its metrics stay the other's, also where that is not run."""
+    calls = []
+
+    def draw(offset, context):
+        calls.append((offset, context.seed))
+        w = offset + jax.random.normal(context.key, ())
+        return harness.StageResult({"w": w}, {"w": w})
+
+    def compare(context):
+        own, other = (context.inputs[n].outputs["w"] for n in ("draw", "main/draw"))
+        return harness.StageResult({}, {"more": other - own})
+
+    def stages(config, arm):
+        offset = {"main": 5.0, "other": 0.0}[arm]
+        draws = functools.partial(draw, offset)
+        own = harness.Stage(name="draw", run=draws, config={"offset": offset})
+        if arm == "main":
+            return [own]
+        theirs = stages_module.of_other_arm("main", stages(config, "main"), "draw")
+        given = {"run": compare, "config": {}, "parents": ("draw", "main/draw")}
+        return [*theirs, own, harness.Stage(name="compare", **given)]
+
+    def ran(folder, *arms, **changes):
+        experiment = make_experiment(arms=arms)
+        experiment.stages = stages
+        given = {"config": make_config(claims=False), "seeds": (3, 4), **changes}
+        found = run(tmp_path / folder, experiment, **given).summary
+        return {(u["arm"], u["seed"]): u["metrics"] for u in found["units"]}
+
+    both = ran("both", "main", "other")
+    assert calls == [(5.0, 3), (5.0, 4), (0.0, 3), (0.0, 4)]
+    assert both["main", 3].keys() == {"w"}
+    for seed in (3, 4):
+        assert both["other", seed]["more"] == pytest.approx(5.0)
+        assert both["other", seed]["w"] == pytest.approx(both["main", seed]["w"] - 5)
+    alone = ran("alone", "other")
+    assert alone["other", 4] == both["other", 4] and calls[4:].count((5.0, 4)) == 1
+    calls.clear()
+    ran("alone", "other", fresh=True)  # what is another's is left to it
+    assert calls == [(0.0, 3), (0.0, 4)]
+    words = "'compare' reads 'main/draw', which does not come before it"
+    refused(words, stages_module.select, stages(None, "other")[1:])
+
+
 def test_a_report_shows_all_arms_and_seeds_and_says_whose_a_picture_is(
     tmp_path, capsys
 ):

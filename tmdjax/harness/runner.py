@@ -117,8 +117,9 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
         if options.fresh:
             for arm, seed in units:
                 stages = experiment.stages(config, arm)
-                for name, hash_ in stage_hashes(stages, seed).items():
-                    cache.discard(name, hash_)
+                hashes = stage_hashes(stages, seed)
+                for stage in (stage for stage in stages if stage.arm is None):
+                    cache.discard(stage.name, hashes[stage.id])
         run_folder.claim_workdir(workdir, config, options.tier, options.fresh)
         write_json(workdir / "environment.json", environment.environment())
         shown: dict[str, Report] = {}
@@ -225,13 +226,13 @@ def dry_run(experiment: Experiment, config: Any, options: Options) -> None:
         stages = select(experiment.stages(config, arm), options.stage)
         hashes = stage_hashes(stages, seed)
         for stage in stages:
-            hash_ = hashes[stage.name]
+            hash_ = hashes[stage.id]
             done = cache.finished(stage.name, hash_)
             rows.append(
                 {
                     "arm": arm,
                     "seed": seed,
-                    "stage": stage.name,
+                    "stage": stage.id,
                     "hash": hash_,
                     "state": "cached" if done else "to run",
                 }
@@ -352,10 +353,13 @@ def _run_unit(
     labels: dict[str, str] = {}
     logs: dict[str, Any] = {}
     for stage in stages:
-        hash_ = hashes[stage.name]
+        hash_ = hashes[stage.id]
         result, record = cache.run(stage, hash_, seed, results)
         took = "cached" if record["cached"] else format_duration(record["wall_s"])
-        print(f"[{stage.name}] {arm} seed {seed}: done ({took})", flush=True)
+        print(f"[{stage.id}] {arm} seed {seed}: done ({took})", flush=True)
+        results[stage.id], made[hash_] = result, record
+        if stage.arm is not None:  # a unit of that arm tells of it
+            continue
         given = {*result.metrics, *result.timings}
         repeated = given & {*metrics, *timings}
         if repeated:
@@ -366,7 +370,6 @@ def _run_unit(
         metrics |= result.metrics
         timings |= result.timings
         labels |= result.labels
-        results[stage.name], made[hash_] = result, record
         rows = cache.metrics_path(stage.name, hash_)
         if rows.exists():
             logs[stage.name] = read_rows(rows)
@@ -379,7 +382,8 @@ def _run_unit(
             "metrics": metrics,
             "stages": hashes,
         }
-        run_folder.save_model(workdir, list(results.values()), facts)
+        own = [results[stage.id] for stage in stages if stage.arm is None]
+        run_folder.save_model(workdir, own, facts)
         unit = summaries.unit(arm, seed, metrics, timings, labels, made)
         run_folder.write_unit(workdir, unit, hashes, logs)
     return results

@@ -239,6 +239,8 @@ class Stage:
         parents: names of the stages whose results it reads.
         version: raise it when the code changes what comes out.
         seeded: False for a stage that is the same for every seed.
+        arm: whose stage it is, where another arm lists it to be measured against it,
+            see :func:`of_other_arm`; None for a stage of the arm that lists it.
         files: files, and folders with all they hold, that the result depends on, such
             as a data set that somebody may write again under the same name. Their
             content is part of the stage's hash.
@@ -253,10 +255,39 @@ class Stage:
     parents: tuple[str, ...] = ()
     version: int = 1
     seeded: bool = True
+    arm: str | None = None
     files: tuple[pathlib.Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_name("stage name", self.name)
+
+    @property
+    def id(self) -> str:
+        """Its name among the stages that an arm lists: 'name', or 'arm/name'."""
+        return self._listed(self.name)
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """The ids of its parents, by the names under which it reads their results."""
+        return {name: self._listed(name) for name in self.parents}
+
+    def _listed(self, name: str) -> str:
+        return name if self.arm is None else f"{self.arm}/{name}"
+
+
+def of_other_arm(arm: str, stages: Sequence[Stage], last: str) -> list[Stage]:
+    """Stages of another arm, for an arm that is measured against what they leave.
+
+    An arm lists them before the stage that has 'arm/last' among its parents. They are
+    run once for both arms, under the same seed; metrics, log and model are the other's
+    alone.
+
+    Args:
+        arm: the other one.
+        stages: of that arm.
+        last: the name of the stage whose result is read; those that it needs come too.
+    """
+    return [dataclasses.replace(stage, arm=arm) for stage in select(stages, last)]
 
 
 def select(stages: Sequence[Stage], last: str | None = None) -> list[Stage]:
@@ -268,15 +299,15 @@ def select(stages: Sequence[Stage], last: str | None = None) -> list[Stage]:
     """
     seen: dict[str, Stage] = {}
     for stage in stages:
-        if stage.name in seen:
-            raise ValueError(f"two stages are called {stage.name!r}; rename one.")
-        for parent in stage.parents:
+        if stage.id in seen:
+            raise ValueError(f"two stages are called {stage.id!r}; rename one.")
+        for parent in stage.reads.values():
             if parent not in seen:
                 raise ValueError(
-                    f"stage {stage.name!r} reads {parent!r}, which does not come "
-                    f"before it; the order is {[s.name for s in stages]}."
+                    f"stage {stage.id!r} reads {parent!r}, which does not come "
+                    f"before it; the order is {[s.id for s in stages]}."
                 )
-        seen[stage.name] = stage
+        seen[stage.id] = stage
     if last is None:
         return list(stages)
     if last not in seen:
@@ -285,12 +316,12 @@ def select(stages: Sequence[Stage], last: str | None = None) -> list[Stage]:
     while todo:
         name = todo.pop()
         needed.add(name)
-        todo.extend(seen[name].parents)
-    return [stage for stage in stages if stage.name in needed]
+        todo.extend(seen[name].reads.values())
+    return [stage for stage in stages if stage.id in needed]
 
 
 def stage_hashes(stages: Sequence[Stage], seed: int) -> dict[str, str]:
-    """The hash of each stage under one seed; files that it names are read for it."""
+    """The hash of each stage, by its id, under one seed; files it names are read."""
     hashes: dict[str, str] = {}
     for stage in stages:
         described = {
@@ -298,11 +329,11 @@ def stage_hashes(stages: Sequence[Stage], seed: int) -> dict[str, str]:
             "version": stage.version,
             "config": dict(stage.config),
             "seed": seed if stage.seeded else None,
-            "parents": {name: hashes[name] for name in stage.parents},
+            "parents": {name: hashes[id_] for name, id_ in stage.reads.items()},
         }
         if stage.files:
             described["files"] = [content_sha256(path) for path in stage.files]
-        hashes[stage.name] = config_hash(described)
+        hashes[stage.id] = config_hash(described)
     return hashes
 
 
@@ -346,7 +377,7 @@ class StageCache:
         seed: int,
         inputs: Mapping[str, StageResult],
     ) -> tuple[StageResult, dict[str, Any]]:
-        """Reads a stage's result, or makes it.
+        """Reads a stage's result, or makes it from ``inputs``, results by id.
 
         Returns:
             The result as it is on disk (arrays are numpy), and a record of how it was
@@ -391,7 +422,7 @@ class StageCache:
             context = StageContext(
                 stage.name,
                 seed if stage.seeded else 0,
-                {name: inputs[name] for name in stage.parents},
+                {name: inputs[id_] for name, id_ in stage.reads.items()},
                 folder,
                 self._should_stop,
                 self._writers,
