@@ -4,8 +4,13 @@ r"""Runs an experiment once for every combination of values, and compares the ru
         --sweep.optimizer.learning_rate=3e-4,1e-3 --metrics euler8.frechet
 
 ``--sweep.a.b=v,w`` gives the values of a setting (semicolons where a value holds a
-comma); ``--config.a.b=v``, ``--seeds``, ``--stage``, ``--max_seconds`` (of the whole
-sweep), ``--dry_run`` and the loggers are those of experiments.run. A run's folder is
+comma). Without any, the values are those that the config file states as ``SWEEP``, a
+tuple of 'a.b=v,w' texts, each tried alone beside the config as it is:
+
+    python -m experiments.sweep --config=configs/xrpo.py:cpu --config.arms=grpo,xrpo
+
+``--config.a.b=v``, ``--seeds``, ``--stage``, ``--max_seconds`` (of the whole sweep),
+``--dry_run`` and the loggers are those of experiments.run. A run's folder is
 named after its values, below ``--workdir``; stages that do not depend on them are made
 once. Seeds are trained side by side where a system does so. A sweep that was stopped
 goes on when the same command is given again. Values are chosen on the metrics of the
@@ -27,11 +32,12 @@ from tmdjax.core.files import write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError, check_run, dry_run, load_config
 from tmdjax.harness.compare import comparison_rows, read_run
-from tmdjax.harness.config import to_plain
+from tmdjax.harness.config import load_module, to_plain
 from tmdjax.harness.experiment import measured
 from tmdjax.harness.report import text_table
 
 _PREFIX = "--sweep."
+_PLAIN = "plain"
 
 
 def grid(arguments: Sequence[str]) -> list[tuple[str, ...]]:
@@ -42,6 +48,30 @@ def grid(arguments: Sequence[str]) -> list[tuple[str, ...]]:
         written in two ways, such as 1e-3 and 0.001, are found when the configs are
         read.
     """
+    return list(itertools.product(*_axes(arguments)))
+
+
+def one_at_a_time(spec: str) -> list[tuple[str, ...]]:
+    """No change, and every 'a.b=value' alone that a config file states as SWEEP.
+
+    Args:
+        spec: 'configs/x.py:tier', of a file that was loaded.
+
+    Raises:
+        ConfigError: the file states none, or not as :func:`grid` reads them.
+    """
+    path = pathlib.Path(spec.rpartition(":")[0])
+    stated = getattr(load_module(path), "SWEEP", ())
+    if not stated:
+        raise ConfigError(
+            f"give {_PREFIX}a.b=v,w, the values of a setting; {path} states no SWEEP "
+            f"that could be tried without."
+        )
+    return [(), *((value,) for axis in _axes(stated) for value in axis)]
+
+
+def _axes(arguments: Sequence[str]) -> list[list[str]]:
+    """The 'a.b=value' of each setting."""
     axes: dict[str, list[str]] = {}
     for argument in arguments:
         name, _, text = argument.removeprefix(_PREFIX).partition("=")
@@ -53,9 +83,7 @@ def grid(arguments: Sequence[str]) -> list[tuple[str, ...]]:
         if name in axes:
             raise ConfigError(f"{_PREFIX}{name} stands twice; give all values in one.")
         axes[name] = values
-    if not axes:
-        raise ConfigError(f"give {_PREFIX}a.b=v,w, the values of a setting.")
-    return list(itertools.product(*([f"{n}={v}" for v in axes[n]] for n in axes)))
+    return [[f"{name}={value}" for value in axes[name]] for name in axes]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,10 +94,12 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("--metrics", nargs="+", default=(), help="to compare; all")
     rest = [a for a in arguments if not a.startswith(_PREFIX)]
     given, overrides = run.parse(flags, rest)
-    points = grid([a for a in arguments if a.startswith(_PREFIX)])
+    swept = [a for a in arguments if a.startswith(_PREFIX)]
     if not given.config:
         raise ConfigError("give --config=configs/<system>.py:<tier>.")
     _refuse(given)
+    load_config(given.config, overrides)  # a file that is not there is refused here
+    points = grid(swept) if swept else one_at_a_time(given.config)
     names = [folder(point) for point in points]
     if len(set(names)) < len(names) or len(names) < 2:
         raise ConfigError(
@@ -82,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.max_seconds is not None:
         deadline = time.monotonic() + given.max_seconds
     for number, (point, name) in enumerate(zip(points, names), start=1):
-        print(f"\n[{number}/{len(points)}] {' '.join(point)}", flush=True)
+        print(f"\n[{number}/{len(points)}] {' '.join(point) or _PLAIN}", flush=True)
         given.workdir = root / name
         if given.dry_run:
             experiment = run.find_experiment(configs[0], given.config)
@@ -131,8 +161,8 @@ def _check(
     root = given.workdir or pathlib.Path("runs") / f"{configs[0].system}-{tier}-sweep"
     for one, other in itertools.combinations(range(len(points)), 2):
         if to_plain(configs[one]) == to_plain(configs[other]):
-            what = f"{' '.join(points[one])} and {' '.join(points[other])}"
-            raise ConfigError(f"{what} are one config; give values that differ.")
+            a, b = (" ".join(points[i]) or "no change" for i in (one, other))
+            raise ConfigError(f"{a} and {b} are one config; give values that differ.")
     for config in configs:
         check_run(experiment, config, run.options_of(given, overrides))
         known = measured(experiment, config)
@@ -146,10 +176,10 @@ def _check(
 
 
 def folder(point: Sequence[str]) -> str:
-    """The name of a run: the last part of each setting, and its value."""
+    """The name of a run: the last part of each setting, and its value; or 'plain'."""
     split = (setting.partition("=") for setting in point)
     parts = [f"{name.rpartition('.')[2]}={value}" for name, _, value in split]
-    return re.sub(r"[^\w.=+-]+", "_", "_".join(parts))
+    return re.sub(r"[^\w.=+-]+", "_", "_".join(parts)) or _PLAIN
 
 
 if __name__ == "__main__":

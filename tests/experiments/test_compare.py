@@ -1,6 +1,7 @@
 """Runs side by side, against scipy."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -174,6 +175,26 @@ def test_a_sweep_runs_every_combination_and_compares(tmp_path, executed, capsys)
     table = (tmp_path / "sweep.txt").read_text()
     assert table.strip() in capsys.readouterr().out
     assert "learning_rate=3e-3_drop_rate=0.1" in table
+
+
+def test_without_values_those_of_the_config_are_tried_one_at_a_time(
+    tmp_path, executed, monkeypatch, refused
+):
+    stated = types.SimpleNamespace(SWEEP=("train.drop_rate=0.0,0.2", "train.steps=30"))
+    monkeypatch.setattr(sweep, "load_module", lambda path: stated)
+    fixed = [CONFIG, f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e-3"]
+    assert sweep.main(fixed) == 0
+    names = [folder.name for folder, _, _ in executed]
+    assert names == ["plain", "drop_rate=0.0", "drop_rate=0.2", "steps=30"]
+    assert [point[1:] for _, _, point in executed] == [
+        (), ("train.drop_rate=0.0",), ("train.drop_rate=0.2",), ("train.steps=30",)
+    ]  # fmt: skip
+    assert "plain" in (tmp_path / "sweep.txt").read_text()
+    stated.SWEEP = ("train.drop_rate=0.1",)
+    refused("no change and train.drop_rate=0.1 are one config", sweep.main, fixed)
+    refused(
+        "there is no config|does not exist", sweep.main, ["--config=configs/no.py:x"]
+    )
 
 
 TWO = "--sweep.train.drop_rate=0.0,0.1"
