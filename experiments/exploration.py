@@ -2,15 +2,20 @@
 
 Stage 'examples': problems of the training split that the supervised policy does not
 solve in its first tries are tried again, with worked examples and without.
+
+Group 'curve' of a config: problems that are not trained on are tried during RL, and the
+curve of an arm is measured against that of a baseline arm under the same seed.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import language_tasks as tasks
+from experiments.language_iteration import judge_of, merged
 from tmdjax import generation, models, runtime
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.systems import xrpo
@@ -26,6 +31,8 @@ EXAMPLES = {
     "accuracy_without": "share of right responses without any, before reinforcement "
     "learning",
 }
+SEEN = ("first_samples", "examples", "memory_size", "success_threshold")
+"""What the stage 'examples' depends on, of all settings of a method."""
 COURSE = {
     "tied_fraction": "share of groups whose scores are all equal, over all iterations",
     "responses": "responses written in reinforcement learning, discarded ones included",
@@ -36,68 +43,124 @@ CLOCKED = {
     "median"
 }
 REACHED = {
-    "steps_to_level": "iterations until the mean score of plain prompts reaches a "
-    "fixed level, and one more than there are if it does not",
+    "steps_to_level": "iterations until held-out accuracy reaches what the baseline "
+    "ends at under the same seed, and one look more than there are if it does not",
     "tokens_to_level": "tokens written until then",
+    "accuracy_at_tokens": "held-out accuracy, in [0, 1], on the curve where as many "
+    "tokens are written as the baseline writes in all, or at its end if they never are",
 }
+WINDOW = 3
+"""Looks over which a curve is averaged."""
 
 
 def course(
-    rows: Sequence[Mapping[str, Any]], size: int
+    rows: Sequence[Mapping[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
     """Curves, metrics and timings of reinforcement learning.
 
     Args:
         rows: one an iteration.
-        size: responses of a batch of prompts; dynamic sampling writes several, over
-            which the log adds a planner's metrics up.
 
     Returns:
-        Curves: 'plain_score', the mean score of responses without examples of every
-        prompt as often (those of the first round), and 'tokens', of all iterations so
-        far. Metrics: those of COURSE. Timings: those of CLOCKED, which differ between
-        two equal runs.
+        Curves: 'tokens', of all iterations so far, [iteration]; where the log of
+        :func:`watched` has looks, their accuracy, 'held_out' [look], and the number of
+        iterations before each, 'looked_at' [look]. Metrics: those of COURSE. Timings:
+        those of CLOCKED, which differ between two equal runs.
     """
     tokens = np.array([row["tokens"] for row in rows])
     planning = np.array(
         [row.get("time/allocation", 0) + row.get("time/retrieval", 0) for row in rows]
     )
     rate = np.array([row["time/steps_per_second"] for row in rows])
-    plain = np.array(
-        [
-            row["first_score"] * size / row["responses"]
-            if "first_score" in row
-            else row["score"]
-            for row in rows
-        ]
-    )
     metrics = {
         "tied_fraction": float(np.mean([row["tied_group_fraction"] for row in rows])),
         "responses": float(sum(row["responses"] for row in rows)),
         "tokens": float(tokens.sum()),
     }
-    curves = {"plain_score": plain, "tokens": np.cumsum(tokens)}
+    curves = {"tokens": np.cumsum(tokens)}
+    looks = [i for i, row in enumerate(rows) if "held_out" in row]
+    if looks:
+        curves["looked_at"] = np.array(looks) + 1
+        curves["held_out"] = np.array([rows[i]["held_out"] for i in looks])
     return curves, metrics, {"allocation_share": float(np.median(planning * rate))}
 
 
-def reached(
-    curves: Mapping[str, np.ndarray], level: float, window: int = 5
-) -> dict[str, float]:
-    """Metrics of REACHED.
+def tried(given: Mapping[str, Any], arm: str) -> int:
+    """How many problems a look of the group 'curve' takes.
+
+    Raises:
+        ValueError: no look would be taken; names the arm.
+    """
+    every, iterations = given["curve"]["every"], given["rl"]["iterations"]
+    if every > iterations:
+        raise ValueError(
+            f"arms.{arm}: curve.every={every} is above rl.iterations={iterations}, so "
+            f"that no look would be taken; lower it."
+        )
+    return given["curve"]["problems"]
+
+
+def watched(given: dict[str, Any], iterate: Any, key: Any) -> Any:
+    """An iteration whose log has 'held_out', accuracy in [0, 1], now and then.
+
+    Each look draws with the same randomness, one response to each of the 'problems' of
+    the group 'curve', after each 'every' iterations.
 
     Args:
-        curves: of :func:`course`.
-        level: of the mean over the last ``window`` iterations, or over all so far.
-        window: iterations.
+        given: the config of the arm.
+        iterate: ``(state, batch, key) -> (state, metrics)`` of the arm.
+        key: of the stage.
     """
-    score, tokens = curves["plain_score"], curves["tokens"]
-    sums = np.cumsum(np.concatenate([[0.0], score]))
-    end = np.arange(1, len(score) + 1)
-    begin = np.maximum(end - window, 0)
-    above = (sums[end] - sums[begin]) / (end - begin) >= level
-    at = int(np.argmax(above)) if above.any() else len(score)
-    spent = tokens[at] if above.any() else tokens[-1] * (len(score) + 1) / len(score)
-    return {"steps_to_level": float(at + 1), "tokens_to_level": float(spent)}
+    sizes = {"problems": given["curve"]["problems"], "samples": 1}
+    # another key than that of the rollouts
+    look = judge_of(given, "evaluation", sizes, jax.random.fold_in(key, 1))
+
+    def step(state: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        state, metrics = iterate(state, batch, key)
+        if int(state.iteration) % given["curve"]["every"] == 0:
+            seen = look(merged(given, state.learner.params))
+            metrics = metrics | {"held_out": seen["accuracy"]}
+        return state, metrics
+
+    return step
+
+
+def baseline_of(given: Mapping[str, Any]) -> str | None:
+    """The arm that curves are measured against; None if the config has it not."""
+    name = given.get("curve", {}).get("baseline")
+    return name if name in given.get("arms", {}) else None
+
+
+def reached(
+    own: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Metrics of REACHED; curves are means over WINDOW looks, or over all so far.
+
+    Args:
+        own: curves of :func:`course`, with looks.
+        baseline: the same of the arm to measure against, which may be this one.
+    """
+    score, tokens, at = _smoothed(own["held_out"]), own["tokens"], own["looked_at"]
+    level, budget = _smoothed(baseline["held_out"])[-1], baseline["tokens"][-1]
+    written = tokens[at - 1]
+    there = np.flatnonzero(score >= level)
+    if there.size:
+        steps, spent = at[there[0]], written[there[0]]
+    else:
+        steps = at[-1] + at[0]
+        spent = written[-1] * steps / at[-1]
+    return {
+        "steps_to_level": float(steps),
+        "tokens_to_level": float(spent),
+        "accuracy_at_tokens": float(np.interp(budget, written, score)),
+    }
+
+
+def _smoothed(curve: np.ndarray) -> np.ndarray:
+    sums = np.cumsum(np.concatenate([[0.0], curve]))
+    end = np.arange(1, len(curve) + 1)
+    begin = np.maximum(end - WINDOW, 0)
+    return (sums[end] - sums[begin]) / (end - begin)
 
 
 class Shown(runtime.OneRound):

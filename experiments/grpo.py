@@ -3,7 +3,8 @@
 Stages: supervised training on gold responses until a part of them is right ('sft', once
 for all arms of a task); reinforcement learning; accuracy on problems never seen, before
 and after. An arm whose method shows worked examples (XRPO) first tries these, in a
-stage 'examples'.
+stage 'examples'. Where the config has a group 'curve', held-out problems are tried
+during reinforcement learning too, and arms are measured against the 'baseline' of them.
 """
 
 import functools
@@ -19,12 +20,19 @@ from experiments import language_tasks as tasks
 from experiments.arms import arms, of_arm
 from experiments.curves import ends
 from experiments.figures import side_by_side
-from experiments.language_iteration import iteration, merged, settings_of, start_of
+from experiments.language_iteration import (
+    iteration,
+    judge_of,
+    merged,
+    settings_of,
+    start_of,
+)
 from tmdjax import models, train
 from tmdjax.core import trees
 from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
+from tmdjax.harness.stages import of_other_arm
 from tmdjax.systems import xrpo
 
 Config = Any
@@ -56,6 +64,7 @@ KEPT = ("score", "entropy", "length_median")
 """Columns of the log that the result of 'rl' keeps."""
 CURVES = {
     "score": "mean score of rollouts",
+    "held_out": "accuracy on held-out problems",
     "accuracy": "accuracy in supervised training",
     "loss": "loss",
 }
@@ -95,34 +104,44 @@ def stages(config: Config, arm: str) -> list[Stage]:
     )
     before = [first] if given["model"]["name"] == "decoder" else []
     parents = tuple(stage.name for stage in before)
+    depends = {k: given[k] for k in ("task", "model", "rl", "precision")}
     trials = []
     if tries_examples(given):
+        method = settings_of(given)[1]
+        seen = {name: getattr(method, name) for name in exploration.SEEN}
         trial = Stage(
             name="examples",
             run=functools.partial(try_examples, given),
-            config={k: given[k] for k in ("task", "model", "rl", "method", "precision")}
-            | {"examples": given["examples"]},
+            config=depends | {"method": seen, "examples": given["examples"]},
             parents=parents,
             files=tasks.files_of(given),
         )
         trials = [trial]
+    depends = depends | {"method": given["method"]}
+    if "curve" in given:
+        depends["curve"] = {k: given["curve"][k] for k in ("every", "problems")}
+    judged, other, source = {"judge": given["judge"]}, [], "rl"
+    if (baseline := exploration.baseline_of(given)) is not None:
+        judged["baseline"] = baseline
+        if baseline != arm:
+            other = of_other_arm(baseline, stages(config, baseline), "rl")
+            source = other[-1].id
     return [
         *before,
+        *other,
         *trials,
         Stage(
             name="rl",
             run=functools.partial(reinforce, given),
-            config={
-                k: given[k] for k in ("task", "model", "rl", "method", "precision")
-            },
+            config=depends,
             parents=parents,
             files=tasks.files_of(given),
         ),
         Stage(
             name="judge",
-            run=functools.partial(judge, given),
-            config={"judge": given["judge"]},
-            parents=(*parents, "rl"),
+            run=functools.partial(judge, given, source),
+            config=judged,
+            parents=tuple(dict.fromkeys((*parents, "rl", source))),
         ),
     ]
 
@@ -144,7 +163,8 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     """Reinforcement learning from the supervised policy."""
     params = start_of(given, context)
     iterate, state = iteration(given, params, context.key, context.should_stop)
-
+    if "curve" in given:
+        iterate = exploration.watched(given, iterate, context.key)
     state = context.fit(
         state,
         iterate,
@@ -155,8 +175,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     rows = context.rows()
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
-    size = given["rl"]["prompts"] * given["rl"]["samples"]
-    more, course, timings = exploration.course(rows, size)
+    more, course, timings = exploration.course(rows)
     return StageResult(
         {"params": merged(given, state.learner.params), **curves, **more},
         course
@@ -174,25 +193,23 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     )
 
 
-def judge(given: dict[str, Any], context: StageContext) -> StageResult:
-    """Accuracy on held-out problems, before and after, with equal randomness."""
-    task, settings = tasks.build(given["task"]), given["judge"]
-    look = tasks.Judge(
-        task,
-        tasks.language(given, "rollout"),
-        given["rl"],
-        "holdout",
-        settings["problems"],
-        settings["samples"],
-        context.key,
-    )
-    found = {}
+def judge(given: dict[str, Any], source: str, context: StageContext) -> StageResult:
+    """Accuracy on held-out problems, before and after, with equal randomness.
+
+    Args:
+        given: the config of the arm.
+        source: the parent whose curve the arm's own is measured against, if the config
+            has a baseline.
+        context: of the stage.
+    """
+    look, found = judge_of(given, "holdout", given["judge"], context.key), {}
     after = context.inputs["rl"].outputs["params"]
     for when, params in (("before", start_of(given, context)), ("after", after)):
         seen = look(params)
         found |= {f"{name}_{when}": value for name, value in seen.items()}
-    if "level" in settings:
-        found |= exploration.reached(context.inputs["rl"].outputs, settings["level"])
+    if exploration.baseline_of(given) is not None:
+        own, other = (context.inputs[name].outputs for name in ("rl", source))
+        found |= exploration.reached(own, other)
     return StageResult({}, found)
 
 
@@ -204,7 +221,7 @@ def measures(config: Config, arm: str) -> set[str]:
     found |= exploration.COURSE.keys() | exploration.CLOCKED.keys()
     if hasattr(tasks.TASKS[given["task"]["name"]], "canonical"):
         found |= AGREED.keys()
-    if "level" in given["judge"]:
+    if exploration.baseline_of(given) is not None:
         found |= exploration.REACHED.keys()
     if tries_examples(given):
         found |= exploration.EXAMPLES.keys()
@@ -258,6 +275,9 @@ def describe(config: Config) -> dict[str, Any]:
         }
         if given["model"]["name"] == "decoder":
             looked["evaluation"] = given["sft"]["problems"]
+        if "curve" in given:
+            tried = exploration.tried(given, arm)
+            looked["evaluation"] = max(tried, looked.get("evaluation", 0))
         drawn = repr((given["task"], given["model"], looked))
         if drawn not in lengths:  # many arms share a task
             lengths[drawn] = max(

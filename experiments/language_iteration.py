@@ -1,6 +1,6 @@
 """The iteration of RL on a language model that an arm of a config describes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,21 @@ def merged(given: dict[str, Any], params: Any) -> Any:
     if not rank:
         return params
     return lora.merge(jax.lax.stop_gradient(params["base"]), params["adapters"], rank)
+
+
+def judge_of(
+    given: dict[str, Any], split: str, sizes: Mapping[str, int], key: Any
+) -> tasks.Judge:
+    """What looks at a policy on 'problems' of a split, 'samples' times each."""
+    return tasks.Judge(
+        tasks.build(given["task"]),
+        tasks.language(given, "rollout"),
+        given["rl"],
+        split,
+        sizes["problems"],
+        sizes["samples"],
+        key,
+    )
 
 
 def iteration(

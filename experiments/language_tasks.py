@@ -187,11 +187,11 @@ def pairs(
         count: texts.
         length: tokens of a text.
         rng: draws them.
-        examples: before a prompt stand 0 to so many solved problems, equally likely:
-            the most alike of 32; fewer where the text would be too long.
+        examples: solved problems before each prompt, the most alike of 32, fewer where
+            the text would be too long; their responses are learnt too.
 
     Returns:
-        'tokens' int32 [count, length], 'mask' bool, the tokens of the responses.
+        'tokens' int32 [count, length], 'mask' bool, the tokens of all responses.
 
     Raises:
         ValueError: a text longer than that.
@@ -199,22 +199,24 @@ def pairs(
     tokens = np.full((count, length), language.pad, np.int32)
     mask = np.zeros((count, length), bool)
     problems = text_tasks.sample(task, "train", count, rng)
-    solved = solved_by_gold(language, problems) if examples else []
-    for i, problem in enumerate(problems):
-        prompt, response = map(language.encode, (problem.prompt, problem.response))
-        if examples:
-            which = rng.choice(count, min(count, 32), replace=False)
-            few = [solved[j] for j in which]
-            given = (prompt, solved[i].words, few, int(rng.integers(examples + 1)), rng)
-            shown = worked_examples.retrieve(*given)
-            prompt, _ = worked_examples.show(prompt, shown, length - len(response))
-        text = [*prompt, *response]
-        if len(text) > length:
+    solved = solved_by_gold(language, problems)
+    for i, own in enumerate(solved):
+        size, shown = len(own.prompt) + len(own.response), []
+        if size > length:
             raise ValueError(
-                f"the text {problem.prompt + problem.response!r} has {len(text)} "
+                f"the text {problems[i].prompt + problems[i].response!r} has {size} "
                 f"tokens; sft.length={length}: raise it, or bound the task."
             )
-        tokens[i, : len(text)], mask[i, len(prompt) : len(text)] = text, True
+        if examples:
+            few = [solved[j] for j in rng.choice(count, min(count, 32), False)]
+            shown = worked_examples.retrieve(own.prompt, own.words, few, examples, rng)
+            room = length - len(own.response)
+            shown = shown[worked_examples.show(own.prompt, shown, room)[1] :]
+        at = 0
+        for part in (*shown, own):
+            begin, end = at + len(part.prompt), at + len(part.prompt + part.response)
+            tokens[i, at:end], mask[i, begin:end] = part.prompt + part.response, True
+            at = end
     return {"tokens": tokens, "mask": mask}
 
 

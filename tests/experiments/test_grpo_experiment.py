@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checks import same
 
-from experiments import exploration, grpo, language_iteration, language_models
+from experiments import exploration, grpo, language_iteration, language_models, sweep
 from experiments import language_tasks as tasks
 from experiments.arms import arms, of_arm
 from tmdjax import generation
@@ -17,7 +17,12 @@ from tmdjax.data import text_tasks
 from tmdjax.harness import check_experiment, load_config
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.experiment import measured
+from tmdjax.harness.stages import stage_hashes
+from tmdjax.systems import grpo as grpo_system
 from tmdjax.systems import xrpo
+
+KEY = jax.random.key(0)
+BASE = grpo_system.preset("grpo")
 
 TINY = (
     "sft.pairs=64 sft.steps=4 sft.look_every=2 sft.problems=4 rl.iterations=2 "
@@ -145,48 +150,133 @@ def test_gold_responses_are_what_is_learnt(refused):
 def test_examples_before_prompts_are_solved_problems_that_fit():
     task, rng = tasks.build({"name": "countdown", "counts": [3]}), np.random.default_rng
     plain = tasks.pairs(task, LANGUAGE, 24, 96, rng(0))
-    found = tasks.pairs(task, LANGUAGE, 24, 96, rng(0), examples=2)
     problems = text_tasks.sample(task, "train", 24, np.random.default_rng(0))
     known = {LANGUAGE.decode(LANGUAGE.encode(p.prompt)): p for p in problems}
-    counts = np.zeros(3, int)
-    for tokens, mask, own, alone in zip(
-        found["tokens"], found["mask"], plain["tokens"], plain["mask"]
-    ):
-        assert tokens[mask].tolist() == own[alone].tolist()
-        text = LANGUAGE.decode(tokens[: int(np.argmax(mask))].tolist())
-        *examples, prompt = [f">{part}" for part in text.split(">")[1:]]
-        counts[len(examples)] += 1
-        for example in examples:
-            asked, _, response = example.partition("=")
-            problem = known[f"{asked}="]
-            assert problem.prompt != prompt and problem.response == response
-    assert (counts > 0).all()
-    # one token less than the longest text has room for: whole examples are left out
-    short = tasks.pairs(task, LANGUAGE, 24, 48, rng(0), examples=2)
-    assert short["mask"].sum() == plain["mask"].sum()
+
+    def seen(length):
+        """How many examples each text has; all responses in it are learnt."""
+        found = tasks.pairs(task, LANGUAGE, 24, length, rng(0), examples=2)
+        counts = []
+        for tokens, mask, problem in zip(found["tokens"], found["mask"], problems):
+            text = LANGUAGE.decode(tokens[tokens != LANGUAGE.pad].tolist())
+            *examples, own = [f">{part}" for part in text.split(">")[1:]]
+            parts = [part.partition("=") for part in (*examples, own)]
+            pairs = [known[f"{asked}="] for asked, _, _ in parts]
+            assert [p.response for p in pairs] == [part[2] for part in parts]
+            assert pairs[-1] is problem and problem not in pairs[:-1]
+            learnt = LANGUAGE.decode(tokens[mask].tolist())
+            assert learnt == "".join(p.response for p in pairs)
+            counts.append(len(examples))
+        return counts
+
+    assert seen(120) == [2] * 24
+    # whole examples are left out where there is no room
+    longest = int((plain["tokens"] != LANGUAGE.pad).sum(1).max())
+    few, fewer = seen(longest + 30), seen(longest)
+    assert 48 > sum(few) > sum(fewer) > 0 and 0 in fewer
 
 
-def test_what_answers_agree_on_and_when_a_level_is_reached():
+def test_what_answers_agree_on():
     right = np.array([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
     answers = [["a", "b", "x", "a"], ["x", "x", "a", "y"], ["x", "y", "x", "y"]]
     found = tasks.agreement(answers, right)
     assert found == {"distinct": 1.0, "consensus": pytest.approx(1 / 3)}
-    curves = {"plain_score": np.arange(8) / 10, "tokens": 10 * np.arange(1, 9)}
-    for level, steps, tokens in ((0.0, 1, 10), (0.3, 6, 60), (0.9, 9, 90)):
-        found = exploration.reached(curves, level, window=5)
-        assert list(found.values()) == [steps, tokens]
 
 
-def test_the_course_is_that_of_plain_prompts_and_of_all_tokens():
+def test_a_curve_is_measured_against_the_end_of_the_baselines():
+    """Looks after 2, 4 ... iterations of 10 tokens each; means of three looks."""
+
+    def curve(*held_out, tokens=10):
+        at = 2 * np.arange(1, len(held_out) + 1)
+        spent = tokens * np.arange(1, at[-1] + 1)
+        return {"held_out": np.array(held_out), "looked_at": at, "tokens": spent}
+
+    # it ends at (0.2 + 0.3 + 0.4) / 3, after 80 tokens
+    baseline = curve(0.1, 0.2, 0.3, 0.4)
+    for own, expected in (
+        (baseline, [8, 80, 0.3]),
+        (curve(0.1, 0.3, 0.6, 0.6), [6, 60, 0.5]),  # means 0.1, 0.2, 1/3, 0.5
+        (curve(0.1, 0.1, 0.1, 0.1), [10, 100, 0.1]),
+        (curve(0.3, 0.5, tokens=40), [2, 80, 0.3]),  # it writes more
+        (curve(0.1, 0.3, 0.6, 0.6, tokens=5), [6, 30, 0.5]),  # it never writes 80
+    ):
+        found = exploration.reached(own, baseline)
+        assert list(found.values()) == pytest.approx(expected)
+        assert found.keys() == exploration.REACHED.keys()
+
+
+def test_the_course_counts_all_tokens_and_keeps_the_looks():
     row = {"tied_group_fraction": 0.5, "time/steps_per_second": 2.0}
-    rows = [row | {"score": 0.3, "tokens": 70.0, "responses": 16.0}]
-    planned = {"first_score": 0.4, "time/allocation": 0.01, "time/retrieval": 0.02}
+    rows = [row | {"tokens": 70.0, "responses": 16.0}]
+    planned = {"time/allocation": 0.01, "time/retrieval": 0.02}
     rows += [rows[0] | planned, rows[0] | planned | {"responses": 32.0}]
-    curves, found, timings = exploration.course(rows, 16)
-    assert curves["plain_score"].tolist() == [0.3, 0.4, 0.2]
+    curves, found, timings = exploration.course(rows)
+    assert curves.keys() == {"tokens"}
     assert curves["tokens"].tolist() == [70, 140, 210] == [*curves["tokens"]]
     assert found["responses"] == 64 and found["tokens"] == 210
     assert timings == {"allocation_share": pytest.approx(0.06)}
+    rows[1]["held_out"], rows[2]["held_out"] = 0.25, 0.5
+    curves, _, _ = exploration.course(rows)
+    assert curves["looked_at"].tolist() == [2, 3]
+    assert curves["held_out"].tolist() == [0.25, 0.5]
+
+
+def test_arms_read_the_curve_of_the_baseline(refused, monkeypatch):
+    def of_arm(arm, *changes):
+        config = load_config("configs/xrpo.py:smoke", changes)
+        return grpo.stages(config, arm), grpo.measures(config, arm)
+
+    (own, measured_of), (other, _) = of_arm("grpo"), of_arm("xrpo")
+    assert [s.id for s in own] == ["sft", "rl", "judge"]
+    ids = ["sft", "grpo/sft", "grpo/rl", "examples", "rl", "judge"]
+    assert [s.id for s in other] == ids and other[-1].parents == (
+        "sft",
+        "rl",
+        "grpo/rl",
+    )
+    ours, theirs = stage_hashes(own, 3), stage_hashes(other, 3)
+    assert ours["rl"] == theirs["grpo/rl"] and ours["sft"] == theirs["sft"]
+    assert measured_of >= exploration.REACHED.keys()
+    for change in ("arms=xrpo", "curve.baseline=gropo"):  # nothing to measure against
+        alone, measured_of = of_arm("xrpo", change)
+        assert len(alone) == 4 and not measured_of & exploration.REACHED.keys()
+    words = "arms.grpo: curve.every=4 is above rl.iterations=3"
+    config = load_config("configs/xrpo.py:smoke", ["curve.every=4"])
+    refused(words, grpo.describe, config)
+    # looks come after every second iteration, of what it leaves
+    monkeypatch.setattr(
+        exploration, "judge_of", lambda *_: lambda params: {"accuracy": params}
+    )
+    learner = types.SimpleNamespace(params=0.5)
+    states = [types.SimpleNamespace(iteration=i, learner=learner) for i in (1, 2, 3, 4)]
+    given = {"curve": {"every": 2, "problems": 8}, "rl": {"lora_rank": 0}}
+    step = exploration.watched(given, lambda state, *_: (state, {"x": 1.0}), KEY)
+    rows = [step(state, None, KEY)[1] for state in states]
+    assert rows == [{"x": 1.0}, {"x": 1.0, "held_out": 0.5}] * 2
+
+
+def test_tries_of_examples_are_shared_by_arms_that_differ_elsewhere():
+    config = load_config("configs/xrpo.py:cpu")
+    found = {}
+    for arm in ("xrpo", "no_sharpening", "no_allocation"):
+        found[arm] = stage_hashes(grpo.stages(config, arm), 0)
+    assert len({hashes["examples"] for hashes in found.values()}) == 1
+    assert len({hashes["rl"] for hashes in found.values()}) == 3
+    few = load_config("configs/xrpo.py:cpu", ["arms.xrpo.method.first_samples=2"])
+    hashes = stage_hashes(grpo.stages(few, "xrpo"), 0)
+    assert hashes["examples"] != found["xrpo"]["examples"]
+
+
+def test_every_value_of_the_sweep_is_another_method():
+    points, methods = sweep.one_at_a_time("configs/xrpo.py:smoke"), []
+    for point in points:
+        config = load_config("configs/xrpo.py:smoke", point)
+        given = grpo.resolved(config, "xrpo")
+        methods.append(language_iteration.settings_of(given)[1])
+    assert methods[0] == xrpo.preset("xrpo") and len(set(methods)) == len(points) > 15
+    own = dataclasses.asdict(methods[0]).keys() - dataclasses.asdict(BASE).keys()
+    swept = {point[0].split("=")[0].rpartition(".")[2] for point in points[1:]}
+    assert own - swept == {"most_samples", "success_threshold"}
 
 
 @pytest.mark.slow
@@ -224,9 +314,9 @@ def test_a_planner_that_cannot_spend_the_iteration_is_refused_at_once(refused):
     config = load_config("configs/xrpo.py:smoke", ["arms.xrpo.method.first_samples=9"])
     refused("first_samples=9 responses to each", grpo.stages, config, "xrpo")
     once = load_config("configs/xrpo.py:smoke", ["arms.xrpo.method.rounds=1"])
-    assert [s.name for s in grpo.stages(once, "xrpo")] == ["sft", "rl", "judge"]
+    assert "examples" not in {stage.name for stage in grpo.stages(once, "xrpo")}
     found = grpo.measures(load_config("configs/xrpo.py:smoke"), "xrpo")
-    assert {"flipped_with_examples", "distinct_after", "steps_to_level"} <= found
+    assert {"flipped_with_examples", "distinct_after"} <= found
     assert not {"distinct_after", "unsolved"} & grpo.measures(tiny(), "chain_sum")
 
 
