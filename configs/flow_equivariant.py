@@ -120,10 +120,10 @@ def get_config(tier: str) -> ConfigDict:
             "steps": {"smoke": 24, "cpu": 3000, "gpu": 3000}.get(tier, 280_000),
             "batch_size": {"smoke": 4, "cpu": 8}.get(tier, 32),
             "horizons": {
-                "smoke": (2, 3),
-                "cpu": (6, 24),
-                "gpu": (8, 20),
-                "paper": (20,),
+                "smoke": [2, 3],
+                "cpu": [6, 24],
+                "gpu": [8, 20],
+                "paper": [20],
             }[tier],
             "log_every": 6 if smoke else 100,
         }
@@ -132,10 +132,10 @@ def get_config(tier: str) -> ConfigDict:
         {
             "length": {"smoke": 18, "cpu": 240, "gpu": 200}.get(tier, 150),
             "horizons": {
-                "smoke": (3, 9),
-                "cpu": (24, 60, 120, 240),
-                "gpu": (20, 50, 150, 200),
-                "paper": (20, 50, 150),
+                "smoke": [3, 9],
+                "cpu": [24, 60, 120, 240],
+                "gpu": [20, 50, 150, 200],
+                "paper": [20, 50, 150],
             }[tier],
             "shown": 2 if smoke else 4,
         }
@@ -179,7 +179,7 @@ def _arms(tier: str) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if tier == "cpu":
         alone |= {
-            "horizon_6": {"train": {"horizons": (6, 6)}},
+            "horizon_6": {"train": {"horizons": [6, 6]}},
             "updates_1000": {"train": {"steps": 1000}},
         }
     return arms, alone
@@ -210,22 +210,22 @@ def _blocks(tier: str) -> dict[str, Any]:
     room |= {"image_size": 128, "view_degrees": 60.0, "test_count": 32}
     room |= {"train_count": 10_000, "moving": True}
     network: dict[str, Any] = {"name": "egocentric_map"}
-    training: dict[str, Any] = {"batch_size": 16, "horizons": (90,)}
+    training: dict[str, Any] = {"batch_size": 16, "horizons": [90]}
     kept: dict[str, Any] = {"teacher_forcing": 0.125}
-    judged: dict[str, Any] = {"length": 210, "horizons": (70, 210)}
+    judged: dict[str, Any] = {"length": 210, "horizons": [70, 210]}
     optimizer = {"name": "adamw", "b2": 0.99, "weight_decay": 1e-3}
     if tier == "gpu":
         room |= {"image_size": 64, "context": 30}
         network |= {"patch_size": 8, "hidden": 128, "depth": 4, "decoder_depth": 4}
-        training |= {"batch_size": 8, "horizons": (10, 30), "steps": 1000}
-        judged = {"length": 90, "horizons": (30, 90)}
+        training |= {"batch_size": 8, "horizons": [10, 30], "steps": 1000}
+        judged = {"length": 90, "horizons": [30, 90]}
     elif tier == "cpu":
         room |= {"room": 6, "blocks": 3, "image_size": 32, "context": 10}
         room |= {"test_count": 16}
         network |= {"patch_size": 8, "hidden": 32, "depth": 2, "decoder_depth": 2}
         network |= {"heads": 4}
-        training |= {"batch_size": 8, "horizons": (3, 6), "steps": 1000}
-        judged = {"length": 60, "horizons": (6, 20, 40, 60)}
+        training |= {"batch_size": 8, "horizons": [3, 6], "steps": 1000}
+        judged = {"length": 60, "horizons": [6, 20, 40, 60]}
         optimizer |= {"learning_rate": 1e-3, "clip_norm": 1.0}
         kept |= {"state_clip": 20.0}
     elif tier == "smoke":
@@ -233,8 +233,8 @@ def _blocks(tier: str) -> dict[str, Any]:
         room |= {"test_count": 4}
         network |= {"patch_size": 4, "hidden": 16, "depth": 1, "decoder_depth": 1}
         network |= {"heads": 2, "mlp_ratio": 2.0, "remat": False}
-        training |= {"batch_size": 4, "horizons": (3,)}
-        judged = {"length": 9, "horizons": (3, 9)}
+        training |= {"batch_size": 4, "horizons": [3]}
+        judged = {"length": 9, "horizons": [3, 9]}
     return {
         "data": room,
         "model": network,
