@@ -1,5 +1,6 @@
 """8-bit quantisers and products; numbers in names are invariants of Jet-RL's sheet."""
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import same
+from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models, quant
+from tmdjax.models import layers
 from tmdjax.quant import Quantised, fp8_recipe, fp8_recipes, quantise, self_test
 
 SHAPE = (2, 150, 200)  # groups of 128 are ragged along both axes
@@ -284,6 +287,78 @@ def test_9_dense_kernels_of_the_blocks_are_quantised_and_nothing_else():
         assert jax.eval_shape(step, weights, cache, idle, idle)[0].dtype == "float32"
     exact = models.DecoderConfig(**{**vars(config), "head_recipe": "fp32"})
     assert exact.output_recipe.name == "fp32" and config.output_recipe.name == "bf16"
+
+
+NETWORKS = {
+    "dit": ({"num_classes": 4}, (4, 4, 3), "class"),
+    "text_dit": (
+        {"vocabulary": 5, "max_length": 3, "text_width": 8, "text_heads": 2},
+        (4, 4, 3),
+        "text",
+    ),
+    "unet": ({"width": 8, "multipliers": (1, 2), "heads": 2}, (4, 4, 3), None),
+    "mlp": ({}, (2,), None),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_9_what_is_quantised_of_velocity_networks(name):
+    """Attention, MLPs and other layers over positions, inside; by what is multiplied."""
+    sizes, shape, kind = NETWORKS[name]
+    if "dit" in name:
+        sizes |= {"hidden": 8, "depth": 2, "heads": 2}
+    found, narrow, where = {}, quant.RECIPES["fp8_block"], []
+
+    def watched(recipe, **changes):
+        def matmul(x, w):
+            found.setdefault(recipe.name, set()).add("/".join(where[-1]))
+            return recipe.matmul(x, w)
+
+        return dataclasses.replace(recipe, matmul=matmul, **changes)
+
+    def within(call, arguments, options, context):
+        if not isinstance(context.module, layers.Dense):
+            return call(*arguments, **options)
+        where.append(context.module.path)
+        try:
+            return call(*arguments, **options)
+        finally:
+            where.pop()
+
+    network = models.build({"name": name, **sizes, "recipe": "fp8_block"})
+    network = models.with_recipe(network, watched(narrow, head=watched(narrow.head)))
+    cond = {
+        None: None,
+        "class": jnp.zeros(2, jnp.int32),
+        "text": {"ids": jnp.zeros((2, 3), jnp.int32), "mask": jnp.ones((2, 3), bool)},
+    }[kind]
+    with nn.intercept_methods(within):
+        jax.eval_shape(
+            lambda key: network.init(key, jnp.zeros((2, *shape)), jnp.zeros(2), cond),
+            jax.random.key(0),
+        )
+    projections = {f"attention/{n}" for n in ("query", "key", "value", "out")}
+    time = {"time_embedding/hidden", "time_embedding/out"}
+    if name == "mlp":
+        inside, ends = {"hidden_0", "hidden_1", "hidden_2"}, {"in", "out"}
+        ends |= {"time/hidden", "time/out"}
+    elif name == "unet":
+        ends = time | {key for key in found["bf16"] if key.endswith("/modulation")}
+        attending = ("down_1_0", "down_1_1", "middle_0", "up_1_0", "up_1_1", "up_1_2")
+        inside = {key for key in found["fp8_block"] if key.endswith("/shortcut")}
+        inside |= {f"{block}/{key}" for block in attending for key in projections}
+        assert len(ends) == len(time) + 12 and "down_1_0/shortcut" in inside
+    else:
+        inside = projections | {"mlp_in", "mlp_out"}
+        ends = time | {"patch_embedding", "modulation"}
+        ends |= {"final/modulation", "final/projection"}
+        if name == "text_dit":
+            ends = {k if k == "modulation" else f"dit/{k}" for k in ends}
+            ends |= {"dit/token_projection"}
+            inside |= {
+                key.replace("attention", "cross_attention") for key in projections
+            }
+    assert found == {"fp8_block": inside, "bf16": ends}
 
 
 def test_0_every_rounding_stands_behind_a_barrier_on_gpus_and_tpus():

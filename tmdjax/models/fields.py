@@ -36,7 +36,8 @@ class FieldNetwork(nn.Module):
         scalars: conditions, ``cond`` float [batch, scalars]; 0 has none.
         out_channels: None for those of x.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
-        recipe: GEMM recipe of dense layers.
+        recipe: GEMM recipe of dense layers; of an 8-bit one, those of conditions are
+            not quantised (:attr:`tmdjax.quant.Recipe.unquantised`).
     """
 
     width: int = 64
@@ -68,7 +69,8 @@ class FieldNetwork(nn.Module):
 
     def _modulated(self, h: Array, embedding: Array, i: int) -> Array:
         """Channels scaled and shifted by the embedding, as every layer begins."""
-        shift = Dense(2 * self.width, self.recipe, name=f"modulation_{i}")(embedding)
+        wide = self.recipe.unquantised
+        shift = Dense(2 * self.width, wide, name=f"modulation_{i}")(embedding)
         scale, shift = jnp.split(shift.reshape(len(h), *(1,) * self.dims, -1), 2, -1)
         return h * (1 + scale) + shift
 

@@ -250,7 +250,7 @@ class TimeEmbedding(nn.Module):
         features: output width.
         frequency_dim: width of the sinusoidal embedding, even.
         time_scale: what t is multiplied by before the sinusoids.
-        recipe: GEMM recipe.
+        recipe: GEMM recipe; of an 8-bit one that which is not quantised.
         gelu: the exact GELU between the layers, and not SiLU.
     """
 
@@ -263,11 +263,11 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t: Float[Array, "batch"]) -> Array:
         """Maps times [batch] in [0, 1] to [batch, features]."""
-        init = nn.initializers.normal(0.02)
+        recipe, init = as_recipe(self.recipe).unquantised, nn.initializers.normal(0.02)
         y = timestep_embedding(t, self.frequency_dim, time_scale=self.time_scale)
-        y = Dense(self.features, self.recipe, kernel_init=init, name="hidden")(y)
+        y = Dense(self.features, recipe, kernel_init=init, name="hidden")(y)
         y = exact_gelu(y) if self.gelu else nn.silu(y)
-        return Dense(self.features, self.recipe, kernel_init=init, name="out")(y)
+        return Dense(self.features, recipe, kernel_init=init, name="out")(y)
 
 
 def exact_gelu(x: Array) -> Array:
@@ -283,7 +283,7 @@ class ScalarEmbedding(nn.Module):
         scalars: how many there are beside the time.
         time_scale: what t is multiplied by; scalars come scaled (0 to 10 or so, where
             the sinusoids tell them apart).
-        recipe: GEMM recipe.
+        recipe: GEMM recipe; of an 8-bit one that which is not quantised.
 
     References:
         PDEArena (Gupta and Brandstetter, arXiv 2209.15616) and its code.

@@ -26,7 +26,9 @@ class VelocityMLP(nn.Module):
         depth: residual hidden layers.
         num_classes: classes, the null class (index ``num_classes``) not counted;
             None for an unconditional network.
-        recipe: GEMM recipe of every dense layer.
+        recipe: GEMM recipe of every dense layer; of an 8-bit one, the hidden layers are
+            quantised, and the time's, the first and the last are not
+            (:attr:`tmdjax.quant.Recipe.unquantised`).
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
     """
 
@@ -72,7 +74,8 @@ class VelocityMLP(nn.Module):
         else:
             classes = ClassEmbedding(self.num_classes, self.hidden, name="class")
             embedding = embedding + classes(cond, batch).astype(embedding.dtype)
-        h = Dense(self.hidden, self.recipe, name="in")(x) + embedding
+        wide = self.recipe.unquantised
+        h = Dense(self.hidden, wide, name="in")(x) + embedding
         for layer in range(self.depth):
             h = h + Dense(self.hidden, self.recipe, name=f"hidden_{layer}")(nn.silu(h))
-        return Dense(dim, self.recipe, name="out")(nn.silu(h)).astype(jnp.float32)
+        return Dense(dim, wide, name="out")(nn.silu(h)).astype(jnp.float32)

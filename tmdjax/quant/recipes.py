@@ -37,8 +37,9 @@ class Recipe:
             rounded to 16 bits do not (1e-2 in a log-prob).
         differentiable: products have a gradient. Those that have none are of rollouts
             alone, and say so when they are differentiated.
-        head: the recipe of the head of a language model, whose rounding tells most in
-            log-probs; None is this recipe itself.
+        head: where products have 8 bits, the recipe of those that keep more, such as
+            the head of a language model, whose rounding tells most in log-probs; None
+            is this recipe itself. See :attr:`unquantised`.
     """
 
     name: str
@@ -52,6 +53,16 @@ class Recipe:
 
     def __repr__(self) -> str:
         return f"Recipe({self.name!r})"
+
+    @property
+    def unquantised(self) -> "Recipe":
+        """The recipe of layers that stay in more than 8 bits; itself where none does.
+
+        Of a velocity network these are the first and the last layer, and those whose
+        rows are conditions (time, classes, text) and not positions: their rounding
+        reaches every position, and they are a small part of the work.
+        """
+        return self.head or self
 
     @property
     def lax_precision(self) -> jax.lax.Precision | None:

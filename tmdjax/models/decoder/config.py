@@ -183,7 +183,7 @@ class DecoderConfig:
     @property
     def output_recipe(self) -> Recipe:
         """The recipe of the head."""
-        return self.head_recipe or self.recipe.head or self.recipe
+        return self.head_recipe or self.recipe.unquantised
 
     def rotary_frequencies(self) -> np.ndarray:
         """Radians a position of each pair of a head, float64 [head_dim / 2]."""

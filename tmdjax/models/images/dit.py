@@ -56,7 +56,7 @@ class AdaptiveBlock(nn.Module):
         """Maps [batch, position, width] to the same."""
         hidden = h.shape[-1]
         modulation = Dense(
-            6 * hidden, self.recipe, kernel_init=_ZEROS, name="modulation"
+            6 * hidden, self.recipe.unquantised, kernel_init=_ZEROS, name="modulation"
         )(nn.silu(c["modulation"]))
         modulation = _by_token(modulation.astype(jnp.float32))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(
@@ -132,7 +132,9 @@ class DiT(StackedNetwork):
         num_classes: classes, the null class not counted; None without.
         token_width: width of condition tokens; None without.
         out_channels: channels of the velocity; None means those of x.
-        recipe: GEMM recipe of every dense layer.
+        recipe: GEMM recipe of every dense layer; of an 8-bit one, attention and MLPs
+            are quantised, and embeddings, modulations and the output are not
+            (:attr:`tmdjax.quant.Recipe.unquantised`).
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention.attention`.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
@@ -166,14 +168,15 @@ class DiT(StackedNetwork):
 
     def setup(self):
         """Declares the layers."""
-        self.patch_embedding = Dense(self.hidden, self.recipe, kernel_init=_XAVIER)
+        wide = self.recipe.unquantised
+        self.patch_embedding = Dense(self.hidden, wide, kernel_init=_XAVIER)
         self.time_embedding = TimeEmbedding(
             self.hidden, time_scale=self.time_scale, recipe=self.recipe
         )
         if self.num_classes is not None:
             self.class_embedding = ClassEmbedding(self.num_classes, self.hidden)
         if self.token_width is not None:
-            self.token_projection = Dense(self.hidden, self.recipe, kernel_init=_XAVIER)
+            self.token_projection = Dense(self.hidden, wide, kernel_init=_XAVIER)
             self.null_token = self.param(
                 "null_token",
                 nn.initializers.normal(0.02),
@@ -181,7 +184,7 @@ class DiT(StackedNetwork):
                 jnp.float32,
             )
         self.stack = self.param("blocks", self._init_stack)
-        self.final = AdaptiveOutput(self.recipe)
+        self.final = AdaptiveOutput(wide)
 
     def _mlp_width(self) -> int:
         return int(self.hidden * self.mlp_ratio)

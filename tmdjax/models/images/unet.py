@@ -59,7 +59,8 @@ class _Block(nn.Module):
         dtype, size = self.recipe.dtype, (3,) * self.dims
         if skip is not None:
             h = jnp.concatenate([h, skip], -1)
-        modulation = Dense(2 * self.features, self.recipe, name="modulation")(
+        wide = self.recipe.unquantised
+        modulation = Dense(2 * self.features, wide, name="modulation")(
             nn.silu(modulation)
         )
         modulation = _over_space(modulation.astype(jnp.float32), self.dims)
@@ -101,7 +102,8 @@ class _FieldBlock(nn.Module):
         options = {"recipe": self.recipe, "padding": self.padding}
         x = exact_gelu(_group_norm(1, "norm_1")(h))
         x = Convolution(self.features, size, name="convolution_1", **options)(x)
-        added = Dense(self.features, self.recipe, name="modulation")(embedding)
+        wide = self.recipe.unquantised
+        added = Dense(self.features, wide, name="modulation")(embedding)
         x = x + _over_space(added, self.dims)
         x = Convolution(
             self.features, size, kernel_init=_ZEROS, name="convolution_2", **options
@@ -152,7 +154,9 @@ class UNet(nn.Module):
         num_classes: classes, the null class not counted; None without.
         recipe: GEMM recipe of every dense layer; convolutions run in its compute
             dtype, the first and the last of 'modern' in float32: 16 bits would lose
-            the small parts of a field that a refiner is to see and to repair.
+            the small parts of a field that a refiner is to see and to repair. Of an
+            8-bit one, attention and shortcuts are quantised, layers of time and
+            condition are not (:attr:`tmdjax.quant.Recipe.unquantised`).
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention.attention`.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.

@@ -74,7 +74,9 @@ class VideoDiT(StackedNetwork):
             the cross-attention.
         rope_length: most patches along an axis.
         epsilon: of every norm.
-        recipe: GEMM recipe of every dense layer but those of the time.
+        recipe: GEMM recipe of every dense layer but those of the time; of an 8-bit one,
+            embeddings and the output are not quantised
+            (:attr:`tmdjax.quant.Recipe.unquantised`).
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention.attention`.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
@@ -125,15 +127,16 @@ class VideoDiT(StackedNetwork):
 
     def setup(self):
         """Declares the layers."""
-        self.patch_embedding = Dense(self.width, self.recipe, kernel_init=XAVIER)
+        wide = self.recipe.unquantised
+        self.patch_embedding = Dense(self.width, wide, kernel_init=XAVIER)
         # In float32: what the time changes is small, and there is one row a sample.
         self.time_embedding = TimeEmbedding(
             self.width, self.frequency_dim, self.time_scale
         )
         self.time_projection = Dense(6 * self.width, kernel_init=XAVIER)
-        self.text_embedding = TextEmbedding(self.width, self.recipe)
+        self.text_embedding = TextEmbedding(self.width, wide)
         self.stack = self.param("blocks", self._init_stack)
-        self.final = VideoOutput(self.epsilon, self.recipe)
+        self.final = VideoOutput(self.epsilon, wide)
 
     def _blocks(self) -> Stacked:
         block = VideoBlock(

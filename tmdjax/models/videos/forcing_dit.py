@@ -73,7 +73,8 @@ class ForcingDiT(StackedNetwork):
             the cost.
         stabilisation: time in [0, 1) that known frames are noised to and said to have,
             so that small errors of its own frames look familiar.
-        recipe: GEMM recipe of every dense layer.
+        recipe: GEMM recipe of every dense layer; of an 8-bit one as in
+            :class:`tmdjax.models.DiT`.
         remat: recompute each block in the backward pass.
         attention_implementation: see :func:`tmdjax.models.attention`.
 
@@ -108,10 +109,11 @@ class ForcingDiT(StackedNetwork):
 
     def setup(self):
         """Declares the layers."""
-        self.patch_embedding = Dense(self.hidden, self.recipe)
+        wide = self.recipe.unquantised
+        self.patch_embedding = Dense(self.hidden, wide)
         self.time_embedding = TimeEmbedding(self.hidden, recipe=self.recipe)
         if self.num_actions is None:
-            self.action_projection = Dense(self.hidden, self.recipe)
+            self.action_projection = Dense(self.hidden, wide)
         else:
             shape, normal = (
                 (self.num_actions, self.hidden),
@@ -119,7 +121,7 @@ class ForcingDiT(StackedNetwork):
             )
             self.action_codes = self.param("action_codes", normal, shape, jnp.float32)
         self.stack = self.param("blocks", self._init_stack)
-        self.final = AdaptiveOutput(self.recipe)
+        self.final = AdaptiveOutput(wide)
 
     def _blocks(self) -> Stacked:
         block = AdaptiveBlock(
