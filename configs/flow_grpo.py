@@ -177,7 +177,7 @@ def base(config: Any, tier: str) -> None:
             "memory_limit_gb": 8.0,
         }
     )
-    # of RL: 16-bit rounding puts ratios off 1, beyond the clip range of images
+    # of RL; under fewer bits ratios are to log-probs that are recomputed ('proximal')
     config.precision = ConfigDict({"rollout": "fp32", "train": "fp32"})
     config.rollout = ConfigDict({"steps": 10, "shift": 1.0})
     config.objective = ConfigDict(
@@ -185,7 +185,7 @@ def base(config: Any, tier: str) -> None:
             # late steps have many times the gradient of early ones; without this, the
             # reward of an uncounted pilot seed fell (learning rate 3e-4, cpu tier)
             "step_weight": "inverse_gain",
-            "proximal": "behaviour",
+            "proximal": "auto",
             # none: as the preset of an arm's method has it
             "clip_range": placeholder(float),
             "kl_coefficient": placeholder(float),

@@ -43,6 +43,8 @@ COURSE = {
     "training was shorter",
     "seconds_per_iteration": "seconds of an iteration, without compilation",
     "first_ratio_error": "how far the ratio of the first minibatch is from 1",
+    "behaviour_ratio_error": "how far ratios of training to rollout are from 1 under "
+    "equal parameters, at most: what their precisions do",
     "network_calls_per_sample": "network evaluations a sample of a rollout",
 }
 """What RL itself reports, beside the evaluation, and what it means."""
@@ -116,6 +118,9 @@ def align(config: Config, context: StageContext) -> StageResult:
         "reward_last": last,
         "reward_gain": last - first,
         "first_ratio_error": float(rows[0]["ratio_error"]),
+        "behaviour_ratio_error": float(
+            max(row.get("behaviour_ratio_error", row["ratio_error"]) for row in rows)
+        ),
         "network_calls_per_sample": iterations.calls_per_sample(config, method),
         "skipped_updates": float(state.skipped),
     }

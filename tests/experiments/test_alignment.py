@@ -42,6 +42,25 @@ def test_shapes_with_text_guidance_adapters_and_chunks(tmp_path, ran):
     assert v.shape == x.shape and np.isfinite(v).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "system, arm, learns, noise",
+    [
+        ("flow_grpo", "flow_grpo", "bf16", (1e-4, 1e-1)),
+        ("branchgrpo", "branch", "fp8_block", (0, 1e-4)),
+    ],
+)
+def test_rollouts_of_8_bits_train_in_16_and_in_8(system, arm, learns, noise, ran):
+    """Of the same parameters: in one precision log-probs agree, in two they do not."""
+    changes = [f"arms={arm}", "rl.iterations=3", "precision.rollout=fp8_block"]
+    changes.append(f"precision.train={learns}")
+    found = ran(alignment, load_config(f"configs/{system}.py:smoke", changes))
+    assert found[f"{arm}/first_ratio_error"] < 1e-5
+    low, high = noise
+    assert low < found[f"{arm}/behaviour_ratio_error"] < high
+    assert found[f"{arm}/skipped_updates"] == 0
+
+
 def test_held_out_prompts_are_in_no_training_set():
     task = alignment_tasks.build(shapes_config("task.prompts=16", "task.held_out=4"))
 

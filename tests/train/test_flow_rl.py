@@ -177,7 +177,8 @@ def test_rollout_and_update_in_two_precisions():
         rollout_velocity=lambda params, frozen: lambda x, t, cond: narrow(params, x, t),
         precision=pair,
     )
-    plain = make(policy=policy, objective={"clip_range": 0.01})
+    objective = {"clip_range": 0.01, "proximal": "behaviour"}
+    plain = make(policy=policy, objective=objective)
     drawn = plain.collect(fresh(params), BATCH, KEY)
     record = drawn.records[0]
 
@@ -195,9 +196,10 @@ def test_rollout_and_update_in_two_precisions():
     silent = params | {"out": jax.tree.map(jnp.zeros_like, params["out"])}
     state, metrics = plain(fresh(silent), BATCH, KEY)
     assert 0 < metrics["ratio_error"] < 1e-5
+    assert "behaviour_ratio_error" not in metrics
     with pytest.raises(rl.RatioError, match="rollout='bf16'.*train='fp32'.*recompute"):
         plain.learn(fresh(params), drawn, KEY)
-    objective = {"clip_range": 0.01, "proximal": "recompute"}
+    objective = {"clip_range": 0.01}  # 'auto' recomputes here
     # 24 transitions of 36 in two microbatches: recomputed as they are trained
     corrected = make(policy=policy, objective=objective, microbatches=2)
     state, metrics = corrected.learn(fresh(params), drawn, KEY)

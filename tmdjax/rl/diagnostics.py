@@ -180,9 +180,9 @@ def check_first_ratio(
     why = "" if precision is None else precision.disagreement()
     if why:
         why = (
-            f" Here {why}: set both to 'fp32', or proximal='recompute', which clips "
-            f"around what precision.train gave before the update; the log-probs of the "
-            f"rollout remain the behaviour's."
+            f" Here {why}: set both to 'fp32', or proximal='recompute' (as 'auto' "
+            f"does), which clips around what precision.train gave before the update; "
+            f"the log-probs of the rollout remain the behaviour's."
         )
     raise RatioError(
         f"max |ratio - 1| = {error:.3g} on the first minibatch, before any update; it "

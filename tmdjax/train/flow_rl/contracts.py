@@ -195,7 +195,8 @@ class FlowObjective:
             and late steps (:func:`tmdjax.flows.step_weights`).
         proximal: what ratios are clipped around: the 'behaviour', log-probs that the
             rollout recorded, or 'recompute', those that ``Policy.velocity`` gives
-            before the update (where rollout and update differ in precision).
+            before the update. 'auto' recomputes where ``Policy.precision`` says that
+            the two differ beyond float32 rounding, and takes the behaviour elsewhere.
     """
 
     clip_range: rl.ClipRange = 1e-4
@@ -203,14 +204,14 @@ class FlowObjective:
     kl_coefficient: float = 0.0
     kl_kind: str = "transition"
     step_weight: str = "none"
-    proximal: str = "behaviour"
+    proximal: str = "auto"
 
     def __post_init__(self) -> None:
         rl.check_clip_range(self.clip_range, self.reduction)
         check_range("kl_coefficient", self.kl_coefficient, 0)
         check_choice("kl_kind", self.kl_kind, flows.KL_KINDS)
         check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
-        check_choice("proximal", self.proximal, rl.PROXIMAL)
+        check_choice("proximal", self.proximal, ("auto", *rl.PROXIMAL))
 
 
 class Rollout(NamedTuple):

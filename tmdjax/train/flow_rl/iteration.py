@@ -5,6 +5,7 @@ the check that the first ratio is 1; :mod:`tmdjax.train.flow_rl.contracts` has w
 plugged in, :mod:`tmdjax.train.flow_rl.update` the minibatches and their loss.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,8 @@ def make_iteration(
         reward_group_std, tied_group_fraction, loss, grad_norm, kl (means over updates
         that were not skipped; the state counts the others), ratio_error (max |ratio -
         1| in the first minibatch), clip_fraction_first and clip_fraction_last (of the
-        minibatches).
+        minibatches); where the objective recomputes, behaviour_ratio_error (the same
+        of the recomputed log-probs to the rollout's: what precision does).
 
     Raises:
         ValueError: a KL without a reference, a reduction unlike the method's, counts
@@ -110,6 +112,11 @@ def make_iteration(
             f"the objective reduces log-probs by {objective.reduction!r}, the method "
             f"by {method.reduction!r}; set both alike (and the clip range with them)."
         )
+    precision, checked = policy.precision, False
+    differ = precision is not None and precision.disagreement() != ""
+    if objective.proximal == "auto":
+        proximal = "recompute" if differ else "behaviour"
+        objective = dataclasses.replace(objective, proximal=proximal)
     group_size = method.group_size
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     frozen = policy.frozen
@@ -151,8 +158,6 @@ def make_iteration(
         score = jax.jit(
             lambda samples, prompts: reward(samples, _repeat(prompts, group_size))
         )
-    precision, checked = policy.precision, False
-    differ = precision is not None and precision.disagreement() != ""
 
     def on_devices(tree: Any) -> Any:
         return (
