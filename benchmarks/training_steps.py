@@ -60,6 +60,9 @@ CASES = {
     "flow_equivariant": Case("blocks", "train"),
     "flow_grpo": Case("flow_grpo", "align", ("train.images=1024",)),
     "branchgrpo": Case("branch", "align", ("train.images=1024",)),
+    "fp8_training": Case(
+        "dit_fp8_rowwise", "train", ("data.options.train_count=1024",)
+    ),
     "pde_refiner": Case(
         "refiner",
         "train",

@@ -178,6 +178,7 @@ def pairs(
     length: int,
     rng: np.random.Generator,
     examples: int = 0,
+    split: str = "train",
 ) -> dict[str, np.ndarray]:
     """Prompts and gold responses for supervised training, padded at the end.
 
@@ -189,6 +190,7 @@ def pairs(
         rng: draws them.
         examples: solved problems before each prompt, the most alike of 32, fewer where
             the text would be too long; their responses are learnt too.
+        split: of the task's problems, one of ``text_tasks.SPLITS``.
 
     Returns:
         'tokens' int32 [count, length], 'mask' bool, the tokens of all responses.
@@ -198,14 +200,15 @@ def pairs(
     """
     tokens = np.full((count, length), language.pad, np.int32)
     mask = np.zeros((count, length), bool)
-    problems = text_tasks.sample(task, "train", count, rng)
+    problems = text_tasks.sample(task, split, count, rng)
     solved = solved_by_gold(language, problems)
     for i, own in enumerate(solved):
         size, shown = len(own.prompt) + len(own.response), []
         if size > length:
             raise ValueError(
                 f"the text {problems[i].prompt + problems[i].response!r} has {size} "
-                f"tokens; sft.length={length}: raise it, or bound the task."
+                f"tokens; length={length}: raise it (sft.length, texts.length), or "
+                f"bound the task."
             )
         if examples:
             few = [solved[j] for j in rng.choice(count, min(count, 32), False)]

@@ -1,5 +1,6 @@
-"""A stage before RL: gold responses, learnt until a part of the answers is right."""
+"""Gold responses of text tasks: their loss, and a stage before RL that learns them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,14 +31,13 @@ class Gated(LearnerCounts):
     accuracy: Any
 
 
-def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
-    """Learns gold responses until the sampled accuracy passes the gate."""
-    task, settings = tasks.build(given["task"]), given["sft"]
-    language = tasks.language(given)
+def loss_of(language: tasks.Language) -> Callable[..., Any]:
+    """``(params, batch, keys) -> (loss [batch], {})`` of what ``tasks.pairs`` makes.
+
+    Its mean is the cross-entropy a response token, in nats, over all of the batch. No
+    randomness is used.
+    """
     log_probs = tasks.log_probs_of(language.config)
-    optimizer = train.make_optimizer(
-        train.OptimizerConfig(learning_rate=settings["learning_rate"])
-    )
 
     def loss_fn(params: Any, batch: Any, keys: Any) -> Any:
         tokens, mask = batch["tokens"], batch["mask"]
@@ -47,7 +47,19 @@ def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
         share = mask.shape[0] / jnp.maximum(mask.sum(), 1)
         return -jnp.sum(jnp.where(mask, found, 0), 1) * share, {}
 
-    update = jax.jit(train.make_train_step(loss_fn, optimizer), donate_argnums=0)
+    return loss_fn
+
+
+def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:
+    """Learns gold responses until the sampled accuracy passes the gate."""
+    task, settings = tasks.build(given["task"]), given["sft"]
+    language = tasks.language(given)
+    optimizer = train.make_optimizer(
+        train.OptimizerConfig(learning_rate=settings["learning_rate"])
+    )
+
+    loss = loss_of(language)
+    update = jax.jit(train.make_train_step(loss, optimizer), donate_argnums=0)
     look = tasks.Judge(
         task,
         language,

@@ -144,7 +144,7 @@ def test_gold_responses_are_what_is_learnt(refused):
         assert score(problem, tokens[mask].tolist()) == 1
         prompt = tokens[: int(np.argmax(mask))]
         assert language.decode(prompt) == problem.prompt
-    refused(r"sft.length=20: raise it", tasks.pairs, task, language, 8, 20, rng)
+    refused(r"tokens; length=20: raise it", tasks.pairs, task, language, 8, 20, rng)
 
 
 def test_examples_before_prompts_are_solved_problems_that_fit():

@@ -47,6 +47,7 @@ CASES = {
     "flow_equivariant": ("full", []),
     "flow_grpo": ("flow_grpo", ["rl.iterations=30"]),
     "flow_matching": (None, []),
+    "fp8_training": ("dit_fp8_block", []),
     "grpo": (None, []),
     "pde_refiner": ("refiner", []),
     "policyflow": ("policyflow", ["train.envs=16"]),
