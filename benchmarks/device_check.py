@@ -61,7 +61,7 @@ PARTS = {
         "--shapes tiny --slots 4 --repeats=2",
     ),
     "fp8": Part(
-        80,
+        120,
         "--products 4096x4096x4096 16384x3584x18944 --shape=7B --layers=4 --batch=8 "
         "--positions=2048 --slots=64 --repeats=3",
         "--repeats=1",

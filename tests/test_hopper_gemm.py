@@ -91,6 +91,10 @@ def test_hopper_gpus_multiply_a_layer_by_the_kernel():
     instruction = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
     assert text.count(instruction) == 3  # a kernel's text stands once in its module
     assert "dot_general" not in text  # nothing is multiplied as dequantised numbers
+    stack = jax.jit(jax.vmap(functools.partial(quant.linear, recipe=RECIPE)))
+    traced = stack.trace(jnp.zeros((3, 8, 16)), jnp.zeros((3, 16, 4)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in text
 
 
 def test_other_devices_multiply_as_xla_does(monkeypatch):
