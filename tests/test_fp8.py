@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tmdjax import models, quant
 from tmdjax.models import layers
 from tmdjax.quant import Quantised, fp8_recipe, fp8_recipes, quantise, self_test
+from tmdjax.train import count_flops
 
 SHAPE = (2, 150, 200)  # groups of 128 are ragged along both axes
 TILES = {
@@ -267,18 +268,24 @@ def test_9_dense_kernels_of_the_blocks_are_quantised_and_nothing_else():
     prepare = functools.partial(models.prepare_weights, config=config)
     found = jax.eval_shape(prepare, params)
     assert jax.eval_shape(prepare, found) == found
-    narrow = {
-        jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(found)
-        if leaf.dtype == "float8_e4m3fn"
+    quantised = lambda leaf: isinstance(leaf, Quantised)  # noqa: E731
+    table = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.granularity} {leaf.values.dtype} {leaf.scale.dtype}"
+            if quantised(leaf)
+            else str(leaf.dtype)
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found, quantised)
     }
-    attention = {
-        f"blocks/attention/{n}/kernel" for n in ("query", "key", "value", "out")
+    inner = [f"attention/{n}" for n in ("query", "key", "value", "out")]
+    inner += [f"mlp/{n}" for n in ("gate", "up", "down")]
+    biases = [f"blocks/attention/{n}/bias" for n in ("query", "key", "value")]
+    norms = ["blocks/attention_norm/scale", "blocks/mlp_norm/scale", "norm/scale"]
+    assert table == {
+        **{f"blocks/{n}/kernel": "128x128 float8_e4m3fn float32" for n in inner},
+        **dict.fromkeys(["head/kernel", "embedding"], "bfloat16"),
+        **dict.fromkeys([*biases, *norms], "float32"),
     }
-    assert narrow == attention | {
-        f"blocks/mlp/{n}/kernel" for n in ("gate", "up", "down")
-    }
-    assert found["head"]["kernel"].dtype == found["embedding"].dtype == "bfloat16"
     cache = jax.eval_shape(lambda: models.init_cache(config, 2, 4))
     assert cache["k"].dtype == "bfloat16"
     for weights in (params, found):  # and decoding takes both
@@ -359,6 +366,76 @@ def test_9_what_is_quantised_of_velocity_networks(name):
                 key.replace("attention", "cross_attention") for key in projections
             }
     assert found == {"fp8_block": inside, "bf16": ends}
+
+
+RAGGED = models.DecoderConfig(
+    vocab_size=13, hidden_size=136, intermediate_size=144, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=34, recipe="fp8_block", remat=False,
+)  # fmt: skip
+TOKENS = jnp.zeros((1, 4), int)
+
+
+def trained(params):
+    """What training sums up of a decoder in 8 bits."""
+    return models.functional(models.Decoder(RAGGED))(params, TOKENS).sum()
+
+
+def random_weights():
+    shapes = jax.eval_shape(
+        lambda: models.init_params(models.Decoder(RAGGED), jax.random.key(0), TOKENS)
+    )
+    return jax.tree.map(lambda leaf: jnp.asarray(drawn(*leaf.shape)), shapes)
+
+
+def test_7_published_arrays_are_those_of_the_training_forward():
+    """Values and scales, to the bit; and publishing is quantising alone."""
+    params = random_weights()
+    publish = functools.partial(models.prepare_weights, config=RAGGED)
+    published = jax.jit(publish)(params)
+    kept = jax.tree.leaves(jax.jit(lambda p: jax.vjp(trained, p)[1])(params))
+
+    def is_kept(array):
+        alike = (x for x in kept if (x.dtype, x.shape) == (array.dtype, array.shape))
+        return any(bool((x == array).all()) for x in alike)
+
+    names = [("attention", n) for n in ("query", "key", "value", "out")]
+    names += [("mlp", n) for n in ("gate", "up", "down")]
+    unrounded = []
+    for part, name in names:
+        q = published["blocks"][part][name]["kernel"]
+        assert q.values.shape[0] == 2 and is_kept(q.values) and is_kept(q.scale), name
+        other = quantise(params["blocks"][part][name]["kernel"], "128x128")
+        unrounded.append(is_kept(other.values) and is_kept(other.scale))
+    assert not any(unrounded)  # of the float32 master they would be others
+    assert count_flops(publish, params) == {}  # no product: no calibration
+
+    def operations(fn, given):
+        return len(jax.make_jaxpr(fn)(given).eqns)
+
+    each = (params["blocks"][part][name]["kernel"] for part, name in names)
+    quantising = sum(operations(RAGGED.recipe.prepare, kernel) for kernel in each)
+    assert operations(publish, params) == quantising + 2  # casts: embedding and head
+
+
+def test_10_between_layers_of_a_decoder_nothing_has_8_bits():
+    def scans(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield equation
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from scans(inner)
+
+    def narrow(variables):
+        return [v for v in variables if "float8" in str(v.aval.dtype)]
+
+    params = jax.eval_shape(random_weights)
+    program = jax.make_jaxpr(jax.value_and_grad(trained))(params)
+    forward, backward = scans(program.jaxpr)
+    for loop in (forward, backward):
+        assert not narrow(loop.outvars[: loop.params["num_carry"]])
+    assert len(narrow(forward.outvars)) == 14  # kept for later: x and w of 7 products
+    assert not narrow(backward.outvars) and not narrow(program.jaxpr.outvars)
+    assert narrow(backward.invars)
 
 
 def test_0_every_rounding_stands_behind_a_barrier_on_gpus_and_tpus():
