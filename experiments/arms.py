@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from tmdjax import systems
+from tmdjax import quant, systems
 from tmdjax.core.checks import check_choice
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ConfigError
@@ -26,6 +26,8 @@ from tmdjax.harness.find import find_module
 T = TypeVar("T")
 METHOD = "method"
 NO_GROUPS = ("arms", "claims")
+CPU_TIERS = ("smoke", "cpu")
+"""Tiers for machines without float8 products, which are emulated there by default."""
 ALIKE = "optimizer"
 """The group with the same settings under every 'name'."""
 
@@ -101,6 +103,51 @@ def _changed(where: str, given: Any, changes: Any, free: bool = False) -> Config
                 f"{to_plain(given[name])!r}, which the config has."
             ) from None
     return found
+
+
+def check_devices(config: Any, tier: str) -> dict[str, str]:
+    """Refuses recipes of any arm that the device has no products for.
+
+    ``precision.allow_emulation`` of a config says whether float8 products may be
+    computed in float32, which is slower than bfloat16 and gives the same numbers. Where
+    a config leaves it out, the tiers of CPU_TIERS may.
+
+    Args:
+        config: with a group 'precision', or without.
+        tier: of the config.
+
+    Returns:
+        Labels of a run: ``{"float8": "emulated in float32"}``, which is printed too, or
+        none.
+
+    Raises:
+        ConfigError: 8 bits on a device without float8 products, where emulation is not
+            allowed; arm, recipe and device are named.
+        ValueError: an unknown recipe.
+        RuntimeError: the device does not round as it is told to.
+    """
+    emulated = []
+    for arm in arms(config):
+        own = to_plain(of_arm(config, arm)).get("precision")
+        if own is None:
+            continue
+        precision = quant.Precision(**{"allow_emulation": tier in CPU_TIERS, **own})
+        try:
+            if quant.check_precision(precision):
+                emulated.append(arm)
+        except ValueError as error:
+            raise ConfigError(
+                f"arm {arm!r}: {error} Here that is allow_emulation=True in "
+                f"config.precision; the tiers {' and '.join(CPU_TIERS)} have it unless "
+                f"they say otherwise."
+            ) from None
+    if not emulated:
+        return {}
+    print(
+        f"[precision] no float8 products here: emulated in float32, slower than bf16 "
+        f"({', '.join(emulated)})"
+    )
+    return {"float8": "emulated in float32"}
 
 
 def build_method(

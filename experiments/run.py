@@ -5,12 +5,14 @@ however hard, goes on when the same command is given again.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from experiments.arms import check_devices
 from tmdjax.core import compilation_cache
 from tmdjax.core.checks import check_count
 from tmdjax.core.failures import exit_with
@@ -112,7 +114,9 @@ def execute(flags: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
     compilation_cache.enable()
     config: Any = load_config(flags.config, overrides)
     experiment = find_experiment(config, flags.config)
-    return run(experiment, config, options_of(flags, overrides))
+    options = options_of(flags, overrides)
+    labels = check_devices(config, options.tier)
+    return run(experiment, config, dataclasses.replace(options, labels=labels))
 
 
 def options_of(flags: argparse.Namespace, overrides: Sequence[str]) -> Options:

@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.arms import arms, build_method, of_arm
+from experiments.arms import arms, build_method, check_devices, of_arm
 from tmdjax import runtime
 from tmdjax.harness import ConfigError
 from tmdjax.train import flow_rl, on_policy
@@ -44,6 +44,38 @@ def test_an_arm_changes_settings_of_all():
     assert config.to_dict() == SETTINGS  # as it was
     alone = ConfigDict({"train": {"steps": 1}})
     assert arms(alone) == ("main",) and of_arm(alone, "main") is alone
+
+
+def test_recipes_of_8_bits_are_emulated_where_that_is_allowed(refused, capsys):
+    """On a CPU, which has no such products."""
+
+    def config(all_arms, **own):
+        groups = {name: {"precision": arm} for name, arm in own.items()}
+        return ConfigDict({"precision": all_arms, "arms": groups}).lock()
+
+    plain = {"rollout": "bf16", "train": "bf16"}
+    mixed = config(plain, exact={}, narrow={"rollout": "fp8_rollout_only"})
+    label = {"float8": "emulated in float32"}
+    assert check_devices(config(plain), "gpu") == {} == check_devices(ConfigDict(), "x")
+    assert not capsys.readouterr().out
+    for tier in ("smoke", "cpu"):
+        assert check_devices(mixed, tier) == label
+        assert (
+            "emulated in float32, slower than bf16 (narrow)" in capsys.readouterr().out
+        )
+    message = (
+        "arm 'narrow': precision.rollout='fp8_rollout_only': 'cpu' .*no float8 .*Use "
+        "the recipe 'bf16', or allow_emulation=True: .*in config.precision"
+    )
+    refused(message, check_devices, mixed, "gpu", error=ConfigError)
+    for allowed, tier in ((True, "gpu"), (False, "smoke")):
+        both = {"rollout": "fp8_block", "train": "fp8_block"}
+        given = config(both | {"allow_emulation": allowed})
+        if allowed:
+            assert check_devices(given, tier) == label
+        else:
+            message = "arm 'main': precision.rollout='fp8_block'"
+            refused(message, check_devices, given, tier, error=ConfigError)
 
 
 def test_what_an_arm_cannot_change_is_refused(refused):

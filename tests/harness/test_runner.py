@@ -142,14 +142,14 @@ def run(tmp_path, experiment=None, config=None, **changes):
 
 
 def test_a_run_leaves_its_records(tmp_path, capsys):
-    assert run(tmp_path).code == 0
+    assert run(tmp_path, labels={"float8": "emulated"}).code == 0
     workdir = tmp_path / "run"
     for name in "config.json environment.json metrics.csv report.html".split():
         assert (workdir / name).exists()
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.keys() >= set(summaries.SUMMARY_KEYS)
     assert summary["claims"][0]["verdict"] == "reported"  # one seed gives no verdict
-    assert summary["labels"] == {"net": "n1"}
+    assert summary["labels"] == {"net": "n1", "float8": "emulated"}
     rows = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [5, 10, 15]
     assert "T1" in (workdir / "report.html").read_text()

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tmdjax.core.checks import check_choice, check_name, check_range
@@ -58,6 +58,8 @@ class Options:
         results: the folder of records.
         writers: 'tensorboard' and 'wandb' take the metrics too.
         profiled_steps: of every training loop, traced into the stage's folder.
+        labels: facts that belong into the record of every unit, beside those of its
+            stages, such as how 8-bit products were computed.
     """
 
     command: str
@@ -73,6 +75,7 @@ class Options:
     results: pathlib.Path = pathlib.Path("results")
     writers: tuple[str, ...] = ()
     profiled_steps: int = 0
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Outcome(NamedTuple):
@@ -350,7 +353,7 @@ def _run_unit(
     made: dict[str, dict[str, Any]] = {}
     metrics: dict[str, float] = {}
     timings: dict[str, float] = {}
-    labels: dict[str, str] = {}
+    labels = dict(options.labels)
     logs: dict[str, Any] = {}
     for stage in stages:
         hash_ = hashes[stage.id]

@@ -18,6 +18,7 @@ from tmdjax.quant.recipes import Recipe as Recipe
 from tmdjax.quant.recipes import as_recipe as as_recipe
 from tmdjax.quant.recipes import rounding_recipe as rounding_recipe
 from tmdjax.quant.self_test import check_device as check_device
+from tmdjax.quant.self_test import check_precision as check_precision
 from tmdjax.quant.self_test import check_rounding as check_rounding
 from tmdjax.quant.self_test import has_fp8 as has_fp8
 from tmdjax.quant.self_test import is_hopper as is_hopper

@@ -277,6 +277,7 @@ def fp8_recipe(
         matmul=matmul,
         prepare=rules.prepare,
         batch_independent=scaling != "tensor",
+        float8=True,
         differentiable=differentiable,
         head=RECIPES[_OF_HEADS[dtype.name]],
     )

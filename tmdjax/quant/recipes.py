@@ -35,6 +35,8 @@ class Recipe:
         exact: forward passes in another program or batch shape agree to about float32
             rounding (1e-5), so that ratios of training to rollout start at 1. Results
             rounded to 16 bits do not (1e-2 in a log-prob).
+        float8: products have operands in 8 bits, see
+            :func:`tmdjax.quant.check_precision`.
         differentiable: products have a gradient. Those that have none are of rollouts
             alone, and say so when they are differentiated.
         head: where products have 8 bits, the recipe of those that keep more, such as
@@ -48,6 +50,7 @@ class Recipe:
     prepare: Callable[[Any], Any]
     batch_independent: bool = True
     exact: bool = False
+    float8: bool = False
     differentiable: bool = True
     head: "Recipe | None" = None
 
@@ -136,6 +139,8 @@ class Precision:
     Attributes:
         rollout: of the forward passes that act; the behaviour's log-probs are theirs.
         train: of the forward passes that are differentiated.
+        allow_emulation: whether products of 8 bits may be computed in float32 where the
+            device has none of its own, see :func:`tmdjax.quant.check_precision`.
 
     Raises:
         ValueError: an unknown name, with the attribute it was given to; in ``train`` a
@@ -144,6 +149,7 @@ class Precision:
 
     rollout: Any = "fp32"
     train: Any = "fp32"
+    allow_emulation: bool = False
 
     def __post_init__(self) -> None:
         for side in ("rollout", "train"):

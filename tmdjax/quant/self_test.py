@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.quant.fp8 import cast_for_good
+from tmdjax.quant.recipes import Precision
 
 # Numbers, and what they are in fewer bits: a tie to even down (17) and up (19), numbers
 # between two others, subnormal ones, and the largest.
@@ -116,3 +117,33 @@ def check_device(device: Any = None, *, allow_emulation: bool = False) -> None:
             f"float32 products, slower than 'bf16'."
         )
     check_rounding()
+
+
+def check_precision(precision: Precision, device: Any = None) -> bool:
+    """Before training and rollouts: the device has the products of both recipes.
+
+    Args:
+        precision: recipes of rollouts and training, and whether 8 bits may be emulated.
+        device: a ``jax.Device``; None is the first of the default backend.
+
+    Returns:
+        Whether products of 8 bits are asked for on a device that has none, so that they
+        are emulated: computed in float32. (What 'fp8_block' does on other devices,
+        :func:`check_device` says.)
+
+    Raises:
+        ValueError: 8 bits on a device without float8 products, where emulation is not
+            allowed; device and recipe are named.
+        RuntimeError: from :func:`check_rounding`.
+    """
+    pair = {"rollout": precision.rollout, "train": precision.train}
+    found = [side for side, recipe in pair.items() if recipe.float8]
+    if not found:
+        return False
+    device = jax.devices()[0] if device is None else device
+    try:
+        check_device(device, allow_emulation=precision.allow_emulation)
+    except ValueError as error:
+        name = pair[found[0]].name
+        raise ValueError(f"precision.{found[0]}={name!r}: {error}") from None
+    return not has_fp8(device)
