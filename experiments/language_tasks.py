@@ -311,13 +311,10 @@ class Judge:
             "length": float(np.mean([len(r) for r in records])),
         }
         if hasattr(self._task, "canonical"):
-            answers = [
-                [self._task.canonical(self._language.decode(r.tokens)) for r in group]
-                for group in (
-                    records[i : i + size] for i in range(0, len(records), size)
-                )
-            ]
-            found |= agreement(answers, rewards >= 1)
+            texts = (self._language.decode(record.tokens) for record in records)
+            answers = list(map(self._task.canonical, texts))
+            groups = [answers[i : i + size] for i in range(0, len(answers), size)]
+            found |= agreement(groups, rewards >= 1)
         for tier in sorted(set(tiers)):
             found[f"accuracy_{tier}"] = float(rewards[tiers == tier].mean())
         return found
