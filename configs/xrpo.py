@@ -9,8 +9,8 @@ All arms start from one supervised policy, which learnt texts of three problems,
 after the other: prompts behind none, one and two solved ones. All but DAPO write as
 many responses; DAPO, whose discarded ones count, has half of the iterations, and what
 each arm wrote is reported. Held-out problems are tried during RL too (the group
-``curve``): C1d compares arms where as many tokens are written, and C2 counts what an
-arm needs to reach the end of GRPO's curve under the same seed.
+``curve``): ``accuracy_at_tokens`` (C1d) compares arms where as many tokens are written,
+and C2 counts what an arm needs to reach the end of GRPO's curve under the same seed.
 
 smoke  an almost untrained decoder: mechanics only.
 cpu    0.4 M parameters, three or four numbers; 16 prompts x 8 responses, 100
@@ -214,7 +214,7 @@ def _claims() -> dict[str, dict[str, Any]]:
     }
     arms = ("grpo", "xrpo", "no_sharpening", "no_allocation", "no_examples")
     for arm in (*arms, "gspo", "dapo"):
-        for what in ("accuracy_after", "responses", "tokens"):
+        for what in ("accuracy_after", "accuracy_at_tokens", "responses", "tokens"):
             claims[f"r_{arm}_{what}"] = {
                 "statement": f"{what.replace('_', ' ')}, {arm}",
                 "statistic": "report",

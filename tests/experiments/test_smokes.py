@@ -158,6 +158,19 @@ def test_network_calls_are_counted(found):
     assert metrics["dance/network_calls_per_sample"] == 8
 
 
+def test_arms_of_xrpo_write_as_much_and_are_looked_at_alike(smoke_of, found):
+    metrics = found("xrpo")
+    assert metrics["xrpo/responses"] == metrics["grpo/responses"] == 3 * 4 * 8
+    assert 0 == metrics["grpo/allocation_share"] < metrics["xrpo/allocation_share"] < 1
+    assert not [name for name in metrics if name.count("/") > 1]
+    rows = read_rows(smoke_of("xrpo") / "metrics.jsonl")
+    for arm in ("grpo", "xrpo"):
+        looks = [row for row in rows if row["arm"] == arm and "held_out" in row]
+        assert [row["step"] for row in looks] == [1, 2, 3]
+        assert 1 <= metrics[f"{arm}/steps_to_level"] <= 4
+        assert 0 < metrics[f"{arm}/tokens_to_level"] <= 4 / 3 * metrics[f"{arm}/tokens"]
+
+
 def test_grpo_loads(smoke_of, found):
     assert found("grpo")["chain_sum/first_ratio_error"] < 1e-3
     apply_fn, params, _ = tmdjax.load(smoke_of("grpo"), arm="chain_sum")

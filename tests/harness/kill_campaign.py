@@ -53,7 +53,7 @@ CASES = {
     "policyflow": ("policyflow", ["train.envs=16"]),
     "reinflow": ("maze_reinflow4", []),
     "tmd": ("tmd", ["distill.cycles=20", "distill.adversarial_weight=0.03"]),
-    "xrpo": ("xrpo", []),
+    "xrpo": (None, []),
 }
 """By system: the arm that runs (None for all), and changed settings of its smoke."""
 

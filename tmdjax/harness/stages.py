@@ -278,9 +278,9 @@ class Stage:
 def of_other_arm(arm: str, stages: Sequence[Stage], last: str) -> list[Stage]:
     """Stages of another arm, for an arm that is measured against what they leave.
 
-    An arm lists them before the stage that has 'arm/last' among its parents. They are
-    run once for both arms, under the same seed; metrics, log and model are the other's
-    alone.
+    An arm lists them before the stage that has 'arm/last' among its parents. Under one
+    seed and one cache they are run once for both arms; metrics, log and model are the
+    other's alone.
 
     Args:
         arm: the other one.
