@@ -120,7 +120,7 @@ def test_merge_refuses_what_differs():
     moved = summarise(claims=[claim(threshold=0.1), *CLAIMS[1:]])
     refuses("boss gpu differ in the definition", merge, [summarise(), moved])
     tpu = summarise([u | {"device": "TPU v5e"} for u in UNITS])
-    refuses("differ in device: 'NVIDIA H100' and 'TPU", merge, [summarise(), tpu])
+    refuses("differ in device: NVIDIA H100, TPU v5e", merge, [summarise(), tpu])
     slower = summarise([UNITS[0] | {"wall_s": 99.0}])
     assert merge([summarise(), slower]) == summarise()  # a rerun may take longer
     other = summarise([UNITS[0] | {"metrics": {"score": 9.0}}])
@@ -171,6 +171,12 @@ def test_units_of_two_nets_or_devices_are_not_pooled(refused):
     for change in (net, {"device": "TPU v5e"}):
         other = [*UNITS[:-1], UNITS[-1] | change]
         refused(r"units differ in .*cannot be judged", summarise, other)
+    pinned = {"device": "cpu, 1 cores and cpu, 2 cores"}  # other times, equal numbers
+    cores = [UNITS[0] | {"device": "cpu, 2 cores"}, UNITS[1] | pinned]
+    assert merge([summarise([u]) for u in cores])["device"] == pinned["device"]
+    refused("NVIDIA H100, cpu;", summarise, [*UNITS[2:], cores[0]])
+    both = [u | {"device": "NVIDIA H100 and cpu, 2 cores"} for u in UNITS]
+    assert summarise(both)["device"] == both[0]["device"]
     halves = (UNITS[:5], [u | net for u in UNITS[5:]])
     shards = [summarise(units) for units in halves]
     refused(r"FD-net@1, FD-net@2", merge, shards)

@@ -175,7 +175,7 @@ def summary(
 
     Raises:
         ValueError: no unit, an (arm, seed) twice with different content, units of
-            several devices or labels, or two claims of one id.
+            several kinds of device or labels, or two claims of one id.
     """
     units = _join_units(units)
     ids = [claim.id for claim in claims]
@@ -194,7 +194,7 @@ def summary(
         "tier": tier,
         "metrics": {n: mean for n, mean in means.items() if n not in clocked},
         "timings": {n: mean for n, mean in means.items() if n in clocked},
-        "device": _common("device", [unit["device"] for unit in units]),
+        "device": _device([unit["device"] for unit in units]),
         "wall_s": _seconds(units),
         "peak_memory_gb": max(peaks, default=None),
         "seeds": seeds,
@@ -244,8 +244,9 @@ def merge(summaries: Sequence[Summary]) -> Summary:
         raise ValueError("nothing to merge; give at least one summary.")
     first = summaries[0]
     claims, pairing = _stated(first)
+    _device([found["device"] for found in summaries])
     for other in summaries[1:]:
-        for key in ("system", "tier", "config_hash", "device"):
+        for key in ("system", "tier", "config_hash"):
             if other[key] != first[key]:
                 raise ValueError(
                     f"shards differ in {key}: {first[key]!r} and {other[key]!r}; merge "
@@ -296,6 +297,16 @@ def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if not joined:
         raise ValueError("a summary needs at least one unit (arm, seed).")
     return [joined[key] for key in sorted(joined)]
+
+
+def _device(values: Sequence[str]) -> str:
+    """What all units ran on, of one kind; a processor may have had more or less cores.
+
+    Those change how long things take, and no other number.
+    """
+    kinds = [re.sub(r", \d+ cores\b", "", device) for device in values]
+    _common("device", [side_by_side([kind], " and ") for kind in kinds])
+    return side_by_side(values, " and ")
 
 
 def _common(what: str, values: Sequence[str]) -> str:
