@@ -79,7 +79,7 @@ def get_config(tier: str) -> ConfigDict:
             "speed": 1,
             "context": 50 if large else 8,
             "train_count": {"smoke": 64, "cpu": 40_000}.get(tier, 180_000),
-            "test_count": {"smoke": 8, "cpu": 64}.get(tier, 128),
+            "test_count": {"smoke": 8, "cpu": 32}.get(tier, 128),
         }
     )
     channels = {"smoke": 4, "cpu": 8}.get(tier, 64)
