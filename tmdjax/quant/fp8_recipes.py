@@ -271,11 +271,16 @@ def fp8_recipe(
         y: Any = _product(rules, frozen, rows, w)
         return y.reshape(*x.shape[:-1], w.shape[1])
 
+    quantising = jax.jit(rules.prepare)  # one program a shape, not an operation each
+
+    def prepare(w: Any) -> Quantised:
+        return (rules.prepare if isinstance(w, Quantised) else quantising)(w)
+
     return Recipe(
         name=name,
         dtype=dtype,
         matmul=matmul,
-        prepare=rules.prepare,
+        prepare=prepare,
         batch_independent=scaling != "tensor",
         float8=True,
         differentiable=differentiable,

@@ -108,7 +108,7 @@ def make_iteration(
         pad: id of padding.
         generation_params: what the engine is given for parameters, such as
             :func:`tmdjax.models.fuse_projections` or
-            :func:`tmdjax.models.prepare_weights`; it is compiled.
+            :func:`tmdjax.models.prepare_weights`; called once an update.
         reference: parameters of the policy that an objective with a KL term stays
             near.
         precision: the recipes that the engine's model and ``log_probs`` were built
@@ -255,11 +255,7 @@ def make_iteration(
         init=lambda params: LMState.start(params, optimizer),
         collect=collected,
         learn=learn,
-        programs={
-            "update": update,
-            "recompute": recomputed,
-            "publish": publish.program,
-        },
+        programs={"update": update, "recompute": recomputed},
     )
 
 

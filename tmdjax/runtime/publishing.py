@@ -9,25 +9,22 @@ from tmdjax.core.types import Params
 
 
 class Publisher:
-    """Makes what rollouts read of parameters: quantised weights, say.
+    """Makes what rollouts read of parameters, such as quantised weights.
 
-    One compiled program, run once for each new set of parameters: whoever asks again
-    before the next update gets the very arrays that were made.
-
-    Attributes:
-        program: the compiled ``generation_params``.
+    It is made once for each new set of parameters: whoever asks again before the next
+    update gets the very arrays that were made.
     """
 
     def __init__(self, generation_params: Callable[[Params], Params]):
-        """Of a function of parameters that can be traced."""
-        self.program = jax.jit(generation_params)
-        self._read: list[Any] | None = None
+        """Of a function of parameters."""
+        self._make = generation_params
+        self._read: list[Any] = []
         self._made: Params = {}
 
     def __call__(self, params: Params) -> Params:
         """What rollouts read of these parameters."""
         leaves = jax.tree.leaves(params)
-        known = self._read is not None and len(self._read) == len(leaves)
-        if not (known and all(a is b for a, b in zip(self._read or (), leaves))):
-            self._read, self._made = leaves, self.program(params)
+        alike = len(leaves) == len(self._read)
+        if not (alike and all(a is b for a, b in zip(self._read, leaves))):
+            self._read, self._made = leaves, self._make(params)
         return self._made
