@@ -194,6 +194,7 @@ TESTS = {
     ),
     "runtime/group_objective": "systems/test_grpo.py",
     "runtime/publishing": "runtime/test_alarms.py",
+    "runtime/calibration": "runtime/test_calibration.py",
     "runtime/worked_examples": "systems/test_xrpo.py",
     "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",

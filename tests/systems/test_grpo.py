@@ -19,9 +19,10 @@ A = ADVANTAGE[:, None]
 RATIO = np.exp(LOG_PROB - PROXIMAL)
 
 
-def found(objective, log_prob=LOG_PROB, reference=None):
+def found(objective, log_prob=LOG_PROB, reference=None, calibrated=None):
     texts = TokenBatch(*[None] * 5, MASK, BEHAVIOUR, None, None, None)
-    batch = UpdateBatch(texts, ADVANTAGE, None, PROXIMAL, reference, None, None)
+    rest = (None, PROXIMAL, reference, None, None, calibrated)
+    batch = UpdateBatch(texts, ADVANTAGE, *rest)
     return objective.loss(jnp.asarray(log_prob), batch)[0]
 
 
@@ -59,6 +60,13 @@ def test_c_corrections(correction):
     weight = np.minimum(np.exp(difference), 1.1)
     objective = runtime.GroupRelativeObjective(correction=correction, max_weight=1.1)
     assert_allclose(found(objective), live(LOSSES["grpo"] * weight), rtol=2e-5)
+
+
+def test_a_calibrated_range_stands_in_the_place_of_the_objectives():
+    plain = grpo.preset("grpo")
+    ours = found(plain, calibrated=np.float32([0.1, 0.3]))
+    assert_allclose(ours, found(grpo.preset("grpo", clip_range=(0.1, 0.3))), rtol=1e-6)
+    assert (ours != found(plain)).any()
 
 
 def test_the_sequence_ratio_reaches_every_token():

@@ -1,5 +1,6 @@
 """How generation, scoring and training take turns."""
 
+from tmdjax.runtime.calibration import check_calibration as check_calibration
 from tmdjax.runtime.group_objective import (
     GroupRelativeObjective as GroupRelativeObjective,
 )
@@ -18,4 +19,5 @@ from tmdjax.runtime.scheduling import collect as collect
 from tmdjax.runtime.settings import LanguageSettings as LanguageSettings
 from tmdjax.runtime.settings import Prompt as Prompt
 from tmdjax.runtime.settings import Score as Score
+from tmdjax.runtime.update import LogProbs as LogProbs
 from tmdjax.runtime.update import make_update as make_update

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmdjax import rl
-from tmdjax.core.checks import check_choice, check_range
+from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array
 from tmdjax.rl import TokenRecord, ratios
 from tmdjax.rl.advantages import BASELINES, SCALES
@@ -44,6 +44,10 @@ class GroupRelativeObjective:
         max_weight: the bound, > 0.
         kl_coefficient: >= 0, of the KL to a reference policy in the loss.
         kl_estimator: of it, see :func:`tmdjax.rl.kl_estimate`.
+        calibrate_every: iterations from one calibration of the clip range to the next,
+            the first of them calibrated; 0 for never. As many tokens are then clipped
+            as exact arithmetic would clip by ``clip_range``:
+            :func:`tmdjax.rl.calibrate_clip_range`.
     """
 
     surrogate: str = "token"
@@ -57,6 +61,7 @@ class GroupRelativeObjective:
     max_weight: float = 2.0
     kl_coefficient: float = 0.0
     kl_estimator: str = "k3"
+    calibrate_every: int = 0
 
     def __post_init__(self) -> None:
         check_choice("surrogate", self.surrogate, SURROGATES)
@@ -77,17 +82,24 @@ class GroupRelativeObjective:
                     f"length={self.length} with aggregation={self.aggregation!r}: only "
                     f"'seq-mean-token-sum-norm' divides by a length; use None."
                 )
-        if self.dual_clip is not None and self.surrogate not in ("token", "sequence"):
-            raise ValueError(
-                f"dual_clip={self.dual_clip} has no meaning for "
-                f"surrogate={self.surrogate!r}; use None."
-            )
+        check_count("calibrate_every", self.calibrate_every, 0)
+        for name, off in (("dual_clip", None), ("calibrate_every", 0)):
+            value = getattr(self, name)
+            if value != off and self.surrogate not in ("token", "sequence"):
+                raise ValueError(
+                    f"{name}={value} has no meaning for surrogate={self.surrogate!r}; "
+                    f"use {off}."
+                )
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """'proximal' log-probs that differ from the behaviour's, a 'reference'."""
-        found = ("proximal",) if self.correction != "none" else ()
-        return (*found, "reference") if self.kl_coefficient else found
+        """What its correction, its KL term and its calibration read."""
+        found = {
+            "proximal": self.correction != "none",
+            "reference": self.kl_coefficient > 0,
+            "shadow": self.calibrate_every > 0,
+        }
+        return tuple(name for name, needed in found.items() if needed)
 
     def log_ratio(self, log_prob: Array, batch: UpdateBatch) -> Array:
         """Logarithm of the clipped ratio, [sequence, token]; 0 where masked out."""
@@ -112,7 +124,8 @@ class GroupRelativeObjective:
     ) -> tuple[Array, dict[str, Array]]:
         """Loss and metrics of every token, [sequence, token]."""
         mask, proximal = batch.texts.mask, batch.proximal
-        own, options = log_prob, {"clip_range": self.clip_range, "mask": mask}
+        clip_range = batch.clip_range(self.clip_range)
+        own, options = log_prob, {"clip_range": clip_range, "mask": mask}
         if self.surrogate == "cispo":
             loss = rl.clipped_policy_gradient(
                 log_prob, proximal, batch.advantage, **options

@@ -5,6 +5,7 @@
     scoring      responses -> rewards, in threads
     packing      records -> minibatches of fixed shape, weighed as a whole
     update       one compiled update of a minibatch, cut into microbatches
+    calibration  a clip range that follows what exact arithmetic would clip
     publishing   trained parameters -> what the engine reads of them, once an update
     alarms       said once a run: rollouts of another policy, 8-bit weights that rest
 
@@ -29,6 +30,7 @@ from tmdjax.generation import Engine
 from tmdjax.quant import Precision, quantised_values, share_moved
 from tmdjax.rl import TokenBatch
 from tmdjax.runtime.alarms import Alarms
+from tmdjax.runtime.calibration import ClipCalibration, check_calibration
 from tmdjax.runtime.packing import TokenObjective, update_batches
 from tmdjax.runtime.publishing import Publisher
 from tmdjax.runtime.rounds import OneRound, Planner, Rollout
@@ -56,21 +58,27 @@ class LMState(LearnerCounts):
         pending: responses that the next iteration goes on with, uint8 [bytes], see
             :func:`tmdjax.rl.pack_records`; none for the most part.
         memory: of a :class:`tmdjax.runtime.Planner`, uint8 [bytes]; empty without one.
+        clip_range: (low, high), float32 [2], where it is calibrated; None where the
+            objective's own is all there is.
     """
 
     iteration: Any
     learner: TrainState
     pending: Any
     memory: Any
+    clip_range: Any = None
 
     @classmethod
     def start(
-        cls, params: Params, optimizer: optax.GradientTransformation
+        cls,
+        params: Params,
+        optimizer: optax.GradientTransformation,
+        clip_range: Any = None,
     ) -> "LMState":
         """The state before the first iteration."""
-        learner = create_state(params, optimizer)
+        number, learner = jnp.zeros((), jnp.int32), create_state(params, optimizer)
         empty = np.zeros(0, np.uint8)
-        return cls(jnp.zeros((), jnp.int32), learner, rl.pack_records([]), empty)
+        return cls(number, learner, rl.pack_records([]), empty, clip_range)
 
 
 def make_iteration(
@@ -86,6 +94,7 @@ def make_iteration(
     pad: int = 0,
     generation_params: Callable[[Params], Params] = lambda params: params,
     reference: Params | None = None,
+    shadow: LogProbs | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     precision: Precision | None = None,
     planner: Planner | None = None,
@@ -111,6 +120,9 @@ def make_iteration(
             :func:`tmdjax.models.prepare_weights`; called once an update.
         reference: parameters of the policy that an objective with a KL term stays
             near.
+        shadow: log-probs in exact arithmetic, such as those of the model under 'bf16'
+            where it is trained under 'fp8_block': an objective that calibrates its clip
+            range goes by them.
         precision: the recipes that the engine's model and ``log_probs`` were built
             under, by which ``proximal='auto'`` is decided and of which a failing check
             of the ratio speaks; None takes those of the engine's model for both.
@@ -172,14 +184,16 @@ def make_iteration(
     update = make_update(log_probs, objective, optimizer, recomputed=recomputes)
     publish, moved = Publisher(generation_params), jax.jit(share_moved)
     alarms = Alarms(settings, precision)
-
-    @jax.jit
-    def recomputed(params: Params, texts: TokenBatch) -> Array:
-        def one(part: TokenBatch) -> Array:
-            found = log_probs(params, part.tokens, part.positions, part.segments)[0]
-            return jnp.where(part.mask, part.responses(found), 0)
-
-        return jax.lax.map(one, texts)
+    recomputed = _of_responses(log_probs)
+    calibration = None
+    if "shadow" in objective.needs:
+        check_calibration(objective, settings.epochs * settings.minibatches)
+        if shadow is None:
+            raise ValueError(
+                "the objective calibrates its clip range by log-probs in exact "
+                "arithmetic; give shadow=, or calibrate_every=0."
+            )
+        calibration = ClipCalibration(objective, recomputed, _of_responses(shadow))
 
     def collected(state: LMState, batch: None, key: Any) -> Rollout:
         del batch, key  # the engine has its own
@@ -222,9 +236,15 @@ def make_iteration(
             reference=None
             if reference is None
             else lambda texts: recomputed(reference, texts),
+            calibrated=state.clip_range,
         )
+        shadows, seen = [], []
+        if calibration is not None:
+            batches, shadows = calibration.begin(iteration, learner.params, batches)
         found = []
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if calibration is not None and shadows and number:
+                seen.append(calibration.see(learner.params, batch, shadows[number]))
             learner, metrics = update(learner, batch, key)
             if not found and settings.check_ratio and settings.proximal == "behaviour":
                 error = metrics["ratio_error_max"]
@@ -248,11 +268,19 @@ def make_iteration(
         alarms.look(means)
         pending = rl.pack_records(rollout.pending)
         memory = planner.remember(state.memory, rollout, iteration)
-        state = LMState(state.iteration + 1, learner, pending, memory)
+        clip_range = state.clip_range
+        if calibration is not None:
+            means |= dict(zip(("clip_low", "clip_high"), map(float, clip_range)))
+            if seen:
+                clip_range, told = calibration.finish(seen, clip_range)
+                means |= told
+        state = LMState(state.iteration + 1, learner, pending, memory, clip_range)
         return state, rollout.metrics | means
 
     return Iteration(
-        init=lambda params: LMState.start(params, optimizer),
+        init=lambda params: LMState.start(
+            params, optimizer, None if calibration is None else calibration.start()
+        ),
         collect=collected,
         learn=learn,
         programs={"update": update, "recompute": recomputed},
@@ -276,3 +304,17 @@ def _check_versions(rollout: Rollout, iteration: int) -> None:
             f"trained are two versions. Learn from what was collected with this state, "
             f"and leave the engine's weights alone meanwhile."
         )
+
+
+def _of_responses(log_probs: LogProbs) -> Callable[[Any, TokenBatch], Array]:
+    """Log-probs of responses in stacked microbatches, [microbatch, sequence, token]."""
+
+    @jax.jit
+    def recomputed(params: Params, texts: TokenBatch) -> Array:
+        def one(part: TokenBatch) -> Array:
+            found = log_probs(params, part.tokens, part.positions, part.segments)[0]
+            return jnp.where(part.mask, part.responses(found), 0)
+
+        return jax.lax.map(one, texts)
+
+    return recomputed

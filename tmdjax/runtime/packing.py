@@ -33,6 +33,8 @@ class UpdateBatch:
         as_written: bool [sequence], read as the rollout wrote it: behind the same
             prompt, and not from keys and values of older weights. Of these alone
             log-probs of rollout and training can be compared.
+        calibrated: float32 [2], a clip range (low, high) that stands in the place of
+            the objective's own, see :meth:`clip_range`; or None.
     """
 
     texts: TokenBatch
@@ -42,6 +44,15 @@ class UpdateBatch:
     reference: Any
     share: Any
     as_written: Any
+    calibrated: Any = None
+
+    def clip_range(self, nominal: rl.ClipRange) -> rl.ClipRange:
+        """Where ratios are clipped: the calibrated range, or the objective's own.
+
+        Args:
+            nominal: the objective's.
+        """
+        return nominal if self.calibrated is None else tuple(self.calibrated)
 
 
 @runtime_checkable
@@ -50,7 +61,12 @@ class TokenObjective(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """'proximal', log-probs that are not the behaviour's, and 'reference'."""
+        """What the iteration must have for it.
+
+        'proximal', log-probs that are not the behaviour's; 'reference', those of a
+        policy to stay near; 'shadow', those of exact arithmetic, by which its clip
+        range is calibrated at every ``calibrate_every``-th iteration.
+        """
         ...
 
     @property
@@ -100,6 +116,7 @@ def update_batches(
     pad: int = 0,
     proximal: Callable[[TokenBatch], Array] | None = None,
     reference: Callable[[TokenBatch], Array] | None = None,
+    calibrated: Array | None = None,
 ) -> Iterator[UpdateBatch]:
     """Minibatches for :func:`make_update`, [microbatch, ...] each.
 
@@ -117,6 +134,8 @@ def update_batches(
         proximal: log-probs [microbatch, sequence, token] of stacked microbatches,
             for settings.proximal='recompute'; 'auto' recomputes where it is given.
         reference: the same of a reference policy, or None.
+        calibrated: float32 [2], the clip range (low, high), or None for that of the
+            objective.
 
     Raises:
         ValueError: fewer responses than minibatches, a response without a finite
@@ -203,6 +222,9 @@ def update_batches(
             reference=None if anchor is None else spread(anchor, which, texts.mask),
             share=np.full(len(texts.row), 1 / max(1, mask.sum()), np.float32),
             as_written=spread(as_written, which, texts.group),
+            calibrated=None
+            if calibrated is None
+            else np.tile(np.asarray(calibrated, np.float32), (len(texts.row), 1)),
         )
 
     return (

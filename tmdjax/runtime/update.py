@@ -53,7 +53,7 @@ def make_update(
         log_prob = jnp.where(texts.mask, log_prob, 0)
         loss, metrics = objective.loss(log_prob, batch)
         ratio = objective.log_ratio(log_prob, batch)
-        low, high = rl.beyond_clip(ratio, objective.clip_range)
+        low, high = rl.beyond_clip(ratio, batch.clip_range(objective.clip_range))
         away = batch.proximal - texts.log_prob
         mismatch = rl.mismatch_terms(
             batch.proximal if recomputed else log_prob,
