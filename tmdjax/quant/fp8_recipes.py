@@ -293,3 +293,6 @@ for _scaling in SCALINGS:
 RECIPES.register("fp8_rollout_only")(
     fp8_recipe("fp8_rollout_only", "block", differentiable=False)
 )
+for _scaling in ("tensor", "block"):
+    _name = f"fp8_{_scaling}_out_fp32"
+    RECIPES.register(_name)(fp8_recipe(_name, _scaling, dtype=jnp.float32))

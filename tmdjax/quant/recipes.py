@@ -94,12 +94,14 @@ def as_recipe(recipe: str | Recipe) -> Recipe:
     return RECIPES[recipe]
 
 
-def rounding_recipe(name: str, dtype: Any) -> Recipe:
+def rounding_recipe(name: str, dtype: Any, result_dtype: Any = None) -> Recipe:
     """Operands rounded to a dtype, products summed in float32, results rounded.
 
     Args:
         name: of the recipe; it is not registered.
         dtype: float32 (then nothing is TF32), bfloat16 or float16.
+        result_dtype: of results, and so of activations; None is ``dtype``. In float32
+            nothing is rounded but what products read.
 
     Raises:
         ValueError: another dtype. Fewer bits need scales, which a plain cast has not:
@@ -108,16 +110,21 @@ def rounding_recipe(name: str, dtype: Any) -> Recipe:
     dtype = jnp.dtype(dtype)
     check_choice("dtype", dtype.name, ("float32", "bfloat16", "float16"))
     precision = _lax_precision(dtype)
+    result = dtype if result_dtype is None else jnp.dtype(result_dtype)
 
     def matmul(x: Array, w: Array) -> Array:
         axes = (((x.ndim - 1,), (0,)), ((), ()))
         return jax.lax.dot_general(
-            x.astype(dtype), w.astype(dtype), axes, precision=precision
+            x.astype(dtype),
+            w.astype(dtype),
+            axes,
+            precision=precision,
+            preferred_element_type=None if result == dtype else result,
         )
 
     return Recipe(
         name=name,
-        dtype=dtype,
+        dtype=result,
         matmul=matmul,
         prepare=lambda w: w.astype(dtype),
         exact=dtype.itemsize >= 4,
@@ -130,6 +137,9 @@ def _lax_precision(dtype: Any) -> jax.lax.Precision | None:
 
 RECIPES.register("fp32")(rounding_recipe("fp32", jnp.float32))
 RECIPES.register("bf16")(rounding_recipe("bf16", jnp.bfloat16))
+RECIPES.register("bf16_out_fp32")(
+    rounding_recipe("bf16_out_fp32", jnp.bfloat16, jnp.float32)
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
