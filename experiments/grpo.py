@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import exploration, supervised_language
+from experiments import exploration, mismatch, supervised_language
 from experiments import language_tasks as tasks
 from experiments.arms import arms, of_arm
 from experiments.curves import ends
@@ -70,6 +70,7 @@ CURVES = {
 }
 MEANINGS = JUDGED | AGREED | exploration.EXAMPLES | exploration.COURSE
 MEANINGS |= exploration.CLOCKED | exploration.REACHED
+MEANINGS |= mismatch.MISMATCH | mismatch.PUBLISHED | mismatch.CALIBRATED
 MEANINGS |= {
     "length_before": "tokens of a response before reinforcement learning",
     "length_after": "tokens of a response after reinforcement learning",
@@ -93,18 +94,20 @@ def resolved(config: Config, arm: str) -> dict[str, Any]:
 def stages(config: Config, arm: str) -> list[Stage]:
     """The stages of one arm."""
     given = resolved(config, arm)
+    alike = supervised_language.of_all_arms(given)
     first = Stage(
         name="sft",
-        run=functools.partial(supervised_language.train_to_gate, given),
+        run=functools.partial(supervised_language.train_to_gate, alike),
         config={k: given[k] for k in ("task", "model", "sft")}
         | {k: given["rl"][k] for k in LOOK}
-        | {"recipe": given["precision"]["train"]},
+        | {"recipe": alike["precision"]["train"]},
         seeded=False,
         files=tasks.files_of(given),
     )
     before = [first] if given["model"]["name"] == "decoder" else []
     parents = tuple(stage.name for stage in before)
-    depends = {k: given[k] for k in ("task", "model", "rl", "precision")}
+    parts = ("task", "model", "rl", "precision", "stress")
+    depends = {k: given[k] for k in parts if k in given}
     trials = []
     if tries_examples(given):
         method = settings_of(given)[1]
@@ -117,6 +120,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
             files=tasks.files_of(given),
         )
         trials = [trial]
+    if "mismatch" in given:
+        trials.append(mismatch.stage(given, depends, parents, LOOK))
     depends = depends | {"method": given["method"]}
     if "curve" in given:
         depends["curve"] = {k: given["curve"][k] for k in ("every", "problems")}
@@ -176,6 +181,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
     more, course, timings = exploration.course(rows)
+    course |= {k: rows[-1][k] for k in mismatch.CALIBRATED if k in rows[-1]}
     return StageResult(
         {"params": merged(given, state.learner.params), **curves, **more},
         course
@@ -225,6 +231,10 @@ def measures(config: Config, arm: str) -> set[str]:
         found |= exploration.REACHED.keys()
     if tries_examples(given):
         found |= exploration.EXAMPLES.keys()
+    if "mismatch" in given:
+        found |= mismatch.measured(given)
+    if "shadow" in settings_of(given)[1].needs:
+        found |= mismatch.CALIBRATED.keys()
     return found
 
 
@@ -253,6 +263,11 @@ def summary_figures(
         }
         path = folder / f"{what}.png"
         figures += side_by_side(found, rows, path, "Held-out problems", label)
+    if "mismatch" in config:
+        rows = {arm: mismatch.of_arm(arm) for arm in arms(config)}
+        label = mismatch.MEASURED["mismatch_mean"]
+        path = folder / "mismatch.png"
+        figures += side_by_side(found, rows, path, "Rollout and training", label)
     return figures
 
 
@@ -264,6 +279,7 @@ def describe(config: Config) -> dict[str, Any]:
         given = resolved(config, arm)
         sizes = given["rl"]
         settings, _, _ = settings_of(given)
+        supervised_language.of_all_arms(given)
         rows[f"{arm}: supervised until accuracy"] = given["sft"]["gate"]
         if (missing := tasks.missing(given)) is not None:
             rows[f"{arm}: parameters"] = f"unknown, {missing} is not there"

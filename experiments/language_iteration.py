@@ -13,14 +13,27 @@ from experiments.arms import build_method
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.harness import StageContext
 from tmdjax.models import lora
-from tmdjax.systems import xrpo
+from tmdjax.systems import jet_rl, xrpo
+
+SHADOWS = {"bfloat16": "bf16", "float32": "bf16_out_fp32"}
+"""The recipe by whose log-probs a clip range is calibrated, by the dtype of results."""
 
 
 def start_of(given: dict[str, Any], context: StageContext) -> Any:
-    """Parameters before reinforcement learning: supervised ones, or the weights."""
+    """Parameters before reinforcement learning: supervised ones, or the weights.
+
+    Where the config has 'stress' they are
+    :func:`tmdjax.systems.jet_rl.outlier_channels` of these, with its 'channels' (0 for
+    none) and 'factor'.
+    """
+    language, stress = tasks.language(given), given.get("stress")
     if "sft" in context.inputs:
-        return jax.tree.map(jnp.asarray, context.inputs["sft"].outputs["params"])
-    return tasks.language(given).parameters(context.key)
+        params = jax.tree.map(jnp.asarray, context.inputs["sft"].outputs["params"])
+    else:
+        params = language.parameters(context.key)
+    if stress and stress["channels"]:
+        return jet_rl.outlier_channels(params, language.config, **stress)
+    return params
 
 
 def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, Any]:
@@ -44,6 +57,7 @@ def settings_of(given: dict[str, Any]) -> tuple[runtime.LanguageSettings, Any, A
             {"adapters": "adapters", "base": "base"},
         )
     settings = runtime.LanguageSettings(**sizes)
+    runtime.check_calibration(objective, settings.epochs * settings.minibatches)
     if isinstance(objective, xrpo.XRPO):
         objective.check_samples(settings.samples)
     return settings, objective, optimizer
@@ -96,8 +110,15 @@ def iteration(
     engine = generation.Engine(model, params, slots, key, decode=language.decode)
     seed = np.asarray(jax.random.key_data(key)).tolist()
     start = trainable(given, params, key)
-    network = tasks.log_probs_of(language.config, temperature=sizes["temperature"])
-    reference = None
+
+    def log_probs(config: models.DecoderConfig) -> runtime.LogProbs:
+        network = tasks.log_probs_of(config, temperature=sizes["temperature"])
+        return lambda params, *texts: network(merged(given, params), *texts)
+
+    reference, shadow = None, None
+    if "shadow" in objective.needs:
+        recipe = SHADOWS[jnp.dtype(language.config.recipe.dtype).name]
+        shadow = log_probs(models.with_recipe(language.config, recipe))
     if "reference" in objective.needs:  # a copy: updates reuse the memory of the start
         reference = jax.tree.map(jnp.array, start)
 
@@ -107,7 +128,7 @@ def iteration(
 
     iterate = runtime.make_iteration(
         engine,
-        lambda params, *texts: network(merged(given, params), *texts),
+        log_probs(language.config),
         objective,
         optimizer,
         settings,
@@ -120,6 +141,7 @@ def iteration(
             merged(given, params), config=acting
         ),
         reference=reference,
+        shadow=shadow,
         planner=objective if isinstance(objective, runtime.Planner) else None,
         precision=quant.Precision(**given["precision"]),
     )

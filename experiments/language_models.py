@@ -13,6 +13,8 @@ from tmdjax import generation, models, quant
 from tmdjax.core.checks import check_choice
 from tmdjax.data.text_tasks import vocabulary
 from tmdjax.data.weights import find_weights
+from tmdjax.rl import TokenRecord
+from tmdjax.runtime import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,23 @@ def _chat(
         weights,
         tokenizer.stop_strings,
     )
+
+
+def write(
+    engine: generation.Engine,
+    prompts: Sequence[Prompt],
+    samples: int,
+    max_new_tokens: int,
+) -> list[TokenRecord]:
+    """So many responses to each prompt, prompt after prompt."""
+    for i, prompt in enumerate(prompts):
+        engine.submit(
+            range(i * samples, (i + 1) * samples),
+            prompt.tokens,
+            group=i,
+            max_new_tokens=max_new_tokens,
+        )
+    return engine.run()
 
 
 def log_probs_of(

@@ -13,6 +13,7 @@ from experiments.arms import tuples
 from experiments.language_models import Language as Language
 from experiments.language_models import language as language
 from experiments.language_models import log_probs_of as log_probs_of
+from experiments.language_models import write as write
 from tmdjax import generation
 from tmdjax.core.checks import check_choice
 from tmdjax.data import text_tasks
@@ -292,15 +293,8 @@ class Judge:
             )
         else:
             self._engine.update_weights(params, self._engine.version + 1)
-        size = self._samples
-        for i, prompt in enumerate(self._prompts):
-            self._engine.submit(
-                range(i * size, (i + 1) * size),
-                prompt.tokens,
-                group=i,
-                max_new_tokens=self._sizes["max_new_tokens"],
-            )
-        records = self._engine.run()
+        size, most = self._samples, self._sizes["max_new_tokens"]
+        records = write(self._engine, self._prompts, size, most)
         rewards = np.array(
             [self._score(self._prompts[r.group].problem, r.tokens) for r in records]
         ).reshape(-1, size)

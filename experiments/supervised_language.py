@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from experiments import language_tasks as tasks
-from tmdjax import models, train
+from tmdjax import models, quant, train
 from tmdjax.core import trees
 from tmdjax.data import in_memory
 from tmdjax.harness import StageContext, StageResult
@@ -48,6 +48,27 @@ def loss_of(language: tasks.Language) -> Callable[..., Any]:
         return -jnp.sum(jnp.where(mask, found, 0), 1) * share, {}
 
     return loss_fn
+
+
+def of_all_arms(given: dict[str, Any]) -> dict[str, Any]:
+    """The config of an arm, under ``sft.recipe`` on both sides where there is one.
+
+    Arms of unlike precision then start from one policy.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+    recipe = given["sft"].get("recipe")
+    if recipe is None:
+        return given
+    if recipe not in quant.RECIPES:
+        raise ValueError(
+            f"sft.recipe={recipe!r} is no GEMM recipe; known: "
+            f"{', '.join(quant.RECIPES)}."
+        )
+    return given | {
+        "precision": given["precision"] | {"rollout": recipe, "train": recipe}
+    }
 
 
 def train_to_gate(given: dict[str, Any], context: StageContext) -> StageResult:

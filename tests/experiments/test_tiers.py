@@ -22,6 +22,7 @@ PAPERS = [f"{name}.py:paper" for name in PAPERS]
 DEAR = ("boss.py:gpu", "pde_refiner.py:gpu", *PAPERS)
 DEAR += ("reinflow.py:cpu", "reinflow.py:gpu")
 DEAR += tuple(f"xrpo.py:{tier}" for tier in ("cpu", "gpu", "paper"))
+DEAR += tuple(f"jet_rl.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 DEAR += ("fp8_training.py:cpu", "fp8_training.py:gpu")
 DEAR += tuple(f"flow_equivariant.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 BUILT = [

@@ -49,6 +49,7 @@ CASES = {
     "flow_matching": (None, []),
     "fp8_training": ("dit_fp8_block", []),
     "grpo": (None, []),
+    "jet_rl": ("calibrated", []),
     "pde_refiner": ("refiner", []),
     "policyflow": ("policyflow", ["train.envs=16"]),
     "reinflow": ("maze_reinflow4", []),
