@@ -243,3 +243,14 @@ def test_a_tmd_student_loads_with_its_plan(smoke_of, refused):
     assert draw(plan=tmd.StudentPlan.from_dict(meta["plan"])).shape == noise.shape
     words = r"samples another plan than its own.*outer"
     refused(words, draw, plan=tmd.make_plan(4, 2, 1, 2))
+
+
+def test_jet_rl_agrees_with_itself(found):
+    metrics = found("jet_rl")
+    for when in ("plain", "stress"):
+        own, apart = (
+            metrics[f"{arm}/mismatch_kl_{when}"]
+            for arm in ("calibrated", "fp8_rollout")
+        )
+        assert 0 <= 100 * own < apart
+        assert metrics[f"calibrated/mismatch_clipped_{when}"] == 0
