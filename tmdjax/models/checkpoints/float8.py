@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from tmdjax.core.checks import brief, check_count, first_few
@@ -123,7 +124,8 @@ def without_quantisation(
 
 
 def _fp8(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    block = _block(f"{key}: weight_block_size", given.get("weight_block_size"))
+    size = given.get("weight_block_size")
+    block = None if size is None else _block(f"{key}: weight_block_size", size)
     return block, ("quant_method", "weight_block_size")
 
 
@@ -136,7 +138,12 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
             f"understood. {_remedy()}"
         )
     for name, group in groups.items():
-        weights = (group or {}).get("weights") or {}
+        weights = (group.get("weights") or {}) if isinstance(group, Mapping) else group
+        if not isinstance(weights, Mapping):
+            raise ValueError(
+                f"{key}: {name}={brief(group)} of config_groups is not understood. "
+                f"{_remedy()}"
+            )
         wanted = {"type": ("float",), "num_bits": (8,), "strategy": _STRATEGIES}
         wanted["symmetric"] = (True, None)
         for field, allowed in wanted.items() if weights else ():
@@ -147,7 +154,7 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
                 )
         if weights.get("strategy") == "block":
             where = f"{key}: block_structure of {name}"
-            blocks.add(_block(where, weights.get("block_structure")))
+            blocks.add(_block(where, weights.get("block_structure", "absent")))
     if len(blocks) > 1:
         raise ValueError(
             f"{key} has groups of blocks {sorted(map(list, blocks))}; all weights need "
@@ -160,11 +167,11 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
     return next(iter(blocks), None), known
 
 
-def _block(where: str, given: Any) -> tuple[int, int] | None:
-    if given is None:
-        return None
+def _block(where: str, given: Any) -> tuple[int, int]:
     if not isinstance(given, list | tuple) or len(given) != 2:
-        raise ValueError(f"{where}={brief(given)} is no pair [rows, columns].")
+        raise ValueError(
+            f"{where}={brief(given)} is no pair [rows, columns]. {_remedy()}"
+        )
     rows, columns = (check_count(where, size) for size in given)
     return rows, columns
 
@@ -192,8 +199,9 @@ def dequantised(tensors: Mapping[str, Any], found: Float8) -> dict[str, Any]:
         Tensors by name; weights that had scales are :class:`Scaled`.
 
     Raises:
-        ValueError: an 8-bit weight without its scale, a scale without its weight or of
-            a shape that does not fit, or with numbers that are not finite; all by name.
+        ValueError: an 8-bit weight without its scale; a scale without its weight, of a
+            shape that does not fit, of integers (such as exponents alone), or with
+            numbers that are negative or not finite; all by name.
     """
     rest, problems, skipped = dict(tensors), [], []
     for name in tensors:
@@ -218,18 +226,20 @@ def dequantised(tensors: Mapping[str, Any], found: Float8) -> dict[str, Any]:
             )
             continue
         scale = np.asarray(tensors[given[0]])
+        wide = scale.astype(np.float32)
         block = _group_of(values.shape, scale.shape, found.block)
         if block is None:
             problems.append(
                 f"{given[0]} has shape {list(scale.shape)}, which does not fit {name} "
                 f"{list(values.shape)} {_wanted(values.shape, found.block)}"
             )
-        elif not np.isfinite(scale.astype(np.float32)).all():
-            problems.append(f"{given[0]} has numbers that are not finite")
+        elif not jnp.issubdtype(scale.dtype, jnp.floating):
+            problems.append(f"{given[0]} is {scale.dtype}, expected floating numbers")
+        elif not ((0 <= wide) & (wide < np.inf)).all():
+            problems.append(f"{given[0]} has numbers that are negative or not finite")
         else:
             rows = -(-values.shape[0] // block[0])
-            wide = scale.astype(np.float32).reshape(rows, -1)
-            rest[name] = Scaled(values, wide, block)
+            rest[name] = Scaled(values, wide.reshape(rows, -1), block)
     if problems:
         raise ValueError(
             f"{len(problems)} tensor(s) of the 8-bit checkpoint do not fit: "
