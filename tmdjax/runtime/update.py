@@ -41,7 +41,7 @@ def make_update(
     Returns:
         ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
         tokens of the minibatch, those named in MAXIMA the largest of any token. Those
-        called mismatch are for :func:`tmdjax.rl.mismatch_of`.
+        called mismatch are sums, for :func:`tmdjax.rl.mismatch_of`.
     """
 
     def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:
@@ -73,7 +73,8 @@ def make_update(
             **metrics,
         }
         means = {
-            name: jnp.sum(jnp.where(texts.mask, x, 0)) * batch.share
+            name: jnp.sum(jnp.where(texts.mask, x, 0))
+            * (1 if name in mismatch else batch.share)
             for name, x in jax.lax.stop_gradient(metrics).items()
         }
         worst = jnp.max(jnp.where(texts.mask, rl.ratio_error(ratio), 0))
