@@ -1,4 +1,4 @@
-"""What a run of RL on a language model warns of, once each, and how to mend it."""
+"""What RL on a language model warns of, once each in a process, and how to mend it."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +14,9 @@ class Alarms:
 
     It warns of rollouts that are another policy than the one that is trained, of
     importance weights that leave few effective tokens, and of 8-bit weights that stay
-    as they are while the weights behind them are trained.
+    as they are while the weights behind them are trained. What was said is not part of
+    the state of a run: one that is resumed says it again, and counts iterations in a
+    row anew.
     """
 
     def __init__(self, settings: LanguageSettings, precision: Precision | None = None):

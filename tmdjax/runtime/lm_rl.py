@@ -7,7 +7,7 @@
     update       one compiled update of a minibatch, cut into microbatches
     calibration  a clip range that follows what exact arithmetic would clip
     publishing   trained parameters -> what the engine reads of them, once an update
-    alarms       said once a run: rollouts of another policy, 8-bit weights that rest
+    alarms       once a process: rollouts of another policy, 8-bit weights that rest
 
 Randomness follows from the key of the run and the number of the iteration alone, and
 the engine is empty between iterations: a run that is killed goes on from its state. One

@@ -61,12 +61,12 @@ class LanguageSettings:
             groups included where it lets only one in.
         check_ratio: stop where the first ratio of an iteration is not 1 (only with
             'behaviour').
-        max_mismatch_kl: a run says once when the KL of rollout and training under equal
-            weights, in nats a token, is above this.
-        min_effective_sample_fraction: a run says once when the weights proximal /
-            behaviour leave fewer effective tokens than this part, in [0, 1].
-        frozen_after: a run says once when so many iterations in a row change no 8-bit
-            value of what the engine is given.
+        max_mismatch_kl: a warning is given, once in a process, when the KL of rollout
+            and training under equal weights, in nats a token, is above this.
+        min_effective_sample_fraction: the same when the weights proximal / behaviour
+            leave fewer effective tokens than this part, in [0, 1].
+        frozen_after: the same when so many iterations in a row change no 8-bit value of
+            what the engine is given.
     """
 
     prompts: int
