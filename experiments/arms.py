@@ -105,20 +105,22 @@ def _changed(where: str, given: Any, changes: Any, free: bool = False) -> Config
     return found
 
 
-def check_devices(config: Any, tier: str) -> dict[str, str]:
+def check_devices(
+    config: Any, tier: str, *, allow_emulation: bool = False
+) -> dict[str, str]:
     """Refuses recipes of any arm that the device has no products for.
 
-    ``precision.allow_emulation`` of a config says whether float8 products may be
-    computed in float32, which is slower than bfloat16 and gives the same numbers. Where
-    a config leaves it out, the tiers of CPU_TIERS may.
-
     Args:
-        config: with a group 'precision', or without.
-        tier: of the config.
+        config: with a group 'precision', or without. ``precision.allow_emulation``,
+            where a config has it, stands in the place of the argument.
+        tier: of the config; those of CPU_TIERS may always emulate.
+        allow_emulation: whether float8 products may be computed in float32 on a device
+            that has none, which is slower than bfloat16 and gives the same numbers.
 
     Returns:
-        Labels of a run: ``{"float8": "emulated in float32"}``, which is printed too, or
-        none.
+        Labels of a run: ``{"float8": "emulated in float32"}``, which is printed too,
+        where any 8-bit product is computed so, be it that the device has none or that
+        the recipe does not use them; or none.
 
     Raises:
         ConfigError: 8 bits on a device without float8 products, where emulation is not
@@ -131,20 +133,21 @@ def check_devices(config: Any, tier: str) -> dict[str, str]:
         own = to_plain(of_arm(config, arm)).get("precision")
         if own is None:
             continue
-        precision = quant.Precision(**{"allow_emulation": tier in CPU_TIERS, **own})
+        may = allow_emulation or tier in CPU_TIERS
+        precision = quant.Precision(**{"allow_emulation": may, **own})
         try:
             if quant.check_precision(precision):
                 emulated.append(arm)
         except ValueError as error:
             raise ConfigError(
-                f"arm {arm!r}: {error} Here that is allow_emulation=True in "
-                f"config.precision; the tiers {' and '.join(CPU_TIERS)} have it unless "
-                f"they say otherwise."
+                f"arm {arm!r}: {error} Here that is --allow_emulation; the tiers "
+                f"{' and '.join(CPU_TIERS)} have it unless precision.allow_emulation "
+                f"of their config says otherwise."
             ) from None
     if not emulated:
         return {}
     print(
-        f"[precision] no float8 products here: emulated in float32, slower than bf16 "
+        f"[precision] 8-bit products are emulated in float32, slower than bf16 "
         f"({', '.join(emulated)})"
     )
     return {"float8": "emulated in float32"}

@@ -81,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--stage", help="stop after this stage")
     flags.add_argument("--max_seconds", type=float, help="then checkpoint and exit 0")
     flags.add_argument("--fresh", action="store_true", help="discard what there is")
+    flags.add_argument(
+        "--allow_emulation",
+        action="store_true",
+        help="8-bit products in float32 where the device has none",
+    )
     flags.add_argument("--record", action="store_true", help="write results/")
     flags.add_argument("--tensorboard", action="store_true", help="event files too")
     flags.add_argument("--wandb", action="store_true", help="Weights & Biases too")
@@ -115,7 +120,7 @@ def execute(flags: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
     config: Any = load_config(flags.config, overrides)
     experiment = find_experiment(config, flags.config)
     options = options_of(flags, overrides)
-    labels = check_devices(config, options.tier)
+    labels = check_devices(config, options.tier, allow_emulation=flags.allow_emulation)
     return run(experiment, config, dataclasses.replace(options, labels=labels))
 
 
@@ -195,6 +200,7 @@ def _is_override(argument: str) -> bool:
 def command(flags: argparse.Namespace, overrides: Sequence[str]) -> str:
     """What to type for the same result; the summary adds the seeds."""
     parts = ["python", "-m", "experiments.run", f"--config={flags.config}"]
+    parts += ["--allow_emulation"] * flags.allow_emulation
     return shlex.join(parts + [f"--config.{override}" for override in overrides])
 
 

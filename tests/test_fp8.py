@@ -228,12 +228,15 @@ def test_5_numbers_of_few_bits_are_multiplied_exactly(scaling):
     def each(x, w, dy):
         prepared = recipe.prepare(w)
         y, pull = jax.vjp(lambda x: quant.linear(x, prepared, recipe), x)
-        of_frozen = y, *pull(dy)
+        of_frozen = y, *pull(dy), *pull(dy * 2.0**-60)
         return products(recipe, x, w, dy), products("fp32", x, w, dy), of_frozen
 
     found, wanted, of_frozen = each(*given)
     same(found, wanted)
-    same(of_frozen, wanted[:2])
+    small = wanted[1] * 2.0**-60  # the mean of a loss over many tokens
+    same(of_frozen, (*wanted[:2], small))
+    few_tokens, many = each(*given[:2], given[2] * 2.0**-60)[:2]
+    same(few_tokens, many)
 
 
 def test_10_and_11_between_layers_16_bits_are_carried_and_8_are_kept():
@@ -305,6 +308,7 @@ NETWORKS = {
     ),
     "unet": ({"width": 8, "multipliers": (1, 2), "heads": 2}, (4, 4, 3), None),
     "mlp": ({}, (2,), None),
+    "control": ({"hidden": (8, 8, 8), "time_hidden": 4}, (2,), "vector"),
 }
 
 
@@ -332,11 +336,15 @@ def test_9_what_is_quantised_of_velocity_networks(name):
         finally:
             where.pop()
 
-    network = models.build({"name": name, **sizes, "recipe": "fp8_block"})
+    if name == "control":
+        network = models.ControlVelocity(2, **sizes, recipe="fp8_block")
+    else:
+        network = models.build({"name": name, **sizes, "recipe": "fp8_block"})
     network = models.with_recipe(network, watched(narrow, head=watched(narrow.head)))
     cond = {
         None: None,
         "class": jnp.zeros(2, jnp.int32),
+        "vector": jnp.zeros((2, 3)),
         "text": {"ids": jnp.zeros((2, 3), jnp.int32), "mask": jnp.ones((2, 3), bool)},
     }[kind]
     with nn.intercept_methods(within):
@@ -349,6 +357,9 @@ def test_9_what_is_quantised_of_velocity_networks(name):
     if name == "mlp":
         inside, ends = {"hidden_0", "hidden_1", "hidden_2"}, {"in", "out"}
         ends |= {"time/hidden", "time/out"}
+    elif name == "control":
+        inside, ends = {"layers_0", "layers_1"}, {"time_in", "time_out", "out"}
+        ends |= {"from_action", "from_time", "from_observation"}
     elif name == "unet":
         ends = time | {key for key in found["bf16"] if key.endswith("/modulation")}
         attending = ("down_1_0", "down_1_1", "middle_0", "up_1_0", "up_1_1", "up_1_2")
@@ -519,6 +530,13 @@ def test_devices_without_float8_are_named(refused):
         refused(f"{message}.*'bf16', or allow_emulation=True", quant.check_device, each)
         quant.check_device(each, allow_emulation=True)
     refused("'cpu' .* has no float8 products", quant.check_device)
+    # the hardware has them, and a recipe uses them or not
+    by_kernel = fp8_recipe("by_kernel", "block", kernel="hopper")
+    table = {"fp8_rowwise": (0, 0, 0, 1), "fp8_tensor": (0, 0, 0, 1)}
+    table |= {"fp8_block": (1, 1, 1, 1), by_kernel: (0, 1, 1, 1), "bf16": (0, 0, 0, 0)}
+    for recipe, emulated in table.items():
+        pair = quant.Precision(rollout="fp32", train=recipe)
+        assert emulated == tuple(quant.check_precision(pair, each) for each in able)
 
 
 def test_bad_inputs(refused):
@@ -526,6 +544,7 @@ def test_bad_inputs(refused):
     refused("granularity='token' is not one of 'tensor', 'row'", quantise, x, "token")
     refused("dtype='int8' is not one of 'float8_e4m3fn'", quantise, x, "row", "int8")
     refused("scale='bf16' is not one of", quantise, x, "row", scale="bf16")
+    refused("smallest=0 is outside", quantise, x, "row", smallest=0)
     refused(r"x has shape \(3,\); give", quantise, x[:, 0], "row")
     refused("scaling='blocks' is not.*Did you mean 'block'", fp8_recipe, "a", "blocks")
     message = "dtype='float16' is not one of"
@@ -539,6 +558,8 @@ def test_bad_inputs(refused):
     assert isinstance(other, Quantised)
     message = "w was quantised by 'column' and the recipe 'fp8_block' takes '128x128'"
     refused(message, quant.linear, x, other, "fp8_block")
+    prepared = {"blocks": {"attention": {"query": {"kernel": other}}}}
+    refused("are quantised.*give fuse_proj", models.fuse_projections, prepared)
 
 
 def test_a_recipe_of_rollouts_alone_refuses_gradients(refused):

@@ -61,12 +61,16 @@ def test_rows_do_not_meet_where_a_recipe_says_so(recipe):
     found, x = as_recipe(recipe), jnp.float32(drawn(3, 8))
     w = jnp.float32(drawn(8, 4, seed=1))
     loud = x.at[1:].multiply(1e4)
+    bad = x.at[1, 3].set(np.nan).at[2, 5].set(np.inf)
     first, other = (np.float32(product(rows, w, found)[0]) for rows in (x, loud))
+    whole, *others = np.float32(product(bad, w, found))
+    assert not np.isfinite(others).any()  # what is not finite never becomes a number
     assert found.batch_independent == ("tensor" not in found.name)
     if found.batch_independent:
         assert_array_equal(first, other)
+        assert_array_equal(first, whole)
     else:  # what the flag is there for
-        assert np.abs(first - other).max() > 0.05
+        assert np.abs(first - other).max() > 0.05 and np.isnan(whole).all()
 
 
 def test_fp32_is_not_tf32_forward_or_backward():

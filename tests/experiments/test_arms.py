@@ -3,6 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
+from experiments import run
 from experiments.arms import arms, build_method, check_devices, of_arm
 from tmdjax import runtime
 from tmdjax.harness import ConfigError
@@ -65,9 +66,12 @@ def test_recipes_of_8_bits_are_emulated_where_that_is_allowed(refused, capsys):
         )
     message = (
         "arm 'narrow': precision.rollout='fp8_rollout_only': 'cpu' .*no float8 .*Use "
-        "the recipe 'bf16', or allow_emulation=True: .*in config.precision"
+        "the recipe 'bf16', or allow_emulation=True: .*that is --allow_emulation;"
     )
     refused(message, check_devices, mixed, "gpu", error=ConfigError)
+    flags, _ = run.parse(run.parser(), ["--config=c.py:gpu", "--allow_emulation"])
+    allowed = check_devices(mixed, "gpu", allow_emulation=flags.allow_emulation)
+    assert allowed == label and run.command(flags, []).endswith(" --allow_emulation")
     for allowed, tier in ((True, "gpu"), (False, "smoke")):
         both = {"rollout": "fp8_block", "train": "fp8_block"}
         given = config(both | {"allow_emulation": allowed})

@@ -112,7 +112,8 @@ class ControlVelocity(nn.Module):
             (in geometric steps).
         out_scale: of the output's kernel at the start; 0 for zeros.
         output_scale: what the output is multiplied by.
-        recipe: GEMM recipe, or its name.
+        recipe: GEMM recipe, or its name; of an 8-bit one, the layers between the first
+            and the last are quantised (:attr:`tmdjax.quant.Recipe.unquantised`).
         residual: layers after the first come in pairs, each adding
             ``second(act(first(act(h))))`` to h: an odd number of equal widths.
         time_hidden: width of the first of two layers that the sinusoids of t pass
@@ -152,17 +153,17 @@ class ControlVelocity(nn.Module):
 
     def setup(self):
         """The layers."""
-        (first, *rest), recipe = self.hidden, self.recipe
-        self.observation = ObservationFeatures(recipe=recipe)
-        self.from_observation = Dense(first, recipe)
-        self.from_action = Dense(first, recipe, use_bias=False)
-        self.from_time = Dense(first, recipe, use_bias=False)
-        self.layers = [Dense(width, recipe) for width in rest]
+        (first, *rest), wide = self.hidden, self.recipe.unquantised
+        self.observation = ObservationFeatures(recipe=wide)
+        self.from_observation = Dense(first, wide)
+        self.from_action = Dense(first, wide, use_bias=False)
+        self.from_time = Dense(first, wide, use_bias=False)
+        self.layers = [Dense(width, self.recipe) for width in rest]
         init = _out_init(self.out_scale)
-        self.out = Dense(self.action_size, recipe, kernel_init=init)
+        self.out = Dense(self.action_size, wide, kernel_init=init)
         if self.time_hidden is not None:
-            self.time_in = Dense(self.time_hidden, recipe)
-            self.time_out = Dense(2 * self.frequencies[2], recipe)
+            self.time_in = Dense(self.time_hidden, wide)
+            self.time_out = Dense(2 * self.frequencies[2], wide)
 
     def features(self, observation: Array) -> Array:
         """An observation as a vector, [batch, n]."""

@@ -1,5 +1,6 @@
 """Arrays in 8 bits: values of a float8 dtype, and scales that give them their size."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import check_choice, check_range
 from tmdjax.core.types import Array, Float, PyTree
 
 GRANULARITIES: dict[str, tuple[int | None, int | None]] = {
@@ -28,8 +29,12 @@ output channel.
 DTYPES = ("float8_e4m3fn", "float8_e5m2")
 SCALES = ("fp32", "pow2")
 
-_SMALLEST = np.float32(1e-4)
-"""Floor of a group's largest magnitude, so that zeros have a scale."""
+SMALLEST = 1e-4
+"""Least largest magnitude of a group of weights or activations, as in DeepGEMM."""
+
+SMALLEST_OF_GRADIENTS = 2.0**-100
+"""The same of gradients, which shrink with the number of tokens that a loss is a mean
+over: for DeepGEMM's, e4m3 has no number but 0 below 2e-10."""
 
 
 def cast_for_good(x: Array, dtype: Any) -> Array:
@@ -82,13 +87,15 @@ def quantise(
     dtype: Any = jnp.float8_e4m3fn,
     *,
     scale: str = "fp32",
+    smallest: float = SMALLEST,
 ) -> Quantised:
     """Rounds to 8 bits, groups of elements each with a scale of their own.
 
-    The scale of a group is its largest magnitude (at least 1e-4) over the largest
-    number of the dtype (448, or 57344), and elements are multiplied by 1 / scale,
-    clipped to the dtype's range, and rounded to nearest, ties to even. A group sees its
-    own elements alone. The arithmetic is that of DeepGEMM's casts, bit for bit.
+    The scale of a group is its largest magnitude (at least ``smallest``) over the
+    largest number of the dtype (448, or 57344), and elements are multiplied by 1 /
+    scale, clipped to the dtype's range, and rounded to nearest, ties to even. A group
+    sees its own elements alone. The arithmetic is that of DeepGEMM's casts, bit for
+    bit.
 
     The scale of a group with a NaN or an infinity is NaN, and so is the whole group
     when it is dequantised: what was not finite never becomes a number.
@@ -98,9 +105,13 @@ def quantise(
         granularity: a name in :data:`GRANULARITIES`.
         dtype: float8_e4m3fn or float8_e5m2.
         scale: 'fp32', or 'pow2', the next power of two that is not smaller.
+        smallest: a group below it has its scale, and so fewer bits, or none: what lies
+            below 2^-19 of it is 0 in e4m3. At least 2^-100, so that 1 / scale is
+            finite.
 
     Raises:
-        ValueError: x has no rows and columns; an unknown granularity, dtype or scale.
+        ValueError: x has no rows and columns; an unknown granularity, dtype or scale;
+            ``smallest`` out of range.
 
     References:
         DeepSeek-V3 (arXiv 2412.19437), section 3.3; power-of-two scales are UE8M0 of
@@ -110,13 +121,14 @@ def quantise(
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("dtype", dtype.name, DTYPES)
     check_choice("scale", scale, SCALES)
+    check_range("smallest", smallest, SMALLEST_OF_GRADIENTS, math.inf, open_high=True)
     if x.ndim < 2:
         raise ValueError(
             f"x has shape {x.shape}; give [..., row, column]: groups are cut of both."
         )
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     largest = float(jnp.finfo(dtype).max)
-    found = _largest_magnitudes(x, granularity)
+    found = _largest_magnitudes(x, granularity, smallest)
     # A division by a constant XLA would make a product with its rounded reciprocal,
     # which ends in another bit: hence a divisor that depends on the data.
     step = found / jnp.where(jnp.isfinite(found), largest, jnp.nan)
@@ -166,8 +178,8 @@ def _tiles(granularity: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(-(-length // size), size) for size, length in zip(sizes, shape[-2:])]
 
 
-def _largest_magnitudes(x: Array, granularity: str) -> Array:
-    """Of each group, at least the floor: [*stack, row group, column group].
+def _largest_magnitudes(x: Array, granularity: str, smallest: float) -> Array:
+    """Of each group, at least the smallest: [*stack, row group, column group].
 
     Magnitudes are compared by their bits, integers of the same order with NaN above
     all: XLA's maximum of floats may lose a NaN on a CPU.
@@ -178,7 +190,7 @@ def _largest_magnitudes(x: Array, granularity: str) -> Array:
     missing = (0, down * height - rows), (0, across * width - columns)
     bits = jnp.pad(bits, [(0, 0)] * len(stack) + list(missing))
     bits = bits.reshape(*stack, down, height, across, width)
-    largest = bits.max((-3, -1), initial=_SMALLEST.view(np.uint32))
+    largest = bits.max((-3, -1), initial=np.float32(smallest).view(np.uint32))
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 

@@ -10,10 +10,17 @@ import jax.numpy as jnp
 from tmdjax.core.checks import check_choice
 from tmdjax.core.types import Array
 from tmdjax.quant import hopper_gemm
-from tmdjax.quant.fp8 import DTYPES, SCALES, Quantised, cast_for_good, quantise
+from tmdjax.quant.fp8 import (
+    DTYPES,
+    SCALES,
+    SMALLEST_OF_GRADIENTS,
+    Quantised,
+    cast_for_good,
+    quantise,
+)
 from tmdjax.quant.hopper_gemm import block_product
 from tmdjax.quant.recipes import RECIPES, Recipe
-from tmdjax.quant.self_test import check_rounding
+from tmdjax.quant.self_test import check_rounding, has_fp8, is_hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +167,13 @@ def _backward(
     dy = cast_for_good(dy, rules.dtype)
 
     def rounded(granularity: str) -> Quantised:
-        return quantise(dy, granularity, rules.gradient_dtype, scale=rules.scale)
+        return quantise(
+            dy,
+            granularity,
+            rules.gradient_dtype,
+            scale=rules.scale,
+            smallest=SMALLEST_OF_GRADIENTS,
+        )
 
     left = rounded(groups.dy)
     turned = rules.again(w, groups.w_again).transpose()
@@ -199,6 +212,8 @@ def fp8_recipe(
     for w under 'block', for x and w under 'tensor'. Operands are rounded to ``dtype``
     first; y and dx are rounded to it, dw stays float32. x and w are kept for the
     backward pass in 8 bits. Gradients go straight through Q: there are none to scales.
+    Groups of dy have scales of their own however small they are, so that a loss that is
+    divided by a power of two has gradients that are, to the bit.
     ``jax.jvp`` finds no rule for these products.
 
     NVIDIA GPUs multiply the 8-bit values where a sum has one scale, under 'tensor' and
@@ -271,6 +286,11 @@ def fp8_recipe(
         y: Any = _product(rules, frozen, rows, w)
         return y.reshape(*x.shape[:-1], w.shape[1])
 
+    def in_hardware(device: Any) -> bool:
+        if scaling == "block":
+            return kernel == "hopper" and is_hopper(device)
+        return device.platform != "tpu" and has_fp8(device)
+
     quantising = jax.jit(rules.prepare)  # one program a shape, not an operation each
 
     def prepare(w: Any) -> Quantised:
@@ -283,6 +303,7 @@ def fp8_recipe(
         prepare=prepare,
         batch_independent=scaling != "tensor",
         float8=True,
+        in_hardware=in_hardware,
         differentiable=differentiable,
         head=RECIPES[_OF_HEADS[dtype.name]],
     )

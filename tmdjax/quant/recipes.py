@@ -37,6 +37,8 @@ class Recipe:
             rounded to 16 bits do not (1e-2 in a log-prob).
         float8: products have operands in 8 bits, see
             :func:`tmdjax.quant.check_precision`.
+        in_hardware: of such a recipe, whether a ``jax.Device`` multiplies the 8-bit
+            values themselves, and not the numbers they stand for in float32.
         differentiable: products have a gradient. Those that have none are of rollouts
             alone, and say so when they are differentiated.
         head: where products have 8 bits, the recipe of those that keep more, such as
@@ -51,6 +53,7 @@ class Recipe:
     batch_independent: bool = True
     exact: bool = False
     float8: bool = False
+    in_hardware: Callable[[Any], bool] = lambda device: True
     differentiable: bool = True
     head: "Recipe | None" = None
 

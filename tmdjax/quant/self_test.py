@@ -127,9 +127,9 @@ def check_precision(precision: Precision, device: Any = None) -> bool:
         device: a ``jax.Device``; None is the first of the default backend.
 
     Returns:
-        Whether products of 8 bits are asked for on a device that has none, so that they
-        are emulated: computed in float32. (What 'fp8_block' does on other devices,
-        :func:`check_device` says.)
+        Whether products of 8 bits are emulated, in either recipe: computed in float32,
+        as the device has none of its own, or none that the recipe uses (as of
+        'fp8_block', see :func:`check_device`).
 
     Raises:
         ValueError: 8 bits on a device without float8 products, where emulation is not
@@ -146,4 +146,5 @@ def check_precision(precision: Precision, device: Any = None) -> bool:
     except ValueError as error:
         name = pair[found[0]].name
         raise ValueError(f"precision.{found[0]}={name!r}: {error}") from None
-    return not has_fp8(device)
+    used = all(pair[side].in_hardware(device) for side in found)
+    return not (used and has_fp8(device))

@@ -28,6 +28,7 @@ from tmdjax.models.decoder.layers import (
     run_block,
 )
 from tmdjax.models.stack import layer_of
+from tmdjax.quant import quantised_values
 
 Cache = dict[str, Array]
 
@@ -218,7 +219,8 @@ def fuse_projections(params: Params) -> dict[str, Any]:
     Query, key and value become one product, gate and up another: two in place of
     five a layer, of the same numbers (but under recipes whose scales span the joined
     axis, see :func:`tmdjax.quant.fp8_recipe`). :func:`prefill` and :func:`decode` take
-    the result like the original; the module does not. Fuse after adapters are merged.
+    the result like the original; the module does not. Fuse after adapters are merged
+    and before weights are prepared (:func:`prepare_weights`).
 
     Args:
         params: of a Decoder.
@@ -226,8 +228,17 @@ def fuse_projections(params: Params) -> dict[str, Any]:
     Returns:
         The tree with ``attention/qkv`` in place of query, key and value, and
         ``mlp/gate_up`` in place of gate and up.
+
+    Raises:
+        ValueError: weights that are quantised already.
     """
     blocks = params["blocks"]
+    if quantised_values(blocks):
+        raise ValueError(
+            "the weights are quantised, and joined ones would have other scales; give "
+            "fuse_projections the weights as they are trained, and prepare_weights "
+            "what it returns."
+        )
 
     def joined(parts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         return {
