@@ -1,6 +1,7 @@
 """What RL on a language model warns of, once each in a process, and how to mend it."""
 
 import logging
+import math
 from collections.abc import Mapping
 
 from tmdjax.quant import Precision
@@ -12,11 +13,11 @@ _LOGGER = logging.getLogger(__name__)
 class Alarms:
     """Looks at the metrics of each iteration; bounds are those of the settings.
 
-    It warns of rollouts that are another policy than the one that is trained, of
-    importance weights that leave few effective tokens, and of 8-bit weights that stay
-    as they are while the weights behind them are trained. What was said is not part of
-    the state of a run: one that is resumed says it again, and counts iterations in a
-    row anew.
+    It warns of log-probs that are not finite, of rollouts that are another policy than
+    the one that is trained, of importance weights that leave few effective tokens, and
+    of 8-bit weights that stay as they are while the weights behind them are trained.
+    What was said is not part of the state of a run: one that is resumed says it again,
+    and counts iterations in a row anew.
     """
 
     def __init__(self, settings: LanguageSettings, precision: Precision | None = None):
@@ -39,8 +40,16 @@ class Alarms:
                 where rollouts are quantised, 'quantised_moved'.
         """
         settings, why = self._settings, f": {self._why}" if self._why else ""
-        kl = metrics["mismatch_kl"]
-        if not kl <= settings.max_mismatch_kl:
+        kl, fraction = metrics["mismatch_kl"], metrics["effective_sample_fraction"]
+        if math.isnan(kl) or math.isnan(fraction):
+            self._warn(
+                f"log-probs that are not finite: mismatch_kl={kl:.3g} and "
+                f"effective_sample_fraction={fraction:.3g}. Rollouts or training gave "
+                f"a NaN or an infinity, and updates by them are skipped. Lower the "
+                f"learning rate, or compute in more bits (precision.rollout and "
+                f"precision.train)."
+            )
+        if kl > settings.max_mismatch_kl:
             self._warn(
                 f"mismatch_kl={kl:.3g} is above max_mismatch_kl="
                 f"{settings.max_mismatch_kl:g}: under the same weights rollouts and "
@@ -48,11 +57,8 @@ class Alarms:
                 f"depend on the batch (precision.rollout = precision.train), or "
                 f"correct for it (correction='truncate' of the objective)."
             )
-        fraction, least = (
-            metrics["effective_sample_fraction"],
-            settings.min_effective_sample_fraction,
-        )
-        if not fraction >= least:
+        least = settings.min_effective_sample_fraction
+        if fraction < least:
             self._warn(
                 f"effective_sample_fraction={fraction:.3g} is below "
                 f"min_effective_sample_fraction={least:g}: a few tokens carry the "
