@@ -173,9 +173,9 @@ READ = {
 }
 
 
-def products(recipe, x, w, dy):
+def products(recipe, x, w, dy, remat=lambda layer: layer):
     """Y, and the gradients to x and w."""
-    y, pull = jax.vjp(functools.partial(quant.linear, recipe=recipe), x, w)
+    y, pull = jax.vjp(remat(functools.partial(quant.linear, recipe=recipe)), x, w)
     return y, *pull(dy)
 
 
@@ -202,7 +202,13 @@ def test_4_and_5_products_are_of_dequantised_operands(scaling):
     q_x, q_w, q_dy, w_again, x_again, dy_again = (
         np.float64(a) for a in operands(*flat)
     )
-    found = jax.jit(functools.partial(products, recipe))(x, w, dy)
+
+    @jax.jit
+    def each(*given):
+        return [products(recipe, *given, **o) for o in ({}, {"remat": jax.checkpoint})]
+
+    found, again = each(x, w, dy)
+    same(found, again)  # what is computed again is quantised as it was
     wanted = q_x @ q_w, q_dy @ w_again.T, x_again.T @ dy_again
     for ours, exact in zip(found, wanted, strict=True):
         size = np.abs(exact).max()
