@@ -22,6 +22,12 @@ def drawn(*shape, seed=0):
     return jnp.float32(np.random.default_rng(seed).normal(size=shape))
 
 
+def operand(shape, granularity, dtype="float8_e4m3fn"):
+    """What errors and programs are made of: shapes, and nothing computed."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda x: quantise(x, granularity, dtype), x)
+
+
 def device(kind, capability, cores=0):
     return SimpleNamespace(
         platform="gpu",
@@ -35,14 +41,23 @@ HOPPER, AMPERE = device("NVIDIA H100 PCIe", "9.0", 114), device("NVIDIA A100", "
 BLACKWELL = device("NVIDIA B200", "10.0")
 
 
-def test_the_kernel_multiplies_known_numbers_and_its_check_sees_a_forgotten_scale():
-    """Two tiles of two steps: ragged, each scale another than its neighbours'."""
-    sizes = (200, 160, 100)
-    program = jax.jit(interpreted)
-    hopper_gemm.check_kernel(program, sizes)
+def test_the_kernel_multiplies_known_numbers(monkeypatch):
+    """Two tiles of two steps, by one block: ragged, and scales unlike their neighbours.
+
+    The interpreter compiles the kernel anew for each thread of each block.
+    """
+    monkeypatch.setattr(hopper_gemm, "_MULTIPROCESSORS", 1)
+    hopper_gemm.check_kernel(jax.jit(interpreted), (200, 160, 100))
+
+
+def test_the_check_of_the_kernel_sees_a_forgotten_scale():
+    sizes, product = (200, 160, 100), jax.jit(quant.multiply)
+    hopper_gemm.check_kernel(product, sizes)
 
     def forgetful(a, b):
-        return program(a, dataclasses.replace(b, scale=b.scale.at[1, 0].set(1)))
+        scale = b.scale.copy()
+        scale[1, 0] = 1
+        return product(a, dataclasses.replace(b, scale=scale))
 
     message = r"self-test .* on 'cpu': \d+ of 20000 .* Use kernel='xla'"
     with pytest.raises(RuntimeError, match=message):
@@ -50,8 +65,9 @@ def test_the_kernel_multiplies_known_numbers_and_its_check_sees_a_forgotten_scal
 
 
 @pytest.mark.slow
-def test_the_pipeline_wraps_around_and_walks_every_tile():
-    """More steps than stages, 2 x 3 tiles, on numbers that round."""
+def test_the_pipeline_wraps_around_and_walks_every_tile(monkeypatch):
+    """More steps than stages, 2 x 3 tiles for 4 blocks, and numbers that round."""
+    monkeypatch.setattr(hopper_gemm, "_MULTIPROCESSORS", 4)
     hopper_gemm.check_kernel(interpreted, (200, 840, 330))
     x, w = drawn(70, 300), drawn(300, 140, seed=1)
     cases = ("128x1", jnp.float32, 2e-6), ("128x128", jnp.bfloat16, 2**-8)
@@ -106,9 +122,9 @@ def test_other_devices_multiply_as_xla_does(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda others=others: others)
         assert not hopper_gemm.may_run()
     monkeypatch.setattr(jax, "devices", lambda: [AMPERE])
-    operands = quantise(jnp.ones((2, 3)), "1x128"), quantise(jnp.ones((3, 2)), "128x1")
+    given = operand((2, 3), "1x128"), operand((3, 2), "128x1")
     multiply = jax.jit(functools.partial(quant.multiply, kernel="hopper"))
-    text = multiply.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    text = multiply.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic" not in text and text.count("dot_general") == 1
     monkeypatch.undo()
     x, w = drawn(3, 8), drawn(8, 4, seed=1)
@@ -130,14 +146,16 @@ def test_hopper_is_known_and_its_kernel_is_tried_before_it_multiplies(monkeypatc
 
 
 def test_bad_inputs(refused):
-    x, w = jnp.ones((3, 4)), jnp.ones((4, 2))
-    a, b = quantise(x, "1x128"), quantise(w, "128x128")
+    a, b = operand((3, 4), "1x128"), operand((4, 2), "128x128")
     product = quant.block_product
-    refused("a.granularity='row' is not one of '1x128'", product, quantise(x, "row"), b)
-    refused("b.granularity='1x128' is not one", product, a, quantise(w, "1x128"))
+    for wrong in ("row", "128x1"):
+        words = f"a.granularity='{wrong}' is not one of '1x128'"
+        refused(words, product, operand((3, 4), wrong), b)
+    refused("b.granularity='1x128' is not one", product, a, operand((4, 2), "1x128"))
     refused("dtype='int8' is not one of 'float32'", product, a, b, jnp.int8)
-    refused(r"a has shape \(3, 4\) and b has shape \(2, 4\)", product, a, b.transpose())
-    five = quantise(w, "128x128", "float8_e5m2")
+    turned = operand((2, 4), "128x128")
+    refused(r"a has shape \(3, 4\) and b has shape \(2, 4\)", product, a, turned)
+    five = operand((4, 2), "128x128", "float8_e5m2")
     refused("b of float8_e5m2; the kernel .* Quantise both", product, a, five)
     refused(
         "kernel='cutlass' is not one of 'xla'", quant.multiply, a, b, kernel="cutlass"
