@@ -1,5 +1,6 @@
 """Trees of arrays: paths, sizes, rows, hashes."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -62,8 +63,19 @@ def select(condition: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyT
 
 
 def take(tree: PyTree, rows: Any) -> PyTree:
-    """Rows of every leaf of a tree of [samples, ...] arrays."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tree)
+    """Rows of every leaf of a tree of [samples, ...] arrays, on the device.
+
+    Args:
+        tree: of arrays, typed keys among them.
+        rows: an integer, or integers [rows].
+    """
+    return _taken(tree, rows) if jax.tree.leaves(tree) else tree
+
+
+# Outside jit it is one program, and not some for each leaf.
+@functools.partial(jax.jit, inline=True)
+def _taken(tree: PyTree, rows: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
 def in_every_row(row: PyTree, like: PyTree) -> PyTree:

@@ -88,8 +88,9 @@ def fine_states(
     size = min(check_count("micro_batch", micro_batch), count)
     parts = []
     for rows, counted in micro_batches(count, size):
-        noise = start_noise(keys[rows], shape)
-        kept = states_at(velocity, noise, knots, index, trees.take(cond, rows))
+        own_keys, own_cond = trees.take((keys, cond), rows)
+        noise = start_noise(own_keys, shape)
+        kept = states_at(velocity, noise, knots, index, own_cond)
         parts.append(np.asarray(kept)[:, :counted])
     return FineStates(np.concatenate(parts, 1), index, knots, cond)
 

@@ -49,7 +49,8 @@ def endpoints(
         return _walk(compiled, noise, table, cond, method)
     size, parts = check_count("micro_batch", micro_batch), []
     for rows, counted in micro_batches(len(noise), size):
-        x = _walk(compiled, noise[rows], table, trees.take(cond, rows), method)
+        own_noise, own_cond = trees.take((noise, cond), rows)
+        x = _walk(compiled, own_noise, table, own_cond, method)
         parts.append(x[:counted])
     return jnp.concatenate(parts)
 

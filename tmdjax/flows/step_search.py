@@ -212,10 +212,9 @@ def local_error_costs(
     for rows, counted in micro_batches(samples, micro_batch):
         sums = _cost_sums(
             *compiled,
-            keys[rows],
-            trees.take(cond, rows),
+            *trees.take((keys, cond), rows),
             jnp.asarray(grid, dtype),
-            jnp.arange(micro_batch) < counted,
+            np.arange(micro_batch) < counted,
             tuple(shape),
             method,
         )
@@ -460,12 +459,13 @@ def costs_fingerprint(
     it, gives other bits. The arguments are those of :func:`local_error_costs`.
     """
     rows = np.arange(len(knots) - 1) % len(keys)
+    own_keys, own_cond = trees.take((keys, cond), rows)
     values = _probe(
         as_pytree(velocity),
         as_pytree(metric),
-        keys[rows],
+        own_keys,
         jnp.asarray(knots[:-1], dtype),
-        trees.take(cond, rows),
+        own_cond,
         tuple(shape),
     )
     inputs = {
