@@ -39,7 +39,7 @@ STARTED, COMPAT_STARTED = jax.jit(
     )
 )(jax.random.key(0))
 PARAMS = stirred(jax.device_get(STARTED))
-MAPS = draw(BATCH, 5, SIDE, SIDE, 4)
+MAPS = np.asarray(draw(BATCH, 5, SIDE, SIDE, 4))
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method"))
@@ -177,10 +177,9 @@ def test_17_the_first_action_is_ignored():
 
 def test_9_parameters():
     frame = jnp.zeros((1, 128, 128, 3))
-    count = functools.partial(shapes_of, models.EgocentricMap())
-    assert trees.count(count(frame, np.zeros(1, int))) == 12_830_976
-    mixing = count(frame, np.zeros(1, int))["mixing_kernel"]
-    assert trees.count(mixing) == 57_600
+    shapes = shapes_of(models.EgocentricMap(), frame, np.zeros(1, int))
+    assert trees.count(shapes) == 12_830_976
+    assert trees.count(shapes["mixing_kernel"]) == 57_600
     # what initialisers make
     assert_array_equal(STARTED["mixing_kernel"], identity_kernel("grouped", 5, 4, 4))
     assert_array_equal(COMPAT_STARTED, identity_kernel("grouped", 5, 4, 1))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import drawn
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import models, train
@@ -22,15 +23,17 @@ TINY = models.ForcingDiT(
 FN = models.functional(TINY)
 KEYS = prng.sample_keys(jax.random.key(3), BATCH)
 RNG = np.random.default_rng(0)
-FRAMES = jnp.float32(RNG.random((BATCH, 6, SIZE, SIZE, 1)))
-ACTIONS = jnp.int32(RNG.integers(-2, 3, (BATCH, 9, 2)))
+FRAMES = np.float32(RNG.random((BATCH, 6, SIZE, SIZE, 1)))
+ACTIONS = np.int32(RNG.integers(-2, 3, (BATCH, 9, 2)))
 
 
 @functools.cache
 def params_of():
-    """Parameters as they start, and others where nothing is zero."""
-    given = FRAMES[:, :WINDOW], jnp.ones((BATCH, WINDOW)), ACTIONS[:, :WINDOW]
-    first = jax.device_get(models.init_params(TINY, jax.random.key(0), *given))
+    """Parameters whose output layer is as it starts, and others, nowhere zero."""
+    given = FRAMES[:, :WINDOW], np.ones((BATCH, WINDOW), "f"), ACTIONS[:, :WINDOW]
+    init = functools.partial(models.init_params, TINY, jax.random.key(0), *given)
+    start = jax.device_get(jax.jit(lambda: init()["final"])())
+    first = {**drawn(jax.eval_shape(init)), "final": start}
     rng = np.random.default_rng(1)
     stir = lambda p: (p + 0.3 * rng.normal(size=p.shape)).astype(np.float32)  # noqa: E731
     return first, jax.tree.map(stir, first)
@@ -66,7 +69,7 @@ def test_a_network_that_starts_at_zero_leaves_its_noise():
 def test_what_is_not_known_is_not_read():
     """A frame at time 1 is absent; without guidance by history all of them are."""
     params = params_of()[1]
-    changed = FRAMES[:, :WINDOW].at[:, 1].add(1)
+    changed = FRAMES[:, :WINDOW] + np.float32([0, 1, 0])[:, None, None, None]
     blind = dataclasses.replace(TINY, history_guidance=0)
 
     def frames_of(known, module=TINY):
@@ -93,14 +96,16 @@ def test_a_prediction_is_the_guided_walk_of_the_last_frame():
     x = np.stack([jax.random.normal(key[1], (SIZE, SIZE, 1)) for key in keys])
     past = blank.copy()
     past[:, 1] = 0.98 * (2 * FRAMES[:, 2] - 1) + 0.02 * blank[:, 1]
-    actions = jnp.concatenate([ACTIONS[:, 1:WINDOW], ACTIONS[:, 5:6]], 1)
+    actions = np.concatenate([ACTIONS[:, 1:WINDOW], ACTIONS[:, 5:6]], 1)
     for t in (1.0, 0.5):
         with_history, without = (
-            velocity(
-                params,
-                np.concatenate([before, x[:, None]], 1),
-                jnp.tile(jnp.array([1, level, t]), (BATCH, 1)),
-                actions,
+            np.asarray(
+                velocity(
+                    params,
+                    np.concatenate([before, x[:, None]], 1),
+                    np.tile(np.float32([1, level, t]), (BATCH, 1)),
+                    actions,
+                )
             )[:, -1]
             for before, level in ((past, 0.02), (blank, 1))
         )
@@ -134,7 +139,7 @@ def test_guidance_is_linear_in_its_weight():
 
 
 def test_the_loss_of_no_velocity_is_that_of_the_target():
-    frames = jnp.full((BATCH, 5, SIZE, SIZE, 1), 0.75)
+    frames = np.full((BATCH, 5, SIZE, SIZE, 1), 0.75, np.float32)
     batch = {"frames": frames, "actions": ACTIONS[:, :5]}
     loss = jax.jit(
         functools.partial(diffusion_forcing.loss, apply_fn=FN, frames=WINDOW)

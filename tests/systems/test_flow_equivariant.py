@@ -22,6 +22,8 @@ MODULE = models.TorusMap(world=6, window=4, hidden=2, implementation="native")
 FN = models.functional(MODULE)
 CONTEXT, LENGTH, BATCH = 3, 3, 2
 CONFIG = world_models.RolloutConfig(context=CONTEXT)
+# a clip of the state so large changes nothing
+FORCED = dataclasses.replace(CONFIG, teacher_forcing=1.0, state_clip=1e6)
 KEYS = prng.sample_keys(jax.random.key(5), BATCH)
 
 
@@ -29,7 +31,7 @@ def videos(time):
     rng = np.random.default_rng(0)
     frames = rng.random((BATCH, time, 4, 4, 1)).astype(np.float32)
     actions = rng.integers(-2, 3, (BATCH, time, 2)).astype(np.int32)
-    return {"frames": jnp.asarray(frames), "actions": jnp.asarray(actions)}
+    return {"frames": frames, "actions": actions}
 
 
 LONG = 30
@@ -62,7 +64,7 @@ def test_11_gradients_are_differences(x64):
     """Of every kernel, through the context and through frames that are fed back."""
     to64 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
     params = to64(PARAMS)
-    batch = {"frames": to64(SHORT["frames"]), "actions": SHORT["actions"]}
+    batch = {"frames": to64(SHORT["frames"]), "actions": jnp.asarray(SHORT["actions"])}
 
     def mean(params, detach=False):
         config = world_models.RolloutConfig(
@@ -123,12 +125,11 @@ def test_12_the_future_has_no_influence():
     assert_array_equal(others[:2], frames[:2])
     assert np.abs(others[2] - frames[2]).max() > 1e-4
     # forced, a frame is known when it has been predicted and not before
-    forced = dataclasses.replace(CONFIG, teacher_forcing=1.0)
-    taught = frames_of(BATCH_OF, forced)
+    taught = frames_of(BATCH_OF, FORCED)
     assert_array_equal(taught[0], frames[0])
     other = {**BATCH_OF, "frames": np.array(BATCH_OF["frames"])}
     other["frames"][:, CONTEXT + 1] += 1
-    moved = frames_of(other, forced)
+    moved = frames_of(other, FORCED)
     assert_array_equal(moved[:2], taught[:2])
     assert np.abs(moved[2] - taught[2]).max() > 1e-4
 
@@ -137,7 +138,7 @@ def test_12_the_future_has_no_influence():
 def test_half_of_the_frames_are_forced():
     """Each sample draws for itself: its rows are those of always and of never."""
     config = dataclasses.replace(CONFIG, teacher_forcing=0.5)
-    batch = {name: jnp.repeat(array[:1], 64, 0) for name, array in BATCH_OF.items()}
+    batch = {name: jnp.asarray(a[:1].repeat(64, 0)) for name, a in BATCH_OF.items()}
     keys = prng.sample_keys(jax.random.key(5), 64)
     found = jax.jit(
         functools.partial(world_models.rollout, config=config), static_argnums=1
@@ -158,27 +159,26 @@ def test_what_is_fed_back_is_clipped():
     assert believed.min() < -0.01 and np.isfinite(believed).all()
     truth = np.swapaxes(np.clip(believed, 0, 1), 0, 1)
     seen = np.concatenate([BATCH_OF["frames"][:, :CONTEXT], truth], 1)
-    forced = dataclasses.replace(CONFIG, teacher_forcing=1.0)
-    told = frames_of({**BATCH_OF, "frames": jnp.asarray(seen)}, forced)
+    told = frames_of({**BATCH_OF, "frames": seen}, FORCED)
     assert_allclose(told, believed, atol=1e-5)
-    params = jax.tree.map(lambda leaf: 4 * jnp.abs(leaf), PARAMS)
+    params = jax.tree.map(lambda leaf: 4 * np.abs(leaf), PARAMS)
     batch = BATCH_OF
     given = params, batch["frames"], batch["actions"]
     free = roll(*given, config=CONFIG)
     assert free.failed.all() and (free.first_bad < 30).all()
     errors = world_models.frame_errors(
-        free.outputs["frame"], batch["frames"][:, CONTEXT:]
+        free.outputs["frame"], jnp.asarray(batch["frames"][:, CONTEXT:])
     )
     table = metrics.horizon_errors(errors, [(0, 1), (0, 31)])
     assert table["failed"] == 1 and np.isnan(table["mean_1_30"])
     assert not any("31" in name for name in table)
     good = np.asarray(free.outputs["amplitude"])[: int(free.first_bad.min())]
     assert (good <= CONFIG.state_bound).all()
-    quiet = jax.tree.map(lambda leaf: 0.05 * leaf, params)
+    quiet = jax.tree.map(lambda leaf: leaf / 20, params)
     kept = roll(quiet, *given[1:], config=clipped)
     assert not kept.failed.any()
     errors = world_models.frame_errors(
-        kept.outputs["frame"], batch["frames"][:, CONTEXT:]
+        kept.outputs["frame"], jnp.asarray(batch["frames"][:, CONTEXT:])
     )
     table = metrics.horizon_errors(errors, [(0, 20), (20, 50)])
     assert table["failed"] == 0 and table["mean_1_20"] > 0
@@ -187,13 +187,10 @@ def test_what_is_fed_back_is_clipped():
 
 def test_a_clipped_state_does_not_break():
     """What grew without bound stays at the clip, frame by frame and in the context."""
-    params = jax.tree.map(lambda leaf: 4 * jnp.abs(leaf), PARAMS)
+    params = jax.tree.map(lambda leaf: 4 * np.abs(leaf), PARAMS)
     config = dataclasses.replace(CONFIG, state_clip=2.5)
     found = roll(params, BATCH_OF["frames"], BATCH_OF["actions"], config)
     assert not found.failed.any() and (found.outputs["amplitude"] == 2.5).all()
-    # one so large changes nothing
-    config = dataclasses.replace(CONFIG, state_clip=1e6)
-    assert_array_equal(frames_of(BATCH_OF, config), frames_of(BATCH_OF))
 
 
 def test_the_gradient_passes_through_the_clip():
@@ -204,31 +201,28 @@ def test_the_gradient_passes_through_the_clip():
     detached = dataclasses.replace(narrow, detach_feedback=True)
 
     @jax.jit
-    def slopes(params):
+    def slopes(params, batch):
         def total(scale, config):
             scaled = {**params, "decoder_out": scale * params["decoder_out"]}
-            return world_models.loss(scaled, FN, SHORT, KEYS, config)[0].sum()
+            return world_models.loss(scaled, FN, batch, KEYS, config)[0].sum()
 
         return [
             jax.jvp(functools.partial(total, config=config), (1.0,), (1.0,))
             for config in (narrow, detached)
         ]
 
-    (value, slope), (same, other) = slopes(PARAMS)
+    (value, slope), (same, other) = slopes(PARAMS, SHORT)
     assert_allclose(value, same, rtol=1e-6)
     assert abs(slope / other - 1) > 1e-4
 
 
 def test_losses_count_what_is_predicted():
     @jax.jit
-    def losses(params):
-        given = params, FN
-        first = jax.tree.map(lambda array: array[:, : CONTEXT + 1], SHORT)
-        return [
-            world_models.loss(*given, batch, KEYS, CONFIG) for batch in (SHORT, first)
-        ]
+    def losses(params, *batches):
+        return [world_models.loss(params, FN, b, KEYS, CONFIG) for b in batches]
 
-    (loss, found), (short, _) = losses(PARAMS)
+    first = {name: array[:, : CONTEXT + 1] for name, array in SHORT.items()}
+    (loss, found), (short, _) = losses(PARAMS, SHORT, first)
     frames = np.swapaxes(frames_of(BATCH_OF)[:LENGTH], 0, 1)
     errors = (frames - SHORT["frames"][:, CONTEXT:]) ** 2
     assert_allclose(loss, errors.mean((1, 2, 3, 4)), rtol=1e-5)

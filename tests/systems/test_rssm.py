@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import lowered, same
+from checks import drawn, lowered, same
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import rel_entr
 
@@ -21,52 +21,62 @@ TINY = models.RSSM(image_size=SIZE, hidden=6, width=8, groups=2, classes=3)
 FN = models.functional(TINY)
 KEYS = prng.sample_keys(jax.random.key(3), BATCH)
 RNG = np.random.default_rng(0)
-FRAMES = jnp.float32(RNG.random((BATCH, TIME, SIZE, SIZE, 1)))
-ACTIONS = jnp.int32(RNG.integers(-2, 3, (BATCH, TIME + 4, 2)))
+FRAMES = np.float32(RNG.random((BATCH, TIME, SIZE, SIZE, 1)))
+ACTIONS = np.int32(RNG.integers(-2, 3, (BATCH, TIME + 4, 2)))
 BATCH_OF = {"frames": FRAMES, "actions": ACTIONS[:, :TIME]}
-SETTINGS = ((0.0, 0.1, 0.0), (0.5, 0.1, 0.0), (0.5, 0.0, 0.0), (0.5, 0.1, 1e3))
-"""Weights of the two divergences, and free nats."""
+FREE = (0.5, 0.1, 1e3)
+"""Weights of the two divergences, and free nats that neither divergence reaches."""
 
 
 @functools.cache
 def params_of():
     """None of them 0, so that everything matters."""
-    first = jax.device_get(
-        models.init_params(TINY, jax.random.key(0), FRAMES[:, 0], ACTIONS[:, 0], KEYS)
-    )
+    given = jax.random.key(0), FRAMES[:, 0], ACTIONS[:, 0], KEYS
+    first = drawn(jax.eval_shape(lambda: models.init_params(TINY, *given)))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda p: np.float32(p + 0.3 * rng.normal(size=p.shape)), first)
 
 
+@functools.partial(jax.jit, static_argnames="method")
+def call(params, *inputs, method):
+    return FN(params, *inputs, method=method)
+
+
 @jax.jit
+def step(params, state, frame, action):
+    """A frame is seen; the state after it, and all that is known of it."""
+    seen = FN(params, frame, method="encode")
+    state, found = FN(params, state, seen, action, method="infer")
+    found["frame"] = FN(params, found["features"], method="decode")
+    return state, found | {"latent": state.latent}
+
+
 def infer(params, batch):
-    """The steps of a video one by one, written out."""
-    actions = FN(params, batch["actions"], method="prepare")
-    state, found = FN(params, batch["frames"][:, 0], KEYS, method="start"), []
+    """The steps of a video one by one."""
+    actions = np.asarray(call(params, batch["actions"], method="prepare"))
+    state, found = call(params, batch["frames"][:, 0], KEYS, method="start"), []
     for t in range(batch["frames"].shape[1]):
-        seen = FN(params, batch["frames"][:, t], method="encode")
-        state, one = FN(params, state, seen, actions[:, t], method="infer")
-        one["frame"] = FN(params, one["features"], method="decode")
-        found.append(one | {"latent": state.latent})
-    return jax.tree.map(lambda *x: jnp.stack(x), *found)
+        state, one = step(params, state, batch["frames"][:, t], actions[:, t])
+        found.append(one)
+    return jax.tree.map(lambda *x: np.stack(x), *found)
 
 
-def losses(params, batch):
+def losses(params, batch, settings):
     """Mean loss under each of the settings, and what the last ones tell."""
     names = ("dynamics_weight", "representation_weight", "free_nats")
     found = [
         rssm.loss(params, FN, batch, KEYS, **dict(zip(names, given)))
-        for given in SETTINGS
+        for given in settings
     ]
     return jnp.stack([loss.mean() for loss, _ in found]), found[-1]
 
 
 @jax.jit
 def gradients(params, batch):
-    """Of the mean loss under each of the settings."""
-    rows = jax.jacrev(losses, has_aux=True)(params, batch)[0]
-    each = [[row[i] for i in range(len(SETTINGS))] for row in jax.tree.leaves(rows)]
-    return [jax.tree.unflatten(jax.tree.structure(rows), row) for row in zip(*each)]
+    """Of the mean loss: of the representation alone, of the dynamics alone, of none."""
+    settings = (0.0, 0.1, 0.0), (0.5, 0.0, 0.0), FREE
+    rows = jax.jacrev(losses, has_aux=True)(params, batch, settings)[0]
+    return [jax.tree.map(lambda row, i=i: row[i], rows) for i in range(len(settings))]
 
 
 def test_the_loss_is_the_sum_of_its_terms():
@@ -78,8 +88,10 @@ def test_the_loss_is_the_sum_of_its_terms():
     assert prior.min() > 0.9 * 0.01 / 3  # no class is excluded
     kl = rel_entr(posterior, prior).sum((2, 3)).mean(0)
     assert kl.min() > 1e-3
-    means, (loss, told) = jax.jit(losses)(params_of(), BATCH_OF)
-    for mean, (dynamics, representation, free) in zip(means, SETTINGS):
+    settings = (0.5, 0.1, 0.0), FREE
+    given = params_of(), BATCH_OF, settings
+    means, (loss, told) = jax.jit(losses, static_argnums=2)(*given)
+    for mean, (dynamics, representation, free) in zip(means, settings):
         apart = kl.mean() if free == 0 else free
         assert_allclose(
             mean, error.mean() + (dynamics + representation) * apart, rtol=1e-5
@@ -112,47 +124,45 @@ def test_nothing_is_learned_of_a_posterior_that_is_the_prior():
 
 
 def test_each_divergence_moves_its_own_side():
-    none, both, alone, free = gradients(params_of(), ONE)
+    each = jax.device_get(gradients(params_of(), ONE))
     for name in ("prior_hidden", "prior_output"):
-        prior = both[name]["bias"]
-        assert np.abs(prior).max() > 1e-4
-        assert not np.any(none[name]["bias"]) and not np.any(free[name]["bias"])
-        assert_allclose(alone[name]["bias"], prior, rtol=1e-4, atol=1e-7)
-    side = [g["posterior_output"]["bias"] for g in (none, both, alone)]
-    assert_allclose(side[0], side[1], rtol=1e-4, atol=1e-7)
-    assert np.abs(side[1] - side[2]).max() > 1e-4
+        representation, dynamics, neither = (g[name]["bias"] for g in each)
+        assert np.abs(dynamics).max() > 1e-4
+        assert not representation.any() and not neither.any()
+    representation, dynamics, neither = (g["posterior_output"]["bias"] for g in each)
+    assert_allclose(dynamics, neither, rtol=1e-4, atol=1e-7)
+    assert np.abs(representation - neither).max() > 1e-4
     # through what was drawn, the error reaches what reads the frame
-    assert np.abs(free["patch_embedding"]["kernel"]).max() > 1e-4
+    assert np.abs(each[-1]["patch_embedding"]["kernel"]).max() > 1e-4
 
 
 def test_a_rollout_reads_no_frame_after_the_context():
     """And it is the same whatever it is fed; samples draw for themselves."""
     config = world_models.RolloutConfig(context=TIME, feedback_clip=(0.4, 0.5))
 
-    @jax.jit
-    def both(params, keys):
-        found = world_models.rollout(params, FN, FRAMES, ACTIONS, config, keys=keys)
-        state = FN(params, FRAMES[:, 0], keys, method="start")
-        actions = FN(params, ACTIONS, method="prepare")
-        for t in range(TIME):
-            state = FN(params, state, FRAMES[:, t], actions[:, t], method="observe")
-        frames, hidden = [], []
-        for t in range(TIME, TIME + 4):
-            state, frame = FN(params, state, actions[:, t], method="predict")
-            frames, hidden = [*frames, frame], [*hidden, state.hidden]
-        return found, jnp.stack(frames), jnp.stack(hidden)
-
-    found, frames, hidden = both(params_of(), KEYS)
+    roll = jax.jit(
+        functools.partial(world_models.rollout, config=config), static_argnums=1
+    )
+    given = params_of(), FN, FRAMES, ACTIONS
+    params = given[0]
+    found = roll(*given, keys=KEYS)
+    frames = np.asarray(found.outputs["frame"])
     assert not found.failed.any() and frames.shape == (4, BATCH, SIZE, SIZE, 1)
-    assert_allclose(found.outputs["frame"], frames, atol=1e-5)
-    assert 0 < np.abs(hidden).max() < 1
-    drawn = both(params_of(), KEYS[::-1])[1]
-    assert np.abs(drawn - frames).max() > 1e-3
+    state = call(params, FRAMES[:, 0], KEYS, method="start")
+    actions = np.asarray(call(params, ACTIONS, method="prepare"))
+    for t in range(TIME):
+        state = call(params, state, FRAMES[:, t], actions[:, t], method="observe")
+    for t in range(4):
+        state, frame = call(params, state, actions[:, TIME + t], method="predict")
+        assert_allclose(frames[t], frame, atol=1e-5)
+        assert 0 < np.abs(state.hidden).max() < 1
+    other = roll(*given, keys=KEYS[::-1]).outputs["frame"]
+    assert np.abs(other - frames).max() > 1e-3
 
 
 def test_what_is_fed_back_is_not_read():
-    state = FN(params_of(), FRAMES[:, 0], KEYS, method="start")
-    same(FN(params_of(), state, FRAMES[:, 1], method="feed"), state)
+    state = call(params_of(), FRAMES[:, 0], KEYS, method="start")
+    same(call(params_of(), state, FRAMES[:, 1], method="feed"), state)
 
 
 @functools.cache
@@ -177,7 +187,7 @@ def test_it_learns_and_is_rolled_out_as_a_world_model():
     dot = np.zeros((BATCH, TIME + 4, SIZE, SIZE, 1), np.float32)
     for i in range(BATCH):
         dot[i, :, i, i] = 1
-    batch = {"frames": jnp.asarray(dot), "actions": 0 * ACTIONS}
+    batch = {"frames": jnp.asarray(dot), "actions": jnp.asarray(0 * ACTIONS)}
     update, optimizer = update_of(module)
     inputs = dot[:, 0], batch["actions"][:, 0], KEYS
     params = models.init_params(module, jax.random.key(0), *inputs)
@@ -186,8 +196,8 @@ def test_it_learns_and_is_rolled_out_as_a_world_model():
         state, told = update(state, batch, jax.random.key(1))
     assert told["error"] < 0.25 * np.mean(dot**2)
     found = world_models.rollout(
-        state.params, models.functional(module), dot[:, :TIME], batch["actions"],
-        world_models.RolloutConfig(context=TIME), keys=KEYS,
+        state.params, models.functional(module), batch["frames"][:, :TIME],
+        batch["actions"], world_models.RolloutConfig(context=TIME), keys=KEYS,
     )  # fmt: skip
     error = world_models.frame_errors(found.outputs["frame"], batch["frames"][:, TIME:])
     assert np.median(error) < 0.5 * np.mean(dot**2)
