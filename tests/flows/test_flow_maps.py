@@ -47,9 +47,13 @@ def test_4_identity_holds_for_the_exact_map(states, options, tolerance):
     """With f = y + (s - r) u the map's u is the negative one, which has no identity."""
     y, s, r = states
 
-    def residual(u):
+    @functools.partial(jax.jit, static_argnums=0)
+    def of(u, y, s, r):
         slope = flows.total_derivative(u, y, s, r, velocity(y, s), **options)
         return jnp.abs(u(y, s, r) + (s - r) * slope - velocity(y, s))
+
+    def residual(u):
+        return np.asarray(of(u, y, s, r))
 
     assert residual(average).max() < tolerance
     printed = lambda y, s, r: -average(y, s, r)  # noqa: E731
@@ -109,18 +113,19 @@ def test_exact_jumps_along_any_grid_keep_the_number_of_deviations(x64, remat):
 
 def test_6_rows_without_a_jump_are_flow_matching(states):
     """Gradient of the normalised loss = that of |u - v|^2 over its own size."""
-    y, s, _ = states
+    y, s = (np.asarray(x) for x in states[:2])
     y, a = y[:, None], 1.3
-    target = jnp.cos(y) + 3
+    target = np.cos(y) + 3
 
-    def loss(a):
+    def loss(a, y, s, target):
         u = lambda y, s, r: a * y + s[:, None]  # noqa: E731
         error, _ = flows.meanflow_error(u, y, s, s, target, derivative="difference")
         return flows.normalised_loss(error, 2.0).sum()
 
     residual = a * y + s[:, None] - target
-    expected = jnp.sum(2 * residual * y / (jnp.square(residual) + 2.0))
-    np.testing.assert_allclose(jax.grad(loss)(a), expected, rtol=1e-6)
+    expected = np.sum(2 * residual * y / (np.square(residual) + 2.0))
+    found = jax.jit(jax.grad(loss))(a, y, s, target)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_target_carries_no_gradient(states):
@@ -130,22 +135,22 @@ def test_the_target_carries_no_gradient(states):
         u = lambda y, s, r: a * y * s[:, None]  # noqa: E731
         return flows.meanflow_error(u, y[:, None], s, r, y[:, None])[0].sum()
 
-    found = jax.grad(loss)(1.0)
-    y, s, r = y[:, None], s[:, None], r[:, None]
+    found = jax.jit(jax.grad(loss))(1.0)
+    y, s, r = (np.asarray(x)[:, None] for x in states)
     target = y - (s - r) * (y * s + y)  # du/ds along v = y, at a = 1
-    np.testing.assert_allclose(found, jnp.sum(2 * (y * s - target) * y * s), rtol=1e-6)
+    np.testing.assert_allclose(found, np.sum(2 * (y * s - target) * y * s), rtol=1e-6)
 
 
 def test_11_normalised_loss_lies_below_one():
     errors = jnp.array([0.0, 1e-9, 1.0, 1e9])
-    loss = flows.normalised_loss(errors, 3.0)
+    loss = np.asarray(flows.normalised_loss(errors, 3.0))
     assert (loss >= 0).all() and (loss <= 1).all() and loss[2] == 0.25
 
 
 def test_floor_to_grid():
     grid = flows.truncated_grid(2, 10.0)
-    s = jnp.array([0.999, 0.95, float(grid[1]), 0.5, 0.001])
-    found = flows.floor_to_grid(s, grid)
+    s = np.float32([0.999, 0.95, float(grid[1]), 0.5, 0.001])
+    found = np.asarray(flows.floor_to_grid(jnp.asarray(s), grid))
     np.testing.assert_allclose(found, [0.999, grid[1], grid[1], 0, 0], rtol=1e-6)
     assert (found <= s).all()
 
@@ -175,7 +180,7 @@ KEYS = jax.random.split(jax.random.key(0), 20_000)
 
 def test_roles_have_their_shares_and_never_meet():
     config = flows.FlowMapConfig(drop_rate=0.1, map_rate=0.25)
-    drops, jumps = flows.draw_roles(KEYS, config)
+    drops, jumps = map(np.asarray, flows.draw_roles(KEYS, config))
     assert abs(drops.mean() - 0.1) < 0.01 and abs(jumps.mean() - 0.25) < 0.01
     assert not (drops & jumps).any()
 
@@ -194,7 +199,7 @@ def test_13_guidance_of_one_is_none_and_dropped_rows_are_not_guided():
 
 
 def test_ranged_times():
-    times = flows.ranged_time(5.0, 0.001, 0.999)(KEYS)
+    times = np.asarray(jax.jit(flows.ranged_time(5.0, 0.001, 0.999))(KEYS))
     assert times.min() >= 0.001 and times.max() <= np.float32(0.999)
     u = np.linspace(0.001, 0.999, 100_001)
     assert abs(times.mean() - flows.shift_time(u, 5.0).mean()) < 0.01
@@ -230,27 +235,31 @@ def test_bad_inputs(refused):
 
 @pytest.mark.parametrize("derivative", flows.DERIVATIVES)
 def test_derivative_of_serves_du_ds_alone(states, derivative):
-    y, s, r = states
-    v = velocity(y, s)
-    rows = (y[:, None], s, r, v[:, None])
 
     def columns(scale=1.0, shift=0.0):
         return lambda y, s, r: scale * average(y, s[:, None], r[:, None]) + shift
 
-    error = functools.partial(
-        flows.meanflow_error, columns(), *rows, derivative=derivative
-    )
-    plain, u = error()
-    same, _ = error(derivative_of=columns(shift=5.0))
+    @jax.jit
+    def found(y, s, r):
+        v = velocity(y, s)
+        rows = (y[:, None], s, r, v[:, None])
+        error = functools.partial(
+            flows.meanflow_error, columns(), *rows, derivative=derivative
+        )
+        plain, u = error()
+        same, _ = error(derivative_of=columns(shift=5.0))
+        slope = flows.total_derivative(average, y, s, r, v, derivative=derivative)
+        other, _ = error(derivative_of=columns(scale=2.0))
+        expected = jnp.square(u[:, 0] - v + 2 * (s - r) * slope)
+        config = flows.FlowMapConfig(derivative=derivative)
+        options = {"derivative_of": columns(scale=2.0)}
+        _, metrics = flows.flow_map_loss(columns(), *rows, config, **options)
+        return plain, same, expected, other, metrics["squared_error"]
+
+    plain, same, expected, other, squared_error = found(*states)
     np.testing.assert_allclose(same, plain, atol=1e-9)
-    slope = flows.total_derivative(average, y, s, r, v, derivative=derivative)
-    other, _ = error(derivative_of=columns(scale=2.0))
-    expected = jnp.square(u[:, 0] - v + 2 * (s - r) * slope)
     np.testing.assert_allclose(other, expected, atol=1e-9)
-    config = flows.FlowMapConfig(derivative=derivative)
-    options = {"derivative_of": columns(scale=2.0)}
-    _, metrics = flows.flow_map_loss(columns(), *rows, config, **options)
-    np.testing.assert_allclose(metrics["squared_error"], other, atol=1e-12)
+    np.testing.assert_allclose(squared_error, other, atol=1e-12)
 
 
 def test_jvp_without_forward_mode_names_the_remedy(refused):
@@ -274,9 +283,10 @@ def test_half_jumps_along_straight_lines_agree_with_the_whole():
     """Sheet of ReinFlow, 13: the exact field of a point mass, (x - m) / t."""
     m, count = 0.4, 512
     exact = lambda y, s, r: (y - m) / s[:, None]  # noqa: E731
-    y, s = jnp.linspace(-2, 2, 10).reshape(5, 2), jnp.float32([1, 1, 0.5, 0.25, 0.75])
-    r = jnp.float32([0, 0.5, 0, 0.125, 0.5])
-    assert_allclose(flows.shortcut_target(exact, y, s, r), exact(y, s, r), rtol=1e-5)
+    y, s = np.linspace(-2, 2, 10, dtype="f"), np.float32([1, 1, 0.5, 0.25, 0.75])
+    y, r = y.reshape(5, 2), np.float32([0, 0.5, 0, 0.125, 0.5])
+    target = jax.jit(flows.shortcut_target, static_argnums=0)
+    assert_allclose(target(exact, y, s, r), exact(y, s, r), rtol=1e-5)
     keys, data = prng.sample_keys(jax.random.key(0), count), jnp.full((count, 2), m)
     loss = jax.jit(
         flows.shortcut_loss,
@@ -290,18 +300,23 @@ def test_half_jumps_along_straight_lines_agree_with_the_whole():
     length = lambda y, s, r: (s - r)[:, None] + 0 * y  # noqa: E731
     nothing = lambda y, s, r: 0 * y  # noqa: E731
     found = loss(length, data, keys, levels=3, target_of=nothing)
-    sizes = np.sqrt(found)
+    sizes = np.sqrt(np.asarray(found))
     jumps = [np.isclose(sizes, size, atol=1e-6).mean() for size in (1, 0.5, 0.25)]
     assert np.abs(np.array(jumps) - 0.25 / 3).max() < 4 * np.sqrt(0.083 / count)
+
     # the halves are those of another map, without gradient
-    half = jax.grad(
-        lambda a: flows.shortcut_target(lambda y, s, r: a * y, y, s, r).sum()
-    )
+    @jax.jit
+    @jax.grad
+    def half(a):
+        given = map(jnp.asarray, (y, s, r))
+        return flows.shortcut_target(lambda y, s, r: a * y, *given).sum()
+
     assert half(1.0) == 0
 
 
 def test_halves_of_a_curved_map_are_averaged():
     """u = y: two halves of length d / 2 give y (1 - d / 4)."""
     y, s, r = jnp.ones((1, 1)), jnp.float32([0.8]), jnp.float32([0.4])
-    found = flows.shortcut_target(lambda y, s, r: y, y, s, r)
+    target = jax.jit(flows.shortcut_target, static_argnums=0)
+    found = target(lambda y, s, r: y, y, s, r)
     assert_allclose(found, 1 - 0.4 / 4, rtol=1e-6)

@@ -1,5 +1,7 @@
 """Attention against numpy, its choice of implementation, its refusals."""
 
+import functools
+import itertools
 import types
 
 import jax
@@ -20,6 +22,26 @@ def draw(batch=2, queries=5, keys=5, heads=4, key_heads=4, head_dim=8, dtype="fl
     return [jnp.asarray(rng.normal(size=s) * 1.5, dtype) for s in shapes]
 
 
+@functools.cache
+def of_every_kind(key_heads):
+    """Masks by kind, and attention under each of them, causal or not: one program."""
+    rng, see = np.random.default_rng(1), np.eye(5, dtype=bool)
+    masks = {
+        None: None,
+        "padding": np.array([[True, True, False, True, False], [True] * 5]),
+        "full": (rng.random((2, 4, 5, 5)) < 0.5) | see,
+        "broadcast": (rng.random((1, 1, 5, 5)) < 0.5) | see,
+    }
+
+    @jax.jit
+    def run(q, k, v, *masks):
+        ways = itertools.product(masks, (False, True))
+        return [attention(q, k, v, mask=mask, causal=causal) for mask, causal in ways]
+
+    found = run(*draw(key_heads=key_heads), *masks.values())
+    return masks, dict(zip(itertools.product(masks, (False, True)), found))
+
+
 def by_loop(q, k, v, allowed):
     """One query at a time, in float64."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
@@ -36,21 +58,13 @@ def by_loop(q, k, v, allowed):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [None, "padding", "full", "broadcast"])
 def test_attention_equals_a_loop(key_heads, causal, kind):
-    q, k, v = draw(key_heads=key_heads)
-    rng, see = np.random.default_rng(1), np.eye(5, dtype=bool)
-    padding = np.array([[True, True, False, True, False], [True] * 5])
-    mask = {
-        None: None,
-        "padding": padding,
-        "full": (rng.random((2, 4, 5, 5)) < 0.5) | see,
-        "broadcast": (rng.random((1, 1, 5, 5)) < 0.5) | see,
-    }[kind]
+    masks, found = of_every_kind(key_heads)
     allowed = np.tril(np.ones((2, 4, 5, 5), bool), 0 if causal else 5)
     if kind:
-        allowed &= padding[:, None, None, :] if kind == "padding" else mask
-        mask = jnp.asarray(mask)
-    out = attention(q, k, v, mask=mask, causal=causal)
-    assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
+        mask = masks[kind]
+        allowed &= mask[:, None, None, :] if kind == "padding" else mask
+    expected = by_loop(*draw(key_heads=key_heads), allowed)
+    assert_allclose(found[kind, causal], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -58,10 +72,11 @@ def test_key_lengths(queries):
     q, k, v = draw(queries=queries, keys=7, key_heads=2)
     allowed = np.zeros((2, 4, queries, 7), bool)
     allowed[0, :, :, :1] = allowed[1, :, :, :5] = True
-    out = attention(q, k, v, key_lengths=jnp.array([1, 5]))
+    run = jax.jit(attention)
+    out = run(q, k, v, key_lengths=np.array([1, 5]))
     assert_allclose(out, by_loop(q, k, v, allowed), atol=2e-6)
     everywhere = np.ones_like(allowed)
-    assert_allclose(attention(q, k, v), by_loop(q, k, v, everywhere), atol=2e-6)
+    assert_allclose(run(q, k, v), by_loop(q, k, v, everywhere), atol=2e-6)
 
 
 def test_a_window_is_of_the_positions_just_before(refused):
@@ -73,7 +88,8 @@ def test_a_window_is_of_the_positions_just_before(refused):
         assert_allclose(run(window), expected, atol=2e-6)
     mask = np.array([[True] * 5, [False, True, True, True, True]])
     both = full & ~np.tril(full, -2) & (mask[:, None, None] | np.eye(5, dtype=bool))
-    out = attention(q, k, v, mask=jnp.asarray(both), causal=True, window=3)
+    run = jax.jit(functools.partial(attention, causal=True, window=3))
+    out = run(q, k, v, mask=both)
     assert_allclose(out, by_loop(q, k, v, both), atol=2e-6)
     refused("window=3 is of causal attention", attention, q, k, v, window=3)
     refused("window=0 must be", attention, q, k, v, causal=True, window=0)
@@ -82,11 +98,12 @@ def test_a_window_is_of_the_positions_just_before(refused):
 def test_softmax_is_float32_for_bfloat16_inputs():
     # 300 equal scores: a bfloat16 sum of 1/300 stalls far below one.
     q, k, v = draw(queries=1, keys=300, dtype="bfloat16")
-    out = attention(q * 0, k, jnp.ones_like(v))
+    run = jax.jit(attention)
+    out = run(0 * np.asarray(q), k, np.ones_like(v))
     assert out.dtype == jnp.bfloat16
     assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
     exact = by_loop(q, k, v, np.ones((2, 4, 1, 300), bool))
-    error = np.abs(np.asarray(attention(q, k, v), np.float64) - exact)
+    error = np.abs(np.asarray(run(q, k, v), np.float64) - exact)
     assert error.max() < 0.02
 
 
@@ -99,8 +116,9 @@ def test_gradient_against_finite_differences():
     q, k, v = draw(batch=1, queries=3, keys=3, heads=2, key_heads=1)
     mask = jnp.array([[True, True, False]])
 
+    @jax.jit
     def masked(*qkv):
-        return attention(*map(jnp.asarray, qkv), mask=mask)
+        return attention(*qkv, mask=mask)
 
     bounds = dict(atol=3e-2, rtol=3e-2, eps=1e-2)
     check_grads(masked, (q, k, v), order=1, modes=["rev"], **bounds)
@@ -181,15 +199,21 @@ def test_cudnn_lowers_for_cuda(traceable_cudnn, masked):
 def test_refusals(refused):
     for message, change in (
         ("Did you mean 'cudnn'", dict(implementation="cuddn")),
-        ("q has shape .* give .batch, position, heads", dict(q=jnp.zeros((2, 5, 8)))),
-        ("but v has shape", dict(v=jnp.zeros((2, 6, 4, 8)))),
-        ("batch and head_dim must agree", dict(q=jnp.zeros((3, 5, 4, 8)))),
-        ("6 heads and k has 4", dict(q=jnp.zeros((2, 5, 6, 8)))),
-        ("queries as keys, got 3 and 5", dict(q=jnp.zeros((2, 3, 4, 8)), causal=True)),
-        ("mask has dtype float32", dict(mask=jnp.ones((2, 5)))),
-        (r"\(3,\); give one a row, \(2,\)", dict(key_lengths=jnp.ones(3, int))),
-        (r"give \[batch, key\] = \(2, 5\)", dict(mask=jnp.ones((2, 4), bool))),
-        ("axes of length 1 broadcast", dict(mask=jnp.ones((2, 3, 5, 5), bool))),
-        ("cast them to one", dict(q=jnp.zeros((2, 5, 4, 8), jnp.bfloat16))),
+        (
+            "q has shape .* give .batch, position, heads",
+            dict(q=np.zeros((2, 5, 8), "f")),
+        ),
+        ("but v has shape", dict(v=np.zeros((2, 6, 4, 8), "f"))),
+        ("batch and head_dim must agree", dict(q=np.zeros((3, 5, 4, 8), "f"))),
+        ("6 heads and k has 4", dict(q=np.zeros((2, 5, 6, 8), "f"))),
+        (
+            "queries as keys, got 3 and 5",
+            dict(q=np.zeros((2, 3, 4, 8), "f"), causal=True),
+        ),
+        ("mask has dtype float32", dict(mask=np.ones((2, 5), "f"))),
+        (r"\(3,\); give one a row, \(2,\)", dict(key_lengths=np.ones(3, int))),
+        (r"give \[batch, key\] = \(2, 5\)", dict(mask=np.ones((2, 4), bool))),
+        ("axes of length 1 broadcast", dict(mask=np.ones((2, 3, 5, 5), bool))),
+        ("cast them to one", dict(q=np.zeros((2, 5, 4, 8), jnp.bfloat16))),
     ):
         refused(message, attention, **dict(zip("qkv", draw())) | change)

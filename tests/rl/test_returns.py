@@ -5,6 +5,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tmdjax import rl
 
+# one program a shape, whatever the discount
+advantages = jax.jit(rl.generalised_advantages)
+update = jax.jit(rl.update_statistics, static_argnames="forget")
+scale_rewards = jax.jit(rl.scale_rewards)
+
 
 def drawn(seed, time=7, env=5):
     rng = np.random.default_rng(seed)
@@ -33,7 +38,7 @@ def brute_force(reward, value, next_value, terminated, truncated, discount, lam)
 def test_13_generalised_advantages_are_the_sum(discount, lam):
     arrays = drawn(0)
     options = {"discount": discount, "gae_lambda": lam}
-    advantage, returns = rl.generalised_advantages(*arrays, **options)
+    advantage, returns = advantages(*arrays, **options)
     expected = brute_force(*arrays, discount, lam)
     assert_allclose(advantage, expected, rtol=1e-5, atol=1e-5)
     assert_allclose(returns, advantage + arrays[1], rtol=1e-5, atol=1e-6)
@@ -48,7 +53,7 @@ def test_an_exact_value_has_no_advantage():
     def advantage(*ends):
         options = {"discount": 0.9, "gae_lambda": 0.95}
         given = (np.ones(shape), np.full(shape, 10.0), np.full(shape, 10.0), *ends)
-        return rl.generalised_advantages(*given, **options)[0]
+        return np.asarray(advantages(*given, **options)[0])
 
     assert_allclose(advantage(none, cut), 0, atol=1e-5)
     assert (advantage(cut, none)[2] < -8).all()
@@ -61,7 +66,7 @@ def test_a_step_that_is_not_valid_is_a_cut_before_it():
     options = {"discount": 0.9, "gae_lambda": 0.8, "valid": valid}
     broken, next_broken = (np.where(valid, x, np.nan) for x in (reward, next_value))
     given = (broken, value, next_broken, terminated, truncated)
-    advantage, _ = rl.generalised_advantages(*given, **options)
+    advantage = np.asarray(advantages(*given, **options)[0])
     assert np.isfinite(advantage).all() and advantage[3, 1] == advantage[5, 4] == 0
     # as if it had been a step worth nothing, with nothing known behind it
     worthless, ended = np.where(valid, reward, value), terminated | ~valid
@@ -102,7 +107,7 @@ def test_12_statistics_do_not_depend_on_the_split(split):
     x = np.random.default_rng(0).normal([5, -3, 100], [2, 0.1, 30], (1000, 3))
     statistics = rl.RunningStatistics.start((3,))
     for part in np.split(x, np.cumsum(split)[:-1]):
-        statistics = rl.update_statistics(statistics, part)
+        statistics = update(statistics, part)
     assert statistics.count == 1000
     assert_allclose(statistics.mean, x.mean(0), rtol=1e-5)
     assert_allclose(np.sqrt(statistics.variance), x.std(0), rtol=1e-4)
@@ -115,10 +120,10 @@ def test_12_rows_can_be_left_out_and_axes_are_free():
     x = np.random.default_rng(0).normal(size=(6, 10, 2))
     valid = np.random.default_rng(1).random((6, 10)) > 0.5
     start, seen = rl.RunningStatistics.start((2,)), np.where(valid[..., None], x, 99.0)
-    statistics = rl.update_statistics(start, seen, valid)
+    statistics = update(start, seen, valid)
     assert_allclose(statistics.mean, x[valid].mean(0), rtol=1e-5)
     assert_allclose(statistics.variance, x[valid].var(0), rtol=1e-4)
-    same = rl.update_statistics(statistics, x, np.zeros((6, 10), bool))
+    same = update(statistics, x, np.zeros((6, 10), bool))
     jax.tree.map(assert_array_equal, same, statistics)
 
 
@@ -128,7 +133,7 @@ def test_12_the_forgetful_form_shrinks():
     found = []
     for _ in range(8):
         batch = rng.normal(size=(4000, 1))
-        statistics = rl.update_statistics(statistics, batch, forget=True)
+        statistics = update(statistics, batch, forget=True)
         found.append(float(np.sqrt(statistics.variance)[0]))
     assert_allclose(found, 1 / np.sqrt(np.arange(1, 9)), rtol=0.05)
 
@@ -141,9 +146,7 @@ def test_10_nothing_after_a_cut_is_in_an_advantage():
 
     def advantage(reward, next_value):
         given = (reward, value, next_value, terminated, truncated)
-        return np.asarray(
-            rl.generalised_advantages(*given, discount=0.9, gae_lambda=0.8)[0]
-        )
+        return np.asarray(advantages(*given, discount=0.9, gae_lambda=0.8)[0])
 
     base, later, last = advantage(reward, next_value), reward.copy(), next_value.copy()
     later[3:] += 100
@@ -170,7 +173,7 @@ def test_11_rewards_are_divided_by_the_spread_of_their_sums():
     scale, found = rl.RewardScale.start(3), []
     for part in (slice(0, 20), slice(20, 40)):  # two iterations
         given = (scale, np.float32(reward[part]), ended[part])
-        scaled, scale = rl.scale_rewards(*given, discount=0.9)
+        scaled, scale = scale_rewards(*given, discount=0.9)
         found.append(np.asarray(scaled))
     whole = [sums_of(reward[:, i], ended[:, i], 0.9) for i in range(3)]
     assert_allclose(scale.running, [after for _, after in whole], rtol=1e-5)
@@ -184,13 +187,14 @@ def test_11_the_unit_of_rewards_does_not_matter():
     rng = np.random.default_rng(5)
     reward, ended = np.float32(rng.normal(size=(30, 2))), rng.random((30, 2)) < 0.2
     start = rl.RewardScale.start(2)
-    scaled, _ = rl.scale_rewards(start, reward, ended, discount=0.9)
-    other, _ = rl.scale_rewards(start, 1000 * reward, ended, discount=0.9)
+    scaled, _ = scale_rewards(start, reward, ended, discount=0.9)
+    other, _ = scale_rewards(start, 1000 * reward, ended, discount=0.9)
     assert_allclose(other, scaled, rtol=1e-4)
     # one outlier is clipped; a step that is not valid is not counted
     reward[7, 0], valid = 1e6, np.ones_like(ended)
     valid[7, 0], ended[7, 0] = False, True
-    left_out, kept = rl.scale_rewards(start, reward, ended, valid, discount=0.9)
+    left_out, kept = scale_rewards(start, reward, ended, valid, discount=0.9)
+    left_out = np.asarray(left_out)
     assert left_out[7, 0] == 10 and kept.statistics.count == 59
     assert np.abs(left_out).max() == 10 > np.sort(np.abs(left_out).ravel())[-2]
 
