@@ -240,13 +240,15 @@ def test_group_statistics():
     rewards = [1.0, 3.0, 2.0, 2.0, 7.0, np.nan]
     group = [0, 0, 1, 1, 4, 4]
     mask = [True] * 5 + [False]
-    stats = rl.group_statistics(rewards, group, 5, mask)
+    statistics = jax.jit(rl.group_statistics, static_argnums=2)
+    rewards, group = np.float32(rewards), np.array(group)
+    stats = statistics(rewards, group, 5, np.array(mask))
     # Groups 2 and 3 are empty; 1 is tied, 4 has one sample.
     assert all(value.dtype == jnp.float32 for value in stats.values())
     assert_allclose(stats["reward_mean"], 3.0, rtol=1e-6)
     assert_allclose(stats["reward_group_std"], 1 / 3, rtol=1e-6)
     assert_allclose(stats["tied_group_fraction"], 2 / 3, rtol=1e-6)
-    none = rl.group_statistics(rewards, group, 5, np.zeros(6, bool))
+    none = statistics(rewards, group, 5, np.zeros(6, bool))
     assert all(v == 0 for v in none.values())
 
 
@@ -297,13 +299,13 @@ def test_xrpo_7_unlikely_right_answers_are_raised_and_nothing_else_is_changed():
 def test_xrpo_7_the_less_likely_the_more_up_to_the_cap_and_without_gradient():
     a, right = np.array([1.0, 1.0, 1.0, -3.0]), np.array([1, 1, 1, 0], bool)
     group = np.zeros(4, int)
-    found = SHARPEN(a, np.array([-1.0, -1.1, -9.0, -1.0]), group, right, num_groups=3)
+    found = sharpened(a, [-1.0, -1.1, -9.0, -1.0], right, group)
     assert found[0] == 1 and found[2] == 1.5 and 1 <= found[1] <= 1.5
-    s = np.array([-1.0, -1.05, -1.1, -0.9])
-    found = SHARPEN(a, s, group, right, num_groups=3)
+    s = np.float32([-1.0, -1.05, -1.1, -0.9])
+    found = sharpened(a, s, right, group)
     assert found[0] <= found[1] < found[2] < 1.5
-    slope = jax.grad(lambda s: rl.sharpen(a, s, group, right, num_groups=1).sum())
-    assert_array_equal(slope(jnp.asarray(s, jnp.float32)), 0)
+    slope = jax.grad(lambda s: SHARPEN(a, s, group, right, num_groups=3).sum())
+    assert_array_equal(jax.jit(slope)(s), 0)
 
 
 def test_sharpening_bad_inputs(refused):
