@@ -180,7 +180,7 @@ TESTS = {
     "rl/kl": "rl/test_kl_estimates.py",
     "rl/gaussian": "systems/test_policyflow.py -k 'ratio or kl'",
     "rl/trees": "rl/test_advantages.py",
-    "rl/curation": "rl/test_token_records.py",
+    **dict.fromkeys(["rl/curation", "rl/bin_packing"], "rl/test_token_records.py"),
     "rl/ratios": "rl/test_surrogates.py",
     **dict.fromkeys(
         ["runtime/" + name for name in "lm_rl packing scoring update".split()],
@@ -196,6 +196,7 @@ TESTS = {
     "runtime/publishing": "runtime/test_alarms.py",
     "runtime/calibration": "runtime/test_calibration.py",
     "runtime/worked_examples": "systems/test_xrpo.py",
+    "runtime/database": "runtime/test_trajectories.py",
     "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",
     "systems/dmd2": "systems/test_tmd.py -k 'dmd2 or renoised'",

@@ -116,3 +116,54 @@ def test_packed_records_are_equal_in_every_field():
     assert packed.dtype == np.uint8 and packed.ndim == 1
     assert rl.unpack_records(packed) == given
     assert rl.unpack_records(rl.pack_records([])) == [] == rl.unpack_records(packed[:0])
+
+
+def fewest_bins(sizes, capacity):
+    """By trying every placement."""
+    best = len(sizes)
+
+    def place(i, room):
+        nonlocal best
+        if len(room) >= best:
+            return
+        if i == len(sizes):
+            best = len(room)
+            return
+        for r, left in enumerate(room):
+            if left >= sizes[i]:
+                place(i + 1, [*room[:r], left - sizes[i], *room[r + 1 :]])
+        place(i + 1, [*room, capacity - sizes[i]])
+
+    place(0, [])
+    return best
+
+
+def test_areal_8_first_fit_decreasing_against_every_placement(refused):
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 2, 3, *[7] * 40):
+        capacity = int(rng.integers(5, 20))
+        sizes = rng.integers(0, capacity + 1, n).tolist()
+        bins = rl.first_fit_decreasing(sizes, capacity)
+        assert sorted(i for members in bins for i in members) == list(range(n))
+        assert all(members for members in bins)
+        assert all(sum(sizes[i] for i in members) <= capacity for members in bins)
+        best = fewest_bins(sizes, capacity)
+        assert -(-sum(sizes) // capacity) <= len(bins) <= 11 / 9 * best + 2 / 3
+        for least, multiple_of in ((3, 1), (0, 4), (2, 3)):
+            options = {"least": least, "multiple_of": multiple_of}
+            more = rl.first_fit_decreasing(sizes, capacity, **options)
+            assert sorted(i for members in more for i in members) == list(range(n))
+            assert all(sum(sizes[i] for i in members) <= capacity for members in more)
+            assert len(more) % multiple_of == 0
+            assert sum(map(bool, more)) >= min(n, least)
+    # by hand: 7 | 5 3 | 4 ; of the two 5s the earlier comes first
+    assert rl.first_fit_decreasing([3, 5, 7, 4], 8) == [[2], [1, 0], [3]]
+    assert rl.first_fit_decreasing([5, 5, 3], 8) == [[0, 2], [1]]
+    assert rl.first_fit_decreasing([1, 1, 1], 8, least=2) == [[0, 2], [1]]
+    assert rl.first_fit_decreasing([1], 8, multiple_of=2) == [[0], []]
+    for message, sizes, options in (
+        (r"sizes\[1\]=9 is above capacity=8", [1, 9], {}),
+        (r"sizes\[0\]=-1 must be at least 0", [-1], {}),
+        ("multiple_of=0 must be at least 1", [1], {"multiple_of": 0}),
+    ):
+        refused(message, rl.first_fit_decreasing, sizes, 8, **options)

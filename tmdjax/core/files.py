@@ -190,9 +190,9 @@ def check_plain(path: str | os.PathLike[str], most: float = math.inf) -> int:
 
 def read_bounded(path: str | os.PathLike[str], most: int = 10**9) -> bytes:
     """Reads a plain file of at most so many bytes; raises as :func:`check_plain`."""
-    check_plain(path, most)
+    size = check_plain(path, most)
     with open(path, "rb") as file:
-        return file.read(most)
+        return file.read(size)  # room for so many is taken at once
 
 
 def text_of(path: str | os.PathLike[str], most: int = 10**8) -> str:

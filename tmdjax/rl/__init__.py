@@ -19,6 +19,7 @@ from tmdjax.rl.allocation import allocate as allocate
 from tmdjax.rl.allocation import half_width as half_width
 from tmdjax.rl.allocation import posterior_std as posterior_std
 from tmdjax.rl.allocation import priority as priority
+from tmdjax.rl.bin_packing import first_fit_decreasing as first_fit_decreasing
 from tmdjax.rl.clip_calibration import calibrate_clip_range as calibrate_clip_range
 from tmdjax.rl.clip_calibration import clipped_shares as clipped_shares
 from tmdjax.rl.curation import is_informative as is_informative

@@ -14,6 +14,7 @@ from flax import struct
 
 from tmdjax.core.checks import check_choice, check_count
 from tmdjax.core.types import ArrayLike
+from tmdjax.rl.bin_packing import first_fit_decreasing
 
 STATUSES = ("running", "stop", "length", "aborted")
 
@@ -249,16 +250,16 @@ def _places(
     if rows is None:
         return [(i, 0, 1) for i in range(len(records))]
     sizes = [len(record.prompt) + len(record) for record in records]
-    used, segments = [0] * check_count("rows", rows), [0] * rows
+    found = first_fit_decreasing(sizes, length)
+    if len(found) > check_count("rows", rows):
+        raise DoesNotFitError(
+            f"{len(records)} texts of {sum(sizes)} tokens do not fit into {rows} "
+            f"rows of {length}; give more rows, or fewer texts a batch."
+        )
     places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(records)
-    for i in sorted(range(len(records)), key=lambda i: -sizes[i]):
-        row = next((r for r in range(rows) if used[r] + sizes[i] <= length), None)
-        if row is None:
-            raise DoesNotFitError(
-                f"{len(records)} texts of {sum(sizes)} tokens do not fit into {rows} "
-                f"rows of {length}; give more rows, or fewer texts a batch."
-            )
-        segments[row] += 1
-        places[i] = (row, used[row], segments[row])
-        used[row] += sizes[i]
+    for row, members in enumerate(found):
+        begin = 0
+        for segment, i in enumerate(members, 1):
+            places[i] = (row, begin, segment)
+            begin += sizes[i]
     return places

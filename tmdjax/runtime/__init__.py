@@ -19,5 +19,7 @@ from tmdjax.runtime.scheduling import collect as collect
 from tmdjax.runtime.settings import LanguageSettings as LanguageSettings
 from tmdjax.runtime.settings import Prompt as Prompt
 from tmdjax.runtime.settings import Score as Score
+from tmdjax.runtime.trajectories import Trajectory as Trajectory
+from tmdjax.runtime.trajectories import TrajectoryStore as TrajectoryStore
 from tmdjax.runtime.update import LogProbs as LogProbs
 from tmdjax.runtime.update import make_update as make_update
