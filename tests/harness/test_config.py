@@ -1,5 +1,7 @@
 import json
 import math
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from tmdjax.harness import find
 from tmdjax.harness.config import (
     ConfigError,
     config_hash,
@@ -167,6 +170,23 @@ def test_some_arms_alone_keep_their_own_claims(tmp_path):
         assert config.one_seed_arms == (("words",) if "words" in arms else ())
     with pytest.raises(ConfigError, match="arms=word: .*Did you mean 'words'"):
         load_config(f"{path}:smoke", ["arms=word"])
+    for change, claims in (
+        ("claims=2", ["2"]),
+        ("claims=2,1", ["1", "2"]),
+        ("claims=", []),
+    ):
+        config = load_config(f"{path}:smoke", [change])
+        assert list(config.claims) == claims and len(config.arms) == 2
+    with pytest.raises(ConfigError, match="claims=3: claim='3' is not one of '1', '2'"):
+        load_config(f"{path}:smoke", ["claims=3"])
+
+
+def test_a_config_is_loaded_where_the_current_folder_is_on_the_path(monkeypatch):
+    """As '' in a notebook and under python -c: it stays, for what a config imports."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(find, "_folder", "")
+    find.use_folder(pathlib.Path("configs"))
+    assert sys.path[0] == "" and str(pathlib.Path("configs").resolve()) in sys.path
 
 
 def test_last_override_wins_and_none_comes_back(config_file):

@@ -50,6 +50,23 @@ def keep_arms(config: Any, names: Iterable[str]) -> None:
             del config.arms[arm]
 
 
+def keep_claims(config: Any, names: Iterable[str]) -> None:
+    """Drops all other claims of a config.
+
+    Args:
+        config: a ConfigDict with 'claims', changed in place.
+        names: ids of the claims that stay; none drops all.
+
+    Raises:
+        ValueError: no such claim.
+    """
+    names = tuple(names)
+    for name in names:
+        check_choice("claim", name, config.claims)
+    with config.unlocked():
+        config.claims = {k: v for k, v in config.claims.items() if k in names}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
     """One statement to check, fixed before the run.

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_dict
 from tmdjax.core.files import json_of, write_atomically
 from tmdjax.core.registry import suggestion
 from tmdjax.harness import ranges
-from tmdjax.harness.claims import keep_arms
+from tmdjax.harness.claims import keep_arms, keep_claims
 from tmdjax.harness.find import use_folder
 
 _EXPECTED = {
@@ -357,9 +357,10 @@ def _apply(config: ConfigDict, override: str, own: Mapping[str, str]) -> None:
             f"{'' if key in fields else _nearest(key, fields)}"
         )
     given = f"--config.{key}={text}"
-    if key == "arms" and "arms" in config:
+    keep = {"arms": keep_arms, "claims": keep_claims}.get(key)
+    if keep is not None and key in config:
         try:
-            return keep_arms(config, filter(None, text.split(",")))
+            return keep(config, filter(None, text.split(",")))
         except ValueError as error:
             raise ConfigError(f"{given}: {error}") from None
     try:

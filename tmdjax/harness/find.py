@@ -21,7 +21,7 @@ def use_folder(folder: pathlib.Path) -> None:
     importlib.invalidate_caches()  # files may have been written since
     if path == _folder:
         return
-    if _folder in sys.path:
+    if _folder and _folder in sys.path:  # '' is the current folder, in a notebook
         sys.path.remove(_folder)
         _forget(_folder)
     _folder = ""

@@ -199,7 +199,8 @@ def check_run(
             if name not in known:
                 raise ConfigError(
                     f"claim {claim.id!r} is about {name!r}, which this config does not "
-                    f"measure; change its settings or clear the claim."
+                    f"measure; change its settings, or keep other claims alone "
+                    f"(--config.claims=ID,ID; none without any)."
                     f"{suggestion(name, known)}"
                 )
     for arm in experiment.arms(config):
