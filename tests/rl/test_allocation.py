@@ -20,6 +20,10 @@ def test_1_half_widths_are_students():
     assert_allclose(found, list(quantiles.values()), atol=1e-4)
     assert rl.half_width(10**8, 1.0) < 2e-4
     assert_array_equal(rl.half_width(count, np.zeros(5)), 0)
+    # of one degree of freedom, Cauchy's: 2 / (pi alpha), far out
+    far = rl.half_width(2, np.sqrt(2), 1e-12)
+    assert_allclose(far, 2e12 / np.pi, rtol=1e-6)
+    assert rl.half_width(4, 0.0, 1e-17) == 0
 
 
 def test_2_one_more_response_tells_less_and_less():
@@ -70,6 +74,9 @@ def test_4_the_budget_is_spent_exactly_below_the_most_and_order_does_not_matter(
         assert found.sum() == budget and (found >= 0).all() and (n + found <= 16).all()
         if found[last].any():
             assert (n + found == 16)[~last].all()
+        # a cap that nobody can reach costs nothing
+        free = [rl.allocate(n, std, budget, **given | {"most": m}) for m in (99, 10**9)]
+        assert_array_equal(*free)
         if rule == "greedy":  # without ties
             other = rl.allocate(n[order], std[order], budget, last=last[order], **given)
             assert_array_equal(other, found[order])

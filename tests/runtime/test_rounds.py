@@ -73,6 +73,13 @@ def test_8_seeded_prompts_are_written_scored_and_told_from_the_question():
     assert solved and not solved & {r.group for r in seeded}
     assert rl.unpack_records(rl.pack_records(found.records)) == found.records
 
+    def arrays(iteration, attempt):
+        return [Prompt(np.array(p.tokens), p.problem) for p in problems(2, attempt)]
+
+    given = (ENGINES[0], arrays, even_last, SHORT, 2)
+    again = runtime.collect(*given, planner=METHOD, memory=held).records
+    assert rl.unpack_records(rl.pack_records(again)) == found.records
+
 
 @pytest.mark.parametrize(
     "settings", [SHORT, dataclasses.replace(DYNAMIC, max_new_tokens=6)]
@@ -113,8 +120,11 @@ def test_a_planner_must_spend_what_there_is(refused):
         ((3, 3, 4), "asked for 10 responses"),
         ((9, 0, 0), "a response to every prompt"),
         ((3, 3), "gave 2 entries in round 0; give one Ask for each of the 3 prompts"),
+        ((6, -3, 6), "count of prompt 1 in round 0=-3 must be at least 0"),
     ):
         refused(message, collect, planner=Wrong(*counts))
+    message = "count of prompt 2 in round 0=3.0 is of type float"
+    refused(message, collect, planner=Wrong(3, 3, 3.0), error=TypeError)
 
 
 def test_6_one_round_without_sharpening_is_grpo_to_the_bit():
@@ -153,7 +163,7 @@ def test_9_seeded_responses_train_behind_their_examples_or_behind_the_question(
     optimizer = optax.sgd(0.1)
     given = (engine(), log_probs, method, optimizer, settings, draw, seven)
     iterate, shorter = (
-        runtime.make_iteration(*given, length=length, planner=method)
+        runtime.make_iteration(*given, length=length)  # the objective plans
         for length in (9 if corrected else 16, 15)
     )
     state = LMState.start(PARAMS, optimizer)

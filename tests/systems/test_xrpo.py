@@ -300,11 +300,15 @@ def test_bad_inputs(refused):
         ({"clip_range": 0.0}, "clip_range low"),
     ):
         refused(message, xrpo.preset, "xrpo", **changes)
-    refused(
-        "first_samples=4 responses to each prompt are more than the samples=3",
-        METHOD.plan,
-        turn([], number=0, samples=3),
-    )
+    for samples in (3, 4):  # with 4, later rounds would have nothing to plan
+        refused(
+            f"first_samples=4 responses to each prompt leave nothing of the "
+            f"samples={samples} .*use rounds=1",
+            METHOD.plan,
+            turn([], number=0, samples=samples),
+        )
+    once = dataclasses.replace(METHOD, rounds=1)
+    assert once.plan(turn([], number=0, samples=4))[0][0].count == 4
     few = xrpo.preset("xrpo", most_samples=5)
     refused("most_samples=5 is below the samples=8", few.plan, turn([], number=0))
     half = [[1, 0.5, 0, 0], *ROUND[1:]]

@@ -51,7 +51,8 @@ def half_width(count: Any, std: Any, alpha: float = 0.05) -> np.ndarray:
     check_finite(std, "std", "Mend the rewards it comes from.")
     if (std < 0).any():
         raise ValueError(f"std={std.min()} is negative.")
-    return stdtrit(count - 1.0, 1 - alpha / 2) * std / np.sqrt(count)
+    # of the lower tail: 1 - alpha / 2 rounds away what is left of a small alpha
+    return -stdtrit(count - 1.0, alpha / 2) * std / np.sqrt(count)
 
 
 def priority(
@@ -150,6 +151,7 @@ def allocate(
             f"{count.max()} responses and may have most={most}, so there is room for "
             f"{int(room.clip(0).sum())}; raise most, or give fewer."
         )
+    room = np.minimum(room, budget)  # of a cap far above, rows that nobody can use
     trials = float(count.sum()) if trials is None else trials
     worth = priority(count, std, trials, **options)
     given = np.zeros(count.shape, np.int64)

@@ -128,8 +128,9 @@ def make_iteration(
             of the ratio speaks; None takes those of the engine's model for both.
         should_stop: asked between two chunks of the engine; True raises
             :class:`tmdjax.train.iteration.Interrupted`, whose state goes on.
-        planner: how responses are spread over prompts, in rounds; None asks for as many
-            to each.
+        planner: how responses are spread over prompts, in rounds; None takes the
+            objective where it is a :class:`tmdjax.runtime.Planner` too, and asks for
+            as many to each prompt where it is not.
 
     Returns:
         The iteration. The version of the weights that each token carries is the number
@@ -179,7 +180,8 @@ def make_iteration(
             "the objective needs a reference policy for its KL term; give reference=, "
             "or kl_coefficient=0."
         )
-    planner = planner or OneRound()
+    if planner is None:
+        planner = objective if isinstance(objective, Planner) else OneRound()
     recomputes = settings.proximal == "recompute"
     update = make_update(log_probs, objective, optimizer, recomputed=recomputes)
     publish, moved = Publisher(generation_params), jax.jit(share_moved)

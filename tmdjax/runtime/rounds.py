@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from tmdjax import rl
-from tmdjax.core.checks import brief
+from tmdjax.core.checks import brief, check_count
 from tmdjax.generation import Engine
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.scoring import Scoring
@@ -70,7 +70,7 @@ class Ask(NamedTuple):
     """What is asked for of one prompt in a round.
 
     Attributes:
-        count: responses, >= 0.
+        count: responses, a whole number >= 0.
         prompt: token ids that they follow: the prompt's own, or these with worked
             examples before them.
     """
@@ -172,8 +172,10 @@ def answer(
         should_stop: asked between two chunks.
 
     Raises:
-        ValueError: the planner asks for another number of responses than the settings
-            have, or the draw gives other prompts than before an interruption.
+        TypeError: the planner asks for a number that is not whole.
+        ValueError: it asks for fewer than none, or in all for another number of
+            responses than the settings have; or the draw gives other prompts than
+            before an interruption.
         RewardError: a response could not be scored.
     """
     prompts, start, metrics = turn.prompts, first, {}
@@ -189,6 +191,7 @@ def answer(
             )
         parts = []
         for group, ask in enumerate(asks):
+            check_count(f"count of prompt {group} in round {turn.number}", ask.count, 0)
             parts.append(_Part(group, range(start, start + ask.count), ask))
             start += ask.count
         if start - first > budget:
@@ -230,7 +233,7 @@ def _write(
 
     def note(records: Sequence[TokenRecord]) -> None:
         for record in records:
-            own = tuple(prompts[group_of[record.number]].tokens)
+            own = tuple(map(int, prompts[group_of[record.number]].tokens))
             record.question = None if record.prompt == own else own
             known[record.number] = record
 

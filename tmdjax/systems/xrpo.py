@@ -114,13 +114,14 @@ class XRPO(GroupRelativeObjective):
         """Refuses an iteration of so many responses a prompt, on average.
 
         Raises:
-            ValueError: the first round asks for more, or ``most_samples`` is less.
+            ValueError: the first of several rounds leaves nothing for the others, or
+                ``most_samples`` is less.
         """
-        if self.rounds > 1 and self.first_samples > samples:
+        if self.rounds > 1 and self.first_samples >= samples:
             raise ValueError(
-                f"first_samples={self.first_samples} responses to each prompt are more "
-                f"than the samples={samples} that an iteration has for it; lower "
-                f"first_samples, or raise samples."
+                f"first_samples={self.first_samples} responses to each prompt leave "
+                f"nothing of the samples={samples} that an iteration has for it to "
+                f"later rounds; lower first_samples, raise samples, or use rounds=1."
             )
         if self.most_samples is not None and self.most_samples < samples:
             raise ValueError(
