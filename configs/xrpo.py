@@ -1,4 +1,4 @@
-"""XRPO beside GRPO, GSPO and DAPO, on countdown of mixed difficulty.
+r"""XRPO beside GRPO, GSPO and DAPO, on countdown of mixed difficulty.
 
     python -m experiments.run --config=configs/xrpo.py:smoke
     python -m experiments.run --config=configs/xrpo.py:cpu --seeds=0..4
@@ -26,6 +26,16 @@ where texts are not packed), 0.4 for 128 responses of a look or of the judge.
 
     --config.arms.xrpo.method.std_prior=true   and other fields of systems.xrpo.XRPO
     --config.rl.train_prompt=question --config.method.correction=truncate
+
+The gate alone (C0 and C4, in the line that begins with [examples]); the run of all arms
+finds its stages made:
+
+    python -m experiments.run --config=configs/xrpo.py:cpu --seeds=0..4 \
+        --config.arms=xrpo --stage=examples --workdir=runs/xrpo-gate
+
+A switch that takes away what a claim is about needs the ids of the claims that stay:
+
+    --config.arms.xrpo.method.examples=0 --config.claims=C1,C2,C3
 
 How much each setting of XRPO matters, one at a time, as SWEEP below has them:
 
@@ -220,4 +230,7 @@ def _claims() -> dict[str, dict[str, Any]]:
                 "statistic": "report",
                 "ours": f"{arm}/{what}",
             }
+        if arm != "grpo":  # whose tokens say where
+            than = {"baseline": "grpo/accuracy_at_tokens"}
+            claims[f"r_{arm}_accuracy_at_tokens"].update(than)
     return claims

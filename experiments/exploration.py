@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from experiments import language_tasks as tasks
-from experiments.language_iteration import judge_of, merged
+from experiments.language_iteration import judge_of, merged, training_draw
 from tmdjax import generation, models, runtime
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.systems import xrpo
@@ -24,8 +24,9 @@ EXAMPLES = {
     "unsolved": "share of problems without a right answer in the first round, before "
     "reinforcement learning",
     "flipped_with_examples": "share of these that further tries with worked examples "
-    "solve",
-    "flipped_without": "share of these that as many plain tries solve",
+    "solve, 0 where there are none",
+    "flipped_without": "share of these that as many plain tries solve, 0 where there "
+    "are none",
     "accuracy_with_examples": "share of right responses with worked examples, before "
     "reinforcement learning",
     "accuracy_without": "share of right responses without any, before reinforcement "
@@ -187,10 +188,10 @@ def try_examples(
 ) -> StageResult:
     """Worked examples and plain tries, on problems that were not solved at first.
 
-    The first batches of problems fill the memory. Of the others each is tried
-    ``first_samples`` times; what is not solved then is tried as often as 'uniform'
-    counts give, once with examples from the memory and once without: the first tries
-    are the same responses.
+    Problems are of the training split, others under another seed. The first batches
+    fill the memory. Of the others each is tried ``first_samples`` times; what is not
+    solved then is tried as often as 'uniform' counts give, once with examples from the
+    memory and once without: the first tries are the same responses.
 
     Args:
         given: the config of the arm, with the group 'examples': 'memory_batches' and
@@ -210,10 +211,7 @@ def try_examples(
     engine = generation.Engine(model, ready, slots, context.key, decode=language.decode)
     score = tasks.scorer(task, language)
     settings = dataclasses.replace(settings, dynamic_sampling=False)
-
-    def draw(number: int, attempt: int) -> Any:
-        rng = np.random.default_rng([5, number, attempt])
-        return tasks.prompts_of(task, language, "train", settings.prompts, rng)
+    draw = training_draw(task, language, settings.prompts, context.key)
 
     def written(number: int, planner: Any, memory: Any) -> list[np.ndarray]:
         """Whether responses are right, by group, in the order they were asked for."""
@@ -246,12 +244,12 @@ def try_examples(
         accuracy["with_examples"].append(float(np.mean(np.concatenate(shown))))
         accuracy["without"].append(float(np.mean(np.concatenate(plain))))
     share = np.mean(flips, axis=0) if flips else (0.0, 0.0)
-    return StageResult(
-        {},
-        {
-            "unsolved": len(flips) / total,
-            "flipped_with_examples": float(share[0]),
-            "flipped_without": float(share[1]),
-            **{f"accuracy_{k}": float(np.mean(v)) for k, v in accuracy.items()},
-        },
-    )
+    found = {
+        "unsolved": len(flips) / total,
+        "flipped_with_examples": float(share[0]),
+        "flipped_without": float(share[1]),
+        **{f"accuracy_{k}": float(np.mean(v)) for k, v in accuracy.items()},
+    }
+    numbers_told = (f"{k.replace('_', ' ')} {v:.3f}" for k, v in found.items())
+    print(f"[examples] of {total} problems: {', '.join(numbers_told)}", flush=True)
+    return StageResult({}, found)

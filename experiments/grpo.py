@@ -117,6 +117,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
             run=functools.partial(try_examples, given),
             config=depends | {"method": seen, "examples": given["examples"]},
             parents=parents,
+            version=2,
             files=tasks.files_of(given),
         )
         trials = [trial]
@@ -292,6 +293,10 @@ def describe(config: Config) -> dict[str, Any]:
         if given["model"]["name"] == "decoder":
             looked["evaluation"] = given["sft"]["problems"]
         if "curve" in given:
+            other = exploration.baseline_of(given)
+            rows[f"{arm}: curve measured against"] = other or (
+                f"nothing: {given['curve']['baseline']!r} is none of the arms"
+            )
             tried = exploration.tried(given, arm)
             looked["evaluation"] = max(tried, looked.get("evaluation", 0))
         drawn = repr((given["task"], given["model"], looked))

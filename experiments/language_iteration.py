@@ -13,6 +13,7 @@ from experiments.arms import build_method
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.harness import StageContext
 from tmdjax.models import lora
+from tmdjax.runtime.settings import Draw
 from tmdjax.systems import jet_rl, xrpo
 
 SHADOWS = {"bfloat16": "bf16", "float32": "bf16_out_fp32"}
@@ -94,6 +95,24 @@ def judge_of(
     )
 
 
+def training_draw(task: Any, language: tasks.Language, prompts: int, key: Any) -> Draw:
+    """Draws distinct problems of the training split, others under another key.
+
+    Args:
+        task: gives problems.
+        language: of the model.
+        prompts: problems a draw.
+        key: of the stage.
+    """
+    seed = np.asarray(jax.random.key_data(key)).tolist()
+
+    def draw(number: int, attempt: int) -> Any:
+        rng = np.random.default_rng([*seed, number, attempt])
+        return tasks.prompts_of(task, language, "train", prompts, rng)
+
+    return draw
+
+
 def iteration(
     given: dict[str, Any],
     params: Any,
@@ -108,7 +127,6 @@ def iteration(
     model, slots = generation.cached_decoder(acting), language.engine(sizes)
     print(f"[rl] {generation.describe(model, params, slots)}")
     engine = generation.Engine(model, params, slots, key, decode=language.decode)
-    seed = np.asarray(jax.random.key_data(key)).tolist()
     start = trainable(given, params, key)
 
     def log_probs(config: models.DecoderConfig) -> runtime.LogProbs:
@@ -122,17 +140,13 @@ def iteration(
     if "reference" in objective.needs:  # a copy: updates reuse the memory of the start
         reference = jax.tree.map(jnp.array, start)
 
-    def draw(number: int, attempt: int) -> Any:
-        rng = np.random.default_rng([*seed, number, attempt])
-        return tasks.prompts_of(task, language, "train", settings.prompts, rng)
-
     iterate = runtime.make_iteration(
         engine,
         log_probs(language.config),
         objective,
         optimizer,
         settings,
-        draw,
+        training_draw(task, language, settings.prompts, key),
         tasks.scorer(task, language),
         length=sizes["length"],
         pad=language.pad,
@@ -142,7 +156,6 @@ def iteration(
         ),
         reference=reference,
         shadow=shadow,
-        planner=objective if isinstance(objective, runtime.Planner) else None,
         precision=quant.Precision(**given["precision"]),
     )
     return iterate, iterate.init(start)

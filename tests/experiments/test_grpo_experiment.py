@@ -12,9 +12,10 @@ from checks import same
 from experiments import exploration, grpo, language_iteration, language_models, sweep
 from experiments import language_tasks as tasks
 from experiments.arms import arms, of_arm
-from tmdjax import generation
+from tmdjax import generation, models, rl, runtime
 from tmdjax.data import text_tasks
 from tmdjax.harness import check_experiment, load_config
+from tmdjax.harness.claims import claims_of
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.experiment import measured
 from tmdjax.harness.stages import stage_hashes
@@ -237,6 +238,10 @@ def test_arms_read_the_curve_of_the_baseline(refused, monkeypatch):
     ours, theirs = stage_hashes(own, 3), stage_hashes(other, 3)
     assert ours["rl"] == theirs["grpo/rl"] and ours["sft"] == theirs["sft"]
     assert measured_of >= exploration.REACHED.keys()
+    # what the other arm left is part of what is measured against it, and of nothing else
+    changed = stage_hashes(of_arm("xrpo", "arms.grpo.method.clip_range=0.3")[0], 3)
+    differ = {name for name in theirs if changed[name] != theirs[name]}
+    assert differ == {"grpo/rl", "judge"}
     for change in ("arms=xrpo", "curve.baseline=gropo"):  # nothing to measure against
         alone, measured_of = of_arm("xrpo", change)
         assert len(alone) == 4 and not measured_of & exploration.REACHED.keys()
@@ -277,6 +282,85 @@ def test_every_value_of_the_sweep_is_another_method():
     own = dataclasses.asdict(methods[0]).keys() - dataclasses.asdict(BASE).keys()
     swept = {point[0].split("=")[0].rpartition(".")[2] for point in points[1:]}
     assert own - swept == {"most_samples", "success_threshold"}
+
+
+def test_any_arm_of_the_claims_runs_alone_and_switches_leave_the_claims_that_stay():
+    spec, experiment = "configs/xrpo.py:cpu", check_experiment(grpo)
+    off = ["arms.xrpo.method.examples=0", "arms=grpo,xrpo"]
+    for changes, count in (
+        *(([f"arms={arm}"], 3) for arm in ("no_sharpening", "gspo", "dapo")),
+        (["arms=grpo"], 4),
+        (["arms=xrpo"], 6),  # C0, C4 and C6; nothing to measure a curve against
+        ([*off, "claims=C1,C2"], 2),
+    ):
+        config = load_config(spec, changes)
+        found = claims_of(to_plain(config))
+        about = {name for claim in found for name in (claim.ours, claim.baseline)}
+        assert about - {None} <= measured(experiment, config), changes
+        assert len(found) == count, changes
+    config = load_config(spec, off)
+    assert "xrpo/accuracy_with_examples" not in measured(experiment, config)
+
+
+def test_tries_with_examples_are_told_from_plain_ones(monkeypatch, capsys):
+    """By responses whose scores are known: the first tries solve every other problem.
+
+    Of the others, in three batches of four, examples help the first of each batch, and
+    plain tries help once.
+    """
+    config = load_config("configs/xrpo.py:smoke", ["examples.batches=3"])
+    given = grpo.resolved(config, "xrpo")
+    settings, method, _ = language_iteration.settings_of(given)
+    drawn = []
+
+    def collect(engine, draw, score, settings, number, planner=None, memory=()):
+        del engine, score
+        prompts = draw(number, 0)
+        drawn.extend(prompt.problem.prompt for prompt in prompts)
+        groups = [runtime.Group(prompt.problem, []) for prompt in prompts]
+        turn = runtime.Turn(0, number, prompts, groups, settings.samples, 66, memory)
+        planner, written = planner or runtime.OneRound(), 0
+        while (planned := planner.plan(turn)) is not None:
+            for i, ask in enumerate(planned[0]):
+                own = tuple(prompts[i].tokens)
+                seeded = tuple(ask.prompt) != own
+                helped = i == 1 and (seeded or (turn.number and number == 2))
+                right = float(helped or i % 2 == 0)
+                for _ in range(ask.count):
+                    record = rl.TokenRecord(
+                        number=written, group=i, prompt=tuple(ask.prompt), tokens=[1],
+                        status="stop", score=right, question=own if seeded else None,
+                    )  # fmt: skip
+                    groups[i].records.append(record)
+                    written += 1
+            turn = turn._replace(number=turn.number + 1)
+        records = [record for group in groups for record in group.records]
+        return runtime.Rollout(records, [group.problem for group in groups], {})
+
+    monkeypatch.setattr(runtime, "collect", collect)
+    monkeypatch.setattr(generation, "Engine", lambda *_, **__: None)
+    monkeypatch.setattr(models, "prepare_weights", lambda params, config: params)
+    context = types.SimpleNamespace(key=KEY)
+    found = exploration.try_examples(given, method, settings, None, context).metrics
+    assert found == {
+        "unsolved": 1 / 2,
+        "flipped_with_examples": 1 / 2,
+        "flipped_without": pytest.approx(1 / 6),
+        "accuracy_with_examples": 3 / 4,
+        "accuracy_without": pytest.approx((1 / 2 + 5 / 8 + 1 / 2) / 3),
+    }
+    assert (
+        "flipped with examples 0.500, flipped without 0.167" in capsys.readouterr().out
+    )
+    # what is tried, shown and trained on is never judged on, and is the seed's own
+    assert {text_tasks.split_of(prompt) for prompt in drawn} == {"train"}
+    arguments = tasks.build(given["task"]), tasks.language(given), 8
+    draws = [
+        language_iteration.training_draw(*arguments, jax.random.key(seed))
+        for seed in (0, 0, 1)
+    ]
+    texts = [[prompt.problem.prompt for prompt in draw(0, 0)] for draw in draws]
+    assert texts[0] == texts[1] and not {*texts[0]} & {*texts[2]}
 
 
 @pytest.mark.slow
