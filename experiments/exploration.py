@@ -132,6 +132,12 @@ def baseline_of(given: Mapping[str, Any]) -> str | None:
     return name if name in given.get("arms", {}) else None
 
 
+def measured_against(given: Mapping[str, Any]) -> str:
+    """The arm of :func:`baseline_of`, or why there is none, for who looks at sizes."""
+    missing = f"nothing: {given['curve']['baseline']!r} is none of the arms"
+    return baseline_of(given) or missing
+
+
 def reached(
     own: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]
 ) -> dict[str, float]:

@@ -293,10 +293,7 @@ def describe(config: Config) -> dict[str, Any]:
         if given["model"]["name"] == "decoder":
             looked["evaluation"] = given["sft"]["problems"]
         if "curve" in given:
-            other = exploration.baseline_of(given)
-            rows[f"{arm}: curve measured against"] = other or (
-                f"nothing: {given['curve']['baseline']!r} is none of the arms"
-            )
+            rows[f"{arm}: curve against"] = exploration.measured_against(given)
             tried = exploration.tried(given, arm)
             looked["evaluation"] = max(tried, looked.get("evaluation", 0))
         drawn = repr((given["task"], given["model"], looked))

@@ -245,6 +245,11 @@ def test_arms_read_the_curve_of_the_baseline(refused, monkeypatch):
     for change in ("arms=xrpo", "curve.baseline=gropo"):  # nothing to measure against
         alone, measured_of = of_arm("xrpo", change)
         assert len(alone) == 4 and not measured_of & exploration.REACHED.keys()
+    config = load_config("configs/xrpo.py:smoke", ["curve.baseline=gropo"])
+    against = [exploration.measured_against(grpo.resolved(config, "xrpo"))]
+    config = load_config("configs/xrpo.py:smoke")
+    against += [exploration.measured_against(grpo.resolved(config, "xrpo"))]
+    assert against == ["nothing: 'gropo' is none of the arms", "grpo"]
     words = "arms.grpo: curve.every=4 is above rl.iterations=3"
     config = load_config("configs/xrpo.py:smoke", ["curve.every=4"])
     refused(words, grpo.describe, config)
