@@ -1,5 +1,7 @@
 """How generation, scoring and training take turns."""
 
+from tmdjax.runtime import events as events
+from tmdjax.runtime import executors as executors
 from tmdjax.runtime.calibration import check_calibration as check_calibration
 from tmdjax.runtime.group_objective import (
     GroupRelativeObjective as GroupRelativeObjective,

@@ -1,0 +1,12 @@
+"""One interface to run the same workers on a virtual clock or in threads."""
+
+from tmdjax.runtime.executors.costs import Costs as Costs
+from tmdjax.runtime.executors.costs import calibrate as calibrate
+from tmdjax.runtime.executors.costs import load_costs as load_costs
+from tmdjax.runtime.executors.messages import Executor as Executor
+from tmdjax.runtime.executors.messages import Message as Message
+from tmdjax.runtime.executors.messages import Send as Send
+from tmdjax.runtime.executors.messages import Step as Step
+from tmdjax.runtime.executors.messages import Worker as Worker
+from tmdjax.runtime.executors.sim import Simulated as Simulated
+from tmdjax.runtime.executors.threads import Threads as Threads

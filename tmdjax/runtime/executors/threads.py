@@ -1,0 +1,160 @@
+"""Workers in threads of this process, a thread each."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from tmdjax.core.checks import check_range
+from tmdjax.runtime.events import Event
+from tmdjax.runtime.executors.messages import Log, Post, Worker
+
+_LOOK_EVERY = 0.05  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Threads:
+    """An :class:`tmdjax.runtime.executors.Executor` on the clock of the machine.
+
+    JAX releases the interpreter while it computes: workers on devices of their own
+    compute at the same time; on one device their programs take turns.
+
+    Attributes:
+        longest_step: seconds that a step may take, > 0; compiling counts. A run whose
+            worker takes longer ends with an error that names it.
+    """
+
+    longest_step: float = 3600.0
+
+    def __post_init__(self) -> None:
+        check_range("longest_step", self.longest_step, 0, open_low=True)
+
+    def run(
+        self,
+        workers: Mapping[str, Callable[[], Worker]],
+        log: Log,
+        *,
+        order: Iterable[Event] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> float:
+        """Runs to the end, see :meth:`tmdjax.runtime.executors.Executor.run`."""
+        run = _Run(workers, log, order)
+        threads = [
+            threading.Thread(target=run.work, args=(name,), name=name, daemon=True)
+            for name in workers
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            run.watch(should_stop, self.longest_step)
+        finally:
+            run.leave()
+            deadline = time.monotonic() + self.longest_step
+            for thread in threads:
+                if thread.name != run.hangs:
+                    thread.join(max(0.0, deadline - time.monotonic()))
+        if run.error is not None:
+            raise run.error
+        return run.seconds
+
+
+class _Run:
+    """What the threads of a run share; ``changed`` guards all of it."""
+
+    def __init__(
+        self,
+        workers: Mapping[str, Callable[[], Worker]],
+        log: Log,
+        order: Iterable[Event],
+    ):
+        self.changed = threading.Condition()
+        self.post = Post(list(workers), order)
+        self.makers, self.log = workers, log
+        self.start = time.monotonic()
+        self.waiting: set[str] = set()
+        self.busy: dict[str, float] = {}  # since when
+        self.over = False
+        self.seconds = 0.0
+        self.hangs = ""
+        self.error: BaseException | None = None
+
+    def now(self) -> float:
+        return time.monotonic() - self.start
+
+    def work(self, name: str) -> None:
+        """The thread of a worker."""
+        try:
+            with self.changed:
+                self.busy[name] = self.now()
+            worker = self.makers[name]()
+            with self.changed:
+                del self.busy[name]
+            while self.step(name, worker):
+                pass
+        except BaseException as error:  # it is raised where the run was started
+            with self.changed:
+                self.busy.pop(name, None)
+                self.fail(error)
+
+    def step(self, name: str, worker: Worker) -> bool:
+        """Waits for a step to do and does it; False once the run is over."""
+        inbox = self.post.inboxes[name]
+        with self.changed:
+            self.waiting.add(name)
+            while not self.over and not inbox.is_ready:
+                if len(self.waiting) == len(self.makers) and not any(
+                    other.is_ready for other in self.post.inboxes.values()
+                ):
+                    self.fail(self.post.stalled(self.now()))
+                    break
+                self.changed.wait()
+            self.waiting.discard(name)
+            if self.over:
+                return False
+            message = inbox.take()
+            begin = self.busy[name] = self.now()
+        step = self.post.call(name, worker, message)
+        with self.changed:
+            end = self.now()
+            del self.busy[name]
+            if step is None:
+                inbox.rest()
+                return True
+            self.log(self.post.ended(name, message, begin, end, step))
+            if step.last and not self.over:
+                self.over, self.seconds = True, end
+            self.changed.notify_all()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the run by the first error."""
+        if self.error is None and not self.over:
+            self.error = error
+        self.over = True
+        self.changed.notify_all()
+
+    def leave(self) -> None:
+        """Threads end after the step that they are in."""
+        with self.changed:
+            self.over = True
+            self.changed.notify_all()
+
+    def watch(self, should_stop: Callable[[], bool], longest_step: float) -> None:
+        """Until the run is over; ends it where a step takes too long."""
+        with self.changed:
+            while not self.over:
+                if should_stop():
+                    self.post.stop()
+                    self.changed.notify_all()
+                for name, since in self.busy.items():
+                    if self.now() - since > longest_step:
+                        self.hangs = name
+                        self.fail(
+                            RuntimeError(
+                                f"{name} has been in one step for more than "
+                                f"longest_step={longest_step:g} s. Mend what it waits "
+                                f"for, or raise longest_step."
+                            )
+                        )
+                        return
+                self.changed.wait(_LOOK_EVERY)
