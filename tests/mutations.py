@@ -198,6 +198,13 @@ TESTS = {
     "runtime/worked_examples": "systems/test_xrpo.py",
     "runtime/database": "runtime/test_trajectories.py",
     "runtime/executors": "runtime/test_executors.py",
+    **dict.fromkeys(
+        [
+            "runtime/" + name
+            for name in "control roles schedule simulated_engine".split()
+        ],
+        "runtime/test_controller.py",
+    ),
     "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",
     "systems/dmd2": "systems/test_tmd.py -k 'dmd2 or renoised'",

@@ -1,0 +1,590 @@
+"""The controller: how stale, how often, how fast; numbers are those of the sheets.
+
+Texts have lengths and no content, but in the test that uses the real engine.
+"""
+
+import collections
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integer_model import VOCAB, integer_model
+
+from tmdjax import runtime
+from tmdjax.generation import Engine, EngineConfig
+from tmdjax.runtime import LanguageSettings, Prompt, TrajectoryStore
+from tmdjax.runtime.control import Controller
+from tmdjax.runtime.events import staleness, total, utilisation
+from tmdjax.runtime.executors import Costs, Simulated, Threads
+from tmdjax.runtime.roles import Generator, Scorer, Trainer
+from tmdjax.runtime.schedule import Schedule
+from tmdjax.runtime.simulated_engine import SimulatedEngine
+from tmdjax.runtime.trajectories import STATES
+
+SLOTS = 8
+
+
+def costs(step=1.0, token=0.02, learn=0.05, judge=0.0):
+    """A decoding step takes a part of its own and one for each text under way."""
+    return Costs(
+        {
+            "decode": {"slot_steps": step / SLOTS, "drawn": token, "prefilled": 1e-3},
+            "weights": {"prefilled": 1e-3},
+            "learn": {"tokens": learn},
+            "judge": {"responses": judge},
+        }
+    )
+
+
+SYNC = Schedule(batch=4, samples=2, max_new_tokens=400, updates=6, slots=SLOTS)
+ASYNC = dataclasses.replace(SYNC, eta=2)
+PARTIAL = dataclasses.replace(SYNC, eta=math.inf, ahead=8, when_full="resume")
+
+
+def lognormal(sigma, seed=0):
+    """The length of a request follows from its number alone."""
+
+    def length_of(number):
+        rng = np.random.default_rng([seed, number])
+        return int(np.clip(np.exp(rng.normal(3.0, sigma)), 1, 400))
+
+    return length_of
+
+
+MIDDLE = lognormal(0.65)
+
+
+def flat(lists):
+    return [x for each in lists for x in each]
+
+
+@dataclasses.dataclass
+class Run:
+    batches: list  # (version, groups) as they came to the trainer
+    events: list
+    seconds: float
+    store: TrajectoryStore
+    engines: list
+
+    @property
+    def numbers(self):
+        return [[r.number for g in b.groups for r in g.records] for b in self.batches]
+
+    @property
+    def records(self):
+        return [r for b in self.batches for g in b.groups for r in g.records]
+
+    @property
+    def tokens(self):
+        return sum(len(r) for r in self.records)
+
+    @property
+    def worst_lag(self):
+        return max(
+            b.version - v
+            for b in self.batches
+            for g in b.groups
+            for r in g.records
+            for v in r.versions
+        )
+
+
+def run(
+    schedule,
+    *,
+    lengths=MIDDLE,
+    generators=2,
+    executor=None,
+    store=None,
+    version=0,
+    interruptible=True,
+    judge=lambda record, problem: (float(len(record) % 3), 1.0),
+    log=None,
+    jitter=None,
+    steps=4,
+    learned=lambda batch: None,
+    learn_cost=0.05,
+    slots=SLOTS,
+    **options,
+):
+    found = Run([], [], 0.0, store or TrajectoryStore(None), [])
+    names = [f"generate/{i}" for i in range(generators)]
+    judges = ["reward/0", "reward/1"]
+
+    def learn(batch):
+        learned(batch)
+        found.batches.append(batch)
+        return {"tokens": float(sum(len(r) for g in batch.groups for r in g.records))}
+
+    def engine():
+        found.engines.append(
+            SimulatedEngine(lengths, slots=slots, steps=steps, version=version)
+        )
+        return Generator(found.engines[-1], interruptible=interruptible)
+
+    def late(make):
+        def made():
+            worker = make()
+
+            def slow(message):
+                time.sleep(jitter.uniform(0, 2e-3))
+                return worker(message)
+
+            return slow
+
+        return make if jitter is None else made
+
+    orders = {k: options.pop(k) for k in ("order", "should_stop") if k in options}
+    control = Controller(
+        schedule,
+        found.store,
+        options.pop("prompt_of", lambda n: Prompt([1, 2, 3], n)),
+        names,
+        judges,
+        **options,
+    )
+    workers = {
+        "control": lambda: control,
+        **dict.fromkeys(names, engine),
+        **dict.fromkeys(judges, lambda: Scorer(judge)),
+        "train": lambda: Trainer(lambda: None, learn, version),
+    }
+    executor = executor or Simulated(costs(learn=learn_cost))
+    found.seconds = executor.run(
+        {name: late(make) for name, make in workers.items()},
+        log or found.events.append,
+        **orders,
+    )
+    return found
+
+
+def conserved(found, schedule):
+    """What is in the account, in the batches and in the engines is the same."""
+    counts = found.store.counts()
+    rows = found.store.select()
+    assert sum(counts.values()) == len(rows)
+    consumed = [t for t in rows if t.state == "consumed"]
+    assert sorted(t.number for t in consumed) == sorted(flat(found.numbers))
+    assert len(set(flat(found.numbers))) == len(consumed)
+    groups = {t.group for t in rows}
+    assert groups == set(range(len(groups)))  # every prompt once, in order
+    for batch in found.batches:
+        assert len(batch.groups) == schedule.batch
+        for group in batch.groups:
+            assert len(group.records) == schedule.samples
+            assert all(r.finished and r.reward is not None for r in group.records)
+            for r in group.records:
+                r.check(scored=True)
+    drawn = sum(engine.counts["drawn"] for engine in found.engines)
+    assert drawn == sum(t.length for t in rows)
+
+
+def test_areal_1_eta_0_is_the_synchronous_loop_to_the_bit():
+    """With the engine that language models use, and weights that change."""
+    settings = LanguageSettings(prompts=3, samples=3, max_new_tokens=9, microbatch=9)
+    config = EngineConfig(slots=3, length=24, steps=2, prefill_rows=2, stop=(4,))
+
+    def params(version):
+        return {"salt": jnp.int32(5 + version)}
+
+    def draw(iteration, attempt):
+        rng = np.random.default_rng([iteration, attempt])
+        sizes = rng.integers(1, 6, settings.prompts)
+        return [Prompt(rng.integers(0, VOCAB, n).tolist(), None) for n in sizes]
+
+    def score(problem, tokens):
+        return float(np.mean(tokens))
+
+    engine = Engine(integer_model(), params(0), config, jax.random.key(7))
+    expected = []
+    for version in range(3):
+        engine.update_weights(params(version), version)
+        found = runtime.collect(engine, draw, score, settings, version)
+        expected.append([dataclasses.replace(r, group=0) for r in found.records])
+
+    batches, events = [], []
+    schedule = Schedule(batch=3, samples=3, max_new_tokens=9, updates=3)
+    control = Controller(
+        schedule,
+        TrajectoryStore(None),
+        lambda group: draw(group // 3, 0)[group % 3],
+        ["generate"],
+        ["reward"],
+    )
+    workers = {
+        "control": lambda: control,
+        "generate": lambda: Generator(engine),
+        "reward": lambda: Scorer(lambda r, p: (score(p, r.tokens),) * 2),
+        "train": lambda: Trainer(
+            lambda: params(len(batches)), lambda batch: batches.append(batch) or {}
+        ),
+    }
+    Simulated(costs()).run(workers, events.append)
+    records = [
+        [r for group in batch.groups for r in group.records] for batch in batches
+    ]
+    assert [
+        [dataclasses.replace(r, group=0) for r in each] for each in records
+    ] == expected
+    assert staleness(events) == {0: sum(len(r) for each in expected for r in each)}
+
+
+def test_areal_2_eta_0_takes_turns():
+    found = run(SYNC)
+    conserved(found, SYNC)
+    for v, numbers in enumerate(found.numbers):
+        assert numbers == list(range(8 * v, 8 * v + 8))
+    assert found.worst_lag == 0
+    learn = [(e.begin, e.end) for e in found.events if e.what == "learn"]
+    decode = [(e.begin, e.end) for e in found.events if e.what == "decode"]
+    assert all(a <= c or d <= b for b, a in learn for c, d in decode)
+    usage = utilisation(found.events)
+    assert usage["generate"].waits["throttled"] > 0
+    assert usage["train"].waits["straggler"] > 0
+    assert set(usage["train"].waits) <= {
+        "start",
+        "batch not full",
+        "straggler",
+        "scores",
+        "end",
+    }
+
+
+@pytest.mark.parametrize("eta", [1, 2, 4])
+def test_areal_3_no_token_is_older_than_eta_whatever_straggles(eta):
+    """Request 5 never ends; it is dropped once it could only come too late."""
+    for seed in range(6):
+        rng = np.random.default_rng([seed, eta])
+        own = lognormal(1.0, seed)
+
+        def lengths(number, own=own):
+            return 10**6 if number == 5 else own(number)
+
+        schedule = dataclasses.replace(
+            SYNC,
+            eta=eta,
+            updates=8,
+            max_new_tokens=10**7,
+            slots=int(rng.integers(1, 9)),
+        )
+        found = run(
+            schedule,
+            lengths=lengths,
+            generators=int(rng.integers(1, 4)),
+            learn_cost=float(rng.uniform(0, 0.5)),
+            interruptible=True,
+        )
+        conserved(found, schedule)
+        assert len(found.batches) == 8 and found.worst_lag <= eta
+        assert found.store.get(5).reason == "stale"
+        assert max(staleness(found.events)) == found.worst_lag
+        for e in found.events:  # the bound at submission
+            if e.worker == "control" and e.version is not None:
+                groups = e.notes["groups"]
+                trained = schedule.batch * (e.version + ("batch" in e.what))
+                most = (eta + 1 + e.version) * schedule.batch
+                assert trained + groups["open"] + groups["complete"] <= most
+
+
+def test_areal_c1_asynchrony_pays_and_most_where_lengths_have_a_long_tail():
+    """Four devices: all of them for each phase in turn, or three to write and one to train."""
+    seconds = {}
+    for sigma in (0.0, 1.0):
+        given = {"lengths": lognormal(sigma)}
+        schedule = dataclasses.replace(SYNC, batch=16, updates=8)
+        sync = run(schedule, generators=4, learn_cost=0.03 / 4, **given)
+        overlap = dataclasses.replace(schedule, eta=1)
+        one = run(overlap, generators=3, learn_cost=0.03, interruptible=False, **given)
+        free = dataclasses.replace(schedule, eta=4)
+        some = run(free, generators=3, learn_cost=0.03, **given)
+        assert sync.tokens > 0 and {len(r.batches) for r in (sync, one, some)} == {8}
+        seconds[sigma] = [r.seconds for r in (sync, one, some)]
+    sync, one, some = seconds[1.0]
+    assert some < one < sync and sync / some >= 1.5
+    even = seconds[0.0]
+    assert even[0] / even[2] < sync / some
+
+
+def test_areal_c2_interruptible_generation_writes_more():
+    rates, batch_at = [], []
+    for interruptible in (True, False):
+        given = {"lengths": lognormal(1.0), "interruptible": interruptible}
+        found = run(dataclasses.replace(SYNC, eta=4, updates=8), **given)
+        rates.append(total(found.events, "decode", "drawn") / found.seconds)
+        # where weights never change there is nothing to interrupt
+        once = run(dataclasses.replace(SYNC, batch=16, updates=1), **given)
+        batch_at += [e.end for e in once.events if e.what == "batch"]
+    assert rates[0] > 1.05 * rates[1]
+    assert len(batch_at) == 2 and batch_at[0] == batch_at[1]
+
+
+def test_april_1_without_more_than_a_batch_it_is_the_synchronous_loop():
+    alike = dataclasses.replace(PARTIAL, ahead=PARTIAL.batch)
+    sync, found = run(SYNC), run(alike)
+    assert found.numbers == sync.numbers and found.seconds == sync.seconds
+    assert found.store.counts()["running"] == 0
+
+
+def test_april_2_3_4_5_8_partial_rollouts_lose_no_token_and_repeat_none():
+    for seed in range(6):
+        schedule = dataclasses.replace(PARTIAL, ahead=4 + 3 * seed, updates=12)
+        found = run(schedule, lengths=lognormal(1.0, seed))
+        conserved(found, schedule)
+        aside = [t for t in found.store.select() if t.state in STATES[:4]]
+        assert {t.group for t in aside} & {
+            g for t in found.records for g in [t.group]
+        } == set()
+        # never more than were over-provisioned, so a full buffer admits nobody
+        assert len({t.group for t in aside}) <= schedule.ahead - schedule.batch
+        rounds = collections.defaultdict(set)
+        for batch in found.batches:
+            for group in batch.groups:
+                for r in group.records:
+                    assert r.versions == sorted(r.versions)
+                    assert len(r) == lognormal(1.0, seed)(r.number)
+                    rounds[r.number] |= set(r.versions)
+                    assert len(rounds[r.number]) <= batch.version - r.versions[0] + 1
+        assert (found.worst_lag > 0) == (seed > 0)
+
+
+def test_april_11_a_round_lasts_as_long_as_its_nth_group():
+    """With room for all and a second a step, in closed form."""
+    lengths = lognormal(1.0, 3)
+    ends = sorted(max(lengths(2 * g), lengths(2 * g + 1)) for g in range(8))
+    steps = Costs({"decode": {"chunks": 1.0}, "weights": {}, "learn": {}, "judge": {}})
+    given = {
+        "lengths": lengths,
+        "generators": 1,
+        "slots": 99,
+        "steps": 1,
+        "executor": Simulated(steps),
+    }
+    first = run(dataclasses.replace(PARTIAL, updates=1, slots=99), **given)
+    # one chunk is under way while the last message comes and the abort goes
+    assert first.seconds - ends[3] in (0, 1)
+    sync = run(dataclasses.replace(SYNC, updates=1, slots=99), **given)
+    assert sync.seconds == max(
+        max(lengths(2 * g), lengths(2 * g + 1)) for g in range(4)
+    )
+    assert first.seconds <= sync.seconds + 1
+
+
+def test_april_12_a_group_that_ends_beside_the_last_one_trains_next():
+    schedule = dataclasses.replace(PARTIAL, updates=2, slots=16)
+    found = run(schedule, lengths=lambda number: 10, generators=1, slots=16)
+    assert found.numbers == [list(range(8)), list(range(8, 16))]
+    assert {r.versions[0] for r in found.batches[1].groups[0].records} == {0}
+    assert found.store.get(8).state == "consumed"
+
+
+def throughput(found):
+    return found.tokens / found.seconds
+
+
+def test_april_c1_and_c4_gain_grows_with_the_tail_and_staleness_with_the_surplus():
+    gains, lengths = {}, {}
+    for sigma in (0.0, 0.3, 0.65, 1.0):
+        # as many slots as a batch has responses: more of them wait
+        given = {"lengths": lognormal(sigma, 1), "learn_cost": 0.0, "slots": 4}
+        long = {"updates": 20, "slots": 4}
+        sync = run(dataclasses.replace(SYNC, **long), **given)
+        found = run(dataclasses.replace(PARTIAL, **long), **given)
+        thrown = dataclasses.replace(SYNC, ahead=8, when_full="discard", **long)
+        thrown = run(thrown, **given)
+        gains[sigma] = throughput(found) / throughput(sync)
+        lengths[sigma] = [r.tokens / len(r.records) for r in (sync, found, thrown)]
+    assert 0.98 <= gains[0.0] <= 1.02
+    assert 1 < gains[0.3] < gains[0.65] < gains[1.0]
+    # 7: the first to end are short; those that are kept come back
+    sync, kept, thrown = lengths[1.0]
+    assert thrown < 0.8 * sync < kept
+    shares = []
+    for ahead in (4, 8, 16):
+        found = run(
+            dataclasses.replace(PARTIAL, ahead=ahead, updates=20),
+            lengths=lognormal(1.0, 1),
+        )
+        by_lag = staleness(found.events)
+        shares.append(1 - by_lag[0] / sum(by_lag.values()))
+    assert shares[0] == 0 < shares[1] < shares[2]
+
+
+@pytest.mark.parametrize("schedule", [SYNC, ASYNC, PARTIAL])
+def test_a_trace_of_threads_trains_on_the_same_under_the_virtual_clock(schedule):
+    schedule = dataclasses.replace(schedule, updates=4)
+    rng = np.random.default_rng(0)
+    given = {"lengths": lognormal(1.0, 2), "steps": 16}
+    live = run(schedule, executor=Threads(), jitter=rng, **given)
+    conserved(live, schedule)
+    again = run(schedule, order=live.events, **given)
+    assert again.batches == live.batches
+    simulated = run(schedule, **given)
+    threads = run(
+        schedule, executor=Threads(), jitter=rng, order=simulated.events, **given
+    )
+    assert threads.batches == simulated.batches
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("schedule", [SYNC, ASYNC, PARTIAL])
+def test_killed_and_restored_nothing_is_lost_and_nothing_trained_twice(
+    schedule, tmp_path
+):
+    """Checkpoints of every second version; in turns, the same run as without a kill."""
+    schedule = dataclasses.replace(schedule, updates=6)
+    given = {"lengths": lognormal(1.0, 4), "steps": 16}
+    whole = run(schedule, **given)
+    rng = np.random.default_rng(0)
+    for attempt in range(2):
+        folder, version, kept, kills = tmp_path / str(attempt), 0, [], 0
+        while True:
+            left = int(rng.integers(5, len(whole.events) // 2)) if kills < 3 else 10**9
+
+            def log(event):
+                nonlocal left, reached
+                left -= 1
+                if left < 0:
+                    raise Killed
+                reached += event.what == "learn"
+
+            batches, reached = [], version
+            with TrajectoryStore(folder) as store:
+                store.restore(version)
+                try:
+                    found = run(
+                        schedule,
+                        store=store,
+                        version=version,
+                        log=log,
+                        learned=batches.append,
+                        **given,
+                    )
+                except Killed:
+                    kills += 1
+                    saved = max(version, reached - reached % 2)
+                    kept += batches[: saved - version]
+                    version = saved
+                    continue
+                kept += batches
+                rows = store.select()
+                break
+        assert found.worst_lag <= schedule.eta and kills == 3
+        numbers = [[r.number for g in b.groups for r in g.records] for b in kept]
+        assert [b.version for b in kept] == list(range(6))
+        consumed = {t.number: t.version for t in rows if t.state == "consumed"}
+        assert consumed == {n: v for v, each in enumerate(numbers) for n in each}
+        assert sum(map(len, numbers)) == len(consumed) == 6 * 4 * 2
+        assert {t.group for t in rows} == set(range(len(rows) // 2))
+        if schedule.eta != ASYNC.eta:
+            for a, b in zip(kept, whole.batches, strict=True):
+                for g, h in zip(a.groups, b.groups, strict=True):
+                    for r, s in zip(g.records, h.records, strict=True):
+                        assert dataclasses.replace(r, segments=s.segments) == s
+
+
+def test_stopped_and_gone_on_with_what_was_written_is_kept(tmp_path):
+    for executor in (None, Threads()):
+        given = {"lengths": lognormal(1.0, 5), "executor": executor}
+        folder = tmp_path / str(executor)
+        stop = iter([False] * (40 if executor is None else 2) + [True] * 10**4).__next__
+        with TrajectoryStore(folder) as store:
+            first = run(ASYNC, store=store, should_stop=stop, **given)
+            left = {t.number: t for t in store.select()}
+        assert len(first.batches) < ASYNC.updates
+        with TrajectoryStore(folder) as store:
+            version = len(first.batches)
+            store.restore(version, paused=True)
+            assert {t.number: t for t in store.select()} == left
+            second = run(ASYNC, store=store, version=version, **given)
+        both = flat(first.numbers + second.numbers)
+        assert len(set(both)) == len(both) == 6 * 8
+        drawn = [sum(e.counts["drawn"] for e in r.engines) for r in (first, second)]
+        rows = sum(t.length for t in left.values())
+        assert drawn[0] == rows  # and the second begins where the first has stopped
+        assert second.worst_lag <= 2
+
+
+def test_a_response_that_cannot_be_scored_costs_itself_alone():
+    def judge(record, problem):
+        if record.number % 7 == 3:
+            raise TimeoutError("no answer")
+        return (float("nan"), 1.0) if record.number % 7 == 5 else (1.0, 1.0)
+
+    found = run(SYNC, judge=judge)
+    lost = [t for t in found.store.select() if t.state == "discarded"]
+    assert {t.number % 7 for t in lost} == {3, 5}
+    assert lost[0].reason == "no reward: TimeoutError: no answer"
+    assert "score nan and reward 1.0 are not finite" in lost[1].reason
+    assert not {t.number for t in lost} & set(flat(found.numbers))
+    groups = [g for b in found.batches for g in b.groups]
+    assert {len(g.records) for g in groups} == {1, 2}
+    # both of a pair: that group is none, and another takes its place
+    found = run(SYNC, judge=lambda r, p: (1 / (r.group != 2), 1.0))
+    assert found.numbers[0] == [0, 1, 2, 3, 6, 7, 8, 9]
+
+
+def test_groups_that_may_not_train_give_their_place_back():
+    informative = run(
+        SYNC, judge=lambda r, p: (float(r.group % 3 > 0),) * 2, accept=min
+    )
+    rows = informative.store.select()
+    assert {t.group % 3 for t in rows if t.state == "discarded"} == {0}
+    assert {t.reason for t in rows} == {None, "not accepted"}
+    assert len(informative.batches) == 6
+
+
+def test_bad_input(refused, tmp_path):
+    for message, options in (
+        ("eta=-1 is outside", {"eta": -1}),
+        ("batch=0 must be at least 1", {"batch": 0}),
+        ("ahead=3 is outside", {"ahead": 3}),
+        (
+            "when_full='resum' is not one of .*Did you mean 'resume'",
+            {"when_full": "resum"},
+        ),
+        ("makes sense for more groups than batch=4 alone", {"when_full": "discard"}),
+        ("raise eta", {"when_full": "resume", "ahead": 8}),
+    ):
+        refused(message, dataclasses.replace, SYNC, **options)
+    refused("eta=1.5 is of", dataclasses.replace, SYNC, eta=1.5, error=TypeError)
+    prompt = {"prompt_of": lambda n: Prompt([1], None) if n < 3 else None}
+    refused(
+        "the run is stalled .*'generate': 'no more prompts'",
+        run,
+        SYNC,
+        error=RuntimeError,
+        **prompt,
+    )
+    refused("name at least one of each", run, SYNC, generators=0)
+    store = TrajectoryStore(None)
+    run(dataclasses.replace(SYNC, updates=2), store=store)
+    message = "weights of version 1, but the account says that 8 groups"
+    refused(message, run, SYNC, store=store, version=1)
+    refused(
+        "so not of samples=3 responses",
+        run,
+        dataclasses.replace(SYNC, samples=3),
+        store=store,
+    )
+    with TrajectoryStore(tmp_path) as store:
+        run(dataclasses.replace(ASYNC, updates=2), store=store)
+        other = {"prompt_of": lambda n: Prompt([3, n], None)}
+        refused(
+            "answers .1, 2, 3., but the prompt",
+            run,
+            ASYNC,
+            store=store,
+            version=2,
+            **other,
+        )
+        none = {"prompt_of": lambda n: None}
+        refused(
+            "for which there is no prompt any more", run, ASYNC, store=store, **none
+        )
