@@ -1,7 +1,10 @@
 """What a run warns of: once each, with value, bound and remedy."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tmdjax import quant
 from tmdjax.runtime import LanguageSettings
@@ -54,6 +57,28 @@ def test_a_frozen_policy_is_said_after_so_many_iterations_without_a_change(caplo
     caplog.clear()
     alarms.look(unquantised)
     assert not caplog.records
+
+
+def test_groups_that_are_padded_or_too_small_are_said_once(caplog):
+    recipe, ones = quant.RECIPES["fp8_block"], np.ones((130, 7), np.float32)
+    rows = np.arange(130)[:, None]
+    tiny = [recipe.prepare(ones * x) for x in (1, 1e-5 * (rows < 128) + (rows > 127))]
+    tiny += [recipe.prepare(ones * 1e-4), recipe.prepare(ones * 1.2e-4)]
+    assert [quant.share_floored(w) for w in tiny] == [0, 0.5, 1, 0]
+    assert quant.share_floored(tiny) == 3 / 8 and quant.share_floored(GOOD) == 0
+    assert quant.share_padded(tiny) == pytest.approx(1 - 130 * 7 / (256 * 128))
+    whole = dataclasses.replace(tiny[0], granularity="tensor", scale=np.ones((1, 1)))
+    assert quant.share_padded([whole, GOOD]) == quant.share_padded(None) == 0
+    # scales that are powers of two: the least, and the next
+    powers = dataclasses.replace(tiny[0], scale=2.0 ** np.array([[-22], [-21]]))
+    assert quant.share_floored(powers) == 0.5
+
+    alarms = Alarms(SETTINGS)
+    for weights in (None, GOOD, whole, tiny[1], tiny[2], tiny):
+        alarms.look(GOOD, {"w": weights})
+    padded, floored = (record.getMessage() for record in caplog.records)
+    assert padded.startswith("quantised_padded=97.2%: ")
+    assert floored.startswith("quantised_floored=100.0%: ")  # half of them is allowed
 
 
 def test_bounds_out_of_range(refused):

@@ -148,8 +148,9 @@ def test_a_mixed_pair_is_seen_and_said_once(caplog):
         state, metrics = iterate.learn(state, rollout, KEY)
         found.append(metrics)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and said[0].startswith("mismatch_kl=")
-    assert "frozen: quantised_moved=0 in each of the last 3" in said[1]
+    assert len(said) == 3 and said[0].startswith("quantised_padded=98.9%")  # 16 x 11
+    assert said[1].startswith("mismatch_kl=")
+    assert "frozen: quantised_moved=0 in each of the last 3" in said[2]
     for metrics in found:
         assert metrics["quantised_moved"] == 0
         assert 1e-6 < metrics["mismatch_kl"] < metrics["mismatch_max"] < 0.5

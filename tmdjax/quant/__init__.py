@@ -5,7 +5,9 @@ from tmdjax.quant.fp8 import Quantised as Quantised
 from tmdjax.quant.fp8 import cast_for_good as cast_for_good
 from tmdjax.quant.fp8 import quantise as quantise
 from tmdjax.quant.fp8 import quantised_values as quantised_values
+from tmdjax.quant.fp8 import share_floored as share_floored
 from tmdjax.quant.fp8 import share_moved as share_moved
+from tmdjax.quant.fp8 import share_padded as share_padded
 from tmdjax.quant.fp8_recipes import SCALINGS as SCALINGS
 from tmdjax.quant.fp8_recipes import fp8_recipe as fp8_recipe
 from tmdjax.quant.fp8_recipes import multiply as multiply

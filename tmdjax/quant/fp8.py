@@ -142,10 +142,49 @@ def quantise(
     return Quantised(values, step, granularity)
 
 
+def _quantised(tree: PyTree) -> list[Quantised]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    return [leaf for leaf in leaves if isinstance(leaf, Quantised)]
+
+
 def quantised_values(tree: PyTree) -> list[Array]:
     """The 8-bit values of all :class:`Quantised` leaves, in the order of the tree."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantised))
-    return [leaf.values for leaf in leaves if isinstance(leaf, Quantised)]
+    return [leaf.values for leaf in _quantised(tree)]
+
+
+def share_padded(tree: PyTree) -> float:
+    """Which part of 8-bit arrays is padding once their groups are whole, in [0, 1).
+
+    Kernels multiply whole groups of 128 x 128; products of the dequantised numbers, by
+    which 8 bits are emulated, have no padding.
+
+    Args:
+        tree: its :class:`Quantised` leaves are looked at; 0 where there are none.
+    """
+    size = whole = 0
+    for leaf in _quantised(tree):
+        (down, height), (across, width) = _tiles(leaf.granularity, leaf.shape)
+        size += math.prod(leaf.shape)
+        whole += math.prod(leaf.shape[:-2]) * down * height * across * width
+    return 1 - size / whole if whole else 0.0
+
+
+def share_floored(tree: PyTree, smallest: float = SMALLEST) -> float:
+    """Which part of the groups of 8-bit arrays has the least scale, in [0, 1].
+
+    Their numbers are at most ``smallest`` in magnitude (of e4m3: up to a fifteenth
+    above it, the next power of two of the scale) and keep fewer bits, or none.
+
+    Args:
+        tree: its :class:`Quantised` leaves are looked at; 0 where there are none.
+        smallest: that :func:`quantise` was given.
+    """
+    at = count = 0
+    for leaf in _quantised(tree):
+        least = smallest / float(jnp.finfo(leaf.values.dtype).max)
+        at += int(jnp.sum(leaf.scale <= 2.0 ** math.ceil(math.log2(least))))
+        count += leaf.scale.size
+    return at / count if count else 0.0
 
 
 def share_moved(before: Sequence[Array], after: Sequence[Array]) -> Array:

@@ -4,8 +4,12 @@ import logging
 import math
 from collections.abc import Mapping
 
-from tmdjax.quant import Precision
+from tmdjax.core.types import Params
+from tmdjax.quant import Precision, share_floored, share_padded
 from tmdjax.runtime.settings import LanguageSettings
+
+MOST_FLOORED = 0.5
+"""Of the groups of 8-bit weights, above which a warning is given."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -15,7 +19,8 @@ class Alarms:
 
     It warns of log-probs that are not finite, of rollouts that are another policy than
     the one that is trained, of importance weights that leave few effective tokens, and
-    of 8-bit weights that stay as they are while the weights behind them are trained.
+    of 8-bit weights that stay as they are while the weights behind them are trained,
+    that are too small for their scales, or whose groups of 128 have to be padded.
     What was said is not part of the state of a run: one that is resumed says it again,
     and counts iterations in a row anew.
     """
@@ -32,13 +37,17 @@ class Alarms:
         self._said: set[str] = set()
         self._unchanged = 0
 
-    def look(self, metrics: Mapping[str, float]) -> None:
+    def look(
+        self, metrics: Mapping[str, float], published: Params | None = None
+    ) -> None:
         """Warns through the logger ``tmdjax.runtime.alarms``.
 
         Args:
             metrics: of an iteration: 'mismatch_kl', 'effective_sample_fraction' and,
                 where rollouts are quantised, 'quantised_moved'.
+            published: what the engine was given, quantised or not.
         """
+        self._look_at_groups(published)
         settings, why = self._settings, f": {self._why}" if self._why else ""
         kl, fraction = metrics["mismatch_kl"], metrics["effective_sample_fraction"]
         if math.isnan(kl) or math.isnan(fraction):
@@ -76,6 +85,23 @@ class Alarms:
                 f"updates are none or below a step of 8 bits, and rollouts stay "
                 f"the same. Raise the learning rate, or keep rollouts in more bits "
                 f"(precision.rollout='bf16')."
+            )
+
+    def _look_at_groups(self, published: Params | None) -> None:
+        padded, floored = share_padded(published), share_floored(published)
+        if padded:
+            self._warn(
+                f"quantised_padded={padded:.1%}: so much of the 8-bit weights is "
+                f"padding once their groups are whole. A kernel multiplies it too; "
+                f"emulation does not. It is none where all widths are multiples of 128."
+            )
+        if floored > MOST_FLOORED:
+            self._warn(
+                f"quantised_floored={floored:.1%}: so many groups of 8-bit weights "
+                f"have no number above 1e-4, below which scales do not follow: they "
+                f"keep few bits or none. Look whether weights are what they should be "
+                f"(a checkpoint in other units, a weight decay too strong), or keep "
+                f"rollouts in more bits (precision.rollout='bf16')."
             )
 
     def _warn(self, message: str) -> None:

@@ -7,7 +7,8 @@
     update       one compiled update of a minibatch, cut into microbatches
     calibration  a clip range that follows what exact arithmetic would clip
     publishing   trained parameters -> what the engine reads of them, once an update
-    alarms       once a process: rollouts of another policy, 8-bit weights that rest
+    alarms       once a process: rollouts of another policy, 8-bit weights that rest,
+                 vanish or are padded
 
 Randomness follows from the key of the run and the number of the iteration alone, and
 the engine is empty between iterations: a run that is killed goes on from its state. One
@@ -224,7 +225,8 @@ def make_iteration(
     ) -> tuple[LMState, dict[str, Any]]:
         iteration, learner = int(state.iteration), state.learner
         _check_versions(rollout, iteration)
-        before = quantised_values(publish(learner.params))  # what the rollout read
+        published = publish(learner.params)  # what the rollout read
+        before = quantised_values(published)
         key = jax.random.fold_in(key, iteration)
         seed = np.asarray(jax.random.key_data(key)).tolist()
         batches = update_batches(
@@ -267,7 +269,7 @@ def make_iteration(
         if before:
             after = quantised_values(publish(learner.params))
             means["quantised_moved"] = float(moved(before, after))
-        alarms.look(means)
+        alarms.look(means, published)
         pending = rl.pack_records(rollout.pending)
         memory = planner.remember(state.memory, rollout, iteration)
         clip_range = state.clip_range
