@@ -3,8 +3,9 @@
 Stages: supervised training on gold responses until a part of them is right ('sft', once
 for all arms of a task); reinforcement learning; accuracy on problems never seen, before
 and after. An arm whose method shows worked examples (XRPO) first tries these, in a
-stage 'examples'. Where the config has a group 'curve', held-out problems are tried
-during reinforcement learning too, and arms are measured against the 'baseline' of them.
+stage 'examples'. One of no iterations is compared ('mismatch') and not trained. Where
+the config has a group 'curve', held-out problems are tried during reinforcement
+learning too, and arms are measured against the 'baseline' of them.
 """
 
 import functools
@@ -68,10 +69,7 @@ CURVES = {
     "accuracy": "accuracy in supervised training",
     "loss": "loss",
 }
-MEANINGS = JUDGED | AGREED | exploration.EXAMPLES | exploration.COURSE
-MEANINGS |= exploration.CLOCKED | exploration.REACHED
-MEANINGS |= mismatch.MISMATCH | mismatch.PUBLISHED | mismatch.CALIBRATED
-MEANINGS |= {
+LEARNT = {
     "length_before": "tokens of a response before reinforcement learning",
     "length_after": "tokens of a response after reinforcement learning",
     "score_first": "mean score of the first tenth of the iterations, in [0, 1]",
@@ -83,6 +81,9 @@ MEANINGS |= {
     "mismatch_max": "largest difference of their log-probs of a token, at most over "
     "iterations",
 }
+MEANINGS = JUDGED | AGREED | LEARNT | exploration.EXAMPLES | exploration.COURSE
+MEANINGS |= exploration.CLOCKED | exploration.REACHED
+MEANINGS |= mismatch.MISMATCH | mismatch.PUBLISHED | mismatch.CALIBRATED
 
 
 def resolved(config: Config, arm: str) -> dict[str, Any]:
@@ -123,6 +124,8 @@ def stages(config: Config, arm: str) -> list[Stage]:
         trials = [trial]
     if "mismatch" in given:
         trials.append(mismatch.stage(given, depends, parents, LOOK))
+    if not given["rl"]["iterations"]:
+        return [*before, *trials]
     depends = depends | {"method": given["method"]}
     if "curve" in given:
         depends["curve"] = {k: given["curve"][k] for k in ("every", "problems")}
@@ -182,7 +185,7 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
     more, course, timings = exploration.course(rows)
-    course |= {k: rows[-1][k] for k in mismatch.CALIBRATED if k in rows[-1]}
+    course |= mismatch.calibrated(state.clip_range)
     return StageResult(
         {"params": merged(given, state.learner.params), **curves, **more},
         course
@@ -212,8 +215,7 @@ def judge(given: dict[str, Any], source: str, context: StageContext) -> StageRes
     look, found = judge_of(given, "holdout", given["judge"], context.key), {}
     after = context.inputs["rl"].outputs["params"]
     for when, params in (("before", start_of(given, context)), ("after", after)):
-        seen = look(params)
-        found |= {f"{name}_{when}": value for name, value in seen.items()}
+        found |= {f"{name}_{when}": value for name, value in look(params).items()}
     if exploration.baseline_of(given) is not None:
         own, other = (context.inputs[name].outputs for name in ("rl", source))
         found |= exploration.reached(own, other)
@@ -223,17 +225,16 @@ def judge(given: dict[str, Any], source: str, context: StageContext) -> StageRes
 def measures(config: Config, arm: str) -> set[str]:
     """The metrics of an arm that claims may be about."""
     given = resolved(config, arm)
-    found = {"score_first", "score_last", "first_ratio_error"}.union(JUDGED)
-    found |= {"mismatch_kl", "mismatch_max"}
-    found |= exploration.COURSE.keys() | exploration.CLOCKED.keys()
+    found = mismatch.measured(given) if "mismatch" in given else set()
+    if tries_examples(given):
+        found |= exploration.EXAMPLES.keys()
+    if not given["rl"]["iterations"]:
+        return found
+    found |= {*JUDGED, *LEARNT, *exploration.COURSE, *exploration.CLOCKED}
     if hasattr(tasks.TASKS[given["task"]["name"]], "canonical"):
         found |= AGREED.keys()
     if exploration.baseline_of(given) is not None:
         found |= exploration.REACHED.keys()
-    if tries_examples(given):
-        found |= exploration.EXAMPLES.keys()
-    if "mismatch" in given:
-        found |= mismatch.measured(given)
     if "shadow" in settings_of(given)[1].needs:
         found |= mismatch.CALIBRATED.keys()
     return found
@@ -266,8 +267,7 @@ def summary_figures(
         figures += side_by_side(found, rows, path, "Held-out problems", label)
     if "mismatch" in config:
         rows = {arm: mismatch.of_arm(arm) for arm in arms(config)}
-        label = mismatch.MEASURED["mismatch_mean"]
-        path = folder / "mismatch.png"
+        path, label = folder / "mismatch.png", mismatch.MEASURED["mismatch_mean"]
         figures += side_by_side(found, rows, path, "Rollout and training", label)
     return figures
 

@@ -14,7 +14,7 @@ from experiments.language_models import Language as Language
 from experiments.language_models import language as language
 from experiments.language_models import log_probs_of as log_probs_of
 from experiments.language_models import write as write
-from tmdjax import generation
+from tmdjax import generation, models
 from tmdjax.core.checks import check_choice
 from tmdjax.data import text_tasks
 from tmdjax.data.text_tasks import math_files
@@ -283,9 +283,11 @@ class Judge:
         right answers to a problem that differ, and 'consensus', the share of problems
         whose most frequent answer is right (the first of equally frequent ones).
         """
+        config = self._language.config
+        params = models.prepare_weights(params, config)  # once, not at every token
         if self._engine is None:
             self._engine = generation.Engine(
-                generation.cached_decoder(self._language.config),
+                generation.cached_decoder(config),
                 params,
                 self._language.engine(self._sizes),
                 self._key,

@@ -27,8 +27,8 @@ MEASURED = {
     "mismatch_mean": "mean |d|",
     "mismatch_growth": "mean |d| in the last third of a response over that in the "
     "first",
-    "mismatch_clipped": "share of tokens whose exp(d) is beyond the clip range, in "
-    "[0, 1]",
+    "mismatch_clipped": "share of tokens whose exp(d) is beyond the clip range or not "
+    "a number, in [0, 1]",
     "mismatch_length": "correlation of |sum of d| with the length of a response",
     "mismatch_effective": "effective share of tokens under the weights exp(d), in "
     "[0, 1]",
@@ -60,6 +60,11 @@ def measured(given: dict[str, Any]) -> set[str]:
     """Names of the metrics of an arm."""
     names = {f"{name}_{when}" for name in MEASURED for when in conditions(given)}
     return names | PUBLISHED.keys()
+
+
+def calibrated(clip_range: Any) -> dict[str, float]:
+    """The numbers of CALIBRATED, of the state's (low, high); none where it is None."""
+    return {} if clip_range is None else dict(zip(CALIBRATED, map(float, clip_range)))
 
 
 def of_arm(arm: str) -> dict[str, str]:
@@ -180,7 +185,7 @@ def summarise(
     covariance = np.mean(distance * length) - distance.mean() * length.mean()
     return found | {
         "mismatch_growth": late / early if early else 1.0,
-        "mismatch_clipped": float(np.mean(low | high)),
+        "mismatch_clipped": float(np.mean(low | high | np.isnan(d[mask]))),
         "mismatch_length": float(covariance / spread) if spread else 0.0,
         "mismatch_effective": float(
             weight.sum() ** 2 / len(weight) / (weight @ weight)

@@ -26,13 +26,28 @@ def test_arms_start_from_one_policy_and_share_what_is_alike():
     assert compared["fp8_rollout"] == compared["truncated"]
     assert compared["unified"] == compared["calibrated"]
     assert len(set(compared.values())) == 6
-    assert len({repr(found["rl"]) for found in stages.values()}) == len(stages) == 8
+    trained = {arm: found["rl"] for arm, found in stages.items() if "rl" in found}
+    assert len({repr(found) for found in trained.values()}) == len(trained) == 5
     given = grpo.resolved(config, "calibrated")
     objective = language_iteration.settings_of(given)[1]
     assert objective == jet_rl.preset("calibrated", calibrate_every=5)
     assert mismatch.MISMATCH.keys() <= grpo.measures(config, "bf16")
     assert mismatch.CALIBRATED.keys() <= grpo.measures(config, "calibrated")
     assert not mismatch.CALIBRATED.keys() & grpo.measures(config, "unified")
+    # arms that are not trained have what is compared, and claims what is measured
+    for arm in config.arms.keys() - trained.keys():
+        assert stages[arm].keys() == {"sft", "mismatch"}
+        assert grpo.measures(config, arm) == mismatch.measured(given)
+    measured = {f"{arm}/{x}" for arm in config.arms for x in grpo.measures(config, arm)}
+    for claim in config.claims.values():
+        assert {claim.ours, claim.get("baseline", claim.ours)} <= measured
+    alone = load_config("configs/jet_rl.py:cpu", ["rl.iterations=0"])
+    assert [stage.name for stage in grpo.stages(alone, "bf16")] == ["sft", "mismatch"]
+    assert mismatch.calibrated(np.float32([0.25, 0.5])) == {
+        "clip_low": 0.25,
+        "clip_high": 0.5,
+    }
+    assert mismatch.calibrated(None) == {}
     # without stress there is one condition, and other configs have none at all
     plain = load_config(SMOKE, ["stress.channels=0"])
     assert "mismatch_kl_stress" not in grpo.measures(plain, "calibrated")
@@ -64,6 +79,11 @@ def test_what_is_compared_is_what_is_defined():
     assert found == pytest.approx(expected, rel=1e-4)
     assert found.keys() == mismatch.MEASURED.keys()
     assert 0 < found["mismatch_clipped"] < 1
+    lost = np.where(mask & (np.arange(12) == 2), np.nan, train)  # a token of each
+    told = mismatch.summarise(lost, theirs, mask, (0.1, 0.15))["mismatch_clipped"]
+    inside = (np.exp(every) >= 0.9) & (np.exp(every) <= 1.15)
+    at = np.concatenate([np.arange(n) for n in lengths])
+    assert told == pytest.approx(1 - np.mean(inside & (at != 2)))
     alike = mismatch.summarise(theirs, theirs, mask, 0.2)
     nothing = dict.fromkeys(mismatch.MEASURED, 0.0)
     assert alike == nothing | {"mismatch_growth": 1.0, "mismatch_effective": 1.0}

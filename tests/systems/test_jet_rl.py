@@ -166,6 +166,13 @@ def test_bad_stress(refused):
     refused("factor=inf is outside", stress, 1, math.inf)
     fused = models.fuse_projections(PARAMS)
     refused("qkv and no 'value'; .*fuse", jet_rl.outlier_channels, fused, CONFIG)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    message = "kernel of 'value' has bfloat16; .* float32"
+    refused(message, jet_rl.outlier_channels, narrow, CONFIG)
+    kernel = quant.Quantised(np.zeros((2, 32, 16)), np.ones((2, 1, 1)), "tensor")
+    attention = PARAMS["blocks"]["attention"] | {"value": {"kernel": kernel}}
+    prepared = {"blocks": {"attention": attention}}
+    refused("no dtype: it is prep", jet_rl.outlier_channels, prepared, CONFIG)
 
 
 @pytest.mark.parametrize("tier", ["cpu", "gpu"])

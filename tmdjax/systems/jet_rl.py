@@ -110,7 +110,9 @@ def outlier_channels(
     scaled: the mean square of the norms that read it would be another.)
 
     Args:
-        params: of a :class:`tmdjax.models.Decoder`, neither fused nor prepared.
+        params: of a :class:`tmdjax.models.Decoder`, neither fused nor prepared, float32
+            (in 16 bits the sums would be rounded, and the function another); adapters
+            are put on what is returned.
         config: of the decoder.
         channels: of each head, from 1 to half of ``head_dim``.
         factor: how many times larger; finite.
@@ -119,8 +121,8 @@ def outlier_channels(
         New parameters; 'value' and 'out' of the attention differ.
 
     Raises:
-        TypeError, ValueError: channels or factor out of range, or parameters without
-            'value'.
+        TypeError, ValueError: channels or factor out of range, parameters without
+            'value', or not in float32.
     """
     check_count("channels", channels)
     check_range("factor", factor, -math.inf, math.inf, open_low=True, open_high=True)
@@ -135,6 +137,14 @@ def outlier_channels(
             f"the attention has {', '.join(attention)} and no 'value'; give the "
             f"parameters before models.fuse_projections."
         )
+    for name in ("value", "out"):
+        found = getattr(attention[name]["kernel"], "dtype", "no dtype: it is prepared")
+        if found not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"the kernel of {name!r} has {found}; sums of terms {factor:g} times "
+                f"as large would be rounded, and the function another. Give parameters "
+                f"in float32, before models.prepare_weights."
+            )
     layers, size = config.num_layers, config.head_dim
     first, last = jnp.arange(channels), size - 1 - jnp.arange(channels)
 
