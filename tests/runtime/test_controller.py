@@ -16,10 +16,11 @@ from integer_model import VOCAB, integer_model
 
 from tmdjax import runtime
 from tmdjax.generation import Engine, EngineConfig
+from tmdjax.rl import TokenRecord
 from tmdjax.runtime import LanguageSettings, Prompt, TrajectoryStore
 from tmdjax.runtime.control import Controller
 from tmdjax.runtime.events import staleness, total, utilisation
-from tmdjax.runtime.executors import Costs, Simulated, Threads
+from tmdjax.runtime.executors import Costs, Message, Simulated, Threads
 from tmdjax.runtime.roles import Generator, Scorer, Trainer
 from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.simulated_engine import SimulatedEngine
@@ -203,7 +204,20 @@ def test_areal_1_eta_0_is_the_synchronous_loop_to_the_bit():
     expected = []
     for version in range(3):
         engine.update_weights(params(version), version)
+        before = engine.counts.copy()
         found = runtime.collect(engine, draw, score, settings, version)
+        # an engine without a model, of the same lengths, counts the same
+        lengths = {r.number: len(r) for r in found.records}
+        without = SimulatedEngine(lengths.get, slots=3, steps=2)
+        for r in found.records:
+            blank = TokenRecord(
+                number=r.number, group=0, prompt=r.prompt, status="aborted"
+            )
+            without.resume(blank, max_new_tokens=9)
+        while without.active or without.queued:
+            without.advance()
+        for name in ("chunks", "slot_steps", "drawn"):
+            assert without.counts[name] == engine.counts[name] - before[name]
         expected.append([dataclasses.replace(r, group=0) for r in found.records])
 
     batches, events = [], []
@@ -349,6 +363,9 @@ def test_april_2_3_4_5_8_partial_rollouts_lose_no_token_and_repeat_none():
                     rounds[r.number] |= set(r.versions)
                     assert len(rounds[r.number]) <= batch.version - r.versions[0] + 1
         assert (found.worst_lag > 0) == (seed > 0)
+        if seed == 2:  # in turns: how long training takes changes nothing
+            given = {"lengths": lognormal(1.0, seed), "learn_cost": 0.0}
+            assert run(schedule, **given).batches == found.batches
 
 
 def test_april_11_a_round_lasts_as_long_as_its_nth_group():
@@ -530,6 +547,28 @@ def test_a_response_that_cannot_be_scored_costs_itself_alone():
     assert found.numbers[0] == [0, 1, 2, 3, 6, 7, 8, 9]
 
 
+def test_scorers_share_the_work_and_a_late_report_changes_nothing():
+    found = run(SYNC, executor=Simulated(costs(judge=3.0)))
+    usage = utilisation(found.events)["reward"]
+    judged = collections.Counter(e.worker for e in found.events if e.what == "judge")
+    assert judged.total() == 48 and min(judged.values()) > 10 and usage.busy == 48 * 3
+    assert utilisation(found.events)["train"].waits["scores"] > 0
+
+    store = TrajectoryStore(None)
+    control = Controller(
+        SYNC, store, lambda n: Prompt([1], n), ["generate/0"], ["reward/0"]
+    )
+    told = control(Message("train", 0, "weights", (None, 0)))
+    (write,) = [send for send in told.sends if send.kind == "write"]
+    record = write.body[0][0]
+    record.extend([0], [0.0], 0)
+    record.status = "stop"
+    ended = Message("generate/0", 0, "ended", [record])
+    assert [send.kind for send in control(ended).sends] == ["judge"]
+    again = control(ended)  # a worker that was taken for dead
+    assert again.sends == [] and again.notes["responses"] == told.notes["responses"] - 1
+
+
 def test_groups_that_may_not_train_give_their_place_back():
     informative = run(
         SYNC, judge=lambda r, p: (float(r.group % 3 > 0),) * 2, accept=min
@@ -562,6 +601,10 @@ def test_bad_input(refused, tmp_path):
         error=RuntimeError,
         **prompt,
     )
+    engine = SimulatedEngine(lambda number: 2, slots=1, steps=1)
+    long = TokenRecord(number=7, group=0, prompt=(1,), status="aborted")
+    long.extend([0, 0], [0.0, 0.0], 0)
+    refused("record 7 has 2 tokens, of 2", engine.resume, long, max_new_tokens=9)
     refused("name at least one of each", run, SYNC, generators=0)
     store = TrajectoryStore(None)
     run(dataclasses.replace(SYNC, updates=2), store=store)

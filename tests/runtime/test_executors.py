@@ -204,7 +204,7 @@ def test_faults_end_a_run_and_say_who(executor, refused):
     assert threading.active_count() <= before
 
 
-def test_a_thread_that_hangs_is_named(refused):
+def test_a_thread_that_hangs_is_named(refused, caplog):
     free = threading.Event()
 
     def hangs(message):
@@ -220,6 +220,10 @@ def test_a_thread_that_hangs_is_named(refused):
         error=RuntimeError,
     )
     assert time.monotonic() - begin < 5
+    # one that hangs where the run needs it no more holds nobody up
+    workers = players() | {"player/0": lambda: hangs}
+    seconds, _ = run(Threads(grace=0.1), workers)
+    assert seconds < 5 and "player/0 did not end the step" in caplog.text
     free.set()
     refused("longest_step=0 is outside", Threads, 0)
 

@@ -57,7 +57,11 @@ class SimulatedEngine:
         return len(self._queue)
 
     def resume(self, record: TokenRecord, *, max_new_tokens: int) -> None:
-        """Goes on with an aborted record, or begins one without tokens."""
+        """Goes on with an aborted record, or begins one without tokens.
+
+        Raises:
+            ValueError: it is not aborted, under way already, or as long as it will be.
+        """
         if record.status != "aborted" or record.number in self._ends:
             raise ValueError(
                 f"record {record.number} is {record.status!r}; only an aborted one can "
@@ -65,7 +69,13 @@ class SimulatedEngine:
             )
         length = check_count("a length", self._length_of(record.number))
         ends = "stop" if length <= max_new_tokens else "length"
-        self._ends[record.number] = min(length, max_new_tokens), ends
+        length = min(length, max_new_tokens)
+        if len(record) >= length:
+            raise ValueError(
+                f"record {record.number} has {len(record)} tokens, of {length}; "
+                f"only a shorter one can be resumed."
+            )
+        self._ends[record.number] = length, ends
         record.status, record.segments = "running", record.segments + 1
         self._queue.append(record)
 

@@ -1,6 +1,7 @@
 """Workers in threads of this process, a thread each."""
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from tmdjax.core.checks import check_range
 from tmdjax.runtime.events import Event
 from tmdjax.runtime.executors.messages import Log, Post, Worker
 
+_LOGGER = logging.getLogger(__name__)
 _LOOK_EVERY = 0.05  # seconds
 
 
@@ -22,12 +24,16 @@ class Threads:
     Attributes:
         longest_step: seconds that a step may take, > 0; compiling counts. A run whose
             worker takes longer ends with an error that names it.
+        grace: seconds that workers have, once a run is over, to end the step that they
+            are in, >= 0. Those that do not are left behind, with a warning.
     """
 
     longest_step: float = 3600.0
+    grace: float = 60.0
 
     def __post_init__(self) -> None:
         check_range("longest_step", self.longest_step, 0, open_low=True)
+        check_range("grace", self.grace, 0)
 
     def run(
         self,
@@ -49,10 +55,18 @@ class Threads:
             run.watch(should_stop, self.longest_step)
         finally:
             run.leave()
-            deadline = time.monotonic() + self.longest_step
+            deadline = time.monotonic() + self.grace
             for thread in threads:
                 if thread.name != run.hangs:
                     thread.join(max(0.0, deadline - time.monotonic()))
+            late = [t.name for t in threads if t.is_alive() and t.name != run.hangs]
+            if late:
+                _LOGGER.warning(
+                    "the run is over, but %s did not end the step they are in within "
+                    "grace=%g s; they are left behind",
+                    ", ".join(late),
+                    self.grace,
+                )
         if run.error is not None:
             raise run.error
         return run.seconds
