@@ -154,6 +154,7 @@ TESTS = {
         "models/test_hf_video_dit.py",
     ),
     "models/decoder/network": "models/test_decoder.py",
+    "models/decoder/non_finite": "models/test_decoder.py",
     "models/decoder/cache": "models/test_decoder_cache.py",
     "models/videos/patches": "models/test_video_dit.py -k 'rotary or distances or patches'",
     "models/videos/layers": "models/test_hf_video_dit.py",

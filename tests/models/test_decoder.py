@@ -58,6 +58,30 @@ def test_logits_are_those_of_transformers(case):
         assert_allclose(rough, logits, atol=0.05 * np.abs(logits).max())
 
 
+def test_the_first_layer_that_is_not_finite_is_named():
+    config = dataclasses.replace(SMALL, num_tokens=SMALL.vocab_size - 3)
+    tokens, depth = draw_tokens(2, 7), config.num_layers
+    segments = np.ones(tokens.shape, np.int32)
+    segments[1, 4:] = 0
+
+    def found(*path, at=..., factor=1.0, tokens=tokens):
+        params = jax.tree.map(np.array, small_params())
+        leaf = functools.reduce(lambda tree, name: tree[name], path, params)
+        leaf[at] *= factor
+        return models.first_non_finite(config, params, tokens, None, segments)
+
+    assert found("embedding") is None
+    mlp = ("blocks", "mlp_norm", "scale")  # a product of two such overflows
+    assert found(*mlp, at=-1, factor=1e25) == f"blocks/{depth - 1}"
+    assert found(*mlp, factor=1e25) == "blocks/0"
+    assert found(*mlp, at=-1, factor=np.inf) == "blocks/mlp_norm/scale"
+    assert found("norm", "scale", factor=2e38) == "logits"
+    beyond = np.where(segments == 0, -1, tokens)  # a NaN, of padding: not looked at
+    assert found("embedding", tokens=jnp.asarray(beyond)) == "blocks/0"  # 0 x NaN
+    beyond[0, 2] = -1
+    assert found("embedding", tokens=jnp.asarray(beyond)) == "embedding"
+
+
 def test_rows_of_a_padded_embedding_are_never_drawn_and_weigh_nothing(refused):
     count = SMALL.vocab_size - 3
     padded = dataclasses.replace(SMALL, num_tokens=count)

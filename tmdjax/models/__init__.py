@@ -47,6 +47,7 @@ from tmdjax.models.decoder.cache import prefill as prefill
 from tmdjax.models.decoder.cache import prepare_weights as prepare_weights
 from tmdjax.models.decoder.config import DecoderConfig as DecoderConfig
 from tmdjax.models.decoder.network import Decoder as Decoder
+from tmdjax.models.decoder.non_finite import first_non_finite as first_non_finite
 from tmdjax.models.decoder.rope import RopeScaling as RopeScaling
 from tmdjax.models.decoder.token_log_probs import entropy_of as entropy_of
 from tmdjax.models.decoder.token_log_probs import log_prob_of as log_prob_of

@@ -54,7 +54,8 @@ class Alarms:
             self._warn(
                 f"log-probs that are not finite: mismatch_kl={kl:.3g} and "
                 f"effective_sample_fraction={fraction:.3g}. Rollouts or training gave "
-                f"a NaN or an infinity, and updates by them are skipped. Lower the "
+                f"a NaN or an infinity, and updates by them are skipped. "
+                f"models.first_non_finite names the layer of a decoder. Lower the "
                 f"learning rate, or compute in more bits (precision.rollout and "
                 f"precision.train)."
             )
