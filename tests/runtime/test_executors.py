@@ -152,12 +152,15 @@ def silent(message):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_faults_end_a_run_and_say_who(executor, refused):
     before = threading.active_count()
+    endless = 10**6  # threads that are slow to start must not miss the run
 
     def refuses(message, changes, error=ValueError, **options):
-        refused(message, run, executor, players() | changes, error=error, **options)
+        refused(
+            message, run, executor, players(endless) | changes, error=error, **options
+        )
 
     with pytest.raises(ZeroDivisionError, match="of mine") as found:
-        run(executor, players() | {"player/1": lambda: failing})
+        run(executor, players(endless) | {"player/1": lambda: failing})
     assert found.value.__notes__ == ["in step 0 of player/1, at 'toss'"]
     stalled = (
         r"the run is stalled after .*player/1 waits for a message \('nothing' ended "
