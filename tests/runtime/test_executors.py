@@ -1,5 +1,6 @@
 """Workers on a virtual clock and in threads: one order, one result, no silent hang."""
 
+import collections
 import itertools
 import threading
 import time
@@ -22,8 +23,11 @@ COSTS = Costs({"toss": {"units": 1.0}, "think": {"units": 0.25}})
 EXECUTORS = [Simulated(COSTS), Threads()]
 
 
-def players(rounds=3, heard=None):
-    """Control tosses to two players, who think by themselves before they toss back."""
+def players(rounds=3, heard=None, each=True):
+    """Control tosses to two players, who think by themselves before they toss back.
+
+    Each plays all its rounds, however slow its thread; or any of them plays them all.
+    """
     heard = [] if heard is None else heard
 
     def player(name):
@@ -43,7 +47,7 @@ def players(rounds=3, heard=None):
         return work
 
     def control():
-        left, begun = [0], []
+        tosses, begun = collections.Counter(), []
 
         def work(message):
             if message is None:
@@ -55,10 +59,11 @@ def players(rounds=3, heard=None):
             if message.kind == "stop":
                 return Step(what="stop", last=True)
             heard.append(("control", message.sender, message.body))
-            left[0] += 1
+            tosses[message.sender] += 1
             back = [Send(message.sender, "toss", message.body)]
-            over = left[0] == 2 * rounds
-            return Step(what="back", sends=[] if over else back, last=over)
+            done = each and tosses[message.sender] == rounds
+            over = tosses.total() == 2 * rounds
+            return Step(what="back", sends=[] if done or over else back, last=over)
 
         return work
 
@@ -224,7 +229,7 @@ def test_a_thread_that_hangs_is_named(refused, caplog):
     )
     assert time.monotonic() - begin < 5
     # one that hangs where the run needs it no more holds nobody up
-    workers = players() | {"player/0": lambda: hangs}
+    workers = players(each=False) | {"player/0": lambda: hangs}
     seconds, _ = run(Threads(grace=0.1), workers)
     assert seconds < 5 and "player/0 did not end the step" in caplog.text
     free.set()
