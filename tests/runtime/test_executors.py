@@ -11,6 +11,7 @@ import pytest
 from tmdjax.runtime.events import Event, utilisation
 from tmdjax.runtime.executors import (
     Costs,
+    Message,
     Send,
     Simulated,
     Step,
@@ -18,6 +19,7 @@ from tmdjax.runtime.executors import (
     calibrate,
     load_costs,
 )
+from tmdjax.runtime.executors.messages import Inbox
 
 COSTS = Costs({"toss": {"units": 1.0}, "think": {"units": 0.25}})
 EXECUTORS = [Simulated(COSTS), Threads()]
@@ -210,6 +212,17 @@ def test_faults_end_a_run_and_say_who(executor, refused):
         if thread.name in players():
             thread.join(5)
     assert threading.active_count() <= before
+
+
+def test_a_message_that_comes_while_a_worker_finds_nothing_to_do_wakes_it():
+    inbox = Inbox()
+    assert inbox.is_ready and inbox.take() is None
+    inbox.put(Message("control", 0, "write", None))  # before it said so, in a thread
+    inbox.rest()
+    assert inbox.take().kind == "write"
+    assert inbox.is_ready  # there may be work of its own now
+    inbox.rest()
+    assert not inbox.is_ready
 
 
 def test_a_thread_that_hangs_is_named(refused, caplog):

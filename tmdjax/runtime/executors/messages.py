@@ -132,7 +132,6 @@ class Inbox:
     def put(self, message: Message) -> None:
         """A message arrives."""
         self._messages.append(message)
-        self._rests = False
 
     @property
     def is_ready(self) -> bool:
@@ -146,7 +145,10 @@ class Inbox:
         place, self._replayed = self._place(), bool(self._order)
         if self._order:
             self._order.popleft()
-        return None if place is None else self._messages.pop(place)
+        if place is None:
+            return None
+        self._rests = False  # whatever was said before it came
+        return self._messages.pop(place)
 
     def rest(self) -> None:
         """The worker has nothing to do of its own until a message arrives.
