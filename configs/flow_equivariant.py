@@ -199,13 +199,14 @@ def _rivals(tier: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "gpu": {"hidden": 256, "depth": 4, "heads": 4, "frames": 8, "steps": 16},
     }.get(tier, {})
     patch = 8 if tier == "gpu" else 2
-    optimizer = {"learning_rate": 1e-3, "clip_norm": 1.0} if tier == "cpu" else {}
     forcing = {"name": "forcing_dit", "patch_size": patch, "history_guidance": 1.5}
     width = {"smoke": 16, "cpu": 64}.get(tier, 256)
     recurrent = {"name": "rssm", "patch_size": patch, "hidden": width, "width": width}
     if tier == "gpu":
         recurrent |= {"groups": 32, "classes": 32}
-    usual = {"optimizer": optimizer} if optimizer else {}
+    usual: dict[str, Any] = {}
+    if tier == "cpu":
+        usual["optimizer"] = {"learning_rate": 1e-3, "clip_norm": 1.0}
     return {"model": forcing | sizes, **usual}, {"model": recurrent, **usual}
 
 

@@ -423,6 +423,12 @@ def test_bad_inputs(refused):
     refused("whole pixels", go, frames, 0.5 * actions, CONFIG, error=TypeError)
     refused("of every frame", go, frames, actions[..., :1], CONFIG)
     refused("window is", go, frames[:, :, 1:], actions, CONFIG)
+    keeps = lambda params, given, *rest, method: (  # noqa: E731
+        given if method == "prepare" else jnp.zeros(BATCH, int)
+    )
+    words = "state has no array of floats"
+    whole = functools.partial(world_models.rollout, PARAMS, keeps, frames)
+    refused(words, whole, actions, CONFIG, error=TypeError)
     seen = {name: array[:, :CONTEXT] for name, array in SHORT.items()}
     given = PARAMS, FN, seen, KEYS, CONFIG
     refused("3 frames, none of them after the context", world_models.loss, *given)
@@ -452,6 +458,9 @@ def test_bad_inputs(refused):
         wrong = MODULE if name == "blocks" else small
         words = f"build a {kind}"
         refused(words, system.preset, name, module=wrong, error=TypeError)
+        world = TorusWorld() if name == "blocks" else BlockWorld()
+        words = f"world is a {type(world).__name__}, and preset='{name}'"
+        refused(words, system.preset, name, world=world, error=TypeError)
     rival = models.RSSM(image_size=32)  # it has no map
     assert system.preset("torus", module=rival).module == rival
     refused("preset='tours'.*'torus'", system.preset, "tours")

@@ -104,7 +104,7 @@ def unroll(
 
     def judged(state, inputs):
         state, output = step(state, inputs)
-        _check_output(output)
+        _check_batch(output)
         return state, (output, largest(output))
 
     def run(state, inputs, steps):
@@ -148,8 +148,16 @@ def largest(tree: PyTree) -> Float[Array, "batch"]:
 
     Returns:
         float32 [batch]; NaN for a row that has one.
+
+    Raises:
+        TypeError: no leaf of floats.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    if not leaves:
+        raise TypeError(
+            "a step's output or state has no array of floats, so nothing tells a "
+            "rollout that broke; let it have one that can be judged, [batch, ...]."
+        )
     rows = [jnp.abs(leaf).reshape(len(leaf), -1).max(-1) for leaf in leaves]
     worst = jnp.max(jnp.stack(rows).astype(jnp.float32), 0)
     return lax.stop_gradient(worst)
@@ -178,17 +186,10 @@ def _in_chunks(run, state, inputs, length, size, loop):
     return state, ys
 
 
-def _check_output(output: PyTree) -> None:
-    """Raises unless an output has floats, and the batch as every leading axis."""
-    leaves = jax.tree.leaves(output)
-    floats = [leaf for leaf in leaves if _is_float(leaf)]
-    if not floats:
-        raise TypeError(
-            "the step's output has no array of floats, so nothing tells a rollout that "
-            "broke; return what is to be judged, [batch, ...]."
-        )
-    shapes = [jnp.shape(leaf) for leaf in leaves]
-    if any(not shape or shape[0] != jnp.shape(floats[0])[0] for shape in shapes):
+def _check_batch(output: PyTree) -> None:
+    """Raises ValueError unless the leading axis of every leaf is the same batch."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(output)]
+    if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
             f"the step's output has leaves of shapes {shapes}; each has the batch as "
             f"its leading axis."

@@ -39,11 +39,12 @@ def check_world(module: Any, world: TorusWorld | BlockWorld) -> None:
         TypeError: the map of the other kind of world.
         ValueError: a map of other sizes.
     """
-    kind, other = models.TorusMap, models.EgocentricMap
-    names, room = ("world", "window"), 0
     if isinstance(world, BlockWorld):
-        kind, other = other, kind
-        names, room = ("image_size", "view_degrees"), world.room
+        kind, other = models.EgocentricMap, models.TorusMap
+        names = ("image_size", "view_degrees")
+    else:
+        kind, other = models.TorusMap, models.EgocentricMap
+        names = ("world", "window")
     if isinstance(module, other):
         raise TypeError(
             f"the network is of type {other.__name__}, and the data show a "
@@ -51,11 +52,11 @@ def check_world(module: Any, world: TorusWorld | BlockWorld) -> None:
         )
     if not isinstance(module, kind):
         return
-    if module.world < room - 1:
+    if isinstance(world, BlockWorld) and module.world < world.room - 1:
         raise ValueError(
             f"the network's map reaches world={module.world} cells in every direction, "
-            f"a room of {room} {room - 1} from its corner; build the network with "
-            f"world={room - 1} or more."
+            f"a room of {world.room} {world.room - 1} from its corner; build the "
+            f"network with world={world.room - 1} or more."
         )
     for name in names:
         ours, theirs = getattr(module, name), getattr(world, name)
@@ -95,13 +96,19 @@ def preset(name: str, **changes: Any) -> WorldModelSetup:
 
     Raises:
         ValueError: an unknown preset, or a map of other sizes than the data's.
-        TypeError: an unknown field, or a map of the other kind of world.
+        TypeError: an unknown field, or a world or map of the other kind.
 
     References:
         The released code of arXiv 2601.01075.
     """
     check_choice("preset", name, ("torus", "blocks"))
     check_fields(WorldModelSetup, changes)
+    kind = TorusWorld if name == "torus" else BlockWorld
+    if not isinstance(given := changes.get("world", kind()), kind):
+        raise TypeError(
+            f"world is a {type(given).__name__}, and preset={name!r} has settings for "
+            f"a {kind.__name__}; give one, or take the other preset."
+        )
     if name == "torus":
         world = changes.get("world", TorusWorld())
         sizes = {"world": world.world, "window": world.window}

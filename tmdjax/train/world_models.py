@@ -97,7 +97,7 @@ def rollout(
         from there are NaN.
 
     Raises:
-        TypeError: frames that are no floats.
+        TypeError: frames that are no floats, or a state without any.
         ValueError: fewer frames than the context, fewer actions than frames to predict,
             teacher forcing without keys or without the frames to force.
     """
