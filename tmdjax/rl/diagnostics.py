@@ -13,9 +13,9 @@ from tmdjax.rl.ratios import MAX_LOG_RATIO, as_mask, log_ratio
 from tmdjax.rl.surrogates import ClipRange, check_clip_range
 
 FIRST_RATIO_SHARE = 0.1
-PROXIMAL = ("behaviour", "recompute")
+PROXIMAL = ("auto", "behaviour", "recompute")
 """Whose log-probs ratios are clipped around: those that the rollout recorded, or those
-that training computes before its update."""
+that training computes before its update; 'auto' leaves the choice to the iteration."""
 
 _FLOW_CAUSES = (
     "states or log-probs stored in fewer bits than they were drawn in (store float32); "

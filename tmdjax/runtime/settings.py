@@ -95,7 +95,7 @@ class LanguageSettings:
         for name in (*counts, "max_attempts", "scored_at_once", "frozen_after"):
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
-        check_choice("proximal", self.proximal, ("auto", *rl.PROXIMAL))
+        check_choice("proximal", self.proximal, rl.PROXIMAL)
         check_choice("train_prompt", self.train_prompt, ("sampled", "question"))
         check_range("overlong_factor", self.overlong_factor, 0)
         check_range("max_mismatch_kl", self.max_mismatch_kl, 0)

@@ -211,7 +211,7 @@ class FlowObjective:
         check_range("kl_coefficient", self.kl_coefficient, 0)
         check_choice("kl_kind", self.kl_kind, flows.KL_KINDS)
         check_choice("step_weight", self.step_weight, flows.STEP_WEIGHTS)
-        check_choice("proximal", self.proximal, ("auto", *rl.PROXIMAL))
+        check_choice("proximal", self.proximal, rl.PROXIMAL)
 
 
 class Rollout(NamedTuple):
