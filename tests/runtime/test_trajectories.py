@@ -119,6 +119,11 @@ def test_bad_input(refused):
     assert store.get(1).state == "submitted"
     store.discard([1], 0, "stale")
     refused("1 is discarded; .* must be submitted or", store.discard, [1], 0, "again")
+    store.submit([2], 0)
+    store.write(2, [(3, 1)], finished=False)
+    late = "tokens of version 3, but the trainer is at 2"
+    refused(late, store.discard, [2], 2, "stale")
+    assert store.get(2).state == "running"
 
 
 def test_a_transaction_is_whole_or_not_there():
@@ -241,6 +246,23 @@ def test_killed_at_any_moment_it_is_as_before_or_after(tmp_path, monkeypatch):
     assert len(set(seen)) == 5 and len(seen) >= 12
 
 
+def test_errors_of_the_disk_are_no_damage():
+    store = TrajectoryStore(None)
+    for name, kind, message in (
+        ("SQLITE_IOERR_WRITE", OSError, "Errno 5"),
+        ("SQLITE_FULL", OSError, "Errno 28"),
+        ("SQLITE_READONLY_DIRECTORY", OSError, "Errno 13"),
+        ("SQLITE_BUSY_SNAPSHOT", RuntimeError, "is in use by another run"),
+        ("SQLITE_CORRUPT_VTAB", ValueError, "is damaged"),
+    ):
+        error = sqlite3.OperationalError("as the disk says")
+        error.sqlite_errorname = name
+        with pytest.raises(kind, match=message), store.transaction():
+            store.submit([1], 0)
+            raise error
+        assert not store.select()
+
+
 def test_one_process_writes(tmp_path, refused):
     with TrajectoryStore(tmp_path) as store:
         store.submit([1], 0)
@@ -248,6 +270,9 @@ def test_one_process_writes(tmp_path, refused):
             "is in use by another run", TrajectoryStore, tmp_path, error=RuntimeError
         )
         store.submit([2], 0)
+    refused(
+        "closed database", store.submit, [3], 0, error=sqlite3.ProgrammingError
+    )  # which damages nothing
     with TrajectoryStore(tmp_path) as store:
         assert store.counts()["submitted"] == 2
 

@@ -86,8 +86,9 @@ class Database:
         """What a statement gives.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or fails.
             ValueError: the file is damaged.
+            sqlite3.ProgrammingError: it was closed.
         """
         with self._translated():
             return self._base.execute(statement, given).fetchall()
@@ -134,6 +135,8 @@ class Database:
         """Errors of SQLite as those that the methods name."""
         try:
             yield
+        except sqlite3.ProgrammingError:  # such as after close; the file is all right
+            raise
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", "")
             if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
@@ -145,4 +148,6 @@ class Database:
                 raise OSError(errno.EACCES, f"{error}", self._path) from error
             if name.startswith("SQLITE_FULL"):
                 raise OSError(errno.ENOSPC, f"{error}", self._path) from error
+            if name.startswith("SQLITE_IOERR"):
+                raise OSError(errno.EIO, f"{error}", self._path) from error
             raise self.damaged(error) from error

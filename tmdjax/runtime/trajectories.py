@@ -291,14 +291,17 @@ class TrajectoryStore:
             reason: in a word or two, such as 'stale'.
 
         Raises:
-            ValueError: no reason, or a request that was consumed or discarded before.
+            ValueError: no reason, or a request that was consumed or discarded before,
+                or one with elements of a version above this one; nothing is noted then.
         """
         check_count("version", version, 0)
         if not reason:
             raise ValueError("reason is empty; say in a word why it is discarded.")
         with self._base.transaction():
             for number in numbers:
-                self._refuse_all_but(STATES[:4], self.get(number), "discarded")
+                known = self.get(number)
+                self._refuse_all_but(STATES[:4], known, "discarded")
+                lag(known.spans, version)  # of no later weights
                 self._end(number, version, reason)
 
     def restore(self, version: int, *, paused: bool = False) -> None:
