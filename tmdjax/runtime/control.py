@@ -5,7 +5,6 @@ responses to scorers and batches to the trainer, and writes the account of every
 (:class:`tmdjax.runtime.TrajectoryStore`), so that what it knows survives it.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -72,7 +71,7 @@ class Controller:
         scorers: Sequence[str],
         *,
         trainer: str = "train",
-        accept: Callable[[Sequence[float]], bool] = lambda rewards: True,
+        accept: Callable[[Sequence[float]], bool] = lambda scores: True,
     ):
         """Goes on from an account.
 
@@ -86,8 +85,9 @@ class Controller:
             generators: names of the workers that write, at least one.
             scorers: of those that judge, at least one.
             trainer: of the one that trains.
-            accept: whether a group may train, by the rewards of its responses, such as
-                :func:`tmdjax.rl.is_informative`; one that may not is discarded.
+            accept: whether a group may train, by the scores of its responses, without
+                penalties, such as :func:`tmdjax.rl.is_informative`; one that may not is
+                discarded.
 
         Raises:
             ValueError: no generator or no scorer, or an account of other prompts or of
@@ -102,7 +102,7 @@ class Controller:
         self._trainer, self._accept = trainer, accept
         self._under_way = dict.fromkeys(generators, 0)  # responses
         self._judging = dict.fromkeys(scorers, 0)
-        self._aborts: collections.Counter[str] = collections.Counter()
+        self._aborts = 0  # that no generator has answered yet
         self._open: dict[int, _Group] = {}
         self._complete: dict[int, _Group] = {}  # they may train
         self._waiting: set[int] = set()  # of the open: those to hand out
@@ -119,11 +119,11 @@ class Controller:
             "aborted": self._aborted,
             "stop": self._end,
         }
-        self._unjudged = self._load()
+        self._load()
 
-    def _load(self) -> list[TokenRecord]:
-        """Takes over what the account has of earlier runs; what is yet to be judged."""
-        samples, unjudged = self._schedule.samples, []
+    def _load(self) -> None:
+        """Takes over what the account has of earlier runs."""
+        samples = self._schedule.samples
         for known in self._store.select():
             number, group = known.number, known.group
             if number // samples != group:
@@ -160,11 +160,14 @@ class Controller:
             record.status = record.status if known.state in _FINISHED else "aborted"
             if known.state in _FINISHED:
                 record.score, record.reward = known.score, known.reward
-                unjudged += [record] if known.reward is None else []
             self._open[group].records[number] = record
+
+    def _go_on(self) -> list[Send]:
+        """Goes on with what was taken over, now that weights have come."""
         for group in list(self._open.values()):
             self._look_at(group)
-        return unjudged
+        records = [r for group in self._open.values() for r in group.records.values()]
+        return [self._judge(r) for r in records if r.finished and r.reward is None]
 
     def _prompt(self, group: int) -> Prompt:
         prompt = self._prompt_of(group)
@@ -178,10 +181,7 @@ class Controller:
     def __call__(self, message: Message | None) -> Step | None:
         """One step: what a message changes, and what follows from that."""
         if message is None:
-            if not self._unjudged:
-                return None
-            sends, self._unjudged = [self._judge(r) for r in self._unjudged], []
-            return Step(what="go on", sends=sends, notes=self._notes())
+            return None
         check_choice("message", message.kind, self._handlers)
         notes, numbers = {}, []
         with self._store.transaction():
@@ -200,7 +200,7 @@ class Controller:
             requests=numbers,
             version=self._version,
             notes=notes | self._notes(),
-            last=self._is_ending and not self._is_training and not self._aborts.total(),
+            last=self._is_ending and not self._is_training and not self._aborts,
         )
 
     def _weights(self, message: Message) -> list[Send]:
@@ -212,11 +212,12 @@ class Controller:
                 f"that {trained} groups were trained on, {self._schedule.batch} an "
                 f"update; restore both to one checkpoint (TrajectoryStore.restore)."
             )
+        follow = self._go_on if self._version is None else self._drop_stale
         self._version, self._is_training = version, False
         sends = [Send(to, "weights", (params, version)) for to in self._under_way]
         if version >= self._schedule.updates:
             return sends + self._end(message)
-        return sends + self._drop_stale()
+        return sends + follow()
 
     def _drop_stale(self) -> list[Send]:
         """Discards what is too old, and takes back what may be."""
@@ -225,7 +226,7 @@ class Controller:
             if not self._is_stale(group.began):
                 continue
             if group.away:
-                self._aborts[group.writer] += 1
+                self._aborts += 1
                 sends.append(Send(group.writer, "abort", sorted(group.away)))
             else:
                 self._discard(group, "stale")
@@ -233,9 +234,14 @@ class Controller:
 
     def _is_stale(self, began: int | None) -> bool:
         """Whether a token of this version would be too old where it trains now."""
-        if began is None or self._version is None:
-            return False
-        return is_stale([(began, 1)], self._version, self._schedule.eta)
+        spans = [] if began is None else [(began, 1)]
+        return is_stale(spans, self._now, self._schedule.eta)
+
+    @property
+    def _now(self) -> int:
+        """Version of the weights; before the first nothing is judged or discarded."""
+        assert self._version is not None
+        return self._version
 
     def _ended(self, message: Message) -> list[Send]:
         sends = []
@@ -282,7 +288,7 @@ class Controller:
         record = group.records[judged.number]
         if judged.score is None or judged.reward is None:
             reason = f"no reward: {judged.error}"
-            self._store.discard([record.number], self._version or 0, reason)
+            self._store.discard([record.number], self._now, reason)
             del group.records[record.number]
         else:
             record.score, record.reward = judged.score, judged.reward
@@ -291,7 +297,7 @@ class Controller:
         return []
 
     def _aborted(self, message: Message) -> list[Send]:
-        self._aborts[message.sender] -= 1
+        self._aborts -= 1
         touched: dict[int, _Group] = {}
         for record in message.body:
             group = self._take_back(message.sender, record)
@@ -322,14 +328,14 @@ class Controller:
                 self._blank.add(group.number)
         elif any(record.reward is None for record in group.records.values()):
             self._written.add(group.number)
-        elif self._accept([r.reward for r in group.records.values()]):  # pyright: ignore
+        elif self._accept(Group(None, list(group.records.values())).scores):
             self._complete[group.number] = self._open.pop(group.number)
             self._written.discard(group.number)
         else:
             self._discard(group, "not accepted")
 
     def _discard(self, group: _Group, reason: str) -> None:
-        self._store.discard(list(group.records), self._version or 0, reason)
+        self._store.discard(list(group.records), self._now, reason)
         self._open.pop(group.number, None)
         self._complete.pop(group.number, None)
         for numbers in (self._waiting, self._blank, self._written):
@@ -357,7 +363,7 @@ class Controller:
 
     def _abort_all(self) -> list[Send]:
         busy = [name for name, count in self._under_way.items() if count]
-        self._aborts.update(busy)
+        self._aborts += len(busy)
         return [Send(name, "abort") for name in busy]
 
     def _end(self, message: Message) -> list[Send]:
@@ -385,7 +391,7 @@ class Controller:
     def _is_paused(self) -> bool:
         """Whether generators stand still until the update is done."""
         stops = self._schedule.when_full != "continue"
-        return stops and (self._is_training or self._aborts.total() > 0)
+        return stops and (self._is_training or self._aborts > 0)
 
     def _hand_out(self) -> list[Send]:
         """Responses to generators with room; first those that were asked for before."""

@@ -62,7 +62,11 @@ class SimulatedEngine:
         Raises:
             ValueError: it is not aborted, under way already, or as long as it will be.
         """
-        if record.status != "aborted" or record.number in self._ends:
+        if record.number in self._ends:
+            raise ValueError(
+                f"request {record.number} is already under way; numbers are unique."
+            )
+        if record.status != "aborted":
             raise ValueError(
                 f"record {record.number} is {record.status!r}; only an aborted one can "
                 f"be resumed."
