@@ -49,6 +49,12 @@ class _Group:
         return [record for record in self.records.values() if not record.finished]
 
     @property
+    def whole(self) -> Group:
+        """It as it trains, once all of it is written and scored; by number."""
+        records = [self.records[number] for number in sorted(self.records)]
+        return Group(self.prompt.problem, records)
+
+    @property
     def oldest(self) -> int | None:
         """Version of the oldest token in ``records``."""
         first = [r.versions[0] for r in self.records.values() if r.versions]
@@ -328,7 +334,7 @@ class Controller:
                 self._blank.add(group.number)
         elif any(record.reward is None for record in group.records.values()):
             self._written.add(group.number)
-        elif self._accept(Group(None, list(group.records.values())).scores):
+        elif self._accept(group.whole.scores):
             self._complete[group.number] = self._open.pop(group.number)
             self._written.discard(group.number)
         else:
@@ -348,18 +354,12 @@ class Controller:
             return None
         by_age = sorted(self._complete.values(), key=lambda g: (g.began or 0, g.number))
         chosen = sorted(g.number for g in by_age[: self._schedule.batch])
-        groups = [self._complete.pop(number) for number in chosen]
-        numbers = [sorted(group.records) for group in groups]
-        self._store.consume([n for each in numbers for n in each], self._version)
+        groups = [self._complete.pop(number).whole for number in chosen]
+        numbers = [record.number for group in groups for record in group.records]
+        self._store.consume(numbers, self._version)
         self._trained.update(chosen)
         self._is_training = True
-        return Batch(
-            self._version,
-            [
-                Group(group.prompt.problem, [group.records[n] for n in each])
-                for group, each in zip(groups, numbers)
-            ],
-        )
+        return Batch(self._version, groups)
 
     def _abort_all(self) -> list[Send]:
         busy = [name for name, count in self._under_way.items() if count]
