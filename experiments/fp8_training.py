@@ -93,10 +93,8 @@ def training(config: Config) -> Supervised:
 
 def texts_of(config: Config, split: str, count: int) -> dict[str, np.ndarray]:
     """Problems of a split with gold responses, see :func:`tasks.pairs`."""
-    task, language = (
-        tasks.build(to_plain(config.task)),
-        tasks.language(to_plain(config)),
-    )
+    given = to_plain(config)
+    task, language = tasks.build(given["task"]), tasks.language(given)
     rng = np.random.default_rng(0)
     return tasks.pairs(task, language, count, config.texts.length, rng, split=split)
 

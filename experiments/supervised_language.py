@@ -11,6 +11,7 @@ from flax import struct
 from experiments import language_tasks as tasks
 from tmdjax import models, quant, train
 from tmdjax.core import trees
+from tmdjax.core.checks import check_choice
 from tmdjax.data import in_memory
 from tmdjax.harness import StageContext, StageResult
 from tmdjax.train.state import LearnerCounts
@@ -61,11 +62,7 @@ def of_all_arms(given: dict[str, Any]) -> dict[str, Any]:
     recipe = given["sft"].get("recipe")
     if recipe is None:
         return given
-    if recipe not in quant.RECIPES:
-        raise ValueError(
-            f"sft.recipe={recipe!r} is no GEMM recipe; known: "
-            f"{', '.join(quant.RECIPES)}."
-        )
+    check_choice("sft.recipe", recipe, quant.RECIPES)
     return given | {
         "precision": given["precision"] | {"rollout": recipe, "train": recipe}
     }

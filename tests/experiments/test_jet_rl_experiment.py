@@ -103,7 +103,7 @@ def test_the_start_is_under_stress_where_the_config_says_so():
 def test_bad_inputs(refused):
     for changes, words in (
         (["rl.minibatches=1"], "calibrate_every=1 with one update an iteration"),
-        (["sft.recipe=fp23"], "sft.recipe='fp23' is no GEMM recipe"),
+        (["sft.recipe=fp23"], "sft.recipe='fp23' is not one of 'bf16', .*mean 'fp32'"),
         (["stress.factor=1e9"], "stress.factor=1000000000.0 is outside"),
     ):
         refused(words, lambda given=changes: grpo.describe(load_config(SMOKE, given)))

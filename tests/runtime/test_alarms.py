@@ -36,9 +36,13 @@ def test_bounds_are_allowed_and_what_is_beyond_is_said_once(caplog):
         assert part in message
     (message,) = said(caplog, *2 * [{"effective_sample_fraction": 0.2}])
     assert "effective_sample_fraction=0.2 is below min_effective_sample" in message
-    for name in ("mismatch_kl", "effective_sample_fraction"):
-        (message,) = said(caplog, *2 * [{name: float("nan")}])
-        assert f"not finite: mismatch_kl={'nan' if 'kl' in name else 0.001}" in message
+    for name, value in (
+        ("mismatch_kl", "nan"),
+        ("mismatch_kl", "inf"),  # training gives a written token no probability
+        ("effective_sample_fraction", "nan"),
+    ):
+        (message,) = said(caplog, *2 * [{name: float(value)}])
+        assert f"not finite: mismatch_kl={value if 'kl' in name else 0.001}" in message
     loose = LanguageSettings(
         **{**vars(SETTINGS), "max_mismatch_kl": 1, "min_effective_sample_fraction": 0}
     )

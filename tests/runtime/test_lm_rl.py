@@ -274,7 +274,7 @@ def test_engine_and_update_in_two_precisions(refused):
     assert metrics["first_ratio_error"] < 1e-5 and state.skipped == 0
     assert metrics["behaviour_log_ratio_max"] > 1e-4
     assert 0 < metrics["behaviour_kl"] < 1e-3
-    assert metrics["mismatch_kl"] == pytest.approx(metrics["behaviour_kl"], rel=0.05)
+    assert metrics["mismatch_kl"] == pytest.approx(metrics["behaviour_kl"], rel=1e-5)
     assert metrics["mismatch_max"] == metrics["behaviour_log_ratio_max"]
     assert abs(metrics["behaviour_weight"] - 1) < 1e-3
     uncorrected = dataclasses.replace(objective, correction="none")

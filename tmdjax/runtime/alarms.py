@@ -50,16 +50,16 @@ class Alarms:
         self._look_at_groups(published)
         settings, why = self._settings, f": {self._why}" if self._why else ""
         kl, fraction = metrics["mismatch_kl"], metrics["effective_sample_fraction"]
-        if math.isnan(kl) or math.isnan(fraction):
+        if not (math.isfinite(kl) and math.isfinite(fraction)):
             self._warn(
                 f"log-probs that are not finite: mismatch_kl={kl:.3g} and "
                 f"effective_sample_fraction={fraction:.3g}. Rollouts or training gave "
-                f"a NaN or an infinity, and updates by them are skipped. "
-                f"models.first_non_finite names the layer of a decoder. Lower the "
-                f"learning rate, or compute in more bits (precision.rollout and "
-                f"precision.train)."
+                f"a NaN or an infinity; updates whose gradient has one are skipped. "
+                f"models.first_non_finite names the parameter or layer of a decoder. "
+                f"Lower the learning rate, or compute in more bits (precision.rollout "
+                f"and precision.train)."
             )
-        if kl > settings.max_mismatch_kl:
+        elif kl > settings.max_mismatch_kl:
             self._warn(
                 f"mismatch_kl={kl:.3g} is above max_mismatch_kl="
                 f"{settings.max_mismatch_kl:g}: under the same weights rollouts and "

@@ -9,6 +9,8 @@ import optax
 
 from tmdjax import rl
 from tmdjax.core.types import Array, Params
+from tmdjax.rl import ratios
+from tmdjax.rl.kl import k3
 from tmdjax.runtime.packing import TokenObjective, UpdateBatch
 from tmdjax.train.state import TrainState, make_train_step
 
@@ -40,8 +42,8 @@ def make_update(
 
     Returns:
         ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
-        tokens of the minibatch, those named in MAXIMA the largest of any token. Those
-        called mismatch are sums, for :func:`tmdjax.rl.mismatch_of`.
+        tokens of the minibatch, those named in MAXIMA the largest of any token. The
+        others called mismatch are sums, for :func:`tmdjax.rl.mismatch_of`.
     """
 
     def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:
@@ -65,10 +67,10 @@ def make_update(
             "clip_fraction_low": low,
             "clip_fraction_high": high,
             "behaviour_log_ratio": jnp.abs(away),
-            "behaviour_ratio": jnp.exp(jnp.clip(away, -20, 20)),
-            "behaviour_ratio_square": jnp.exp(2 * jnp.clip(away, -20, 20)),
-            # k3 of KL(behaviour || proximal), the tokens being the behaviour's
-            "behaviour_kl": jnp.expm1(jnp.clip(away, -20, 20)) - away,
+            "behaviour_ratio": ratios.ratio(away),
+            "behaviour_ratio_square": ratios.ratio(away) ** 2,
+            # of KL(behaviour || proximal), the tokens being the behaviour's
+            "behaviour_kl": k3(-away),
             **mismatch,
             **metrics,
         }

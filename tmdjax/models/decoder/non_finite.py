@@ -30,10 +30,10 @@ def first_non_finite(
         segments: the same, or None; padding, 0, is not looked at.
 
     Returns:
-        The path of the first parameter with a NaN or an infinity, such as
-        'blocks/mlp/down/kernel'. If all are finite, the first result with one: of
-        'embedding', of the block 'blocks/3', or of the head, 'logits'. None if there is
-        none.
+        The path of the first parameter, in the order of the tree, with a NaN or an
+        infinity, such as 'blocks/mlp/down/kernel'. If all are finite, the first result
+        with one: of 'embedding', of the block 'blocks/3', or of the head, 'logits'.
+        None if there is none.
     """
     for path, leaf in flatten(params).items():
         if not jnp.isfinite(jnp.asarray(leaf).astype(jnp.float32)).all():
