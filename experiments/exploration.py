@@ -174,7 +174,7 @@ class Shown(runtime.OneRound):
     """A planner that shows worked examples before every prompt, in its one round."""
 
     def __init__(self, method: xrpo.XRPO):
-        """Of the method's examples."""
+        """A planner that finds and shows examples as ``method.seeded`` does."""
         self._method = method
 
     def plan(self, turn: runtime.Turn) -> Any:

@@ -237,12 +237,30 @@ def test_pictures_of_a_record_say_what_they_show_and_go_with_it(tmp_path):
     path.with_name("gpu-film.html").touch()
     write_record(tmp_path, merge([record]))
     assert {*there()} == {*read_records(tmp_path)[0]["figures"]} == {*both}
-    write_record(tmp_path, summarise(UNITS[:-1]), [("film", made["film.gif"])])
+    others = [scored("boss", 0, 3.0), *UNITS[1:]]
+    write_record(tmp_path, summarise(others), [("film", made["film.gif"])])
     assert there() == {"gpu-film.gif": "film.gif"}
     foreign = json.loads(path.read_text())
     foreign["figures"] |= {"gpu-../../x": "", "cpu.json": ""}
     path.write_text(json.dumps(foreign))
     refuses("picture='gpu-../../x' names a file", write_record, tmp_path, summarise())
+
+
+def test_a_record_is_not_written_over_by_one_that_holds_less(tmp_path):
+    path = write_record(tmp_path, summarise())
+    whole = path.read_bytes()
+    for held, *less in (
+        ("arm 'uniform' seed 4, which", UNITS[:-1]),
+        ("arm 'boss' seed 1, arm 'boss' seed 2, arm 'boss' seed 3, ..., which",
+         [UNITS[0], *UNITS[5:]]),
+        ("claim 'B2', which", UNITS, [CLAIMS[0], CLAIMS[2]]),
+    ):  # fmt: skip
+        refuses(f"gpu.json holds {held} a", write_record, tmp_path, summarise(*less))
+        assert path.read_bytes() == whole
+    more = [*UNITS, scored("boss", 5, 0.0)]
+    assert len(read_summary(write_record(tmp_path, summarise(more)))["units"]) == 11
+    path.write_text("{")  # damaged
+    assert write_record(tmp_path, summarise()).read_bytes() == whole
 
 
 def test_records_come_by_system_then_tier(tmp_path):

@@ -326,13 +326,28 @@ def test_one_stage(tmp_path, refused):
     refused(r"no stage 'sample'; stages: fit, score", run, tmp_path, stage="sample")
 
 
-def test_record_and_render(tmp_path):
-    run(tmp_path, seeds=(0, 1, 2), record=True)
-    record = json.loads((tmp_path / "results" / "tiny" / "smoke.json").read_text())
+def test_record_and_render(tmp_path, refused):
+    calls = []
+    experiment = make_experiment(calls)
+    run(tmp_path, experiment, seeds=(0, 1, 2), record=True)
+    path = tmp_path / "results" / "tiny" / "smoke.json"
+    record = json.loads(path.read_text())
     assert record["claims"][0]["verdict"] == "pilot"
     text = (tmp_path / "RESULTS.md").read_text()
     assert "training approaches the answer" in text
     assert "1 pilot" in text and "`results/tiny/smoke.json`" in text
+    # less of it is refused before anything is run or discarded
+    calls.clear()
+    other = tmp_path / "other"
+    for words, changes in (
+        ("holds arm 'main' seed 1, arm 'main' seed 2, which", {"fresh": True}),
+        ("holds arm 'main' seed 1, arm 'main' seed 2, which", {"workdir": other}),
+        ("holds claim 'T1', which", {"config": make_config(claims=False)}),
+    ):
+        refused(words, run, tmp_path, experiment, record=True, **changes)
+    assert not calls and json.loads(path.read_text()) == record and not other.exists()
+    run(tmp_path, experiment, seeds=(3,), record=True)  # the folder has the others
+    assert json.loads(path.read_text())["seeds"] == [0, 1, 2, 3]
 
 
 def test_a_model_loads_from_the_workdir(tmp_path, refused):

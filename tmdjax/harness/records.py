@@ -1,7 +1,7 @@
 """Records: the summaries that count, ``results/<system>/<tier>.json``."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,12 @@ def write_record(
         The path of the record.
 
     Raises:
-        ValueError: a key is missing, a claim has no seed (shards still to merge), or
-            system or tier is no name of a file.
+        ValueError: a key is missing, a claim has no seed (shards still to merge),
+            system or tier is no name of a file, or what :func:`check_successor`
+            refuses.
     """
     _check_summary(record, "the summary")
-    system, tier = (check_name(key, record[key]) for key in ("system", "tier"))
+    path = record_path(results_dir, record["system"], record["tier"])
     for claim in record["claims"]:
         if not claim["ours"]:
             about = (claim["ours_metric"], claim["baseline_metric"])
@@ -61,23 +62,66 @@ def write_record(
                 f"claim {claim['id']!r} has no seed with {' and '.join(metrics)}; run "
                 f"or merge the missing shards before recording."
             )
-    path = Path(results_dir, system, f"{tier}.json")
+    units = [(unit["arm"], unit["seed"]) for unit in record["units"]]
+    check_successor(path, units, [claim["id"] for claim in record["claims"]])
     files, captions = {}, {}
     for caption, picture in figures:
         if picture is not None and picture.suffix in IMAGES:
             parts = picture.parts
             places = [i for i, part in enumerate(parts) if part == "figures"]
             below = parts[places[-1] + 1 :] if places else parts[-1:]
-            name = f"{tier}-{'-'.join(below)}"
+            name = f"{path.stem}-{'-'.join(below)}"
             files[path.with_name(name)] = [picture.read_bytes()]
             captions[name] = caption
-    older, units = _drawn(path)
-    if units == json_text(record["units"]):  # drawn anew: the others are still of it
+    older, drawn = _drawn(path)
+    if drawn == json_text(record["units"]):  # drawn anew: the others are still of it
         captions = {n: c for n, c in older.items() if n.endswith(IMAGES)} | captions
     text = json_text({**record, PICTURES: captions} if captions else record)
     gone = {path.with_name(name) for name in older.keys() - captions.keys()}
     write_together({**files, path: [text]}, remove_after=gone)
     return path
+
+
+def record_path(results_dir: str | os.PathLike[str], system: str, tier: str) -> Path:
+    """``<results_dir>/<system>/<tier>.json``.
+
+    Raises:
+        ValueError: system or tier is no name of a file.
+    """
+    system, tier = check_name("system", system), check_name("tier", tier)
+    return Path(results_dir, system, f"{tier}.json")
+
+
+def check_successor(
+    path: Path, units: Iterable[tuple[str, int]], claims: Iterable[str]
+) -> None:
+    """Refuses to write over a record that holds more than its successor will.
+
+    Args:
+        path: of the record; it may be absent, or hold none that can be read.
+        units: (arm, seed) of the successor.
+        claims: their ids in the successor.
+
+    Raises:
+        ValueError: the record has units or claims that the successor lacks; names them.
+    """
+    try:
+        older = read_summary(path)
+    except (OSError, ValueError):
+        return
+    units, claims = {*units}, {*claims}
+    held = [(unit["arm"], unit["seed"]) for unit in older["units"]]
+    lost = [
+        f"arm {arm!r} seed {seed}" for arm, seed in held if (arm, seed) not in units
+    ]
+    ids = [claim["id"] for claim in older["claims"]]
+    lost += [f"claim {name!r}" for name in ids if name not in claims]
+    if lost:
+        raise ValueError(
+            f"{path} holds {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}, "
+            f"which a new record would lack; run all of it, or leave --record out. "
+            f"Remove the file first if it is no longer of use."
+        )
 
 
 def _drawn(path: Path) -> tuple[dict[str, str], bytes]:

@@ -105,7 +105,8 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
     Raises:
         ConfigError: the workdir belongs to another config, or options that do not go
             together.
-        ValueError: impossible settings, or an unknown stage.
+        ValueError: impossible settings, an unknown stage, or a record that holds units
+            or claims which this run would not have.
         OSError: the workdir cannot be written.
         RuntimeError: another run uses it.
     """
@@ -113,6 +114,11 @@ def run(experiment: Experiment, config: Any, options: Options) -> Outcome:
     units = _units(experiment, config, options)
     run_folder.check_workdir(workdir, options.fresh)
     claims, _ = check_run(experiment, config, options)
+    if options.record:
+        older = {} if options.fresh else run_folder.read_units(workdir)
+        there = [(u["unit"]["arm"], u["unit"]["seed"]) for u in older.values()]
+        path = records.record_path(options.results, config.system, options.tier)
+        records.check_successor(path, units + there, [claim.id for claim in claims])
     with environment.locked(workdir), _stopper(options.max_seconds) as stopper:
         cache = StageCache(
             cache_root, stopper.should_stop, options.writers, options.profiled_steps

@@ -300,9 +300,9 @@ def _join_units(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _device(values: Sequence[str]) -> str:
-    """What all units ran on, of one kind; a processor may have had more or less cores.
+    """What all units ran on, of one kind, whatever the number of a processor's cores.
 
-    Those change how long things take, and no other number.
+    How many there are changes how long things take, and is no other kind of device.
     """
     kinds = [re.sub(r", \d+ cores\b", "", device) for device in values]
     _common("device", [side_by_side([kind], " and ") for kind in kinds])
