@@ -98,13 +98,13 @@ def torch_rivals(
     return found
 
 
-def check_equal(ours: Any, other: Any, most: float) -> float:
-    """The norm of the difference of two outputs over that of ours.
+def check_equal(one: Any, other: Any, most: float) -> float:
+    """The norm of the difference of two outputs over that of the first.
 
     Raises:
         ValueError: it is more than ``most``, or not a number.
     """
-    a, b = (np.asarray(each, np.float64) for each in (ours, other))
+    a, b = (np.asarray(each, np.float64) for each in (one, other))
     error = float(np.linalg.norm(a - b) / np.linalg.norm(a))
     if not error < most:
         raise ValueError(

@@ -137,8 +137,8 @@ def step(sizes: Any, batch: int, positions: int) -> Callable[[str], Contender]:
         apply = models.functional(network)
 
         def loss(params: Any, tokens: Any) -> Any:
-            log_probs = jax.nn.log_softmax(apply(params, tokens)[:, :-1])
-            return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1).mean()
+            log_probs = models.token_log_probs(apply(params, tokens), tokens)
+            return -log_probs[:, 1:].mean()
 
         @functools.partial(jax.jit, donate_argnums=0)
         def descend(params: Any, tokens: Any) -> Any:

@@ -36,6 +36,7 @@ import numpy as np
 from benchmarks.contest import (
     Row,
     Seconds,
+    check_equal,
     compare,
     conclude,
     in_turn,
@@ -260,23 +261,6 @@ class Student:
         return [*compare(what, found["ours"], found["rival"], goal), counted]
 
 
-def check(ours: Ours, rival: Diffusers, recipe: str) -> float:
-    """The difference of both outputs over the norm of the rival's.
-
-    Raises:
-        AssertionError: it is above what the precision explains.
-    """
-    got = np.asarray(ours.run())
-    want = rival.run().float().cpu().numpy().transpose(0, 2, 3, 4, 1)
-    difference = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-    if not difference <= _TOLERANCES[recipe]:
-        raise AssertionError(
-            f"the outputs differ by {difference:.2g} of their norm, more than "
-            f"{_TOLERANCES[recipe]:g}: it would be another computation that is timed."
-        )
-    return difference
-
-
 def memory_rows(ours: Ours, peak: int | None, rival: Diffusers | None) -> list[Row]:
     """Bytes of a forward; the goal is no more than the rival's."""
     rows: list[Row] = []
@@ -311,7 +295,9 @@ def measure(given: Any) -> tuple[list[Row], dict[str, Any]]:
         del tensors
         notes["compile_seconds"]["rival"] = rival.compile_seconds
         notes["rival"] = rival.name
-        notes["difference"] = check(ours, rival, module.recipe.name)
+        theirs = rival.run().float().cpu().numpy().transpose(0, 2, 3, 4, 1)
+        most = _TOLERANCES[module.recipe.name]
+        notes["difference"] = check_equal(theirs, ours.run(), most)
         found = in_turn({"ours": ours, "rival": rival}, given.repeats)
         rows = compare("video", found["ours"], found["rival"], {"forward": 1.0})
     else:
