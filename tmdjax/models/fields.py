@@ -83,7 +83,8 @@ class DilatedResNet(FieldNetwork):
     Its other attributes are those of :class:`FieldNetwork`.
 
     Attributes:
-        recipe: GEMM recipe of dense layers; convolutions run in its compute dtype, the
+        recipe: GEMM recipe of dense layers, all of which are of conditions, so that an
+            8-bit one quantises nothing; convolutions run in its compute dtype, the
             first and the last in float32.
 
     References:

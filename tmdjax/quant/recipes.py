@@ -64,9 +64,10 @@ class Recipe:
     def unquantised(self) -> "Recipe":
         """The recipe of layers that stay in more than 8 bits; itself where none does.
 
-        Of a velocity network these are the first and the last layer, and those whose
-        rows are conditions (time, classes, text) and not positions: their rounding
-        reaches every position, and they are a small part of the work.
+        Of a velocity network these are the first and the last layer, those that embed
+        conditions (time, classes, text), and modulations: their rounding reaches every
+        position, and they are a small part of the work. Keys and values that positions
+        attend to, those of text too, are quantised.
         """
         return self.head or self
 

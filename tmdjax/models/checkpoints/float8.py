@@ -24,6 +24,10 @@ UNDERSTOOD = (
     "'compressed-tensors': symmetric float weights of 8 bits, strategy tensor, channel "
     "or block"
 )
+_REMEDY = (
+    f"Understood: {UNDERSTOOD}. Take the checkpoint it was made of, or load it with "
+    f"transformers, dequantize() and save_pretrained."
+)
 _SCALES = ("weight_scale_inv", "weight_scale")  # both multiply
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 _STRATEGIES = ("tensor", "channel", "block")
@@ -107,18 +111,18 @@ def without_quantisation(
     if len(found) > 1:
         raise ValueError(f"{' and '.join(found)} both describe weights; keep one.")
     if not isinstance(given, Mapping):
-        raise ValueError(f"{key}={brief(given)} is no mapping. {_remedy()}")
+        raise ValueError(f"{key}={brief(given)} is no mapping. {_REMEDY}")
     method = given.get("quant_method")
     read = {"fp8": _fp8, "compressed-tensors": _compressed}.get(str(method))
     if read is None:
         raise ValueError(
-            f"{key}: quant_method={brief(method)} is not understood. {_remedy()}"
+            f"{key}: quant_method={brief(method)} is not understood. {_REMEDY}"
         )
     block, known = read(key, given)
     for name, value in given.items():
         if name not in (*known, *_NO_EFFECT) and value not in (None, False, [], {}, ""):
             raise ValueError(
-                f"{key}: {name}={brief(value)} is not understood. {_remedy()}"
+                f"{key}: {name}={brief(value)} is not understood. {_REMEDY}"
             )
     return rest, Float8(block)
 
@@ -135,14 +139,14 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
     if kind not in _FORMATS or not isinstance(groups, Mapping):
         raise ValueError(
             f"{key}: format={brief(kind)} with config_groups={brief(groups)} is not "
-            f"understood. {_remedy()}"
+            f"understood. {_REMEDY}"
         )
     for name, group in groups.items():
         weights = (group.get("weights") or {}) if isinstance(group, Mapping) else group
         if not isinstance(weights, Mapping):
             raise ValueError(
                 f"{key}: {name}={brief(group)} of config_groups is not understood. "
-                f"{_remedy()}"
+                f"{_REMEDY}"
             )
         wanted = {"type": ("float",), "num_bits": (8,), "strategy": _STRATEGIES}
         wanted["symmetric"] = (True, None)
@@ -150,7 +154,7 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
             if weights.get(field) not in allowed:
                 raise ValueError(
                     f"{key}: weights of {name} have {field}="
-                    f"{brief(weights.get(field))}, which is not understood. {_remedy()}"
+                    f"{brief(weights.get(field))}, which is not understood. {_REMEDY}"
                 )
         if weights.get("strategy") == "block":
             where = f"{key}: block_structure of {name}"
@@ -158,7 +162,7 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
     if len(blocks) > 1:
         raise ValueError(
             f"{key} has groups of blocks {sorted(map(list, blocks))}; all weights need "
-            f"one size. {_remedy()}"
+            f"one size. {_REMEDY}"
         )
     sparse = given.get("sparsity_config") or {}
     known = ("quant_method", "config_groups", "format")
@@ -170,17 +174,10 @@ def _compressed(key: str, given: Mapping[str, Any]) -> tuple[Any, tuple[str, ...
 def _block(where: str, given: Any) -> tuple[int, int]:
     if not isinstance(given, list | tuple) or len(given) != 2:
         raise ValueError(
-            f"{where}={brief(given)} is no pair [rows, columns]. {_remedy()}"
+            f"{where}={brief(given)} is no pair [rows, columns]. {_REMEDY}"
         )
     rows, columns = (check_count(where, size) for size in given)
     return rows, columns
-
-
-def _remedy() -> str:
-    return (
-        f"Understood: {UNDERSTOOD}. Take the checkpoint it was made of, or load it "
-        f"with transformers, dequantize() and save_pretrained."
-    )
 
 
 def dequantised(tensors: Mapping[str, Any], found: Float8) -> dict[str, Any]:
