@@ -202,7 +202,7 @@ TESTS = {
     **dict.fromkeys(
         [
             "runtime/" + name
-            for name in "control roles schedule simulated_engine".split()
+            for name in "control groups roles schedule simulated_engine".split()
         ],
         "runtime/test_controller.py",
     ),
