@@ -184,7 +184,7 @@ TESTS = {
     **dict.fromkeys(["rl/curation", "rl/bin_packing"], "rl/test_token_records.py"),
     "rl/ratios": "rl/test_surrogates.py",
     **dict.fromkeys(
-        ["runtime/" + name for name in "lm_rl packing scoring update".split()],
+        ["runtime/" + name for name in "learner lm_rl packing scoring update".split()],
         "runtime/test_lm_rl.py -k 'definition or packing or learns or tied or "
         "penalised or clipped or bad or truncated or recomputed or unequal or fails'",
     ),

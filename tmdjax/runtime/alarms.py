@@ -43,13 +43,15 @@ class Alarms:
         """Warns through the logger ``tmdjax.runtime.alarms``.
 
         Args:
-            metrics: of an iteration: 'mismatch_kl', 'effective_sample_fraction' and,
-                where rollouts are quantised, 'quantised_moved'.
+            metrics: of an iteration: 'effective_sample_fraction'; 'mismatch_kl' where
+                weights of now wrote any response; 'quantised_moved' where rollouts are
+                quantised.
             published: what the engine was given, quantised or not.
         """
         self._look_at_groups(published)
         settings, why = self._settings, f": {self._why}" if self._why else ""
-        kl, fraction = metrics["mismatch_kl"], metrics["effective_sample_fraction"]
+        kl = metrics.get("mismatch_kl", 0.0)
+        fraction = metrics["effective_sample_fraction"]
         if not (math.isfinite(kl) and math.isfinite(fraction)):
             self._warn(
                 f"log-probs that are not finite: mismatch_kl={kl:.3g} and "

@@ -3,12 +3,7 @@
     scheduling   batches of prompts, until enough groups can be trained on
     rounds       prompts -> responses, by the engine, at once or as a planner decides
     scoring      responses -> rewards, in threads
-    packing      records -> minibatches of fixed shape, weighed as a whole
-    update       one compiled update of a minibatch, cut into microbatches
-    calibration  a clip range that follows what exact arithmetic would clip
-    publishing   trained parameters -> what the engine reads of them, once an update
-    alarms       once a process: rollouts of another policy, 8-bit weights that rest,
-                 vanish or are padded
+    learner      responses with rewards -> updates, and the weights that write next
 
 Randomness follows from the key of the run and the number of the iteration alone, and
 the engine is empty between iterations: a run that is killed goes on from its state. One
@@ -19,67 +14,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import struct
 
 from tmdjax import rl
-from tmdjax.core.types import Array, Params
+from tmdjax.core.types import Params
 from tmdjax.generation import Engine
-from tmdjax.quant import Precision, quantised_values, share_moved
-from tmdjax.rl import TokenBatch
-from tmdjax.runtime.alarms import Alarms
-from tmdjax.runtime.calibration import ClipCalibration, check_calibration
-from tmdjax.runtime.packing import TokenObjective, update_batches
-from tmdjax.runtime.publishing import Publisher
+from tmdjax.quant import Precision
+from tmdjax.runtime.learner import LMState, check_engine, make_learner
+from tmdjax.runtime.packing import TokenObjective
 from tmdjax.runtime.rounds import OneRound, Planner, Rollout
 from tmdjax.runtime.scheduling import collect
 from tmdjax.runtime.settings import Draw, LanguageSettings, Score
-from tmdjax.runtime.update import LogProbs, make_update
+from tmdjax.runtime.update import LogProbs
 from tmdjax.train.iteration import Interrupted, Iteration
-from tmdjax.train.state import LearnerCounts, TrainState, create_state
-
-_RATIO_CAUSES = (
-    "the model computes in 16 bits, where decoding and training round differently "
-    "(LanguageSettings(proximal='recompute'), or 'auto'; or recipe='fp32' of the "
-    "model's configuration); log_probs at another temperature than the engine's "
-    "Sampling; other parameters in the engine than generation_params gives"
-)
-
-
-@struct.dataclass
-class LMState(LearnerCounts):
-    """Everything an iteration changes.
-
-    Attributes:
-        iteration: how many were done, int32.
-        learner: parameters and optimiser state.
-        pending: responses that the next iteration goes on with, uint8 [bytes], see
-            :func:`tmdjax.rl.pack_records`; none for the most part.
-        memory: of a :class:`tmdjax.runtime.Planner`, uint8 [bytes]; empty without one.
-        clip_range: (low, high), float32 [2], where it is calibrated; None where the
-            objective's own is all there is.
-    """
-
-    iteration: Any
-    learner: TrainState
-    pending: Any
-    memory: Any
-    clip_range: Any = None
-
-    @classmethod
-    def start(
-        cls,
-        params: Params,
-        optimizer: optax.GradientTransformation,
-        clip_range: Any = None,
-    ) -> "LMState":
-        """The state before the first iteration."""
-        number, learner = jnp.zeros((), jnp.int32), create_state(params, optimizer)
-        empty = np.zeros(0, np.uint8)
-        return cls(number, learner, rl.pack_records([]), empty, clip_range)
 
 
 def make_iteration(
@@ -148,61 +95,28 @@ def make_iteration(
             log-probs of training would be others; length is above the engine's; or the
             objective needs what it is not given.
     """
-    if not engine.config.sampling.is_exact:
-        raise ValueError(
-            f"the engine draws with {engine.config.sampling}; training needs every "
-            f"token to keep a probability: temperature above 0, no top_k, top_p=1."
-        )
-    if length > engine.config.length:
-        raise ValueError(
-            f"length={length} is above the {engine.config.length} of the engine's "
-            f"slots; lower it, or build an engine of longer ones."
-        )
-    differs = "" if precision is None else precision.disagreement()
-    corrects = "proximal" in objective.needs
-    if settings.proximal == "auto":
-        recompute = corrects or differs or not engine.model.exact
-        proximal = "recompute" if recompute else "behaviour"
-        settings = dataclasses.replace(settings, proximal=proximal)
-    if corrects and settings.proximal != "recompute":
-        raise ValueError(
-            "the objective corrects for the policy that wrote, but with "
-            "proximal='behaviour' there is nothing to correct; use "
-            "proximal='recompute', or correction='none'."
-        )
-    if settings.train_prompt == "question" and not corrects:
-        raise ValueError(
-            "train_prompt='question' trains on responses that were written behind "
-            "worked examples as if they had not been there; the objective must correct "
-            "for that (correction='truncate'), or use train_prompt='sampled'."
-        )
-    if "reference" in objective.needs and reference is None:
-        raise ValueError(
-            "the objective needs a reference policy for its KL term; give reference=, "
-            "or kl_coefficient=0."
-        )
+    check_engine(engine, length)
+    learner = make_learner(
+        log_probs,
+        objective,
+        optimizer,
+        settings,
+        length=length,
+        pad=pad,
+        generation_params=generation_params,
+        reference=reference,
+        shadow=shadow,
+        precision=precision,
+        exact=engine.model.exact,
+    )
     if planner is None:
         planner = objective if isinstance(objective, Planner) else OneRound()
-    recomputes = settings.proximal == "recompute"
-    update = make_update(log_probs, objective, optimizer, recomputed=recomputes)
-    publish, moved = Publisher(generation_params), jax.jit(share_moved)
-    alarms = Alarms(settings, precision)
-    recomputed = _of_responses(log_probs)
-    calibration = None
-    if "shadow" in objective.needs:
-        check_calibration(objective, settings.epochs * settings.minibatches)
-        if shadow is None:
-            raise ValueError(
-                "the objective calibrates its clip range by log-probs in exact "
-                "arithmetic; give shadow=, or calibrate_every=0."
-            )
-        calibration = ClipCalibration(objective, recomputed, _of_responses(shadow))
 
     def collected(state: LMState, batch: None, key: Any) -> Rollout:
         del batch, key  # the engine has its own
         engine.abort()
         number = int(state.iteration)
-        engine.update_weights(publish(state.learner.params), number)
+        engine.update_weights(learner.publish(state), number)
         rollout = collect(
             engine,
             draw,
@@ -223,79 +137,17 @@ def make_iteration(
     def learn(
         state: LMState, rollout: Rollout, key: Any
     ) -> tuple[LMState, dict[str, Any]]:
-        iteration, learner = int(state.iteration), state.learner
+        iteration = int(state.iteration)
         _check_versions(rollout, iteration)
-        published = publish(learner.params)  # what the rollout read
-        before = quantised_values(published)
-        key = jax.random.fold_in(key, iteration)
-        seed = np.asarray(jax.random.key_data(key)).tolist()
-        batches = update_batches(
-            rollout.records,
-            objective,
-            settings,
-            np.random.default_rng(seed),
-            length=length,
-            pad=pad,
-            proximal=lambda texts: recomputed(learner.params, texts),
-            reference=None
-            if reference is None
-            else lambda texts: recomputed(reference, texts),
-            calibrated=state.clip_range,
-        )
-        shadows, seen = [], []
-        if calibration is not None:
-            batches, shadows = calibration.begin(iteration, learner.params, batches)
-        found = []
-        for number, batch in enumerate(batches):
-            if calibration is not None and shadows and number:
-                seen.append(calibration.see(learner.params, batch, shadows[number]))
-            learner, metrics = update(learner, batch, key)
-            if not found and settings.check_ratio and settings.proximal == "behaviour":
-                error = metrics["ratio_error_max"]
-                rl.check_first_ratio(
-                    error, objective.clip_range, precision, _RATIO_CAUSES
-                )
-            found.append(metrics)
-        host = jax.device_get(found)
-        compared = [
-            {k: m.pop(k) for k in [*m] if k.startswith("mismatch_")} for m in host
-        ]
-        means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
-        means |= _mismatch(compared if recomputes else compared[:1])
-        # (sum w)^2 / (n sum w^2) of the weights proximal / behaviour
-        square = means.pop("behaviour_ratio_square")
-        means["effective_sample_fraction"] = means.pop("behaviour_ratio") ** 2 / square
-        means["first_ratio_error"] = float(host[0]["ratio_error_max"])
-        if before:
-            after = quantised_values(publish(learner.params))
-            means["quantised_moved"] = float(moved(before, after))
-        alarms.look(means, published)
-        pending = rl.pack_records(rollout.pending)
         memory = planner.remember(state.memory, rollout, iteration)
-        clip_range = state.clip_range
-        if calibration is not None:
-            means |= dict(zip(("clip_low", "clip_high"), map(float, clip_range)))
-            if seen:
-                clip_range, told = calibration.finish(seen, clip_range)
-                means |= told
-        state = LMState(state.iteration + 1, learner, pending, memory, clip_range)
-        return state, rollout.metrics | means
+        state, metrics = learner.learn(state, rollout.records, key)
+        pending = rl.pack_records(rollout.pending)
+        state = dataclasses.replace(state, pending=pending, memory=memory)
+        return state, rollout.metrics | metrics
 
     return Iteration(
-        init=lambda params: LMState.start(
-            params, optimizer, None if calibration is None else calibration.start()
-        ),
-        collect=collected,
-        learn=learn,
-        programs={"update": update, "recompute": recomputed},
+        init=learner.init, collect=collected, learn=learn, programs=learner.programs
     )
-
-
-def _mismatch(compared: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of :func:`tmdjax.rl.mismatch`, of what each update found."""
-    terms = {k: float(np.mean([m[k] for m in compared])) for k in compared[0]}
-    terms["mismatch_max"] = float(np.max([m["mismatch_max"] for m in compared]))
-    return rl.mismatch_of(terms)
 
 
 def _check_versions(rollout: Rollout, iteration: int) -> None:
@@ -308,17 +160,3 @@ def _check_versions(rollout: Rollout, iteration: int) -> None:
             f"trained are two versions. Learn from what was collected with this state, "
             f"and leave the engine's weights alone meanwhile."
         )
-
-
-def _of_responses(log_probs: LogProbs) -> Callable[[Any, TokenBatch], Array]:
-    """Log-probs of responses in stacked microbatches, [microbatch, sequence, token]."""
-
-    @jax.jit
-    def recomputed(params: Params, texts: TokenBatch) -> Array:
-        def one(part: TokenBatch) -> Array:
-            found = log_probs(params, part.tokens, part.positions, part.segments)[0]
-            return jnp.where(part.mask, part.responses(found), 0)
-
-        return jax.lax.map(one, texts)
-
-    return recomputed

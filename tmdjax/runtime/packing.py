@@ -31,8 +31,9 @@ class UpdateBatch:
             None.
         share: float32 scalar, 1 / tokens of the minibatch.
         as_written: bool [sequence], read as the rollout wrote it: behind the same
-            prompt, and not from keys and values of older weights. Of these alone
-            log-probs of rollout and training can be compared.
+            prompt, by the weights before the update alone, and not from keys and values
+            of older ones. Of these alone log-probs of rollout and training can be
+            compared.
         calibrated: float32 [2], a clip range (low, high) that stands in the place of
             the objective's own, see :meth:`clip_range`; or None.
     """
@@ -114,6 +115,7 @@ def update_batches(
     *,
     length: int,
     pad: int = 0,
+    version: int | None = None,
     proximal: Callable[[TokenBatch], Array] | None = None,
     reference: Callable[[TokenBatch], Array] | None = None,
     calibrated: Array | None = None,
@@ -131,6 +133,8 @@ def update_batches(
         order: shuffles responses, anew in every epoch.
         length: the longest a text may be.
         pad: id of padding.
+        version: of the weights before the update, by which ``as_written`` is decided;
+            None where they wrote all tokens.
         proximal: log-probs [microbatch, sequence, token] of stacked microbatches,
             for settings.proximal='recompute'; 'auto' recomputes where it is given.
         reference: the same of a reference policy, or None.
@@ -144,7 +148,12 @@ def update_batches(
     """
     _check(records, settings)
     advantage = np.asarray(objective.advantages(records), np.float32)
-    as_written = np.array([not record.kv_mixed for record in records])
+    as_written = np.array(
+        [
+            not record.kv_mixed and (version is None or {*record.versions} <= {version})
+            for record in records
+        ]
+    )
     if settings.train_prompt == "question":
         as_written &= [record.question is None for record in records]
         records = [
