@@ -202,7 +202,8 @@ TESTS = {
     **dict.fromkeys(
         [
             "runtime/" + name
-            for name in "control groups roles schedule simulated_engine".split()
+            for name in "control groups roles schedule simulated_engine "
+            "watchdog".split()
         ],
         "runtime/test_controller.py",
     ),

@@ -6,13 +6,13 @@ Texts have lengths and no content, but in the test that uses the real engine.
 import collections
 import dataclasses
 import math
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from integer_model import VOCAB, integer_model
+from simulated_runs import SLOTS, conserved, costs, flat, lognormal, run
 
 from tmdjax import runtime
 from tmdjax.generation import Engine, EngineConfig
@@ -21,167 +21,15 @@ from tmdjax.runtime import LanguageSettings, Prompt, TrajectoryStore
 from tmdjax.runtime.control import Controller
 from tmdjax.runtime.events import staleness, total, utilisation
 from tmdjax.runtime.executors import Costs, Message, Simulated, Threads
-from tmdjax.runtime.roles import Generator, Scorer, Trainer
+from tmdjax.runtime.roles import Generator, Judged, Scorer, Trainer
 from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.simulated_engine import SimulatedEngine
 from tmdjax.runtime.trajectories import STATES
-
-SLOTS = 8
-
-
-def costs(step=1.0, token=0.02, learn=0.05, judge=0.0):
-    """A decoding step takes a part of its own and one for each text under way."""
-    return Costs(
-        {
-            "decode": {"slot_steps": step / SLOTS, "drawn": token, "prefilled": 1e-3},
-            "weights": {"prefilled": 1e-3},
-            "learn": {"tokens": learn},
-            "judge": {"responses": judge},
-        }
-    )
-
+from tmdjax.runtime.watchdog import Watchdog
 
 SYNC = Schedule(batch=4, samples=2, max_new_tokens=400, updates=6, slots=SLOTS)
 ASYNC = dataclasses.replace(SYNC, eta=2)
 PARTIAL = dataclasses.replace(SYNC, eta=math.inf, ahead=8, when_full="resume")
-
-
-def lognormal(sigma, seed=0):
-    """The length of a request follows from its number alone."""
-
-    def length_of(number):
-        rng = np.random.default_rng([seed, number])
-        return int(np.clip(np.exp(rng.normal(3.0, sigma)), 1, 400))
-
-    return length_of
-
-
-MIDDLE = lognormal(0.65)
-
-
-def flat(lists):
-    return [x for each in lists for x in each]
-
-
-@dataclasses.dataclass
-class Run:
-    batches: list  # (version, groups) as they came to the trainer
-    events: list
-    seconds: float
-    store: TrajectoryStore
-    engines: list
-
-    @property
-    def numbers(self):
-        return [[r.number for g in b.groups for r in g.records] for b in self.batches]
-
-    @property
-    def records(self):
-        return [r for b in self.batches for g in b.groups for r in g.records]
-
-    @property
-    def tokens(self):
-        return sum(len(r) for r in self.records)
-
-    @property
-    def worst_lag(self):
-        return max(
-            b.version - v
-            for b in self.batches
-            for g in b.groups
-            for r in g.records
-            for v in r.versions
-        )
-
-
-def run(
-    schedule,
-    *,
-    lengths=MIDDLE,
-    generators=2,
-    executor=None,
-    store=None,
-    version=0,
-    interruptible=True,
-    judge=lambda record, problem: (float(len(record) % 3), 1.0),
-    log=None,
-    jitter=None,
-    steps=4,
-    learned=lambda batch: None,
-    learn_cost=0.05,
-    slots=SLOTS,
-    **options,
-):
-    found = Run([], [], 0.0, store or TrajectoryStore(None), [])
-    names = [f"generate/{i}" for i in range(generators)]
-    judges = ["reward/0", "reward/1"]
-
-    def learn(batch):
-        learned(batch)
-        found.batches.append(batch)
-        return {"tokens": float(sum(len(r) for g in batch.groups for r in g.records))}
-
-    def engine():
-        found.engines.append(
-            SimulatedEngine(lengths, slots=slots, steps=steps, version=version)
-        )
-        return Generator(found.engines[-1], interruptible=interruptible)
-
-    def late(make):
-        def made():
-            worker = make()
-
-            def slow(message):
-                time.sleep(jitter.uniform(0, 2e-3))
-                return worker(message)
-
-            return slow
-
-        return make if jitter is None else made
-
-    orders = {k: options.pop(k) for k in ("order", "should_stop") if k in options}
-    control = Controller(
-        schedule,
-        found.store,
-        options.pop("prompt_of", lambda n: Prompt([1, 2, 3], n)),
-        names,
-        judges,
-        **options,
-    )
-    workers = {
-        "control": lambda: control,
-        **dict.fromkeys(names, engine),
-        **dict.fromkeys(judges, lambda: Scorer(judge)),
-        "train": lambda: Trainer(lambda: None, learn, version),
-    }
-    executor = executor or Simulated(costs(learn=learn_cost))
-    found.seconds = executor.run(
-        {name: late(make) for name, make in workers.items()},
-        log or found.events.append,
-        **orders,
-    )
-    return found
-
-
-def conserved(found, schedule):
-    """What is in the account, in the batches and in the engines is the same."""
-    counts = found.store.counts()
-    rows = found.store.select()
-    assert sum(counts.values()) == len(rows)
-    consumed = [t for t in rows if t.state == "consumed"]
-    assert sorted(t.number for t in consumed) == sorted(flat(found.numbers))
-    assert len(set(flat(found.numbers))) == len(consumed)
-    groups = {t.group for t in rows}
-    assert groups == set(range(len(groups)))  # every prompt once, in order
-    for batch in found.batches:
-        assert len(batch.groups) == schedule.batch
-        for group in batch.groups:
-            assert len(group.records) == schedule.samples
-            assert all(r.finished and r.reward is not None for r in group.records)
-            for r in group.records:
-                r.check(scored=True)
-    drawn = sum(engine.counts["drawn"] for engine in found.engines)
-    assert drawn == sum(t.length for t in rows)
 
 
 def test_areal_1_eta_0_is_the_synchronous_loop_to_the_bit():
@@ -563,6 +411,14 @@ def test_scorers_share_the_work_and_a_late_report_changes_nothing():
     assert [send.kind for send in control(ended).sends] == ["judge"]
     again = control(ended)  # a worker that was taken for dead
     assert again.sends == [] and again.notes["responses"] == told.notes["responses"] - 1
+    other = dataclasses.replace(write.body[0][1], tokens=[0], log_probs=[0.0])
+    other = dataclasses.replace(other, versions=[0], status="stop")
+    unheard = control(Message("generate/1", 0, "ended", [other]))  # not the writer
+    assert (
+        unheard.sends == [] and unheard.notes["responses"] == again.notes["responses"]
+    )
+    heard = control(Message("generate/0", 1, "ended", [other]))
+    assert [send.kind for send in heard.sends] == ["judge"]
 
 
 def test_groups_that_may_not_train_give_their_place_back(tmp_path):
@@ -586,6 +442,129 @@ def test_groups_that_may_not_train_give_their_place_back(tmp_path):
     assert again.numbers == informative.numbers[3:]
 
 
+def test_what_is_stale_is_dropped_kept_or_masked():
+    """A straggler ends some versions after its siblings."""
+    schedule = dataclasses.replace(SYNC, eta=1, updates=10)
+    found = {}
+    for on_stale in ("drop", "keep", "mask"):
+        changed = dataclasses.replace(schedule, on_stale=on_stale)
+        found[on_stale] = run(changed, lengths=lambda n: 90 if n == 5 else 12 + n % 7)
+        conserved(found[on_stale], changed)
+        assert changed.max_lag == (1 if on_stale == "mask" else math.inf)
+    drop, keep, mask = found.values()
+    assert drop.store.get(5).reason == "stale" and drop.worst_lag <= 1
+    assert keep.store.get(5).state == "consumed" and keep.worst_lag > 1
+    assert keep.batches == mask.batches  # the learner tells them apart
+    for each in found.values():
+        notes = [e.notes["beyond_eta"] for e in each.events if e.what == "batch"]
+        for batch, share in zip(each.batches, notes, strict=True):
+            records = [r for g in batch.groups for r in g.records]
+            lags = [batch.version - v for r in records for v in r.versions]
+            assert share == sum(lag > 1 for lag in lags) / len(lags)
+        assert (max(notes) > 0) == (each is not drop)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_response_is_resumed_more_often_than_it_may_be(most):
+    lengths = lognormal(1.0, 6)
+    schedule = dataclasses.replace(PARTIAL, updates=12, ahead=12)
+    free = run(schedule, lengths=lengths)
+    assert max(len(set(r.versions)) for r in free.records) > most + 1
+    for on_exceed in ("truncate", "drop", "first"):
+        judged = collections.Counter()
+
+        def judge(record, problem, judged=judged):
+            judged[record.number] += 1
+            return float(record.status == "stop"), 1.0
+
+        changed = dataclasses.replace(schedule, max_resume=most, on_exceed=on_exceed)
+        found = run(changed, lengths=lengths, judge=judge)
+        conserved(found, changed)
+        lived = [len(set(r.versions)) for r in found.records]
+        assert max(lived) == most + 1 and set(judged.values()) == {1}
+        cut = [r for r in found.records if len(r) < lengths(r.number)]
+        assert all(r.status == "length" and r.score == 0 for r in cut)
+        assert {len(set(r.versions)) for r in cut} <= {most + 1}
+        assert bool(cut) == (on_exceed == "truncate")
+        reasons = {t.reason for t in found.store.select(["discarded"])}
+        assert reasons == ({"resumed too often"} if on_exceed == "drop" else set())
+
+
+def test_unfinished_groups_are_handed_out_in_the_order_that_was_asked_for():
+    def handed_out(priority, written):
+        """Groups that are handed out at version 1, of what version 0 left of each."""
+        schedule = Schedule(
+            **{"batch": 1, "samples": 1, "max_new_tokens": 9, "updates": 3},
+            **{"eta": math.inf, "ahead": 5, "when_full": "resume"},
+            priority=priority,
+        )
+        store = TrajectoryStore(None)
+        prompts = lambda n: Prompt([1], n)  # noqa: E731
+        control = Controller(schedule, store, prompts, ["generate"], ["reward"])
+        for version in (0, 1):
+            told = control(Message("train", version, "weights", (None, version)))
+            (write,) = [send for send in told.sends if send.kind == "write"]
+            records = {record.number: record for record in write.body[0]}
+            if version:
+                return list(records)
+            for number, tokens in {0: 1, **written}.items():
+                records[number].extend([0] * tokens, [0.0] * tokens, version)
+            records[0].status = "stop"
+            control(Message("generate", 0, "ended", [records.pop(0)]))
+            control(Message("reward", 0, "judged", Judged(0, 0, 1.0, 1.0, "")))
+            control(Message("generate", 1, "aborted", list(records.values())))
+
+    written = {1: 0, 2: 3, 3: 0, 4: 7}
+    fresh = [5]  # the one that was trained on gives its place
+    assert handed_out("fifo", written) == [1, 2, 3, 4, *fresh]
+    assert handed_out("oldest", written) == [2, 4, 1, 3, *fresh]
+    assert handed_out("longest", written) == [4, 2, 1, 3, *fresh]
+
+
+def test_what_a_full_batch_leaves_unfinished_is_bounded():
+    schedule = dataclasses.replace(PARTIAL, ahead=20, updates=8)
+    for most in (math.inf, 0, 3):
+        changed = dataclasses.replace(schedule, max_waiting=most)
+        found = run(changed, lengths=lognormal(1.0, 1))
+        conserved(found, changed)
+        left = [e.notes["groups"]["open"] for e in found.events if e.what == "batch"]
+        assert max(left) == most if most < math.inf else max(left) > 3
+        assert (found.worst_lag > 0) == (most > 0)
+
+
+def test_a_run_that_gets_nowhere_ends_with_what_is_known(refused):
+    def stuck(limit):
+        events = []
+        watch = Watchdog(events.append, limit)
+        run(SYNC, lengths=lambda n: 390 if n == 11 else 5, log=watch)
+
+    message = (
+        r"the trainer has waited 10[0-9.]+ s for a batch, longer than longest_wait=100; "
+        r"the controller says 'straggler'. Groups: 8 asked for, 1 open, 3 complete, "
+        r"4 trained, 0 capacity; responses under way: 1; the oldest request, 11, was "
+        r"first handed out [0-9.]+ s ago and is at generate/[01]"
+    )
+    refused(message, stuck, 100, error=RuntimeError)
+    stuck(10**4)  # it goes on where it may wait for so long
+    refused("longest_wait=0 is outside", Watchdog, print, 0)
+    refused(
+        r"max_rejected=7 groups in a row .* fifths of \[0, 1\]: \[3, 0, 0, 0, 4\]",
+        run,
+        dataclasses.replace(SYNC, max_rejected=7),
+        judge=lambda record, problem: (float(record.group % 2), 1.0),
+        accept=lambda scores: False,
+        error=RuntimeError,
+    )
+    repeats = {"prompt_of": lambda n: Prompt([n % 3], None)}
+    run(SYNC, **repeats)
+    refused(
+        r"groups 0 and 3 of one batch have the same prompt, \(0,\)",
+        run,
+        dataclasses.replace(SYNC, allow_repeats=False),
+        **repeats,
+    )
+
+
 def test_bad_input(refused, tmp_path):
     for message, options in (
         ("eta=-1 is outside", {"eta": -1}),
@@ -597,8 +576,15 @@ def test_bad_input(refused, tmp_path):
         ),
         ("makes sense for more groups than batch=4 alone", {"when_full": "discard"}),
         ("raise eta", {"when_full": "resume", "ahead": 8}),
+        ("'masked' is not one of .*Did you mean 'mask'", {"on_stale": "masked"}),
+        ("when_full='continue' resumes nothing", {"max_resume": 2}),
+        ("priority='age' is not one of 'fifo'", {"priority": "age"}),
+        ("max_waiting=-1 is outside", {"max_waiting": -1}),
+        ("max_rejected=0 is outside", {"max_rejected": 0}),
     ):
         refused(message, dataclasses.replace, SYNC, **options)
+    never = {"max_resume": 0, "on_exceed": "first"}
+    refused("every batch wait", dataclasses.replace, PARTIAL, **never)
     refused("eta=1.5 is of", dataclasses.replace, SYNC, eta=1.5, error=TypeError)
     prompt = {"prompt_of": lambda n: Prompt([1], None) if n < 3 else None}
     refused(

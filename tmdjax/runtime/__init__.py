@@ -34,3 +34,4 @@ from tmdjax.runtime.trajectories import Trajectory as Trajectory
 from tmdjax.runtime.trajectories import TrajectoryStore as TrajectoryStore
 from tmdjax.runtime.update import LogProbs as LogProbs
 from tmdjax.runtime.update import make_update as make_update
+from tmdjax.runtime.watchdog import Watchdog as Watchdog

@@ -6,16 +6,18 @@ about stands in :mod:`tmdjax.runtime.groups`, which writes the account of every 
 (:class:`tmdjax.runtime.TrajectoryStore`), so that it survives the controller.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core.checks import brief, check_choice
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.executors import Message, Send, Step
 from tmdjax.runtime.groups import Groups, OpenGroup
 from tmdjax.runtime.roles import Batch
+from tmdjax.runtime.rounds import histogram_of_scores
 from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.settings import Prompt
 from tmdjax.runtime.staleness import capacity, is_stale, lag, spans_of, tokens_by_lag
@@ -71,6 +73,8 @@ class Controller:
         self._under_way = dict.fromkeys(generators, 0)  # responses
         self._judging = dict.fromkeys(scorers, 0)
         self._aborts = 0  # that no generator has answered yet
+        self._due: set[int] = set()  # groups that the next batch waits for
+        self._rejected: list[float] = []  # mean scores, since a group was accepted
         self._version: int | None = None
         self._is_training = self._is_ending = False
         self._handlers = {
@@ -83,11 +87,12 @@ class Controller:
 
     def _go_on(self) -> list[Send]:
         """Goes on with what was taken over, now that weights have come."""
-        for group in list(self._groups.open.values()):
-            self._look_at(group)
-        groups = self._groups.open.values()
+        groups = list(self._groups.open.values())
         records = [r for group in groups for r in group.records.values()]
-        return [self._judge(r) for r in records if r.finished and r.reward is None]
+        unjudged = [r for r in records if r.finished and r.reward is None]
+        sends = [send for group in groups for send in self._look_at(group)]
+        still = [r for r in unjudged if r.group in self._groups.open]
+        return sends + [self._judge(record) for record in still]
 
     def __call__(self, message: Message | None) -> Step | None:
         """One step: what a message changes, and what follows from that."""
@@ -100,7 +105,7 @@ class Controller:
             if batch := self._full_batch():
                 records = [r for group in batch.groups for r in group.records]
                 numbers = [record.number for record in records]
-                notes = _staleness(records, batch.version)
+                notes = _staleness(records, batch.version, self._schedule.eta)
                 sends.append(Send(self._trainer, "batch", batch))
                 if self._schedule.when_full != "continue":
                     sends += self._abort_all()
@@ -123,12 +128,19 @@ class Controller:
                 f"that {trained} groups were trained on, {self._schedule.batch} an "
                 f"update; restore both to one checkpoint (TrajectoryStore.restore)."
             )
-        follow = self._go_on if self._version is None else self._drop_stale
+        follow = self._go_on if self._version is None else self._look_again
         self._version, self._is_training = version, False
         sends = [Send(to, "weights", (params, version)) for to in self._under_way]
         if version >= self._schedule.updates:
             return sends + self._end(message)
         return sends + follow()
+
+    def _look_again(self) -> list[Send]:
+        """What later weights change for the groups that are there."""
+        sends = self._drop_stale()
+        for number in sorted(self._groups.waiting):
+            sends += self._look_at(self._groups.open[number])
+        return sends
 
     def _drop_stale(self) -> list[Send]:
         """Discards what is too old, and takes back what may be."""
@@ -144,7 +156,9 @@ class Controller:
         return sends
 
     def _is_stale(self, began: int | None) -> bool:
-        """Whether a token of this version would be too old where it trains now."""
+        """Whether a token of this version is too old for its group to train now."""
+        if self._schedule.on_stale != "drop":
+            return False
         spans = [] if began is None else [(began, 1)]
         return is_stale(spans, self._now, self._schedule.eta)
 
@@ -161,7 +175,7 @@ class Controller:
             if group is not None:
                 self._groups.write(record)
                 sends.append(self._judge(record))
-                self._look_at(group)
+                sends += self._look_at(group)
         return sends
 
     def _take_back(self, worker: str, record: TokenRecord) -> OpenGroup | None:
@@ -180,9 +194,7 @@ class Controller:
     def _judged(self, message: Message) -> list[Send]:
         self._judging[message.sender] -= 1
         group = self._groups.judge(message.body, self._now)
-        if group is not None:
-            self._look_at(group)
-        return []
+        return [] if group is None else self._look_at(group)
 
     def _aborted(self, message: Message) -> list[Send]:
         self._aborts -= 1
@@ -193,25 +205,78 @@ class Controller:
                 touched[group.number] = group
                 if record.tokens:
                     self._groups.write(record)
+        sends = []
         for group in touched.values():
-            self._look_at(group)
+            sends += self._look_at(group)
             discards = self._schedule.when_full == "discard" and not self._is_ending
             if discards and group.number in self._groups.open:
                 self._discard(group, "unfinished")
-        return []
+        return sends
 
-    def _look_at(self, group: OpenGroup) -> None:
+    def _look_at(self, group: OpenGroup) -> list[Send]:
         """Notes what an open group needs next."""
         if group.away:
-            return
+            return []
         group.began = group.oldest
         if self._is_stale(group.began):
             self._discard(group, "stale")
         elif self._groups.settle(group):
             if self._accept(group.whole.scores):
                 self._groups.admit(group)
+                self._rejected.clear()
             else:
                 self._discard(group, "not accepted")
+                self._reject(group.whole.mean_score)
+        elif group.unfinished:
+            return self._limit_resumes(group)
+        return []
+
+    def _limit_resumes(self, group: OpenGroup) -> list[Send]:
+        """Ends, drops or brings forward what may not be resumed, of a group that waits.
+
+        Under the weights of now a response would have tokens of so many versions.
+        'first' acts a version earlier, so that it need not be stopped once more.
+        """
+        most, on_exceed = self._schedule.max_resume, self._schedule.on_exceed
+        if most is None:
+            return []
+        most += on_exceed != "first"
+        exceeding = [
+            record
+            for record in group.unfinished
+            if len({*record.versions, self._now}) > most
+        ]
+        if not exceeding:
+            return []
+        if on_exceed == "first":
+            self._due.add(group.number)
+            return []
+        if on_exceed == "drop":
+            self._discard(group, "resumed too often")
+            return []
+        for record in exceeding:
+            record.status = "length"
+            self._groups.write(record)
+        self._groups.settle(group)
+        return [self._judge(record) for record in exceeding]
+
+    @property
+    def _awaits_due(self) -> bool:
+        """Whether the next batch waits for responses that may not be stopped again."""
+        if self._schedule.max_resume is None or self._schedule.on_exceed != "first":
+            return False
+        self._due &= self._groups.open.keys()
+        return bool(self._due) or self._aborts > 0
+
+    def _reject(self, mean_score: float) -> None:
+        """Counts groups in a row that may not train; gives up after too many."""
+        self._rejected.append(mean_score)
+        if len(self._rejected) >= self._schedule.max_rejected:
+            raise RuntimeError(
+                f"max_rejected={self._schedule.max_rejected} groups in a row may not "
+                f"train. {histogram_of_scores(self._rejected)}. Choose easier or "
+                f"harder problems, more samples a prompt, or accept other scores."
+            )
 
     def _discard(self, group: OpenGroup, reason: str) -> None:
         self._groups.discard(group, self._now, reason)
@@ -219,13 +284,29 @@ class Controller:
     def _full_batch(self) -> Batch | None:
         """The oldest groups that may train, once they are enough and it is time."""
         complete, size = self._groups.complete, self._schedule.batch
-        enough = len(complete) >= size
+        enough = len(complete) >= size and not self._awaits_due
         if not enough or self._version is None or self._is_training or self._is_ending:
             return None
         by_age = sorted(complete.values(), key=lambda g: (g.began or 0, g.number))
         chosen = sorted(group.number for group in by_age[:size])
+        if not self._schedule.allow_repeats:
+            self._refuse_repeats(chosen)
         self._is_training = True
         return Batch(self._version, self._groups.train(chosen, self._version))
+
+    def _refuse_repeats(self, chosen: Sequence[int]) -> None:
+        """Refuses a batch that has a prompt twice."""
+        first: dict[tuple[int, ...], int] = {}
+        for number in chosen:
+            prompt = tuple(self._groups.complete[number].prompt.tokens)
+            known = first.setdefault(prompt, number)
+            if known != number:
+                raise ValueError(
+                    f"groups {known} and {number} of one batch have the same prompt, "
+                    f"{brief(prompt)}: there are fewer prompts than are asked for "
+                    f"ahead of training ({self._schedule.most_ahead} groups). Give "
+                    f"more prompts, lower ahead= or eta=, or set allow_repeats=True."
+                )
 
     def _abort_all(self) -> list[Send]:
         busy = [name for name, count in self._under_way.items() if count]
@@ -245,13 +326,17 @@ class Controller:
         Those without a token are yet to be begun: after a restore there may be more of
         them than the weights allow, which were asked for by later ones.
         """
-        return capacity(
+        schedule, complete = self._schedule, len(self._groups.complete)
+        begun = len(self._groups.open) - len(self._groups.blank)
+        most = capacity(
             self._version or 0,
-            len(self._groups.trained) + len(self._groups.complete),
-            len(self._groups.open) - len(self._groups.blank),
-            batch=self._schedule.batch,
-            ahead=self._schedule.most_ahead,
+            len(self._groups.trained) + complete,
+            begun,
+            batch=schedule.batch,
+            ahead=schedule.most_ahead,
         )
+        missing = max(0, schedule.batch - complete)
+        return min(most, missing + schedule.max_waiting - begun)
 
     @property
     def _is_paused(self) -> bool:
@@ -259,12 +344,21 @@ class Controller:
         stops = self._schedule.when_full != "continue"
         return stops and (self._is_training or self._aborts > 0)
 
+    def _order(self, number: int) -> tuple[float, ...]:
+        """Of a group that waits: it is handed out before those of larger ones."""
+        group, rank = self._groups.open[number], 0.0
+        if self._schedule.priority == "oldest":
+            rank = math.inf if group.began is None else group.began
+        if self._schedule.priority == "longest":
+            rank = -max(len(record) for record in group.unfinished)
+        return number not in self._due, rank, number
+
     def _hand_out(self) -> list[Send]:
-        """Responses to generators with room; first those that were asked for before."""
+        """Responses to generators with room; those that wait go before fresh ones."""
         if self._version is None or self._is_ending or self._is_paused:
             return []
         handed: dict[str, list[TokenRecord]] = {}
-        waiting = sorted(self._groups.waiting, reverse=True)
+        waiting = sorted(self._groups.waiting, key=self._order, reverse=True)
         while True:
             worker = min(self._under_way, key=lambda name: self._under_way[name])
             if self._under_way[worker] >= self._schedule.slots:
@@ -289,7 +383,8 @@ class Controller:
     def _notes(self) -> dict[str, Any]:
         """Why each role waits from now on, and the counts behind it."""
         groups, under_way = self._groups, sum(self._under_way.values())
-        nothing_more = groups.waiting <= groups.blank and self._capacity < 1
+        free = self._capacity
+        nothing_more = groups.waiting <= groups.blank and free < 1
         generate, train = "requests", "batch not full"
         if nothing_more:
             generate = "throttled"
@@ -298,7 +393,7 @@ class Controller:
         if groups.no_more_prompts:
             generate = "no more prompts"
         if len(groups.complete) + len(groups.written) >= self._schedule.batch:
-            train = "scores"
+            train = "straggler" if self._awaits_due else "scores"
         if self._is_paused:
             generate = "training"
         if self._version is None:
@@ -307,17 +402,31 @@ class Controller:
             generate = train = "end"
         return {
             "waits": {"generate": generate, "train": train, "reward": "responses"},
-            "groups": {"open": len(groups.open), "complete": len(groups.complete)},
+            "groups": {
+                "asked for": groups.asked,
+                "open": len(groups.open),
+                "complete": len(groups.complete),
+                "trained": len(groups.trained),
+                "capacity": None if free == math.inf else int(free),
+            },
             "responses": under_way,
+            "oldest": groups.oldest_request,
         }
 
 
-def _staleness(records: Iterable[TokenRecord], version: int) -> dict[str, Any]:
-    """Of a batch, for the log: tokens by lag, and mean lags of its responses."""
+def _staleness(
+    records: Iterable[TokenRecord], version: int, eta: float
+) -> dict[str, Any]:
+    """Of a batch, for the log.
+
+    Tokens by lag, the share of them whose lag is above eta, and mean lags of responses.
+    """
     spans = [spans_of(record.versions) for record in records]
     by_lag = tokens_by_lag(spans, version)
     lags = [lag(each, version) for each in spans]
+    beyond = sum(count for behind, count in by_lag.items() if behind > eta)
     return {
+        "beyond_eta": beyond / max(1, sum(by_lag.values())),
         "lags": {str(behind): count for behind, count in by_lag.items()},
         "in_flight": float(np.mean([each.in_flight for each in lags])),
         "in_queue": float(np.mean([each.in_queue for each in lags])),

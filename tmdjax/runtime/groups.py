@@ -146,6 +146,14 @@ class Groups:
             )
         return prompt
 
+    @property
+    def oldest_request(self) -> int | None:
+        """Number of the first request that is not both written and scored; or None."""
+        for group in self.open.values():  # in the order they were asked for
+            unscored = [r.number for r in group.records.values() if r.reward is None]
+            return min([*group.away, *unscored])
+        return None
+
     def ask(self) -> OpenGroup | None:
         """Asks for the next group; None where there is no prompt for it."""
         number, samples = self.asked, self._samples
@@ -181,9 +189,13 @@ class Groups:
         return records
 
     def take_back(self, writer: str, record: TokenRecord) -> OpenGroup | None:
-        """The group of a record that a generator had; None if it had it no more."""
+        """The group of a record that a generator had.
+
+        None if it had it no more, as one that was taken for dead and whose work another
+        has by now: its report is not heard.
+        """
         group = self.open.get(record.group)
-        if group is None or record.number not in group.away:
+        if group is None or record.number not in group.away or group.writer != writer:
             return None
         group.away.remove(record.number)
         group.records[record.number] = record

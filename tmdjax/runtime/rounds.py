@@ -49,6 +49,15 @@ class Group(NamedTuple):
         return float(np.mean(self.scores))
 
 
+def histogram_of_scores(means: Sequence[float]) -> str:
+    """Mean scores of groups, counted in fifths, in words for an error."""
+    low, high = min(0, *means), max(1, *means)
+    counts, _ = np.histogram(means, bins=5, range=(low, high))
+    return (
+        f"Mean scores of all groups in fifths of [{low:g}, {high:g}]: {counts.tolist()}"
+    )
+
+
 class Rollout(NamedTuple):
     """Responses of an iteration, written and scored.
 

@@ -32,6 +32,29 @@ class Schedule:
         when_full: what happens to the responses under way once a batch is full. They
             'continue'; or generators stop until the update is done, and the responses
             go on after it ('resume', APRIL) or are discarded ('discard').
+        on_stale: what happens to a group with a token that is more than eta versions
+            behind the weights. It is discarded ('drop'), or trains: with all its tokens
+            ('keep'), or with those that are not older than eta ('mask', see
+            :attr:`max_lag`). Other responses to its prompt are discarded with it; they
+            do not serve as its baseline.
+        max_resume: how often a response may be resumed, that is, go on under later
+            weights than those of its last token, >= 0; None for no bound. Of
+            'resume' alone: no response then has tokens of more than ``max_resume + 1``
+            versions.
+        on_exceed: what happens to a response that would be resumed once more. It ends
+            where it is ('truncate'), as if it had come to max_new_tokens; or its group
+            is discarded ('drop'); or, a version earlier, its group is handed out before
+            all others, and the next batch waits until it is written ('first').
+        priority: of unfinished groups, all of which go before fresh ones. The group
+            that was asked for first ('fifo'), that has the 'oldest' token, or that has
+            the 'longest' unfinished response; of equal ones the first asked for.
+        max_waiting: most unfinished groups that a full batch may leave behind, >= 0;
+            ``math.inf`` for no bound but that of ``ahead``. It holds because nothing
+            fresh is begun beyond it.
+        max_rejected: after how many groups in a row that may not train the run is given
+            up, >= 1; ``math.inf`` for never.
+        allow_repeats: whether a batch may have two groups of the same prompt, as when
+            the data are fewer than what is ahead.
     """
 
     batch: int
@@ -42,22 +65,49 @@ class Schedule:
     ahead: int | None = None
     slots: int = 64
     when_full: str = "continue"
+    on_stale: str = "drop"
+    max_resume: int | None = None
+    on_exceed: str = "truncate"
+    priority: str = "fifo"
+    max_waiting: float = math.inf
+    max_rejected: float = math.inf
+    allow_repeats: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "samples", "max_new_tokens", "updates", "slots"):
             check_count(name, getattr(self, name))
-        check_range("eta", self.eta, 0)
-        if self.eta != math.inf:
-            check_count("eta", self.eta, 0)
+        for name, low in (("eta", 0), ("max_waiting", 0), ("max_rejected", 1)):
+            value = getattr(self, name)
+            check_range(name, value, low)
+            if value != math.inf:
+                check_count(name, value, low)
         if self.ahead is not None:
             check_count("ahead", self.ahead)
             check_range("ahead", self.ahead, self.batch)
         check_choice("when_full", self.when_full, ("continue", "resume", "discard"))
-        if self.when_full == "resume" and not self.eta:
+        check_choice("on_stale", self.on_stale, ("drop", "keep", "mask"))
+        check_choice("on_exceed", self.on_exceed, ("truncate", "drop", "first"))
+        check_choice("priority", self.priority, ("fifo", "oldest", "longest"))
+        if self.when_full == "resume" and not self.eta and self.on_stale == "drop":
             raise ValueError(
                 f"when_full='resume' trains on what earlier weights began, but "
-                f"eta={self.eta} allows none; raise eta (math.inf for no bound)."
+                f"eta={self.eta} allows none; raise eta (math.inf for no bound), or "
+                f"on_stale='mask' to train on the tokens of the latest weights alone."
             )
+        if self.max_resume is not None:
+            check_count("max_resume", self.max_resume, 0)
+            if self.when_full != "resume":
+                raise ValueError(
+                    f"max_resume={self.max_resume} bounds what when_full='resume' "
+                    f"does, but when_full={self.when_full!r} resumes nothing; leave it "
+                    f"None."
+                )
+            if self.on_exceed == "first" and not self.max_resume:
+                raise ValueError(
+                    "max_resume=0 with on_exceed='first': a response would have to be "
+                    "finished in the round that it is begun in, and every batch wait "
+                    "for all; use max_resume=1 or more, or on_exceed='truncate'."
+                )
         if self.when_full != "continue" and self.ahead is None:
             raise ValueError(
                 f"when_full={self.when_full!r} stops generators at a full batch, which "
@@ -69,3 +119,12 @@ class Schedule:
     def most_ahead(self) -> float:
         """Groups that may be there beyond those trained on."""
         return (self.eta + 1) * self.batch if self.ahead is None else self.ahead
+
+    @property
+    def max_lag(self) -> float:
+        """Versions that a token may be behind the weights and still train.
+
+        It is eta where older ones are masked (``on_stale='mask'``), and else
+        ``math.inf``: what came into a batch trains. The learner needs it.
+        """
+        return self.eta if self.on_stale == "mask" else math.inf

@@ -7,7 +7,15 @@ import numpy as np
 
 from tmdjax.generation import Engine
 from tmdjax.rl import TokenRecord
-from tmdjax.runtime.rounds import Group, OneRound, Planner, Rollout, Turn, answer
+from tmdjax.runtime.rounds import (
+    Group,
+    OneRound,
+    Planner,
+    Rollout,
+    Turn,
+    answer,
+    histogram_of_scores,
+)
 from tmdjax.runtime.settings import Draw, LanguageSettings, Score
 
 
@@ -96,13 +104,11 @@ def collect(
         if len(kept) >= settings.prompts:
             break
     else:
-        means = [group.mean_score for group in written]
-        histogram, _ = np.histogram(means, bins=5, range=(0, 1))
+        histogram = histogram_of_scores([group.mean_score for group in written])
         raise RuntimeError(
             f"after max_attempts={attempts} batches of {settings.prompts} prompts only "
-            f"{len(kept)} groups have scores that differ. Mean scores of all "
-            f"groups in fifths of [0, 1]: {histogram.tolist()}. Choose easier or "
-            f"harder problems, more samples a prompt, or dynamic_sampling=False."
+            f"{len(kept)} groups have scores that differ. {histogram}. Choose easier "
+            f"or harder problems, more samples a prompt, or dynamic_sampling=False."
         )
     kept = kept[: settings.prompts]
     for number, group in enumerate(kept):
