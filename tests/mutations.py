@@ -183,6 +183,7 @@ TESTS = {
     "rl/trees": "rl/test_advantages.py",
     **dict.fromkeys(["rl/curation", "rl/bin_packing"], "rl/test_token_records.py"),
     "rl/ratios": "rl/test_surrogates.py",
+    "rl/off_policy": "systems/test_areal.py",
     **dict.fromkeys(
         ["runtime/" + name for name in "learner lm_rl packing scoring update".split()],
         "runtime/test_lm_rl.py -k 'definition or packing or learns or tied or "
@@ -193,7 +194,7 @@ TESTS = {
         "runtime/test_interruption.py runtime/test_rounds.py runtime/test_lm_rl.py "
         "-k 'interrupted or gone or stopped or tied or fails or planner'",
     ),
-    "runtime/group_objective": "systems/test_grpo.py",
+    "runtime/group_objective": "systems/test_grpo.py systems/test_areal.py",
     "runtime/publishing": "runtime/test_alarms.py",
     "runtime/calibration": "runtime/test_calibration.py",
     "runtime/worked_examples": "systems/test_xrpo.py",

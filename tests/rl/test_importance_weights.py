@@ -15,7 +15,8 @@ MASK = np.array([[True, True, True], [True, False, True]])
 RULES = {
     "truncated": rl.truncated_weights,
     "sequence": rl.sequence_weights,
-    "rejecting": lambda *args, **kw: rl.rejecting_weights(*args, low=0.6, high=3.0, **kw),
+    "rejecting": lambda *args, **kw: rl.rejecting_weights(*args, **{"low": 0.6, "high": 3.0, **kw}),
+    "divergence": lambda *args, **kw: rl.rejecting_weights(*args, **{"high": 2.0, "metric": "k3", "reduction": "max", **kw}),
 }  # fmt: skip
 
 
@@ -26,6 +27,18 @@ BY_HAND = [
     ("sequence", MASK, {"high": 5.0, "reduction": "mean"}, [[2 ** (1 / 3)] * 3, [2**0.5, 0, 2**0.5]]),
     ("sequence", None, {"high": 2.25}, [[2, 2, 2], [2.25, 2.25, 2.25]]),
     ("rejecting", MASK, {}, [[0, 0, 1], [2, 0, 1]]),
+    # of whole sequences: geometric means are 2^(1/3) and 2^(1/2)
+    ("rejecting", MASK, {"high": 1.3, "reduction": "mean"}, [[2 ** (1 / 3)] * 3, [0, 0, 0]]),
+    ("rejecting", MASK, {"reduction": "max"}, [[0, 0, 0], [2**0.5, 0, 2**0.5]]),
+    ("rejecting", MASK, {"high": 1.9, "reduction": "sum"}, [[0, 0, 0], [0, 0, 0]]),
+    # k1 is log 2, -log 4, 0; -log 2, 0: large where the target gives less
+    ("rejecting", MASK, {"low": None, "high": 0.5, "metric": "k1"}, [[0, 4, 1], [2, 0, 1]]),
+    ("rejecting", MASK, {"low": -1.0, "high": 1.0, "metric": "k1"}, [[0.5, 0, 1], [2, 0, 1]]),
+    # k2 is 0.24, 0.96, 0; 0.24, 0, and k3 0.19, 1.61, 0; 0.31, 0
+    ("rejecting", MASK, {"low": None, "high": 0.5, "metric": "k2"}, [[0.5, 0, 1], [2, 0, 1]]),
+    ("rejecting", MASK, {"low": None, "high": 0.3, "metric": "k3"}, [[0.5, 0, 1], [0, 0, 1]]),
+    ("divergence", MASK, {"high": 0.3, "reduction": "mean"}, [[0, 0, 0], [2, 0, 1]]),
+    ("divergence", MASK, {"high": 1.0, "reduction": "sum"}, [[0, 0, 0], [2, 0, 1]]),
 ]  # fmt: skip
 
 
@@ -76,7 +89,7 @@ def test_constants_which_equal_policies_make_one_and_masks_zero(rule):
     ours = weights(*half)
     assert ours.dtype == jnp.float32
     assert_array_equal(ours, weights(*[x.astype(jnp.float32) for x in half]))
-    high = {} if rule == "rejecting" else {"high": math.inf}
+    high = {} if rule in ("rejecting", "divergence") else {"high": math.inf}
     ours = weights(BEHAVIOUR + np.float32(1000), BEHAVIOUR, **high)
     assert_allclose(ours, math.exp(20) if high else 0, rtol=1e-5)
 
@@ -87,9 +100,17 @@ def test_bad_inputs(refused):
         (r"high=0.5 is outside \(1, inf\]", "truncated", {"low": 1.0, "high": 0.5}),
         ("low=-1.0 is outside", "rejecting", {"low": -1.0, "high": 0.5}),
         ("reduction='max' is not one of", "sequence", {"reduction": "max"}),
+        (
+            "reduction='min' is not one of",
+            "rejecting",
+            {"high": 1.0, "reduction": "min"},
+        ),
+        ("metric='k4' is not one of", "rejecting", {"high": 1.0, "metric": "k4"}),
+        (r"high=-1.0 is outside \(0, inf\]", "rejecting", {"high": -1.0}),
     ):
         refused(message, getattr(rl, f"{weights}_weights"), *given, **options)
     refused(r"shape \(3,\); a sequence weight needs", rl.sequence_weights, *row)
+    refused(r"shape \(3,\); a sequence", RULES["divergence"], *row)
     for rule in RULES.values():
         refused(r"shape \(2, 3\) but the other log_prob", rule, TARGET, BEHAVIOUR[:1])
         refused(r"mask has shape \(3,\)", rule, *given, MASK[0])

@@ -67,6 +67,13 @@ def test_padding_sequences_and_bad_records(refused):
         ({"reward": float("nan")}, {}, "record 0 has reward nan"),
         ({"versions": [3, 2]}, {}, r"versions \[3, 2\], which fall"),
         ({"log_probs": [0.0]}, {}, "2 tokens, 1 log-probs and 2 versions"),
+        (
+            {"log_probs": [0.0, 0.1]},
+            {},
+            "record 0 has log-prob 0.1 at token 1, .* of version 0",
+        ),
+        ({"log_probs": [float("nan"), 0.0]}, {}, "has log-prob nan at token 0"),
+        ({"log_probs": [-float("inf"), 0.0]}, {}, "has log-prob -inf at token 0"),
         ({"prompt": ()}, {}, "record 0 has no prompt"),
     ):
         first = dataclasses.replace(RECORDS[0], **changes)

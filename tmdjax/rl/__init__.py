@@ -41,6 +41,9 @@ from tmdjax.rl.importance_weights import rejecting_weights as rejecting_weights
 from tmdjax.rl.importance_weights import sequence_weights as sequence_weights
 from tmdjax.rl.importance_weights import truncated_weights as truncated_weights
 from tmdjax.rl.kl import kl_estimate as kl_estimate
+from tmdjax.rl.off_policy import log_linear_proximal as log_linear_proximal
+from tmdjax.rl.off_policy import within_lag as within_lag
+from tmdjax.rl.off_policy import within_second_moment as within_second_moment
 from tmdjax.rl.records import Transitions as Transitions
 from tmdjax.rl.records import chain_transitions as chain_transitions
 from tmdjax.rl.records import concatenate as concatenate

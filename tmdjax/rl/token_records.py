@@ -17,6 +17,8 @@ from tmdjax.core.types import ArrayLike
 from tmdjax.rl.bin_packing import first_fit_decreasing
 
 STATUSES = ("running", "stop", "length", "aborted")
+ROUNDING = 1e-4
+"""A log-prob may be so far above 0."""
 
 
 class DoesNotFitError(ValueError):
@@ -92,8 +94,9 @@ class TokenRecord:
             scored: whether it must have a reward, and a finite one.
 
         Raises:
-            ValueError: lengths that differ, versions that fall, an unknown status, an
-                empty prompt, or no reward where there must be one.
+            ValueError: lengths that differ, versions that fall, a log-prob that is no
+                finite number <= 0 (rounding apart), an unknown status, an empty prompt,
+                or no reward where there must be one.
         """
         check_choice("status", self.status, STATUSES)
         lengths = [len(x) for x in (self.tokens, self.log_probs, self.versions)]
@@ -108,6 +111,16 @@ class TokenRecord:
             raise ValueError(
                 f"record {self.number} has versions {self.versions}, which fall; "
                 f"tokens are appended in the order they were drawn."
+            )
+        log_probs = np.asarray(self.log_probs, np.float64)
+        bad = ~(np.isfinite(log_probs) & (log_probs <= ROUNDING))
+        if bad.any():
+            at = int(bad.argmax())
+            raise ValueError(
+                f"record {self.number} has log-prob {self.log_probs[at]} at token "
+                f"{at}, which weights of version {self.versions[at]} drew; a token "
+                f"that was drawn has a finite one, <= 0. Look for weights that are not "
+                f"finite (models.first_non_finite), or compute rollouts in more bits."
             )
         if scored and (self.reward is None or not math.isfinite(self.reward)):
             raise ValueError(

@@ -16,6 +16,7 @@ from tmdjax.core.checks import check_choice, check_count, check_range
 from tmdjax.core.types import Array
 from tmdjax.rl import TokenRecord, ratios
 from tmdjax.rl.advantages import BASELINES, SCALES
+from tmdjax.rl.importance_weights import METRICS, REJECTED_OVER
 from tmdjax.rl.kl import KINDS
 from tmdjax.runtime.packing import UpdateBatch
 
@@ -39,9 +40,20 @@ class GroupRelativeObjective:
         baseline: of advantages: 'mean' of the group, or 'leave_one_out'.
         scale: their unit: std of the 'group', of the 'batch', or 'none'.
         correction: weights of the proximal policy against the one that wrote, which
-            multiply the loss: 'none', 'truncate' each token's ratio at the bound, or
-            the whole 'sequence's, or 'reject' tokens beyond it.
+            multiply the loss: 'none', 'truncate' each token's ratio at the bounds, or
+            the whole 'sequence's, or 'reject' what is beyond them.
         max_weight: the bound, > 0.
+        min_weight: a lower bound, below max_weight, or None.
+        reject_by: what is compared with the bounds of 'reject': the 'ratio', or an
+            estimate 'k1', 'k2' or 'k3' of the KL from the policy that wrote to the
+            proximal one, in nats, see :func:`tmdjax.rl.rejecting_weights`.
+        reject_over: what is rejected: a 'token' by itself, or a whole response by the
+            'mean', the 'sum' or the 'max' over its tokens. Of ratios these are of their
+            logarithms, and each token then weighs the geometric mean of its response.
+        max_second_moment: in the whole iteration, tokens of the largest squared
+            log-ratios of these two policies do not train until the others' mean is
+            below this, > 0 (M2PO, :func:`tmdjax.rl.within_second_moment`); None lets
+            all train. It goes with any correction.
         kl_coefficient: >= 0, of the KL to a reference policy in the loss.
         kl_estimator: of it, see :func:`tmdjax.rl.kl_estimate`.
         calibrate_every: iterations from one calibration of the clip range to the next,
@@ -59,6 +71,10 @@ class GroupRelativeObjective:
     scale: str = "group"
     correction: str = "none"
     max_weight: float = 2.0
+    min_weight: float | None = None
+    reject_by: str = "ratio"
+    reject_over: str = "token"
+    max_second_moment: float | None = None
     kl_coefficient: float = 0.0
     kl_estimator: str = "k3"
     calibrate_every: int = 0
@@ -70,6 +86,22 @@ class GroupRelativeObjective:
         check_range("kl_coefficient", self.kl_coefficient, 0)
         rl.check_clip_range(self.clip_range)
         check_range("max_weight", self.max_weight, 0, math.inf, open_low=True)
+        check_choice("reject_by", self.reject_by, METRICS)
+        check_choice("reject_over", self.reject_over, ("token", *REJECTED_OVER))
+        for name, off in (("reject_by", "ratio"), ("reject_over", "token")):
+            value = getattr(self, name)
+            if value != off and self.correction != "reject":
+                raise ValueError(
+                    f"{name}={value!r} has no meaning for correction="
+                    f"{self.correction!r}; use {off!r}, or correction='reject'."
+                )
+        if self.min_weight is not None:
+            least = 0 if self.reject_by == "ratio" else -math.inf
+            between = least, self.max_weight
+            check_range("min_weight", self.min_weight, *between, open_high=True)
+        if self.max_second_moment is not None:
+            bound = self.max_second_moment
+            check_range("max_second_moment", bound, 0, open_low=True)
         check_choice("baseline", self.baseline, BASELINES)
         check_choice("scale", self.scale, SCALES)
         check_choice("kl_estimator", self.kl_estimator, KINDS)
@@ -94,8 +126,9 @@ class GroupRelativeObjective:
     @property
     def needs(self) -> tuple[str, ...]:
         """What its correction, its KL term and its calibration read."""
+        compares = self.correction != "none" or self.max_second_moment is not None
         found = {
-            "proximal": self.correction != "none",
+            "proximal": compares,
             "reference": self.kl_coefficient > 0,
             "shadow": self.calibrate_every > 0,
         }
@@ -117,6 +150,14 @@ class GroupRelativeObjective:
             num_groups=int(group.max()) + 1,
             baseline=self.baseline,
             scale=self.scale,
+        )
+
+    def kept(self, proximal: Array, behaviour: Array, mask: Array) -> Array | None:
+        """The tokens of an iteration that train, bool [sequence, token], or None."""
+        if self.max_second_moment is None:
+            return None
+        return rl.within_second_moment(
+            proximal, behaviour, mask, threshold=self.max_second_moment
         )
 
     def loss(
@@ -160,7 +201,13 @@ class GroupRelativeObjective:
     def _weights(self, batch: UpdateBatch) -> Array:
         given = batch.proximal, batch.texts.log_prob, batch.texts.mask
         if self.correction == "reject":
-            return rl.rejecting_weights(*given, low=0.0, high=self.max_weight)
-        if self.correction == "sequence":
-            return rl.sequence_weights(*given, high=self.max_weight)
-        return rl.truncated_weights(*given, high=self.max_weight)
+            return rl.rejecting_weights(
+                *given,
+                low=self.min_weight,
+                high=self.max_weight,
+                metric=self.reject_by,
+                reduction=None if self.reject_over == "token" else self.reject_over,
+            )
+        is_whole = self.correction == "sequence"
+        weights = rl.sequence_weights if is_whole else rl.truncated_weights
+        return weights(*given, low=self.min_weight or 0.0, high=self.max_weight)

@@ -29,10 +29,15 @@ from tmdjax.quant import Precision, quantised_values, share_moved
 from tmdjax.rl import TokenBatch, TokenRecord
 from tmdjax.runtime.alarms import Alarms
 from tmdjax.runtime.calibration import ClipCalibration, check_calibration
-from tmdjax.runtime.packing import TokenObjective, UpdateBatch, update_batches
+from tmdjax.runtime.packing import (
+    TokenObjective,
+    UpdateBatch,
+    check_log_linear,
+    update_batches,
+)
 from tmdjax.runtime.publishing import Publisher
 from tmdjax.runtime.settings import LanguageSettings
-from tmdjax.runtime.update import LogProbs, make_update
+from tmdjax.runtime.update import LogProbs, check_something_trains, make_update
 from tmdjax.train.state import LearnerCounts, TrainState, create_state
 
 _RATIO_CAUSES = (
@@ -172,8 +177,8 @@ def make_learner(
 
         * With ``proximal='behaviour'`` the first ratio is checked, and told as
           'first_ratio_error', where the first minibatch has no token of older weights;
-          else it says how far the policy has moved, and is left out. The ratio to
-          recomputed log-probs begins at 1 whoever wrote.
+          else it says how far the policy has moved, and is left out; so with
+          'loglinear'. The ratio to recomputed log-probs begins at 1 whoever wrote.
         * Metrics of :func:`tmdjax.rl.mismatch` are of the responses that the state's
           weights wrote from the first token to the last, of all minibatches where
           ``proximal='recompute'``, else of the first one, before any update. They are
@@ -193,7 +198,8 @@ def make_learner(
         recompute = corrects or differs or not exact
         proximal = "recompute" if recompute else "behaviour"
         settings = dataclasses.replace(settings, proximal=proximal)
-    if corrects and settings.proximal != "recompute":
+    check_log_linear(objective, settings)
+    if corrects and settings.proximal == "behaviour":
         raise ValueError(
             "the objective corrects for the policy that wrote, but with "
             "proximal='behaviour' there is nothing to correct; use "
@@ -265,6 +271,7 @@ def make_learner(
                     )
             found.append(metrics)
         host = jax.device_get(found)
+        check_something_trains(host)
         compared = [
             {k: m.pop(k) for k in [*m] if k.startswith("mismatch_")} for m in host
         ][: None if recomputes else 1]

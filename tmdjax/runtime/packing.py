@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,6 +37,11 @@ class UpdateBatch:
             compared.
         calibrated: float32 [2], a clip range (low, high) that stands in the place of
             the objective's own, see :meth:`clip_range`; or None.
+        version: int32 scalar, of the weights before the first update, where the
+            proximal policy is estimated from it (``proximal`` then holds what the
+            rollout recorded); else None.
+        keep: bool [sequence, token], the tokens that train, where not all of them do;
+            ``weight`` is 0 at the others. Else None.
     """
 
     texts: TokenBatch
@@ -46,6 +52,8 @@ class UpdateBatch:
     share: Any
     as_written: Any
     calibrated: Any = None
+    version: Any = None
+    keep: Any = None
 
     def clip_range(self, nominal: rl.ClipRange) -> rl.ClipRange:
         """Where ratios are clipped: the calibrated range, or the objective's own.
@@ -100,6 +108,13 @@ class TokenObjective(Protocol):
         """
         ...
 
+    def kept(self, proximal: Any, behaviour: Any, mask: Any) -> Any:
+        """Which of all tokens of an iteration train, bool [sequence, token].
+
+        None, where all that ``mask`` has do.
+        """
+        ...
+
     def loss(
         self, log_prob: Array, batch: "UpdateBatch"
     ) -> tuple[Array, dict[str, Array]]:
@@ -133,8 +148,9 @@ def update_batches(
         order: shuffles responses, anew in every epoch.
         length: the longest a text may be.
         pad: id of padding.
-        version: of the weights before the update, by which ``as_written`` is decided;
-            None where they wrote all tokens.
+        version: of the weights before the update, by which ``as_written`` is decided,
+            and from which ``settings.max_lag`` and settings.proximal='loglinear' count;
+            None where these weights wrote all tokens.
         proximal: log-probs [microbatch, sequence, token] of stacked microbatches,
             for settings.proximal='recompute'; 'auto' recomputes where it is given.
         reference: the same of a reference policy, or None.
@@ -143,10 +159,10 @@ def update_batches(
 
     Raises:
         ValueError: fewer responses than minibatches, a response without a finite
-            reward, a group with more than one prompt, or no ``proximal`` where the
-            settings ask for it.
+            reward, a group with more than one prompt, no ``proximal`` or no ``version``
+            where the settings ask for it, or no token that may train.
     """
-    _check(records, settings)
+    _check(records, settings, version)
     advantage = np.asarray(objective.advantages(records), np.float32)
     as_written = np.array(
         [
@@ -212,28 +228,34 @@ def update_batches(
     norm = objective.length
     if norm is None and objective.aggregation == "seq-mean-token-sum-norm":
         norm = settings.max_new_tokens
-    kept = np.array([record.status != "length" for record in records])
+    kept = _kept(records, everything, target, objective, settings, version)
 
     def minibatch(which: np.ndarray) -> UpdateBatch:
-        texts, keep = stacked(which), None
+        texts = stacked(which)
         mask = texts.mask.reshape(-1, tokens)
-        if settings.mask_truncated:
-            keep = spread(kept, which, texts.group).reshape(-1, 1)
-            keep = np.broadcast_to(keep, mask.shape)
+        keep = None if kept is None else spread(kept, which, texts.mask)
         weight = rl.aggregation_weights(
-            mask, objective.aggregation, length=norm, keep=keep
+            mask,
+            objective.aggregation,
+            length=norm,
+            keep=None if keep is None else keep.reshape(mask.shape),
         )
+        parts = len(texts.row)
         return UpdateBatch(
             texts=texts,
             advantage=spread(advantage, which, texts.group),
             weight=np.asarray(weight).reshape(texts.mask.shape),
             proximal=spread(target, which, texts.mask),
             reference=None if anchor is None else spread(anchor, which, texts.mask),
-            share=np.full(len(texts.row), 1 / max(1, mask.sum()), np.float32),
+            share=np.full(parts, 1 / max(1, mask.sum()), np.float32),
             as_written=spread(as_written, which, texts.group),
             calibrated=None
             if calibrated is None
-            else np.tile(np.asarray(calibrated, np.float32), (len(texts.row), 1)),
+            else np.tile(np.asarray(calibrated, np.float32), (parts, 1)),
+            version=np.full(parts, version, np.int32)
+            if settings.proximal == "loglinear"
+            else None,
+            keep=keep,
         )
 
     return (
@@ -243,7 +265,78 @@ def update_batches(
     )
 
 
-def _check(records: Sequence[TokenRecord], settings: LanguageSettings) -> None:
+def check_log_linear(objective: TokenObjective, settings: LanguageSettings) -> None:
+    """Refuses to estimate the proximal policy where its log-probs are needed.
+
+    Args:
+        objective: of an iteration.
+        settings: of it; those without ``proximal='loglinear'`` pass.
+
+    Raises:
+        ValueError: the estimate, which follows from versions, is made during an update,
+            but the objective chooses tokens or calibrates its clip range before; or
+            prompts are read without the worked examples that log-probs were recorded
+            behind, so that versions do not tell how far these are from the policy.
+    """
+    if settings.proximal != "loglinear":
+        return
+    chooses = getattr(objective, "max_second_moment", None) is not None
+    for name, is_set in (
+        ("max_second_moment", chooses),
+        ("calibrate_every", "shadow" in objective.needs),
+        ("train_prompt='question'", settings.train_prompt == "question"),
+    ):
+        if is_set:
+            raise ValueError(
+                f"{name} needs log-probs of the policy before the update, but "
+                f"proximal='loglinear' estimates them while it goes on; use "
+                f"proximal='recompute', or leave {name} at its default."
+            )
+
+
+def _kept(
+    records: Sequence[TokenRecord],
+    texts: TokenBatch,
+    proximal: np.ndarray,
+    objective: TokenObjective,
+    settings: LanguageSettings,
+    version: int | None,
+) -> np.ndarray | None:
+    """Which tokens of all records train, bool [sequence, token]; None where all do."""
+    mask, behaviour, versions = (
+        x.reshape(proximal.shape) for x in (texts.mask, texts.log_prob, texts.version)
+    )
+    keep = mask
+    if settings.mask_truncated:
+        whole = np.zeros((len(mask), 1), bool)
+        whole[: len(records), 0] = [record.status != "length" for record in records]
+        keep = keep & whole
+    if settings.max_lag < math.inf:
+        recent = keep & rl.within_lag(versions, version, settings.max_lag)
+        if keep.any() and not recent.any():
+            raise ValueError(
+                f"no token of {len(records)} responses may train: the newest is of "
+                f"version {versions[keep].max()}, more than max_lag={settings.max_lag} "
+                f"behind the weights of version {version}. Raise max_lag, or lower eta "
+                f"of the schedule."
+            )
+        keep = recent
+    chosen = objective.kept(proximal, behaviour, keep)
+    if chosen is not None:
+        keep = np.asarray(chosen)
+    return None if keep is mask else keep
+
+
+def _check(
+    records: Sequence[TokenRecord], settings: LanguageSettings, version: int | None
+) -> None:
+    counts = settings.max_lag < math.inf or settings.proximal == "loglinear"
+    if counts and version is None:
+        raise ValueError(
+            f"max_lag={settings.max_lag} and proximal={settings.proximal!r} count from "
+            f"the version of the weights before the update; give version=, or use "
+            f"max_lag=math.inf and proximal='recompute'."
+        )
     if len(records) < settings.minibatches:
         raise ValueError(
             f"{len(records)} responses do not fill minibatches={settings.minibatches}; "

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from tmdjax import rl
 from tmdjax.core.checks import check_choice, check_count, check_range
 
+PROXIMAL = (*rl.PROXIMAL, "loglinear")
+"""Whose log-probs the ratios of tokens are clipped around."""
+
 
 class Prompt(NamedTuple):
     """A prompt as ids, and the problem behind it, for the scorer."""
@@ -42,7 +45,12 @@ class LanguageSettings:
             (where engine and training differ in precision, or in weights). 'auto' takes
             'recompute' where the recipe of either is not exact (such as 'bf16', see
             :class:`tmdjax.quant.Recipe`) or the objective corrects for the behaviour,
-            and 'behaviour' elsewhere.
+            and 'behaviour' elsewhere. 'loglinear' estimates what 'recompute' computes
+            from the versions of the tokens, without a pass of the network:
+            :func:`tmdjax.rl.log_linear_proximal`.
+        max_lag: tokens of weights that are more than so many versions behind those that
+            are trained do not train; they still count in every denominator.
+            ``math.inf`` trains on all.
         train_prompt: where worked examples stood before a prompt, the update reads the
             response behind them, as it was 'sampled' (the first ratio is 1), or behind
             the 'question' alone: then the plain prompt learns, and the objective must
@@ -77,6 +85,7 @@ class LanguageSettings:
     microbatch: int = 8
     pack_rows: int | None = None
     proximal: str = "auto"
+    max_lag: float = math.inf
     train_prompt: str = "sampled"
     dynamic_sampling: bool = False
     max_attempts: int = 10
@@ -95,7 +104,7 @@ class LanguageSettings:
         for name in (*counts, "max_attempts", "scored_at_once", "frozen_after"):
             check_count(name, getattr(self, name))
         check_count("samples", self.samples, 2)
-        check_choice("proximal", self.proximal, rl.PROXIMAL)
+        check_choice("proximal", self.proximal, PROXIMAL)
         check_choice("train_prompt", self.train_prompt, ("sampled", "question"))
         check_range("overlong_factor", self.overlong_factor, 0)
         check_range("max_mismatch_kl", self.max_mismatch_kl, 0)
@@ -113,6 +122,9 @@ class LanguageSettings:
             check_range("overlong_buffer", self.overlong_buffer, 1, self.max_new_tokens)
         if self.pack_rows is not None:
             check_count("pack_rows", self.pack_rows)
+        check_range("max_lag", self.max_lag, 0)
+        if self.max_lag != math.inf:
+            check_count("max_lag", self.max_lag, 0)
         total = self.prompts * self.samples
         if total % self.minibatches:
             raise ValueError(

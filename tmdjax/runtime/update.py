@@ -1,6 +1,7 @@
 """One compiled update of a minibatch, cut into microbatches."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ def make_update(
         ``(state, batch, key) -> (state, metrics)``, jitted. Metrics are means over the
         tokens of the minibatch, those named in MAXIMA the largest of any token. The
         others called mismatch are sums, for :func:`tmdjax.rl.mismatch_of`.
+        'trained_fraction', the share of the tokens that train, is there where the batch
+        has ``keep``.
     """
 
     def loss_fn(params: Params, part: UpdateBatch, keys: Any) -> Any:
@@ -53,7 +56,13 @@ def make_update(
         found = log_probs(params, texts.tokens, texts.positions, texts.segments)
         log_prob, entropy = (texts.responses(x) for x in found)
         log_prob = jnp.where(texts.mask, log_prob, 0)
+        if batch.version is not None:
+            given = log_prob, texts.log_prob, texts.version, batch.version
+            estimate = rl.log_linear_proximal(*given, texts.mask)
+            batch = dataclasses.replace(batch, proximal=estimate)
         loss, metrics = objective.loss(log_prob, batch)
+        if batch.keep is not None:
+            metrics = metrics | {"trained_fraction": batch.keep}
         ratio = objective.log_ratio(log_prob, batch)
         low, high = rl.beyond_clip(ratio, batch.clip_range(objective.clip_range))
         away = batch.proximal - texts.log_prob
@@ -107,3 +116,21 @@ def make_update(
         return step(state, batch, key)
 
     return jax.jit(update, donate_argnums=0)
+
+
+def check_something_trains(metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses an iteration of which the objective's correction rejected every token.
+
+    Args:
+        metrics: of each update; 'behaviour_weight' where the objective corrects.
+
+    Raises:
+        ValueError: every update has a mean weight of 0: gradients of nothing.
+    """
+    if metrics and all(found.get("behaviour_weight") == 0 for found in metrics):
+        raise ValueError(
+            f"behaviour_weight=0 in {len(metrics)} updates: the correction rejected "
+            f"every token, as the policy that wrote is too far from the one before "
+            f"the update. Raise max_weight, lower eta of the schedule or the learning "
+            f"rate, or bound weights instead of rejecting (correction='truncate')."
+        )
