@@ -1,16 +1,23 @@
 """The account of trajectories: nothing lost, nothing counted twice, whatever is killed."""
 
 import collections
-import pathlib
+import itertools
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmdjax.core import files
 from tmdjax.runtime import trajectories
 from tmdjax.runtime.trajectories import STATES, TrajectoryStore
+
+FILE = "trajectories.sqlite"
+LOG = "trajectories.sqlite-wal"
 
 
 def arrays(spans):
@@ -19,6 +26,18 @@ def arrays(spans):
 
 def states(store):
     return {t.number: t.state for t in store.select()}
+
+
+def told(store):
+    """All that an account says, arrays too."""
+    found = []
+    for known in store.select():
+        try:
+            found.append((known, store.arrays(known.number)["token"].tolist()))
+        except ValueError as error:
+            assert f"request {known.number} has no arrays" in str(error)
+            found.append((known, None))
+    return found
 
 
 def finished(store, number, spans=((0, 2),), reward=1.0):
@@ -43,7 +62,6 @@ def test_a_trajectory_goes_through_its_states_and_is_found_again(tmp_path):
         assert found == (3, 1, "scored", ((0, 2), (1, 3)), 0.5, 0.25, None, None)
         assert found.length == 5
         assert store.arrays(3)["token"].tolist() == [0, 0, 1, 1, 1]
-        assert len(list((tmp_path / "arrays").iterdir())) == 1
         assert store.get(6)[-2:] == (1, "stale")
         store.consume([3], 1)
         assert store.get(3)[2] == "consumed" and store.get(3).version == 1
@@ -53,7 +71,41 @@ def test_a_trajectory_goes_through_its_states_and_is_found_again(tmp_path):
         store.forget(2)
         with pytest.raises(ValueError, match="request 3 has no arrays"):
             store.arrays(3)
-        assert not list((tmp_path / "arrays").iterdir())
+        assert store.get(3).state == "consumed"
+
+
+def test_arrays_come_back_as_they_were_and_their_space_does_too(tmp_path, refused):
+    rng = np.random.default_rng(0)
+    given = {
+        "file": rng.normal(size=(3, 2)).astype(">f4"),
+        "a/b": np.zeros((2, 0), np.int8),
+        "allow_pickle": np.array([b"text", b""]),
+        "pairs": np.array([(1, 2.5)], [("n", "i4"), ("x", "f8")]),
+        "one": np.float64(0.1),
+    }
+    with TrajectoryStore(tmp_path) as store:
+        store.submit(range(40), 0)
+        for number in range(40):
+            large = {"image": rng.integers(0, 256, 50_000, np.uint8)}
+            store.write(number, [(0, 1)], finished=number > 0, arrays=given | large)
+            if number:
+                store.score(number, 0.0)
+        store.consume(range(1, 40), 0)
+        found = store.arrays(0)
+        assert list(found) == [*given, "image"]
+        for name, array in given.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array, strict=True)
+        for array in (np.array([None]), np.ones(1, jnp.bfloat16)):
+            message = f"the array 'a' of request 0 is of dtype {array.dtype}; give"
+            new = {"arrays": {"a": array}, "finished": True}
+            refused(message, store.write, 0, [(0, 2)], error=TypeError, **new)
+        assert store.get(0).length == 1 and store.arrays(0)["one"] == 0.1
+    before = (tmp_path / FILE).stat().st_size
+    with TrajectoryStore(tmp_path) as store:
+        store.forget(1)
+        assert len(store.arrays(0)["image"]) == 50_000
+    assert before > 40 * 50_000 and (tmp_path / FILE).stat().st_size < 100_000
 
 
 def test_what_is_reported_twice_counts_once():
@@ -95,7 +147,8 @@ def test_nothing_is_trained_on_twice_or_before_it_is_scored(refused):
     assert states(store) == before | {0: "consumed"}
 
 
-def test_bad_input(refused):
+def test_bad_input(refused, monkeypatch):
+    monkeypatch.setattr(trajectories, "_LARGEST", 23)
     store = TrajectoryStore(None)
     store.submit([1], 0)
     for message, call, *given in (
@@ -113,7 +166,11 @@ def test_bad_input(refused):
         ("versions that do not rise", [(2, 1), (1, 1)], {}),
         ("versions that do not rise", [(1, 1), (1, 1)], {}),
         ("count=0 must be at least 1", [(1, 0)], {}),
-        ("the account is in memory; give", [(1, 1)], {"arrays": {"a": np.zeros(1)}}),
+        (
+            "arrays of request 1 have 24 bytes; an account holds at most 23",
+            [(1, 1)],
+            {"arrays": {"a": np.zeros(2), "b": np.zeros(1)}},
+        ),
     ):
         refused(message, store.write, 1, spans, finished=True, **options)
     assert store.get(1).state == "submitted"
@@ -195,55 +252,129 @@ def test_a_pause_keeps_what_the_present_weights_wrote(tmp_path):
         assert [t.spans for t in store.select()] == [((0, 2),), (), ()]
         # its arrays say more: of weights that are gone
         assert store.arrays(0)["token"][: store.get(0).length].tolist() == [0, 0]
-        assert len(list((tmp_path / "arrays").iterdir())) == 1
-        store.write(0, [(0, 2), (1, 3)], finished=True, arrays=arrays([(0, 2), (1, 3)]))
-        assert len(list((tmp_path / "arrays").iterdir())) == 1
+        assert [content for _, content in told(store)[1:]] == [None, None]
+        store.write(0, [(0, 2)], finished=True)  # the account alone is kept from now on
+        assert [content for _, content in told(store)] == [None] * 3
 
 
-def test_killed_at_any_moment_it_is_as_before_or_after(tmp_path, monkeypatch):
-    """The folder is copied whenever a file is about to appear or go, and after."""
-    here, copies = tmp_path / "here", []
+def test_whatever_is_cut_off_it_is_as_before_or_after(tmp_path, monkeypatch):
+    """A kill leaves a part of the log; a loss of power what was synced, and parts more."""
+    here, log = tmp_path / "here", tmp_path / "here" / LOG
+    synced, seen = [], []  # sizes of the log; those after each step, with what was told
+    real = os.fsync
 
-    def copy():
-        copies.append(tmp_path / f"copy{len(copies)}")
-        shutil.copytree(here, copies[-1])
+    def fsync(file):
+        real(file)
+        synced.append(log.stat().st_size)
 
-    def watched(real):
-        def call(*given, **options):
-            copy()
-            real(*given, **options)
-            copy()
-
-        return call
-
-    unlink = pathlib.Path.unlink
-    monkeypatch.setattr(
-        trajectories, "write_atomically", watched(files.write_atomically)
-    )
-    monkeypatch.setattr(pathlib.Path, "unlink", watched(unlink))
+    monkeypatch.setattr(os, "fsync", fsync)
     with TrajectoryStore(here) as store:
-        store.submit([1], 0)
-        for n in (1, 2, 3):
+
+        def note():
+            seen.append((log.stat().st_size, told(store)))
+
+        note()
+        store.submit([1, 2], 0)
+        note()
+        for n in (1, 2, 3000):
             spans = [(0, n)]
-            store.write(1, spans, finished=n == 3, arrays=arrays(spans))
-            copy()
+            store.write(1, spans, finished=n > 2, arrays=arrays(spans))
+            note()
         store.score(1, 1.0)
-        store.consume([1], 0)
+        note()
+        assert not synced
+        with store.transaction():
+            store.consume([1], 0)
+            assert not synced  # not before it has ended
+            store.submit([3], 1)
+        note()
+        durable = seen[-1][0]
+        assert synced == [durable]
+        store.write(2, [(0, 9)], finished=True, arrays=arrays([(0, 9)]))
+        note()
+        with pytest.raises(ValueError, match="request 2 is done"):
+            store.consume([2], 1)
+        store.discard([2], 1, "stale")
+        note()
         store.forget(1)
-    monkeypatch.setattr(pathlib.Path, "unlink", unlink)
-    seen = []
-    for folder in copies:
-        (folder / "arrays" / "mine.npz").write_text("not of this store")
-        (folder / "arrays" / ".1-7.npz.0123abcd").write_text("torn")
+        note()
+        assert synced == [durable]
+        shutil.copytree(here, tmp_path / "copy")
+    monkeypatch.setattr(os, "fsync", real)
+    whole = (tmp_path / "copy" / LOG).read_bytes()
+    ends = [size for size, _ in seen]
+    assert ends == sorted(set(ends)) and len(whole) == ends[-1]
+    left = [(end, whole[:end]) for end in ends]
+    left += [(end - 1, whole[: end - 1]) for end in ends[1:]]
+    left += [((a + b) // 2, whole[: (a + b) // 2]) for a, b in itertools.pairwise(ends)]
+    for end in ends[:-1]:
+        if end >= durable:  # a block did not reach the disk, and later ones did
+            left.append((end, whole[:end] + bytes(512) + whole[end + 512 :]))
+    assert len(left) == 3 * len(ends) - 2 + 3
+    for number, (end, rest) in enumerate(left):
+        folder = shutil.copytree(tmp_path / "copy", tmp_path / str(number))
+        (folder / LOG).write_bytes(rest)
         with TrajectoryStore(folder) as store:
-            found = store.get(1)
-            seen.append((found.state, found.length))
-            left = {path.name for path in (folder / "arrays").iterdir()} - {"mine.npz"}
-            assert len(left) == (0 < found.length and found.state != "consumed")
-            if left:
-                assert len(store.arrays(1)["token"]) == found.length
-    assert seen == sorted(seen, key=lambda s: (STATES.index(s[0]), s[1]))
-    assert len(set(seen)) == 5 and len(seen) >= 12
+            expected = [what for size, what in seen if size <= end][-1]
+            assert told(store) == expected
+            assert end < durable or store.get(1).state == "consumed"
+
+
+def step(store, number):
+    """One of an endless row of reports, about four requests at a time."""
+    group, what = divmod(number, 8)
+    own = range(4 * group, 4 * group + 4)
+    if what == 0:
+        store.submit(own, group)
+    elif what < 5:
+        for length, ends in ((what, False), (900 * what, True)):
+            spans = [(group, length)]
+            one = own[what - 1]
+            store.write(one, spans, finished=ends, arrays=arrays(spans))
+    elif what == 5:
+        with store.transaction():
+            for one in own:
+                store.score(one, float(one))
+    elif what == 6:
+        store.consume(own, group)
+    else:
+        store.forget(group)
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_it_has_all_that_was_done(tmp_path):
+    """kill -9 at random moments; every life goes on where the one before was killed."""
+    code = (
+        "import sys, itertools\n"
+        f"sys.path[:0] = [{os.path.dirname(__file__)!r}]\n"
+        "from test_trajectories import TrajectoryStore, step\n"
+        "store = TrajectoryStore(sys.argv[1])\n"
+        "for number in itertools.count(int(sys.argv[2])):\n"
+        "    step(store, number)\n"
+        "    print(number, flush=True)\n"
+    )
+    rng, done, model = np.random.default_rng(0), 0, TrajectoryStore(None)
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(done)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        for _ in range(int(rng.integers(1, 200))):
+            process.stdout.readline()
+        os.kill(process.pid, signal.SIGKILL)
+        rest = process.stdout.read().split("\n")[:-1]  # said before it was killed
+        process.wait()
+        said = int(rest[-1]) + 1 if rest else None
+        before = done
+        with TrajectoryStore(tmp_path) as store:
+            found = told(store)
+        while told(model) != found:  # what was said is done, and at most a step more
+            step(model, done)
+            done += 1
+            assert said is None or done <= said + 1
+        assert done >= (said or before)
 
 
 def test_errors_of_the_disk_are_no_damage():
@@ -281,47 +412,38 @@ def test_damaged_and_foreign_files_are_named_and_left_alone(tmp_path, refused):
     def folder(name, data=b""):
         path = tmp_path / name
         path.mkdir()
-        (path / "trajectories.sqlite").write_bytes(data)
+        (path / FILE).write_bytes(data)
         return path
 
     whole = tmp_path / "whole"
     with TrajectoryStore(whole) as store:
         store.submit(range(300), 0)
-        store.write(0, [(0, 4)], finished=True, arrays=arrays([(0, 4)]))
-        store.write(1, [(0, 4)], finished=True, arrays=arrays([(0, 4)]))
-        one, two = sorted((whole / "arrays").iterdir())
-        one.write_bytes(one.read_bytes()[:-9])
-        two.unlink()
-        refused(
-            f"{one.name}, the arrays of request 0, .*not what was written",
-            store.arrays,
-            0,
+        store.write(0, [(7777, 4)], finished=True, arrays=arrays([(7777, 4)]))
+    data = (whole / FILE).read_bytes()
+    array = np.full(4, 7777).tobytes()
+    assert data.count(array) == 1
+    with TrajectoryStore(folder("flipped", data.replace(array, array[::-1]))) as store:
+        message = (
+            "arrays of request 0 in .*flipped are damaged .*CRC.*Discard the request"
         )
-        refused(f"{two.name}, .*cannot be read .*Discard the request", store.arrays, 1)
-    data = (whole / "trajectories.sqlite").read_bytes()
+        refused(message, store.arrays, 0)
     for name, content, message in (
         ("text", b"a diary" * 1000, "trajectories.sqlite is damaged .*not a database"),
         ("cut", data[: len(data) // 2], "is damaged .*begin the run anew"),
         (
             "later",
             data[:60] + b"\0\0\0\7" + data[64:],
-            "its header has .* version 7, not .* 1",
+            "has tables of version 7; this tmdjax reads version 2. Go on with the tmdjax",
         ),
     ):
         path = folder(name, content)
         refused(message, TrajectoryStore, path)
-        assert (path / "trajectories.sqlite").read_bytes() == content
+        assert (path / FILE).read_bytes() == content
     other = folder("other") / "trajectories.sqlite"
     with sqlite3.connect(other) as base:
         base.execute("CREATE TABLE photographs (name TEXT)")
     base.close()
-    refused("is of another program or version", TrajectoryStore, other.parent)
-    lost = folder("lost")
-    (lost / "arrays").mkdir()
-    (lost / "arrays" / "3-0.npz").write_text("all that is left")
-    for _ in range(2):  # asked twice, it still takes nothing for its own
-        refused("is absent or empty, but files .* lie beside it", TrajectoryStore, lost)
-    assert (lost / "arrays" / "3-0.npz").exists()
+    refused("is of another program: its header has 0x0", TrajectoryStore, other.parent)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         TrajectoryStore(tmp_path / "file")

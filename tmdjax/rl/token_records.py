@@ -134,7 +134,7 @@ def pack_records(records: Sequence[TokenRecord]) -> np.ndarray:
 
     No record is an array without elements.
     """
-    text = json.dumps([dataclasses.asdict(record) for record in records])
+    text = json.dumps([vars(record) for record in records])
     return np.frombuffer(text.encode() if records else b"", np.uint8)
 
 

@@ -2,15 +2,20 @@
 
 import contextlib
 import errno
+import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
 class Database:
     """Tables in a file. One process has it open, and uses it from one thread at a time.
 
-    What was committed is on the disk: neither a kill nor a loss of power takes it back.
+    What was committed survives every end of the process. A loss of power may take back
+    the latest transactions, each whole: what is left is the state after an earlier one.
+    It takes back neither a transaction that called :meth:`make_durable` nor any before
+    that: only there the disk is waited for, some milliseconds (SQLite's write-ahead log
+    under ``synchronous=NORMAL``).
     """
 
     def __init__(
@@ -20,7 +25,7 @@ class Database:
         version: int,
         tables: Sequence[str],
         *,
-        make: bool = True,
+        check: str,
     ):
         """Opens it, or makes it.
 
@@ -29,52 +34,53 @@ class Database:
             kind: number in the header by which its program is known.
             version: of its tables.
             tables: statements that make them.
-            make: whether it may be made; False where it must be there already.
+            check: the table that is looked through at opening, in time that grows with
+                its size. Damage of the others is met where it is read.
 
         Raises:
             OSError: the file cannot be written, or the disk is full.
             RuntimeError: it is open elsewhere.
-            ValueError: the file is damaged, of another version or of another program,
-                or has nothing and must not be made; it is left as it is.
+            ValueError: the file is damaged, of another version or of another program;
+                it is left as it is.
         """
         self._path = path
-        self._inside = False
-        self._afterwards: list[Callable[[], Any]] = []
+        self._inside = self._is_durable = False
         with self._translated():
             self._base = sqlite3.connect(
                 path, timeout=0, isolation_level=None, check_same_thread=False
             )
             try:
-                self._open(kind, version, tables, make)
+                self._open(kind, version, tables, check)
             except BaseException:
                 self._base.close()
                 raise
 
-    def _open(self, kind: int, version: int, tables: Sequence[str], make: bool) -> None:
+    def _open(self, kind: int, version: int, tables: Sequence[str], check: str) -> None:
         self._base.execute("PRAGMA locking_mode = EXCLUSIVE")
         ((there,),) = self._base.execute("SELECT count(*) FROM sqlite_master")
         ((its_kind,),) = self._base.execute("PRAGMA application_id")
         ((its_version,),) = self._base.execute("PRAGMA user_version")
-        if not there and not make:
+        if there and its_kind != kind:
             raise ValueError(
-                f"{self._path} is absent or empty, but files that it should know lie "
-                f"beside it; give another folder, or move them away."
+                f"{self._path} is of another program: its header has {its_kind:#x}, "
+                f"not {kind:#x}. Give another folder."
             )
-        if there and (its_kind, its_version) != (kind, version):
+        if there and its_version != version:
             raise ValueError(
-                f"{self._path} is of another program or version: its header has "
-                f"{its_kind:#x} and version {its_version}, not {kind:#x} and "
-                f"{version}. Give another folder."
+                f"{self._path} has tables of version {its_version}; this tmdjax reads "
+                f"version {version}. Go on with the tmdjax that made it, or give "
+                f"another folder."
             )
+        self._base.execute("PRAGMA auto_vacuum = FULL")  # what is deleted frees space
         self._base.execute("PRAGMA journal_mode = WAL")
-        self._base.execute("PRAGMA synchronous = FULL")
+        self._base.execute("PRAGMA synchronous = NORMAL")
         with self.transaction():  # takes the lock
             if not there:
                 for statement in tables:
                     self._base.execute(statement)
                 self._base.execute(f"PRAGMA application_id = {kind}")
                 self._base.execute(f"PRAGMA user_version = {version}")
-        ((found,),) = self._base.execute("PRAGMA quick_check(1)")
+        (found,) = self._base.execute(f"PRAGMA quick_check({check})").fetchone()
         if found != "ok":
             raise self.damaged(found)
 
@@ -93,20 +99,24 @@ class Database:
         with self._translated():
             return self._base.execute(statement, given).fetchall()
 
-    def afterwards(self, call: Callable[[], Any]) -> None:
-        """Calls something once the transaction is on the disk, and not if it fails."""
-        self._afterwards.append(call)
+    def make_durable(self) -> None:
+        """No loss of power takes back the transaction around it once that ended."""
+        self._is_durable = True
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All statements inside are done at once, or, if anything raises, none.
 
         One that begins inside another is a part of it.
+
+        Raises:
+            OSError: the disk is full, or fails.
+            ValueError: the file is damaged.
         """
         if self._inside:
             yield
             return
-        self._inside = True
+        self._inside, self._is_durable = True, False
         try:
             with self._translated():
                 self._base.execute("BEGIN IMMEDIATE")
@@ -114,14 +124,15 @@ class Database:
                     yield
                     self._base.execute("COMMIT")
                 except BaseException:
-                    self._afterwards.clear()
                     with contextlib.suppress(sqlite3.Error):
                         self._base.execute("ROLLBACK")
                     raise
         finally:
             self._inside = False
-        while self._afterwards:
-            self._afterwards.pop(0)()
+        if self._is_durable and self._path != ":memory:":
+            # what has left the log for the file was synced by SQLite when it did
+            with open(f"{self._path}-wal", "rb+") as log:
+                os.fsync(log.fileno())
 
     def damaged(self, how: Any) -> ValueError:
         """The error for content that cannot be."""

@@ -73,7 +73,7 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Appends an event; a kill afterwards does not lose it."""
-        self._file.write(json.dumps(dataclasses.asdict(event)) + "\n")
+        self._file.write(json.dumps(vars(event)) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -7,19 +7,19 @@ may be handed out again after a crash, and what two workers report is trained on
         |            |         |          |
         +------------+---------+----------+-----> discarded, for a reason
 
-The account is a table of SQLite (``trajectories.sqlite``); what is large, such as
-tokens and images, stands in files beside it (``arrays/``). A file is whole on the disk
-before the table names it, and goes after the table names another: a kill at any moment
-leaves the state before or after, never one in between.
+The account is a database of SQLite (``trajectories.sqlite``): a table of requests, and
+one of what is large, such as tokens and images. Both change in one transaction, so that
+a kill at any moment leaves the state before or after, never one in between. So does a
+loss of power, which may take back the latest reports too, but no consumption and
+nothing that came before one: weights are never ahead of the account of what they were
+trained on.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import math
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,15 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tmdjax.core.checks import brief, check_choice, check_count, check_range
-from tmdjax.core.files import read_bounded, write_atomically
 from tmdjax.runtime.database import Database
 from tmdjax.runtime.staleness import Spans, lag
 
 STATES = ("submitted", "running", "done", "scored", "consumed", "discarded")
 
 _KIND = 0x746D646A  # 'tmdj'
-_VERSION = 1
-_OURS = re.compile(r"\.?\d+-\d+\.npz(\.[0-9a-f]{8})?")
+_VERSION = 2
+_LARGEST = 10**9 - 10**6  # bytes of the arrays of a request: SQLite's longest row
 _TABLE = """
 CREATE TABLE trajectories (
     number INTEGER PRIMARY KEY,
@@ -47,9 +46,6 @@ CREATE TABLE trajectories (
     reward REAL,
     version INTEGER,
     reason TEXT,
-    writes INTEGER NOT NULL DEFAULT 0,
-    file TEXT,
-    digest TEXT,
     state TEXT GENERATED ALWAYS AS (CASE
         WHEN reason IS NOT NULL THEN 'discarded'
         WHEN version IS NOT NULL THEN 'consumed'
@@ -59,6 +55,7 @@ CREATE TABLE trajectories (
         ELSE 'submitted' END) VIRTUAL
 )"""
 _INDEX = "CREATE INDEX trajectories_of_state ON trajectories (state)"
+_ARRAYS = "CREATE TABLE arrays (number INTEGER PRIMARY KEY, content BLOB NOT NULL)"
 _FIELDS = 'number, "group", state, spans, score, reward, version, reason'
 
 
@@ -104,35 +101,21 @@ class TrajectoryStore:
 
         Args:
             folder: of the account; it is made if absent, and what else lies there stays
-                as it is. None keeps the account in memory, without arrays, such as for
-                a simulated run.
+                as it is. None keeps the account in memory.
 
         Raises:
             OSError: the folder cannot be written or is full.
             RuntimeError: another process, or another store of this one, has it open.
             ValueError: ``trajectories.sqlite`` is damaged, of another version or of
-                another program, or absent where arrays lie; all is left as it is.
+                another program; it is left as it is.
         """
         self.folder = None if folder is None else Path(folder)
         path = ":memory:"
         if self.folder is not None:
-            self._arrays = self.folder / "arrays"
-            self._arrays.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             path = str(self.folder / "trajectories.sqlite")
-        files = self._files()
-        tables = (_TABLE, _INDEX)
-        self._base = Database(path, _KIND, _VERSION, tables, make=not files)
-        named = {f for (f,) in self._base.rows("SELECT file FROM trajectories")}
-        for name in files:
-            if name not in named:  # a kill came between file and row
-                (self._arrays / name).unlink()
-
-    def _files(self) -> list[str]:
-        """Names in the folder of arrays that are as this store gives them."""
-        if self.folder is None:
-            return []
-        names = (path.name for path in self._arrays.iterdir())
-        return sorted(name for name in names if _OURS.fullmatch(name))
+        tables = (_TABLE, _INDEX, _ARRAYS)
+        self._base = Database(path, _KIND, _VERSION, tables, check="trajectories")
 
     def close(self) -> None:
         """Leaves the account to others; it cannot be used any more."""
@@ -193,8 +176,9 @@ class TrajectoryStore:
             number: of a request that was submitted.
             spans: ``(version, elements)``, in order; versions rise, elements are >= 1.
             finished: whether nothing more will be written.
-            arrays: numpy arrays by name that hold it; they replace those of before.
-                None where the account alone is kept, which then names no arrays.
+            arrays: numpy arrays by name that hold it, together less than 1 GB; they
+                replace those of before. None where the account alone is kept, which
+                then has no arrays.
 
         Returns:
             Whether it was news. What was finished or has ended stays as it is, and so
@@ -202,8 +186,8 @@ class TrajectoryStore:
 
         Raises:
             OSError: the disk is full; the account is as it was.
-            ValueError: an unknown request, malformed spans, or arrays for an account in
-                memory.
+            TypeError: an array of a dtype that is not numpy's own, or of objects.
+            ValueError: an unknown request, malformed spans, or arrays of 1 GB or more.
         """
         spans = [
             (check_count("version", v, 0), check_count("count", n)) for v, n in spans
@@ -215,17 +199,14 @@ class TrajectoryStore:
             longer = sum(n for _, n in spans) > known.length
             if known.state not in ("submitted", "running") or not (finished or longer):
                 return False
-            self._drop_file(number)
-            file = digest = None
+            self._drop_arrays(number)
             if arrays is not None:
-                file, digest = self._write_arrays(number, arrays)
+                content = _packed(number, arrays)
+                self._base.rows("INSERT INTO arrays VALUES (?, ?)", number, content)
             self._base.rows(
-                "UPDATE trajectories SET spans = ?, finished = ?, file = ?, "
-                "digest = ?, writes = writes + 1 WHERE number = ?",
+                "UPDATE trajectories SET spans = ?, finished = ? WHERE number = ?",
                 json.dumps(spans),
                 bool(finished),
-                file,
-                digest,
                 number,
             )
         return True
@@ -265,17 +246,21 @@ class TrajectoryStore:
     def consume(self, numbers: Iterable[int], version: int) -> None:
         """Notes that the update of a version trains on requests: all of them, once.
 
+        From then on no loss of power takes that back: call it before the update.
+
         Args:
             numbers: of requests that are scored.
             version: of the weights that the update begins with, >= 0.
 
         Raises:
+            OSError: the disk is full, or fails.
             ValueError: a request that is not scored, such as one that was consumed
                 before, or one with elements of a version above this one; nothing is
                 noted then.
         """
         check_count("version", version, 0)
         with self._base.transaction():
+            self._base.make_durable()
             for number in numbers:
                 known = self.get(number)
                 self._refuse_all_but(("scored",), known, "trained on")
@@ -331,7 +316,7 @@ class TrajectoryStore:
                 if len(kept) == len(known.spans):
                     continue
                 if not kept:
-                    self._drop_file(known.number)
+                    self._drop_arrays(known.number)
                 self._base.rows(
                     "UPDATE trajectories SET spans = ?, finished = 0, score = NULL, "
                     "reward = NULL WHERE number = ?",
@@ -342,18 +327,18 @@ class TrajectoryStore:
     def forget(self, version: int) -> None:
         """Removes the arrays of what ended before a version; the account stays.
 
+        Their space goes back to the disk. Call it after a checkpoint was written.
+
         Args:
             version: of the oldest checkpoint that may still be restored.
         """
         check_count("version", version, 0)
         with self._base.transaction():
-            ended = self._base.rows(
-                "SELECT number FROM trajectories "
-                "WHERE file IS NOT NULL AND version < ?",
+            self._base.rows(
+                "DELETE FROM arrays WHERE (SELECT version FROM trajectories "
+                "WHERE trajectories.number = arrays.number) < ?",
                 version,
             )
-            for (number,) in ended:
-                self._drop_file(number)
 
     def get(self, number: int) -> Trajectory:
         """The account of a request.
@@ -402,64 +387,24 @@ class TrajectoryStore:
         that are gone: cut them to ``store.get(number).length``.
 
         Raises:
-            ValueError: it has none, or their file is absent or damaged.
+            ValueError: it has none, or they are damaged.
         """
         self.get(number)
-        ((file, digest),) = self._base.rows(
-            "SELECT file, digest FROM trajectories WHERE number = ?", number
-        )
-        if file is None:
+        found = self._base.rows("SELECT content FROM arrays WHERE number = ?", number)
+        if not found:
             raise ValueError(f"request {number} has no arrays.")
-        path = self._arrays / file
         try:
-            data = read_bounded(path, most=1 << 40)
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise ValueError("its content is not what was written")
-            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            with np.load(io.BytesIO(found[0][0]), allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{path}, the arrays of request {number}, cannot be read ({error}). "
-                f"Discard the request, or restore a version at which it had not begun: "
-                f"it is written anew then."
+                f"the arrays of request {number} in {self.folder} are damaged "
+                f"({error}). Discard the request, or restore a version at which it had "
+                f"not begun: it is written anew then."
             ) from error
 
-    def _write_arrays(self, number: int, arrays: Mapping[str, Any]) -> tuple[str, str]:
-        """The name of a file that no row names yet, and the digest of its content."""
-        if self.folder is None:
-            raise ValueError(
-                f"request {number} has arrays, but the account is in memory; give "
-                f"TrajectoryStore a folder, or arrays=None."
-            )
-        found = {name: np.asarray(array) for name, array in arrays.items()}
-        for name, array in found.items():
-            if array.dtype.hasobject:
-                raise TypeError(
-                    f"the array {name!r} of request {number} is of dtype "
-                    f"{array.dtype}; give numbers, or texts as bytes."
-                )
-        buffer = io.BytesIO()
-        np.savez(buffer, **found)  # pyright: ignore
-        data = buffer.getvalue()
-        ((writes,),) = self._base.rows(
-            "SELECT writes FROM trajectories WHERE number = ?", number
-        )
-        name = f"{number}-{writes}.npz"
-        write_atomically(self._arrays / name, data)
-        return name, hashlib.sha256(data).hexdigest()
-
-    def _drop_file(self, number: int) -> None:
-        """The row names no file; what it named goes once that is on the disk."""
-        ((file,),) = self._base.rows(
-            "SELECT file FROM trajectories WHERE number = ?", number
-        )
-        if file is not None:
-            self._base.rows(
-                "UPDATE trajectories SET file = NULL, digest = NULL WHERE number = ?",
-                number,
-            )
-            path = self._arrays / file
-            self._base.afterwards(lambda: path.unlink(missing_ok=True))
+    def _drop_arrays(self, number: int) -> None:
+        self._base.rows("DELETE FROM arrays WHERE number = ?", number)
 
     def _end(self, number: int, version: int, reason: str | None) -> None:
         self._base.rows(
@@ -487,3 +432,33 @@ class TrajectoryStore:
                 f"request {number} has spans {brief(spans)}"
             ) from error
         return Trajectory(number, group, state, spans, *rest)
+
+
+def _packed(number: int, arrays: Mapping[str, Any]) -> memoryview:
+    """Arrays as numpy's .npz, whose checksums tell damage when they are read."""
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in found.items():
+        if array.dtype.hasobject or _as_read(array.dtype) != array.dtype:
+            raise TypeError(
+                f"the array {name!r} of request {number} is of dtype {array.dtype}; "
+                f"give one of numpy's own, such as float32 for bfloat16, and texts as "
+                f"bytes."
+            )
+    size = sum(array.nbytes for array in found.values())
+    if size > _LARGEST:
+        raise ValueError(
+            f"the arrays of request {number} have {size} bytes; an account holds at "
+            f"most {_LARGEST} of each. Leave out what can be made again, or compress "
+            f"it."
+        )
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, array in found.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+    return buffer.getbuffer()
+
+
+def _as_read(dtype: np.dtype) -> np.dtype:
+    """What numpy's files make of a dtype: of bfloat16, bytes without a meaning."""
+    return np.lib.format.descr_to_dtype(np.lib.format.dtype_to_descr(dtype))
