@@ -121,7 +121,7 @@ class Controller:
 
     def _weights(self, message: Message) -> list[Send]:
         params, version = message.body
-        trained = len(self._groups.trained)
+        trained = self._groups.trained
         if trained != version * self._schedule.batch:
             raise ValueError(
                 f"the trainer has weights of version {version}, but the account says "
@@ -330,7 +330,7 @@ class Controller:
         begun = len(self._groups.open) - len(self._groups.blank)
         most = capacity(
             self._version or 0,
-            len(self._groups.trained) + complete,
+            self._groups.trained + complete,
             begun,
             batch=schedule.batch,
             ahead=schedule.most_ahead,
@@ -406,7 +406,7 @@ class Controller:
                 "asked for": groups.asked,
                 "open": len(groups.open),
                 "complete": len(groups.complete),
-                "trained": len(groups.trained),
+                "trained": groups.trained,
                 "capacity": None if free == math.inf else int(free),
             },
             "responses": under_way,

@@ -69,7 +69,7 @@ class Groups:
         waiting: numbers of the open ones to hand out.
         blank: of the waiting, those without a token.
         written: of the open, those that are only judged.
-        trained: numbers of those that were trained on.
+        trained: how many were trained on.
         asked: how many were asked for, ever.
         no_more_prompts: whether that is all there are.
     """
@@ -92,9 +92,10 @@ class Groups:
         self.waiting: set[int] = set()
         self.blank: set[int] = set()
         self.written: set[int] = set()
-        self.trained: set[int] = set()
         self.asked, self.no_more_prompts = 0, False
-        for known in store.select():
+        rows = store.select()
+        self.trained = len({row.group for row in rows if row.state == "consumed"})
+        for known in rows:
             self._take_over(known)
 
     def _take_over(self, known: Trajectory) -> None:
@@ -107,8 +108,6 @@ class Groups:
                 f"settings that it was begun with."
             )
         self.asked = max(self.asked, group + 1)
-        if known.state == "consumed":
-            self.trained.add(group)
         if known.state in ("consumed", "discarded"):
             return
         if group not in self.open:
@@ -271,7 +270,7 @@ class Groups:
         groups = [self.complete.pop(number).whole for number in numbers]
         requests = [record.number for group in groups for record in group.records]
         self._store.consume(requests, version)
-        self.trained.update(numbers)
+        self.trained += len(numbers)
         return groups
 
 
