@@ -19,7 +19,6 @@ from tmdjax import rl, runtime
 from tmdjax.rl import TokenBatch, TokenRecord
 from tmdjax.runtime import LanguageSettings, Schedule, UpdateBatch
 from tmdjax.systems import areal
-from tmdjax.train.state import create_state
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
@@ -224,7 +223,7 @@ def test_11_the_log_linear_proximal_policy():
 
 
 # A policy without a network: the same logits wherever a token stands.
-VOCABULARY, VERSION = 5, 3
+VOCABULARY, VERSION, KEY = 5, 3, jax.random.key(0)
 PARAMS = {"logits": np.float32(RNG.normal(size=VOCABULARY))}
 SETTINGS = LanguageSettings(prompts=2, samples=2, max_new_tokens=4, microbatch=2)
 
@@ -255,14 +254,18 @@ def packed(objective, records=RECORDS, recompute=None, version=VERSION, **change
     return runtime.update_batches(records, objective, settings, order, **options)
 
 
-def test_11_an_update_around_the_log_linear_policy_without_tokens_that_are_too_old():
-    """The whole update against finite differences of the definition, in float64."""
+def test_11_an_update_around_the_log_linear_policy_without_tokens_that_are_too_old(
+    refused,
+):
+    """All that is learned from stale responses, by finite differences in float64."""
     objective = areal.preset("areal", scale="none", max_weight=1.2)
-    (batch,) = packed(objective, proximal="loglinear", max_lag=2)
-    assert batch.texts.mask.shape[:2] == (2, 2)  # two microbatches
-    update = runtime.make_update(table, objective, optax.sgd(1.0))
-    state = create_state(jax.tree.map(jnp.array, PARAMS), optax.sgd(1.0))
-    state, metrics = update(state, batch, jax.random.key(0))
+    settings = dataclasses.replace(SETTINGS, proximal="loglinear", max_lag=2)
+    make = functools.partial(runtime.make_learner, table, objective, optax.sgd(1.0))
+    learner = make(settings, length=32)
+    state = learner.init(jax.tree.map(jnp.array, PARAMS))
+    state = dataclasses.replace(state, iteration=jnp.int32(VERSION))
+    state, metrics = learner.learn(state, RECORDS, KEY)
+    assert int(state.iteration) == VERSION + 1
 
     trained = np.float64(PARAMS["logits"])
 
@@ -285,11 +288,20 @@ def test_11_an_update_around_the_log_linear_policy_without_tokens_that_are_too_o
     value, seen, count = loss(trained)
     assert count == 10 and 0 < seen["kept"] < seen["recent"] == 9
     slope = differences(lambda x: loss(x)[0], trained)
-    change = PARAMS["logits"] - np.asarray(state.params["logits"])
+    change = PARAMS["logits"] - np.asarray(state.learner.params["logits"])
     assert np.abs(slope).max() > 1e-3
     assert_allclose(change, slope, rtol=1e-4, atol=1e-6)
     assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert_allclose(metrics["trained_fraction"], seen["recent"] / count, rtol=1e-6)
+    # older responses, far from the policy: none is left to learn from
+    far = [dataclasses.replace(r, log_probs=[-9.0] * len(r)) for r in RECORDS]
+    for record in far:
+        record.versions = [2] * len(record)
+    refused("behaviour_weight=0 in 1 updates", learner.learn, state, far, KEY)
+    behaviour = dataclasses.replace(settings, proximal="behaviour")
+    refused("there is nothing to correct", make, behaviour, length=32)
+    question = dataclasses.replace(settings, train_prompt="question")
+    refused("train_prompt='question' needs log-probs", make, question, length=32)
 
 
 def test_tokens_beyond_eta_stay_in_the_denominators(refused):
@@ -307,6 +319,10 @@ def test_tokens_beyond_eta_stay_in_the_denominators(refused):
         assert_allclose(sorted(each), sorted(np.broadcast_to(shares, 4)), rtol=1e-6)
         (everything,) = packed(objective, **given)
         assert everything.keep is None and everything.version is None
+    versions = np.array([[-1, 0, 1, 2, 3]])  # -1: a prompt, or padding
+    recent = jax.jit(rl.within_lag)(versions, 2, 2)
+    assert recent.tolist() == [[False, True, True, True, True]]
+    assert rl.within_lag(versions, 2, 0).tolist() == [[False] * 3 + [True] * 2]
     old = written([1, 1], [1], [0], [1])
     message = "the newest is of version 1, more than max_lag=1 behind .* version 3"
     refused(message, packed, NAIVE, old, max_lag=1)

@@ -99,7 +99,8 @@ def log_linear_proximal(
         b + alpha (l - b),    alpha = (version - v) / (version + 1 - v).
 
     alpha is 0 where v is ``version`` itself (what was recorded is that policy's), and
-    nears 1 for old tokens.
+    nears 1 for old tokens. It is an estimate: before the first update, where l is that
+    policy's, ratios of older tokens to it are exp((1 - alpha) (l - b)), and not 1.
 
     Args:
         log_prob: of the trained policy, any shape; a constant here.
