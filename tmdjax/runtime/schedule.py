@@ -10,8 +10,10 @@ One rule covers the schedules of the literature, ``Schedule`` their numbers:
 
 import dataclasses
 import math
+from typing import Any
 
-from tmdjax.core.checks import check_choice, check_count, check_range
+from tmdjax.core.checks import check_choice, check_count, check_fields, check_range
+from tmdjax.runtime.settings import LanguageSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,3 +130,30 @@ class Schedule:
         ``math.inf``: what came into a batch trains. The learner needs it.
         """
         return self.eta if self.on_stale == "mask" else math.inf
+
+    def settings(self, **changes: Any) -> LanguageSettings:
+        """The sizes of the updates of a run, in agreement with this schedule.
+
+        Args:
+            **changes: fields of :class:`tmdjax.runtime.LanguageSettings`. Prompts,
+                samples, max_new_tokens and max_lag follow from the schedule.
+
+        Raises:
+            ValueError: one of these is given and is not the schedule's, or a number out
+                of range.
+            TypeError: an unknown field.
+        """
+        check_fields(LanguageSettings, changes)
+        own = {
+            "prompts": self.batch,
+            "samples": self.samples,
+            "max_new_tokens": self.max_new_tokens,
+            "max_lag": self.max_lag,
+        }
+        for name, value in own.items():
+            if changes.get(name, value) != value:
+                raise ValueError(
+                    f"{name}={changes[name]}, but the schedule has {value}; change the "
+                    f"schedule, and leave {name} out here."
+                )
+        return LanguageSettings(**changes | own)
