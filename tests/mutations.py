@@ -194,6 +194,7 @@ TESTS = {
         "runtime/test_interruption.py runtime/test_rounds.py runtime/test_lm_rl.py "
         "-k 'interrupted or gone or stopped or tied or fails or planner'",
     ),
+    "runtime/lengths": "systems/test_april.py",
     "runtime/group_objective": "systems/test_grpo.py systems/test_areal.py",
     "runtime/publishing": "runtime/test_alarms.py",
     "runtime/calibration": "runtime/test_calibration.py",

@@ -17,7 +17,7 @@ from simulated_runs import SLOTS, lognormal, run
 from tmdjax import runtime
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime import LanguageSettings, Prompt, Schedule, TrajectoryStore
-from tmdjax.runtime.length_bias import length_bias, mean_length
+from tmdjax.runtime.lengths import length_bias, mean_length
 from tmdjax.systems import april
 
 SIZES = {"samples": 2, "max_new_tokens": 400, "updates": 8, "slots": SLOTS}
@@ -104,7 +104,7 @@ def test_7_trained_lengths_become_those_of_all_prompts_unless_they_are_discarded
     assert len(kept) == len(thrown) == 200 * 2 * 2
     assert kept_distance < 1.36 < thrown_distance
     assert thrown.mean() < 0.85 * mean and abs(kept.mean() / mean - 1) < 0.07
-    assert kept[:20].mean() < 0.85 * mean  # a few rounds are biased all the same
+    assert kept[:20].mean() < 0.95 * mean  # a few rounds are biased all the same
     # what a run can tell of itself, without the distribution
     assert thrown_bias["length_trained"] == thrown.mean()
     assert (
@@ -126,11 +126,11 @@ VOCAB = 7
 OLD = {0: 2, 1: 0, 2: 3, 3: 1}  # tokens of version 0, by response
 
 
-def records(moved=False, seed=0):
+def records(moved=False):
     """Two groups of two, of versions 0 and 1; ``moved``: old tokens are in the prompt."""
     found = []
     for number, old in OLD.items():
-        rng = np.random.default_rng([number, seed])
+        rng = np.random.default_rng(number)
         tokens = rng.integers(0, VOCAB, 5).tolist()
         log_probs = rng.normal(-1.5, 0.5, 5).tolist()
         record = TokenRecord(
@@ -172,7 +172,7 @@ def graded(objective, params, batch):
 PARAMS = np.float32(np.random.default_rng(4).normal(size=(VOCAB, VOCAB)))
 
 
-def update(objective, given, **settings):
+def update(objective, given, recomputed=None, **settings):
     """Loss and gradient of the one minibatch of an update at version 1."""
     sizes = {"prompts": 2, "samples": 2, "max_new_tokens": 8, "microbatch": 4}
     (batch,) = runtime.update_batches(
@@ -182,7 +182,7 @@ def update(objective, given, **settings):
         np.random.default_rng(0),
         length=16,
         version=1,
-        proximal=lambda texts: jax.vmap(functools.partial(log_probs, PARAMS))(texts),
+        proximal=recomputed,
     )
     return graded(objective, PARAMS, jax.tree.map(lambda x: x[0], batch))
 
@@ -199,31 +199,33 @@ def test_9_masked_tokens_are_a_part_of_the_prompt():
     assert_allclose(loss, expected[0], rtol=1e-6)
     assert_allclose(slope, expected[1], rtol=1e-5, atol=1e-7)
     everything = update(objective, records(), **own)[1]
-    assert np.max(np.abs(everything - slope)) > 0.1
+    assert np.max(np.abs(everything - slope)) > 0.01
 
 
 def test_9_decoupled_without_learning_is_on_policy_and_ignore_asks_for_no_behaviour():
-    def written():
-        """By the policy that trains."""
-        found = records()
-        for r in found:
-            text = [*r.prompt, *r.tokens]
-            table = np.asarray(jax.nn.log_softmax(PARAMS))
-            r.log_probs = [float(table[a, b]) for a, b in zip(text[1:], r.tokens)]
-        return found
+    def as_recorded(texts):  # recomputed by the weights that wrote, it is the same
+        return texts.log_prob
+
+    def recomputed(texts):
+        return jax.vmap(functools.partial(log_probs, PARAMS))(texts)
 
     ignore, decoupled = april.preset("april"), april.preset("decoupled")
-    on_policy = update(ignore, written(), proximal="behaviour")
-    for given, objective in (
-        (written(), decoupled),
-        (written(), ignore),
-        (records(), ignore),  # whatever was recorded
-    ):
-        found = update(objective, given, proximal="recompute")
-        assert_allclose(found[0], on_policy[0], rtol=1e-6, atol=1e-7)
-        assert_allclose(found[1], on_policy[1], rtol=1e-5, atol=1e-7)
-    weighed = update(decoupled, records(), proximal="recompute")[1]
-    assert np.max(np.abs(weighed - on_policy[1])) > 0.01
+    on_policy = update(ignore, records(), proximal="behaviour")
+    found = update(decoupled, records(), as_recorded, proximal="recompute")
+    assert_array_equal(found[0], on_policy[0])
+    assert_array_equal(found[1], on_policy[1])
+    ignored = update(ignore, records(), recomputed, proximal="recompute")
+    other = records()
+    for r in other:
+        r.log_probs = [x - 1.0 for x in r.log_probs]
+    again = update(ignore, other, recomputed, proximal="recompute")
+    assert_array_equal(again[1], ignored[1])
+    weighed = [
+        update(decoupled, each, recomputed, proximal="recompute")[1]
+        for each in (records(), other)
+    ]
+    assert np.max(np.abs(weighed[0] - ignored[1])) > 0.01
+    assert np.max(np.abs(weighed[0] - weighed[1])) > 0.01
 
 
 class Killed(BaseException):

@@ -10,6 +10,7 @@ from tmdjax.runtime.group_objective import (
 from tmdjax.runtime.learner import Learner as Learner
 from tmdjax.runtime.learner import LMState as LMState
 from tmdjax.runtime.learner import make_learner as make_learner
+from tmdjax.runtime.lengths import length_bias as length_bias
 from tmdjax.runtime.lm_rl import make_iteration as make_iteration
 from tmdjax.runtime.packing import TokenObjective as TokenObjective
 from tmdjax.runtime.packing import UpdateBatch as UpdateBatch

@@ -144,20 +144,7 @@ def settings(
         UserWarning: stale responses are clipped around the policy before the update,
             and nothing corrects for the policies that wrote.
     """
-    check_fields(LanguageSettings, changes)
-    own = {
-        "prompts": schedule.batch,
-        "samples": schedule.samples,
-        "max_new_tokens": schedule.max_new_tokens,
-        "max_lag": schedule.max_lag,
-    }
-    for field, value in own.items():
-        if changes.get(field, value) != value:
-            raise ValueError(
-                f"{field}={changes[field]}, but the schedule has {value}; change the "
-                f"schedule, and leave {field} out here."
-            )
-    found = LanguageSettings(**changes | own)
+    found = schedule.settings(**changes)
     compares = "proximal" in objective.needs
     if compares and found.proximal == "behaviour":
         raise ValueError(
