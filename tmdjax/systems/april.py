@@ -20,8 +20,8 @@ has tokens of earlier weights. What these mean in the update is the ``off_policy
 
 A run is a schedule (:func:`schedule`), an objective (:func:`preset`, or another
 method's under :func:`objective`) and the sizes of its updates (:func:`settings`); the
-run itself is :mod:`tmdjax.runtime`'s, under any executor. Stopping single responses in
-place of groups is left out, and so is a baseline of groups that did not train.
+run itself is :mod:`tmdjax.runtime`'s. Left out are stopping single responses in place
+of groups, and a baseline of responses that did not train.
 
 References:
     APRIL, arXiv 2509.18521, of which the abstract was at hand, and its code,
@@ -192,10 +192,7 @@ def settings(
 
 
 def off_policy_share(batch: Batch) -> float:
-    """The share of a batch's tokens that earlier weights drew, in [0, 1].
-
-    Every token counts, whichever time it was resumed in.
-    """
+    """The share of a batch's tokens that any earlier weights drew, in [0, 1]."""
     spans = [spans_of(r.versions) for group in batch.groups for r in group.records]
     by_lag = tokens_by_lag(spans, batch.version)
     return 1 - by_lag.get(0, 0) / max(1, sum(by_lag.values()))
