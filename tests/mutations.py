@@ -196,7 +196,7 @@ TESTS = {
     ),
     "runtime/lengths": "systems/test_april.py",
     "runtime/group_objective": "systems/test_grpo.py systems/test_areal.py",
-    "runtime/publishing": "runtime/test_alarms.py",
+    "runtime/publishing": "runtime/test_alarms.py runtime/test_asynchronous.py",
     "runtime/calibration": "runtime/test_calibration.py",
     "runtime/worked_examples": "systems/test_xrpo.py",
     "runtime/database": "runtime/test_trajectories.py",

@@ -716,7 +716,7 @@ def test_a_second_fit_in_a_stage_is_refused(tmp_path, refused):
             state = train.create_state({"w": jnp.zeros(2)}, RULE)
             context.fit(state, STEP, draws(), num_steps=3)
 
-    words = "calls fit a second time"
+    words = "trains a second time"
     refused(words, one_stage, tmp_path, twice, error=RuntimeError)
 
 

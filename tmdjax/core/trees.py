@@ -45,6 +45,14 @@ def nbytes(tree: PyTree) -> int:
     )
 
 
+def layout(tree: PyTree) -> dict[str, str]:
+    """Dtype and shape of all leaves by path name, such as 'float32[3, 4]'."""
+    return {
+        name: f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+        for name, leaf in flatten(tree).items()
+    }
+
+
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """True if no floating leaf holds NaN or infinity (traceable)."""
     bad = [

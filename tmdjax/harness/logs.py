@@ -138,6 +138,29 @@ class MetricsLog:
         write_atomically(self.path, b"".join(_line(row) for row in rows))
 
 
+class Clock:
+    """Seconds of training, pauses left out, and the rate since the last row."""
+
+    def __init__(self) -> None:
+        self.start(0.0, 0)
+
+    def start(self, seconds: float, step: int) -> None:
+        """Goes on from a step that was reached after some seconds."""
+        self._began = time.monotonic() - seconds
+        self._last = (seconds, step)
+
+    def columns(self, step: int) -> dict[str, float]:
+        """Columns of the row of a step: seconds so far, and steps a second."""
+        seconds = time.monotonic() - self._began
+        last_seconds, last_step = self._last
+        self._last = (seconds, step)
+        rate = (step - last_step) / max(seconds - last_seconds, 1e-9)
+        return {
+            f"{TIME_PREFIX}seconds": seconds,
+            f"{TIME_PREFIX}steps_per_second": rate,
+        }
+
+
 class Progress:
     """What a stage is doing: a live line in a terminal, plain lines elsewhere.
 

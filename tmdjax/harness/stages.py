@@ -23,7 +23,7 @@ from tmdjax.core.checks import check_name
 from tmdjax.core.files import content_sha256, write_atomically
 from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
-from tmdjax.harness.logs import MetricsLog, Progress, read_rows
+from tmdjax.harness.logs import Clock, MetricsLog, Progress, read_rows
 from tmdjax.harness.profile import ProfiledStep
 from tmdjax.harness.writers import has_rows, open_writers
 
@@ -143,22 +143,59 @@ class StageContext:
             Paused: the time is up; everything is saved.
             RuntimeError: a second call.
         """
+
+        def loop(**hooks: Any) -> train.FitResult:
+            traces, count = self.directory / PROFILE, self._profiled_steps
+            with ProfiledStep(step_fn, traces, count) as profiled:
+                options_ = {"num_steps": num_steps, "score": score, **hooks, **options}
+                result = train.fit(state, profiled, data, **options_)
+            if count:
+                what = f"trace in {traces}" if traces.exists() else "too short to trace"
+                print(f"[{self.name}] {what}")
+            return result
+
+        best = None if score is None else "min"
+        return self.run_loop(loop, num_steps=num_steps, best=best)
+
+    def run_loop(
+        self,
+        loop: Callable[..., train.FitResult],
+        *,
+        num_steps: int,
+        best: str | None = None,
+    ) -> Any:
+        """Runs a loop of training with this stage's checkpoints and logs.
+
+        Once a stage (its checkpoints are the stage's).
+
+        Args:
+            loop: such as :func:`tmdjax.runtime.fit_asynchronously` with all else bound.
+                It is called with ``key``, ``checkpoints``, ``on_metrics``,
+                ``on_resume`` and ``should_stop``, which are those of
+                :func:`tmdjax.train.fit`, and goes on from the newest checkpoint.
+            num_steps: at how many it ends.
+            best: see :class:`tmdjax.train.Checkpoints`.
+
+        Returns:
+            The final state.
+
+        Raises:
+            Paused: the time is up; everything is saved.
+            RuntimeError: a second call.
+        """
         if self._fitted:
             raise RuntimeError(
-                f"stage {self.name!r} calls fit a second time; make it two stages."
+                f"stage {self.name!r} trains a second time; make it two stages."
             )
         self._fitted = True
-        checkpoints = train.Checkpoints(
-            self.directory / _CHECKPOINTS, best=None if score is None else "min"
-        )
-        title, traces = self.directory.name, self.directory / PROFILE
+        checkpoints = train.Checkpoints(self.directory / _CHECKPOINTS, best=best)
+        title = self.directory.name
         writers = open_writers(self._writers, self.directory, title, self._settings)
         with (
             MetricsLog(self.directory / _METRICS, writers=writers) as log,
             Progress(self.name, num_steps) as progress,
-            ProfiledStep(step_fn, traces, self._profiled_steps) as step_fn,
         ):
-            clock = _Clock()
+            clock = Clock()
 
             def on_resume(step: int) -> None:
                 log.truncate(step)
@@ -173,22 +210,13 @@ class StageContext:
                 progress.update(step, row)
                 self.note_elapsed()
 
-            result = train.fit(
-                state,
-                step_fn,
-                data,
+            result = loop(
                 key=self.key,
-                num_steps=num_steps,
                 checkpoints=checkpoints,
                 on_metrics=on_metrics,
                 on_resume=on_resume,
                 should_stop=self.should_stop,
-                score=score,
-                **options,
             )
-            if self._profiled_steps:
-                what = f"trace in {traces}" if traces.exists() else "too short to trace"
-                progress.say(f"[{self.name}] {what}")
         if not result.finished:
             raise Paused(f"{self.name} before its last step, {num_steps}")
         skipped = int(getattr(result.state, "skipped", 0))
@@ -208,24 +236,6 @@ def _read_seconds(path: pathlib.Path) -> float:
         return float(path.read_text())
     except (OSError, ValueError):
         return 0.0
-
-
-class _Clock:
-    """Seconds of training, pauses left out, and the rate since the last row."""
-
-    def __init__(self) -> None:
-        self.start(0.0, 0)
-
-    def start(self, seconds: float, step: int) -> None:
-        self._began = time.monotonic() - seconds
-        self._last = (seconds, step)
-
-    def columns(self, step: int) -> dict[str, float]:
-        seconds = time.monotonic() - self._began
-        last_seconds, last_step = self._last
-        self._last = (seconds, step)
-        rate = (step - last_step) / max(seconds - last_seconds, 1e-9)
-        return {"time/seconds": seconds, "time/steps_per_second": rate}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from tmdjax.core.types import Params
+from tmdjax.core.types import Params, PyTree
 
 
 class Publisher:
@@ -28,3 +29,27 @@ class Publisher:
         if not (alike and all(a is b for a, b in zip(self._read, leaves))):
             self._read, self._made = leaves, self._make(params)
         return self._made
+
+
+def apart(published: Params, state: PyTree) -> Params:
+    """What was published, with copies of the arrays that share memory with a state.
+
+    An update reuses the memory of the state that it is given. Whoever reads what was
+    published of that state while the update runs needs arrays of its own; those that
+    were made for publishing, such as quantised weights, are so already.
+
+    Args:
+        published: arrays that rollouts read.
+        state: of which they were published.
+    """
+    owned = set().union(*map(_memory, jax.tree.leaves(state)))
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf) if owned & _memory(leaf) else leaf, published
+    )
+
+
+def _memory(leaf: Any) -> set[int]:
+    """Addresses of the buffers behind an array on devices of this process."""
+    if not isinstance(leaf, jax.Array):
+        return set()
+    return {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}

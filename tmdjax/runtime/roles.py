@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from tmdjax.core.checks import check_choice
+from tmdjax.core import trees
+from tmdjax.core.checks import check_choice, check_count, first_few
 from tmdjax.core.types import Params
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.executors import Message, Send, Step
@@ -116,6 +117,7 @@ class Generator:
         self._engine, self._recompute = engine, recompute
         self._interruptible = interruptible
         self._weights: tuple[Params, int] | None = None  # that wait to be taken
+        self._layout: dict[str, str] | None = None  # of those that were taken
         self._held: list[tuple[TokenRecord, int]] = []  # until they are taken
 
     def __call__(self, message: Message | None) -> Step | None:
@@ -176,6 +178,15 @@ class Generator:
     def _take_weights(self) -> Step:
         assert self._weights is not None
         (params, version), self._weights = self._weights, None
+        layout = trees.layout(params)
+        if self._layout not in (None, layout):
+            differing = sorted({*layout.items()} ^ {*self._layout.items()})
+            raise ValueError(
+                f"weights of version {version} are another tree than those before; "
+                f"first differences: {first_few(f'{n} {x}' for n, x in differing)}. "
+                f"Publish the same arrays, in shape and dtype, after every update."
+            )
+        self._layout = layout
         before = self._engine.counts["prefilled"]
         self._engine.update_weights(params, version, recompute=self._recompute)
         self._begin()
@@ -228,6 +239,9 @@ class Trainer:
         publish: Callable[[], Params],
         learn: Callable[[Batch], Mapping[str, float]],
         version: int = 0,
+        *,
+        save: Callable[[], None] | None = None,
+        save_every: int = 1,
     ):
         """Of the state that two functions share.
 
@@ -237,12 +251,20 @@ class Trainer:
                 give back.
             learn: all updates by a batch; gives metrics, which stand in the log.
             version: of the weights at first: how many batches they were trained on.
+            save: writes a checkpoint. It is called after the weights were sent and
+                their step was logged, so that generators need not wait for it; at the
+                latest before the next batch. None saves nothing.
+            save_every: batches from one call to the next, counted from version 0, >= 1.
         """
         self._publish, self._learn, self._version = publish, learn, version
-        self._is_new = True
+        self._save, self._save_every = save, check_count("save_every", save_every)
+        self._is_new, self._is_unsaved = True, False
 
     def __call__(self, message: Message | None) -> Step | None:
         """One step."""
+        if message is None and self._is_unsaved:
+            self._save_now()
+            return Step(what="save", version=self._version)
         if message is None:
             if not self._is_new:
                 return None
@@ -257,9 +279,12 @@ class Trainer:
                 f"{self._version}; restore the account of trajectories and the trainer "
                 f"to one checkpoint."
             )
+        self._save_now()
         records = [record for group in batch.groups for record in group.records]
         metrics = self._learn(batch)
         self._version += 1
+        due = self._save is not None and self._version % self._save_every == 0
+        self._is_unsaved = due
         return Step(
             what="learn",
             sends=[Send(CONTROL, "weights", (self._publish(), self._version))],
@@ -271,3 +296,8 @@ class Trainer:
             version=batch.version,
             notes={"metrics": dict(metrics)},
         )
+
+    def _save_now(self) -> None:
+        if self._save is not None and self._is_unsaved:
+            self._save()
+        self._is_unsaved = False

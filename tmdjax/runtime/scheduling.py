@@ -114,7 +114,7 @@ def collect(
     for number, group in enumerate(kept):
         for record in group.records:
             record.group = number
-    metrics = _metrics(written, engine.version)
+    metrics = rollout_metrics(written, engine.version)
     metrics |= told | {"groups_left_out": float(len(written) - len(kept))}
     return Rollout(
         [record for group in kept for record in group.records],
@@ -123,7 +123,20 @@ def collect(
     )
 
 
-def _metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """What is told of groups that were written and scored.
+
+    Args:
+        groups: with rewards, at least one.
+        version: of the weights that they train.
+
+    Returns:
+        'score' and 'reward', means over groups and over responses; how many
+        'responses' and 'tokens'; 'tied_group_fraction' and 'truncated_fraction', in
+        [0, 1]; 'length_median', 'length_95' and 'length_max', in tokens of a response;
+        'staleness_mean' and 'staleness_max', versions that the weights are ahead of a
+        token.
+    """
     records = [record for group in groups for record in group.records]
     staleness = version - np.concatenate([record.versions for record in records])
     lengths = np.array([len(record) for record in records])

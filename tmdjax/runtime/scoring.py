@@ -1,7 +1,8 @@
 """Rewards of groups of responses, in threads beside the engine."""
 
+import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,31 @@ class Scoring:
         for record, score in zip(records, exact):
             record.score = float(score)
             record.reward = record.score + _penalty(record, self._settings)
+
+
+def judge_of(
+    score: Score, settings: LanguageSettings
+) -> Callable[[TokenRecord, Any], tuple[float, float]]:
+    """What a :class:`tmdjax.runtime.Scorer` calls: one response, within its time.
+
+    Args:
+        score: of a response.
+        settings: time limit and penalty.
+
+    Returns:
+        ``(record, problem) -> (score, reward)``, the penalty of long responses in the
+        latter. It raises RewardError where the score raises, takes longer than
+        ``settings.score_timeout`` or is not finite. The record is left as it is.
+    """
+
+    def judge(record: TokenRecord, problem: Any) -> tuple[float, float]:
+        own, scoring = dataclasses.replace(record), Scoring(score, settings)
+        scoring.submit(problem, [own])
+        scoring.finish()
+        assert own.score is not None and own.reward is not None
+        return own.score, own.reward
+
+    return judge
 
 
 def _penalty(record: TokenRecord, settings: LanguageSettings) -> float:

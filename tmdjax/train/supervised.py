@@ -1,5 +1,6 @@
 """The supervised loop: a jitted step called over a data iterator, resumable."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -153,17 +154,8 @@ def fit(
             continue
         means, before = _window_means(window, state, before)
         window.clear()
-        in_a_row = int(getattr(state, "skipped_in_a_row", 0))
-        if in_a_row >= max_skipped:
-            where = ""
-            if diagnose is not None:
-                where = f" {diagnose(state, batch, jax.random.fold_in(key, step - 1))}."
-            kept = checkpoints.steps() if checkpoints is not None else []
-            raise NonFiniteError(
-                f"{in_a_row} consecutive updates up to step {step} had a non-finite "
-                f"loss, gradient or outcome and were skipped.{where} Last good "
-                f"checkpoint: {f'step {kept[-1]}' if kept else 'none'}."
-            )
+        where = functools.partial(_diagnosed, diagnose, state, batch, key, step)
+        check_skipped(state, step, max_skipped, checkpoints, where)
         if on_metrics is not None:
             on_metrics(step, means)
         finished = step == num_steps
@@ -182,6 +174,48 @@ def fit(
         if stop:
             return FitResult(state, False)
     return FitResult(state, True)
+
+
+def check_skipped(
+    state: Any,
+    step: int,
+    max_skipped: int,
+    checkpoints: Checkpoints | None,
+    where: Callable[[], str] = lambda: "",
+) -> None:
+    """Stops a run of which too many updates in a row were skipped.
+
+    Args:
+        state: after an update; one without the field 'skipped_in_a_row' passes.
+        step: its number.
+        max_skipped: so many are too many.
+        checkpoints: of the run, or None.
+        where: a sentence on where the fault is, after a space.
+
+    Raises:
+        NonFiniteError: there were; names the last good checkpoint.
+    """
+    in_a_row = int(getattr(state, "skipped_in_a_row", 0))
+    if in_a_row < max_skipped:
+        return
+    kept = checkpoints.steps() if checkpoints is not None else []
+    raise NonFiniteError(
+        f"{in_a_row} consecutive updates up to step {step} had a non-finite loss, "
+        f"gradient or outcome and were skipped.{where()} Last good checkpoint: "
+        f"{f'step {kept[-1]}' if kept else 'none'}."
+    )
+
+
+def _diagnosed(
+    diagnose: Callable[[Any, Any, Any], str] | None,
+    state: Any,
+    batch: Any,
+    key: Any,
+    step: int,
+) -> str:
+    if diagnose is None:
+        return ""
+    return f" {diagnose(state, batch, jax.random.fold_in(key, step - 1))}."
 
 
 def _check_saveable(data: Any) -> None:
