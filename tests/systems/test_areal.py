@@ -381,8 +381,6 @@ def test_section_7_what_makes_no_sense_is_refused_before_anything_compiles(refus
     message = "when_full='resume': in AReaL generators never stop"
     refused(message, schedule, when_full="resume", ahead=512)
     refused("ahead=512: .* eta alone", schedule, ahead=512)
-    with pytest.warns(UserWarning, match="slots=64, but .* = 32 responses"):
-        schedule(batch=8, samples=4, eta=0)
     refused("surrogate='sapo'", areal.preset, "areal", surrogate="sapo")
     assert areal.preset("naive", surrogate="sapo").correction == "none"
     refused("Did you mean 'areal'", areal.preset, "arael")

@@ -95,9 +95,6 @@ def schedule(name: str = "areal", *, updates: int, **changes: Any) -> Schedule:
         ValueError: an unknown name, a number out of range (eta below 0, a batch of
             none), or a schedule that is not AReaL's.
         TypeError: an unknown field.
-
-    Warns:
-        UserWarning: a generator has more slots than there may be responses.
     """
     check_choice("schedule", name, SCHEDULES)
     check_fields(Schedule, changes)
@@ -109,14 +106,6 @@ def schedule(name: str = "areal", *, updates: int, **changes: Any) -> Schedule:
                 f"for an update, and eta alone bounds what is ahead; leave it "
                 f"{own!r}, or use tmdjax.runtime.Schedule."
             )
-    responses = found.most_ahead * found.samples
-    if responses < found.slots:
-        warnings.warn(
-            f"slots={found.slots}, but (eta + 1) x batch x samples = {responses:g} "
-            f"responses may be under way: a generator can never be full. Raise eta or "
-            f"batch, or lower slots.",
-            stacklevel=2,
-        )
     return found
 
 
