@@ -342,6 +342,30 @@ def test_stopped_it_goes_on_with_all_that_was_written(tmp_path):
         assert rows[t.number].length > t.length
 
 
+def test_workers_may_live_in_other_processes(tmp_path):
+    """They are moved there as they are made: of what the caller has, by copies."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+
+    class Elsewhere:
+        def run(self, workers, log, **options):
+            moved = cloudpickle.loads(cloudpickle.dumps(workers))
+            return clock().run(moved, log, **options)
+
+    state, _ = fit()
+    given = {"executor": Elsewhere(), "folder": tmp_path}
+    checkpoints = train.Checkpoints(tmp_path / "checkpoints")
+    found, finished = fit(checkpoints=checkpoints, checkpoint_every=5, **given)
+    assert finished and checkpoints.steps() == [5, 6]
+    same(found, state)
+    with pytest.raises(RuntimeError, match="in another process and saved nothing"):
+        fit(executor=Elsewhere())
+    learner = cloudpickle.loads(cloudpickle.dumps(learner_of_bigrams()))
+    assert learner.settings.proximal == "behaviour"  # its programs travel too
+    own = quant.rounding_recipe("own", "float32")  # registered nowhere
+    pair = cloudpickle.loads(cloudpickle.dumps({"known": UNIFIED.train, "own": own}))
+    assert pair["known"] is UNIFIED.train and pair["own"].dtype == own.dtype
+
+
 def test_a_stage_runs_it_with_rows_checkpoints_and_pauses(tmp_path):
     def stage(stops):
         asked = iter([False] * stops)
@@ -419,6 +443,8 @@ def test_what_does_not_fit_together_is_refused(refused, caplog, tmp_path):
     refused("generators=0 must be at least 1", fit, generators=0)
     refused("scorers=0 must be at least 1", fit, scorers=0)
     refused("checkpoint_every=0 must be", fit, checkpoint_every=0)
+    error = train.NonFiniteError
+    refused("consecutive updates up to step 1", fit, max_skipped=0, error=error)
     store = train.Checkpoints(tmp_path)
     refused("checkpoints without folder=", fit, checkpoints=store)
 

@@ -60,6 +60,16 @@ class Recipe:
     def __repr__(self) -> str:
         return f"Recipe({self.name!r})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By its name to another process, which registers it as this one does.
+
+        Gradient rules of products cannot be pickled. A recipe that is not registered
+        travels as its fields do.
+        """
+        if self.name in RECIPES and RECIPES[self.name] is self:
+            return as_recipe, (self.name,)
+        return super().__reduce_ex__(protocol)
+
     @property
     def unquantised(self) -> "Recipe":
         """The recipe of layers that stay in more than 8 bits; itself where none does.

@@ -140,9 +140,10 @@ def fit_asynchronously(
             "checkpoints without folder=: a run that goes on from one needs the "
             "account of what was trained on and what was written; give a folder too."
         )
-    if accept is None and learner.settings.dynamic_sampling:
+    settings, length = learner.settings, learner.length
+    if accept is None and settings.dynamic_sampling:
         accept = rl.is_informative
-        most = learner.settings.max_attempts * schedule.batch
+        most = settings.max_attempts * schedule.batch
         fewer = min(schedule.max_rejected, most)
         schedule = dataclasses.replace(schedule, max_rejected=fewer)
     start, metrics, paused = int(state.iteration), {}, False
@@ -202,13 +203,13 @@ def fit_asynchronously(
     def generator(number: int) -> Worker:
         engine = make_engine(number)
         if isinstance(engine, Engine):
-            check_engine(engine, learner.length)
+            check_engine(engine, length)
         return Generator(engine, interruptible=interruptible, recompute=recompute)
 
     workers: dict[str, Callable[[], Worker]] = {
         CONTROL: control,
         **{name: functools.partial(generator, i) for i, name in enumerate(writers)},
-        **{name: lambda: Scorer(judge_of(score, learner.settings)) for name in judges},
+        **{name: lambda: Scorer(judge_of(score, settings)) for name in judges},
         _TRAINER: lambda: Trainer(
             training.publish,
             training.learn,
