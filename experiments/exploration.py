@@ -173,6 +173,8 @@ def _smoothed(curve: np.ndarray) -> np.ndarray:
 class Shown(runtime.OneRound):
     """A planner that shows worked examples before every prompt, in its one round."""
 
+    shows_examples = True
+
     def __init__(self, method: xrpo.XRPO):
         """A planner that finds and shows examples as ``method.seeded`` does."""
         self._method = method

@@ -204,10 +204,10 @@ TESTS = {
     **dict.fromkeys(
         [
             "runtime/" + name
-            for name in "control groups roles schedule simulated_engine "
+            for name in "cohorts control groups roles schedule simulated_engine "
             "watchdog".split()
         ],
-        "runtime/test_controller.py",
+        "runtime/test_controller.py systems/test_april.py",
     ),
     "runtime/settings": "runtime/test_lm_rl.py -k bad",
     "systems/flow_grpo": "systems/test_flow_grpo.py train/test_flow_rl.py",

@@ -455,7 +455,7 @@ def test_what_does_not_fit_together_is_refused(refused, caplog, tmp_path):
         return runtime.fit_asynchronously(*given, key=KEY)
 
     refused("max_new_tokens=400 leaves no room for a prompt", other, length=400)
-    refused("XRPO plans in rounds", other, objective=xrpo.preset("xrpo"))
+    refused("XRPO shows worked examples", other, objective=xrpo.preset("xrpo"))
     state = remembering().init({"w": jnp.zeros(())})
     pending = dataclasses.replace(state, pending=np.zeros(3, np.uint8))
     refused("stopped while it collected", other, pending)

@@ -18,7 +18,7 @@ from tmdjax import runtime
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime import LanguageSettings, Prompt, Schedule, TrajectoryStore
 from tmdjax.runtime.lengths import length_bias, mean_length
-from tmdjax.systems import april
+from tmdjax.systems import april, xrpo
 
 SIZES = {"samples": 2, "max_new_tokens": 400, "updates": 8, "slots": SLOTS}
 OTHER_PROMPTS = {"prompt_of": lambda n: Prompt([1, n], n)}
@@ -232,6 +232,21 @@ class Killed(BaseException):
     pass
 
 
+def restored(schedule, version, folder, **given):
+    """A run that is killed while that version trains, and goes on from it."""
+
+    def learned(batch):
+        if batch.version == version:
+            raise Killed
+
+    with TrajectoryStore(folder) as store:
+        with pytest.raises(Killed):
+            run(schedule, store=store, learned=learned, **given)
+        store.restore(version)
+        assert store.counts()["running"] > 0
+        return run(schedule, store=store, version=version, **given)
+
+
 @pytest.mark.parametrize("on_exceed", ["truncate", "first"])
 def test_13_restored_with_unfinished_groups_the_batches_are_the_same(
     on_exceed, tmp_path
@@ -242,17 +257,56 @@ def test_13_restored_with_unfinished_groups_the_batches_are_the_same(
     given |= OTHER_PROMPTS
     whole = run(schedule, **given)
     for version in (2, 5):
+        rest = restored(schedule, version, tmp_path / str(version), **given)
+        assert told(rest.batches) == told(whole.batches[version:])
 
-        def learned(batch, version=version):
-            if batch.version == version:
-                raise Killed
 
-        with TrajectoryStore(tmp_path / str(version)) as store:
-            with pytest.raises(Killed):
-                run(schedule, store=store, learned=learned, **given)
-            store.restore(version)
-            assert store.counts()["running"] > 0
-            rest = run(schedule, store=store, version=version, **given)
+def right(record, problem):
+    """Never, now and then, or always, by the prompt."""
+    drawn = np.random.default_rng([8, record.number]).random()
+    return float(drawn < record.group % 5 / 4), 1.0
+
+
+XRPO = xrpo.preset("xrpo", rounds=3, first_samples=2, examples=0)
+PLANNED = {"samples": 5, "rounds": 3, "most_samples": 20}
+
+
+def test_a_planner_asks_in_rounds_while_others_are_written(tmp_path):
+    """XRPO's allocation: more responses to prompts that are right now and then."""
+
+    schedule = rounds(4, 12, updates=6, **PLANNED)
+    given = {"lengths": lognormal(1.0, 5), "engines": KeyedEngine, "steps": 16}
+    given |= {"judge": right, "planner": XRPO} | OTHER_PROMPTS
+    whole = run(schedule, **given)
+    assert len(whole.batches) == 6 and whole.worst_lag > 0
+    trained = collections.defaultdict(lambda: [[], [], []])
+    for r in sorted(whole.records, key=lambda r: r.number):
+        group, place = divmod(r.number, 3 * 20)
+        assert group == r.group and len(r) == lognormal(1.0, 5)(r.number)
+        trained[group][place // 20].append(r)
+    asked = collections.Counter(t.group for t in whole.store.select())
+    seen, prompts = 0, [Prompt([1, n], n) for n in range(100)]
+    for cohort in range(max(trained) // 4):
+        groups = range(4 * cohort, 4 * cohort + 4)
+        if not trained.keys() >= set(groups):
+            continue
+        seen += 1
+        assert sum(asked[g] for g in groups) == 4 * 5
+        assert all(len(trained[g][0]) == 2 for g in groups)
+        for number in (1, 2):
+            before = [
+                runtime.Group(g, [r for part in trained[g][:number] for r in part])
+                for g in groups
+            ]
+            own = [prompts[g] for g in groups]
+            turn = runtime.Turn(
+                number, cohort, own, before, 5, 2, np.zeros(0, np.uint8)
+            )
+            counts = [ask.count for ask in XRPO.plan(turn)[0]]
+            assert counts == [len(trained[g][number]) for g in groups]
+    assert seen > 1 and len({asked[g] for g in trained}) > 2
+    for version in (2, 4):
+        rest = restored(schedule, version, tmp_path / str(version), **given)
         assert told(rest.batches) == told(whole.batches[version:])
 
 
@@ -291,3 +345,16 @@ def test_bad_input(refused):
         error=RuntimeError,
     )
     assert_array_equal(rounds(recycle=False).eta, 0)  # what is left is too old
+    one = {"planner": XRPO, "judge": right, **OTHER_PROMPTS}
+    refused("rounds=3, but nobody plans them", run, rounds(**PLANNED))
+    refused(
+        "XRPO shows worked examples",
+        run,
+        rounds(**PLANNED),
+        planner=xrpo.preset("xrpo"),
+    )
+    refused("more than rounds=2; give", run, rounds(**PLANNED | {"rounds": 2}), **one)
+    few = rounds(**PLANNED | {"most_samples": 5})
+    message = r"asks for [6-9] responses to a prompt in round [12], but most_samples=5"
+    refused(message, run, few, **one)
+    refused("most_samples=4 is outside", rounds, **PLANNED | {"most_samples": 4})

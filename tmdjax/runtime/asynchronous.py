@@ -23,6 +23,7 @@ from tmdjax import rl
 from tmdjax.core.checks import check_count
 from tmdjax.core.types import Params
 from tmdjax.generation import Engine
+from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.control import Controller
 from tmdjax.runtime.events import Event, EventLog
 from tmdjax.runtime.executors import Executor, Message, Step, Threads, Worker
@@ -83,7 +84,9 @@ def fit_asynchronously(
     Args:
         state: of ``learner.init``, donated. Where nothing is restored, training begins
             with it.
-        learner: all updates by a batch; its settings agree with the schedule.
+        learner: all updates by a batch; its settings agree with the schedule. Where
+            its objective is a :class:`tmdjax.runtime.Planner`, it says how many
+            responses each prompt of a draw gets, in ``schedule.rounds``.
         make_engine: makes the engine of a generator by its number, from 0, where that
             generator runs. All of them are given one key, so that a text is the same
             whoever writes it, and length for ``learner.length`` tokens. Weights come
@@ -190,6 +193,7 @@ def fit_asynchronously(
             judges,
             trainer=_TRAINER,
             accept=accept or (lambda scores: True),
+            planner=_planner(learner),
         )
 
         def work(message: Message | None) -> Step | None:
@@ -322,12 +326,7 @@ def _check(
             f"texts of length={learner.length}, the learner's; lower it, or raise "
             f"length."
         )
-    if isinstance(learner.objective, Planner):
-        raise ValueError(
-            f"{type(learner.objective).__name__} plans in rounds how many responses "
-            f"each prompt has, but here all have as many; use runtime.make_iteration, "
-            f"or an objective that does not plan."
-        )
+    Cohorts(schedule, lambda number: None, _planner(learner))  # refuses what it must
     if state.pending.size:
         raise ValueError(
             "the state has responses of an iteration that was stopped while it "
@@ -345,6 +344,11 @@ def _check(
             schedule.slots,
             places,
         )
+
+
+def _planner(learner: Learner) -> Planner | None:
+    """The objective, where it plans how many responses each prompt has."""
+    return learner.objective if isinstance(learner.objective, Planner) else None
 
 
 def _prompts(draw: Draw, size: int) -> Callable[[int], Prompt]:

@@ -14,10 +14,11 @@ import numpy as np
 
 from tmdjax.core.checks import brief, check_choice
 from tmdjax.rl import TokenRecord
+from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.executors import Message, Send, Step
-from tmdjax.runtime.groups import Groups, OpenGroup
+from tmdjax.runtime.groups import NOT_ACCEPTED, Groups, OpenGroup
 from tmdjax.runtime.roles import Batch
-from tmdjax.runtime.rounds import histogram_of_scores
+from tmdjax.runtime.rounds import Planner, histogram_of_scores
 from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.settings import Prompt
 from tmdjax.runtime.staleness import capacity, is_stale, lag, spans_of, tokens_by_lag
@@ -41,6 +42,7 @@ class Controller:
         *,
         trainer: str = "train",
         accept: Callable[[Sequence[float]], bool] = lambda scores: True,
+        planner: Planner | None = None,
     ):
         """Goes on from an account.
 
@@ -57,10 +59,16 @@ class Controller:
             accept: whether a group may train, by the scores of its responses, without
                 penalties, such as :func:`tmdjax.rl.is_informative`; one that may not is
                 discarded.
+            planner: how many responses each prompt gets, in ``schedule.rounds``; None
+                asks for ``schedule.samples`` of each, at once. ``schedule.batch``
+                prompts in a row are planned together; once one of them is begun, the
+                others are whatever the schedule lets be ahead. Batches are formed of
+                groups of any of these.
 
         Raises:
-            ValueError: no generator or no scorer, or an account of other prompts or of
-                another number of responses to each.
+            ValueError: no generator or no scorer; a planner that shows worked examples;
+                several rounds without one; or an account of other prompts or of other
+                numbers of responses to each.
         """
         if not generators or not scorers:
             raise ValueError(
@@ -68,7 +76,8 @@ class Controller:
                 f"least one of each."
             )
         self._schedule, self._store = schedule, store
-        self._groups = Groups(store, schedule.samples, prompt_of)
+        cohorts = Cohorts(schedule, prompt_of, planner)
+        self._groups = Groups(store, schedule, prompt_of, cohorts)
         self._trainer, self._accept = trainer, accept
         self._under_way = dict.fromkeys(generators, 0)  # responses
         self._judging = dict.fromkeys(scorers, 0)
@@ -102,6 +111,9 @@ class Controller:
         notes, numbers = {}, []
         with self._store.transaction():
             sends = self._handlers[message.kind](message)
+            if self._groups.between:
+                for group in self._groups.next_rounds(self._now):
+                    sends += self._look_at(group)
             if batch := self._full_batch():
                 records = [r for group in batch.groups for r in group.records]
                 numbers = [record.number for record in records]
@@ -225,7 +237,7 @@ class Controller:
                 self._groups.admit(group)
                 self._rejected.clear()
             else:
-                self._discard(group, "not accepted")
+                self._discard(group, NOT_ACCEPTED)
                 self._reject(group.whole.mean_score)
         elif group.unfinished:
             return self._limit_resumes(group)
@@ -363,7 +375,7 @@ class Controller:
             worker = min(self._under_way, key=lambda name: self._under_way[name])
             if self._under_way[worker] >= self._schedule.slots:
                 break
-            while waiting and waiting[-1] in self._groups.blank and self._capacity < 1:
+            while waiting and not self._may_begin(waiting[-1]):
                 waiting.pop()  # its turn comes with later weights
             group = self._groups.open[waiting.pop()] if waiting else self._fresh()
             if group is None:
@@ -376,9 +388,16 @@ class Controller:
 
     def _fresh(self) -> OpenGroup | None:
         """A group that is asked for now, if one may be and there is a prompt."""
-        if self._capacity < 1 or self._groups.no_more_prompts:
+        if self._groups.no_more_prompts or not self._may_begin(self._groups.asked):
             return None
         return self._groups.ask()
+
+    def _may_begin(self, number: int) -> bool:
+        """Whether a group may be handed out: begun before, or to be begun."""
+        groups = self._groups
+        if number in groups.open and number not in groups.blank:
+            return True
+        return self._capacity >= 1 or groups.is_begun(number)
 
     def _notes(self) -> dict[str, Any]:
         """Why each role waits from now on, and the counts behind it."""

@@ -8,17 +8,23 @@ made of it again after a kill. What is decided about groups stands in
 :mod:`tmdjax.runtime.control`.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tmdjax import rl
 from tmdjax.core.checks import brief
 from tmdjax.rl import TokenRecord
+from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.roles import Judged
 from tmdjax.runtime.rounds import Group
+from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.settings import Prompt
 from tmdjax.runtime.staleness import spans_of
 from tmdjax.runtime.trajectories import Trajectory, TrajectoryStore
+
+NOT_ACCEPTED = "not accepted"
+"""Reason for which a group is discarded that is written and scored."""
 
 
 @dataclasses.dataclass
@@ -33,6 +39,11 @@ class OpenGroup:
         away: numbers of those that a generator has.
         writer: that generator; meaningless without them.
         began: version of the oldest token that may be in it; None if there is none.
+        asked: how many responses were asked for, those included that were taken out.
+        round: in which the last of them were, from 0.
+        is_final: whether nothing more will be asked for.
+        undone: requests of later rounds that a restore has undone; the account has
+            them, and they are asked for again or discarded.
     """
 
     number: int
@@ -41,6 +52,10 @@ class OpenGroup:
     away: set[int] = dataclasses.field(default_factory=set)
     writer: str = ""
     began: int | None = None
+    asked: int = 0
+    round: int = 0
+    is_final: bool = True
+    undone: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def unfinished(self) -> list[TokenRecord]:
@@ -69,6 +84,8 @@ class Groups:
         waiting: numbers of the open ones to hand out.
         blank: of the waiting, those without a token.
         written: of the open, those that are only judged.
+        between: of the open, those whose rounds so far are scored, but not those of all
+            that are planned with them.
         trained: how many were trained on.
         asked: how many were asked for, ever.
         no_more_prompts: whether that is all there are.
@@ -77,35 +94,73 @@ class Groups:
     def __init__(
         self,
         store: TrajectoryStore,
-        samples: int,
+        schedule: Schedule,
         prompt_of: Callable[[int], Prompt | None],
+        cohorts: Cohorts,
     ):
         """Takes over what the account has of earlier runs; nothing of it is settled.
 
+        A cohort is final, and each of its groups goes on alone, once ``samples``
+        responses a prompt were asked for, or its planner has no more rounds.
+
         Raises:
-            ValueError: an account of other prompts or of another number of responses to
-                each.
+            ValueError: an account of other prompts or of other numbers of requests.
         """
-        self._store, self._samples, self._prompt_of = store, samples, prompt_of
+        self._store, self._schedule, self._prompt_of = store, schedule, prompt_of
+        self._cohorts, self._stride = cohorts, schedule.rounds * schedule.most_requests
         self.open: dict[int, OpenGroup] = {}
         self.complete: dict[int, OpenGroup] = {}
         self.waiting: set[int] = set()
         self.blank: set[int] = set()
         self.written: set[int] = set()
+        self.between: set[int] = set()
         self.asked, self.no_more_prompts = 0, False
         rows = store.select()
         self.trained = len({row.group for row in rows if row.state == "consumed"})
+        final: set[int] = set()
         for known in rows:
             self._take_over(known)
+            if known.state == "consumed" or known.reason == NOT_ACCEPTED:
+                final.add(known.group // cohorts.size)
+        for known in rows:  # those too that could not be scored
+            if (group := self.open.get(known.group)) is not None:
+                group.asked, group.round = group.asked + 1, self._round(known.number)
+                cohort = group.number // cohorts.size
+                group.is_final = not cohorts.are_planned or cohort in final
+        self._undo_early_rounds()
+
+    def _round(self, number: int) -> int:
+        """In which a request was asked for."""
+        return number // self._schedule.most_requests % self._schedule.rounds
+
+    def _undo_early_rounds(self) -> None:
+        """Takes back requests that were planned by what a restore has undone."""
+        size, cohorts = self._cohorts.size, collections.defaultdict(list)
+        for group in self.open.values():
+            if not group.is_final:
+                cohorts[group.number // size].append(group)
+        for members in cohorts.values():
+            records = [r for group in members for r in group.records.values()]
+            unscored = [self._round(r.number) for r in records if r.reward is None]
+            last = min(unscored, default=self._schedule.rounds)
+            for group in members:
+                early = [r.number for r in group.records.values() if not r.tokens]
+                group.undone = {n for n in early if self._round(n) > last}
+                for number in group.undone:
+                    del group.records[number]
+                group.asked -= len(group.undone)
+                group.round = min(group.round, last)
 
     def _take_over(self, known: Trajectory) -> None:
         """Makes the record of a request again."""
         number, group = known.number, known.group
-        if number // self._samples != group:
+        if number // self._stride != group:
             raise ValueError(
                 f"request {number} is one of group {group} in the account, so not "
-                f"of samples={self._samples} responses to each prompt; go on with the "
-                f"settings that it was begun with."
+                f"of samples={self._schedule.samples} responses to each prompt "
+                f"(rounds={self._schedule.rounds} of at most "
+                f"{self._schedule.most_requests}); go on with the settings that it was "
+                f"begun with."
             )
         self.asked = max(self.asked, group + 1)
         if known.state in ("consumed", "discarded"):
@@ -150,22 +205,86 @@ class Groups:
         """Number of the first request that is not both written and scored; or None."""
         for group in self.open.values():  # in the order they were asked for
             unscored = [r.number for r in group.records.values() if r.reward is None]
-            return min([*group.away, *unscored])
+            if group.away or unscored:
+                return min([*group.away, *unscored])
         return None
+
+    def is_begun(self, number: int) -> bool:
+        """Whether any group of a cohort was begun, so that the others must be too."""
+        size = self._cohorts.size
+        first = number - number % size
+        group_numbers = range(first, min(first + size, self.asked))
+        return any(n not in self.blank for n in group_numbers)
 
     def ask(self) -> OpenGroup | None:
         """Asks for the next group; None where there is no prompt for it."""
-        number, samples = self.asked, self._samples
+        number = self.asked
         prompt = self._prompt_of(number)
         if prompt is None:
             self.no_more_prompts = True
             return None
+        count = self._cohorts.first_count(number)
         self.asked += 1
-        numbers = range(number * samples, (number + 1) * samples)
-        self._store.submit(numbers, number)
-        records = {n: _blank(n, number, prompt) for n in numbers}
-        self.open[number] = OpenGroup(number, prompt, records)
-        return self.open[number]
+        group = OpenGroup(number, prompt, {}, is_final=not self._cohorts.are_planned)
+        self.open[number] = group
+        self._submit(group, 0, count)
+        return group
+
+    def _submit(self, group: OpenGroup, round_number: int, count: int) -> None:
+        """Asks for so many responses of a group."""
+        place = group.number * self._schedule.rounds + round_number
+        first = place * self._schedule.most_requests
+        numbers = range(first, first + count)
+        self._store.submit(numbers, group.number)
+        fresh = [n for n in numbers if n not in group.records]
+        group.records |= {n: _blank(n, group.number, group.prompt) for n in fresh}
+        group.undone.difference_update(numbers)
+        group.asked, group.round = group.asked + len(fresh), round_number
+
+    def next_rounds(self, version: int) -> list[OpenGroup]:
+        """Asks for the next round of each cohort whose rounds so far are scored.
+
+        Args:
+            version: of the weights of now.
+
+        Returns:
+            Groups that are final by now and have all that was asked for; to be settled.
+        """
+        over, size = [], self._cohorts.size
+        for cohort in sorted({number // size for number in self.between}):
+            numbers = range(cohort * size, (cohort + 1) * size)
+            if self.asked <= numbers[-1] and not self.no_more_prompts:
+                continue
+            members = [self.open[n] for n in numbers if n in self.open]
+            is_over = self._is_spent(members)
+            while not is_over and self.between.issuperset(g.number for g in members):
+                is_over = not self._next_round(cohort, members)
+                is_over = is_over or self._is_spent(members)
+            for group in members if is_over else ():
+                group.is_final = True
+                self._store.discard(group.undone, version, "not asked for again")
+                group.undone.clear()
+                if group.number in self.between:
+                    over.append(group)
+        return over
+
+    def _is_spent(self, members: Sequence[OpenGroup]) -> bool:
+        """Whether as many responses were asked for as groups have on average."""
+        asked = sum(group.asked for group in members)
+        return asked >= self._schedule.samples * len(members)
+
+    def _next_round(self, cohort: int, members: Sequence[OpenGroup]) -> bool:
+        """Asks for another round; False where there is none."""
+        number = 1 + max(group.round for group in members)
+        prompts = [group.prompt for group in members]
+        written = [group.whole for group in members]
+        counts = self._cohorts.counts(cohort, number, prompts, written)
+        for group, count in zip(members, counts or ()):
+            self._submit(group, number, count)
+            if count:
+                self.between.discard(group.number)
+                self.waiting.add(group.number)
+        return counts is not None
 
     def hand_out(
         self, group: OpenGroup, writer: str, version: int
@@ -234,11 +353,11 @@ class Groups:
         """Notes what an open group needs next, once no generator has any of it.
 
         Returns:
-            Whether that is nothing: all of it is written and scored.
+            Whether that is nothing: all of it is written and scored, and nothing more
+            will be asked for.
         """
         number, records = group.number, group.records
-        for numbers in (self.waiting, self.blank, self.written):
-            numbers.discard(number)
+        self._forget(number)
         if not records:  # none could be scored
             del self.open[number]
             return False
@@ -250,7 +369,14 @@ class Groups:
         if any(record.reward is None for record in records.values()):
             self.written.add(number)
             return False
-        return True
+        if not group.is_final:
+            self.between.add(number)
+        return group.is_final
+
+    def _forget(self, number: int) -> None:
+        """Forgets what a group needs next."""
+        for numbers in (self.waiting, self.blank, self.written, self.between):
+            numbers.discard(number)
 
     def admit(self, group: OpenGroup) -> None:
         """Notes that a group may train."""
@@ -258,11 +384,10 @@ class Groups:
 
     def discard(self, group: OpenGroup, version: int, reason: str) -> None:
         """Notes that a group will not train, at a version, and why in a word or two."""
-        self._store.discard(list(group.records), version, reason)
+        self._store.discard([*group.records, *group.undone], version, reason)
         self.open.pop(group.number, None)
         self.complete.pop(group.number, None)
-        for numbers in (self.waiting, self.blank, self.written):
-            numbers.discard(group.number)
+        self._forget(group.number)
 
     def train(self, numbers: Iterable[int], version: int) -> list[Group]:
         """Complete groups, which the update of a version trains on; in this order."""

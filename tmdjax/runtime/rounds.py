@@ -120,6 +120,11 @@ class Planner(Protocol):
     goes on as it was.
     """
 
+    @property
+    def shows_examples(self) -> bool:
+        """Whether responses may follow worked examples, which its memory holds."""
+        ...
+
     def plan(self, turn: Turn) -> tuple[Sequence[Ask], Mapping[str, float]] | None:
         """One :class:`Ask` a prompt and metrics of the round; None after the last.
 
@@ -136,6 +141,8 @@ class Planner(Protocol):
 class OneRound:
     """The same number of responses to every prompt, at once; no memory."""
 
+    shows_examples = False
+
     def plan(self, turn: Turn) -> tuple[list[Ask], dict[str, float]] | None:
         """``turn.samples`` responses to each prompt in the first round."""
         if turn.number:
@@ -146,6 +153,29 @@ class OneRound:
         """The memory as it is."""
         del rollout, iteration
         return memory
+
+
+def asks_of(
+    planner: Planner, turn: Turn
+) -> tuple[Sequence[Ask], Mapping[str, float]] | None:
+    """What a planner asks for in a round, and its metrics; None after the last.
+
+    Raises:
+        TypeError: it asks for a number that is not whole.
+        ValueError: it asks for fewer than none, or not for each prompt.
+    """
+    planned = planner.plan(turn)
+    if planned is None:
+        return None
+    asks, told = planned
+    if len(asks) != len(turn.prompts):
+        raise ValueError(
+            f"the planner gave {len(asks)} entries in round {turn.number}; give "
+            f"one Ask for each of the {len(turn.prompts)} prompts, of count 0 for none."
+        )
+    for group, ask in enumerate(asks):
+        check_count(f"count of prompt {group} in round {turn.number}", ask.count, 0)
+    return asks, told
 
 
 class _Part(NamedTuple):
@@ -189,18 +219,12 @@ def answer(
     """
     prompts, start, metrics = turn.prompts, first, {}
     budget = len(prompts) * turn.samples
-    while (planned := planner.plan(turn)) is not None:
+    while (planned := asks_of(planner, turn)) is not None:
         asks, told = planned
         for name, value in told.items():
             metrics[name] = metrics.get(name, 0.0) + value
-        if len(asks) != len(prompts):
-            raise ValueError(
-                f"the planner gave {len(asks)} entries in round {turn.number}; give "
-                f"one Ask for each of the {len(prompts)} prompts, of count 0 for none."
-            )
         parts = []
         for group, ask in enumerate(asks):
-            check_count(f"count of prompt {group} in round {turn.number}", ask.count, 0)
             parts.append(_Part(group, range(start, start + ask.count), ask))
             start += ask.count
         if start - first > budget:

@@ -22,7 +22,8 @@ class Schedule:
 
     Attributes:
         batch: groups an update, >= 1.
-        samples: responses to each prompt, >= 1.
+        samples: responses to each prompt, >= 1; on average where a planner says how
+            many (:class:`tmdjax.runtime.Controller`).
         max_new_tokens: of a response, >= 1.
         updates: at which version the run ends, >= 1.
         eta: most versions that the weights are ahead of a token that trains them, >= 0;
@@ -57,6 +58,10 @@ class Schedule:
             up, >= 1; ``math.inf`` for never.
         allow_repeats: whether a batch may have two groups of the same prompt, as when
             the data are fewer than what is ahead.
+        rounds: in which a planner may ask for the responses to a prompt, >= 1.
+        most_samples: responses that it may ask for of one prompt in one round, >=
+            samples; None takes ``samples``. Both give requests their numbers: response
+            j of round r to prompt g is ``(g rounds + r) most_samples + j``.
     """
 
     batch: int
@@ -74,10 +79,16 @@ class Schedule:
     max_waiting: float = math.inf
     max_rejected: float = math.inf
     allow_repeats: bool = True
+    rounds: int = 1
+    most_samples: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "samples", "max_new_tokens", "updates", "slots"):
+        counts = ("batch", "samples", "max_new_tokens", "updates", "slots", "rounds")
+        for name in counts:
             check_count(name, getattr(self, name))
+        if self.most_samples is not None:
+            check_count("most_samples", self.most_samples)
+            check_range("most_samples", self.most_samples, self.samples)
         for name, low in (("eta", 0), ("max_waiting", 0), ("max_rejected", 1)):
             value = getattr(self, name)
             check_range(name, value, low)
@@ -121,6 +132,11 @@ class Schedule:
     def most_ahead(self) -> float:
         """Groups that may be there beyond those trained on."""
         return (self.eta + 1) * self.batch if self.ahead is None else self.ahead
+
+    @property
+    def most_requests(self) -> int:
+        """Responses that may be asked for of one prompt in one round."""
+        return self.samples if self.most_samples is None else self.most_samples
 
     @property
     def max_lag(self) -> float:
