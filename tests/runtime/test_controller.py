@@ -555,14 +555,19 @@ def test_a_run_that_gets_nowhere_ends_with_what_is_known(refused):
         accept=lambda scores: False,
         error=RuntimeError,
     )
-    repeats = {"prompt_of": lambda n: Prompt([n % 3], None)}
-    run(SYNC, **repeats)
-    refused(
-        r"groups 0 and 3 of one batch have the same prompt, \(0,\)",
-        run,
-        dataclasses.replace(SYNC, allow_repeats=False),
-        **repeats,
-    )
+    few = {"prompt_of": lambda n: Prompt([n % 3], None)}
+    run(SYNC, **few)
+    message = r"4 groups are complete, but they have 3 different prompts, .*: \(0,\); "
+    once = {"allow_repeats": False}
+    refused(message, run, dataclasses.replace(SYNC, **once), **few)
+    # each twice in a row: the second one waits for a later batch
+    given = {"prompt_of": lambda n: Prompt([n // 2], None)}
+    for schedule in (dataclasses.replace(ASYNC, **once), ASYNC):
+        found = run(schedule, **given)
+        conserved(found, schedule)
+        prompts = [[g.records[0].prompt for g in b.groups] for b in found.batches]
+        differ = all(len(set(each)) == len(each) for each in prompts)
+        assert differ != schedule.allow_repeats
 
 
 def test_bad_input(refused, tmp_path):

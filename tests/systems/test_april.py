@@ -333,9 +333,9 @@ def test_bad_input(refused):
     assert (found.surrogate, found.correction, found.max_weight) == (
         *("sequence", "truncate", 2.0),
     )
-    # fewer prompts than a round asks for: an epoch begins anew within a batch
+    # fewer prompts than a batch has: an epoch begins anew within it
     few = {"prompt_of": lambda n: Prompt([n % 3], n)}
-    refused("one batch have the same prompt", run, rounds(), **few)
+    refused("have 3 different prompts, fewer than batch=4", run, rounds(), **few)
     run(rounds(allow_repeats=True, updates=1), **few)
     refused(
         "max_rejected=120 groups in a row may not train",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tmdjax.core.checks import brief, check_choice
+from tmdjax.core.checks import brief, check_choice, first_few
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.executors import Message, Send, Step
@@ -300,25 +300,36 @@ class Controller:
         if not enough or self._version is None or self._is_training or self._is_ending:
             return None
         by_age = sorted(complete.values(), key=lambda g: (g.began or 0, g.number))
-        chosen = sorted(group.number for group in by_age[:size])
         if not self._schedule.allow_repeats:
-            self._refuse_repeats(chosen)
+            by_age = self._of_different_prompts(by_age)
+            if len(by_age) < size:
+                return None
+        chosen = sorted(group.number for group in by_age[:size])
         self._is_training = True
         return Batch(self._version, self._groups.train(chosen, self._version))
 
-    def _refuse_repeats(self, chosen: Sequence[int]) -> None:
-        """Refuses a batch that has a prompt twice."""
-        first: dict[tuple[int, ...], int] = {}
-        for number in chosen:
-            prompt = tuple(self._groups.complete[number].prompt.tokens)
-            known = first.setdefault(prompt, number)
-            if known != number:
-                raise ValueError(
-                    f"groups {known} and {number} of one batch have the same prompt, "
-                    f"{brief(prompt)}: there are fewer prompts than are asked for "
-                    f"ahead of training ({self._schedule.most_ahead} groups). Give "
-                    f"more prompts, lower ahead= or eta=, or set allow_repeats=True."
-                )
+    def _of_different_prompts(self, groups: Sequence[OpenGroup]) -> list[OpenGroup]:
+        """The first group of each prompt; the others wait for a later batch.
+
+        Raises:
+            ValueError: there are too few for a batch, and no others will come, or
+                nothing but repeats did.
+        """
+        first: dict[tuple[int, ...], OpenGroup] = {}
+        for group in groups:
+            first.setdefault(tuple(group.prompt.tokens), group)
+        size, capacity = self._schedule.batch, self._capacity
+        ends = self._groups.no_more_prompts or capacity < 1
+        if len(first) < size and (
+            len(groups) >= 2 * size or (ends and not self._groups.open)
+        ):
+            raise ValueError(
+                f"{len(groups)} groups are complete, but they have {len(first)} "
+                f"different prompts, fewer than batch={size}, and no batch may have "
+                f"one twice: {first_few(map(brief, first))}. Give more prompts, lower "
+                f"batch, or set allow_repeats=True."
+            )
+        return list(first.values())
 
     def _abort_all(self) -> list[Send]:
         busy = [name for name, count in self._under_way.items() if count]
@@ -412,7 +423,10 @@ class Controller:
         if groups.no_more_prompts:
             generate = "no more prompts"
         if len(groups.complete) + len(groups.written) >= self._schedule.batch:
-            train = "straggler" if self._awaits_due else "scores"
+            repeats = len(groups.complete) >= self._schedule.batch
+            repeats = repeats and not self._schedule.allow_repeats
+            train = "other prompts" if repeats else "scores"
+            train = "straggler" if self._awaits_due else train
         if self._is_paused:
             generate = "training"
         if self._version is None:

@@ -56,8 +56,9 @@ class Schedule:
             fresh is begun beyond it.
         max_rejected: after how many groups in a row that may not train the run is given
             up, >= 1; ``math.inf`` for never.
-        allow_repeats: whether a batch may have two groups of the same prompt, as when
-            the data are fewer than what is ahead.
+        allow_repeats: whether a batch may have two groups of the same prompt. If not,
+            the second waits for a later batch, and prompts too few to fill one end the
+            run.
         rounds: in which a planner may ask for the responses to a prompt, >= 1.
         most_samples: responses that it may ask for of one prompt in one round, >=
             samples; None takes ``samples``. Both give requests their numbers: response
