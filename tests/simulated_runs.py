@@ -91,6 +91,7 @@ def run(
     learn_cost=0.05,
     slots=SLOTS,
     engines=SimulatedEngine,
+    around=lambda name, make: make,
     **options,
 ):
     found = Run([], [], 0.0, store or TrajectoryStore(None), [])
@@ -137,7 +138,7 @@ def run(
     }
     executor = executor or Simulated(costs(learn=learn_cost))
     found.seconds = executor.run(
-        {name: late(make) for name, make in workers.items()},
+        {name: around(name, late(make)) for name, make in workers.items()},
         log or found.events.append,
         **orders,
     )

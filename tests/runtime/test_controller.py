@@ -20,7 +20,13 @@ from tmdjax.rl import TokenRecord
 from tmdjax.runtime import LanguageSettings, Prompt, TrajectoryStore
 from tmdjax.runtime.control import Controller
 from tmdjax.runtime.events import staleness, total, utilisation
-from tmdjax.runtime.executors import Costs, Message, Simulated, Threads
+from tmdjax.runtime.executors import (
+    Costs,
+    Message,
+    Simulated,
+    Threads,
+    WorkerDiedError,
+)
 from tmdjax.runtime.roles import Generator, Judged, Scorer, Trainer
 from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.simulated_engine import SimulatedEngine
@@ -350,6 +356,51 @@ def test_killed_and_restored_nothing_is_lost_and_nothing_trained_twice(
                         assert dataclasses.replace(r, segments=s.segments) == s
 
 
+@pytest.mark.parametrize("schedule", [SYNC, ASYNC, PARTIAL])
+def test_workers_that_die_cost_no_response_but_those_that_were_judged(schedule):
+    """Before a step, or after it and before they could say so; a replay knows when."""
+    schedule = dataclasses.replace(schedule, updates=4)
+    given = {"lengths": lognormal(1.0, 2), "steps": 16}
+    for executor in (Simulated(costs(), restarts=99), Threads(restarts=99)):
+        rng = np.random.default_rng(0)
+
+        def mortal(name, make, rng=rng):
+            def made():
+                worker, left = make(), int(rng.integers(3, 30))
+
+                def work(message):
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        if rng.random() < 0.5:
+                            worker(message)
+                        raise WorkerDiedError("killed")
+                    return worker(message)
+
+                return work
+
+            return make if name in ("control", "train") else made
+
+        found = run(schedule, executor=executor, around=mortal, **given)
+        rows = found.store.select()
+        consumed = sorted(t.number for t in rows if t.state == "consumed")
+        assert consumed == sorted(flat(found.numbers))
+        assert len(set(consumed)) == len(consumed) and found.worst_lag <= schedule.eta
+        assert {t.group for t in rows} == set(range(len(rows) // 2))
+        assert [b.version for b in found.batches] == list(range(4))
+        died = [e for e in found.events if e.what == "died"]
+        assert {e.worker.split("/")[0] for e in died} == {"generate", "reward"}
+        judging = [e for e in died if e.worker[0] == "r" and e.message is not None]
+        reasons = [t.reason for t in rows if t.state == "discarded"]
+        unscored = [reason for reason in reasons if reason != "stale"]
+        assert len(unscored) == len(judging)
+        assert all("died: killed" in reason for reason in unscored)
+        trained = flat(b.groups for b in found.batches)
+        assert all(len(r) == given["lengths"](r.number) for r in found.records)
+        assert sum(2 - len(g.records) for g in trained) <= len(unscored)
+        assert run(schedule, order=found.events, **given).batches == found.batches
+
+
 def test_stopped_and_gone_on_with_what_was_written_is_kept(tmp_path):
     for executor in (None, Threads()):
         given = {"lengths": lognormal(1.0, 5), "executor": executor}
@@ -607,6 +658,16 @@ def test_bad_input(refused, tmp_path):
     engine.resume(dataclasses.replace(other), max_new_tokens=9)
     refused("request 8 is already under way", engine.resume, other, max_new_tokens=9)
     refused("name at least one of each", run, SYNC, generators=0)
+
+    def learns(batch):
+        raise WorkerDiedError("out of memory")
+
+    refused(
+        r"train died \(out of memory\).* were of version 0\. Restore the trainer",
+        *(run, SYNC),
+        learned=learns,
+        error=RuntimeError,
+    )
     store = TrajectoryStore(None)
     run(dataclasses.replace(SYNC, updates=2), store=store)
     message = "weights of version 1, but the account says that 8 groups"

@@ -1,6 +1,7 @@
 """Workers on a virtual clock and in threads: one order, one result, no silent hang."""
 
 import collections
+import dataclasses
 import itertools
 import threading
 import time
@@ -16,6 +17,7 @@ from tmdjax.runtime.executors import (
     Simulated,
     Step,
     Threads,
+    WorkerDiedError,
     calibrate,
     load_costs,
 )
@@ -214,6 +216,67 @@ def test_faults_end_a_run_and_say_who(executor, refused):
     assert threading.active_count() <= before
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_worker_that_dies_is_made_anew_once_the_controller_says_so(executor, refused):
+    """What is sent to it before that is dropped, and none of it answered."""
+
+    def throws(deadly, lost, births=()):
+        births = iter(births)
+
+        def control():
+            begun, again = [], [Send("player/0", "again")]
+
+            def work(message):
+                if message is None:
+                    if begun:
+                        return None
+                    begun.append(True)
+                    sends = [Send("player/0", "go", i) for i in range(5)]
+                    return Step(what="begin", sends=sends)
+                if message.kind == "done":
+                    return Step(what="done", last=message.body == 9)
+                lost.append(message.body)
+                return Step(what="lost", sends=[*again, Send("player/0", "go", 9)])
+
+            return work
+
+        def player():
+            if next(births, False):
+                raise WorkerDiedError("born dead")
+
+            def work(message):
+                if message is not None and message.body in deadly:
+                    raise WorkerDiedError("out of memory")
+                if message is not None:
+                    sends = [Send("control", "done", message.body)]
+                    return Step(what="go", sends=sends)
+
+            return work
+
+        return {"control": control, "player/0": player}
+
+    lost, again = [], []
+    _, events = run(executor, throws({1}, lost, [True, True]))
+    ((message, why),) = lost
+    assert (message.sender, message.number, message.body) == ("control", 1, 1)
+    assert why == "out of memory"
+    does = [what for what, _, _ in trace(events)["player/0"]]
+    assert does == ["go", "died", "drop", "drop", "drop", "restart", "go"]
+    _, replayed = run(executor, throws((), again), order=events)
+    assert trace(replayed) == trace(events)
+    assert again == [(message, "as in the run that is replayed")]
+    refused(
+        r"player/0 died 4 times, more often than restarts=3 .* so: out of memory\. Mend",
+        *(run, executor, throws({1, 9}, [])),
+        error=RuntimeError,
+    )
+    refused(
+        "player/0 died 4 times.*born dead",
+        *(run, executor, throws((), [], [True] * 4)),
+        error=RuntimeError,
+    )
+
+
 def test_a_message_that_comes_while_a_worker_finds_nothing_to_do_wakes_it():
     inbox = Inbox()
     assert inbox.is_ready and inbox.take() is None
@@ -247,6 +310,8 @@ def test_a_thread_that_hangs_is_named(refused, caplog):
     assert seconds < 5 and "player/0 did not end the step" in caplog.text
     free.set()
     refused("longest_step=0 is outside", Threads, 0)
+    for executor in (Threads(), Simulated(COSTS)):
+        refused("restarts=-1 must be", dataclasses.replace, executor, restarts=-1)
 
 
 def test_costs_are_data(tmp_path, refused):

@@ -87,6 +87,15 @@ class TokenRecord:
         for values in (self.tokens, self.log_probs, self.versions):
             del values[length:]
 
+    def copy(self) -> "TokenRecord":
+        """Another record of the same, with lists of its own."""
+        return dataclasses.replace(
+            self,
+            tokens=[*self.tokens],
+            log_probs=[*self.log_probs],
+            versions=[*self.versions],
+        )
+
     def check(self, *, scored: bool = False) -> None:
         """Refuses a record whose parts do not fit together.
 

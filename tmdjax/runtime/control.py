@@ -6,22 +6,22 @@ about stands in :mod:`tmdjax.runtime.groups`, which writes the account of every 
 (:class:`tmdjax.runtime.TrajectoryStore`), so that it survives the controller.
 """
 
+import collections
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from tmdjax.core.checks import brief, check_choice, first_few
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.executors import Message, Send, Step
+from tmdjax.runtime.executors.deaths import AGAIN, LOST
 from tmdjax.runtime.groups import NOT_ACCEPTED, Groups, OpenGroup
-from tmdjax.runtime.roles import Batch
+from tmdjax.runtime.roles import Batch, Judged
 from tmdjax.runtime.rounds import Planner, histogram_of_scores
 from tmdjax.runtime.schedule import Schedule
 from tmdjax.runtime.settings import Prompt
-from tmdjax.runtime.staleness import capacity, is_stale, lag, spans_of, tokens_by_lag
+from tmdjax.runtime.staleness import capacity, is_stale, notes_of_batch
 from tmdjax.runtime.trajectories import TrajectoryStore
 
 
@@ -30,6 +30,9 @@ class Controller:
 
     The message 'stop' ends the run before its last update: an update that is under way
     is waited for, and what generators have written is kept in the account.
+
+    A generator or scorer that dies ('lost') is made anew ('again'), see
+    :mod:`tmdjax.runtime.executors.deaths`; the death of the trainer ends the run.
     """
 
     def __init__(
@@ -80,17 +83,20 @@ class Controller:
         self._groups = Groups(store, schedule, prompt_of, cohorts)
         self._trainer, self._accept = trainer, accept
         self._under_way = dict.fromkeys(generators, 0)  # responses
-        self._judging = dict.fromkeys(scorers, 0)
-        self._aborts = 0  # that no generator has answered yet
+        self._judging: dict[str, dict[int, TokenRecord]] = {s: {} for s in scorers}
+        # by generator, those that it has not answered yet
+        self._aborts: collections.Counter[str] = collections.Counter()
         self._due: set[int] = set()  # groups that the next batch waits for
         self._rejected: list[float] = []  # mean scores, since a group was accepted
         self._version: int | None = None
+        self._params: Any = None  # of that version, for a generator that is made anew
         self._is_training = self._is_ending = False
         self._handlers = {
             "weights": self._weights,
             "ended": self._ended,
             "judged": self._judged,
             "aborted": self._aborted,
+            LOST: self._lost,
             "stop": self._end,
         }
 
@@ -117,7 +123,8 @@ class Controller:
             if batch := self._full_batch():
                 records = [r for group in batch.groups for r in group.records]
                 numbers = [record.number for record in records]
-                notes = _staleness(records, batch.version, self._schedule.eta)
+                versions = [record.versions for record in records]
+                notes = notes_of_batch(versions, batch.version, self._schedule.eta)
                 sends.append(Send(self._trainer, "batch", batch))
                 if self._schedule.when_full != "continue":
                     sends += self._abort_all()
@@ -128,7 +135,7 @@ class Controller:
             requests=numbers,
             version=self._version,
             notes=notes | self._notes(),
-            last=self._is_ending and not self._is_training and not self._aborts,
+            last=self._is_ending and not self._is_training and not self._aborts.total(),
         )
 
     def _weights(self, message: Message) -> list[Send]:
@@ -141,7 +148,7 @@ class Controller:
                 f"update; restore both to one checkpoint (TrajectoryStore.restore)."
             )
         follow = self._go_on if self._version is None else self._look_again
-        self._version, self._is_training = version, False
+        self._version, self._params, self._is_training = version, params, False
         sends = [Send(to, "weights", (params, version)) for to in self._under_way]
         if version >= self._schedule.updates:
             return sends + self._end(message)
@@ -161,7 +168,7 @@ class Controller:
             if not self._is_stale(group.began):
                 continue
             if group.away:
-                self._aborts += 1
+                self._aborts[group.writer] += 1
                 sends.append(Send(group.writer, "abort", sorted(group.away)))
             else:
                 self._discard(group, "stale")
@@ -198,18 +205,55 @@ class Controller:
         return group
 
     def _judge(self, record: TokenRecord) -> Send:
-        scorer = min(self._judging, key=lambda name: self._judging[name])
-        self._judging[scorer] += 1
+        scorer = min(self._judging, key=lambda name: len(self._judging[name]))
+        self._judging[scorer][record.number] = record
         problem = self._groups.open[record.group].prompt.problem
         return Send(scorer, "judge", (record, problem))
 
     def _judged(self, message: Message) -> list[Send]:
-        self._judging[message.sender] -= 1
-        group = self._groups.judge(message.body, self._now)
+        judged: Judged = message.body
+        self._judging[message.sender].pop(judged.number, None)
+        group = self._groups.judge(judged, self._now)
         return [] if group is None else self._look_at(group)
 
+    def _lost(self, message: Message) -> list[Send]:
+        """Has a worker made anew that died, and does without what it held.
+
+        A generator's responses are again what they were when it was handed them. Of a
+        scorer's, the one that it was at cannot be scored: it may be what killed it.
+        """
+        worker, (last, why) = message.sender, message.body
+        if worker == self._trainer:
+            raise RuntimeError(
+                f"{worker} died ({why}), and with it what it learned since its last "
+                f"checkpoint; the weights were of version {self._version}. Restore the "
+                f"trainer to that checkpoint and the account to its version "
+                f"(TrajectoryStore.restore), and run again: what generators and "
+                f"scorers reported is in the account."
+            )
+        sends = [] if self._is_ending else [Send(worker, AGAIN)]
+        if worker in self._judging:
+            held, self._judging[worker] = self._judging[worker], {}
+            if last is not None:
+                record, _ = last.body
+                del held[record.number]
+                error = f"{worker} died: {why}"
+                judged = Judged(record.number, record.group, None, None, error)
+                sends += self._judged(message._replace(body=judged))
+            for record in held.values():
+                if self._groups.has(record):
+                    sends.append(self._judge(record))
+            return sends
+        self._aborts.pop(worker, None)
+        self._under_way[worker] = 0
+        if self._version is not None:
+            sends.append(Send(worker, "weights", (self._params, self._version)))
+        for group in self._groups.take_all_back(worker):
+            sends += self._look_at(group)
+        return sends
+
     def _aborted(self, message: Message) -> list[Send]:
-        self._aborts -= 1
+        self._aborts[message.sender] -= 1
         touched: dict[int, OpenGroup] = {}
         for record in message.body:
             group = self._take_back(message.sender, record)
@@ -278,7 +322,7 @@ class Controller:
         if self._schedule.max_resume is None or self._schedule.on_exceed != "first":
             return False
         self._due &= self._groups.open.keys()
-        return bool(self._due) or self._aborts > 0
+        return bool(self._due) or self._aborts.total() > 0
 
     def _reject(self, mean_score: float) -> None:
         """Counts groups in a row that may not train; gives up after too many."""
@@ -333,7 +377,7 @@ class Controller:
 
     def _abort_all(self) -> list[Send]:
         busy = [name for name, count in self._under_way.items() if count]
-        self._aborts += len(busy)
+        self._aborts.update(busy)
         return [Send(name, "abort") for name in busy]
 
     def _end(self, message: Message) -> list[Send]:
@@ -365,7 +409,7 @@ class Controller:
     def _is_paused(self) -> bool:
         """Whether generators stand still until the update is done."""
         stops = self._schedule.when_full != "continue"
-        return stops and (self._is_training or self._aborts > 0)
+        return stops and (self._is_training or self._aborts.total() > 0)
 
     def _order(self, number: int) -> tuple[float, ...]:
         """Of a group that waits: it is handed out before those of larger ones."""
@@ -445,22 +489,3 @@ class Controller:
             "responses": under_way,
             "oldest": groups.oldest_request,
         }
-
-
-def _staleness(
-    records: Iterable[TokenRecord], version: int, eta: float
-) -> dict[str, Any]:
-    """Of a batch, for the log.
-
-    Tokens by lag, the share of them whose lag is above eta, and mean lags of responses.
-    """
-    spans = [spans_of(record.versions) for record in records]
-    by_lag = tokens_by_lag(spans, version)
-    lags = [lag(each, version) for each in spans]
-    beyond = sum(count for behind, count in by_lag.items() if behind > eta)
-    return {
-        "beyond_eta": beyond / max(1, sum(by_lag.values())),
-        "lags": {str(behind): count for behind, count in by_lag.items()},
-        "in_flight": float(np.mean([each.in_flight for each in lags])),
-        "in_queue": float(np.mean([each.in_queue for each in lags])),
-    }

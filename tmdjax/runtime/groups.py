@@ -36,7 +36,7 @@ class OpenGroup:
         prompt: with its problem.
         records: by number, of responses that no generator has; those that could not be
             scored are taken out.
-        away: numbers of those that a generator has.
+        away: those that a generator has, by number, as they were handed out.
         writer: that generator; meaningless without them.
         began: version of the oldest token that may be in it; None if there is none.
         asked: how many responses were asked for, those included that were taken out.
@@ -49,7 +49,7 @@ class OpenGroup:
     number: int
     prompt: Prompt
     records: dict[int, TokenRecord]
-    away: set[int] = dataclasses.field(default_factory=set)
+    away: dict[int, TokenRecord] = dataclasses.field(default_factory=dict)
     writer: str = ""
     began: int | None = None
     asked: int = 0
@@ -303,7 +303,7 @@ class Groups:
         records = group.unfinished
         for record in records:
             del group.records[record.number]
-            group.away.add(record.number)
+            group.away[record.number] = record.copy()
         return records
 
     def take_back(self, writer: str, record: TokenRecord) -> OpenGroup | None:
@@ -315,9 +315,20 @@ class Groups:
         group = self.open.get(record.group)
         if group is None or record.number not in group.away or group.writer != writer:
             return None
-        group.away.remove(record.number)
+        del group.away[record.number]
         group.records[record.number] = record
         return group
+
+    def take_all_back(self, writer: str) -> list[OpenGroup]:
+        """Groups of which a generator had responses, which died with what it wrote.
+
+        These responses are again what they were when it was handed them.
+        """
+        lost = [g for g in self.open.values() if g.away and g.writer == writer]
+        for group in lost:
+            group.records.update(group.away)
+            group.away.clear()
+        return lost
 
     def write(self, record: TokenRecord) -> None:
         """Notes in the account what was written of a response."""
@@ -348,6 +359,11 @@ class Groups:
             record.score, record.reward = judged.score, judged.reward
             self._store.score(record.number, judged.score, judged.reward)
         return group
+
+    def has(self, record: TokenRecord) -> bool:
+        """Whether a response is of an open group, and no generator has it."""
+        group = self.open.get(record.group)
+        return group is not None and record.number in group.records
 
     def settle(self, group: OpenGroup) -> bool:
         """Notes what an open group needs next, once no generator has any of it.

@@ -14,7 +14,9 @@ References:
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from tmdjax.core.checks import check_count, check_range
 
@@ -132,3 +134,29 @@ def tokens_by_lag(texts: Iterable[Spans], version: int) -> dict[int, int]:
         for written, tokens in spans:
             found[version - written] = found.get(version - written, 0) + tokens
     return dict(sorted(found.items()))
+
+
+def notes_of_batch(
+    versions: Iterable[Iterable[int]], version: int, eta: float
+) -> dict[str, Any]:
+    """How stale a batch is, for the log.
+
+    Args:
+        versions: of the tokens of each response.
+        version: of the weights that it trains.
+        eta: bound of the lag.
+
+    Returns:
+        'lags' (tokens by lag), 'beyond_eta' (the share of them whose lag is above eta),
+        and the mean 'in_flight' and 'in_queue' of responses, see :func:`lag`.
+    """
+    spans = [spans_of(each) for each in versions]
+    by_lag = tokens_by_lag(spans, version)
+    lags = [lag(each, version) for each in spans]
+    beyond = sum(count for behind, count in by_lag.items() if behind > eta)
+    return {
+        "beyond_eta": beyond / max(1, sum(by_lag.values())),
+        "lags": {str(behind): count for behind, count in by_lag.items()},
+        "in_flight": float(np.mean([each.in_flight for each in lags])),
+        "in_queue": float(np.mean([each.in_queue for each in lags])),
+    }

@@ -3,6 +3,7 @@
 from tmdjax.runtime.executors.costs import Costs as Costs
 from tmdjax.runtime.executors.costs import calibrate as calibrate
 from tmdjax.runtime.executors.costs import load_costs as load_costs
+from tmdjax.runtime.executors.deaths import WorkerDiedError as WorkerDiedError
 from tmdjax.runtime.executors.messages import Executor as Executor
 from tmdjax.runtime.executors.messages import Message as Message
 from tmdjax.runtime.executors.messages import Send as Send

@@ -17,7 +17,7 @@ from tmdjax.core.registry import suggestion
 from tmdjax.runtime.events import Event
 
 CONTROL = "control"
-"""The worker that is told when a run is to stop."""
+"""The worker that is told when a run is to stop, and when another worker died."""
 
 EXECUTOR = "executor"
 """The sender of the message 'stop'."""
@@ -111,10 +111,14 @@ class Executor(Protocol):
         Returns:
             Seconds that the run took, on its own clock.
 
+        A worker that raises :exc:`tmdjax.runtime.executors.WorkerDiedError` does not
+        end the run: 'control' gets the message 'lost', and answers with 'again' to have
+        the worker made anew (:mod:`tmdjax.runtime.executors.deaths`).
+
         Raises:
             Exception: what a worker raised, with a note that says which and where.
             RuntimeError: all workers wait for each other, or the replay cannot follow
-                its order; says who waits for what.
+                its order; says who waits for what. Or a worker died too often.
             ValueError: a message to nobody, or an order of other workers.
         """
         ...

@@ -4,8 +4,10 @@ import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 
+from tmdjax.core.checks import check_count
 from tmdjax.runtime.events import Event
 from tmdjax.runtime.executors.costs import Costs
+from tmdjax.runtime.executors.deaths import survivable
 from tmdjax.runtime.executors.messages import (
     CONTROL,
     Log,
@@ -26,9 +28,14 @@ class Simulated:
 
     Attributes:
         costs: seconds of each step.
+        restarts: how often a worker may die (:exc:`WorkerDiedError`), >= 0.
     """
 
     costs: Costs
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        check_count("restarts", self.restarts, 0)
 
     def run(
         self,
@@ -39,8 +46,10 @@ class Simulated:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> float:
         """Runs to the end, see :meth:`tmdjax.runtime.executors.Executor.run`."""
+        order = list(order)
         post = Post(list(workers), order)
-        made = {name: make() for name, make in workers.items()}
+        makers = survivable(workers, order, self.restarts)
+        made = {name: make() for name, make in makers.items()}
         # what has begun: (end, number, worker, message, begin, step)
         under_way: list[tuple[float, int, str, Message | None, float, Step]] = []
         busy: set[str] = set()

@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_count, check_range
 from tmdjax.runtime.events import Event
+from tmdjax.runtime.executors.deaths import survivable
 from tmdjax.runtime.executors.messages import Log, Post, Worker
 
 _LOGGER = logging.getLogger(__name__)
@@ -26,12 +27,15 @@ class Threads:
             worker takes longer ends with an error that names it.
         grace: seconds that workers have, once a run is over, to end the step that they
             are in, >= 0. Those that do not are left behind, with a warning.
+        restarts: how often a worker may die (:exc:`WorkerDiedError`), >= 0.
     """
 
     longest_step: float = 3600.0
     grace: float = 60.0
+    restarts: int = 3
 
     def __post_init__(self) -> None:
+        check_count("restarts", self.restarts, 0)
         check_range("longest_step", self.longest_step, 0, open_low=True)
         check_range("grace", self.grace, 0)
 
@@ -44,7 +48,8 @@ class Threads:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> float:
         """Runs to the end, see :meth:`tmdjax.runtime.executors.Executor.run`."""
-        run = _Run(workers, log, order)
+        order = list(order)
+        run = _Run(survivable(workers, order, self.restarts), log, order)
         threads = [
             threading.Thread(target=run.work, args=(name,), name=name, daemon=True)
             for name in workers
