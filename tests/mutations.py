@@ -63,6 +63,7 @@ NOT_DRAWN = [
         "domains": "shapes/captions shapes/drawing shapes/grammar",
         "flows": "chords windows step_search tree_rollout",
         "harness": "claims summaries records results_page",
+        "runtime": "executors/ray_actors",
         "models": "images/dit images/unet images/text_dit videos/flow_maps videos/dit "
         "block_attention",
         "systems": "boss branchgrpo tmd",
