@@ -56,6 +56,7 @@ TASKS = {
     "chain_sum": text_tasks.ChainSum,
     "countdown": text_tasks.Countdown,
     "list_operations": text_tasks.ListOperations,
+    "program_by_example": text_tasks.ProgramByExample,
     "reasoning_gym": text_tasks.ReasoningGym,
     "math_file": _math_file,
 }

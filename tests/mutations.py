@@ -174,6 +174,10 @@ TESTS = {
     "generation/chat_templates": "generation/test_tokenizers.py",
     "rewards/symbolic": "rewards/test_math.py",
     "rewards/tex": "rewards/test_math.py",
+    **dict.fromkeys(
+        ["rewards/code_program", "rewards/code_runs"], "rewards/test_code.py"
+    ),
+    "data/text_tasks/program_by_example": "data/test_program_by_example.py",
     "rewards/reasoning_gym_calls": "data/test_reasoning_gym.py",
     "rewards/worker_process": "rewards/test_worker.py",
     "rl/diagnostics": "rl/test_rl_diagnostics.py",

@@ -32,7 +32,7 @@ def serve(function: str, memory_gb: float) -> None:
         memory_gb: address space of each process of the function; more is a
             MemoryError there.
     """
-    _prctl(_SUBREAPER, 1)  # orphans below become children of this process
+    gather_orphans()
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -55,7 +55,7 @@ def serve(function: str, memory_gb: float) -> None:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    _end_descendants()
+    end_descendants()
     os._exit(status if status >= 0 else 128 - status)
 
 
@@ -89,22 +89,30 @@ def _answer_calls(function: str, memory_gb: float) -> None:
             answer(error=f"{type(error).__name__}: {error}"[:1000])
 
 
+def gather_orphans() -> None:
+    """What loses its parent below this process becomes its child (on Linux)."""
+    _prctl(_SUBREAPER, 1)
+
+
+def end_descendants() -> None:
+    """Kills the children of this process until none is left; orphans join them."""
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return
+        for pid in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+
+
 def _prctl(option: int, value: int) -> None:
     """Linux's call of that name; nothing elsewhere."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong()] * 3)
-
-
-def _end_descendants() -> None:
-    """Kills the children of this process until none is left; orphans join them."""
-    while True:
-        for pid in _children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def _children() -> list[int]:

@@ -10,4 +10,7 @@ from tmdjax.data.text_tasks.problems import TextTask as TextTask
 from tmdjax.data.text_tasks.problems import sample as sample
 from tmdjax.data.text_tasks.problems import sample_splits as sample_splits
 from tmdjax.data.text_tasks.problems import split_of as split_of
+from tmdjax.data.text_tasks.program_by_example import (
+    ProgramByExample as ProgramByExample,
+)
 from tmdjax.data.text_tasks.reasoning_gym import ReasoningGym as ReasoningGym
