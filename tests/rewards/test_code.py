@@ -1,5 +1,6 @@
 """Programs that a policy might write, the hostile ones too, against tests it cannot see."""
 
+import functools
 import os
 import pathlib
 import socket
@@ -155,37 +156,42 @@ def test_a_program_that_waits_is_ended_by_the_clock(verify):
     assert only_the_worker_is_left(verify._call)
 
 
+HOOK, NAMESPACES = "            _forbid(library)\n", "if self._libc.unshare(flags):"
+
+
 @pytest.fixture
-def unhooked(tmp_path, monkeypatch):
-    """Runs programs that have found a way around the audit hook."""
+def without(tmp_path, monkeypatch):
+    """Runs programs in a sandbox that lacks the hook, the namespaces, or both."""
+    monkeypatch.syspath_prepend(tmp_path)
     source = pathlib.Path(code_program.__file__).read_text(encoding="utf-8")
     workers = []
 
-    def start(**without):
-        for text in ("            _forbid(library)\n", *without.values()):
-            assert text in source
-        changed = source.replace("            _forbid(library)\n", "")
-        for text in without.values():
-            changed = changed.replace(text, "if True:")
-        name = f"unhooked_{len(workers)}"
-        (tmp_path / f"{name}_program.py").write_text(changed, encoding="utf-8")
-        (tmp_path / f"{name}.py").write_text(
+    def start(*parts):
+        changed = source
+        for part in parts:
+            assert part in changed
+            changed = changed.replace(part, {NAMESPACES: "if True:"}.get(part, ""))
+        (tmp_path / "program.py").write_text(changed, encoding="utf-8")
+        (tmp_path / "changed_runs.py").write_text(
             "from tmdjax.rewards import code_program, code_runs\n"
-            f"code_program.__file__ = {str(tmp_path / f'{name}_program.py')!r}\n"
+            f"code_program.__file__ = {str(tmp_path / 'program.py')!r}\n"
             "run = code_runs.run\n"
         )
-        workers.append(Worker(f"{name}:run", timeout=30.0))
-        return lambda program: workers[-1](program, None, "", 1.0, 10.0, 0.5, 10**4)
+        workers.append(Worker("changed_runs:run", timeout=30.0))
+        return workers[-1]
 
-    monkeypatch.syspath_prepend(tmp_path)
-    start.workers = workers
     yield start
     for worker in workers:
         worker.close()
 
 
-def test_the_kernel_holds_what_is_around_the_hook(unhooked):
-    held, run = sandbox_status(), unhooked()
+def outcome(worker, program):
+    return worker(program, None, "", 1.0, 10.0, 0.5, 10**4)
+
+
+def test_the_kernel_holds_what_gets_around_the_hook(without):
+    held, worker = sandbox_status(), without(HOOK)
+    run = functools.partial(outcome, worker)
     if not (held["network"] and held["files"]):
         pytest.skip(f"the kernel grants no namespaces here: {held}")
     root = pathlib.Path(os.__file__).parts[1]
@@ -204,17 +210,29 @@ def test_the_kernel_holds_what_is_around_the_hook(unhooked):
     assert run(signals) == ["", "2 1\n"]  # who sees no parent cannot kill it
     daemon = "import os, time\nif not os.fork():\n    os.setsid()\n    while True: pass"
     assert run(daemon)[0] == ("error" if held["processes"] else "")
-    assert only_the_worker_is_left(unhooked.workers[-1])
+    assert only_the_worker_is_left(worker)
 
 
-def test_nothing_is_left_where_there_are_no_namespaces(unhooked):
-    run = unhooked(namespaces="if self._libc.unshare(flags):")
+def test_nothing_is_left_where_there_are_no_namespaces(without):
+    worker = without(HOOK, NAMESPACES)
+    run = functools.partial(outcome, worker)
     assert "'network': False, 'files': False" in run(None)[1]
     # out of its session, and with no pipe that would be waited for
     daemon = "import os, time\nif not os.fork():\n    os.setsid()\n    os.close(1)\n"
     assert run(f"{daemon}    time.sleep(100)")[0] in ("", "error")  # error: cannot fork
-    assert only_the_worker_is_left(unhooked.workers[-1])
+    assert only_the_worker_is_left(worker)
     assert run("print(1)") == ["", "1\n"]
+
+
+@pytest.mark.slow
+def test_hook_and_limits_alone_hold_the_hostile_programs(without):
+    verify = CodeVerifier(timeout=0.3)
+    object.__setattr__(verify, "_call", without(NAMESPACES))
+    for name, (program, reason) in HOSTILE.items():
+        tests = PAIRS[:1] if "print(" in program else ASSERTS[:2]
+        assert verify(program, tests) == Verdict(0.0, reason, 0, len(tests)), name
+        assert verify(DOUBLE, ASSERTS[:1]).score == 1.0, name
+        assert only_the_worker_is_left(verify._call), name
 
 
 def test_tests_that_are_understood(verify, refused):
