@@ -10,6 +10,10 @@ overhead    a run over a plain loop that writes the same texts with the same eng
             trained on; every step an event). 'disk' has account and log in a folder.
 publishing  weights that a trainer makes a copy of and a generator takes, one update
             after the other, over plain copies of the same arrays.
+
+Both are timed from the end of the first update to that of the last, without what is
+made and compiled before. 'ray' is there where Ray is installed.
+
 soak        a run under threads with account and log in a folder, for so many minutes;
             of arrays that no checkpoint needs the account is relieved, as runs do. A
             line through the resident memory, without the first fifth, says how much
@@ -17,7 +21,10 @@ soak        a run under threads with account and log in a folder, for so many mi
 """
 
 import argparse
+import collections
+import contextlib
 import functools
+import importlib.util
 import os
 import pathlib
 import statistics
@@ -32,9 +39,10 @@ import numpy as np
 
 from benchmarks.contest import Row, Seconds, conclude, in_turn, options, timed
 from tmdjax import runtime
+from tmdjax.core.checks import check_count
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.events import Event, EventLog
-from tmdjax.runtime.executors import Costs, Executor, Simulated, Threads
+from tmdjax.runtime.executors import Costs, Executor, RayActors, Simulated, Threads
 
 _GOALS = {"threads": 2e-3, "ray": 10e-3}  # seconds a trajectory
 _GROWTH = 0.02
@@ -45,9 +53,33 @@ _FREE: dict[str, dict[str, float]] = {
 }
 
 
-def executors() -> dict[str, Executor]:
-    """Those there are, by name."""
-    return {"sim": Simulated(Costs(_FREE)), "threads": Threads()}
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "sim": lambda: Simulated(Costs(_FREE)),
+    "threads": Threads,
+    "ray": RayActors,
+}
+
+
+class Batches:
+    """What was trained on, and when.
+
+    Attributes:
+        requests: of each batch, in order.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[list[int]] = []
+        self._times: list[float] = []
+
+    def add(self, requests: Sequence[int]) -> None:
+        """An update by these requests is done."""
+        self.requests.append(list(requests))
+        self._times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the first update to that of the last."""
+        return self._times[-1] - self._times[0]
 
 
 def schedule(given: Any, **changes: Any) -> runtime.Schedule:
@@ -77,9 +109,9 @@ def judge(record: TokenRecord, problem: Any = None) -> tuple[float, float]:
     return float(len(record)), float(len(record) % 2)
 
 
-def loop(given: Any) -> list[list[int]]:
-    """The rival; the requests of each batch."""
-    writer, trained, samples = engine(given), [], given.samples
+def loop(given: Any) -> Batches:
+    """The rival."""
+    writer, trained, samples = engine(given), Batches(), given.samples
     count = given.batch * samples
     for version in range(given.updates):
         writer.update_weights({}, version)
@@ -97,7 +129,7 @@ def loop(given: Any) -> list[list[int]]:
             for record in writer.advance():
                 record.score, record.reward = judge(record)
                 batch.append(record.number)
-        trained.append(sorted(batch))
+        trained.add(sorted(batch))
     return trained
 
 
@@ -106,7 +138,7 @@ def workers(
     rules: runtime.Schedule,
     folder: pathlib.Path | None,
     *,
-    publish: Callable[[], Any] = dict,
+    make_publish: Callable[[], Callable[[], Any]] = lambda: dict,
     make_engine: Callable[[], runtime.SimulatedEngine] | None = None,
     after: Callable[[runtime.TrajectoryStore, Any], None] = lambda store, step: None,
 ) -> dict[str, Callable[[], Any]]:
@@ -116,7 +148,7 @@ def workers(
         given: sizes.
         rules: of the run.
         folder: of the account; None keeps it in memory.
-        publish: weights that generators read.
+        make_publish: makes, where the trainer runs, what gives weights to generators.
         make_engine: of the generator; None takes :func:`engine`.
         after: called with the account and each step of the controller.
     """
@@ -146,58 +178,64 @@ def workers(
         "control": control,
         "generate/0": lambda: runtime.Generator(make_engine()),
         "reward/0": lambda: runtime.Scorer(judge),
-        "train": lambda: runtime.Trainer(publish, lambda batch: {}),
+        "train": lambda: runtime.Trainer(make_publish(), lambda batch: {}),
     }
 
 
-def whole_run(executor: Executor, given: Any, folder: pathlib.Path | None) -> list[Any]:
-    """A run of :func:`loop`'s texts; the requests of each batch."""
-    trained = []
+def run(
+    executor: Executor,
+    made: dict[str, Callable[[], Any]],
+    learned: Callable[[Sequence[int]], Any],
+    folder: pathlib.Path | None = None,
+    **options: Any,
+) -> None:
+    """Runs workers, with a log in a folder, or else in memory.
 
-    def note(event: Event) -> None:
-        if event.what == "learn":
-            trained.append(list(event.requests))
+    Args:
+        executor: runs them.
+        made: the workers.
+        learned: called with the requests of each update when it has ended.
+        folder: of the log, or None.
+        **options: of the executor.
+    """
+    events: list[Event] = []
+    with contextlib.ExitStack() as files:
+        log = events.append
+        if folder is not None:
+            log = files.enter_context(EventLog(folder / "events.jsonl"))
 
-    made = workers(given, schedule(given), folder)
-    if folder is None:
-        events: list[Event] = []
-        executor.run(made, events.append)
-        for event in events:
-            note(event)
-        return trained
-    with EventLog(folder / "events.jsonl") as log:
-
-        def write(event: Event) -> None:
+        def note(event: Event) -> None:
             log(event)
-            note(event)
+            if event.what == "learn":
+                learned(event.requests)
 
-        executor.run(made, write)
-    return trained
+        executor.run(made, note, **options)
 
 
 def overhead(given: Any) -> list[Row]:
     """Rows of every executor, account in memory and on disk."""
-    expected = loop(given)
+    expected = loop(given).requests
 
     def contender(executor: Executor, disk: bool) -> Seconds:
         with tempfile.TemporaryDirectory() as folder:
             place = pathlib.Path(folder) if disk else None
-            seconds, trained = timed(lambda: whole_run(executor, given, place))
-        if trained != expected:
+            made, trained = workers(given, schedule(given), place), Batches()
+            run(executor, made, trained.add, place)
+        if trained.requests != expected:
             raise ValueError(f"{executor} trained on other texts than the plain loop.")
-        return {"run": seconds}
+        return {"run": trained.seconds}
 
     contenders: dict[str, Callable[[], Seconds]] = {
-        "loop": lambda: {"run": timed(lambda: loop(given))[0]}
+        "loop": lambda: {"run": loop(given).seconds}
     }
     goals = {}
-    for name, executor in executors().items():
+    for name in given.executors:
         for disk in (False, True):
             title = f"{name}, {'disk' if disk else 'memory'}"
-            contenders[title] = functools.partial(contender, executor, disk)
+            contenders[title] = functools.partial(contender, EXECUTORS[name](), disk)
             goals[title] = _GOALS.get(name)
     found = in_turn(contenders, given.repeats)
-    count, rows = given.updates * given.batch * given.samples, []
+    count, rows = (given.updates - 1) * given.batch * given.samples, []
     base = [each["run"] for each in found.pop("loop")]
     for title, times in found.items():
         extra = [(each["run"] - plain) / count for each, plain in zip(times, base)]
@@ -226,32 +264,36 @@ class _Taking(runtime.SimulatedEngine):
 def publishing(given: Any) -> list[Row]:
     """Rows of every executor that has a clock: bytes a second."""
     size = int(given.megabytes * 1e6 / 4 / 16)
-    params = {f"layer_{i}": jnp.full(size, i, jnp.float32) for i in range(16)}
-    total = sum(leaf.nbytes for leaf in params.values())
+    total = 16 * 4 * size * (given.updates - 1)
     rules = schedule(given, batch=1, samples=1, max_new_tokens=1, slots=1)
 
-    def copies() -> Seconds:
-        def copy() -> None:
-            for _ in range(given.updates):
-                jax.block_until_ready(jax.tree.map(jnp.copy, params))
+    def make_publish() -> Callable[[], Any]:
+        params = {f"layer_{i}": jnp.full(size, i, jnp.float32) for i in range(16)}
+        return lambda: jax.tree.map(jnp.copy, params)
 
-        return {"rate": total * given.updates / timed(copy)[0]}
+    def copies() -> Seconds:
+        copy = make_publish()
+        seconds, _ = timed(
+            lambda: [jax.block_until_ready(copy()) for _ in range(given.updates - 1)]
+        )
+        return {"rate": total / seconds}
 
     def contender(executor: Executor) -> Seconds:
         made = workers(
             given,
             rules,
             None,
-            publish=lambda: jax.tree.map(jnp.copy, params),
+            make_publish=make_publish,
             make_engine=lambda: _Taking(lambda number: 1, slots=1, steps=1),
         )
-        seconds, _ = timed(lambda: executor.run(made, lambda event: None))
-        return {"rate": total * given.updates / seconds}
+        trained = Batches()
+        run(executor, made, trained.add)
+        return {"rate": total / trained.seconds}
 
     contenders: dict[str, Callable[[], Seconds]] = {"copies": copies}
-    for name, executor in executors().items():
+    for name in given.executors:
         if name != "sim":
-            contenders[name] = functools.partial(contender, executor)
+            contenders[name] = functools.partial(contender, EXECUTORS[name]())
     found = in_turn(contenders, given.repeats)
     base, rows = [each["rate"] for each in found.pop("copies")], []
     for name, times in found.items():
@@ -304,7 +346,8 @@ def soak(given: Any) -> tuple[list[Row], dict[str, Any]]:
     """Row and facts of a long run under threads, eta = 1."""
     length = 60 * given.soak_minutes
     every = min(1.0, length / 100)
-    seconds, memory, counts = [], [], {"trajectories": 0, "updates": 0}
+    seconds, memory = [], []
+    counts: collections.Counter[str] = collections.Counter()
     start = time.monotonic()
 
     def should_stop() -> bool:
@@ -318,19 +361,14 @@ def soak(given: Any) -> tuple[list[Row], dict[str, Any]]:
         if step.what == "weights" and step.version % _RELIEVED_EVERY == 0:
             store.forget(step.version)
 
+    def learned(requests: Sequence[int]) -> None:
+        counts.update(updates=1, trajectories=len(requests))
+
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
-        with EventLog(place / "events.jsonl") as log:
-
-            def write(event: Event) -> None:
-                log(event)
-                if event.what == "learn":
-                    counts["trajectories"] += len(event.requests)
-                    counts["updates"] += 1
-
-            rules = schedule(given, updates=10**9, eta=1)
-            made = workers(given, rules, place, after=relieve)
-            Threads().run(made, write, should_stop=should_stop)
+        rules = schedule(given, updates=10**9, eta=1)
+        made = workers(given, rules, place, after=relieve)
+        run(Threads(), made, learned, place, should_stop=should_stop)
         disk = {p.name: p.stat().st_size / 1e6 for p in sorted(place.iterdir())}
     row = {
         "what": f"memory, {given.soak_minutes:g} minutes: growth after the first fifth",
@@ -350,10 +388,18 @@ def soak(given: Any) -> tuple[list[Row], dict[str, Any]]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = options(__doc__, repeats=5)
-    flags.add_argument("--updates", type=int, default=16)
+    flags.add_argument("--updates", type=int, default=16, help="2 or more")
     flags.add_argument("--batch", type=int, default=16, help="prompts an update")
     flags.add_argument("--samples", type=int, default=4, help="responses to a prompt")
     flags.add_argument("--tokens", type=int, default=256, help="of a response, mean")
+    has_ray = importlib.util.find_spec("ray") is not None
+    flags.add_argument(
+        "--executors",
+        nargs="+",
+        choices=EXECUTORS,
+        default=["sim", "threads", *(["ray"] if has_ray else [])],
+        help="ray only where it is installed",
+    )
     flags.add_argument("--megabytes", type=float, default=100, help="of the weights")
     flags.add_argument(
         "--soak_minutes",
@@ -366,6 +412,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table; writes it as JSON."""
     given = parser().parse_args(arguments)
+    check_count("updates", given.updates, 2)
     load, facts = os.getloadavg()[0], {}
     if given.soak_minutes:
         rows, facts["soak"] = soak(given)

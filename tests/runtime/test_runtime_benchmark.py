@@ -7,7 +7,10 @@ import pytest
 
 from benchmarks import runtime as benchmark
 
-TINY = ("--updates=3", "--batch=2", "--samples=2", "--tokens=5", "--megabytes=0.1")
+TINY = (
+    "--updates=3", "--batch=2", "--samples=2", "--tokens=5", "--megabytes=0.1",
+    "--executors", "sim", "threads",
+)  # fmt: skip
 
 
 def table(tmp_path, *arguments):
@@ -23,16 +26,18 @@ def test_every_executor_trains_on_the_texts_of_the_plain_loop(tmp_path):
         for place in ("memory", "disk"):
             row = rows[f"a trajectory, {name}, {place}: more than in a plain loop"]
             assert row["goal"] == goal and row["ours"] > 0
-    (weights,) = [row for what, row in rows.items() if "weights" in what]
-    assert weights["what"] == "weights of 0.1 MB, threads, over plain copies"
+    weights = rows["weights of 0.1 MB, threads, over plain copies"]
     assert 0 < weights["ratio"] < 1 and weights["rival"] > weights["ours"]
     assert found["updates"] == 3
 
 
 def test_other_texts_are_refused(refused, monkeypatch):
     given = benchmark.parser().parse_args([*TINY, "--repeats=1"])
-    monkeypatch.setattr(benchmark, "loop", lambda given: [[0]])
+    other = benchmark.Batches()
+    other.add([0])
+    monkeypatch.setattr(benchmark, "loop", lambda given: other)
     refused("trained on other texts than the plain loop", benchmark.overhead, given)
+    refused("updates=1 must be at least 2", benchmark.main, ["--updates=1"])
 
 
 def test_a_soak_runs_for_its_time_and_keeps_what_a_checkpoint_needs(tmp_path):
