@@ -9,7 +9,7 @@ import pytest
 
 from tmdjax.rewards import code_program
 from tmdjax.rewards.code import CodeVerifier, Verdict, extract_program, sandbox_status
-from tmdjax.rewards.worker import Worker, WorkerError
+from tmdjax.rewards.worker import Worker, WorkerError, WorkerTimeout
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,8 @@ def test_a_program_that_waits_is_ended_by_the_clock(verify):
 
 
 HOOK, NAMESPACES = "            _forbid(library)\n", "if self._libc.unshare(flags):"
+LIMITS = '_limit(task["seconds"], task["memory"])'
+REPLACEMENTS = {HOOK: "", NAMESPACES: "if True:", LIMITS: "raise OSError('no limits')"}
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def without(tmp_path, monkeypatch):
         changed = source
         for part in parts:
             assert part in changed
-            changed = changed.replace(part, {NAMESPACES: "if True:"}.get(part, ""))
+            changed = changed.replace(part, REPLACEMENTS[part])
         (tmp_path / "program.py").write_text(changed, encoding="utf-8")
         (tmp_path / "changed_runs.py").write_text(
             "from tmdjax.rewards import code_program, code_runs\n"
@@ -288,9 +290,27 @@ def test_bad_settings(refused):
         refused(message, CodeVerifier, **settings)
 
 
-def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch, refused):
-    monkeypatch.setattr("tmdjax.rewards.code._RUN", "tmdjax.rewards.code_runs:no_such")
-    refused("no_such", CodeVerifier(), DOUBLE, ASSERTS, error=WorkerError)
+def test_a_sandbox_that_does_not_start_is_no_verdict(without, refused):
+    verify = CodeVerifier()
+    object.__setattr__(verify, "_call", without(LIMITS))
+    message = "the sandbox of a program did not start: OSError.'no limits'"
+    refused(message, verify, DOUBLE, ASSERTS, error=WorkerError)
+    assert not verify.counts
+
+
+def test_a_program_that_ends_the_worker_costs_one_sample():
+    errors = {"hangs": WorkerTimeout("no answer"), "kills": WorkerError("status 137")}
+
+    def run(program, *_):
+        if program in errors:
+            raise errors[program]
+        return "", "=8\n"
+
+    verify = CodeVerifier()
+    object.__setattr__(verify, "_call", run)
+    for program, reason in (("hangs", "timeout"), ("kills", "error")):
+        assert verify(program, ASSERTS[:1]) == Verdict(0.0, reason, 0, 1)
+        assert verify(DOUBLE, ASSERTS[:1]).score == 1.0
 
 
 def test_programs_in_responses():

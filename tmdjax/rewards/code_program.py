@@ -72,7 +72,10 @@ def main() -> NoReturn:
         status = OUT_OF_MEMORY
     except SystemExit as end:
         status = _status_of(end)
-    finally:  # whatever was raised: no trace is written, and nothing else runs
+    except BaseException as error:
+        if status == NOT_STARTED:
+            os.write(1, repr(error).encode("utf-8", "replace"))
+    finally:  # no trace is written, and nothing else runs
         os._exit(status)
 
 
@@ -88,9 +91,7 @@ def _lock_in(folder: str, library: str) -> dict[str, bool]:
     if linux and held["network"]:
         held["files"] = linux.leave_files(folder, library)
     if os.getuid() == 0 and _all_may_read(library):
-        os.setgroups([])
-        os.setgid(_NOBODY)
-        os.setuid(_NOBODY)
+        _become_nobody()
     held["processes"] = os.getuid() != 0  # their number is not limited for root
     if linux:
         linux.drop_capabilities()
@@ -196,6 +197,15 @@ def _become_child() -> None:
     if child:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(status if status >= 0 else 128 - status)
+
+
+def _become_nobody() -> None:
+    try:
+        os.setgroups([])
+        os.setgid(_NOBODY)
+        os.setuid(_NOBODY)
+    except PermissionError:  # a root without capabilities, as containers have
+        pass
 
 
 def _all_may_read(library: str) -> bool:

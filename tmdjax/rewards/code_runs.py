@@ -93,9 +93,10 @@ def run(
                 os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
     end_descendants()
+    written = output.decode("utf-8", "replace")
     if status == code_program.NOT_STARTED:
-        raise RuntimeError("the sandbox of a program did not start")
-    return reason or _REASONS.get(status, "error"), output.decode("utf-8", "replace")
+        raise RuntimeError(f"the sandbox of a program did not start: {written[:500]}")
+    return reason or _REASONS.get(status, "error"), written
 
 
 def _read(
