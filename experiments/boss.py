@@ -22,7 +22,7 @@ from tmdjax.core.checks import check_choice
 from tmdjax.harness import Report, Stage, StageResult
 from tmdjax.harness.claims import MAIN_ARM, metric_name
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import line_plot
+from tmdjax.harness.plots import line_plot
 from tmdjax.systems import boss
 
 Config = Any

@@ -24,7 +24,7 @@ from tmdjax.core.files import write_atomically
 from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.report import path_plot
+from tmdjax.harness.plots import path_plot
 from tmdjax.train import on_policy
 
 Config = Any

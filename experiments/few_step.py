@@ -22,7 +22,8 @@ from tmdjax.harness import Report, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
-from tmdjax.harness.report import format_value, line_plot
+from tmdjax.harness.plots import line_plot
+from tmdjax.harness.report import format_value
 from tmdjax.models import lora
 
 Config = Any

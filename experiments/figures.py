@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from tmdjax.harness.report import interval_plot
+from tmdjax.harness.plots import interval_plot
 
 
 def side_by_side(

@@ -24,7 +24,7 @@ from tmdjax.core import prng, trees
 from tmdjax.harness import Report, Stage, StageContext, StageResult, Update
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import animation
-from tmdjax.harness.report import line_plot
+from tmdjax.harness.plots import line_plot
 from tmdjax.metrics.intervals import Interval
 from tmdjax.train import world_models
 

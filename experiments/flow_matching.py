@@ -22,7 +22,7 @@ from tmdjax.core import prng, trees
 from tmdjax.harness import Report, Stage, StageContext, StageResult, Update
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.pictures import image_grid
-from tmdjax.harness.report import line_plot
+from tmdjax.harness.plots import line_plot
 
 Config = Any
 MEANINGS = image_quality.MEASURES

@@ -25,7 +25,8 @@ from tmdjax.harness import (
     summaries,
 )
 from tmdjax.harness.pictures import image_grid
-from tmdjax.harness.report import format_value, line_plot
+from tmdjax.harness.plots import line_plot
+from tmdjax.harness.report import format_value
 from tmdjax.metrics.intervals import Interval, t_interval
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -149,7 +150,7 @@ def plotted(monkeypatch):
         found[path.name] = series
         return line_plot(series, path, **options)
 
-    monkeypatch.setattr(run_report.report, "line_plot", plot)
+    monkeypatch.setattr(run_report.plots, "line_plot", plot)
     return found
 
 

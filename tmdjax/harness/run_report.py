@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tmdjax.core.files import write_atomically
-from tmdjax.harness import environment, report, run_folder, summaries
+from tmdjax.harness import environment, plots, report, run_folder, summaries
 from tmdjax.harness.claims import MAIN_ARM, metric_name
 from tmdjax.harness.config import ConfigError, config_hash, to_plain, write_json
 from tmdjax.harness.experiment import Experiment, Report
@@ -207,7 +207,7 @@ def training_curves(
             kept = list(by_arm.items())
             if len(kept) > 1 and len({frozenset(t) for t in by_arm.values()}) == 1:
                 kept = [("all arms", kept[0][1])]
-            path = report.line_plot(
+            path = plots.line_plot(
                 {arm: _mean_curve(list(curves.values())) for arm, curves in kept},
                 folder / f"training-{stage}-{column.replace('/', '-')}.png",
                 title=f"Training of stage {stage}",
