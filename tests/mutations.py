@@ -200,6 +200,7 @@ TESTS = {
         "-k 'interrupted or gone or stopped or tied or fails or planner'",
     ),
     "runtime/lengths": "systems/test_april.py",
+    "runtime/activity": "runtime/test_events.py",
     "runtime/group_objective": "systems/test_grpo.py systems/test_areal.py",
     "runtime/publishing": "runtime/test_alarms.py runtime/test_asynchronous.py",
     "runtime/calibration": "runtime/test_calibration.py",

@@ -223,14 +223,15 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, package, monkeypatch
     assert calls[-1] == ("finish", {"exit_code": 1})
 
 
-def plain(total):
+def plain(total, **options):
     clock, out = types.SimpleNamespace(now=100.0), io.StringIO()
     console = Console(file=out, force_terminal=False, width=40)
-    progress = Progress("train", total, console=console, clock=lambda: clock.now)
+    options |= {"console": console, "clock": lambda: clock.now}
+    progress = Progress("train", total, **options)
     return progress, clock, out
 
 
-def terminal(name):
+def terminal(name, **options):
     clock, out = types.SimpleNamespace(now=100.0), io.StringIO()
     console = Console(
         file=out,
@@ -239,7 +240,8 @@ def terminal(name):
         width=120,
         _environ={"TERM": "xterm"},
     )
-    progress = Progress(name, 10, console=console, clock=lambda: clock.now)
+    options |= {"console": console, "clock": lambda: clock.now}
+    progress = Progress(name, 10, **options)
     return progress, clock, out
 
 
@@ -334,3 +336,22 @@ def test_durations():
     seconds = (0, 59.4, 59.6, 200, 3720)
     found = [format_duration(s) for s in seconds]
     assert found == ["0s", "59s", "1m00s", "3m20s", "1h02m"]
+
+
+def test_a_table_stands_below_the_line_in_both_modes():
+    rows = [{"role": "generate", "busy %": 93, "waits for": None}]
+    rows += [{"role": "train", "busy %": 7, "waits for": "scores"}]
+    progress, _, out = terminal("areal", table=lambda: rows)
+    with progress:
+        progress.update(5, {})
+    text = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    shown = [line.split() for line in text.splitlines()]
+    assert ["role", "busy", "%", "waits", "for"] in shown
+    assert ["train", "7", "scores"] in shown
+    progress, _, out = plain(10, table=lambda: rows[1:])
+    with progress:
+        progress.update(5, {})
+    assert out.getvalue().splitlines() == [
+        "[train]  step 5/10",
+        "[train]  role train  busy % 7  waits for scores",
+    ]

@@ -11,14 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from tmdjax.core.files import write_atomically
 from tmdjax.harness.config import from_plain, to_plain
-from tmdjax.harness.report import format_value
+from tmdjax.harness.report import format_value, text_table
 from tmdjax.harness.writers import Writer
 
 TIME_PREFIX = "time/"
@@ -167,11 +168,13 @@ class Progress:
     Plain lines come at the first update, then at most every ``INTERVAL`` seconds,
     and at the end; four metrics that are not timings are shown, first those that say
     how well it goes (loss, reward_mean, score, accuracy). The live line is as wide as
-    the terminal at most.
+    the terminal at most. A table stands below it, in plain lines a row a line.
 
     Args:
         stage: name of the stage.
         total: number of steps, for the ETA.
+        table: asked whenever something is shown for the rows of a table, such as
+            ``rows`` of :class:`tmdjax.runtime.Activity`; from a thread of its own.
         console: a rich console; by default standard output.
         clock: seconds that only grow.
 
@@ -186,11 +189,13 @@ class Progress:
         stage: str,
         total: int,
         *,
+        table: Callable[[], Sequence[Row]] = list,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stage = stage
         self._total = total
+        self._rows = table
         self._console = console or Console()
         self._clock = clock
         self._step: int | None = None
@@ -203,7 +208,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._console.is_interactive:
             self._live = Live(
-                get_renderable=self._table, console=self._console, refresh_per_second=4
+                get_renderable=self._shown, console=self._console, refresh_per_second=4
             )
             self._live.start()
         return self
@@ -237,8 +242,19 @@ class Progress:
         self._due = now + INTERVAL
         self._printed = self._step
         self.say("  ".join([f"[{self._stage}]", *self._parts(now)]))
+        for row in self._rows():
+            told = [f"{k} {format_value(v)}" for k, v in row.items() if v is not None]
+            self.say("  ".join([f"[{self._stage}]", *told]))
 
-    def _table(self) -> Table:
+    def _shown(self) -> Group:
+        """The line of progress, and below it the table where it has rows."""
+        rows = self._rows()
+        if not rows:
+            return Group(self._progress_line())
+        table = Text(text_table(rows), no_wrap=True, overflow="crop")
+        return Group(self._progress_line(), table)
+
+    def _progress_line(self) -> Table:
         """One line of the terminal, the last metrics left out where it is narrow."""
         width = self._console.width
         size = max(8, min(24, width // 8))

@@ -23,7 +23,7 @@ from tmdjax.core.checks import check_name
 from tmdjax.core.files import content_sha256, write_atomically
 from tmdjax.harness.config import config_hash
 from tmdjax.harness.environment import InUse, locked, peak_memory_gb, provenance
-from tmdjax.harness.logs import Clock, MetricsLog, Progress, read_rows
+from tmdjax.harness.logs import Clock, MetricsLog, Progress, Row, read_rows
 from tmdjax.harness.profile import ProfiledStep
 from tmdjax.harness.writers import has_rows, open_writers
 
@@ -163,6 +163,7 @@ class StageContext:
         *,
         num_steps: int,
         best: str | None = None,
+        table: Callable[[], Sequence[Row]] = list,
     ) -> Any:
         """Runs a loop of training with this stage's checkpoints and logs.
 
@@ -175,6 +176,8 @@ class StageContext:
                 :func:`tmdjax.train.fit`, and goes on from the newest checkpoint.
             num_steps: at how many it ends.
             best: see :class:`tmdjax.train.Checkpoints`.
+            table: rows below the line of progress, see
+                :class:`tmdjax.harness.logs.Progress`.
 
         Returns:
             The final state.
@@ -193,7 +196,7 @@ class StageContext:
         writers = open_writers(self._writers, self.directory, title, self._settings)
         with (
             MetricsLog(self.directory / _METRICS, writers=writers) as log,
-            Progress(self.name, num_steps) as progress,
+            Progress(self.name, num_steps, table=table) as progress,
         ):
             clock = Clock()
 

@@ -2,6 +2,7 @@
 
 from tmdjax.runtime import events as events
 from tmdjax.runtime import executors as executors
+from tmdjax.runtime.activity import Activity as Activity
 from tmdjax.runtime.asynchronous import fit_asynchronously as fit_asynchronously
 from tmdjax.runtime.calibration import check_calibration as check_calibration
 from tmdjax.runtime.control import Controller as Controller

@@ -5,6 +5,7 @@ that the step answered, are what a replay needs (``order=`` of an executor); its
 and amounts are what costs are calibrated from (:mod:`tmdjax.runtime.executors.costs`).
 """
 
+import collections
 import dataclasses
 import json
 import logging
@@ -12,9 +13,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tmdjax.core.checks import brief
+import numpy as np
+
+from tmdjax.core.checks import brief, check_choice, check_count
 from tmdjax.core.files import text_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,7 +57,11 @@ class Event:
     @property
     def role(self) -> str:
         """The name of the worker without its number."""
-        return self.worker.partition("/")[0]
+        return _role(self.worker)
+
+
+def _role(worker: str) -> str:
+    return worker.partition("/")[0]
 
 
 class EventLog:
@@ -111,6 +118,61 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
     return found
 
 
+def read_run(path: str | os.PathLike[str], *, control: str = "control") -> list[Event]:
+    """The events of a run, of all its starts one after the other.
+
+    For usage: the time between two starts is left out, and every start begins with the
+    reason 'start' for all roles. What a kill has undone was done all the same, so that
+    it counts as often as it was done. A replay needs the events of one start.
+
+    Args:
+        path: of a log, or of the folder of a run, in which the starts are
+            ``events_000.jsonl``, ``events_001.jsonl`` and so on.
+        control: name of the controller.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a folder without a log.
+        ValueError: a line is no event; names it.
+    """
+    path, paths = Path(path), [Path(path)]
+    if path.is_dir():
+        paths = sorted(path.glob("events_*.jsonl"), key=lambda p: (len(p.name), p.name))
+        if not paths:
+            raise FileNotFoundError(
+                f"{path} has no events_*.jsonl; name the folder of a run that "
+                f"fit_asynchronously was given, or a log."
+            )
+    found: list[Event] = []
+    steps: collections.Counter[str] = collections.Counter()
+    for each in paths:
+        own = read_events(each)
+        if found and own:
+            now = max(event.end for event in found)
+            roles = {role for e in found for role in e.notes.get("waits", {})}
+            again = Event(
+                worker=control,
+                step=steps[control],
+                what="start",
+                begin=now,
+                end=now,
+                notes={"waits": dict.fromkeys(sorted(roles), "start")},
+            )
+            steps[control] += 1
+            own = [
+                dataclasses.replace(
+                    event,
+                    step=event.step + steps[event.worker],
+                    begin=event.begin + now,
+                    end=event.end + now,
+                )
+                for event in own
+            ]
+            found.append(again)
+        steps.update(event.worker for event in own)
+        found += own
+    return found
+
+
 def _event(fields: Mapping[str, Any]) -> Event:
     """An event of JSON values.
 
@@ -141,6 +203,126 @@ def _event(fields: Mapping[str, Any]) -> Event:
     ):
         raise ValueError("a number is out of range")
     return dataclasses.replace(event, requests=tuple(event.requests))
+
+
+class Timeline(NamedTuple):
+    """How some workers spent their time, by periods of the run.
+
+    Attributes:
+        workers: how many there are.
+        edges: [period + 1] float64, seconds since the run began, where periods begin
+            and end.
+        busy: [period] float64, seconds of all these workers in steps.
+        waits: [period] float64, the others, by reason, as the controller gave them;
+            'start' before it gave any, 'idle' for a role that it gives none for.
+            Reasons for which nobody ever waited are left out.
+    """
+
+    workers: int
+    edges: np.ndarray
+    busy: np.ndarray
+    waits: Mapping[str, np.ndarray]
+
+    @property
+    def shares(self) -> dict[str, np.ndarray]:
+        """Of the time of each period, in [0, 1]: 'busy', and waits by reason."""
+        seconds = self.workers * np.diff(self.edges)
+        return {
+            name: np.divide(spent, seconds, np.zeros_like(spent), where=seconds > 0)
+            for name, spent in {"busy": self.busy, **self.waits}.items()
+        }
+
+
+def timelines(
+    events: Sequence[Event],
+    workers: Iterable[str] = (),
+    *,
+    periods: int = 1,
+    by: str = "role",
+    control: str = "control",
+) -> dict[str, Timeline]:
+    """When workers were busy, and why they waited when they were not.
+
+    The run ends with the last step of the controller; what goes on longer is cut there.
+    However many events and workers there are, what comes back has ``periods`` numbers
+    for each row and reason.
+
+    Args:
+        events: of a run, of which a worker does one at a time.
+        workers: names of all workers; those that never did anything are seen only here.
+        periods: into how many of equal length the run is cut, >= 1.
+        by: what a row is of: 'role', or 'worker'.
+        control: name of the controller, whose notes give the reasons, for all workers
+            of a role alike.
+
+    Returns:
+        By name of role or worker, as they first appear; seconds of 'busy' and 'waits'
+        add up to the length of each period times workers.
+
+    Raises:
+        TypeError: periods is no integer.
+        ValueError: periods below 1, or rows by anything else.
+    """
+    check_count("periods", periods)
+    check_choice("by", by, ("role", "worker"))
+    told = sorted((e for e in events if e.worker == control), key=lambda e: e.step)
+    ends = [e.end for e in told] or [e.end for e in events]
+    edges = np.linspace(0.0, max(ends, default=0.0), periods + 1)
+    reasons: dict[str, list[tuple[float, str]]] = {}
+    for event in told:
+        for role, reason in event.notes.get("waits", {}).items():
+            known = reasons.setdefault(role, [(0.0, "start")])
+            if known[-1][1] != reason:
+                known.append((event.end, reason))
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+    for event in events:
+        steps.setdefault(event.worker, []).append((event.begin, event.end))
+    rows: dict[str, list[str]] = {}
+    for name in steps:
+        rows.setdefault(_role(name) if by == "role" else name, []).append(name)
+    return {
+        row: _timeline(
+            [span for name in names for span in steps[name]],
+            len(names),
+            reasons.get(_role(row), [(0.0, "idle")]),
+            edges,
+        )
+        for row, names in rows.items()
+    }
+
+
+def _timeline(
+    spans: Sequence[tuple[float, float]],
+    workers: int,
+    reasons: Sequence[tuple[float, str]],
+    edges: np.ndarray,
+) -> Timeline:
+    """Of the steps of workers and of when each reason began to hold, from 0 on.
+
+    Between two neighbours of all these times and edges, how many are busy is one
+    number, and the reason why the others wait is one.
+    """
+    begin, end = np.minimum(np.reshape(np.array(spans, float), (-1, 2)).T, edges[-1])
+    since = np.array([time for time, _ in reasons])
+    times = np.unique(np.concatenate([edges, begin, end, since[since < edges[-1]]]))
+    at, seconds = times[:-1], np.diff(times)
+    period = np.searchsorted(edges, at, side="right") - 1
+    busy = np.searchsorted(np.sort(begin), at, side="right")
+    busy = busy - np.searchsorted(np.sort(end), at, side="right")
+    names = list(dict.fromkeys(name for _, name in reasons))
+    holds = np.array([names.index(name) for _, name in reasons])
+    holds = holds[np.searchsorted(since, at, side="right") - 1]
+
+    def summed(spent: np.ndarray) -> np.ndarray:
+        found = np.bincount(period, spent, minlength=len(edges) - 1)
+        return found.astype(float)  # nothing is summed to whole zeros
+
+    waits = {
+        name: summed(seconds * (workers - busy) * (holds == number))
+        for number, name in enumerate(names)
+    }
+    waits = {name: spent for name, spent in waits.items() if spent.any()}
+    return Timeline(workers, edges, summed(seconds * busy), waits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,48 +363,15 @@ def utilisation(
     Returns:
         Usage by role; seconds of 'busy' and 'waits' add up to ``Usage.seconds``.
     """
-    ends = [e.end for e in events if e.worker == control] or [e.end for e in events]
-    last = max(ends, default=0.0)
-    reasons: dict[str, list[tuple[float, str]]] = {}
-    for event in sorted((e for e in events if e.worker == control), key=_by_step):
-        for role, reason in event.notes.get("waits", {}).items():
-            reasons.setdefault(role, [(0.0, "start")]).append((event.end, reason))
-    steps: dict[str, list[Event]] = {name: [] for name in workers}
-    for event in events:
-        steps.setdefault(event.worker, []).append(event)
-    found: dict[str, Usage] = {}
-    for name, own in steps.items():
-        role = name.partition("/")[0]
-        waits: dict[str, float] = dict(found[role].waits) if role in found else {}
-        busy, free = 0.0, 0.0
-        for begin, end in [
-            *((e.begin, e.end) for e in sorted(own, key=_by_step)),
-            (last, last),
-        ]:
-            begin, end = min(begin, last), min(end, last)
-            for reason, seconds in _split(reasons.get(role, []), free, begin):
-                waits[reason] = waits.get(reason, 0.0) + seconds
-            busy, free = busy + end - begin, end
-        known = found.get(role, Usage(0, 0.0, 0.0, {}))
-        found[role] = Usage(
-            known.workers + 1, known.seconds + last, known.busy + busy, waits
+    return {
+        role: Usage(
+            found.workers,
+            found.workers * float(found.edges[-1]),
+            float(found.busy.sum()),
+            {reason: float(spent.sum()) for reason, spent in found.waits.items()},
         )
-    return found
-
-
-def _by_step(event: Event) -> int:
-    return event.step
-
-
-def _split(
-    reasons: Sequence[tuple[float, str]], begin: float, end: float
-) -> Iterable[tuple[str, float]]:
-    """Reasons that held between two times, with seconds; 'idle' where none is given."""
-    reasons = reasons or [(0.0, "idle")]
-    for (since, reason), (until, _) in zip(reasons, [*reasons[1:], (math.inf, "")]):
-        seconds = min(until, end) - max(since, begin)
-        if seconds > 0:
-            yield reason, seconds
+        for role, found in timelines(events, workers, control=control).items()
+    }
 
 
 def staleness(events: Iterable[Event]) -> dict[int, int]:
@@ -237,3 +386,58 @@ def staleness(events: Iterable[Event]) -> dict[int, int]:
 def total(events: Iterable[Event], what: str, amount: str) -> float:
     """The sum of an amount over all steps of a kind, such as tokens of 'decode'."""
     return sum(e.amounts.get(amount, 0) for e in events if e.what == what)
+
+
+def rate(events: Iterable[Event], what: str, amount: str, edges: Any) -> np.ndarray:
+    """An amount a second over time, such as tokens of 'decode'.
+
+    What a step has done is spread evenly from its begin to its end.
+
+    Args:
+        events: of a run.
+        what: the kind of step.
+        amount: its name in ``Event.amounts``; a step without it has done none.
+        edges: [period + 1] seconds since the run began, which rise, such as
+            ``Timeline.edges``; what was done before and after is not counted.
+
+    Returns:
+        [period] float64, a second.
+    """
+    rows = [
+        (e.end, e.end - e.begin, e.amounts[amount])
+        for e in events
+        if e.what == what and amount in e.amounts
+    ]
+    end, seconds, amounts = np.reshape(np.array(rows, float), (-1, 3)).T
+    seconds = np.maximum(seconds, 1e-9)  # of one that took no time
+    edges = np.asarray(edges, float)
+    done = [np.sum(amounts * np.clip(1 - (end - t) / seconds, 0, 1)) for t in edges]
+    return np.diff(done) / np.diff(edges)
+
+
+def lengths(events: Iterable[Event]) -> dict[str, np.ndarray]:
+    """Lengths of responses in tokens, for the question whether short ones train first.
+
+    What was not written to its end is in neither:
+    :func:`tmdjax.runtime.length_bias` estimates it, from the account of a run.
+
+    Args:
+        events: of a run.
+
+    Returns:
+        'written': [response] int64, of all that were judged, by number; 'trained': of
+        those among them that updates were made by.
+    """
+    judged: dict[int, int] = {}
+    learnt: set[int] = set()
+    for event in events:
+        if event.what == "judge":
+            tokens = int(event.amounts.get("tokens", 0))
+            judged |= dict.fromkeys(event.requests, tokens)
+        elif event.what == "learn":
+            learnt |= set(event.requests)
+    numbers = sorted(judged)
+    return {
+        "written": np.array([judged[n] for n in numbers], np.int64),
+        "trained": np.array([judged[n] for n in numbers if n in learnt], np.int64),
+    }
