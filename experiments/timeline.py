@@ -31,6 +31,7 @@ from tmdjax.runtime.events import (
     timelines,
     total,
 )
+from tmdjax.runtime.executors.deaths import DIED
 
 MOST_BANDS = 40  # a worker each; of more workers there is a band a role
 MOST_BARS = 40
@@ -148,6 +149,7 @@ def totals(
         "mean lag": lag / tokens if tokens else None,
         "largest lag": max(by_lag, default=None),
         "responses trained on": lengths(events)["trained"].size,
+        "workers that died": sum(e.what == DIED for e in events),
     }
 
 

@@ -43,7 +43,7 @@ def test_a_run_is_shown_from_its_folder(tmp_path, capsys):
     events = read_run(path)
     by_lag = staleness(events)
     told = timeline.totals(events, found.seconds, by_lag)
-    assert told["updates"] == 6
+    assert told["updates"] == 6 and told["workers that died"] == 0
     assert told["tokens trained on"] == found.tokens
     assert told["responses trained on"] == len(found.records)
     assert told["tokens written"] == sum(e.counts["drawn"] for e in found.engines)
