@@ -88,6 +88,7 @@ CASES = {
     "grpo": Case("chain_sum", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "jet_rl": Case("unified", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "xrpo": Case("xrpo", "rl", ("sft.pairs=512", "sft.look_every=1000")),
+    "scheduling": Case("sync", "calibrate"),
     "tmd": Case(
         "tmd",
         "distill",

@@ -24,6 +24,7 @@ DEAR += ("reinflow.py:cpu", "reinflow.py:gpu")
 DEAR += tuple(f"xrpo.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 DEAR += tuple(f"jet_rl.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 DEAR += ("fp8_training.py:cpu", "fp8_training.py:gpu")
+DEAR += ("scheduling.py:gpu", "scheduling.py:paper")
 DEAR += tuple(f"flow_equivariant.py:{tier}" for tier in ("cpu", "gpu", "paper"))
 BUILT = [
     pytest.param(spec, marks=[pytest.mark.nightly] * spec.endswith(DEAR))

@@ -53,6 +53,7 @@ CASES = {
     "pde_refiner": ("refiner", []),
     "policyflow": ("policyflow", ["train.envs=16"]),
     "reinflow": ("maze_reinflow4", []),
+    "scheduling": (None, []),
     "tmd": ("tmd", ["distill.cycles=20", "distill.adversarial_weight=0.03"]),
     "xrpo": (None, []),
 }
