@@ -43,6 +43,9 @@ CLOCKED = {
     "allocation_share": "share of an iteration's seconds that planning takes, in the "
     "median"
 }
+EQUAL = {"first_ratio_error": max, "mismatch_kl": np.mean, "mismatch_max": max}
+"""Columns of updates whose responses are of their own weights, and what is told of all
+of these."""
 REACHED = {
     "steps_to_level": "iterations until held-out accuracy reaches what the baseline "
     "ends at under the same seed, and one look more than there are if it does not",
@@ -65,7 +68,8 @@ def course(
     Returns:
         Curves: 'tokens', of all iterations so far, [iteration]; where the log of
         :func:`watched` has looks, their accuracy, 'held_out' [look], and the number of
-        iterations before each, 'looked_at' [look]. Metrics: those of COURSE. Timings:
+        iterations before each, 'looked_at' [look]. Metrics: those of COURSE, and of
+        EQUAL unless all responses are of older weights than their updates. Timings:
         those of CLOCKED, which differ between two equal runs.
     """
     tokens = np.array([row["tokens"] for row in rows])
@@ -78,6 +82,9 @@ def course(
         "responses": float(sum(row["responses"] for row in rows)),
         "tokens": float(tokens.sum()),
     }
+    for name, over in EQUAL.items():
+        if told := [row[name] for row in rows if name in row]:
+            metrics[name] = float(over(told))
     curves = {"tokens": np.cumsum(tokens)}
     looks = [i for i, row in enumerate(rows) if "held_out" in row]
     if looks:
@@ -134,7 +141,8 @@ def baseline_of(given: Mapping[str, Any]) -> str | None:
 
 def measured_against(given: Mapping[str, Any]) -> str:
     """The arm of :func:`baseline_of`, or why there is none, for who looks at sizes."""
-    missing = f"nothing: {given['curve']['baseline']!r} is none of the arms"
+    name = given["curve"].get("baseline")
+    missing = "nothing" if name is None else f"nothing: {name!r} is none of the arms"
     return baseline_of(given) or missing
 
 
@@ -149,18 +157,38 @@ def reached(
     """
     score, tokens, at = _smoothed(own["held_out"]), own["tokens"], own["looked_at"]
     level, budget = _smoothed(baseline["held_out"])[-1], baseline["tokens"][-1]
-    written = tokens[at - 1]
-    there = np.flatnonzero(score >= level)
-    if there.size:
-        steps, spent = at[there[0]], written[there[0]]
-    else:
-        steps = at[-1] + at[0]
-        spent = written[-1] * steps / at[-1]
+    steps = steps_to(own, level)
     return {
         "steps_to_level": float(steps),
-        "tokens_to_level": float(spent),
-        "accuracy_at_tokens": float(np.interp(budget, written, score)),
+        "tokens_to_level": spent_by(steps, tokens[: at[-1]]),
+        "accuracy_at_tokens": float(np.interp(budget, tokens[at - 1], score)),
     }
+
+
+def steps_to(own: Mapping[str, np.ndarray], level: float) -> int:
+    """Iterations until held-out accuracy, a mean over WINDOW looks, reaches a level.
+
+    One look more than there are if it never does.
+
+    Args:
+        own: curves of :func:`course`, with looks.
+        level: of accuracy, in [0, 1].
+    """
+    at, there = own["looked_at"], np.flatnonzero(_smoothed(own["held_out"]) >= level)
+    return int(at[there[0]] if there.size else at[-1] + at[0])
+
+
+def spent_by(steps: int, spent: np.ndarray) -> float:
+    """What was spent, such as tokens, by the end of an iteration.
+
+    Args:
+        steps: of the iteration, from 1. Beyond the last it is what as many would have
+            spent at the average pace.
+        spent: in all, at the end of each iteration, [iteration].
+    """
+    if steps <= len(spent):
+        return float(spent[steps - 1])
+    return float(spent[-1] * steps / len(spent))
 
 
 def _smoothed(curve: np.ndarray) -> np.ndarray:

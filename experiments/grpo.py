@@ -10,7 +10,7 @@ learning too, and arms are measured against the 'baseline' of them.
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -168,20 +168,20 @@ def try_examples(given: dict[str, Any], context: StageContext) -> StageResult:
     return exploration.try_examples(given, method, settings, start, context)
 
 
-def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
-    """Reinforcement learning from the supervised policy."""
-    params = start_of(given, context)
+def in_turn(given: dict[str, Any], params: Any, context: StageContext) -> Any:
+    """The state after iterations that write, score and update one after the other."""
     iterate, state = iteration(given, params, context.key, context.should_stop)
     if "curve" in given:
         iterate = exploration.watched(given, iterate, context.key)
-    state = context.fit(
-        state,
-        iterate,
-        train.NoData(),
-        num_steps=given["rl"]["iterations"],
-        log_every=1,
-    )
-    rows = context.rows()
+    count, data = given["rl"]["iterations"], train.NoData()
+    return context.fit(state, iterate, data, num_steps=count, log_every=1)
+
+
+def reinforce(
+    given: dict[str, Any], context: StageContext, by: Callable[..., Any] = in_turn
+) -> StageResult:
+    """Reinforcement learning, by :func:`in_turn` or its like, from the start."""
+    state, rows = by(given, start_of(given, context), context), context.rows()
     curves = {name: np.array([row[name] for row in rows]) for name in KEPT}
     first, last = ends(curves["score"], parts=10)
     more, course, timings = exploration.course(rows)
@@ -192,9 +192,6 @@ def reinforce(given: dict[str, Any], context: StageContext) -> StageResult:
         | {
             "score_first": first,
             "score_last": last,
-            "first_ratio_error": max(row["first_ratio_error"] for row in rows),
-            "mismatch_kl": float(np.mean([row["mismatch_kl"] for row in rows])),
-            "mismatch_max": max(row["mismatch_max"] for row in rows),
             "skipped_updates": float(state.skipped),
             "truncated_fraction": rows[-1]["truncated_fraction"],
         },

@@ -1,7 +1,7 @@
 """The iteration of RL on a language model that an arm of a config describes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from experiments.arms import build_method
 from tmdjax import generation, models, quant, runtime, train
 from tmdjax.harness import StageContext
 from tmdjax.models import lora
-from tmdjax.runtime.settings import Draw
+from tmdjax.runtime.settings import Draw, Score
 from tmdjax.systems import jet_rl, xrpo
 
 SHADOWS = {"bfloat16": "bf16", "float32": "bf16_out_fp32"}
@@ -113,20 +113,44 @@ def training_draw(task: Any, language: tasks.Language, prompts: int, key: Any) -
     return draw
 
 
-def iteration(
-    given: dict[str, Any],
-    params: Any,
-    key: Any,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Any:
-    """The function of an iteration, its engine built."""
+class Parts(NamedTuple):
+    """What writes, judges and learns in an arm, whoever has them take turns.
+
+    Attributes:
+        make_engine: the engine of a generator by its number; all have one key.
+        learning: log-probs, objective, optimiser and settings.
+        options: further arguments of :func:`tmdjax.runtime.make_iteration`, which are
+            those of :func:`tmdjax.runtime.make_learner` too.
+        draw: of prompts.
+        score: of responses.
+        start: what is trained, before the first update.
+        exact: whether the engine's log-probs are those of training.
+    """
+
+    make_engine: Callable[[int], generation.Engine]
+    learning: tuple[Any, Any, Any, runtime.LanguageSettings]
+    options: dict[str, Any]
+    draw: Draw
+    score: Score
+    start: Any
+    exact: bool
+
+
+def parts_of(given: dict[str, Any], params: Any, key: Any, rules: Any = None) -> Parts:
+    """The parts of an arm.
+
+    Args:
+        given: the config of the arm.
+        params: of the policy before reinforcement learning.
+        key: of the stage.
+        rules: settings, objective and optimiser; None takes :func:`settings_of`.
+    """
     task, sizes = tasks.build(given["task"]), given["rl"]
     language = tasks.language(given)
-    settings, objective, optimizer = settings_of(given)
+    settings, objective, optimizer = rules or settings_of(given)
     acting = tasks.language(given, "rollout").config
     model, slots = generation.cached_decoder(acting), language.engine(sizes)
     print(f"[rl] {generation.describe(model, params, slots)}")
-    engine = generation.Engine(model, params, slots, key, decode=language.decode)
     start = trainable(given, params, key)
 
     def log_probs(config: models.DecoderConfig) -> runtime.LogProbs:
@@ -140,22 +164,49 @@ def iteration(
     if "reference" in objective.needs:  # a copy: updates reuse the memory of the start
         reference = jax.tree.map(jnp.array, start)
 
-    iterate = runtime.make_iteration(
-        engine,
-        log_probs(language.config),
-        objective,
-        optimizer,
-        settings,
-        training_draw(task, language, settings.prompts, key),
-        tasks.scorer(task, language),
-        length=sizes["length"],
-        pad=language.pad,
-        should_stop=should_stop,
-        generation_params=lambda params: models.prepare_weights(
-            merged(given, params), config=acting
+    return Parts(
+        make_engine=lambda number: generation.Engine(
+            model, params, slots, key, decode=language.decode
         ),
-        reference=reference,
-        shadow=shadow,
-        precision=quant.Precision(**given["precision"]),
+        learning=(log_probs(language.config), objective, optimizer, settings),
+        options={
+            "length": sizes["length"],
+            "pad": language.pad,
+            "generation_params": lambda params: models.prepare_weights(
+                merged(given, params), config=acting
+            ),
+            "reference": reference,
+            "shadow": shadow,
+            "precision": quant.Precision(**given["precision"]),
+        },
+        draw=training_draw(task, language, settings.prompts, key),
+        score=tasks.scorer(task, language),
+        start=start,
+        exact=model.exact,
     )
-    return iterate, iterate.init(start)
+
+
+def iteration(
+    given: dict[str, Any],
+    params: Any,
+    key: Any,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Any:
+    """The function of an iteration, its engine built, and the state before the first.
+
+    Args:
+        given: the config of the arm.
+        params: of the policy before reinforcement learning.
+        key: of the stage.
+        should_stop: asked while responses are written.
+    """
+    parts = parts_of(given, params, key)
+    iterate = runtime.make_iteration(
+        parts.make_engine(0),
+        *parts.learning,
+        parts.draw,
+        parts.score,
+        should_stop=should_stop,
+        **parts.options,
+    )
+    return iterate, iterate.init(parts.start)
