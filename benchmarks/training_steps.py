@@ -9,12 +9,13 @@ the first step (none should be), and for RL the first ratio error, which says wh
 rollout's log-probs are those of the update.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -85,6 +86,8 @@ CASES = {
             "train.iterations_per_call=1",
         ),
     ),
+    "areal": Case("loop", "rl", ("sft.pairs=512", "sft.look_every=1000")),
+    "april": Case("april_4n_ignore", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "grpo": Case("chain_sum", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "jet_rl": Case("unified", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "xrpo": Case("xrpo", "rl", ("sft.pairs=512", "sft.look_every=1000")),
@@ -117,14 +120,8 @@ class FewSteps(StageContext):
         self, state: Any, step_fn: Any, data: Any, *, place: Any = None, **options: Any
     ) -> Any:
         """The state after ``STEPS`` steps."""
-        seconds, compiled, rows = [], [], []
-
-        def listen(event: str, duration_secs: float, **_: Any) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
-                compiled[-1] += 1
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
+        seconds, rows = [], []
+        with _compilations() as compiled:
             for step in range(STEPS):
                 key = jax.random.fold_in(self.key, step)
                 batch = next(data)
@@ -136,8 +133,42 @@ class FewSteps(StageContext):
                 jax.block_until_ready((state, metrics))
                 seconds.append(time.perf_counter() - start)
                 rows.append({k: float(v) for k, v in metrics.items() if not np.ndim(v)})
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
+        self._tell(rows, seconds, compiled)
+        return state
+
+    def run_loop(self, loop: Any, **options: Any) -> Any:
+        """The state of a loop of its own after ``STEPS`` updates.
+
+        A step is then the time from one update to the next, writing included.
+        """
+        del options
+        rows: list[dict[str, float]] = []
+        ends = [time.perf_counter()]
+        with _compilations() as compiled:
+            compiled.append(0)
+
+            def on_metrics(step: int, metrics: dict[str, float]) -> None:
+                rows.append(metrics)
+                ends.append(time.perf_counter())
+                compiled.append(0)
+
+            result = loop(
+                key=self.key,
+                checkpoints=None,
+                on_metrics=on_metrics,
+                on_resume=None,
+                should_stop=lambda: len(rows) >= STEPS,
+            )
+        self._tell(rows, np.diff(ends).tolist(), compiled[: len(rows)])
+        return result.state
+
+    def _tell(
+        self,
+        rows: Sequence[dict[str, float]],
+        seconds: Sequence[float],
+        compiled: Sequence[int],
+    ) -> None:
+        """Notes what was seen of each step; the last loop ends the run."""
         self._rows = [
             {**row, "step": i + 1.0, "time/steps_per_second": 1 / took}
             for i, (row, took) in enumerate(zip(rows, seconds))
@@ -150,7 +181,22 @@ class FewSteps(StageContext):
         }
         if self._last:
             raise _Seen
-        return state
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[list[int]]:
+    """Counts programs that are compiled meanwhile, in the last item of a list."""
+    counts: list[int] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts[-1] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def loops_of(system: str, tier: str, folder: pathlib.Path) -> dict[str, dict]:
