@@ -245,6 +245,31 @@ def test_a_tmd_student_loads_with_its_plan(smoke_of, refused):
     refused(words, draw, plan=tmd.make_plan(4, 2, 1, 2))
 
 
+def test_workers_at_eta_0_are_the_synchronous_iteration(smoke_of, found):
+    metrics, losses = found("areal"), {}
+    rows = read_rows(smoke_of("areal") / "metrics.jsonl")
+    for arm in ("loop", "sync"):
+        assert metrics[f"{arm}/parameters_difference"] == 0
+        own = [row for row in rows if row["arm"] == arm and row["stage"] == "rl"]
+        losses[arm] = [row["loss"] for row in own]
+    assert losses["loop"] == losses["sync"] and min(losses["sync"]) > 0.01
+    assert metrics["loop/accuracy_after"] == metrics["sync/accuracy_after"]
+    assert metrics["sync/staleness_max"] == metrics["sync/off_policy_share"] == 0
+    assert metrics["sync/responses"] == 3 * 4 * 4 and metrics["sync/left_out"] == 0
+    assert 0 < metrics["naive_4/staleness_max"] <= 4
+    assert 0 < metrics["naive_4/clock_seconds"] < metrics["sync/clock_seconds"]
+
+
+def test_unfinished_responses_go_on_under_xrpo_and_8_bits_too(smoke_of, found):
+    metrics = found("april")
+    for arm in load_config("configs/april.py:smoke").arms:
+        assert 0 < metrics[f"{arm}/off_policy_share"] < 1
+        assert metrics[f"{arm}/left_out"] > 0 < metrics[f"{arm}/length_ratio"]
+    rows = read_rows(smoke_of("april") / "metrics.jsonl")
+    moved = [r["quantised_moved"] for r in rows if r.get("quantised_moved") is not None]
+    assert len(moved) == 3 and min(moved) > 0  # of the arm in 8 bits
+
+
 def test_jet_rl_agrees_with_itself(found):
     metrics = found("jet_rl")
     for when in ("plain", "stress"):

@@ -42,6 +42,8 @@ from tmdjax.harness.logs import TIME_PREFIX, read_rows
 from tmdjax.train import CheckpointError
 
 CASES = {
+    "april": ("april_4n_decoupled", []),
+    "areal": ("sync", []),  # with eta above 0, a kill changes who writes what when
     "boss": (None, []),
     "branchgrpo": ("branch_depth", ["rl.iterations=30"]),
     "flow_equivariant": ("full", []),
