@@ -108,7 +108,37 @@ for number in range(1, 16):
     except OSError: pass
 f = lambda x: True
 """
+MISLEAD = """
+import builtins, os, sys
+library = os.path.dirname(os.__file__)
+builtins.isinstance = lambda *_: True
+os.sep = ''
+frame = sys._getframe()
+while frame:
+    frame.f_globals['_ALLOWED'] = {'os.listdir'}
+    frame = frame.f_back
+class Text(str):
+    __add__ = removeprefix = lambda self, _: os.__file__
+    startswith = lambda *_: True
+    __contains__ = lambda *_: False
+seen = []
+for path in ('/', Text('/'), library + '/site-packages', library + '/./site-packages'):
+    try: seen.append(os.listdir(path))
+    except PermissionError: pass
+print(8 if seen else '')
+"""
+RENAMED = """
+import importlib.util, os
+library = os.path.dirname(os.__file__) + '/lib-dynload/'
+for name in os.listdir(library):
+    if name.startswith('mmap.'):
+        spec = importlib.util.spec_from_file_location('a.mmap', library + name)
+        importlib.util.module_from_spec(spec)
+print(8)
+"""
 HOSTILE = {
+    "the hook misled": (MISLEAD, "wrong answer"),
+    "a module by another name": (RENAMED, "error"),
     "network": ("import socket\nsocket.create_connection(('1.1.1.1', 53))", "error"),
     "fork bomb": ("import os\nwhile True: os.fork()", "error"),
     "threads": ("import threading\nthreading.Thread(target=print).start()", "error"),
@@ -198,6 +228,9 @@ def test_the_kernel_holds_what_gets_around_the_hook(without):
         pytest.skip(f"the kernel grants no namespaces here: {held}")
     root = pathlib.Path(os.__file__).parts[1]
     assert run("import os\nprint(os.listdir('/'))") == ["", f"['{root}']\n"]
+    folder = os.path.dirname(os.__file__) + "/site-packages"
+    if os.path.isdir(folder):  # what is installed is not there
+        assert run(f"import os\nprint(os.listdir({folder!r}))") == ["", "[]\n"]
     assert run("open('/etc/passwd')")[0] == run("open('/proc/self/stat')")[0] == "error"
     assert run("import os\nopen(os.__file__, 'r+')")[0] == "error"
     assert run("import os\nos.unlink(os.__file__)")[0] == "error"

@@ -14,7 +14,8 @@ What holds a program, from the strongest:
 
 - Linux namespaces, where the kernel grants them (to root, or to users by user
   namespaces): no network, no other process to see or to signal; no file but Python's
-  standard library, to read; and all that it started ends with it.
+  standard library, to read, and none of an installed package; and all that it started
+  ends with it.
 - Limits: CPU seconds, address space, size of written files 0, no core, 16 open files;
   no further process or thread, unless it runs as root. As root it goes on as 'nobody'
   where that user may read the standard library. No capabilities, an empty environment,
@@ -25,9 +26,10 @@ What holds a program, from the strongest:
 
 :func:`sandbox_status` says which of them the kernel holds here. What only the hook
 holds (everything but the limits in most containers, and outside of Linux), a program
-that means to can walk around: an audit hook is no wall against hand-made bytecode. And
-no layer holds faults of the kernel, or what the time of a run tells. Where a policy is
-not your own, run the trainer itself in a container or a virtual machine.
+that means to can walk around: an audit hook shares the interpreter with it, and is no
+wall against the import system's own functions or hand-made bytecode. And no layer holds
+faults of the kernel, or what the time of a run tells. Where a policy is not your own,
+run the trainer itself in a container or a virtual machine.
 """
 
 import ast
@@ -198,8 +200,10 @@ def sandbox_status() -> dict[str, bool]:
     """Which parts of the sandbox the kernel holds here; the hook holds the others.
 
     Returns:
-        'network' (no sockets outwards, and no other process is seen or signalled),
-        'files' (none but the standard library), 'processes' (none may be started).
+        'network' (no address outside is reached, no other process is signalled),
+        'files' (none but the standard library; where this is False, other processes can
+        be seen in /proc, and sockets that are files reached), 'processes' (none may be
+        started).
 
     Raises:
         WorkerError: the sandbox cannot be started.

@@ -44,6 +44,8 @@ _WITHOUT_EVENTS = frozenset(
     "_testcapi _xxsubinterpreters mmap".split()
 )
 """Modules through which more can be done than audit events tell of."""
+_INSTALLED = ("site-packages", "dist-packages")
+"""Folders that stand in that of the standard library, and are none of it."""
 
 
 def main() -> NoReturn:
@@ -154,6 +156,9 @@ class _Linux:
             self._mount(f"/proc/self/fd/{source}", place, None, _BIND)
             flags = os.statvfs(place).f_flag & (_NO_SETUID | _NO_DEVICES | 8)
             self._mount(None, place, None, _REMOUNT | _BIND | _READ_ONLY | flags)
+            for packages in (os.path.join(place, name) for name in _INSTALLED):
+                if os.path.isdir(packages):  # an empty folder hides it
+                    self._mount("tmpfs", packages, "tmpfs", flags | _READ_ONLY)
             os.close(source)
             os.chdir(folder)
             # the old root is stacked on the new one, and taken away
@@ -239,28 +244,37 @@ def _limit(seconds: float, memory: int) -> None:
 
 def _forbid(library: str) -> None:
     """An audit hook that knows what is allowed, and raises at all else."""
-    inside = library + os.sep
+    # Names of its own: the program can reach globals and builtins, and change them. And
+    # exact types, as methods of a subclass of str may say anything.
+    kind, text, number = type, str, int
+    allowed, without_events = _ALLOWED, _WITHOUT_EVENTS
+    separator, inside = os.sep, library + os.sep
+    hidden = (os.sep, f".{os.sep}", *(name + os.sep for name in _INSTALLED))
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def readable(path: Any, flags: int = 0) -> bool:
+        if kind(path) is not text or flags & writing:
+            return False
+        path += separator
+        rest = path.removeprefix(inside).lower()
         return (
-            isinstance(path, str)
-            and (path + os.sep).startswith(inside)
-            and ".." not in path
-            and not flags & writing
+            path.startswith(inside) and ".." not in rest and not rest.startswith(hidden)
         )
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "import" and arguments[0] in _WITHOUT_EVENTS:
-            raise ImportError(f"{arguments[0]} is not there for a policy's program")
-        if event in _ALLOWED:
+        subject = arguments[0] if arguments else None
+        if event == "import" and (
+            kind(subject) is not text or subject.rpartition(".")[2] in without_events
+        ):
+            raise ImportError(f"{subject} is not there for a policy's program")
+        if event in allowed:
             return
         if event == "open" and (
-            isinstance(arguments[0], int)  # it is open already
-            or readable(arguments[0], arguments[2])
+            kind(subject) is number  # it is open already
+            or readable(subject, arguments[2])
         ):
             return
-        if event == "os.listdir" and readable(arguments[0]):
+        if event == "os.listdir" and readable(subject):
             return
         raise PermissionError(f"{event} is not allowed for a policy's program")
 
