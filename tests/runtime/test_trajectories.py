@@ -408,6 +408,19 @@ def test_one_process_writes(tmp_path, refused):
         assert store.counts()["submitted"] == 2
 
 
+def test_links_and_relative_paths_are_those_of_the_beginning(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trajectories.sqlite").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    with TrajectoryStore("run") as store:
+        store.submit([1], 0)
+        finished(store, 1)
+        monkeypatch.chdir("/")
+        store.consume([1], 0)  # waits for the disk, so finds the log
+    with TrajectoryStore(tmp_path / "run") as store:
+        assert store.get(1).state == "consumed"
+
+
 def test_damaged_and_foreign_files_are_named_and_left_alone(tmp_path, refused):
     def folder(name, data=b""):
         path = tmp_path / name

@@ -43,11 +43,12 @@ class Database:
             ValueError: the file is damaged, of another version or of another program;
                 it is left as it is.
         """
-        self._path = path
+        # SQLite follows links and remembers the folder; so does the log beside the file
+        self._path = path if path == ":memory:" else os.path.realpath(path)
         self._inside = self._is_durable = False
         with self._translated():
             self._base = sqlite3.connect(
-                path, timeout=0, isolation_level=None, check_same_thread=False
+                self._path, timeout=0, isolation_level=None, check_same_thread=False
             )
             try:
                 self._open(kind, version, tables, check)
