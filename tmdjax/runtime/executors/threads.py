@@ -26,7 +26,8 @@ class Threads:
         longest_step: seconds that a step may take, > 0; compiling counts. A run whose
             worker takes longer ends with an error that names it.
         grace: seconds that workers have, once a run is over, to end the step that they
-            are in, >= 0. Those that do not are left behind, with a warning.
+            are in, >= 0. Those that do not are left behind, with a warning, and what
+            they do then is not logged.
         restarts: how often a worker may die (:exc:`WorkerDiedError`), >= 0.
     """
 
@@ -64,6 +65,8 @@ class Threads:
             for thread in threads:
                 if thread.name != run.hangs:
                     thread.join(max(0.0, deadline - time.monotonic()))
+            with run.changed:
+                run.is_left = True
             late = [t.name for t in threads if t.is_alive() and t.name != run.hangs]
             if late:
                 _LOGGER.warning(
@@ -92,7 +95,7 @@ class _Run:
         self.start = time.monotonic()
         self.waiting: set[str] = set()
         self.busy: dict[str, float] = {}  # since when
-        self.over = False
+        self.over = self.is_left = False
         self.seconds = 0.0
         self.hangs = ""
         self.error: BaseException | None = None
@@ -136,6 +139,8 @@ class _Run:
         with self.changed:
             end = self.now()
             del self.busy[name]
+            if self.is_left:  # the log may be closed by now
+                return False
             if step is None:
                 inbox.rest()
                 return True
