@@ -1,5 +1,6 @@
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -162,6 +163,22 @@ def test_answers_and_calls_are_bounded(evaluate, refused, monkeypatch):
     evaluate("__import__('threading').Timer(0.1, lambda: 9**9**9).start()")
     time.sleep(0.2)
     refused("gave no answer", evaluate, repr("x" * 10**6), error=WorkerTimeout)
+
+
+def test_many_files_may_be_open(evaluate):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"the system allows no more than {hard} open files")
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+        while held[-1] < 1024:  # from there on select.select refuses
+            held.append(os.dup(held[0]))
+        assert evaluate("[7] * 100_000") == [7] * 100_000
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_bad_settings(refused):

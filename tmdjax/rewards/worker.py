@@ -29,6 +29,7 @@ from tmdjax.core.checks import check_range
 
 _START_TIMEOUT = 120.0
 _END_TIMEOUT = 10.0
+_LONGEST_POLL = 3600.0
 _LONGEST_ANSWER = 1 << 26
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -130,24 +131,28 @@ class Worker:
     ) -> Any:
         """Sends a line while the answer, one line, is waited for."""
         assert process.stdin is not None and process.stdout is not None
+        calls, answers = process.stdin.fileno(), process.stdout.fileno()
         deadline = time.monotonic() + timeout
         unsent, received = memoryview(line), bytearray()
         while not received.endswith(b"\n"):
             remaining = deadline - time.monotonic()
-            writes = [process.stdin] if unsent else []
-            ready = select.select([process.stdout], writes, [], max(remaining, 0))
-            if remaining <= 0 or not any(ready):
+            if remaining <= 0:
                 raise self._killed(
                     f"gave no answer within {timeout:g} s", WorkerTimeout
                 )
-            if ready[1]:
+            poll = select.poll()  # select.select takes no descriptor above 1023
+            poll.register(answers, select.POLLIN)
+            if unsent:
+                poll.register(calls, select.POLLOUT)
+            ready = dict(poll.poll(1000 * min(remaining, _LONGEST_POLL)))
+            if calls in ready:
                 try:
-                    unsent = unsent[os.write(process.stdin.fileno(), unsent) :]
+                    unsent = unsent[os.write(calls, unsent) :]
                 except BrokenPipeError:  # it died; the missing answer then tells
                     unsent = memoryview(b"")
-            if not ready[0]:
+            if answers not in ready:
                 continue
-            piece = os.read(process.stdout.fileno(), 1 << 16)
+            piece = os.read(answers, 1 << 16)
             if not piece:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)  # else the status would be that of our end
