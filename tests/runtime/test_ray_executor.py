@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,7 @@ def started(tmp_path_factory):
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_register_timeout_seconds": "300",
+        "PYTHONPATH": os.pathsep.join(sys.path),  # for modules of tests
     }
     folder = tmp_path_factory.mktemp("ray")
     short = f"/tmp/ray_test_{os.getpid()}"  # names of sockets have at most 107 letters
@@ -276,6 +279,51 @@ def test_faults_end_a_run_and_say_who(started, refused):
     )
 
 
+TRAINED_TWICE = """
+import sys
+
+from checks import same
+from test_asynchronous import BIGRAMS, bigrams, clock, learner_of_bigrams
+from test_quantised_rollouts import KEY, PARAMS, draw, low
+
+from tmdjax import runtime, train
+
+address, folder = sys.argv[1:]
+
+
+def trained(executor, **options):
+    learner, rows = learner_of_bigrams(), []
+    state, finished = runtime.fit_asynchronously(
+        *(learner.init(PARAMS), learner, bigrams, draw, low, BIGRAMS),
+        key=KEY,
+        executor=executor,
+        on_metrics=lambda step, row: rows.append((step, row)),
+        **options,
+    )
+    assert finished and [step for step, _ in rows] == list(range(1, BIGRAMS.updates + 1))
+    return state, rows
+
+
+actors = runtime.executors.RayActors(address=address)
+saved = train.Checkpoints(folder + "/checkpoints")
+there, rows = trained(actors, folder=folder, checkpoints=saved)
+here, expected = trained(clock())
+same(there, here)
+assert rows == expected
+"""
+
+
+@pytest.mark.slow
+def test_a_language_model_trains_in_actors_as_under_the_virtual_clock(
+    started, tmp_path
+):
+    """In a process of its own: checks that tests put into functions do not travel."""
+    address = started.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", TRAINED_TWICE, address, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_options_and_the_environment_of_an_actor(refused):
     given = {
         "generate": {"num_gpus": 1},
@@ -320,6 +368,31 @@ def test_without_ray_the_remedy_is_named(monkeypatch, refused):
         *(RayActors().run, {"control": lambda: None}, [].append),
         error=ImportError,
     )
+
+
+def test_a_worker_that_is_made_anew_leaves_no_process_behind():
+    """Nor does one whose death is replayed: its process lives, and holds its GPUs."""
+    killed = []
+
+    class Method:
+        remote = staticmethod(lambda *_: None)
+
+    class Actor:
+        begin = make = step = Method
+
+    options = types.SimpleNamespace(options=lambda: types.SimpleNamespace(remote=Actor))
+    ray = types.SimpleNamespace(
+        remote=lambda _: options,
+        get=lambda *_, timeout: None,
+        kill=killed.append,
+        exceptions=None,
+    )
+    actors = ray_actors._Actors(ray, 1.0)
+    for count, name in enumerate(("train", "generate/0", "generate/0", "generate/0")):
+        actors.start(name, {}, b"")
+        assert len(killed) == max(0, count - 1)
+    actors.end()
+    assert len(set(killed)) == len(killed) == 4
 
 
 def test_small_items_travel_as_they_are():

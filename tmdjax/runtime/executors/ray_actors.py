@@ -179,23 +179,26 @@ class _Actors:
     def __init__(self, ray: Any, longest_start: float):
         self._ray, self._longest_start = ray, longest_start
         self._changes = threading.Lock()
-        self._alive: list[Any] = []
+        self._alive: dict[str, Any] = {}  # by name of the worker
         self._over = False
 
     def start(self, name: str, options: Mapping[str, Any], pickled: bytes) -> Worker:
-        """A worker in a new actor.
+        """A worker in a new actor; the one of that name before it is ended.
 
         Raises:
             RuntimeError: there is no place for it.
             WorkerDiedError: its process died at once.
         """
+        with self._changes:
+            if name in self._alive:  # it said that it died, or does so in a replay
+                self._kill(self._alive.pop(name))
         actor = self._ray.remote(_Host).options(**options).remote()
         with self._changes:
-            self._alive.append(actor)
+            self._alive[name] = actor
             if self._over:
                 self._kill(actor)
         try:
-            self._reply(name, actor, actor.begin.remote(), self._longest_start)
+            self._reply(name, actor.begin.remote(), self._longest_start)
         except self._ray.exceptions.GetTimeoutError as error:
             asked = {k: v for k, v in options.items() if k != "runtime_env"}
             raise RuntimeError(
@@ -205,20 +208,20 @@ class _Actors:
                 f"{brief(self._ray.available_resources())} are free. Start more nodes, "
                 f"ask for less with options=, or raise longest_start."
             ) from error
-        self._reply(name, actor, actor.make.remote(pickled))
-        return lambda message: self._reply(name, actor, actor.step.remote(message))
+        self._reply(name, actor.make.remote(pickled))
+        return lambda message: self._reply(name, actor.step.remote(message))
 
     def end(self) -> None:
         """Ends all processes."""
         with self._changes:
             self._over = True
-            for actor in self._alive:
+            for actor in self._alive.values():
                 self._kill(actor)
 
     def _kill(self, actor: Any) -> None:
         self._ray.kill(actor)
 
-    def _reply(self, name: str, actor: Any, reply: Any, most: float | None = None):
+    def _reply(self, name: str, reply: Any, most: float | None = None):
         """What an actor answers, once it has."""
         faults = self._ray.exceptions
         try:
@@ -243,8 +246,7 @@ class _Actors:
             with self._changes:
                 if self._over:
                     raise RuntimeError(f"the run of {name} is over.") from None
-                self._alive.remove(actor)
-            self._kill(actor)  # it may only be out of reach
+                self._kill(self._alive.pop(name))  # it may only be out of reach
             raise WorkerDiedError(_line(error)) from None
 
 
