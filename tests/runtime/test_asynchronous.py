@@ -443,6 +443,8 @@ def test_what_does_not_fit_together_is_refused(refused, caplog, tmp_path):
     refused("generators=0 must be at least 1", fit, generators=0)
     refused("scorers=0 must be at least 1", fit, scorers=0)
     refused("checkpoint_every=0 must be", fit, checkpoint_every=0)
+    message = "the trainer has waited .* for a batch, longer than longest_wait=1;"
+    refused(message, fit, longest_wait=1, error=RuntimeError)
     error = train.NonFiniteError
     refused("consecutive updates up to step 1", fit, max_skipped=0, error=error)
     store = train.Checkpoints(tmp_path)
@@ -455,7 +457,7 @@ def test_what_does_not_fit_together_is_refused(refused, caplog, tmp_path):
         return runtime.fit_asynchronously(*given, key=KEY)
 
     refused("max_new_tokens=400 leaves no room for a prompt", other, length=400)
-    refused("XRPO shows worked examples", other, objective=xrpo.preset("xrpo"))
+    refused("3 rounds, more than rounds=1", other, objective=xrpo.preset("xrpo"))
     state = remembering().init({"w": jnp.zeros(())})
     pending = dataclasses.replace(state, pending=np.zeros(3, np.uint8))
     refused("stopped while it collected", other, pending)

@@ -442,6 +442,75 @@ def test_a_response_that_cannot_be_scored_costs_itself_alone():
     assert found.numbers[0] == [0, 1, 2, 3, 6, 7, 8, 9]
 
 
+class Broken(SimulatedEngine):
+    """Every seventh of its responses has a log-prob that is no number."""
+
+    def advance(self):
+        ended = super().advance()
+        for record in ended:
+            if record.number % 7 == 3:
+                record.log_probs[-1] = math.nan
+        return ended
+
+
+def test_areal_7_a_log_prob_that_is_not_finite_costs_its_response_alone():
+    found = run(ASYNC, engines=Broken)
+    rows = found.store.select(["discarded"])
+    lost = [t for t in rows if t.reason != "stale"]
+    assert lost and {t.number % 7 for t in lost} == {3}
+    assert "record 3 has log-prob nan at token" in lost[0].reason
+    assert len(found.batches) == ASYNC.updates
+
+
+@pytest.mark.parametrize("when_full", ["continue", "resume", "discard"])
+def test_whatever_is_combined_a_run_ends(when_full):
+    """Rules that act at the same time, workers that die among them."""
+    for seed in range(8):
+        rng = np.random.default_rng([seed, len(when_full)])
+        pick = lambda *of, rng=rng: of[rng.integers(len(of))]  # noqa: E731
+        own = {"on_stale": pick("drop", "keep", "mask"), "eta": pick(1, 2)}
+        if when_full != "continue":
+            own |= {"ahead": pick(3, 5), "max_waiting": pick(0, 1, math.inf)}
+        if when_full == "resume":
+            own |= {"max_resume": pick(None, 1), "priority": pick("oldest", "longest")}
+            own |= {"on_exceed": pick("truncate", "drop", "first")}
+        schedule = Schedule(
+            **{"batch": 3, "samples": 2, "max_new_tokens": 60, "updates": 4},
+            **{"slots": pick(2, 8), "when_full": when_full, **own},
+            allow_repeats=False,
+        )
+
+        def mortal(name, make, rng=rng):
+            def made():
+                worker, left = make(), int(rng.integers(5, 60))
+
+                def work(message):
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        raise WorkerDiedError("killed")
+                    return worker(message)
+
+                return work
+
+            return make if name in ("control", "train") else made
+
+        found = run(
+            schedule,
+            lengths=lognormal(1.0, seed),
+            prompt_of=lambda n: Prompt([1, n % 11], n),
+            around=mortal if seed % 2 else lambda name, make: make,
+            executor=Simulated(costs(), restarts=99),
+            interruptible=bool(rng.integers(2)),
+        )
+        assert [len(b.groups) for b in found.batches] == 4 * [3], (seed, schedule)
+        assert len(set(flat(found.numbers))) == len(flat(found.numbers))
+        if schedule.on_stale == "drop":
+            assert found.worst_lag <= schedule.eta
+        if schedule.max_resume is not None:
+            assert max(len({*r.versions}) for r in found.records) <= 2
+
+
 def test_scorers_share_the_work_and_a_late_report_changes_nothing():
     found = run(SYNC, executor=Simulated(costs(judge=3.0)))
     usage = utilisation(found.events)["reward"]
@@ -585,9 +654,7 @@ def test_what_a_full_batch_leaves_unfinished_is_bounded():
 
 def test_a_run_that_gets_nowhere_ends_with_what_is_known(refused):
     def stuck(limit):
-        events = []
-        watch = Watchdog(events.append, limit)
-        run(SYNC, lengths=lambda n: 390 if n == 11 else 5, log=watch)
+        run(SYNC, lengths=lambda n: 390 if n == 11 else 5, log=Watchdog(limit))
 
     message = (
         r"the trainer has waited 10[0-9.]+ s for a batch, longer than longest_wait=100; "
@@ -597,13 +664,21 @@ def test_a_run_that_gets_nowhere_ends_with_what_is_known(refused):
     )
     refused(message, stuck, 100, error=RuntimeError)
     stuck(10**4)  # it goes on where it may wait for so long
-    refused("longest_wait=0 is outside", Watchdog, print, 0)
+    refused("longest_wait=0 is outside", Watchdog, 0)
     refused(
         r"max_rejected=7 groups in a row .* fifths of \[0, 1\]: \[3, 0, 0, 0, 4\]",
         run,
         dataclasses.replace(SYNC, max_rejected=7),
         judge=lambda record, problem: (float(record.group % 2), 1.0),
         accept=lambda scores: False,
+        error=RuntimeError,
+    )
+    refused(
+        r"max_unscored=9 responses in a row could not be scored, at last [0-9]+: "
+        r"ZeroDivisionError: ",
+        run,
+        dataclasses.replace(SYNC, max_unscored=9),
+        judge=lambda record, problem: 1 / 0,
         error=RuntimeError,
     )
     few = {"prompt_of": lambda n: Prompt([n % 3], None)}
@@ -637,6 +712,8 @@ def test_bad_input(refused, tmp_path):
         ("priority='age' is not one of 'fifo'", {"priority": "age"}),
         ("max_waiting=-1 is outside", {"max_waiting": -1}),
         ("max_rejected=0 is outside", {"max_rejected": 0}),
+        ("max_unscored=0 is outside", {"max_unscored": 0}),
+        ("eta=math.inf none is", {"eta": math.inf, "on_stale": "mask"}),
     ):
         refused(message, dataclasses.replace, SYNC, **options)
     never = {"max_resume": 0, "on_exceed": "first"}

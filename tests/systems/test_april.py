@@ -353,7 +353,12 @@ def test_bad_input(refused):
         rounds(**PLANNED),
         planner=xrpo.preset("xrpo"),
     )
-    refused("more than rounds=2; give", run, rounds(**PLANNED | {"rounds": 2}), **one)
+    refused(
+        "3 rounds, more than rounds=2; give",
+        run,
+        rounds(**PLANNED | {"rounds": 2}),
+        **one,
+    )
     few = rounds(**PLANNED | {"most_samples": 5})
     message = r"asks for [6-9] responses to a prompt in round [12], but most_samples=5"
     refused(message, run, few, **one)

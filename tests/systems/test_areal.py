@@ -271,7 +271,7 @@ def test_11_an_update_around_the_log_linear_policy_without_tokens_that_are_too_o
 
     def loss(logits):
         now, start = (x - np.log(np.exp(x).sum()) for x in (logits, trained))
-        total, count, seen = 0.0, 0, {"kept": 0, "recent": 0}
+        total, count, seen, weights = 0.0, 0, {"kept": 0, "recent": 0}, []
         for record in RECORDS:
             a = record.reward - 0.5
             for token, b, v in zip(record.tokens, record.log_probs, record.versions):
@@ -279,13 +279,15 @@ def test_11_an_update_around_the_log_linear_policy_without_tokens_that_are_too_o
                 alpha = (VERSION - v) / (VERSION + 1 - v)
                 proximal = b + alpha * (start[token] - b)
                 u, w = np.exp(now[token] - proximal), np.exp(proximal - b)
-                seen["recent"] += VERSION - v <= 2
+                if VERSION - v <= 2:
+                    seen["recent"] += 1
+                    weights.append(w)
                 if VERSION - v <= 2 and w <= 1.2:
                     seen["kept"] += 1
                     total += w * max(-a * u, -a * np.clip(u, 0.8, 1.2))
-        return total / count, seen, count
+        return total / count, seen, count, np.array(weights)
 
-    value, seen, count = loss(trained)
+    value, seen, count, weights = loss(trained)
     assert count == 10 and 0 < seen["kept"] < seen["recent"] == 9
     slope = differences(lambda x: loss(x)[0], trained)
     change = PARAMS["logits"] - np.asarray(state.learner.params["logits"])
@@ -293,6 +295,9 @@ def test_11_an_update_around_the_log_linear_policy_without_tokens_that_are_too_o
     assert_allclose(change, slope, rtol=1e-4, atol=1e-6)
     assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert_allclose(metrics["trained_fraction"], seen["recent"] / count, rtol=1e-6)
+    # of those that are too old nothing counts
+    fraction = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
+    assert_allclose(metrics["effective_sample_fraction"], fraction, rtol=1e-5)
     # older responses, far from the policy: none is left to learn from
     far = [dataclasses.replace(r, log_probs=[-9.0] * len(r)) for r in RECORDS]
     for record in far:

@@ -37,6 +37,7 @@ from tmdjax.runtime.scheduling import rollout_metrics
 from tmdjax.runtime.scoring import judge_of
 from tmdjax.runtime.settings import Draw, Prompt, Score
 from tmdjax.runtime.trajectories import TrajectoryStore
+from tmdjax.runtime.watchdog import Watchdog
 from tmdjax.train.checkpoint import Checkpoints
 from tmdjax.train.supervised import FitResult, check_skipped
 
@@ -68,6 +69,7 @@ def fit_asynchronously(
     on_resume: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     max_skipped: int = 20,
+    longest_wait: float = 14400.0,
 ) -> FitResult:
     """Trains up to ``schedule.updates``, going on from a checkpoint if there is one.
 
@@ -112,7 +114,8 @@ def fit_asynchronously(
         checkpoints: where the state is saved; they go with the folder.
         checkpoint_every: updates from one save to the next, >= 1. The last update, and
             the one that a run is stopped at, are saved too.
-        logs: are called with each event too; :class:`tmdjax.runtime.Watchdog` is one.
+        logs: are called with each event too, such as
+            :class:`tmdjax.runtime.Activity`.
         order: events of a run that is to be replayed from its first update on, see
             :meth:`tmdjax.runtime.executors.Executor.run`.
         on_metrics: called with (updates done, metrics) after each: those of
@@ -122,6 +125,9 @@ def fit_asynchronously(
         should_stop: asked again and again; True ends the run after the update that is
             under way, and what was written so far is kept in the account.
         max_skipped: so many updates in a row that are not finite end the run.
+        longest_wait: seconds of the executor's clock, > 0, that the trainer may wait
+            for a batch; a longer wait ends the run, see
+            :class:`tmdjax.runtime.Watchdog`. ``math.inf`` for no bound.
 
     Returns:
         The state, and whether ``schedule.updates`` are done. Where the executor has the
@@ -130,6 +136,8 @@ def fit_asynchronously(
     Raises:
         CheckpointError: a save failed, or the checkpoint is of another model.
         NonFiniteError: ``max_skipped`` updates in a row were skipped.
+        RuntimeError: no batch came for ``longest_wait``, or too many groups or texts
+            in a row cannot train (``max_rejected``, ``max_unscored`` of the schedule).
         ValueError: what does not fit together; says what and how to mend it, before
             anything is compiled.
         Exception: what a worker raised, see
@@ -138,6 +146,7 @@ def fit_asynchronously(
     _check(schedule, learner, state, generators)
     check_count("scorers", scorers)
     check_count("checkpoint_every", checkpoint_every)
+    watchdog = Watchdog(longest_wait)
     if checkpoints is not None and folder is None:
         raise ValueError(
             "checkpoints without folder=: a run that goes on from one needs the "
@@ -227,7 +236,7 @@ def fit_asynchronously(
 
         def log(event: Event) -> None:
             nonlocal reached
-            for each in (events, *logs):
+            for each in (events, *logs, watchdog):
                 each(event)
             if event.worker == _TRAINER and event.what == "learn":
                 reached += 1

@@ -37,12 +37,18 @@ class Cohorts:
             planner: decides, from the account alone.
 
         Raises:
-            ValueError: several rounds without a planner, or worked examples.
+            ValueError: several rounds without a planner, fewer than it may ask in, or
+                worked examples.
         """
         if planner is None and schedule.rounds > 1:
             raise ValueError(
                 f"rounds={schedule.rounds}, but nobody plans them; give planner=, or "
                 f"use rounds=1."
+            )
+        if planner is not None and planner.rounds > schedule.rounds:
+            raise ValueError(
+                f"the planner may ask in {planner.rounds} rounds, more than rounds="
+                f"{schedule.rounds}; give the schedule as many as the planner has."
             )
         if planner is not None and planner.shows_examples:
             raise ValueError(

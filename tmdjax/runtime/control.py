@@ -88,6 +88,7 @@ class Controller:
         self._aborts: collections.Counter[str] = collections.Counter()
         self._due: set[int] = set()  # groups that the next batch waits for
         self._rejected: list[float] = []  # mean scores, since a group was accepted
+        self._unscored = 0  # responses, since one was scored
         self._version: int | None = None
         self._params: Any = None  # of that version, for a generator that is made anew
         self._is_training = self._is_ending = False
@@ -213,6 +214,12 @@ class Controller:
     def _judged(self, message: Message) -> list[Send]:
         judged: Judged = message.body
         self._judging[message.sender].pop(judged.number, None)
+        self._unscored = self._unscored + 1 if judged.score is None else 0
+        if self._unscored >= self._schedule.max_unscored:
+            raise RuntimeError(
+                f"max_unscored={self._schedule.max_unscored} responses in a row could "
+                f"not be scored, at last {judged.number}: {judged.error}. Mend that."
+            )
         group = self._groups.judge(judged, self._now)
         return [] if group is None else self._look_at(group)
 

@@ -278,9 +278,11 @@ def make_learner(
         means = {k: float(np.mean([m[k] for m in host])) for k in host[0]}
         if is_current or any(m["mismatch_tokens"] for m in compared):
             means |= _mismatch(compared)
-        # (sum w)^2 / (n sum w^2) of the weights proximal / behaviour
+        # (sum w)^2 / (n sum w^2) of the weights proximal / behaviour, of n that train
         square = means.pop("behaviour_ratio_square")
-        means["effective_sample_fraction"] = means.pop("behaviour_ratio") ** 2 / square
+        square *= means.get("trained_fraction", 1.0)
+        fraction = means.pop("behaviour_ratio") ** 2 / square if square else 1.0
+        means["effective_sample_fraction"] = fraction
         if starts_at_1:
             means["first_ratio_error"] = float(host[0]["ratio_error_max"])
         if before:

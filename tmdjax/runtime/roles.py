@@ -201,8 +201,9 @@ class Scorer:
     def __init__(self, judge: Callable[[TokenRecord, Any], tuple[float, float]]):
         """Of a function ``(record, problem) -> (score, reward)``.
 
-        Where it raises, that response is lost, and the message says why; the run goes
-        on.
+        Where it raises, or the record is malformed (a log-prob that is not finite, see
+        :meth:`tmdjax.rl.TokenRecord.check`), that response is lost, and the message
+        says why; the run goes on.
         """
         self._judge = judge
 
@@ -215,6 +216,7 @@ class Scorer:
         score = reward = None
         error = ""
         try:
+            record.check()
             score, reward = map(float, self._judge(record, problem))
             if not (math.isfinite(score) and math.isfinite(reward)):
                 raise ValueError(f"score {score} and reward {reward} are not finite")

@@ -121,6 +121,11 @@ class Planner(Protocol):
     """
 
     @property
+    def rounds(self) -> int:
+        """In how many it asks, at most."""
+        ...
+
+    @property
     def shows_examples(self) -> bool:
         """Whether responses may follow worked examples, which its memory holds."""
         ...
@@ -141,7 +146,7 @@ class Planner(Protocol):
 class OneRound:
     """The same number of responses to every prompt, at once; no memory."""
 
-    shows_examples = False
+    rounds, shows_examples = 1, False
 
     def plan(self, turn: Turn) -> tuple[list[Ask], dict[str, float]] | None:
         """``turn.samples`` responses to each prompt in the first round."""

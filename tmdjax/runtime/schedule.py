@@ -56,6 +56,8 @@ class Schedule:
             fresh is begun beyond it.
         max_rejected: after how many groups in a row that may not train the run is given
             up, >= 1; ``math.inf`` for never.
+        max_unscored: after how many responses in a row that cannot be scored the run is
+            given up, >= 1; ``math.inf`` for never.
         allow_repeats: whether a batch may have two groups of the same prompt. If not,
             the second waits for a later batch, and prompts too few to fill one end the
             run.
@@ -79,6 +81,7 @@ class Schedule:
     priority: str = "fifo"
     max_waiting: float = math.inf
     max_rejected: float = math.inf
+    max_unscored: float = 100
     allow_repeats: bool = True
     rounds: int = 1
     most_samples: int | None = None
@@ -90,7 +93,8 @@ class Schedule:
         if self.most_samples is not None:
             check_count("most_samples", self.most_samples)
             check_range("most_samples", self.most_samples, self.samples)
-        for name, low in (("eta", 0), ("max_waiting", 0), ("max_rejected", 1)):
+        bounds = {"eta": 0, "max_waiting": 0, "max_rejected": 1, "max_unscored": 1}
+        for name, low in bounds.items():
             value = getattr(self, name)
             check_range(name, value, low)
             if value != math.inf:
@@ -107,6 +111,11 @@ class Schedule:
                 f"when_full='resume' trains on what earlier weights began, but "
                 f"eta={self.eta} allows none; raise eta (math.inf for no bound), or "
                 f"on_stale='mask' to train on the tokens of the latest weights alone."
+            )
+        if self.on_stale == "mask" and self.eta == math.inf:
+            raise ValueError(
+                "on_stale='mask' leaves out tokens that are older than eta, but with "
+                "eta=math.inf none is; give a finite eta, or on_stale='keep'."
             )
         if self.max_resume is not None:
             check_count("max_resume", self.max_resume, 0)

@@ -72,7 +72,7 @@ class LanguageSettings:
         max_mismatch_kl: a warning is given, once in a process, when the KL of rollout
             and training under equal weights, in nats a token, is above this.
         min_effective_sample_fraction: the same when the weights proximal / behaviour
-            leave fewer effective tokens than this part, in [0, 1].
+            leave fewer effective tokens than this part of those that train, in [0, 1].
         frozen_after: the same when so many iterations in a row change no 8-bit value of
             what the engine is given.
     """

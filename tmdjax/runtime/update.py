@@ -66,6 +66,8 @@ def make_update(
         ratio = objective.log_ratio(log_prob, batch)
         low, high = rl.beyond_clip(ratio, batch.clip_range(objective.clip_range))
         away = batch.proximal - texts.log_prob
+        live = texts.mask if batch.keep is None else batch.keep
+        trained = jnp.where(live, ratios.ratio(away), 0)
         mismatch = rl.mismatch_terms(
             batch.proximal if recomputed else log_prob,
             texts.log_prob,
@@ -76,8 +78,8 @@ def make_update(
             "clip_fraction_low": low,
             "clip_fraction_high": high,
             "behaviour_log_ratio": jnp.abs(away),
-            "behaviour_ratio": ratios.ratio(away),
-            "behaviour_ratio_square": ratios.ratio(away) ** 2,
+            "behaviour_ratio": trained,
+            "behaviour_ratio_square": trained**2,
             # of KL(behaviour || proximal), the tokens being the behaviour's
             "behaviour_kl": k3(-away),
             **mismatch,

@@ -5,27 +5,26 @@ from typing import Any
 
 from tmdjax.core.checks import check_range
 from tmdjax.runtime.events import Event
-from tmdjax.runtime.executors.messages import CONTROL, Log
+from tmdjax.runtime.executors.messages import CONTROL
 
 
 class Watchdog:
-    """A log that ends a run in which no batch comes; for the ``log`` of an executor.
+    """A log that ends a run in which no batch comes; it keeps no events.
 
     An executor ends a run in which nobody has anything to do, or in which one step does
     not end. This one ends a run in which generators write on and on, but a batch is
     never full. It goes by the clock of the executor, and by the controller's notes.
     """
 
-    def __init__(self, log: Log, longest_wait: float):
-        """Around another log.
+    def __init__(self, longest_wait: float):
+        """Of a run that begins now.
 
         Args:
-            log: is called with every event, before it is looked at.
             longest_wait: seconds that the trainer may wait for a batch, > 0. The first
                 wait begins with the run, so that compiling counts.
         """
         check_range("longest_wait", longest_wait, 0, open_low=True)
-        self._log, self._longest = log, longest_wait
+        self._longest = longest_wait
         self._since: float | None = 0.0  # None while the trainer has a batch
         self._notes: Mapping[str, Any] = {}
         self._handed_out: dict[int, tuple[float, str]] = {}  # first when, last to whom
@@ -38,7 +37,6 @@ class Watchdog:
                 how many groups were asked for, run and are complete, and how old the
                 oldest request is.
         """
-        self._log(event)
         if event.worker == CONTROL:
             oldest = event.notes.get("oldest")
             if oldest != self._notes.get("oldest"):  # those before it are over
