@@ -173,16 +173,17 @@ def make_learner(
 
     Returns:
         The learner. Responses with tokens of older weights than its state's may train.
-        What holds under equal weights alone is looked at where weights are equal:
+        What holds under equal weights alone is looked at where weights are equal.
 
-        * With ``proximal='behaviour'`` the first ratio is checked, and told as
-          'first_ratio_error', where the first minibatch has no token of older weights;
-          else it says how far the policy has moved, and is left out; so with
-          'loglinear'. The ratio to recomputed log-probs begins at 1 whoever wrote.
-        * Metrics of :func:`tmdjax.rl.mismatch` are of the responses that the state's
-          weights wrote from the first token to the last, of all minibatches where
-          ``proximal='recompute'``, else of the first one, before any update. They are
-          left out where older weights had a part in every response.
+        With ``proximal='behaviour'`` the first ratio is checked, and told as
+        'first_ratio_error', where the first minibatch has no token of older weights;
+        else it says how far the policy has moved, and is left out; so with 'loglinear'.
+        The ratio to recomputed log-probs begins at 1 whoever wrote.
+
+        Metrics of :func:`tmdjax.rl.mismatch` are of the responses that the state's
+        weights wrote from the first token to the last, of all minibatches where
+        ``proximal='recompute'``, else of the first one, before any update. They are
+        left out where older weights had a part in every response.
 
         Where the engine's weights are quantised, 'quantised_moved' is the share of
         their 8-bit values that the updates change. Bounds of the settings are compared
