@@ -352,7 +352,7 @@ def soak(given: Any) -> tuple[list[Row], dict[str, Any]]:
 
     def should_stop() -> bool:
         now = time.monotonic() - start
-        if not seconds or now >= seconds[-1] + every:
+        if not seconds or now >= min(seconds[-1] + every, length):
             seconds.append(now)
             memory.append(resident())
         return now >= length

@@ -393,7 +393,10 @@ def test_workers_that_die_cost_no_response_but_those_that_were_judged(schedule):
         judging = [e for e in died if e.worker[0] == "r" and e.message is not None]
         reasons = [t.reason for t in rows if t.state == "discarded"]
         unscored = [reason for reason in reasons if reason != "stale"]
-        assert len(unscored) == len(judging)
+        if isinstance(executor, Simulated):
+            assert len(unscored) == len(judging)
+        else:  # or it was too old, or the run over, when the death was told
+            assert len(unscored) <= len(judging)
         assert all("died: killed" in reason for reason in unscored)
         trained = flat(b.groups for b in found.batches)
         assert all(len(r) == given["lengths"](r.number) for r in found.records)
