@@ -34,7 +34,7 @@ TIERS = ("smoke", "cpu", "gpu", "paper")
 
 COST = {
     "smoke": "25 s of CPU once compiled",
-    "cpu": "estimated: 90 minutes on 2 cores, 5 seeds in two shards; not run yet",
+    "cpu": "about 300 core-minutes beside other work, 5 seeds",
     "gpu": "meant for an hour on one H100, 5 seeds; not run yet",
     "paper": "sizes only",
 }

@@ -203,12 +203,24 @@ def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
         f"every metric is in `results/{system}/{tier}.json`:",
         "",
         "```",
-        record["command"],
+        _wrapped(record["command"]),
         "```",
     ]
     if record["claims"]:
         lines += ["", *markdown_table([claim_row(c) for c in record["claims"]])]
     return lines
+
+
+def _wrapped(command: str, column: int = 76) -> str:
+    """A command on lines that the column of a page holds, cut between its words."""
+    lines = [""]
+    for word in command.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1] and len(longer) > column - 2:  # " \\" follows
+            lines.append(f"    {word}")
+        else:
+            lines[-1] = longer
+    return " \\\n".join(lines)
 
 
 def _benchmark_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
