@@ -15,7 +15,8 @@ without workers, from which 'sync' must not differ by a bit.
 The clock is virtual ('sim'), its costs are chosen and not measured: with all slots
 occupied a batch is written in two thirds of the time of an update, so that writing runs
 ahead as far as eta lets it, and without a bound (decoupled_inf) further with every
-update. 'threads' takes real time, --config.runtime.executor=threads.
+update. --config.runtime.executor=threads takes real time, and =ray too, in processes
+(docs/ray.md).
 
 In GRPO's cpu tier accuracies after training had a standard deviation of 0.023 over
 seeds, so that five seeds tell arms apart that differ by some 0.04. Hence the margin of
@@ -102,6 +103,11 @@ def base(config: Any, tier: str) -> None:
                 "weights": {"swaps": 1e-3, "prefilled": 2e-6},
                 "learn": {"tokens": 2.2e-5},
                 "judge": {"responses": 0.0},
+            },
+            # where the processes of executor 'ray' are, and GPUs by role
+            "ray": {
+                "address": "local",
+                "options": {role: {"num_gpus": 0.0} for role in ("generate", "train")},
             },
         }
     )

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from tmdjax import quant, systems
 from tmdjax.core.checks import check_choice
 from tmdjax.core.registry import suggestion
-from tmdjax.harness import ConfigError
+from tmdjax.harness import ConfigError, Stage
 from tmdjax.harness.claims import MAIN_ARM
 from tmdjax.harness.config import from_plain, to_plain
 from tmdjax.harness.find import find_module
+from tmdjax.harness.stages import of_other_arm
 
 T = TypeVar("T")
 METHOD = "method"
@@ -103,6 +104,32 @@ def _changed(where: str, given: Any, changes: Any, free: bool = False) -> Config
                 f"{to_plain(given[name])!r}, which the config has."
             ) from None
     return found
+
+
+def baseline_stages(
+    arm: str,
+    baseline: str,
+    stages: Callable[[Any, str], Sequence[Stage]],
+    config: Any,
+    last: str,
+) -> tuple[list[Stage], str]:
+    """The stages of a baseline that an arm lists before it is measured against them.
+
+    Args:
+        arm: that is measured.
+        baseline: the arm that it is measured against, which may be the same.
+        stages: ``(config, arm)``, of the experiment.
+        config: of the experiment.
+        last: the name of the stage whose result is read.
+
+    Returns:
+        Those that ``last`` of the baseline needs, itself included, none where the two
+        arms are one; and the id of ``last`` there, a parent of the stage that measures.
+    """
+    if baseline == arm:
+        return [], last
+    found = of_other_arm(baseline, stages(config, baseline), last)
+    return found, found[-1].id
 
 
 def check_devices(

@@ -12,8 +12,10 @@ say how the stage 'rl' has writing and training take turns:
 
 The executor 'sim' computes in this process and counts time on the virtual clock: two
 runs have the same numbers. 'threads' takes the time that it takes, and two runs differ
-where eta is above 0. 'none' is the synchronous iteration, without any workers. The
-folder of the stage keeps the account of all responses and the logs of events.
+where eta is above 0; so does 'ray', with a process for each worker and the arguments of
+:class:`tmdjax.runtime.executors.RayActors` in 'ray'. 'none' is the synchronous
+iteration, without any workers. The folder of the stage keeps the account of all
+responses and the logs of events.
 """
 
 import dataclasses
@@ -27,18 +29,18 @@ import numpy as np
 
 from experiments import exploration, grpo
 from experiments.arms import arms as arms
-from experiments.arms import tuples
+from experiments.arms import baseline_stages, tuples
 from experiments.grpo import resolved
 from experiments.grpo import summary_figures as summary_figures
 from experiments.language_iteration import parts_of, settings_of
 from tmdjax import runtime
 from tmdjax.core.checks import check_choice
+from tmdjax.core.optional import import_optional
 from tmdjax.data.text_tasks import chain_sum
 from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
-from tmdjax.harness.stages import of_other_arm
 from tmdjax.runtime import executors
-from tmdjax.runtime.events import read_events
+from tmdjax.runtime.events import logs_of, read_events
 from tmdjax.runtime.packing import check_log_linear
 from tmdjax.systems import april, areal
 
@@ -70,15 +72,14 @@ DIFFERENCE = {
 CURVES = grpo.CURVES | {"staleness_mean": "versions that the weights are ahead"}
 SHOWN = ("accuracy_after", "staleness_mean", "off_policy_share", "length_ratio")
 SHOWN += tuple(CLOCKED)
-
-
-TIERS = {
-    f"accuracy_{tier}_{when}": f"share of right responses to held-out problems of tier "
-    f"{tier} {when} reinforcement learning, in [0, 1]"
-    for tier in (*chain_sum.TIERS, "T4")
-    for when in grpo.WHEN
-}
-MEANINGS = grpo.MEANINGS | TIERS | APART | CLOCKED | DIFFERENCE
+OF_TIERS = grpo.before_and_after(
+    **{
+        f"accuracy_{tier}": f"share of right responses to held-out problems of tier "
+        f"{tier}, in [0, 1],"
+        for tier in (*chain_sum.TIERS, "T4")
+    }
+)
+MEANINGS = grpo.MEANINGS | OF_TIERS | APART | CLOCKED | DIFFERENCE
 
 
 def rules_of(given: dict[str, Any]) -> tuple[Any, Any, Any, runtime.Schedule]:
@@ -116,7 +117,7 @@ def rules_of(given: dict[str, Any]) -> tuple[Any, Any, Any, runtime.Schedule]:
         raise ValueError(
             f"runtime.executor='none' writes and trains in turn, but the schedule lets "
             f"{schedule.most_ahead} groups be ahead of an update, which takes "
-            f"{schedule.batch}; use 'sim' or 'threads', or schedule.eta=0."
+            f"{schedule.batch}; use another executor, or schedule.eta=0."
         )
     return settings, objective, optimizer, schedule
 
@@ -130,15 +131,19 @@ def executor_of(given: Mapping[str, Any]) -> executors.Executor | None:
     """The executor of a group 'runtime'; None for the synchronous iteration.
 
     Raises:
-        ValueError: an unknown one, or costs out of range.
+        ImportError: 'ray', which is not installed.
+        ValueError: an unknown one, or costs or options out of range.
     """
     costs = executors.Costs(given["costs"], source="the config")
     known: dict[str, executors.Executor | None] = {
         "sim": executors.Simulated(costs),
         "threads": executors.Threads(),
+        "ray": executors.RayActors(**given["ray"]),
         "none": None,
     }
     check_choice("runtime.executor", given["executor"], known)
+    if given["executor"] == "ray":
+        import_optional("ray", "runtime.executor='ray'", "ray")
     return known[given["executor"]]
 
 
@@ -149,10 +154,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     twin = _twin(given)
     if twin is None:
         return found
-    other, source = [], "rl"
-    if twin != arm:
-        other = of_other_arm(twin, stages(config, twin), "rl")
-        source = other[-1].id
+    other, source = baseline_stages(arm, twin, stages, config, "rl")
     compare = Stage(
         name="compare",
         run=functools.partial(compare_parameters, source),
@@ -252,20 +254,26 @@ def account_of(folder: pathlib.Path) -> dict[str, float]:
 def update_ends(folder: pathlib.Path, updates: int) -> np.ndarray:
     """Seconds of the executor's clock at the end of each update, float64 [update].
 
-    A run that was killed has a log for each start, whose clock begins at 0: it goes on
-    where the update ended that it goes on from, and what the kill undid is left out.
+    Every start has a log, whose clock begins at 0. After a kill the run goes on from
+    the end of the update that was restored, and what was undone is left out; after it
+    was told to stop, which keeps all that is written, from when it stopped.
 
     Args:
         folder: with the logs of the run.
         updates: that were made. One whose weights were saved and whose event was not
             ends with the update before it.
     """
-    ends = [0.0]
-    for path in sorted(folder.glob("events_*.jsonl"), key=lambda p: (len(p.name), p)):
-        learnt = [event for event in read_events(path) if event.what == "learn"]
-        first = (learnt[0].version or 0) + 1 if learnt else len(ends)
-        ends = (ends + ends[-1:] * first)[:first]
-        ends += [ends[-1] + event.end for event in learnt]
+    ends, stopped = [0.0], (0, 0.0)  # after so many updates, at that time
+    for path in logs_of(folder):
+        events = read_events(path)
+        restored = (event.version for event in events if event.what == "publish")
+        if (done := next(restored, None)) is None:  # killed before it did anything
+            continue
+        ends = (ends + ends[-1:] * done)[: done + 1]
+        begin = stopped[1] if stopped[0] == done else ends[-1]
+        ends += [begin + event.end for event in events if event.what == "learn"]
+        if any(event.what == "stop" for event in events):
+            stopped = len(ends) - 1, begin + events[-1].end
     return np.array((ends + ends[-1:] * updates)[1 : updates + 1])
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import exploration, mismatch, supervised_language
 from experiments import language_tasks as tasks
-from experiments.arms import arms, of_arm
+from experiments.arms import arms, baseline_stages, of_arm
 from experiments.curves import ends
 from experiments.figures import side_by_side
 from experiments.language_iteration import (
@@ -33,7 +33,6 @@ from tmdjax.core import trees
 from tmdjax.harness import Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
-from tmdjax.harness.stages import of_other_arm
 from tmdjax.systems import xrpo
 
 Config = Any
@@ -42,7 +41,7 @@ LOOK = ("slots", "length", "chunk", "max_new_tokens", "temperature")
 WHEN = ("before", "after")
 
 
-def _judged(**meanings: str) -> dict[str, str]:
+def before_and_after(**meanings: str) -> dict[str, str]:
     """Meanings of measures before reinforcement learning and after."""
     return {
         f"{what}_{when}": f"{meaning} {when} reinforcement learning"
@@ -51,11 +50,11 @@ def _judged(**meanings: str) -> dict[str, str]:
     }
 
 
-JUDGED = _judged(
+JUDGED = before_and_after(
     accuracy="share of right responses to held-out problems, in [0, 1],",
     solved="share of held-out problems with any right response, in [0, 1],",
 )
-AGREED = _judged(
+AGREED = before_and_after(
     distinct="different right answers to a held-out problem",
     consensus="share of held-out problems whose most frequent answer is right, in "
     "[0, 1],",
@@ -132,9 +131,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
     judged, other, source = {"judge": given["judge"]}, [], "rl"
     if (baseline := exploration.baseline_of(given)) is not None:
         judged["baseline"] = baseline
-        if baseline != arm:
-            other = of_other_arm(baseline, stages(config, baseline), "rl")
-            source = other[-1].id
+        other, source = baseline_stages(arm, baseline, stages, config, "rl")
     return [
         *before,
         *other,

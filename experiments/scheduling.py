@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments import language_tasks as tasks
 from experiments import simulated_runs, work_rates
-from experiments.arms import arms, of_arm, tuples
+from experiments.arms import arms, baseline_stages, of_arm, tuples
 from experiments.figures import side_by_side
 from experiments.work_rates import Rates
 from tmdjax import runtime
@@ -29,7 +29,6 @@ from tmdjax.harness import Report, Stage, StageContext, StageResult
 from tmdjax.harness.claims import metric_name
 from tmdjax.harness.config import to_plain
 from tmdjax.harness.plots import line_plot
-from tmdjax.harness.stages import of_other_arm
 
 Config = Any
 CURVES = {"score": "mean score of rollouts"}
@@ -66,10 +65,7 @@ def stages(config: Config, arm: str) -> list[Stage]:
             parents=("calibrate",) if is_measured else (),
         ),
     ]
-    other, source = [], "simulate"
-    if baseline != arm:
-        other = of_other_arm(baseline, stages(config, baseline), "simulate")
-        source = other[-1].id
+    other, source = baseline_stages(arm, baseline, stages, config, "simulate")
     compared = Stage(
         name="compare",
         run=functools.partial(compare, given, source),

@@ -1,7 +1,7 @@
 """Writing apart from training as an experiment: rules, clocks, accounts, refusals."""
 
-import dataclasses
 import math
+import sys
 import types
 
 import numpy as np
@@ -102,10 +102,17 @@ def test_updates_end_on_one_clock_over_all_starts(tmp_path):
     log(1, ("publish", 2, 0.5), (learn, 2, 3.0), ("save", 3, 3.0))
     assert ends(3) == [2, 5, 5 + 3]
     log(2, ("publish", 3, 0.5))  # killed before it did anything
-    log(3, (learn, 3, 4.0))
+    log(3)
+    log(4, ("publish", 3, 0.5), (learn, 3, 4.0))
     assert ends(4) == [2, 5, 8, 8 + 4]
     # the event of the last update was lost, its weights were not
     assert ends(5) == [2, 5, 8, 12, 12]
+    # told to stop, which keeps what was written until then
+    log(5, ("publish", 5, 0.5), ("stop", 5, 7.0), ("aborted", 5, 9.0))
+    log(6, ("publish", 5, 0.5), (learn, 5, 2.0), (learn, 6, 3.0))
+    assert ends(7)[4:] == [12, 12 + 9 + 2, 12 + 9 + 3]
+    log(7, ("publish", 5, 0.5), (learn, 5, 1.0), (learn, 6, 4.0))  # after a kill
+    assert ends(7)[4:] == [12, 12 + 9 + 1, 12 + 9 + 4]
 
 
 def test_the_level_is_reached_on_the_smoothed_curve():
@@ -169,6 +176,25 @@ def test_executors_are_made_by_name_and_with_the_costs_of_the_config():
     assert asynchronous_rl.executor_of(given | {"executor": "none"}) is None
 
 
+def test_a_run_in_rays_actors_has_the_options_of_the_config(monkeypatch, refused):
+    changes = ["runtime.executor=ray", "runtime.ray.address=auto"]
+    changes += ["runtime.ray.options.train.num_gpus=2"]
+    config = load_config(AREAL, changes)
+    given = asynchronous_rl.resolved(config, "sync")["runtime"]
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    actors = asynchronous_rl.executor_of(given)
+    assert isinstance(actors, executors.RayActors) and actors.address == "auto"
+    assert actors.options_of("train")["num_gpus"] == 2
+    generator = actors.options_of("generate/0")
+    assert generator["runtime_env"]["env_vars"]["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(
+        r"runtime.executor='ray' needs ray: .* pip install 'tmdjax\[ray\]'",
+        *(asynchronous_rl.describe, config),
+        error=ImportError,
+    )
+
+
 def test_bad_inputs(refused):
     for spec, arm, change, words in (
         (AREAL, "sync", "runtime.executor=thread", "mean 'threads'"),
@@ -190,4 +216,3 @@ def test_bad_inputs(refused):
         refused(words, build, error=(TypeError, ValueError))
     for change in ("schedule.eta=-1", "runtime.generators=0", "curve.level=1.5"):
         refused("is outside", load_config, AREAL, [change])
-    assert dataclasses.is_dataclass(rules(AREAL, "sync")[3])

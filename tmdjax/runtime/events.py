@@ -118,6 +118,12 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
     return found
 
 
+def logs_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """The logs of a run's starts, ``events_000.jsonl`` and so on, in their order."""
+    found = Path(folder).glob("events_*.jsonl")
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 def read_run(path: str | os.PathLike[str], *, control: str = "control") -> list[Event]:
     """The events of a run, of all its starts one after the other.
 
@@ -136,7 +142,7 @@ def read_run(path: str | os.PathLike[str], *, control: str = "control") -> list[
     """
     path, paths = Path(path), [Path(path)]
     if path.is_dir():
-        paths = sorted(path.glob("events_*.jsonl"), key=lambda p: (len(p.name), p.name))
+        paths = logs_of(path)
         if not paths:
             raise FileNotFoundError(
                 f"{path} has no events_*.jsonl; name the folder of a run that "
