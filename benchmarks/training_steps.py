@@ -5,8 +5,9 @@
 Do they run, and how fast? The stages of one arm run as in an experiment, on the
 networks and batches of the tier, but every training loop ends after three steps. Told
 of each loop: seconds of a step (the faster of the later two), programs compiled after
-the first step (none should be), and for RL the first ratio error, which says whether a
-rollout's log-probs are those of the update.
+the first step (none should be, but those that read responses which are resumed), and
+for RL the first ratio error, which says whether a rollout's log-probs are those of the
+update.
 """
 
 import contextlib
@@ -86,7 +87,7 @@ CASES = {
             "train.iterations_per_call=1",
         ),
     ),
-    "areal": Case("loop", "rl", ("sft.pairs=512", "sft.look_every=1000")),
+    "areal": Case("decoupled_4", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "april": Case("april_4n_ignore", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "grpo": Case("chain_sum", "rl", ("sft.pairs=512", "sft.look_every=1000")),
     "jet_rl": Case("unified", "rl", ("sft.pairs=512", "sft.look_every=1000")),

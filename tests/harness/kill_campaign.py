@@ -38,6 +38,7 @@ from experiments import run
 from experiments.run import find_experiment
 from tmdjax import harness, train
 from tmdjax.core import compilation_cache
+from tmdjax.core.failures import explain
 from tmdjax.harness.logs import TIME_PREFIX, read_rows
 from tmdjax.train import CheckpointError
 
@@ -197,8 +198,9 @@ class Child:
                 os.dup2(write, 2)
                 os.environ["JAX_PLATFORMS"] = "cpu"
                 code = function(*arguments)
-            except BaseException:
+            except BaseException as error:
                 traceback.print_exc()
+                print(explain(error)[0])  # which is what a user sees
             finally:
                 with contextlib.suppress(OSError):
                     sys.stdout.flush()

@@ -51,6 +51,7 @@ def test_what_is_foreseen_is_a_line(tmp_path):
             "RuntimeError: RESOURCE",
         ),
         (raising, (OSError(28, "No space left", "x"),), "x: No space left. Free space"),
+        (raising, (OSError(5, "I/O error", "x"),), "x: I/O error. Free space or"),
         (raising, (ValueError("two\nlines"),), "ValueError: two lines"),
     ):
         line, status = failed(call, *arguments)

@@ -93,6 +93,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         remedy = "Check the path and its permissions."
         if error.errno in _FULL:
             remedy = "Free space; the same command then goes on."
+        if error.errno == errno.EIO:  # which is all that SQLite says of a quota, too
+            remedy = "Free space or mend the disk; the same command then goes on."
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{type(error).__name__}: {where}{error.strerror}. {remedy}", MISTAKE
     if raised_on_purpose(error) and isinstance(error, _KINDS):
