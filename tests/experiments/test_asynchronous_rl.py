@@ -1,7 +1,11 @@
 """Writing apart from training as an experiment: rules, clocks, accounts, refusals."""
 
+import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
 import types
 
 import numpy as np
@@ -193,6 +197,27 @@ def test_a_run_in_rays_actors_has_the_options_of_the_config(monkeypatch, refused
         *(asynchronous_rl.describe, config),
         error=ImportError,
     )
+
+
+@pytest.mark.slow
+def test_actors_leave_what_the_virtual_clock_leaves(tmp_path):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    found = []
+    with tempfile.TemporaryDirectory(prefix="ray_", dir="/tmp") as short:  # for sockets
+        own = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        for executor in ("ray", "sim"):
+            command = [sys.executable, "-m", "experiments.run", "--config.arms=sync"]
+            command += [
+                "--config=configs/areal.py:smoke",
+                f"--workdir={tmp_path / executor}",
+            ]
+            command += [f"--config.runtime.executor={executor}"]
+            env = os.environ | own | {"RAY_TMPDIR": short}
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            assert done.returncode == 0, done.stderr[-3000:]
+            summary = json.loads((tmp_path / executor / "summary.json").read_text())
+            found.append(summary["metrics"])
+    assert found[0] == found[1] and found[0]["sync/responses"] == 48
 
 
 def test_bad_inputs(refused):
