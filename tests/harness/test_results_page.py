@@ -1,5 +1,8 @@
 """RESULTS.md: what stands on it, and that nothing stands on it that no file says."""
 
+import shlex
+import subprocess
+
 from records import claim, unit
 
 from tmdjax.harness import records, results_page, summaries
@@ -43,6 +46,28 @@ def test_page_holds_claims_findings_and_commands_but_no_metrics():
         if row.startswith("|"):
             assert row.replace("\\|", "").count("|") - 1 in (6, 8)
     assert "| [appo](#appo-cpu-tier) | cpu | no claims | 5 |" in text
+
+
+def test_long_commands_are_cut_where_a_shell_reads_the_same_words():
+    python = "python() { printf '<%s>' \"$@\"; echo; }\n"
+    value = "--config.a=it's  {'b': '$HOME'} \""
+    for width in range(30, 71):
+        words = [f"--workdir={'x' * (width - 10)}", value, "--seeds=0..4"]
+        commands = [shlex.join(["python", "-m", "run", *words[i:]]) for i in range(2)]
+        made = record() | {"command": "\n".join(commands)}
+        shown = results_page.render([made]).split("```\n")[1]
+        lines = shown.splitlines()
+        assert max(map(len, lines)) <= 76 and len(lines) > 2
+        if width % 10:  # a shell costs a few milliseconds
+            continue
+        read = subprocess.run(
+            ["sh", "-c", python + shown], capture_output=True, text=True, check=True
+        )
+        told = ["".join(f"<{w}>" for w in ("-m", "run", *words[i:])) for i in range(2)]
+        assert read.stdout.splitlines() == told
+    for command in ("python -m run " + "--a='x\n  y' " * 9, "python  -m ~/run" * 9):
+        text = results_page.render([record() | {"command": command}])
+        assert f"```\n{command}\n```" in text  # not what shlex.join writes
 
 
 def test_page_says_that_no_gpu_was_seen_until_one_was():

@@ -7,6 +7,7 @@ the report of a run.
 """
 
 import os
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -211,16 +212,29 @@ def _section(record: Summary, found: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _wrapped(command: str, column: int = 76) -> str:
-    """A command on lines that the column of a page holds, cut between its words."""
-    lines = [""]
-    for word in command.split(" "):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if lines[-1] and len(longer) > column - 2:  # " \\" follows
-            lines.append(f"    {word}")
-        else:
-            lines[-1] = longer
-    return " \\\n".join(lines)
+def _wrapped(commands: str, column: int = 76) -> str:
+    """Commands, one a line, cut between words where they are longer than a page.
+
+    A shell reads the same words as before. What ``shlex.join`` has not written stays as
+    it is: what a cut would do to it is not known.
+    """
+    try:
+        given = [shlex.split(line) for line in commands.split("\n")]
+    except ValueError:  # a quotation that goes over lines
+        return commands
+    if "\n".join(map(shlex.join, given)) != commands:
+        return commands
+    wrapped = []
+    for words in given:
+        lines = [""]
+        for word in map(shlex.quote, words):
+            longer = f"{lines[-1]} {word}" if lines[-1] else word
+            if lines[-1] and len(longer) > column - 2:  # " \\" follows
+                lines.append(f"    {word}")
+            else:
+                lines[-1] = longer
+        wrapped.append(" \\\n".join(lines))
+    return "\n".join(wrapped)
 
 
 def _benchmark_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
