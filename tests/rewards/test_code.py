@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,7 @@ def verify():
 
 def descendants(worker):
     """Processes below a worker's, by the table of the kernel."""
+    (worker,) = getattr(worker, "_workers", [worker])
     parents = {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -84,6 +86,19 @@ def test_the_share_that_passes_and_why_the_first_failed(verify):
     assert strict("while True: pass", PAIRS).reason == "timeout"
     assert strict(PRINT, PAIRS).score == 1.0
     assert strict.counts == {"wrong answer": 1, "timeout": 1, "passed": 1}
+
+
+def test_threads_have_as_many_programs_run_as_there_are_processes():
+    verify = CodeVerifier(timeout=0.1, processes=2)
+    with ThreadPoolExecutor(3) as threads:
+        reasons = threads.map(
+            lambda _: verify("while True: pass", PAIRS[:1]).reason, "abc"
+        )
+        assert [*reasons] == ["timeout"] * 3
+    assert verify.counts == {"timeout": 3}
+    pids = {worker._process.pid for worker in verify._call._workers}
+    assert len(pids) == 2
+    verify.close()
 
 
 EQUAL_TO_ALL = """
@@ -319,6 +334,7 @@ def test_bad_settings(refused):
         ({"timeout": 0.0}, r"timeout=0\.0 is outside \(0, 86400\]"),
         ({"memory_gb": 0.01}, r"memory_gb=0\.01 is outside \[0\.0625, 1024\]"),
         ({"longest_output": 0}, "longest_output=0 must be at least 1"),
+        ({"processes": 0}, "processes=0 must be at least 1"),
     ):
         refused(message, CodeVerifier, **settings)
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tmdjax.rewards.worker import Worker, WorkerError, WorkerTimeout
+from tmdjax.rewards.worker import Worker, WorkerError, WorkerPool, WorkerTimeout
 
 
 @pytest.fixture
@@ -78,6 +78,36 @@ def test_threads_wait_for_each_other(evaluate):
     with ThreadPoolExecutor(8) as pool:
         squares = pool.map(evaluate, [f"{i} * {i}" for i in range(8)])
     assert [*squares] == [i * i for i in range(8)]
+
+
+def test_threads_have_a_process_each_in_a_pool(tmp_path, refused):
+    pool = WorkerPool("builtins:eval", processes=2, timeout=2.0)
+    first = pool(PID)
+    assert pool(PID) == pool(PID) == first  # one thread needs no other
+
+    def meet(own, other):
+        """Ends once the other call has begun."""
+        wait = f"any(exists({str(tmp_path / other)!r}) for _ in iter(int, 1))"
+        exists = "__import__('os').path.exists"
+        begin = f"open({str(tmp_path / own)!r}, 'w').close()"
+        return pool(f"[{begin}, {wait.replace('exists', exists)}, {PID}][-1]")
+
+    with ThreadPoolExecutor(8) as threads:
+        pids = {*threads.map(meet, "ab", "ba")}
+        assert len(pids) == 2 and first in pids
+        # a third waits for one of them, and one that dies takes no other along
+        deaths = threads.submit(pool, "__import__('os')._exit(3)")
+        assert {*threads.map(pool, [f"{i} * {i}" for i in range(8)])} == {
+            i * i for i in range(8)
+        }
+        refused("with status 3", deaths.result, error=WorkerError)
+    pids = {pool(PID) for _ in range(2)} | pids
+    pool.close()
+    assert all(map(gone, pids))
+    for processes, error in ((0, ValueError), (1.5, TypeError)):
+        refused(
+            "processes", WorkerPool, "builtins:eval", processes=processes, error=error
+        )
 
 
 def test_the_process_ends_with_its_worker():

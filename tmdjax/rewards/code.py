@@ -35,12 +35,13 @@ run the trainer itself in a container or a virtual machine.
 import ast
 import dataclasses
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tmdjax.core.checks import brief, check_count, check_range
-from tmdjax.rewards.worker import Worker, WorkerError, WorkerTimeout
+from tmdjax.rewards.worker import Worker, WorkerError, WorkerPool, WorkerTimeout
 
 REASONS = ("timeout", "memory", "error", "wrong answer")
 """Why a test failed: the CPU seconds were over, the memory was, the program raised or
@@ -75,7 +76,7 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodeVerifier:
-    """Judges programs by tests, one at a time; threads wait for each other.
+    """Judges programs by tests; it may be called from several threads.
 
     All assert lines of a program share one run of it, as a module whose name is not
     '__main__': a call that raises fails alone, and what was not reached before an end
@@ -90,10 +91,13 @@ class CodeVerifier:
         longest_output: bytes that one run may write (its answers, for assert lines).
         all_or_nothing: the score is 1.0 if all tests pass, else 0.0, and the first
             failed run is the last; by default it is the share of tests that pass.
+        processes: programs that run at the same time where as many threads call; more
+            wait. With more of them than cores, a run may be ended by the clock before
+            its CPU seconds are over.
         counts: verdicts so far by reason, 'passed' where there is none.
 
     Raises:
-        TypeError: longest_output is no integer.
+        TypeError: longest_output or processes is no integer.
         ValueError: a number outside its range.
     """
 
@@ -101,18 +105,26 @@ class CodeVerifier:
     memory_gb: float = 0.5
     longest_output: int = 1 << 16
     all_or_nothing: bool = False
+    processes: int = 1
     counts: Counter[str] = dataclasses.field(
         default_factory=Counter, init=False, compare=False, repr=False
     )
-    _call: Worker = dataclasses.field(init=False, compare=False, repr=False)
+    _counting: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock, init=False, compare=False, repr=False
+    )
+    _call: WorkerPool = dataclasses.field(init=False, compare=False, repr=False)
 
     def __post_init__(self):
         check_range("timeout", self.timeout, 0, _LONGEST_TIMEOUT, open_low=True)
         check_range("memory_gb", self.memory_gb, *_MEMORY)
         check_count("longest_output", self.longest_output)
         # the worker's own bounds are behind those of the run
-        longest = _START + _WALL * self.timeout
-        call = Worker(_RUN, timeout=longest + 5.0, memory_gb=self.memory_gb + 1.0)
+        call = WorkerPool(
+            _RUN,
+            processes=self.processes,
+            timeout=self._wall + 5.0,
+            memory_gb=self.memory_gb + 1.0,
+        )
         object.__setattr__(self, "_call", call)
 
     def __call__(self, program: str, tests: Sequence[Test]) -> Verdict:
@@ -150,12 +162,18 @@ class CodeVerifier:
         score = passed / len(tests)
         if self.all_or_nothing:
             score = float(passed == len(tests))
-        self.counts[first or "passed"] += 1
+        with self._counting:
+            self.counts[first or "passed"] += 1
         return Verdict(score, first, passed, len(tests))
 
     def close(self) -> None:
-        """Ends the worker; a later call would start another."""
+        """Ends the workers; later calls would start others."""
         self._call.close()
+
+    @property
+    def _wall(self) -> float:
+        """Seconds of one run, on the clock."""
+        return _START + _WALL * self.timeout
 
     def _reasons(
         self,
@@ -183,8 +201,7 @@ class CodeVerifier:
             yield end or ("" if right else "wrong answer")
 
     def _run(self, program: str, calls: list[str] | None, text: str) -> tuple[str, str]:
-        wall = _START + _WALL * self.timeout
-        limits = self.timeout, wall, self.memory_gb, self.longest_output
+        limits = self.timeout, self._wall, self.memory_gb, self.longest_output
         try:
             end, output = self._call(program, calls, text, *limits)
         except WorkerTimeout:

@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import select
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import time
 import weakref
 from typing import Any
 
-from tmdjax.core.checks import check_range
+from tmdjax.core.checks import check_count, check_range
 
 _START_TIMEOUT = 120.0
 _END_TIMEOUT = 10.0
@@ -173,6 +174,53 @@ class Worker:
         if error is not None:
             raise WorkerError(f"{self._function} raised {error}")
         return value
+
+
+class WorkerPool:
+    """Workers of one function: calls from several threads run at the same time.
+
+    A process is started by the first call that finds all others at work, so calls from
+    one thread have one process. More threads than processes wait for each other.
+
+    Args:
+        function: 'module:name'.
+        processes: that there may be, at least 1.
+        timeout: see :class:`Worker`; time spent on waiting for one is not counted.
+        memory_gb: address space of each process, > 0.
+
+    Raises:
+        TypeError: processes is no integer.
+        ValueError: a number outside its range.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        *,
+        processes: int,
+        timeout: float = 5.0,
+        memory_gb: float = 4.0,
+    ):
+        self._workers = [
+            Worker(function, timeout=timeout, memory_gb=memory_gb)
+            for _ in range(check_count("processes", processes))
+        ]
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the function; raises what :meth:`Worker.__call__` does."""
+        worker = self._idle.get()
+        try:
+            return worker(*arguments)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Ends the processes; later calls would start others."""
+        for worker in self._workers:
+            worker.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

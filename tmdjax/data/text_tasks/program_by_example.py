@@ -35,15 +35,18 @@ class ProgramByExample:
         operations: most of a function, 1 to 6; a problem's tier is 'T' and its own.
         timeout: CPU seconds of one answer, in (0, 86400].
         all_or_nothing: 1.0 if all values are right, else 0.0; or else their share.
+        processes: answers that are run at the same time where as many threads verify,
+            as with ``LanguageSettings(scored_at_once=)``.
 
     Raises:
-        TypeError: operations is no integer.
+        TypeError: operations or processes is no integer.
         ValueError: a number outside its range.
     """
 
     operations: int = 4
     timeout: float = 1.0
     all_or_nothing: bool = True
+    processes: int = 1
     _verifier: CodeVerifier = dataclasses.field(init=False, compare=False, repr=False)
 
     name = "program_by_example"
@@ -52,7 +55,9 @@ class ProgramByExample:
         count = check_count("operations", self.operations)
         check_range("operations", count, 1, _MOST_OPERATIONS)
         verifier = CodeVerifier(
-            timeout=self.timeout, all_or_nothing=self.all_or_nothing
+            timeout=self.timeout,
+            all_or_nothing=self.all_or_nothing,
+            processes=self.processes,
         )
         object.__setattr__(self, "_verifier", verifier)
 
@@ -99,5 +104,5 @@ class ProgramByExample:
         return self._verifier(f"f = lambda k: (\n{parts[1]}\n)", tests).score
 
     def close(self) -> None:
-        """Ends the process that answers run in."""
+        """Ends the processes that answers run in."""
         self._verifier.close()
