@@ -25,7 +25,7 @@ NOT_STARTED = 87
 # Linux: unshare(2), mount(2), umount2(2), prctl(2), capset(2)
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER = 0x20000, 0x8000000, 0x10000000
 _NEW_PIDS, _NEW_NETWORK = 0x20000000, 0x40000000
-_READ_ONLY, _NO_SETUID, _NO_DEVICES, _REMOUNT = 1, 2, 4, 32
+_READ_ONLY, _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS, _REMOUNT = 1, 2, 4, 8, 32
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 _DETACH = 2
 _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38
@@ -154,7 +154,8 @@ class _Linux:
             place = folder + library
             os.makedirs(place)
             self._mount(f"/proc/self/fd/{source}", place, None, _BIND)
-            flags = os.statvfs(place).f_flag & (_NO_SETUID | _NO_DEVICES | 8)
+            kept = _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS  # who mounts must keep them
+            flags = os.statvfs(place).f_flag & kept
             self._mount(None, place, None, _REMOUNT | _BIND | _READ_ONLY | flags)
             for packages in (os.path.join(place, name) for name in _INSTALLED):
                 if os.path.isdir(packages):  # an empty folder hides it
