@@ -59,10 +59,9 @@ def line_plot(
                 f"series {name!r} has x of shape {np.shape(x)} and y of shape "
                 f"{np.shape(y)}; give two arrays of one length."
             )
-    figure = _figure(path, (6.4, 4.0))
-    if figure is None:
+    axes = _axes(path, (6.4, 4.0))
+    if axes is None:
         return None
-    axes = figure.subplots()
     for i, (name, (x, y)) in enumerate(series.items()):
         style = ("-", "--", ":", "-.")[i // 10 % 4]  # there are ten colours
         (line,) = axes.plot(x, y, style, marker=".", label=name)
@@ -78,7 +77,7 @@ def line_plot(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
-    return _save(figure, path)
+    return _save(axes, path)
 
 
 def interval_plot(
@@ -106,10 +105,9 @@ def interval_plot(
     series = list(dict.fromkeys(key for found in rows.values() for key in found))
     if not series:
         raise ValueError(f"no intervals to plot in {title!r}; give at least one.")
-    figure = _figure(path, (6.4, 1.3 + 0.35 * len(rows) + 0.15 * len(series)))
-    if figure is None:
+    axes = _axes(path, (6.4, 1.3 + 0.35 * len(rows) + 0.15 * len(series)))
+    if axes is None:
         return None
-    axes = figure.subplots()
     for place, key in enumerate(series):
         down = 0.16 * (place - (len(series) - 1) / 2)
         at = [i + down for i, found in enumerate(rows.values()) if key in found]
@@ -121,7 +119,7 @@ def interval_plot(
             axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel=x_label)
     axes.grid(alpha=0.3, axis="x")
-    return _save_rows(figure, axes, list(rows), path)
+    return _save_rows(axes, list(rows), path)
 
 
 def point_plot(
@@ -160,10 +158,9 @@ def point_plot(
     }
     if not points:
         raise ValueError(f"no points to plot in {title!r}; give at least one.")
-    figure = _figure(path, (8.0, max(4.0, 1.0 + 0.22 * len(points))))
-    if figure is None:
+    axes = _axes(path, (8.0, max(4.0, 1.0 + 0.22 * len(points))))
+    if axes is None:
         return None
-    axes = figure.subplots()
     for i, (name, pair) in enumerate(points.items()):
         (x, *across), (y, *along) = (np.array(_bounded(each), float) for each in pair)
         bars = [
@@ -175,8 +172,8 @@ def point_plot(
     axes.set_xscale("log")
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    return _save(figure, path)
+    axes.figure.legend(loc="outside right upper")
+    return _save(axes, path)
 
 
 def path_plot(
@@ -204,10 +201,9 @@ def path_plot(
     paths = np.asarray(paths)
     if paths.ndim != 3 or paths.shape[2] != 2:
         raise ValueError(f"paths have shape {paths.shape}; give [agent, time, 2].")
-    figure = _figure(path, (5.0, 5.0))
-    if figure is None:
+    axes = _axes(path, (5.0, 5.0))
+    if axes is None:
         return None
-    axes = figure.subplots()
     for x, y in np.asarray(squares).reshape(-1, 2):
         axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5],
                   [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color="0.8")  # fmt: skip
@@ -216,7 +212,7 @@ def path_plot(
     marks = np.asarray(marks).reshape(-1, 2)
     axes.plot(marks[:, 0], marks[:, 1], "k*", markersize=12)
     axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
-    return _save(figure, path)
+    return _save(axes, path)
 
 
 def bar_plot(
@@ -239,10 +235,9 @@ def bar_plot(
         ValueError: no row with a part, or a number that is negative or not finite.
     """
     names = _names_of_parts(rows, title, shape=())
-    figure = _figure(path, (7.0, 1.6 + 0.35 * len(rows)))
-    if figure is None:
+    axes = _axes(path, (7.0, 1.6 + 0.35 * len(rows)))
+    if axes is None:
         return None
-    axes = figure.subplots()
     begin = np.zeros(len(rows))
     for name, colour in _colours(names).items():
         width = np.array([parts.get(name, 0.0) for parts in rows.values()], float)
@@ -250,7 +245,7 @@ def bar_plot(
         begin += width
     axes.set(title=title, xlabel=x_label)
     axes.grid(alpha=0.3, axis="x")
-    return _save_rows(figure, axes, list(rows), path)
+    return _save_rows(axes, list(rows), path)
 
 
 def timeline_plot(
@@ -283,10 +278,9 @@ def timeline_plot(
     """
     edges = _edges(edges, title)
     names = _names_of_parts(rows, title, shape=(len(edges) - 1,))
-    figure = _figure(path, (9.0, 1.6 + 0.35 * len(rows)))
-    if figure is None:
+    axes = _axes(path, (9.0, 1.6 + 0.35 * len(rows)))
+    if axes is None:
         return None
-    axes = figure.subplots()
     colours, unnamed = _colours(names), dict(zip(names, names))
     for place, parts in enumerate(rows.values()):
         level = np.full(len(edges) - 1, place + 0.42)  # the axis points downwards
@@ -297,7 +291,7 @@ def timeline_plot(
             level = top
     axes.set_xlim(edges[0], edges[-1])
     axes.set(title=title, xlabel=x_label)
-    return _save_rows(figure, axes, list(rows), path)
+    return _save_rows(axes, list(rows), path)
 
 
 def histogram_plot(
@@ -328,10 +322,9 @@ def histogram_plot(
     """
     edges = _edges(edges, title)
     _names_of_parts({"": series}, title, shape=(len(edges) - 1,))
-    figure = _figure(path, (6.4, 4.0))
-    if figure is None:
+    axes = _axes(path, (6.4, 4.0))
+    if axes is None:
         return None
-    axes = figure.subplots()
     for place, (name, heights) in enumerate(series.items()):
         color, faint = f"C{place}", 0.6 if len(series) == 1 else 0.35
         axes.stairs(heights, edges, fill=True, color=color, alpha=faint, label=name)
@@ -341,7 +334,7 @@ def histogram_plot(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
-    return _save(figure, path)
+    return _save(axes, path)
 
 
 def _bounded(interval: Interval) -> Interval:
@@ -391,17 +384,17 @@ def _colours(names: Iterable[str]) -> dict[str, Any]:
     return {name: shades[i % len(shades)] for i, name in enumerate(names)}
 
 
-def _save_rows(figure: Any, axes: Any, labels: list[str], path: Any) -> Path:
+def _save_rows(axes: Any, labels: list[str], path: Any) -> Path:
     """Saves axes with a row a label, from top to bottom, and a legend below."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        figure.legend(loc="outside lower center", ncols=5)
-    return _save(figure, path)
+        axes.figure.legend(loc="outside lower center", ncols=5)
+    return _save(axes, path)
 
 
-def _figure(path: Any, size: tuple[float, float]) -> Any:
-    """An empty figure; None where matplotlib is absent: no run dies of a figure."""
+def _axes(path: Any, size: tuple[float, float]) -> Any:
+    """Axes of a new figure; None where matplotlib is absent: no run dies of one."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -412,11 +405,11 @@ def _figure(path: Any, size: tuple[float, float]) -> Any:
         return None
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    return figure.subplots()
 
 
-def _save(figure: Any, path: Any) -> Path:
+def _save(axes: Any, path: Any) -> Path:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    axes.figure.savefig(picture, format="png", dpi=120)
     write_atomically(path, picture.getvalue())
     return Path(path)
