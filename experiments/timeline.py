@@ -10,6 +10,7 @@ figures have a bounded number of bands, bars and points.
 
 import argparse
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -208,10 +209,13 @@ def main(arguments: Sequence[str]) -> int:
     shown = report(events, folder)
     for caption, rows in shown.tables:
         print(f"\n{caption}\n{text_table(rows)}")
+    command = ["python", "-m", "experiments.timeline", str(run)]
+    if given.workdir:
+        command.append(f"--workdir={given.workdir}")
     path = write_report(
         folder / "report.html",
         title=f"Where the time of {run} went",
-        command=f"python -m experiments.timeline {run}",
+        command=shlex.join(command),
         environment={"events": len(events)},
         tables=shown.tables,
         figures=shown.figures,

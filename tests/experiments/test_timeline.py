@@ -1,5 +1,8 @@
 """The pictures of an asynchronous run, made of its log alone."""
 
+import html
+import shlex
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,13 +33,16 @@ def shown(folder):
 
 def test_a_run_is_shown_from_its_folder(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "run" / "events_000.jsonl"
+    path = tmp_path / "a run" / "events_000.jsonl"
     with EventLog(path) as log:
         found = run(SCHEDULE, log=log)
-    assert timeline.main([str(tmp_path / "run")]) == 0
-    folder = tmp_path / "run" / "timeline"
+    assert timeline.main([str(path.parent)]) == 0
+    folder = path.parent / "timeline"
     assert shown(folder) == FIGURES
     page, text = (folder / "report.html").read_text(), capsys.readouterr().out
+    command = html.unescape(page.split("<pre>")[1].split("</pre>")[0])
+    given = ["python", "-m", "experiments.timeline", str(path.parent)]
+    assert shlex.split(command) == given
     assert page.count("data:image/png;base64,") == 5
     for words in ("batch not full", "straggler", "Where the time went; the busiest is"):
         assert words in page and words in text
