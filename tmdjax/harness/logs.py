@@ -173,8 +173,9 @@ class Progress:
     Args:
         stage: name of the stage.
         total: number of steps, for the ETA.
-        table: asked whenever something is shown for the rows of a table, such as
-            ``rows`` of :class:`tmdjax.runtime.Activity`; from a thread of its own.
+        table: gives the rows of a table, such as ``rows`` of
+            :class:`tmdjax.runtime.Activity`. It is called whenever something is shown:
+            in a terminal by the thread of the display, elsewhere by who updates.
         console: a rich console; by default standard output.
         clock: seconds that only grow.
 

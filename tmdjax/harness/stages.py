@@ -174,10 +174,10 @@ class StageContext:
                 It is called with ``key``, ``checkpoints``, ``on_metrics``,
                 ``on_resume`` and ``should_stop``, which are those of
                 :func:`tmdjax.train.fit`, and goes on from the newest checkpoint.
-            num_steps: at how many it ends.
-            best: see :class:`tmdjax.train.Checkpoints`.
-            table: rows below the line of progress, see
-                :class:`tmdjax.harness.logs.Progress`.
+            num_steps: steps in all, with those of earlier attempts.
+            best: 'min' or 'max' to keep the checkpoint with that score too, or None.
+            table: gives the rows that are shown below the line of progress, as
+                :class:`tmdjax.harness.logs.Progress` calls it.
 
         Returns:
             The final state.
