@@ -38,13 +38,11 @@ class Watchdog:
                 oldest request is.
         """
         if event.worker == CONTROL:
-            oldest = event.notes.get("oldest")
-            if oldest != self._notes.get("oldest"):  # those before it are over
-                known = self._handed_out.items()
-                self._handed_out = {n: x for n, x in known if n >= (oldest or 0)}
             self._notes = event.notes
             if event.what == "batch":
-                self._since = None
+                self._since, oldest = None, event.notes.get("oldest")
+                known = self._handed_out.items()  # those before the oldest are over
+                self._handed_out = {n: x for n, x in known if n >= (oldest or 0)}
         elif event.what == "learn":
             self._since = event.end
         elif event.what == "write":
