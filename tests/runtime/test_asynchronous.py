@@ -431,6 +431,37 @@ def test_a_scorer_that_hangs_costs_one_response(tmp_path):
     assert len(trained) == 4 and not any(group % 4 == 0 for group in trained)
 
 
+def test_a_group_that_lost_too_many_responses_gives_its_place():
+    """Group g loses g % 4 of 4; at least two are left, and all minibatches are full."""
+
+    def length_of(number):
+        return 1 if number % 4 < number // 4 % 4 else 3
+
+    def fails(problem, tokens):
+        assert len(tokens) > 1
+        return float(len(tokens))
+
+    sizes = {"samples": 4, "microbatch": 1}
+    for minibatches, expected in ((1, {2, 3, 4}), (16, {4})):
+        settings = dataclasses.replace(SIZES, minibatches=minibatches, **sizes)
+        seen = {}
+        learner = remembering(seen, settings)
+        _, finished = runtime.fit_asynchronously(
+            learner.init({"w": jnp.zeros(())}),
+            learner,
+            lambda number: SimulatedEngine(length_of, slots=8, steps=16),
+            prompts,
+            fails,
+            dataclasses.replace(LAGGED, samples=4),
+            key=KEY,
+            executor=clock(),
+        )
+        assert finished and len(seen) == 6
+        found = [np.bincount([r[1] for r in told]) for told in seen.values()]
+        assert {len(counts) for counts in found} == {4}
+        assert {n for counts in found for n in counts} == expected
+
+
 def test_what_does_not_fit_together_is_refused(refused, caplog, tmp_path):
     changed = functools.partial(dataclasses.replace, LAGGED)
     for message, schedule in (

@@ -440,6 +440,18 @@ def test_a_response_that_cannot_be_scored_costs_itself_alone():
     assert not {t.number for t in lost} & set(flat(found.numbers))
     groups = [g for b in found.batches for g in b.groups]
     assert {len(g.records) for g in groups} == {1, 2}
+    # where one alone has nothing to be compared with, it is discarded too
+    found = run(SYNC, judge=judge, least_scored=2)
+    whole = [g for g in range(99) if not {2 * g % 7, (2 * g + 1) % 7} & {3, 5}]
+    assert flat(found.numbers) == flat([2 * g, 2 * g + 1] for g in whole[: 6 * 4])
+    reasons = collections.Counter(
+        t.reason.split(":")[0] for t in found.store.select(["discarded"])
+    )
+    assert set(reasons) == {"no reward", "too few responses could be scored"}
+    assert len(set(reasons.values())) == 1
+    # but not where no more were asked for
+    alone = dataclasses.replace(SYNC, samples=1)
+    assert len(run(alone, least_scored=2).batches) == SYNC.updates
     # both of a pair: that group is none, and another takes its place
     found = run(SYNC, judge=lambda r, p: (1 / (r.group != 2), 1.0))
     assert found.numbers[0] == [0, 1, 2, 3, 6, 7, 8, 9]
@@ -655,6 +667,16 @@ def test_what_a_full_batch_leaves_unfinished_is_bounded():
         assert (found.worst_lag > 0) == (most > 0)
 
 
+def most_there(found, batch=4):
+    """Groups beyond those that the weights of the time were trained on, at most."""
+    counts = ("trained", "open", "complete")
+    return max(
+        sum(e.notes["groups"][name] for name in counts) - batch * e.version
+        for e in found.events
+        if e.worker == "control" and e.version is not None
+    )
+
+
 def test_a_run_that_gets_nowhere_ends_with_what_is_known(refused):
     def stuck(limit):
         run(SYNC, lengths=lambda n: 390 if n == 11 else 5, log=Watchdog(limit))
@@ -686,17 +708,30 @@ def test_a_run_that_gets_nowhere_ends_with_what_is_known(refused):
     )
     few = {"prompt_of": lambda n: Prompt([n % 3], None)}
     run(SYNC, **few)
-    message = r"4 groups are complete, but they have 3 different prompts, .*: \(0,\); "
+    message = r"8 groups are complete, but they have 3 different prompts, .*: \(0,\); "
     once = {"allow_repeats": False}
     refused(message, run, dataclasses.replace(SYNC, **once), **few)
     # each twice in a row: the second one waits for a later batch
     given = {"prompt_of": lambda n: Prompt([n // 2], None)}
-    for schedule in (dataclasses.replace(ASYNC, **once), ASYNC):
+    for schedule, changes in (
+        (ASYNC, {}),
+        (ASYNC, once),
+        (SYNC, once),
+        (PARTIAL, once | {"ahead": 4}),
+        (PARTIAL, once | {"max_waiting": 0}),
+    ):
+        schedule = dataclasses.replace(schedule, **changes)
         found = run(schedule, **given)
         conserved(found, schedule)
         prompts = [[g.records[0].prompt for g in b.groups] for b in found.batches]
         differ = all(len(set(each)) == len(each) for each in prompts)
         assert differ != schedule.allow_repeats
+        # seven groups have four prompts; where that many may be ahead, no more are
+        assert most_there(found) <= max(schedule.most_ahead, 7)
+    # an update that lasts long is no reason to answer one prompt again and again
+    message = "^8 groups are complete, but they have 2 different prompts"
+    same = {"prompt_of": lambda n: Prompt([min(n, 4)], None), "learn_cost": 5.0}
+    refused(message, run, dataclasses.replace(ASYNC, eta=1, **once), **same)
 
 
 def test_bad_input(refused, tmp_path):
@@ -738,6 +773,7 @@ def test_bad_input(refused, tmp_path):
     engine.resume(dataclasses.replace(other), max_new_tokens=9)
     refused("request 8 is already under way", engine.resume, other, max_new_tokens=9)
     refused("name at least one of each", run, SYNC, generators=0)
+    refused("least_scored=0 must be at least 1", run, SYNC, least_scored=0)
 
     def learns(batch):
         raise WorkerDiedError("out of memory")

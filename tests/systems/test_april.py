@@ -309,6 +309,18 @@ def test_a_planner_asks_in_rounds_while_others_are_written(tmp_path):
         rest = restored(schedule, version, tmp_path / str(version), **given)
         assert told(rest.batches) == told(whole.batches[version:])
 
+    def lossy(record, problem):
+        scored, reward = right(record, problem)
+        return scored if record.number % 4 or record.group % 3 else math.nan, reward
+
+    given |= {"judge": lossy, "least_scored": 2}
+    whole = run(schedule, **given)
+    gone = whole.store.select(["discarded"])
+    assert "too few responses could be scored" in {t.reason for t in gone}
+    assert min(len(g.records) for b in whole.batches for g in b.groups) >= 2
+    rest = restored(schedule, 3, tmp_path / "lossy", **given)
+    assert told(rest.batches) == told(whole.batches[3:])
+
 
 def test_bad_input(refused):
     refused("over_provisioned=0 must be at least 1", rounds, 4, 0)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -96,7 +97,9 @@ def fit_asynchronously(
         draw: prompts, ``draw(i, 0)`` for the i-th ``schedule.batch`` groups.
         score: rewards. A response whose scorer raises, or takes longer than
             ``score_timeout`` of the settings, is lost, which the account says; the run
-            goes on.
+            goes on. A group trains without the responses that it lost as long as 2 are
+            left, and ``minibatches / batch`` of them; if not it is discarded, and
+            another takes its place.
         schedule: how far writing may be ahead.
         key: typed key of the run; the version of the weights is folded in.
         executor: runs the workers; None takes
@@ -158,6 +161,7 @@ def fit_asynchronously(
         most = settings.max_attempts * schedule.batch
         fewer = min(schedule.max_rejected, most)
         schedule = dataclasses.replace(schedule, max_rejected=fewer)
+    least_scored = max(2, math.ceil(settings.minibatches / schedule.batch))
     start, metrics, paused = int(state.iteration), {}, False
     if checkpoints is not None:
         restored = checkpoints.restore(like=state)
@@ -202,6 +206,7 @@ def fit_asynchronously(
             judges,
             trainer=_TRAINER,
             accept=accept or (lambda scores: True),
+            least_scored=least_scored,
             planner=_planner(learner),
         )
 

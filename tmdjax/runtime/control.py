@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tmdjax.core.checks import brief, check_choice, first_few
+from tmdjax.core.checks import check_choice, check_count
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.executors import Message, Send, Step
@@ -45,6 +45,7 @@ class Controller:
         *,
         trainer: str = "train",
         accept: Callable[[Sequence[float]], bool] = lambda scores: True,
+        least_scored: int = 1,
         planner: Planner | None = None,
     ):
         """Goes on from an account.
@@ -62,6 +63,8 @@ class Controller:
             accept: whether a group may train, by the scores of its responses, without
                 penalties, such as :func:`tmdjax.rl.is_informative`; one that may not is
                 discarded.
+            least_scored: a group of which fewer responses than these could be scored is
+                discarded, >= 1. Where fewer were asked for, all of them must be.
             planner: how many responses each prompt gets, in ``schedule.rounds``; None
                 asks for ``schedule.samples`` of each, at once. ``schedule.batch``
                 prompts in a row are planned together; once one of them is begun, the
@@ -82,6 +85,7 @@ class Controller:
         cohorts = Cohorts(schedule, prompt_of, planner)
         self._groups = Groups(store, schedule, prompt_of, cohorts)
         self._trainer, self._accept = trainer, accept
+        self._least_scored = check_count("least_scored", least_scored)
         self._under_way = dict.fromkeys(generators, 0)  # responses
         self._judging: dict[str, dict[int, TokenRecord]] = {s: {} for s in scorers}
         # by generator, those that it has not answered yet
@@ -280,9 +284,11 @@ class Controller:
         """Notes what an open group needs next."""
         if group.away:
             return []
-        group.began = group.oldest
+        group.began, count = group.oldest, len(group.records)
         if self._is_stale(group.began):
             self._discard(group, "stale")
+        elif group.is_scored and count < min(group.asked, self._least_scored):
+            self._discard(group, "too few responses could be scored")
         elif self._groups.settle(group):
             if self._accept(group.whole.scores):
                 self._groups.admit(group)
@@ -346,41 +352,17 @@ class Controller:
 
     def _full_batch(self) -> Batch | None:
         """The oldest groups that may train, once they are enough and it is time."""
-        complete, size = self._groups.complete, self._schedule.batch
-        enough = len(complete) >= size and not self._awaits_due
-        if not enough or self._version is None or self._is_training or self._is_ending:
+        groups, size = self._groups, self._schedule.batch
+        if self._version is None or self._is_training or self._is_ending:
             return None
-        by_age = sorted(complete.values(), key=lambda g: (g.began or 0, g.number))
-        if not self._schedule.allow_repeats:
-            by_age = self._of_different_prompts(by_age)
-            if len(by_age) < size:
-                return None
-        chosen = sorted(group.number for group in by_age[:size])
+        if self._awaits_due:
+            return None
+        if groups.ready < size:
+            groups.check_prompts()
+            return None
+        chosen = sorted(groups.by_age()[:size])
         self._is_training = True
-        return Batch(self._version, self._groups.train(chosen, self._version))
-
-    def _of_different_prompts(self, groups: Sequence[OpenGroup]) -> list[OpenGroup]:
-        """The first group of each prompt; the others wait for a later batch.
-
-        Raises:
-            ValueError: there are too few for a batch, and no others will come, or
-                nothing but repeats did.
-        """
-        first: dict[tuple[int, ...], OpenGroup] = {}
-        for group in groups:
-            first.setdefault(tuple(group.prompt.tokens), group)
-        size, capacity = self._schedule.batch, self._capacity
-        ends = self._groups.no_more_prompts or capacity < 1
-        if len(first) < size and (
-            len(groups) >= 2 * size or (ends and not self._groups.open)
-        ):
-            raise ValueError(
-                f"{len(groups)} groups are complete, but they have {len(first)} "
-                f"different prompts, fewer than batch={size}, and no batch may have "
-                f"one twice: {first_few(map(brief, first))}. Give more prompts, lower "
-                f"batch, or set allow_repeats=True."
-            )
-        return list(first.values())
+        return Batch(self._version, groups.train(chosen, self._version))
 
     def _abort_all(self) -> list[Send]:
         busy = [name for name, count in self._under_way.items() if count]
@@ -398,18 +380,22 @@ class Controller:
         """How many more groups may be begun.
 
         Those without a token are yet to be begun: after a restore there may be more of
-        them than the weights allow, which were asked for by later ones.
+        them than the weights allow, which were asked for by later ones. As many as the
+        next batch lacks are begun though repeats of prompts, up to ``batch``, have
+        their place.
         """
-        schedule, complete = self._schedule, len(self._groups.complete)
-        begun = len(self._groups.open) - len(self._groups.blank)
+        schedule, groups = self._schedule, self._groups
+        complete, begun = len(groups.complete), len(groups.open) - len(groups.blank)
+        missing = max(0, schedule.batch - groups.ready)
         most = capacity(
             self._version or 0,
-            self._groups.trained + complete,
+            groups.trained + complete,
             begun,
             batch=schedule.batch,
             ahead=schedule.most_ahead,
         )
-        missing = max(0, schedule.batch - complete)
+        repeats = min(complete - groups.ready, schedule.batch)
+        most = max(most, min(most + repeats, missing - begun))
         return min(most, missing + schedule.max_waiting - begun)
 
     @property
@@ -431,6 +417,8 @@ class Controller:
         """Responses to generators with room; those that wait go before fresh ones."""
         if self._version is None or self._is_ending or self._is_paused:
             return []
+        if min(self._under_way.values()) >= self._schedule.slots:
+            return []  # for which thousands of groups need no order
         handed: dict[str, list[TokenRecord]] = {}
         waiting = sorted(self._groups.waiting, key=self._order, reverse=True)
         while True:
@@ -474,9 +462,8 @@ class Controller:
         if groups.no_more_prompts:
             generate = "no more prompts"
         if len(groups.complete) + len(groups.written) >= self._schedule.batch:
-            repeats = len(groups.complete) >= self._schedule.batch
-            repeats = repeats and not self._schedule.allow_repeats
-            train = "other prompts" if repeats else "scores"
+            lacks = groups.ready < self._schedule.batch <= len(groups.complete)
+            train = "other prompts" if lacks else "scores"
             train = "straggler" if self._awaits_due else train
         if self._is_paused:
             generate = "training"

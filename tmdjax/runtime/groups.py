@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from tmdjax import rl
-from tmdjax.core.checks import brief
+from tmdjax.core.checks import brief, first_few
 from tmdjax.rl import TokenRecord
 from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.roles import Judged
@@ -61,6 +61,11 @@ class OpenGroup:
     def unfinished(self) -> list[TokenRecord]:
         """Responses that are to be written further, or at all."""
         return [record for record in self.records.values() if not record.finished]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all of ``records`` are written and scored."""
+        return all(record.reward is not None for record in self.records.values())
 
     @property
     def whole(self) -> Group:
@@ -115,6 +120,7 @@ class Groups:
         self.written: set[int] = set()
         self.between: set[int] = set()
         self.asked, self.no_more_prompts = 0, False
+        self._prompts: collections.Counter[tuple[int, ...]] = collections.Counter()
         rows = store.select()
         self.trained = len({row.group for row in rows if row.state == "consumed"})
         final: set[int] = set()
@@ -372,17 +378,14 @@ class Groups:
             Whether that is nothing: all of it is written and scored, and nothing more
             will be asked for.
         """
-        number, records = group.number, group.records
+        number = group.number
         self._forget(number)
-        if not records:  # none could be scored
-            del self.open[number]
-            return False
         if group.unfinished:
             self.waiting.add(number)
             if group.began is None:
                 self.blank.add(number)
             return False
-        if any(record.reward is None for record in records.values()):
+        if not group.is_scored:
             self.written.add(number)
             return False
         if not group.is_final:
@@ -397,18 +400,67 @@ class Groups:
     def admit(self, group: OpenGroup) -> None:
         """Notes that a group may train."""
         self.complete[group.number] = self.open.pop(group.number)
+        self._prompts[tuple(group.prompt.tokens)] += 1
+
+    def _take(self, number: int) -> OpenGroup:
+        """A complete group, which is so no more."""
+        group = self.complete.pop(number)
+        prompt = tuple(group.prompt.tokens)
+        self._prompts[prompt] -= 1
+        if not self._prompts[prompt]:
+            del self._prompts[prompt]
+        return group
+
+    @property
+    def ready(self) -> int:
+        """How many of the complete groups one batch may have."""
+        repeats = self._schedule.allow_repeats
+        return len(self.complete if repeats else self._prompts)
+
+    def by_age(self) -> list[int]:
+        """Numbers of the complete groups that one batch may have, the oldest first.
+
+        The oldest have the oldest tokens. Where a batch may not have a prompt twice, it
+        has the oldest group of each.
+        """
+        groups = self.complete.values()
+        by_age = sorted(groups, key=lambda group: (group.began or 0, group.number))
+        if not self._schedule.allow_repeats:
+            first: dict[tuple[int, ...], OpenGroup] = {}
+            for group in by_age:
+                first.setdefault(tuple(group.prompt.tokens), group)
+            by_age = list(first.values())
+        return [group.number for group in by_age]
+
+    def check_prompts(self) -> None:
+        """Refuses complete groups that fill no batch, of which too many are repeats.
+
+        Raises:
+            ValueError: they would be enough, but have too few different prompts, and no
+                others will come, or two batches of groups have come.
+        """
+        size, count = self._schedule.batch, len(self.complete)
+        is_over = self.no_more_prompts and not self.open
+        if self.ready < size <= count and (is_over or count >= 2 * size):
+            raise ValueError(
+                f"{count} groups are complete, but they have {self.ready} different "
+                f"prompts, fewer than batch={size}, and no batch may have one twice: "
+                f"{first_few(map(brief, sorted(self._prompts)))}. Give more prompts, "
+                f"lower batch, or set allow_repeats=True."
+            )
 
     def discard(self, group: OpenGroup, version: int, reason: str) -> None:
         """Notes that a group will not train, at a version, and why in a word or two."""
         self._store.discard([*group.records, *group.undone], version, reason)
         self.open.pop(group.number, None)
-        self.complete.pop(group.number, None)
+        if group.number in self.complete:
+            self._take(group.number)
         self._forget(group.number)
 
     def train(self, numbers: Iterable[int], version: int) -> list[Group]:
         """Complete groups, which the update of a version trains on; in this order."""
         numbers = list(numbers)
-        groups = [self.complete.pop(number).whole for number in numbers]
+        groups = [self._take(number).whole for number in numbers]
         requests = [record.number for group in groups for record in group.records]
         self._store.consume(requests, version)
         self.trained += len(numbers)

@@ -59,8 +59,10 @@ class Schedule:
         max_unscored: after how many responses in a row that cannot be scored the run is
             given up, >= 1; ``math.inf`` for never.
         allow_repeats: whether a batch may have two groups of the same prompt. If not,
-            the second waits for a later batch, and prompts too few to fill one end the
-            run.
+            the second waits for a later batch, and as many others as the next batch
+            lacks are begun, if need be up to ``batch`` more than ``ahead``. A run ends
+            where twice ``batch`` groups are complete, or all there will be, and cannot
+            fill one.
         rounds: in which a planner may ask for the responses to a prompt, >= 1.
         most_samples: responses that it may ask for of one prompt in one round, >=
             samples; None takes ``samples``. Both give requests their numbers: response
