@@ -194,7 +194,13 @@ def test_a_transaction_is_whole_or_not_there():
     assert states(store) == {1: "submitted"}
     with store.transaction():
         finished(store, 1)
-    assert states(store) == {1: "scored"}
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            store.discard([1], 0, "stale")
+            raise ZeroDivisionError
+        with pytest.raises(ValueError, match="request 1 is one of group 0"):
+            store.submit([2, 1], 3)
+        store.submit([4], 0)
+    assert states(store) == {1: "scored", 4: "submitted"}
 
 
 def test_restored_it_is_as_when_the_weights_were_made():

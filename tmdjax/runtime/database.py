@@ -45,7 +45,7 @@ class Database:
         """
         # SQLite follows links and remembers the folder; so does the log beside the file
         self._path = path if path == ":memory:" else os.path.realpath(path)
-        self._inside = self._is_durable = False
+        self._is_durable = False
         with self._translated():
             self._base = sqlite3.connect(
                 self._path, timeout=0, isolation_level=None, check_same_thread=False
@@ -108,29 +108,31 @@ class Database:
     def transaction(self) -> Iterator[None]:
         """All statements inside are done at once, or, if anything raises, none.
 
-        One that begins inside another is a part of it.
+        One that begins inside another is a part of it: it is done when that one is. If
+        it raises, and that is caught inside the other, its own statements are undone.
 
         Raises:
             OSError: the disk is full, or fails.
             ValueError: the file is damaged.
         """
-        if self._inside:
-            yield
-            return
-        self._inside, self._is_durable = True, False
-        try:
-            with self._translated():
-                self._base.execute("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    self._base.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._base.execute("ROLLBACK")
-                    raise
-        finally:
-            self._inside = False
-        if self._is_durable and self._path != ":memory:":
+        inside = self._base.in_transaction
+        if inside:
+            begin, end = "SAVEPOINT part", "RELEASE part"
+            undo = ("ROLLBACK TO part", end)
+        else:
+            begin, end, undo = "BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",)
+            self._is_durable = False
+        with self._translated():
+            self._base.execute(begin)
+            try:
+                yield
+                self._base.execute(end)
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    for statement in undo:
+                        self._base.execute(statement)
+                raise
+        if not inside and self._is_durable and self._path != ":memory:":
             # what has left the log for the file was synced by SQLite when it did
             with open(f"{self._path}-wal", "rb+") as log:
                 os.fsync(log.fileno())
