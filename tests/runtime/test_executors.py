@@ -307,6 +307,12 @@ def test_a_thread_that_hangs_is_named(refused, caplog):
         error=RuntimeError,
     )
     assert time.monotonic() - begin < 30
+    # so is one whose step hangs whoever logs it
+    refused(
+        "control has been in the log of a step for more than longest_step=1 s",
+        *(Threads(longest_step=1.0, grace=0.1).run, players(), lambda e: free.wait(60)),
+        error=RuntimeError,
+    )
     # one that hangs where the run needs it no more holds nobody up
     workers = players(each=False) | {"player/0": lambda: hangs}
     seconds, events = run(Threads(grace=0.1), workers)

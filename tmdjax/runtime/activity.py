@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tmdjax.runtime.events import Event
-from tmdjax.runtime.executors.messages import CONTROL
+from tmdjax.runtime.events import CONTROL, Event, role_of
 
 
 class Activity:
@@ -58,7 +57,7 @@ class Activity:
         counts = [f"{groups[n]} {n}" for n in ("open", "complete") if n in groups]
         found: dict[str, list[float]] = {}
         for worker, seconds in busy.items():
-            found.setdefault(worker.partition("/")[0], []).append(seconds)
+            found.setdefault(role_of(worker), []).append(seconds)
         now = self._now or 1.0
         return [
             {

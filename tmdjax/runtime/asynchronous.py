@@ -26,9 +26,9 @@ from tmdjax.core.types import Params
 from tmdjax.generation import Engine
 from tmdjax.runtime.cohorts import Cohorts
 from tmdjax.runtime.control import Controller
-from tmdjax.runtime.events import Event, EventLog
+from tmdjax.runtime.events import CONTROL, Event, EventLog
 from tmdjax.runtime.executors import Executor, Message, Step, Threads, Worker
-from tmdjax.runtime.executors.messages import CONTROL, Log
+from tmdjax.runtime.executors.messages import Log
 from tmdjax.runtime.learner import Learner, LMState, check_engine
 from tmdjax.runtime.publishing import apart
 from tmdjax.runtime.roles import Batch, Generator, Scorer, Trainer, WritingEngine

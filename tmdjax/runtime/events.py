@@ -20,6 +20,10 @@ import numpy as np
 from tmdjax.core.checks import brief, check_choice, check_count
 from tmdjax.core.files import text_of
 
+CONTROL = "control"
+"""The worker whose notes say why the others wait. It is told when a run is to stop, and
+when another worker died."""
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -57,10 +61,11 @@ class Event:
     @property
     def role(self) -> str:
         """The name of the worker without its number."""
-        return _role(self.worker)
+        return role_of(self.worker)
 
 
-def _role(worker: str) -> str:
+def role_of(worker: str) -> str:
+    """The name of a worker without its number: 'generate' of 'generate/0'."""
     return worker.partition("/")[0]
 
 
@@ -124,7 +129,7 @@ def logs_of(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def read_run(path: str | os.PathLike[str], *, control: str = "control") -> list[Event]:
+def read_run(path: str | os.PathLike[str]) -> list[Event]:
     """The events of a run, of all its starts one after the other.
 
     For usage: the time between two starts is left out, and every start begins with the
@@ -134,7 +139,6 @@ def read_run(path: str | os.PathLike[str], *, control: str = "control") -> list[
     Args:
         path: of a log, or of the folder of a run, in which the starts are
             ``events_000.jsonl``, ``events_001.jsonl`` and so on.
-        control: name of the controller.
 
     Raises:
         FileNotFoundError: there is no such file, or a folder without a log.
@@ -156,14 +160,14 @@ def read_run(path: str | os.PathLike[str], *, control: str = "control") -> list[
             now = max(event.end for event in found)
             roles = {role for e in found for role in e.notes.get("waits", {})}
             again = Event(
-                worker=control,
-                step=steps[control],
+                worker=CONTROL,
+                step=steps[CONTROL],
                 what="start",
                 begin=now,
                 end=now,
                 notes={"waits": dict.fromkeys(sorted(roles), "start")},
             )
-            steps[control] += 1
+            steps[CONTROL] += 1
             own = [
                 dataclasses.replace(
                     event,
@@ -245,7 +249,6 @@ def timelines(
     *,
     periods: int = 1,
     by: str = "role",
-    control: str = "control",
 ) -> dict[str, Timeline]:
     """When workers were busy, and why they waited when they were not.
 
@@ -257,9 +260,7 @@ def timelines(
         events: of a run, of which a worker does one at a time.
         workers: names of all workers; those that never did anything are seen only here.
         periods: into how many of equal length the run is cut, >= 1.
-        by: what a row is of: 'role', or 'worker'.
-        control: name of the controller, whose notes give the reasons, for all workers
-            of a role alike.
+        by: what a row is of: 'role', or 'worker'. Reasons are those of the role.
 
     Returns:
         By name of role or worker, as they first appear; seconds of 'busy' and 'waits'
@@ -271,7 +272,7 @@ def timelines(
     """
     check_count("periods", periods)
     check_choice("by", by, ("role", "worker"))
-    told = sorted((e for e in events if e.worker == control), key=lambda e: e.step)
+    told = sorted((e for e in events if e.worker == CONTROL), key=lambda e: e.step)
     ends = [e.end for e in told] or [e.end for e in events]
     edges = np.linspace(0.0, max(ends, default=0.0), periods + 1)
     reasons: dict[str, list[tuple[float, str]]] = {}
@@ -285,12 +286,12 @@ def timelines(
         steps.setdefault(event.worker, []).append((event.begin, event.end))
     rows: dict[str, list[str]] = {}
     for name in steps:
-        rows.setdefault(_role(name) if by == "role" else name, []).append(name)
+        rows.setdefault(role_of(name) if by == "role" else name, []).append(name)
     return {
         row: _timeline(
             [span for name in names for span in steps[name]],
             len(names),
-            reasons.get(_role(row), [(0.0, "idle")]),
+            reasons.get(role_of(row), [(0.0, "idle")]),
             edges,
         )
         for row, names in rows.items()
@@ -355,7 +356,7 @@ class Usage:
 
 
 def utilisation(
-    events: Sequence[Event], workers: Iterable[str] = (), *, control: str = "control"
+    events: Sequence[Event], workers: Iterable[str] = ()
 ) -> dict[str, Usage]:
     """How much each role was busy, and why it waited when it was not.
 
@@ -364,7 +365,6 @@ def utilisation(
     Args:
         events: of a run.
         workers: names of all workers; those that never did anything are seen only here.
-        control: name of the controller, whose notes give the reasons.
 
     Returns:
         Usage by role; seconds of 'busy' and 'waits' add up to ``Usage.seconds``.
@@ -376,7 +376,7 @@ def utilisation(
             float(found.busy.sum()),
             {reason: float(spent.sum()) for reason, spent in found.waits.items()},
         )
-        for role, found in timelines(events, workers, control=control).items()
+        for role, found in timelines(events, workers).items()
     }
 
 

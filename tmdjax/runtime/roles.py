@@ -16,8 +16,8 @@ from tmdjax.core import trees
 from tmdjax.core.checks import check_choice, check_count, first_few
 from tmdjax.core.types import Params
 from tmdjax.rl import TokenRecord
+from tmdjax.runtime.events import CONTROL
 from tmdjax.runtime.executors import Message, Send, Step
-from tmdjax.runtime.executors.messages import CONTROL
 from tmdjax.runtime.rounds import Group
 
 AMOUNTS = ("chunks", "slot_steps", "drawn", "prefilled")

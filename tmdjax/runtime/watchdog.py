@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tmdjax.core.checks import check_range
-from tmdjax.runtime.events import Event
-from tmdjax.runtime.executors.messages import CONTROL
+from tmdjax.runtime.events import CONTROL, Event
 
 
 class Watchdog:

@@ -14,8 +14,8 @@ A death is a step like any other, and stands in the log. A replay of that log
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from tmdjax.runtime.events import Event
-from tmdjax.runtime.executors.messages import CONTROL, Message, Send, Step, Worker
+from tmdjax.runtime.events import CONTROL, Event
+from tmdjax.runtime.executors.messages import Message, Send, Step, Worker
 
 _LOGGER = logging.getLogger(__name__)
 AGAIN = "again"

@@ -14,10 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tmdjax.core.checks import first_few
 from tmdjax.core.registry import suggestion
-from tmdjax.runtime.events import Event
-
-CONTROL = "control"
-"""The worker that is told when a run is to stop, and when another worker died."""
+from tmdjax.runtime.events import CONTROL, Event
 
 EXECUTOR = "executor"
 """The sender of the message 'stop'."""
@@ -98,6 +95,10 @@ class Executor(Protocol):
     ) -> float:
         """Runs to the end.
 
+        A worker that raises :exc:`tmdjax.runtime.executors.WorkerDiedError` does not
+        end the run: 'control' gets the message 'lost', and answers with 'again' to have
+        the worker made anew (:mod:`tmdjax.runtime.executors.deaths`).
+
         Args:
             workers: what makes each, by name ('generate/0'). It is made where it runs,
                 before any step.
@@ -110,10 +111,6 @@ class Executor(Protocol):
 
         Returns:
             Seconds that the run took, on its own clock.
-
-        A worker that raises :exc:`tmdjax.runtime.executors.WorkerDiedError` does not
-        end the run: 'control' gets the message 'lost', and answers with 'again' to have
-        the worker made anew (:mod:`tmdjax.runtime.executors.deaths`).
 
         Raises:
             Exception: what a worker raised, with a note that says which and where.
@@ -253,7 +250,7 @@ class Post:
     def ended(
         self, name: str, message: Message | None, begin: float, end: float, step: Step
     ) -> Event:
-        """The event of a step that has ended; its messages are delivered."""
+        """The event of a step that has ended. Log it, then deliver its messages."""
         event = Event(
             worker=name,
             step=self._steps[name],
@@ -268,7 +265,6 @@ class Post:
         )
         self._steps[name] += 1
         self._latest[name] = event
-        self.deliver(name, step.sends)
         return event
 
     def stalled(self, now: float) -> RuntimeError:

@@ -21,9 +21,9 @@ import numpy as np
 from tmdjax.core.checks import brief, check_range
 from tmdjax.core.optional import import_optional
 from tmdjax.core.registry import suggestion
-from tmdjax.runtime.events import Event
+from tmdjax.runtime.events import CONTROL, Event, role_of
 from tmdjax.runtime.executors.deaths import WorkerDiedError
-from tmdjax.runtime.executors.messages import CONTROL, Log, Message, Step, Worker
+from tmdjax.runtime.executors.messages import Log, Message, Step, Worker
 from tmdjax.runtime.executors.threads import Threads
 
 LARGE = 100_000
@@ -66,9 +66,9 @@ class RayActors:
             absent, by role ('generate'): 'num_cpus', 'num_gpus', 'resources' and
             others of :data:`UNDERSTOOD`, as ``ray.remote`` takes them. Without any, an
             actor is placed where a CPU is free, and has no GPU.
-        longest_step: see :class:`tmdjax.runtime.executors.Threads`; the making of a
-            worker counts as a step.
-        grace: see there; after it the processes are ended.
+        longest_step: seconds that a step may take, and the making of a worker, > 0.
+        grace: seconds that workers have, once a run is over, to end the step that they
+            are in, >= 0; then their processes are ended.
         restarts: how often each worker may die, >= 0; the next time ends the run.
         longest_start: seconds until an actor has a place and a process, > 0.
     """
@@ -114,7 +114,7 @@ class RayActors:
         """
         ray = import_optional("ray", "a run in Ray's actors", "ray")
         options = {name: self.options_of(name) for name in workers if name != CONTROL}
-        known = {*options, *map(_role, options)}
+        known = {*options, *map(role_of, options)}
         for name in self.options:
             if name not in known:
                 raise ValueError(
@@ -146,7 +146,7 @@ class RayActors:
 
     def options_of(self, name: str) -> dict[str, Any]:
         """All options of the actor of a worker, its environment included."""
-        role = _role(name)
+        role = role_of(name)
         options = dict(self.options.get(name, self.options.get(role, {})))
         gpus = options.get("num_gpus", 0)
         variables = {
@@ -157,10 +157,6 @@ class RayActors:
         environment = dict(options.get("runtime_env", {}))
         environment["env_vars"] = variables | environment.get("env_vars", {})
         return options | {"runtime_env": environment}
-
-
-def _role(name: str) -> str:
-    return name.partition("/")[0]
 
 
 def _pickled(ray: Any, name: str, make: Callable[[], Worker]) -> bytes:
@@ -191,12 +187,12 @@ class _Actors:
         """
         with self._changes:
             if name in self._alive:  # it said that it died, or does so in a replay
-                self._kill(self._alive.pop(name))
+                self._ray.kill(self._alive.pop(name))
         actor = self._ray.remote(_Host).options(**options).remote()
         with self._changes:
             self._alive[name] = actor
             if self._over:
-                self._kill(actor)
+                self._ray.kill(actor)
         try:
             self._reply(name, actor.begin.remote(), self._longest_start)
         except self._ray.exceptions.GetTimeoutError as error:
@@ -216,10 +212,7 @@ class _Actors:
         with self._changes:
             self._over = True
             for actor in self._alive.values():
-                self._kill(actor)
-
-    def _kill(self, actor: Any) -> None:
-        self._ray.kill(actor)
+                self._ray.kill(actor)
 
     def _reply(self, name: str, reply: Any, most: float | None = None):
         """What an actor answers, once it has."""
@@ -246,7 +239,7 @@ class _Actors:
             with self._changes:
                 if self._over:
                     raise RuntimeError(f"the run of {name} is over.") from None
-                self._kill(self._alive.pop(name))  # it may only be out of reach
+                self._ray.kill(self._alive.pop(name))  # it may only be out of reach
             raise WorkerDiedError(_line(error)) from None
 
 

@@ -5,17 +5,10 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping
 
 from tmdjax.core.checks import check_count
-from tmdjax.runtime.events import Event
+from tmdjax.runtime.events import CONTROL, Event
 from tmdjax.runtime.executors.costs import Costs
 from tmdjax.runtime.executors.deaths import survivable
-from tmdjax.runtime.executors.messages import (
-    CONTROL,
-    Log,
-    Message,
-    Post,
-    Step,
-    Worker,
-)
+from tmdjax.runtime.executors.messages import Log, Message, Post, Step, Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +72,7 @@ class Simulated:
             end, _, name, message, begin, step = heapq.heappop(under_way)
             busy.discard(name)
             log(post.ended(name, message, begin, end, step))
+            post.deliver(name, step.sends)
             awake = [name, *(send.to for send in step.sends)]
             # after the last step, those that have begun come to their end
             now, over = (now, True) if over else (end, step.last)

@@ -1,5 +1,6 @@
 """Workers in threads of this process, a thread each."""
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -23,8 +24,9 @@ class Threads:
     compute at the same time; on one device their programs take turns.
 
     Attributes:
-        longest_step: seconds that a step may take, > 0; compiling counts. A run whose
-            worker takes longer ends with an error that names it.
+        longest_step: seconds that a step may take, and then the log of it, > 0;
+            compiling counts. A run in which one takes longer ends with an error that
+            names the worker.
         grace: seconds that workers have, once a run is over, to end the step that they
             are in, >= 0. Those that do not are left behind, with a warning, and what
             they do then is not logged.
@@ -65,8 +67,6 @@ class Threads:
             for thread in threads:
                 if thread.name != run.hangs:
                     thread.join(max(0.0, deadline - time.monotonic()))
-            with run.changed:
-                run.is_left = True
             late = [t.name for t in threads if t.is_alive() and t.name != run.hangs]
             if late:
                 _LOGGER.warning(
@@ -75,13 +75,21 @@ class Threads:
                     ", ".join(late),
                     self.grace,
                 )
+            # what is being logged is logged whole, unless a log may never return
+            with contextlib.nullcontext() if run.hangs else run.logging, run.changed:
+                run.is_left = True
         if run.error is not None:
             raise run.error
         return run.seconds
 
 
 class _Run:
-    """What the threads of a run share; ``changed`` guards all of it."""
+    """What the threads of a run share; ``changed`` guards all of it.
+
+    A step ends, is logged and has its messages delivered while its thread holds
+    ``logging``, which is taken before ``changed``: the log is called with one step at a
+    time, in the order in which they ended, and with none before what it answers.
+    """
 
     def __init__(
         self,
@@ -89,7 +97,7 @@ class _Run:
         log: Log,
         order: Iterable[Event],
     ):
-        self.changed = threading.Condition()
+        self.logging, self.changed = threading.Lock(), threading.Condition()
         self.post = Post(list(workers), order)
         self.makers, self.log = workers, log
         self.start = time.monotonic()
@@ -97,7 +105,7 @@ class _Run:
         self.busy: dict[str, float] = {}  # since when
         self.over = self.is_left = False
         self.seconds = 0.0
-        self.hangs = ""
+        self.logs = self.hangs = ""  # names of workers
         self.error: BaseException | None = None
 
     def now(self) -> float:
@@ -137,17 +145,24 @@ class _Run:
             begin = self.busy[name] = self.now()
         step = self.post.call(name, worker, message)
         with self.changed:
-            end = self.now()
             del self.busy[name]
-            if self.is_left:  # the log may be closed by now
-                return False
             if step is None:
                 inbox.rest()
                 return True
+        with self.logging:
+            with self.changed:
+                if self.is_left:  # the log may be closed by now
+                    return False
+                self.logs = name
+                end = self.busy[name] = self.now()
             self.log(self.post.ended(name, message, begin, end, step))
-            if step.last and not self.over:
-                self.over, self.seconds = True, end
-            self.changed.notify_all()
+            with self.changed:
+                self.logs = ""
+                del self.busy[name]
+                self.post.deliver(name, step.sends)
+                if step.last and not self.over:
+                    self.over, self.seconds = True, end
+                self.changed.notify_all()
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -165,17 +180,21 @@ class _Run:
 
     def watch(self, should_stop: Callable[[], bool], longest_step: float) -> None:
         """Until the run is over; ends it where a step takes too long."""
-        with self.changed:
-            while not self.over:
-                if should_stop():
+        while True:
+            stop = should_stop()
+            with self.changed:
+                if self.over:
+                    return
+                if stop:
                     self.post.stop()
                     self.changed.notify_all()
                 for name, since in self.busy.items():
                     if self.now() - since > longest_step:
                         self.hangs = name
+                        where = "the log of a step" if name == self.logs else "one step"
                         self.fail(
                             RuntimeError(
-                                f"{name} has been in one step for more than "
+                                f"{name} has been in {where} for more than "
                                 f"longest_step={longest_step:g} s. Mend what it waits "
                                 f"for, or raise longest_step."
                             )
